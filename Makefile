@@ -1,23 +1,116 @@
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+
+# Every path below is relative, so that a checkout whose path holds spaces works.
 VENV ?= .venv
 BIN := $(VENV)/bin
 PY := $(BIN)/python
+
 # An installed uv is used; without one, pip puts its own copy into .uv (nothing outside this folder is touched).
-UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
+ifeq ($(shell uv --version 2>/dev/null),)
+UV := .uv/bin/uv
+else
+UV := uv
+endif
+LOCAL_UV := $(filter .uv/%,$(UV))
+# The python at hand before one that uv would download.
+export UV_PYTHON_PREFERENCE ?= system
+SYNC = $(UV) pip sync --quiet --require-hashes requirements.lock --python
+# --python-version: the lock serves every Python from 3.11 on, whichever one runs this.
+COMPILE = $(UV) pip compile --quiet --universal --generate-hashes pyproject.toml --all-extras --group dev \
+	--python-version 3.11
 
 .PHONY: help
 help: ## Show every target
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  \033[1m%-14s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^##@ / {print "\n" substr($$0, 5)} \
+		/^[a-z0-9-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' Makefile
 
+##@ Environment
+
+# Installed aside and moved into place, so that an interrupted download is never taken for an installed uv.
 .uv/bin/uv:
-	python3 -m pip install --quiet --target .uv uv
+	@rm -rf .uv .uv.partial
+	python3 -m pip install --quiet --target .uv.partial uv
+	@mv .uv.partial .uv
 
-$(VENV)/.ready: requirements.lock pyproject.toml | $(UV)
-	$(UV) venv --quiet --allow-existing --python '>=3.11' $(VENV)
-	$(UV) pip sync --quiet --python $(PY) --require-hashes requirements.lock
+# .partial stands while the environment is being changed: found at the start, the last setup was interrupted,
+# a package may be half there, and the environment is built again from nothing (the cache makes that quick).
+$(VENV)/.ready: requirements.lock pyproject.toml | $(LOCAL_UV)
+	@if [[ -e $(VENV)/.partial ]]; then rm -rf $(VENV); fi
+	@if [[ -e $@ ]]; then mv $@ $(VENV)/.partial; \
+	else $(UV) venv --quiet --python '>=3.11' $(VENV) && touch $(VENV)/.partial; fi
+	$(SYNC) $(PY)
 	$(UV) pip install --quiet --python $(PY) --no-deps --no-build-isolation --editable .
-	@touch $@
+	@rm $(VENV)/.partial && touch $@
 
 .PHONY: setup
-setup: $(VENV)/.ready ## Create the environment from requirements.lock (about 30 s)
+setup: $(VENV)/.ready ## Create or update the environment from requirements.lock (about 30 s)
+
+.PHONY: lock
+lock: $(LOCAL_UV) ## Write requirements.lock from pyproject.toml, keeping pins that still fit (UPGRADE=1: the newest)
+	$(COMPILE) $(if $(UPGRADE),--upgrade) --output-file requirements.lock
+
+.PHONY: lock-check
+lock-check: $(LOCAL_UV) ## Check that requirements.lock is what pyproject.toml asks for
+	@mkdir -p build && cp requirements.lock build/compiled.lock
+	$(COMPILE) --output-file build/compiled.lock
+	@diff <(grep -v '^#' requirements.lock) <(grep -v '^#' build/compiled.lock) >&2 \
+	|| { echo "requirements.lock does not fit pyproject.toml (<: as committed, >: as compiled): run 'make lock'" >&2; exit 1; }
+
+##@ Use
+
+.PHONY: demo
+demo: setup ## Train on the embedded Fashion-MNIST sample and watch what the Jacobian choice changes (under 3 min)
+	$(BIN)/nslightning fit --config configs/quickstart.yaml
+
+##@ Checks
+
+.PHONY: test
+test: setup ## Run the fast tests
+	$(BIN)/pytest
+
+.PHONY: test-slow
+test-slow: setup ## Run the tests that take longer than about twenty seconds each
+	$(BIN)/pytest -m slow
+
+.PHONY: lint
+lint: setup ## Check style and formatting (ruff)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+.PHONY: format
+format: setup ## Mend what ruff can mend
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+.PHONY: type
+type: setup ## Check types (mypy)
+	$(BIN)/mypy
+
+WHEEL_ENV := build/wheel-env
+.PHONY: wheel-check
+wheel-check: setup ## Build sdist and wheel, install the wheel in a fresh environment, use it outside the checkout
+	@rm -rf dist $(WHEEL_ENV)
+	$(UV) build --quiet --no-build-isolation --python $(PY) --out-dir dist
+	$(UV) venv --quiet --python $(PY) $(WHEEL_ENV)
+	$(SYNC) $(WHEEL_ENV)/bin/python
+	$(UV) pip install --quiet --python $(WHEEL_ENV)/bin/python --no-deps dist/*.whl
+	@bin="$$PWD/$(WHEEL_ENV)/bin"; out=$$(mktemp -d); trap 'rm -rf "$$out"' EXIT; cd "$$out"; \
+	export WANDB_MODE=offline; set -x; \
+	"$$bin/nslightning" --version; \
+	"$$bin/python" -m nslightning --help >/dev/null; \
+	"$$bin/python" -c 'import nslightning.callbacks, nslightning.configs'; \
+	"$$bin/nslightning" fit --config configs/quickstart.yaml --trainer.max_epochs=1 \
+		--trainer.limit_train_batches=2 --trainer.limit_val_batches=2
+	@rm -rf $(WHEEL_ENV)
+
+.PHONY: check
+check: lint type lock-check wheel-check ## Everything CI checks besides the tests
+
+##@ Tidying
+
+.PHONY: clean
+clean: ## Remove what building and checking left behind (keeps the environment and runs/)
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find benchmarks callbacks configs nslightning tests -name __pycache__ -type d -prune -exec rm -rf {} +
