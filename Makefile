@@ -28,21 +28,23 @@ help: ## Show every target
 
 ##@ Environment
 
-# Installed aside and moved into place, so that an interrupted download is never taken for an installed uv.
+# Moved into place when complete, so that an interrupted download is never taken for an installed uv.
 .uv/bin/uv:
-	@rm -rf .uv .uv.partial
-	python3 -m pip install --quiet --target .uv.partial uv
-	@mv .uv.partial .uv
+	@rm -rf .uv
+	python3 -m pip install --quiet --target .uv/partial uv
+	@mv .uv/partial/bin .uv/bin; rm -rf .uv/partial
 
 # .partial stands while the environment is being changed: found at the start, the last setup was interrupted,
 # a package may be half there, and the environment is built again from nothing (the cache makes that quick).
 $(VENV)/.ready: requirements.lock pyproject.toml | $(LOCAL_UV)
-	@if [[ -e $(VENV)/.partial ]]; then rm -rf $(VENV); fi
-	@if [[ -e $@ ]]; then mv $@ $(VENV)/.partial; \
-	else $(UV) venv --quiet --python '>=3.11' $(VENV) && touch $(VENV)/.partial; fi
+	@if [[ -e $(VENV)/.partial ]]; then rm -rf $(VENV); fi; \
+	if [[ -e $@ ]]; then mv $@ $(VENV)/.partial; \
+	elif [[ -n "$$(ls -A $(VENV) 2>/dev/null)" ]]; then \
+		echo "$(VENV) was not made by 'make setup': remove it, or name another folder with VENV=..." >&2; exit 1; \
+	else mkdir -p $(VENV); touch $(VENV)/.partial; $(UV) venv --quiet --allow-existing --python '>=3.11' $(VENV); fi
 	$(SYNC) $(PY)
 	$(UV) pip install --quiet --python $(PY) --no-deps --no-build-isolation --editable .
-	@rm $(VENV)/.partial && touch $@
+	@mv $(VENV)/.partial $@; touch $@
 
 .PHONY: setup
 setup: $(VENV)/.ready ## Create or update the environment from requirements.lock (about 30 s)
@@ -97,7 +99,7 @@ wheel-check: setup ## Build sdist and wheel, install the wheel in a fresh enviro
 	$(SYNC) $(WHEEL_ENV)/bin/python
 	$(UV) pip install --quiet --python $(WHEEL_ENV)/bin/python --no-deps dist/*.whl
 	@bin="$$PWD/$(WHEEL_ENV)/bin"; out=$$(mktemp -d); trap 'rm -rf "$$out"' EXIT; cd "$$out"; \
-	export WANDB_MODE=offline; set -x; \
+	export WANDB_MODE=offline; unset PYTHONPATH; set -x; \
 	"$$bin/nslightning" --version; \
 	"$$bin/python" -m nslightning --help >/dev/null; \
 	"$$bin/python" -c 'import nslightning.callbacks, nslightning.configs'; \
@@ -113,4 +115,4 @@ check: lint type lock-check wheel-check ## Everything CI checks besides the test
 .PHONY: clean
 clean: ## Remove what building and checking left behind (keeps the environment and runs/)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	find benchmarks callbacks configs nslightning tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find $(wildcard benchmarks callbacks configs nslightning tests) -name __pycache__ -type d -prune -exec rm -rf {} +
