@@ -1,0 +1,257 @@
+"""Max pooling with a chosen way to share the gradient over the tied entries of a window."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nslightning.jacobians import Jacobians, MaxPoolChoice, Rule
+from nslightning.ops.pointwise import _fixed
+from nslightning.ops.selection import Selection, data_dependent, read_now
+
+__all__ = ["max_pool2d", "pool2d", "tied_windows"]
+
+aten = torch.ops.aten
+_Pair = tuple[int, int]
+
+
+class _Windows:
+    """The pooling windows of one call, seen as one strided slice of the input per position in the window."""
+
+    def __init__(self, x: Tensor, output: Tensor, kernel: _Pair, stride: _Pair, padding: _Pair, dilation: _Pair) -> None:
+        rows, columns = (
+            [
+                _span(i * dilation[d] - padding[d], stride[d], x.shape[d - 2], output.shape[d - 2])
+                for i in range(kernel[d])
+            ]
+            for d in (0, 1)
+        )
+        # Positions in row-major order, as (slice of the input, slice of the output whose windows reach it).
+        self.positions = [
+            ((..., row_in, column_in), (..., row_out, column_out))
+            for row_in, row_out in rows
+            for column_in, column_out in columns
+        ]
+        self.x, self.output = x, output
+
+    def tied(self) -> Tensor:
+        """How many entries reach each window's maximum: the output's shape; 0 where the maximum is NaN."""
+        count = torch.zeros_like(self.output, dtype=torch.uint8 if len(self.positions) < 256 else torch.int32)
+        for entry, window in self.positions:
+            count[window] += self.x[entry] == self.output[window]
+        return count
+
+
+def _span(offset: int, stride: int, size: int, windows: int) -> tuple[slice, slice]:
+    """The entries that lie ``offset`` after a window's start, and the windows for which these exist."""
+    first = max(0, -(offset // stride))
+    last = min(windows - 1, (size - 1 - offset) // stride)
+    if last < first:
+        return slice(0, 0), slice(0, 0)
+    return slice(first * stride + offset, last * stride + offset + 1, stride), slice(first, last + 1)
+
+
+class _MaxPool2d(torch.autograd.Function):
+    """Stock forward; untied windows go through the stock backward, tied ones are shared as the selection says."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        x: Tensor, selection: Selection, kernel: _Pair, stride: _Pair, padding: _Pair, dilation: _Pair, ceil_mode: bool
+    ) -> tuple[Tensor, Tensor]:
+        return aten.max_pool2d_with_indices.default(x, kernel, stride, padding, dilation, ceil_mode)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, ctx.selection, *ctx.geometry = inputs
+        ctx.save_for_backward(x, *output)
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if g is None:
+            return (None,) * 7
+        x, output, indices = ctx.saved_tensors
+        return (_share(x, output, indices, g, ctx.selection, *ctx.geometry), *(None,) * 6)
+
+
+def _share(
+    x: Tensor,
+    output: Tensor,
+    indices: Tensor,
+    g: Tensor,
+    selection: Selection,
+    kernel: _Pair,
+    stride: _Pair,
+    padding: _Pair,
+    dilation: _Pair,
+    ceil_mode: bool,
+) -> Tensor:
+    def native(g: Tensor) -> Tensor:
+        return aten.max_pool2d_with_indices_backward.default(
+            g, x, kernel, stride, padding, dilation, ceil_mode, indices
+        )
+
+    compiled = torch.compiler.is_compiling()
+    if not compiled and selection.pool_weights() == (0.0, 1.0, 0.0, 0.0) and selection.jacobians.max_pool != "random":
+        return native(g)
+    windows = _Windows(x, output, kernel, stride, padding, dilation)
+    count = windows.tied()
+    tied = count > 1
+    if data_dependent(x) and not tied.any():
+        return native(g)
+
+    # Coefficients in float32 at least: fp16 and bf16 cannot hold beta / k + (1 - beta) for a large beta.
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    k = count.to(wide)
+    weights = read_now(selection.pool, g) if compiled else selection.pool
+    share, whole, each, last = weights.to(wide).unbind()
+    target = torch.where(last > 0, count - 1, 0)
+    if not compiled and selection.jacobians.max_pool == "random":
+        draw = torch.rand(count.shape, dtype=wide, device=x.device, generator=selection.generator(x.device))
+        target = (draw * k).to(count.dtype)
+    rest = share / k + each
+    g_tied = torch.where(tied, g, torch.zeros_like(g)).to(wide)
+    g_rest, g_target = g_tied * rest.masked_fill(~tied, 0), g_tied * (rest + whole).masked_fill(~tied, 0)
+
+    shared = torch.zeros_like(x, dtype=wide)
+    rank = torch.zeros_like(count)  # how many tied entries of the window came before this position
+    for entry, window in windows.positions:
+        reached = x[entry] == output[window]
+        value = torch.where(rank[window] == target[window], g_target[window], g_rest[window])
+        shared[entry] += torch.where(reached, value, torch.zeros_like(value))
+        rank[window] += reached
+    # An entry that no tied window reaches keeps the stock gradient, bit for bit.
+    return (native(g.masked_fill(tied, 0)).to(wide) + shared).to(g.dtype)
+
+
+def pool2d(
+    x: Tensor,
+    selection: Selection,
+    kernel: _Pair,
+    stride: _Pair,
+    padding: _Pair,
+    dilation: _Pair,
+    ceil_mode: bool,
+    return_indices: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Max-pool with the choice that ``selection`` names at backward time.
+
+    Args:
+        x: Input of shape (N, C, H, W) or (C, H, W), floating dtype.
+        selection: The choice, read when the backward runs; the published rule is read here too.
+        kernel: Window height and width.
+        stride: Steps between windows.
+        padding: Implicit -inf padding.
+        dilation: Steps between the entries of a window.
+        ceil_mode: Round the output's size up.
+        return_indices: Also return the flat index of the entry that PyTorch picks.
+
+    Returns:
+        The stock result, bit for bit under the exact rule: shape (N, C, H', W') or (C, H', W').
+    """
+    geometry = (kernel, stride, padding, dilation, ceil_mode)
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        output, indices = aten.max_pool2d_with_indices.default(x, *geometry)
+    else:
+        output, indices = _MaxPool2d.apply(x, selection, *geometry)
+    if selection.jacobians.rule == "published":
+        beta = selection.jacobians.max_pool or 0.0
+        if isinstance(beta, str):
+            raise ValueError(f'the published rule of max pooling takes a number beta; given "{beta}"')
+        minimal = _MaxPool2d.apply(x, _fixed(Jacobians(max_pool="minimal")), *geometry)[0]
+        native = aten.max_pool2d_with_indices.default(x, *geometry)[0]
+        output = beta * minimal + (1 - beta) * native
+    return (output, indices) if return_indices else output
+
+
+def max_pool2d(
+    x: Tensor,
+    kernel_size: int | _Pair,
+    stride: int | _Pair | None = None,
+    padding: int | _Pair = 0,
+    dilation: int | _Pair = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+    *,
+    jacobian: float | MaxPoolChoice | None = None,
+    rule: Rule = "exact",
+    seed: int = 0,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""2-d max pooling with a chosen element of its generalised Jacobian.
+
+    In a window whose maximum is reached by :math:`k > 1` entries the Clarke Jacobian is the convex hull of the unit
+    vectors of these entries. PyTorch (and JAX, TensorFlow on a CPU) gives the whole gradient to the first of them in
+    row-major order; with a number :math:`\beta`, entry p of a tied window receives
+
+    .. math:: g\,\bigl(\beta / k + (1 - \beta)\,[p \text{ is the first}]\bigr),
+
+    computed in float32 (float64 for float64) and rounded once per entry. Windows without a tie, and windows whose
+    maximum is NaN, keep the stock gradient bit for bit, whatever the choice. Boustany, *On the numerical reliability
+    of nonsmooth autodiff: a MaxPool case study*, TMLR 2024, section 3.
+
+    Args:
+        x: Input of shape (N, C, H, W) or (C, H, W), floating dtype.
+        kernel_size: Window height and width.
+        stride: Steps between windows; ``None`` is the kernel size.
+        padding: Implicit -inf padding, at most half the kernel.
+        dilation: Steps between the entries of a window.
+        ceil_mode: Round the output's size up.
+        return_indices: Also return the flat index, within each channel, of the entry that PyTorch picks.
+        jacobian: A number beta, or ``"native"``, ``"first"``, ``"last"``, ``"minimal"``, ``"random"``, ``"sum"``;
+            see :class:`~nslightning.Jacobians`. ``None`` is the reference.
+        rule: ``"published"`` computes ``beta * a + (1 - beta) * a`` in the working precision, as the released code
+            does, forward and backward: for a large beta this is wrong everywhere, tie or not.
+        seed: Seeds the private random stream of ``jacobian="random"``; the global streams are never used.
+
+    Returns:
+        ``torch.nn.functional.max_pool2d(...)``, bit for bit under the exact rule.
+
+    Raises:
+        ValueError: If the choice is unknown, or not a number under the published rule.
+
+    Example:
+        >>> x = torch.zeros(1, 1, 2, 2, requires_grad=True)
+        >>> max_pool2d(x, 2, jacobian="minimal").sum().backward()
+        >>> x.grad
+        tensor([[[[0.2500, 0.2500],
+                  [0.2500, 0.2500]]]])
+    """
+    jacobians = Jacobians(max_pool=jacobian, rule=rule)
+    # A named choice can be shared by all calls; "random" has a stream, so each call starts its own.
+    selection = Selection(jacobians, seed) if jacobian == "random" else _fixed(jacobians)
+    pair = torch.nn.modules.utils._pair
+    kernel = pair(kernel_size)
+    return pool2d(
+        x,
+        selection,
+        kernel,
+        kernel if stride is None or stride == [] else pair(stride),
+        pair(padding),
+        pair(dilation),
+        ceil_mode,
+        return_indices,
+    )
+
+
+def tied_windows(
+    x: Tensor, kernel: _Pair, stride: _Pair, padding: _Pair, dilation: _Pair, ceil_mode: bool
+) -> Tensor:
+    """How many entries of each window reach its maximum.
+
+    Args:
+        x: Input of shape (N, C, H, W) or (C, H, W), floating dtype.
+        kernel: Window height and width.
+        stride: Steps between windows.
+        padding: Implicit -inf padding.
+        dilation: Steps between the entries of a window.
+        ceil_mode: Round the output's size up.
+
+    Returns:
+        Counts of the output's shape, uint8 or int32; 0 where the maximum is NaN, more than 1 at a tie.
+    """
+    output = F.max_pool2d(x, kernel, stride, padding, dilation, ceil_mode)
+    return _Windows(x, output, kernel, stride, padding, dilation).tied()

@@ -1,0 +1,276 @@
+"""Pointwise operations with kinks: ReLU, ReLU6 and LeakyReLU.
+
+All share one mechanism. The forward is the stock kernel. The backward is the stock backward kernel, then the entries
+that sat exactly on a kink are overwritten with the chosen derivative times the incoming gradient. When the forward
+met no kink, in eager mode on a CPU, the operation *is* the stock one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nslightning.jacobians import Jacobians, Rule
+from nslightning.ops.selection import Selection, data_dependent, read_now
+
+__all__ = ["POINTWISE", "Pointwise", "leaky_relu", "pointwise", "relu", "relu6"]
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, eq=False)
+class Pointwise:
+    """One pointwise operation with kinks.
+
+    Args:
+        name: The field of :class:`~nslightning.Jacobians` that chooses its derivatives.
+        forward: The stock kernel, ``(x, *parameters) -> y``.
+        forward_: The stock kernel that overwrites ``x``.
+        backward: The stock backward kernel, ``(g, saved, *parameters) -> gradient``.
+        saves_output: Whether the backward reads the output (shared with the next layer) instead of the input.
+        kinks: The kinks as ``(position, reference derivative)``, from the parameters.
+        constant_when_published: Whether the published rule drops the incoming gradient at ties.
+    """
+
+    name: str
+    forward: Callable[..., Tensor]
+    forward_: Callable[..., Tensor]
+    backward: Callable[..., Tensor]
+    saves_output: bool
+    kinks: Callable[..., tuple[tuple[float, float], ...]]
+    constant_when_published: bool
+
+
+POINTWISE: dict[str, Pointwise] = {
+    op.name: op
+    for op in (
+        Pointwise(
+            name="relu",
+            forward=aten.relu.default,
+            forward_=aten.relu_.default,
+            backward=lambda g, y: aten.threshold_backward.default(g, y, 0),
+            saves_output=True,
+            kinks=lambda: ((0.0, 0.0),),
+            constant_when_published=True,
+        ),
+        Pointwise(
+            name="relu6",
+            forward=lambda x: aten.hardtanh.default(x, 0, 6),
+            forward_=lambda x: aten.hardtanh_.default(x, 0, 6),
+            backward=lambda g, y: aten.hardtanh_backward.default(g, y, 0, 6),
+            saves_output=True,
+            kinks=lambda: ((0.0, 0.0), (6.0, 0.0)),
+            constant_when_published=True,
+        ),
+        Pointwise(
+            name="leaky_relu",
+            forward=aten.leaky_relu.default,
+            forward_=aten.leaky_relu_.default,
+            # In place the output stands for the input: its sign is the same, the slope being >= 0 there.
+            backward=lambda g, x, slope: aten.leaky_relu_backward.default(g, x, slope, False),
+            saves_output=False,
+            kinks=lambda slope: ((0.0, slope),),
+            constant_when_published=False,
+        ),
+    )
+}
+
+
+class _Kinked(torch.autograd.Function):
+    """Stock forward; stock backward with the chosen derivative at the recorded ties."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        x: Tensor, operation: str, selection: Selection, inplace: bool, parameters: tuple[float, ...], *ties: Tensor
+    ) -> Tensor:
+        op = POINTWISE[operation]
+        return (op.forward_ if inplace else op.forward)(x, *parameters)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, operation, selection, inplace, parameters, *ties = inputs
+        ctx.operation, ctx.selection, ctx.parameters = operation, selection, parameters
+        if inplace:
+            ctx.mark_dirty(x)
+        ctx.save_for_backward(output if inplace or POINTWISE[operation].saves_output else x, *ties)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        saved, *ties = ctx.saved_tensors
+        op = POINTWISE[ctx.operation]
+        gradient = op.backward(g, saved, *ctx.parameters)
+        choose = _choose_compiled if torch.compiler.is_compiling() else _choose
+        for i, (tie, (_, reference)) in enumerate(zip(ties, op.kinks(*ctx.parameters), strict=True)):
+            gradient = choose(op, ctx.selection, i, reference, tie, g, gradient)
+        return (gradient, None, None, None, None, *(None for _ in ties))
+
+
+def _choose(
+    op: Pointwise, selection: Selection, i: int, reference: float, tie: Tensor, g: Tensor, gradient: Tensor
+) -> Tensor:
+    """Overwrite the entries at one kink, reading the choice as Python numbers."""
+    derivative = selection.at_kinks(op.name)[i]
+    constant = selection.jacobians.rule == "published" and op.constant_when_published
+    if derivative is None or tie.numel() == 0 or (derivative == reference and (derivative == 0 or not constant)):
+        return gradient
+    if tie.dtype == torch.bool:
+        value = torch.full_like(g, derivative) if constant else g * derivative
+        return torch.where(tie, value, gradient)
+    at = tuple(tie)  # one row of indices per dimension
+    value = torch.full_like(g[at], derivative) if constant else g[at] * derivative
+    return gradient.index_put(at, value) if torch.is_grad_enabled() else gradient.index_put_(at, value)
+
+
+def _choose_compiled(
+    op: Pointwise, selection: Selection, i: int, reference: float, tie: Tensor, g: Tensor, gradient: Tensor
+) -> Tensor:
+    """The same, reading the choice as tensors: one compiled backward then serves every choice."""
+    derivative = read_now(selection.kinks[op.name], g)[i].to(g.dtype)
+    value = g * derivative
+    if op.constant_when_published:
+        value = torch.where(read_now(selection.published, g), derivative, value)
+    return torch.where(tie & ~torch.isnan(derivative), value, gradient)
+
+
+def pointwise(operation: str, x: Tensor, selection: Selection, *parameters: float, inplace: bool = False) -> Tensor:
+    """Apply a pointwise operation whose derivative at its kinks is the one ``selection`` names at backward time.
+
+    Args:
+        operation: A key of :data:`POINTWISE`.
+        x: Input, any shape, floating dtype.
+        selection: The choice, read when the backward runs.
+        *parameters: The operation's own parameters, such as LeakyReLU's slope.
+        inplace: Overwrite ``x``.
+
+    Returns:
+        The stock operation's result, bit for bit.
+    """
+    op = POINTWISE[operation]
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return (op.forward_ if inplace else op.forward)(x, *parameters)
+    if inplace and any(p < 0 for p in parameters):
+        raise ValueError(f"{operation} in place needs a negative slope >= 0, as in stock PyTorch; given {parameters[0]}")
+    ties = [_ties(x.detach(), position) for position, _ in op.kinks(*parameters)]
+    if all(tie is None for tie in ties):
+        return (op.forward_ if inplace else op.forward)(x, *parameters)
+    none = x.new_empty((1, 0), dtype=torch.long)
+    return _Kinked.apply(x, operation, selection, inplace, parameters, *(none if t is None else t for t in ties))
+
+
+def _ties(x: Tensor, position: float) -> Tensor | None:
+    """Where ``x`` equals ``position``: a mask, or indices of shape (dims, ties) where these are smaller, or None."""
+    if not data_dependent(x):
+        return x == position
+    if position == 0.0:  # one read, no write: most forwards end here
+        count = x.numel() - int(torch.count_nonzero(x))
+        if count == 0:
+            return None
+        mask = x == position
+    else:
+        mask = x == position
+        count = int(torch.count_nonzero(mask))
+        if count == 0:
+            return None
+    if x.dim() == 0 or 8 * x.dim() * count > mask.numel():
+        return mask
+    return mask.nonzero().t().contiguous()
+
+
+@lru_cache(maxsize=1024)
+def _fixed(jacobians: Jacobians) -> Selection:
+    """A selection that nobody changes, for calls that name their choice."""
+    return Selection(jacobians)
+
+
+def relu(x: Tensor, at_zero: float = 0.0, inplace: bool = False, rule: Rule = "exact") -> Tensor:
+    r"""ReLU with a chosen derivative at 0.
+
+    .. math:: y = \max(x, 0), \qquad \bar x = \bar y\,[x > 0] + \alpha\,\bar y\,[x = 0].
+
+    The Clarke Jacobian at 0 is [0, 1]. PyTorch, TensorFlow and JAX (``jax.nn.relu``) return 0 there.
+    Bertoin, Bolte, Gerchinovitz, Pauwels, *Numerical influence of ReLU'(0) on backpropagation*, NeurIPS 2021.
+
+    Args:
+        x: Input, any shape, floating dtype. ``-0.0`` counts as 0; a NaN input lets the gradient through, as stock.
+        at_zero: ReLU'(0) = alpha.
+        inplace: Overwrite ``x``.
+        rule: ``"published"`` writes alpha itself, not alpha times the incoming gradient, as the released code does.
+
+    Returns:
+        ``torch.relu(x)``, bit for bit.
+
+    Raises:
+        ValueError: If ``at_zero`` is not a finite number or the rule is unknown.
+
+    Example:
+        >>> x = torch.tensor([-1.0, 0.0, 2.0], requires_grad=True)
+        >>> relu(x, at_zero=0.5).sum().backward()
+        >>> x.grad
+        tensor([0.0000, 0.5000, 1.0000])
+    """
+    return pointwise("relu", x, _fixed(Jacobians(relu=at_zero, rule=rule)), inplace=inplace)
+
+
+def relu6(
+    x: Tensor, at_kinks: tuple[float, float] = (0.0, 0.0), inplace: bool = False, rule: Rule = "exact"
+) -> Tensor:
+    r"""ReLU6 with chosen derivatives at 0 and at 6.
+
+    .. math:: y = \min(\max(x, 0), 6).
+
+    The Clarke Jacobian is [0, 1] at both kinks. PyTorch returns 0 at both.
+
+    Args:
+        x: Input, any shape, floating dtype.
+        at_kinks: The derivatives at 0 and at 6.
+        inplace: Overwrite ``x``.
+        rule: ``"published"`` writes the derivatives without the incoming gradient, as the released code does.
+
+    Returns:
+        ``torch.nn.functional.relu6(x)``, bit for bit.
+
+    Raises:
+        ValueError: If a derivative is not a finite number or the rule is unknown.
+
+    Example:
+        >>> x = torch.tensor([0.0, 3.0, 6.0], requires_grad=True)
+        >>> relu6(x, at_kinks=(0.25, 0.75)).sum().backward()
+        >>> x.grad
+        tensor([0.2500, 1.0000, 0.7500])
+    """
+    return pointwise("relu6", x, _fixed(Jacobians(relu6=at_kinks, rule=rule)), inplace=inplace)
+
+
+def leaky_relu(
+    x: Tensor, negative_slope: float = 0.01, at_zero: float | None = None, inplace: bool = False
+) -> Tensor:
+    r"""LeakyReLU with a chosen derivative at 0.
+
+    .. math:: y = x\,[x > 0] + s\,x\,[x \le 0].
+
+    The Clarke Jacobian at 0 is the interval between the slope s and 1. PyTorch and TensorFlow return s, JAX 1.
+
+    Args:
+        x: Input, any shape, floating dtype.
+        negative_slope: The slope s left of 0.
+        at_zero: The derivative at 0; ``None`` is the reference, s.
+        inplace: Overwrite ``x``.
+
+    Returns:
+        ``torch.nn.functional.leaky_relu(x, negative_slope)``, bit for bit.
+
+    Raises:
+        ValueError: If ``at_zero`` is neither None nor a finite number.
+
+    Example:
+        >>> x = torch.tensor([-1.0, 0.0, 2.0], requires_grad=True)
+        >>> leaky_relu(x, 0.25, at_zero=0.5).sum().backward()
+        >>> x.grad
+        tensor([0.2500, 0.5000, 1.0000])
+    """
+    return pointwise("leaky_relu", x, _fixed(Jacobians(leaky_relu=at_zero)), negative_slope, inplace=inplace)

@@ -1,0 +1,157 @@
+"""The one mutable object that patched operations share and that their backward passes read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nslightning.jacobians import Jacobians
+
+__all__ = ["Selection", "data_dependent", "read_now"]
+
+# The named ways to share a pooling window's gradient g over its k tied entries, as (share, whole, each, last): an
+# entry receives g * (share / k + each), and one target entry g * whole more: the first tied one, or the last.
+_POOL_WEIGHTS: dict[str, tuple[float, float, float, float]] = {
+    "native": (0.0, 1.0, 0.0, 0.0),
+    "first": (0.0, 1.0, 0.0, 0.0),
+    "last": (0.0, 1.0, 0.0, 1.0),
+    "minimal": (1.0, 0.0, 0.0, 0.0),
+    "random": (0.0, 1.0, 0.0, 0.0),
+    "sum": (0.0, 0.0, 1.0, 0.0),
+}
+
+
+@torch.library.custom_op("nslightning::read_now", mutates_args=())
+def read_now(values: Tensor, gradient: Tensor) -> Tensor:
+    """Read a selection's tensor inside a compiled backward.
+
+    The compiler may move what depends on the forward's inputs alone into the forward, and a choice read there
+    would be the one in force then. Naming the incoming gradient keeps the read in the backward.
+
+    Args:
+        values: A tensor of a :class:`Selection`.
+        gradient: The incoming gradient; not read.
+
+    Returns:
+        A copy of ``values``.
+    """
+    return values.clone()
+
+
+@read_now.register_fake
+def _(values: Tensor, gradient: Tensor) -> Tensor:
+    return torch.empty_like(values)
+
+
+class Selection:
+    """The Jacobian choice now in force; every backward pass reads it when it runs.
+
+    The choice is held twice: as the frozen :class:`~nslightning.Jacobians` that eager code reads, and as small CPU
+    tensors that a compiled backward reads, filled in place so that no recompilation is needed. A context variable
+    would not do: CUDA backward passes run on other threads.
+
+    Args:
+        jacobians: The choice to start with.
+        seed: Seeds the private generators of the ``"random"`` choice; the global random streams are never touched.
+
+    Example:
+        >>> selection = Selection(Jacobians(relu=1.0))
+        >>> selection.set(Jacobians(relu=0.5))
+        >>> selection.jacobians.relu
+        0.5
+    """
+
+    def __init__(self, jacobians: Jacobians, seed: int = 0) -> None:
+        self.seed = seed
+        self._generators: dict[torch.device, torch.Generator] = {}
+        # float64 0-d and 1-d CPU tensors never promote the gradients they multiply.
+        self.published = torch.zeros((), dtype=torch.bool)
+        self.kinks = {
+            "relu": torch.zeros(1, dtype=torch.float64),
+            "relu6": torch.zeros(2, dtype=torch.float64),
+            "leaky_relu": torch.zeros(1, dtype=torch.float64),
+        }
+        self.pool = torch.zeros(4, dtype=torch.float64)
+        self.set(jacobians)
+
+    def set(self, jacobians: Jacobians) -> None:
+        """Make ``jacobians`` the choice that every later backward pass takes.
+
+        Args:
+            jacobians: The choice.
+        """
+        self.jacobians = jacobians
+        # `.data` fills without touching the version counter that autograd checks: changing the choice between
+        # forward and backward is what this object is for.
+        self.published.data.fill_(jacobians.rule == "published")
+        for name, values in self.kinks.items():
+            for i, value in enumerate(self.at_kinks(name)):
+                values.data[i] = float("nan") if value is None else value  # NaN stands for the reference
+        self.pool.data.copy_(torch.tensor(self.pool_weights(), dtype=torch.float64))
+
+    def at_kinks(self, operation: str) -> tuple[float | None, ...]:
+        """The derivatives at the kinks of a pointwise operation.
+
+        Args:
+            operation: A field of :class:`~nslightning.Jacobians`, such as ``"relu"``.
+
+        Returns:
+            One entry per kink, ``None`` where the reference choice is meant.
+        """
+        value: Any = getattr(self.jacobians, operation)
+        if value is None:
+            return (None,) * len(self.kinks[operation])
+        return value if isinstance(value, tuple) else (value,)
+
+    def pool_weights(self) -> tuple[float, float, float, float]:
+        """The choice of max pooling as weights.
+
+        Returns:
+            ``(share, whole, each, last)``: of ``k`` tied entries each receives ``g * (share / k + each)``, and the first
+            one (the last one if ``last`` is 1) receives ``g * whole`` more.
+        """
+        choice = self.jacobians.max_pool
+        if choice is None:
+            return _POOL_WEIGHTS["native"]
+        if isinstance(choice, str):
+            return _POOL_WEIGHTS[choice]
+        return (choice, 1.0 - choice, 0.0, 0.0)
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """The private random stream of the ``"random"`` choice on a device.
+
+        Args:
+            device: Where the draws are made.
+
+        Returns:
+            A generator seeded once with ``seed``.
+        """
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self.seed)
+        return self._generators[device]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"jacobians": self.jacobians, "seed": self.seed}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc] # a fresh start is what unpickling means here
+
+    def __repr__(self) -> str:
+        return f"Selection({self.jacobians!r})"
+
+
+def data_dependent(x: Tensor) -> bool:
+    """Whether an operation may look at its values to choose its path.
+
+    Args:
+        x: The operation's input, any shape and dtype.
+
+    Returns:
+        True in eager mode on a CPU. Not while compiling or under ``torch.func`` transforms, where values are not
+        known, and not on an accelerator, where looking would wait for the device.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return x.device.type == "cpu" and torch._C._functorch.peek_interpreter_stack() is None
