@@ -93,4 +93,7 @@ def _process_as_before() -> Iterator[None]:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     # Not a test's untidiness but a bug of the code: a mode left active reaches every later call.
-    assert torch._C._len_torch_function_stack() == 0, "a TorchFunctionMode was left active"
+    left = torch._C._len_torch_function_stack()
+    for _ in range(left):
+        torch.overrides._pop_mode()
+    assert left == 0, f"{left} TorchFunctionMode left active"
