@@ -223,6 +223,8 @@ def test_errors_name_what_is_allowed():
     x = torch.zeros(1, 1, 4, 4)
     with pytest.raises(ValueError, match="did you mean 'minimal'"):
         max_pool2d(x, 2, jacobian="minimum")
+    with pytest.raises(ValueError, match="window without entries"):  # stock would index entry 6 of 4
+        max_pool2d(torch.zeros(1, 2, 2, 2, requires_grad=True), 2, 1, 1, 3)
     with pytest.raises(ValueError, match="finite"):
         max_pool2d(x, 2, jacobian=float("nan"))
     with pytest.raises(ValueError, match="takes a number beta"):
@@ -243,6 +245,8 @@ def test_errors_name_what_is_allowed():
 def test_any_geometry(size, kernel, stride, padding, dilation, ceil_mode, choice, seed):
     assume(all(2 * p <= k for p, k in zip(padding, kernel, strict=True)))
     assume(all(s + 2 * p >= d * (k - 1) + 1 for s, p, d, k in zip(size, padding, dilation, kernel, strict=True)))
+    for n, k, p, d in zip(size, kernel, padding, dilation, strict=True):
+        assume(d == 1 or p == 0 or n >= p + d * (k - 1))  # else a window may have no entry, which is refused
     x = tied_input((1, 2, *size), torch.float64, seed).requires_grad_()
     geometry = (kernel, stride, padding, dilation, ceil_mode)
     stock = F.max_pool2d(x, *geometry)

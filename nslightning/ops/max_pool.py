@@ -154,6 +154,8 @@ def pool2d(
         The stock result, bit for bit under the exact rule: shape (N, C, H', W') or (C, H', W').
     """
     geometry = (kernel, stride, padding, dilation, ceil_mode)
+    if any(p and d > 1 for p, d in zip(padding, dilation, strict=True)):
+        _refuse_empty_windows(x, *geometry)
     if not (torch.is_grad_enabled() and x.requires_grad):
         output, indices = aten.max_pool2d_with_indices.default(x, *geometry)
     else:
@@ -166,6 +168,21 @@ def pool2d(
         native = aten.max_pool2d_with_indices.default(x, *geometry)[0]
         output = beta * minimal + (1 - beta) * native
     return (output, indices) if return_indices else output
+
+
+def _refuse_empty_windows(
+    x: Tensor, kernel: _Pair, stride: _Pair, padding: _Pair, dilation: _Pair, ceil_mode: bool
+) -> None:
+    """Padding and dilation together can place all entries of a window outside; stock then writes out of bounds."""
+    with torch.device("meta"):
+        windows = F.max_pool2d(torch.empty(1, *x.shape[-2:]), kernel, stride, padding, dilation, ceil_mode).shape[-2:]
+    for size, n, k, s, p, d in zip(x.shape[-2:], windows, kernel, stride, padding, dilation, strict=True):
+        if any(all(not 0 <= o * s - p + i * d < size for i in range(k)) for o in range(n)):
+            raise ValueError(
+                f"max pooling of size {tuple(x.shape[-2:])} with kernel {kernel}, stride {stride}, padding {padding} and "
+                f"dilation {dilation} has a window without entries, for which stock PyTorch's backward writes out of "
+                "bounds. Use less padding or dilation."
+            )
 
 
 def max_pool2d(
@@ -211,7 +228,8 @@ def max_pool2d(
         ``torch.nn.functional.max_pool2d(...)``, bit for bit under the exact rule.
 
     Raises:
-        ValueError: If the choice is unknown, or not a number under the published rule.
+        ValueError: If the choice is unknown, or not a number under the published rule; if padding and dilation leave
+            a window without entries.
 
     Example:
         >>> x = torch.zeros(1, 1, 2, 2, requires_grad=True)

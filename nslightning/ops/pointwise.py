@@ -88,8 +88,10 @@ class _Kinked(torch.autograd.Function):
     def forward(  # type: ignore[override]
         x: Tensor, operation: str, selection: Selection, inplace: bool, parameters: tuple[float, ...], *ties: Tensor
     ) -> Tensor:
-        op = POINTWISE[operation]
-        return (op.forward_ if inplace else op.forward)(x, *parameters)
+        if inplace:
+            POINTWISE[operation].forward_(x, *parameters)
+            return x
+        return POINTWISE[operation].forward(x, *parameters)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

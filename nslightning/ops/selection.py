@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -65,6 +66,8 @@ class Selection:
 
     def __init__(self, jacobians: Jacobians, seed: int = 0) -> None:
         self.seed = seed
+        # Called with (site name, operation, call) before each evaluation at a patched site, in eager mode.
+        self.observer: Callable[[str, Any, Any], None] | None = None
         self._generators: dict[torch.device, torch.Generator] = {}
         # float64 0-d and 1-d CPU tensors never promote the gradients they multiply.
         self.published = torch.zeros((), dtype=torch.bool)

@@ -1,0 +1,154 @@
+"""What a patch reached, as a table for people and as plain data for files."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from nslightning.jacobians import Jacobians
+
+__all__ = ["PatchReport", "Site"]
+
+
+@dataclass
+class Site:
+    """One place of a model where a nonsmooth operation is evaluated.
+
+    Args:
+        name: Qualified name of the module, or of the module whose code makes the call.
+        operation: Field of :class:`~nslightning.Jacobians`, or the function's own name where it has no choice yet.
+        choice: The value chosen there; None is the reference.
+        how: ``"module"`` (its class was swapped), ``"functional"`` (a call caught while the model runs) or
+            ``"unreached"`` (found, and left with PyTorch's own derivative).
+        kind: The module's class, or the function as it is called.
+        aliases: The other names under which the same module is registered.
+        inplace: Whether the operation overwrites its input.
+        calls: Evaluations in the example forward, if one was run.
+    """
+
+    name: str
+    operation: str
+    choice: Any
+    how: Literal["module", "functional", "unreached"]
+    kind: str
+    aliases: tuple[str, ...] = ()
+    inplace: bool = False
+    calls: int = 0
+
+
+@dataclass
+class PatchReport:
+    """The sites of a patched model.
+
+    ``str(report)`` is a table. Functional calls are found when the model runs: they are listed after the first
+    forward, or at once when :func:`~nslightning.patch` is given an example input.
+
+    Args:
+        model: Class name of the patched model.
+        jacobians: The choice.
+        sites: What was found, in the order of the model's modules, then of its calls.
+        traced: Whether a forward has been seen, so that functional calls are known.
+    """
+
+    model: str
+    jacobians: Jacobians
+    sites: list[Site] = field(default_factory=list)
+    traced: bool = False
+
+    @property
+    def reached(self) -> list[Site]:
+        """The sites that take the choice."""
+        return [site for site in self.sites if site.how != "unreached"]
+
+    @property
+    def unreached(self) -> list[Site]:
+        """The sites that keep PyTorch's own derivative."""
+        return [site for site in self.sites if site.how == "unreached"]
+
+    @property
+    def fingerprint(self) -> str:
+        """Twelve hexadecimal digits that name the choice and the module sites; stable across processes.
+
+        Functional sites are left out: they are known only after a forward, and the choice covers them all alike.
+        """
+        modules = sorted((s.name, s.operation, s.aliases) for s in self.sites if s.how == "module")
+        text = json.dumps([self.jacobians.to_dict(), modules], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data.
+
+        Returns:
+            JSON-ready values: model, jacobians, fingerprint, traced, sites.
+        """
+        return {
+            "model": self.model,
+            "jacobians": self.jacobians.to_dict(),
+            "fingerprint": self.fingerprint,
+            "traced": self.traced,
+            "sites": [asdict(site) for site in self.sites],
+        }
+
+    def save(self, path: str | Path) -> Path:
+        """Write the report as JSON, or as CSV with one row per site.
+
+        Args:
+            path: A file ending in ``.json`` or ``.csv``; its folder is created.
+
+        Returns:
+            The path written.
+
+        Raises:
+            ValueError: If the ending is another one.
+        """
+        path = Path(path)
+        if path.suffix == ".json":
+            text = json.dumps(self.to_dict(), indent=2) + "\n"
+        elif path.suffix == ".csv":
+            out = io.StringIO()
+            rows = csv.DictWriter(out, list(Site.__dataclass_fields__))
+            rows.writeheader()
+            rows.writerows(asdict(site) | {"aliases": " ".join(site.aliases)} for site in self.sites)
+            text = out.getvalue()
+        else:
+            raise ValueError(f"a patch report is saved as .json or .csv; given {path.name!r}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return path
+
+    def summary(self) -> str:
+        """One line: how many sites of each kind.
+
+        Returns:
+            Such as ``"Patched ResNet: 17 relu, 1 max_pool with Jacobians(relu=1.0) [a1b2c3d4e5f6]"``.
+        """
+        counts: dict[str, int] = {}
+        for site in self.reached:
+            counts[site.operation] = counts.get(site.operation, 0) + 1
+        found = ", ".join(f"{n} {operation}" for operation, n in counts.items()) or "nothing"
+        left = f"; {len(self.unreached)} sites keep PyTorch's own derivative" if self.unreached else ""
+        return f"Patched {self.model}: {found} with {self.jacobians!r} [{self.fingerprint}]{left}"
+
+    def __str__(self) -> str:
+        header = ("site", "operation", "choice", "reached by", "kind", "notes")
+        rows = [header, *(_row(site) for site in self.sites)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines.insert(1, "  ".join("─" * w for w in widths))
+        if not self.traced:
+            lines.append("Functional calls are listed after the first forward.")
+        return "\n".join([self.summary(), "", *lines])
+
+
+def _row(site: Site) -> tuple[str, ...]:
+    notes = [f"shared with {', '.join(site.aliases)}"] if site.aliases else []
+    notes += ["in place"] if site.inplace else []
+    notes += [f"{site.calls} calls"] if site.calls > 1 else []
+    choice = "native" if site.choice is None or site.how == "unreached" else str(site.choice)
+    how = {"unreached": "NOT REACHED"}.get(site.how, site.how)
+    return (site.name or "(model)", site.operation, choice, how, site.kind, "; ".join(notes))
