@@ -5,3 +5,10 @@ if __name__ == "callbacks":
         "`import callbacks` found nslightning.callbacks only because Python started in the checkout; this "
         "second copy would fail every isinstance check. Write `from nslightning.callbacks import ...`."
     )
+
+from .gradient_divergence import GradientDivergence
+from .run_record import RunRecord
+from .step_seed import StepSeed
+from .tie_monitor import TieMonitor
+
+__all__ = ["GradientDivergence", "RunRecord", "StepSeed", "TieMonitor"]

@@ -1,0 +1,6 @@
+"""LightningModules, and backbones from timm, torchvision and the papers."""
+
+from nslightning.models.backbones import create_backbone, input_channels, list_backbones
+from nslightning.models.classifier import ImageClassifier
+
+__all__ = ["ImageClassifier", "create_backbone", "input_channels", "list_backbones"]

@@ -1,0 +1,7 @@
+"""Measuring what a Jacobian choice changes, without Lightning."""
+
+from nslightning.probes.divergence import NORMS, Divergence, divergence, measure
+from nslightning.probes.gradients import gradients
+from nslightning.probes.ties import Ties, counting, ties
+
+__all__ = ["NORMS", "Divergence", "Ties", "counting", "divergence", "gradients", "measure", "ties"]

@@ -1,0 +1,190 @@
+"""How far the gradients of other Jacobian choices are from the one in use, while training."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from nslightning.jacobians import Jacobians
+from nslightning.probes import NORMS, Divergence, gradients, measure
+from nslightning.surgery import selections
+
+from .logging import log_step
+
+__all__ = ["GradientDivergence"]
+
+
+class GradientDivergence(Callback):
+    """Measures the divergence between the Jacobian choice in use and other ones, on the loss being trained.
+
+    Every ``every_n_steps`` optimizer steps the training forward serves one extra backward pass per choice; the
+    gradients of the choice in use are those of the training backward itself. Training is bit for bit what it is
+    without the callback: parameters' ``grad``, random streams and buffers are left as they were.
+
+    Gradients are unscaled (fp16 loss scaling, gradient accumulation) and, under DDP, taken on each process's own batch
+    for all choices and then averaged over the processes, as DDP does with the gradients it trains on.
+
+    Logged at each measured step:
+
+    =============================== ==================================================================
+    ``divergence/<choice>/l1``      sum of the absolute differences of all parameter gradients
+    ``divergence/<choice>/l2``      Euclidean norm of the difference
+    ``divergence/<choice>/linf``    largest absolute difference
+    ``divergence/<choice>/relative``  ``l2`` over the norm of the gradient in use
+    ``divergence/<choice>/cosine``  cosine of the angle between the two gradients
+    ``divergence/seconds``          time that the measurement took
+    ``divergence/per_layer``        W&B only: a table of the same norms per parameter
+    =============================== ==================================================================
+
+    The run folder gets ``divergence.csv``, one row per step, choice and parameter (an empty ``parameter`` is the
+    total), and at the end ``divergence.pdf`` and ``.png``, the relative divergence against the step.
+
+    Args:
+        choices: The choices to compare with the one in use, by the name they are logged under.
+        every_n_steps: Optimizer steps between two measurements.
+        per_layer: Also record every parameter's divergence.
+
+    Raises:
+        ValueError: If there is no choice, a name cannot be part of a metric's name, or the interval is not positive.
+
+    Example:
+        >>> callback = GradientDivergence({"relu1": Jacobians(relu=1.0)}, every_n_steps=10)
+    """
+
+    def __init__(self, choices: dict[str, Jacobians], every_n_steps: int = 50, per_layer: bool = True) -> None:
+        if not choices:
+            raise ValueError("GradientDivergence takes at least one choice, such as {'relu1': {'relu': 1.0}}")
+        if bad := [name for name in choices if not name or "/" in name or name in ("seconds", "per_layer")]:
+            raise ValueError(f"a choice's name becomes part of divergence/<choice>/<norm>; these cannot: {bad}")
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps is a number of steps from 1 on; given {every_n_steps}")
+        self.choices, self.every_n_steps, self.per_layer = dict(choices), every_n_steps, per_layer
+        self._measured_step = -1
+        self._others: dict[str, dict[str, Tensor]] = {}
+        self._own: dict[str, Tensor] = {}
+        self._hooks: list[RemovableHandle] = []
+        self._seconds = 0.0
+        self._folder = Path()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what cannot be measured; drop the rows that a resumed run will write again."""
+        if not selections(pl_module):
+            raise ValueError("GradientDivergence needs a patched model: call `patch(model, Jacobians())`")
+        if not pl_module.automatic_optimization:
+            raise ValueError("GradientDivergence measures at Lightning's own backward; manual optimization has none")
+        self._folder = Path(trainer.log_dir or trainer.default_root_dir)
+        if trainer.is_global_zero and (self._folder / "divergence.csv").exists():
+            rows = pd.read_csv(self._folder / "divergence.csv", keep_default_na=False, na_values=["nan"])
+            rows[rows["step"] < trainer.global_step].to_csv(self._folder / "divergence.csv", index=False)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Take the other choices' gradients before the training backward frees the graph."""
+        step = trainer.global_step
+        if step % self.every_n_steps or step == self._measured_step:
+            return
+        self._measured_step = step
+        start = time.perf_counter()
+        with undisturbed(pl_module):
+            self._others = gradients(loss, pl_module, self.choices, retain_graph=True)
+        self._seconds = time.perf_counter() - start
+
+        def keep(name: str, gradient: Tensor) -> None:
+            # A copy: the engine may hand this very tensor on to `grad`, where DDP and the scaler overwrite it.
+            self._own[name] = gradient.detach().clone()
+
+        self._own = {}
+        self._hooks = [
+            p.register_hook(lambda g, name=name: keep(name, g))
+            for name, p in pl_module.named_parameters()
+            if p.requires_grad
+        ]
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare with the gradients that the training backward has just produced."""
+        if not self._others:
+            return
+        start = time.perf_counter()
+        for hook in self._hooks:
+            hook.remove()
+        scale = _loss_scale(trainer)
+        own = self._own
+        zero = {name: p for name, p in pl_module.named_parameters() if p.requires_grad and name not in own}
+        own |= {name: torch.zeros_like(p) for name, p in zero.items()}
+        own = {name: _local(trainer, own[name], scale) for name in next(iter(self._others.values()))}
+        found = {
+            choice: measure({name: _local(trainer, g, scale) for name, g in other.items()}, own)
+            for choice, other in self._others.items()
+        }
+        self._others, self._own, self._hooks = {}, {}, []
+        self._seconds += time.perf_counter() - start
+        self._record(trainer, found)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the figure."""
+        if trainer.is_global_zero and (self._folder / "divergence.csv").exists():
+            from nslightning.figures import divergence_by_step
+
+            rows = pd.read_csv(self._folder / "divergence.csv", keep_default_na=False, na_values=["nan"])
+            divergence_by_step(rows[rows["parameter"] == ""], self._folder / "divergence.pdf")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step measured last."""
+        return {"measured_step": self._measured_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on after the step measured last."""
+        self._measured_step = state_dict["measured_step"]
+
+    def _record(self, trainer: Trainer, found: Mapping[str, Divergence]) -> None:
+        if not trainer.is_global_zero:
+            return
+        step = trainer.global_step
+        metrics = {f"divergence/{c}/{norm}": v for c, d in found.items() for norm, v in d.norms().items()}
+        log_step(trainer, metrics | {"divergence/seconds": self._seconds})
+        rows: list[dict[str, Any]] = []
+        for choice, d in found.items():
+            rows.append({"step": step, "choice": choice, "parameter": "", **d.norms()})
+            if self.per_layer:
+                rows += [{"step": step, "choice": choice, "parameter": p, **e.norms()} for p, e in d.per_layer.items()]
+        file = self._folder / "divergence.csv"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pd.DataFrame(rows).to_csv(file, mode="a", header=not file.exists(), index=False, na_rep="nan")
+        for logger in trainer.loggers if self.per_layer else []:
+            if isinstance(logger, WandbLogger):
+                columns = ["choice", "parameter", *NORMS]
+                data = [[row[c] for c in columns] for row in rows if row["parameter"]]
+                logger.log_table("divergence/per_layer", columns=columns, data=data, step=None)
+
+
+def _loss_scale(trainer: Trainer) -> float:
+    """What the loss was multiplied by before its backward: fp16 scaling and gradient accumulation."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return (scaler.get_scale() if scaler is not None else 1.0) / trainer.accumulate_grad_batches
+
+
+def _local(trainer: Trainer, gradient: Tensor, scale: float) -> Tensor:
+    """Unscale a gradient of this process and average it over all processes."""
+    wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
+    gradient = gradient.to(wide) / scale
+    return trainer.strategy.reduce(gradient, reduce_op="mean") if trainer.world_size > 1 else gradient
+
+
+@contextmanager
+def undisturbed(module: nn.Module) -> Iterator[None]:
+    """Put random streams and buffers back: a checkpointed region runs its forward again in every backward."""
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    devices = sorted({p.device.index or 0 for p in module.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices):
+        yield
+    with torch.no_grad():
+        for name, buffer in module.named_buffers():
+            if not torch.equal(buffer, buffers[name]):
+                buffer.copy_(buffers[name])
