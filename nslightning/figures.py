@@ -24,7 +24,7 @@ def divergence_by_step(rows: pd.DataFrame, path: str | Path) -> Path:
     """Draw the relative divergence of each choice against the training step.
 
     Exact zeros (no tie met, or none that matters) and non-finite values have no place on a logarithmic axis: they are
-    marked at its lower and upper edge.
+    marked by ticks above the lower edge and crosses at the upper one.
 
     Args:
         rows: One row per step and choice, with columns ``step``, ``choice`` and ``relative``.
@@ -38,7 +38,7 @@ def divergence_by_step(rows: pd.DataFrame, path: str | Path) -> Path:
 
     path = Path(path)
     with plt.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(5.2, 3.0), layout="constrained")
+        figure, axis = plt.subplots(figsize=(5.5, 3.2), layout="constrained")
         values = rows["relative"].to_numpy(float)
         positive = values[np.isfinite(values) & (values > 0)]
         low, high = (positive.min() / 5, positive.max() * 5) if len(positive) else (1e-8, 1.0)
@@ -48,7 +48,8 @@ def divergence_by_step(rows: pd.DataFrame, path: str | Path) -> Path:
             colour, dash = COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)]
             finite, zero, bad = np.isfinite(y) & (y > 0), y == 0, ~np.isfinite(y)
             axis.plot(step, np.where(finite, y, np.nan), color=colour, ls=dash, marker=".", ms=3, label=choice)
-            axis.plot(step[zero], np.full(zero.sum(), low), "v", color=colour, ms=4, mfc="none", clip_on=False)
+            floor = low * 1.35 ** (i + 1)  # choices one above the other
+            axis.plot(step[zero], np.full(zero.sum(), floor), "|", color=colour, ms=5, mew=1)
             axis.plot(step[bad], np.full(bad.sum(), high), "x", color=colour, ms=5, clip_on=False)
             notes = [f"{zero.sum()} of {len(y)} exactly 0"] * bool(zero.any()) + [f"{bad.sum()} NaN"] * bool(bad.any())
             if notes:
@@ -56,8 +57,8 @@ def divergence_by_step(rows: pd.DataFrame, path: str | Path) -> Path:
         axis.set_yscale("log")
         axis.set_ylim(low, high)
         axis.set_xlabel("optimizer step")
-        axis.set_ylabel(r"$\|g_{\mathrm{choice}} - g\|_2\,/\,\|g\|_2$")
-        figure.legend(loc="outside upper left", ncols=2, fontsize=8)
+        axis.set_ylabel("relative L2 divergence of the gradient")
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, fontsize=8, borderaxespad=0.2)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
         figure.savefig(path.with_suffix(".png"))

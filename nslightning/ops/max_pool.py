@@ -271,5 +271,5 @@ def tied_windows(
     Returns:
         Counts of the output's shape, uint8 or int32; 0 where the maximum is NaN, more than 1 at a tie.
     """
-    output = F.max_pool2d(x, kernel, stride, padding, dilation, ceil_mode)
+    output = aten.max_pool2d_with_indices.default(x, kernel, stride, padding, dilation, ceil_mode)[0]
     return _Windows(x, output, kernel, stride, padding, dilation).tied()

@@ -1,0 +1,111 @@
+"""The ``nslightning`` command: finds the subcommand's module and hands it the arguments.
+
+Nothing heavy is imported before the command, its config files and the packaged defaults are known to exist, so that
+``--help``, ``--version`` and most mistakes are answered at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+__all__ = ["main"]
+
+COMMANDS = {
+    "fit": ("nslightning.commands.train", "train a patched backbone and record what the Jacobian choice changes"),
+    "validate": ("nslightning.commands.train", "evaluate a checkpoint on the validation images"),
+    "test": ("nslightning.commands.train", "evaluate a checkpoint on the test images"),
+    "predict": ("nslightning.commands.train", "write a checkpoint's predictions for the test images"),
+}
+
+USAGE = """\
+usage: nslightning COMMAND [--config FILE] [options]
+
+Train any timm, torchvision or paper backbone with a chosen derivative at the points
+where it is not unique (ReLU'(0) = alpha, how MaxPool shares its gradient over ties),
+and measure what that choice changes.
+
+commands:
+{commands}
+
+  nslightning COMMAND --help   the options of a command
+  nslightning --version        the installed version
+
+examples:
+  nslightning fit --config configs/quickstart.yaml
+  nslightning fit --config configs/quickstart.yaml --model.jacobians.relu=1 --model.jacobians.max_pool=10
+  nslightning fit --config configs/quickstart.yaml --ckpt_path=last       # go on with the last run
+
+packaged configs (also from outside the repository):
+  {configs}
+"""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run a subcommand.
+
+    Args:
+        args: The command line without the program's name; ``sys.argv`` by default.
+
+    Returns:
+        The exit status: 0, 1 where a command failed, 2 where it was called wrongly.
+
+    Example:
+        >>> main(["--version"])
+        nslightning ...
+        0
+    """
+    argv = list(sys.argv[1:] if args is None else args)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if argv[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"nslightning {version('nslightning')}")
+        return 0
+    command, *rest = argv
+    if command not in COMMANDS:
+        close = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        print(f"nslightning: there is no command {command!r}.{hint} Commands: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    try:
+        rest = _packaged_configs(rest)
+    except FileNotFoundError as error:
+        print(f"nslightning {command}: error: {error}", file=sys.stderr)
+        return 2
+    run = import_module(COMMANDS[command][0]).main
+    return int(run([command, *rest]))
+
+
+def _usage() -> str:
+    from nslightning import configs
+
+    folder = Path(configs.__file__).parent
+    names = sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*.yaml"))
+    commands = "\n".join(f"  {name:<12} {text}" for name, (_, text) in COMMANDS.items())
+    return USAGE.format(commands=commands, configs="\n  ".join(f"configs/{name}" for name in names)).rstrip()
+
+
+def _packaged_configs(argv: list[str]) -> list[str]:
+    """Replace each ``--config`` that is no file here by the packaged one of that name."""
+    from nslightning import configs
+
+    found = list(argv)
+    for i, word in enumerate(argv):
+        flag, equals, value = word.partition("=")
+        if flag not in ("--config", "-c"):
+            continue
+        if not equals:
+            if i + 1 == len(argv):
+                raise FileNotFoundError(f"{flag} names a YAML file, such as {flag} configs/quickstart.yaml")
+            value = argv[i + 1]
+        if Path(value).exists():
+            continue
+        path = str(configs.path(value))
+        found[i if equals else i + 1] = f"{flag}={path}" if equals else path
+    return found
