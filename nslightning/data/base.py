@@ -1,0 +1,224 @@
+"""The common LightningDataModule and its resumable training loader."""
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
+from torch.utils.data import DataLoader
+
+from nslightning.data.images import Batch, Images, TensorImages
+from nslightning.data.sampler import EvalSampler, TrainSampler, even_batch_size
+
+Split = Literal["train", "val", "test"]
+_SPLITS: dict[str, tuple[Split, ...]] = {
+    "fit": ("train", "val"),
+    "validate": ("val",),
+    "test": ("test",),
+    "predict": ("test",),
+}
+
+
+def _whole(batch: Batch) -> Batch:
+    """The collate function: ``__getitems__`` already returns a batch."""
+    return batch
+
+
+class TrainLoader(DataLoader[Batch]):
+    """A DataLoader that Lightning resumes in the middle of an epoch.
+
+    Lightning counts the batches that were trained on; the loader starts an interrupted epoch at that count.
+    Nothing is read before the first batch is asked for, because on resume Lightning makes the iterator
+    before it sets the sampler's epoch and its own count.
+    """
+
+    trainer: Trainer | None = None
+    _interrupted: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must be the same for an interrupted epoch to go on.
+
+        Returns:
+            The number of images, the batch over all processes, and the seed.
+        """
+        sampler = self.sampler
+        if not isinstance(sampler, TrainSampler):  # `overfit_batches` puts a SequentialSampler here
+            return {}
+        batch = (self.batch_size or 1) * sampler.num_replicas
+        return {"images": sampler.images, "batch_size x processes": batch, "seed": sampler.seed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Make the next epoch an interrupted one.
+
+        Args:
+            state: What ``state_dict`` returned when the checkpoint was written.
+        """
+        self._interrupted = state
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override] # a generator: see the class
+        start = 0
+        if (state := self._interrupted) is not None:
+            self._interrupted = None
+            start = self._batches_done()
+            if start and state != self.state_dict():
+                raise ValueError(
+                    f"the checkpoint was written after {start} batches of an epoch with {state}, and this run"
+                    f" has {self.state_dict()}: what is left of that epoch cannot be told. Resume with the"
+                    " same --data options and number of processes, or from a checkpoint of an epoch's end."
+                )
+        if isinstance(self.sampler, TrainSampler):
+            self.sampler.start = start * (self.batch_size or 1)
+        yield from super().__iter__()
+
+    def _batches_done(self) -> int:
+        return 0 if self.trainer is None else self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+
+
+class ImageDataModule(LightningDataModule, ABC):
+    """Images for classification.
+
+    What a training batch holds depends on (seed, epoch, position) only: not on the number of workers or
+    processes, nor on interruptions; the global random streams are neither read nor moved. Batches are
+    ``(images, labels)``: float32 ``(N, C, H, W)`` and int64 ``(N,)``.
+
+    Args:
+        batch_size: Training images per batch of one process.
+        eval_batch_size: Images per batch in validation and test.
+        workers: Processes that read images.
+        seed: Seed of the order and of the augmentation.
+
+    Attributes:
+        name: Short name of the data set.
+        num_classes: Number of classes.
+        image_shape: Channels, height and width of an image.
+    """
+
+    name: str
+    num_classes: int
+    image_shape: tuple[int, int, int]
+
+    def __init__(
+        self, batch_size: int = 128, eval_batch_size: int = 100, workers: int = 0, seed: int = 0
+    ) -> None:
+        super().__init__()
+        for argument, value, least in (
+            ("batch_size", batch_size, 1),
+            ("eval_batch_size", eval_batch_size, 1),
+            ("workers", workers, 0),
+            ("seed", seed, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{argument} is {value}; it must be at least {least}")
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.workers, self.seed = workers, seed
+        self.folder: Path | None = None
+        self.variant = "official"
+        self.verified = False
+        self.validation = "its own images"
+        self._loaded: dict[Split, Images] = {}
+
+    @abstractmethod
+    def _load(self, split: Split) -> Images:
+        """Check and read one split, noting what ``provenance`` tells."""
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What was read, for a run's record; complete once ``setup`` has run.
+
+        Returns:
+            ``dataset``, ``variant``, ``verified`` (were the files compared with what is published, and are
+            they equal), ``counts`` of the splits read, ``folder``, and ``validation``: where its images
+            come from.
+        """
+        return {
+            "dataset": self.name,
+            "variant": self.variant,
+            "verified": self.verified,
+            "counts": {split: len(images) for split, images in self._loaded.items()},
+            "folder": None if self.folder is None else str(self.folder),
+            "validation": self.validation,
+        }
+
+    def setup(self, stage: str) -> None:
+        """Read what a stage needs.
+
+        Args:
+            stage: ``fit``, ``validate``, ``test`` or ``predict``.
+        """
+        for split in _SPLITS[stage]:
+            self._images(split)
+
+    def _images(self, split: Split) -> Images:
+        if split not in self._loaded:
+            self._loaded[split] = self._load(split)
+        return self._loaded[split]
+
+    def train_dataloader(self) -> TrainLoader:
+        """Shuffled batches, this process's share.
+
+        Returns:
+            The loader.
+        """
+        images = self._images("train")
+        rank, world = self._place(images)
+        sampler = TrainSampler(images, self.batch_size, self.seed, rank, world)
+        loader = TrainLoader(images, batch_size=self.batch_size, sampler=sampler, **self._options(images))
+        loader.trainer = self.trainer
+        return loader
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Validation batches, this process's share.
+
+        Returns:
+            The loader.
+        """
+        return self._eval_dataloader("val")
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """Test batches, this process's share.
+
+        Returns:
+            The loader.
+        """
+        return self._eval_dataloader("test")
+
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        """The test batches.
+
+        Returns:
+            The loader.
+        """
+        return self._eval_dataloader("test")
+
+    def _eval_dataloader(self, split: Split) -> DataLoader[Batch]:
+        images = self._images(split)
+        rank, world = self._place(images)
+        size = even_batch_size(len(images), world, self.eval_batch_size)
+        sampler = EvalSampler(images, rank, world)
+        # Keywords, because Lightning makes the loader anew for `predict` and passes batch_size itself.
+        return DataLoader(images, batch_size=size, sampler=sampler, **self._options(images))
+
+    def _place(self, images: Images) -> tuple[int, int]:
+        """Rank of this process and number of processes."""
+        if self.trainer is None:
+            return 0, 1
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        if len(images) < world:
+            raise ValueError(f"{self.name}: {len(images)} images cannot be shared by {world} processes")
+        return rank, world
+
+    def _options(self, images: Images) -> dict[str, Any]:
+        if isinstance(images, TensorImages):
+            # Lightning's advice to use many workers is wrong for images in memory: they are served faster
+            # without.
+            warnings.filterwarnings("ignore", ".*does not have many workers.*")
+        return {
+            "collate_fn": _whole,
+            "num_workers": self.workers,
+            "persistent_workers": self.workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+            "generator": torch.Generator(),  # else its workers' seed is drawn from the global generator
+        }

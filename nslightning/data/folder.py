@@ -1,0 +1,148 @@
+"""Data sets of image files: ImageNet, and any folder of one's own."""
+
+from pathlib import Path
+from typing import ClassVar
+
+from torchvision import datasets
+
+from nslightning.data.base import ImageDataModule, Split
+from nslightning.data.images import FileImages, Images
+from nslightning.data.verify import data_error, data_folder
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
+
+
+class ImageFolder(ImageDataModule):
+    """One's own images: ``<root>/train/<class>/<image>``, ``<root>/val/...`` and, if there is one, ``test``.
+
+    Training: random resized crop and flip; else resize (256 for 224) and centre crop; ImageNet's mean and
+    std.
+
+    Args:
+        root: The folder with train and val.
+        image_size: Height and width of the images.
+        batch_size: Training images per batch of one process.
+        eval_batch_size: Images per batch in validation and test.
+        workers: Processes that read images; about one per core.
+        seed: Seed of the order and of the augmentation.
+    """
+
+    name = "image_folder"
+
+    def __init__(
+        self,
+        root: str,
+        image_size: int = 224,
+        batch_size: int = 128,
+        eval_batch_size: int = 100,
+        workers: int = 4,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, eval_batch_size, workers, seed)
+        if image_size < 1:
+            raise ValueError(f"image_size is {image_size}; it must be at least 1")
+        self.folder: Path = Path(root).expanduser()
+        self.image_shape = (3, image_size, image_size)
+        self.variant = "own images"
+        self.num_classes = self._count_classes()
+
+    def _fix(self) -> str:
+        return (
+            f"{self.folder} must hold train/<class>/<image> and val/<class>/<image> with the same classes;"
+            " name another folder by --data.root."
+        )
+
+    def _count_classes(self) -> int:
+        return len(self._classes("train"))
+
+    def _classes(self, split: str) -> list[str]:
+        folder = self.folder / split
+        if not folder.is_dir():
+            raise data_error(folder, "missing: there is no such folder", self._fix())
+        classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+        if not classes:
+            raise data_error(folder, "count: it holds no class folders", self._fix())
+        return classes
+
+    def _load(self, split: Split) -> Images:
+        if split == "test" and not (self.folder / "test").is_dir():
+            return self._images("val")
+        return FileImages(self._samples(split), self.image_shape[1], split == "train", MEAN, STD, self.seed)
+
+    def _samples(self, split: Split) -> list[tuple[str, int]]:
+        folder = self.folder / split
+        classes = self._classes(split)
+        if odd := sorted(set(classes) ^ set(self._classes("train"))):
+            failed = f"classes: {', '.join(odd[:5])} not in both {split} and train ({len(odd)} of them)"
+            raise data_error(folder, failed, self._fix())
+        try:
+            samples: list[tuple[str, int]] = datasets.ImageFolder(folder).samples
+        except FileNotFoundError as error:  # a class without an image
+            raise data_error(folder, f"count: {error}", self._fix()) from None
+        return samples
+
+
+class ImageNet(ImageFolder):
+    """ImageNet (ILSVRC 2012): ``<root>/train/<wnid>/*.JPEG`` and ``<root>/val/<wnid>/*.JPEG``.
+
+    It cannot be downloaded without an account. Archives got from image-net.org are checked and unpacked by
+    ``python -c "from torchvision.datasets import ImageNet as I; [I(ROOT, s) for s in ('train', 'val')]"``.
+
+    Args:
+        root: The folder with train and val; by default imagenet in the folder of data sets.
+        image_size: Height and width of the images.
+        batch_size: Training images per batch of one process.
+        eval_batch_size: Images per batch in validation and test.
+        workers: Processes that read images; about one per core.
+        verify: Refuse anything but 1,000 classes, 1,281,167 training and 50,000 validation images. False
+            admits a part, and the run's record says so.
+        seed: Seed of the order and of the augmentation.
+    """
+
+    name = "imagenet"
+    _published: ClassVar[dict[str, int]] = {"train": 1_281_167, "val": 50_000}
+
+    def __init__(
+        self,
+        root: str | None = None,
+        image_size: int = 224,
+        batch_size: int = 128,
+        eval_batch_size: int = 100,
+        workers: int = 4,
+        verify: bool = True,
+        seed: int = 0,
+    ) -> None:
+        folder = data_folder() / "imagenet" if root is None else Path(root)
+        super().__init__(str(folder), image_size, batch_size, eval_batch_size, workers, seed)
+        self.verify = verify
+        self._complete: dict[str, bool] = {}
+
+    def _count_classes(self) -> int:
+        return 1000  # known before the folder is looked at
+
+    def _fix(self) -> str:
+        return (
+            f"{self.folder} must hold train/<wnid>/*.JPEG and val/<wnid>/*.JPEG; name another folder by"
+            " --data.root, or put the archives from image-net.org there and unpack them by"
+            " python -c 'from torchvision.datasets import ImageNet as I;"
+            f' I("{self.folder}", "train"); I("{self.folder}", "val")\'.'
+        )
+
+    def _load(self, split: Split) -> Images:
+        # The labels of the official test images are not public.
+        return self._images("val") if split == "test" else super()._load(split)
+
+    def _samples(self, split: Split) -> list[tuple[str, int]]:
+        samples = super()._samples(split)
+        found, published = (len(self._classes(split)), len(samples)), (1000, self._published[split])
+        self._complete[split] = found == published
+        if self.verify and found != published:
+            failed = f"count: {found[1]} images in {found[0]} classes, ImageNet has {published[1]} in 1000"
+            raise data_error(
+                self.folder / split, failed, self._fix() + " To use a part, add --data.verify=false."
+            )
+        if found[0] > 1000:
+            raise data_error(self.folder / split, f"count: {found[0]} classes, more than 1000", self._fix())
+        self.verified = all(self._complete.values())
+        self.variant = "official, by its counts" if self.verified else "not the official counts"
+        return samples

@@ -1,0 +1,146 @@
+"""Which image is seen when: a function of seed, epoch and position alone.
+
+A training draw is one integer, ``epoch * images + index``: it tells the data set which image to read *and*
+which augmentation to apply, in whatever worker or process it is read.
+"""
+
+from collections.abc import Iterator, Sized
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DistributedSampler
+
+ORDER, AUGMENT, HOLDOUT, PIXELS = 1, 2, 3, 4  # what a generator is for: the streams of one seed must differ
+
+
+def _seed(purpose: int, *key: int) -> int:
+    return int(np.random.SeedSequence((purpose, *key)).generate_state(1, np.uint64)[0])
+
+
+def generator(purpose: int, *key: int) -> torch.Generator:
+    """A CPU random generator of its own for one purpose.
+
+    Args:
+        purpose: ``ORDER``, ``AUGMENT``, ``HOLDOUT`` or ``PIXELS``.
+        key: Non-negative integers, such as seed and epoch.
+
+    Returns:
+        The generator; the global ones are left alone.
+
+    >>> a, b = (torch.randperm(9, generator=generator(ORDER, 0, 3)) for _ in range(2))
+    >>> torch.equal(a, b)
+    True
+    """
+    return torch.Generator().manual_seed(_seed(purpose, *key))
+
+
+@contextmanager
+def seeded(purpose: int, *key: int) -> Iterator[None]:
+    """Seed torch's global CPU generator inside the block and put its state back afterwards.
+
+    For code that draws from the global generator (torchvision's transforms). ``torch.manual_seed`` would
+    also reseed the GPUs.
+
+    Args:
+        purpose: ``ORDER``, ``AUGMENT``, ``HOLDOUT`` or ``PIXELS``.
+        key: Non-negative integers, such as seed, epoch and index.
+
+    Yields:
+        Nothing.
+    """
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(_seed(purpose, *key))
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
+class TrainSampler(DistributedSampler[int]):
+    """One process's share of a permutation that depends on (seed, epoch) only.
+
+    Process r of W takes positions r, r+W, ...: the W batches of a step together are the batch that one
+    process with ``W * batch_size`` would take. The last, smaller batch is kept, as the papers do, but what
+    W does not divide (at most W-1 images, others in every epoch) is left out, and so is a last batch of a
+    single image per process, which batch normalisation cannot train on. Nothing is padded: every image is
+    seen at most once an epoch, and the mean of the processes' gradients is the gradient of the union.
+
+    It is a ``DistributedSampler`` so that Lightning leaves it in place under DDP.
+
+    Args:
+        dataset: What is sampled.
+        batch_size: Images per batch of one process.
+        seed: Seed of the order.
+        rank: This process.
+        world: The number of processes.
+
+    >>> list(TrainSampler(range(6), 3, seed=0)) == list(TrainSampler(range(6), 3, seed=0))
+    True
+    >>> len(TrainSampler(range(7), 2, seed=0, rank=1, world=2))  # not 7 / 2 but 3, less a batch of one image
+    2
+    """
+
+    def __init__(self, dataset: Sized, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
+        super().__init__(dataset, world, rank, seed=seed)  # type: ignore[arg-type] # only its len matters
+        self.images = len(dataset)
+        self.num_samples = self.images // world
+        if self.num_samples > batch_size > 1 and self.num_samples % batch_size == 1:
+            self.num_samples -= 1
+        self.start = 0  # draws of this process to pass over, when an epoch is resumed
+
+    def __iter__(self) -> Iterator[int]:
+        order = torch.randperm(self.images, generator=generator(ORDER, self.seed, self.epoch))
+        mine = order[self.rank : self.num_samples * self.num_replicas : self.num_replicas]
+        return iter((mine[self.start :] + self.epoch * self.images).tolist())
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+
+class EvalSampler(DistributedSampler[int]):
+    """Every image exactly once over all processes: r, r+W, ... for process r of W, nothing padded.
+
+    Args:
+        dataset: What is sampled.
+        rank: This process.
+        world: The number of processes.
+
+    >>> [list(EvalSampler(range(5), rank, 2)) for rank in (0, 1)]
+    [[0, 2, 4], [1, 3]]
+    """
+
+    def __init__(self, dataset: Sized, rank: int = 0, world: int = 1) -> None:
+        super().__init__(dataset, world, rank, shuffle=False)  # type: ignore[arg-type] # only its len
+        self.mine = range(rank, len(dataset), world)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.mine)
+
+    def __len__(self) -> int:
+        return len(self.mine)
+
+
+def even_batch_size(images: int, world: int, wanted: int) -> int:
+    """The batch size nearest to the wanted one with which every process has the same number of batches.
+
+    DDP broadcasts batch norm's buffers in every forward, Lightning's validation included: with different
+    numbers of batches the processes' collectives would not match, which may hang.
+
+    Args:
+        images: The number of images, shared out as ``EvalSampler`` does.
+        world: The number of processes.
+        wanted: The batch size asked for.
+
+    Returns:
+        A batch size, ``wanted`` itself with one process.
+
+    >>> even_batch_size(10_000, 2, 100), even_batch_size(10_001, 2, 100)
+    (100, 99)
+    """
+    if world == 1:
+        return wanted
+    # The last round of world * size images must leave at least one for each process.
+    sizes = range(1, max(wanted, -(-images // world)) + 1)
+    return min((n for n in sizes if (images - 1) % (world * n) >= world - 1), key=lambda n: abs(n - wanted))
