@@ -50,14 +50,14 @@ def divergence_by_step(rows: pd.DataFrame, path: str | Path) -> Path:
             axis.plot(step, np.where(finite, y, np.nan), color=colour, ls=dash, marker=".", ms=3, label=choice)
             floor = low * 1.35 ** (i + 1)  # choices one above the other
             axis.plot(step[zero], np.full(zero.sum(), floor), "|", color=colour, ms=5, mew=1)
-            axis.plot(step[bad], np.full(bad.sum(), high), "x", color=colour, ms=5, clip_on=False)
+            axis.plot(step[bad], np.full(bad.sum(), high / 1.5), "x", color=colour, ms=5)
             notes = [f"{zero.sum()} of {len(y)} exactly 0"] * bool(zero.any()) + [f"{bad.sum()} NaN"] * bool(bad.any())
             if notes:
                 axis.lines[-3].set_label(f"{choice} ({', '.join(notes)})")
         axis.set_yscale("log")
         axis.set_ylim(low, high)
         axis.set_xlabel("optimizer step")
-        axis.set_ylabel("relative L2 divergence of the gradient")
+        axis.set_ylabel("relative L2 divergence")
         axis.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, fontsize=8, borderaxespad=0.2)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import os
-import re
 import secrets
 import sys
 import warnings
 from netrc import NetrcParseError, netrc
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 from urllib.parse import urlparse
 
 import torch
@@ -20,33 +18,15 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from nslightning import runs
+from nslightning.commands.parsing import HelpfulErrors
 from nslightning.data import DataError, ImageDataModule
 from nslightning.models import ImageClassifier
 
 __all__ = ["TrainCLI", "main"]
 
 
-class Parser(LightningArgumentParser):
-    """Errors in one line, with the nearest name that exists."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print what is wrong and end with status 2."""
-        sys.stderr.write(f"{self.prog}: error: {message.strip()}\n{self._near(message)}")
-        sys.exit(2)
-
-    def _near(self, message: str) -> str:
-        """For each unknown key in a message the option that comes closest."""
-        known = {option.lstrip("-") for option in self._option_string_actions if option.startswith("--")}
-        lines = []
-        unknown = re.findall(r"(?:Unrecognized arguments|[Kk]ey|[Oo]ption|Group)[^'\"-]*['\"]?(?:--)?([A-Za-z_][\w.]+)", message)
-        unknown += re.findall(r"--([A-Za-z_][\w.]+)", message)
-        for key in dict.fromkeys(k for k in unknown if k not in known):
-            tails = {option.rsplit(".", 1)[-1]: option for option in sorted(known, key=len, reverse=True)}
-            close = difflib.get_close_matches(key, known, 1, 0.7) or [
-                tails[t] for t in difflib.get_close_matches(key.rsplit(".", 1)[-1], tails, 1, 0.75)
-            ]
-            lines += [f"  did you mean --{close[0]}?\n"] * bool(close)
-        return "".join(dict.fromkeys(lines)) + f"  {self.prog} --help lists all options\n"
+class Parser(HelpfulErrors, LightningArgumentParser):
+    """Lightning's parser with helpful errors."""
 
 
 class TrainCLI(LightningCLI):
