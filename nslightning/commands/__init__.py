@@ -1,0 +1,1 @@
+"""The bodies of the measuring subcommands of ``nslightning``, one module each."""

@@ -1,0 +1,217 @@
+"""What the gradient of a backbone costs relative to its loss, under several Jacobian choices."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+    from nslightning.jacobians import Jacobians
+
+__all__ = ["main", "parse_choice"]
+
+_DTYPES = {"16": "float16", "bf16": "bfloat16", "32": "float32", "64": "float64"}
+
+
+def main(argv: list[str]) -> int:
+    """Run the command.
+
+    Args:
+        argv: The command line from the subcommand on.
+
+    Returns:
+        0, or 1 after an error that was told on stderr.
+
+    Raises:
+        SystemExit: After ``--help`` (0) and for arguments that are not understood (2).
+    """
+    given = _parser().parse_args(argv[1:]).as_dict()
+    given.pop("config")
+    # Read when torch is imported: the profiler that measures memory would else write to stderr.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    try:
+        cost(**given)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"nslightning cost: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog="nslightning cost", description=__doc__)
+    parser.add_argument("--config", action="config", help="A YAML file with any of these arguments.")
+    parser.add_function_arguments(cost, skip={"choices", "widths"})
+    parser.add_argument(
+        "--choices",
+        nargs="+",
+        type=str,
+        default=["relu0.5:relu=0.5", "relu1:relu=1", "minimal:max_pool=minimal"],
+        metavar="NAME:FIELD=VALUE",
+        help="Jacobian choices, as relu1:relu=1 or both:relu=1,max_pool=10; a preset by its name, as jax.",
+    )
+    parser.add_argument(
+        "--widths",
+        nargs="+",
+        type=int,
+        help="Widths of the hidden layers of paper/fc, to measure how the cost grows with the parameters.",
+    )
+    return parser
+
+
+def cost(
+    model: str,
+    num_classes: int = 10,
+    image_shape: tuple[int, int, int] = (3, 32, 32),
+    options: dict[str, Any] | None = None,
+    batch_size: int = 32,
+    dtype: Literal["16", "bf16", "32", "64"] = "32",
+    device: str = "cpu",
+    choices: list[str] | None = None,
+    repetitions: int = 20,
+    widths: list[int] | None = None,
+    seed: int = 0,
+    output: str = "runs/cost",
+) -> None:
+    """Measure, print the report, and write it.
+
+    The network is freshly initialised and in training mode; images are standard normal, labels uniform.
+
+    Args:
+        model: The backbone, as paper/fc, torchvision/resnet18 or timm/mobilenetv3_small_050.
+        num_classes: Number of classes.
+        image_shape: Channels, height and width of the images, as [3,32,32].
+        options: Further arguments of the backbone, as {"hidden":[512,512]} for paper/fc.
+        batch_size: Images in the batch.
+        dtype: Precision of parameters and images: true 16, bf16, 32 or 64 bits, not mixed.
+        device: cpu, cuda, cuda:1, ...
+        choices: Jacobian choices, each as :func:`parse_choice` takes it.
+        repetitions: Measured rounds.
+        widths: For paper/fc: the widths of its hidden layers, one report each.
+        seed: Seeds the initialisation and the images.
+        output: Folder for cost.json, cost.csv, cost.png and cost.pdf.
+
+    Raises:
+        ValueError: If an argument is not admissible.
+        RuntimeError: If the device cannot be used.
+        OSError: If the output cannot be written.
+    """
+    named = dict(parse_choice(text) for text in choices or [])
+    if len(named) < len(choices or []):
+        raise ValueError(f"two choices have one name: {' '.join(choices or [])}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is at least 1; given {batch_size}")
+    if widths and model != "paper/fc":
+        raise ValueError(f"widths are of the hidden layers of paper/fc; {model} has none to set")
+    folder = Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output is a folder; {output} is a file")
+
+    import torch
+    from torch import nn
+
+    from nslightning.models.backbones import create_backbone, input_channels
+    from nslightning.probes.cost import cost_ratio, cost_scaling
+    from nslightning.probes.cost_figures import plot_cost, plot_scaling
+    from nslightning.probes.cost_report import CostReport, CostScaling
+
+    target = torch.device(device)
+    if target.type != "cpu":
+        torch.zeros((), device=target)  # a device that is not there says so before anything is built
+    precision = getattr(torch, _DTYPES[dtype])
+    options = options or {}
+
+    def build(**changed: Any) -> nn.Module:
+        network = create_backbone(model, num_classes, image_shape, **(options | changed))
+        return network.to(target, precision).train()
+
+    result: CostReport | CostScaling
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        shape = (batch_size, input_channels(model, image_shape), *image_shape[1:])
+        batch = torch.randn(shape), torch.randint(num_classes, (batch_size,))
+        if widths:
+            depth = len(options.get("hidden", (1, 1, 1)))
+            result = cost_scaling(
+                lambda width: build(hidden=(width,) * depth),
+                widths,
+                batch,
+                named,
+                repetitions=repetitions,
+                name=model,
+            )
+        else:
+            result = cost_ratio(build(), batch, named, repetitions=repetitions, name=model)
+    print(result)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as partial:  # complete files only are moved into the folder
+        written = [result.save(Path(partial) / f"cost.{ending}") for ending in ("json", "csv")]
+        for ending in ("png", "pdf"):
+            path = Path(partial) / f"cost.{ending}"
+            if isinstance(result, CostScaling):
+                written.append(plot_scaling({model: result}, path))
+            else:
+                written.append(plot_cost(result, path))
+        for path in written:
+            path.replace(folder / path.name)
+    print(f"\nWritten to {folder}: {', '.join(path.name for path in written)}")
+
+
+def parse_choice(text: str) -> tuple[str, Jacobians]:
+    """Read a choice as the command line writes it.
+
+    Args:
+        text: ``NAME:FIELD=VALUE[,FIELD=VALUE...]``, the fields those of :class:`~nslightning.Jacobians`, a
+            value JSON or a word; or the name of a preset.
+
+    Returns:
+        The name and the choice.
+
+    Raises:
+        ValueError: If it is not of that form, or the choice is not admissible.
+
+    Example:
+        >>> parse_choice("mine:relu=0.5,relu6=[0,1],max_pool=minimal")
+        ('mine', Jacobians(relu=0.5, relu6=(0.0, 1.0), max_pool='minimal'))
+        >>> from nslightning import Jacobians
+        >>> parse_choice("jax")[1] == Jacobians.preset("jax")
+        True
+    """
+    from nslightning.jacobians import Jacobians
+
+    name, colon, rest = text.partition(":")
+    if not colon:
+        try:
+            return name, Jacobians.preset(name)
+        except ValueError as error:
+            raise ValueError(f"choice {text!r}: write NAME:FIELD=VALUE, as relu1:relu=1 ({error})") from error
+    fields: dict[str, Any] = {}
+    for part in re.split(r",(?=\w+=)", rest):
+        field, equals, value = part.partition("=")
+        if not name or not equals:
+            raise ValueError(f"choice {text!r}: write NAME:FIELD=VALUE[,FIELD=VALUE...], as relu1:relu=1")
+        try:
+            fields[field] = json.loads(value)
+        except json.JSONDecodeError:
+            fields[field] = value
+    known = list(Jacobians.__dataclass_fields__)
+    if unknown := [field for field in fields if field not in known]:
+        import difflib
+
+        close = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        allowed = ", ".join(known)
+        raise ValueError(f"choice {text!r}: there is no field {unknown[0]!r}{hint} Fields: {allowed}")
+    try:
+        return name, Jacobians(**fields)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"choice {text!r}: {error}") from error
