@@ -4,14 +4,13 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
-from nslightning.data.images import Batch, Images, TensorImages
-from nslightning.data.sampler import EvalSampler, TrainSampler, even_batch_size
+from nslightning.data.sampler import Batch, Draws, EvalSampler, TrainSampler, even_batch_size
 
 Split = Literal["train", "val", "test"]
 _SPLITS: dict[str, tuple[Split, ...]] = {
@@ -42,13 +41,13 @@ class TrainLoader(DataLoader[Batch]):
         """What must be the same for an interrupted epoch to go on.
 
         Returns:
-            The number of images, the batch over all processes, and the seed.
+            The number of items, the batch over all processes, and the seed.
         """
         sampler = self.sampler
         if not isinstance(sampler, TrainSampler):  # `overfit_batches` puts a SequentialSampler here
             return {}
         batch = (self.batch_size or 1) * sampler.num_replicas
-        return {"images": sampler.images, "batch_size x processes": batch, "seed": sampler.seed}
+        return {"items": sampler.items, "batch_size x processes": batch, "seed": sampler.seed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Make the next epoch an interrupted one.
@@ -77,28 +76,25 @@ class TrainLoader(DataLoader[Batch]):
         return 0 if self.trainer is None else self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
 
-class ImageDataModule(LightningDataModule, ABC):
-    """Images for classification.
+class ResumableDataModule(LightningDataModule, ABC):
+    """Items, images or blocks of tokens, in batches of inputs and targets.
 
     What a training batch holds depends on (seed, epoch, position) only: not on the number of workers or
-    processes, nor on interruptions; the global random streams are neither read nor moved. Batches are
-    ``(images, labels)``: float32 ``(N, C, H, W)`` and int64 ``(N,)``.
+    processes, nor on interruptions; the global random streams are neither read nor moved.
 
     Args:
-        batch_size: Training images per batch of one process.
-        eval_batch_size: Images per batch in validation and test.
-        workers: Processes that read images.
+        batch_size: Training items per batch of one process.
+        eval_batch_size: Items per batch in validation and test.
+        workers: Processes that read items.
         seed: Seed of the order and of the augmentation.
 
     Attributes:
         name: Short name of the data set.
-        num_classes: Number of classes.
-        image_shape: Channels, height and width of an image.
+        items: What its items are called.
     """
 
     name: str
-    num_classes: int
-    image_shape: tuple[int, int, int]
+    items: ClassVar[str]
 
     def __init__(
         self, batch_size: int = 128, eval_batch_size: int = 100, workers: int = 0, seed: int = 0
@@ -117,11 +113,11 @@ class ImageDataModule(LightningDataModule, ABC):
         self.folder: Path | None = None
         self.variant = "official"
         self.verified = False
-        self.validation = "its own images"
-        self._loaded: dict[Split, Images] = {}
+        self.validation = f"its own {self.items}"
+        self._loaded: dict[Split, Draws] = {}
 
     @abstractmethod
-    def _load(self, split: Split) -> Images:
+    def _load(self, split: Split) -> Draws:
         """Check and read one split, noting what ``provenance`` tells."""
 
     @property
@@ -130,14 +126,14 @@ class ImageDataModule(LightningDataModule, ABC):
 
         Returns:
             ``dataset``, ``variant``, ``verified`` (were the files compared with what is published, and are
-            they equal), ``counts`` of the splits read, ``folder``, and ``validation``: where its images
+            they equal), ``counts`` of the splits read, ``folder``, and ``validation``: where its items
             come from.
         """
         return {
             "dataset": self.name,
             "variant": self.variant,
             "verified": self.verified,
-            "counts": {split: len(images) for split, images in self._loaded.items()},
+            "counts": {split: len(items) for split, items in self._loaded.items()},
             "folder": None if self.folder is None else str(self.folder),
             "validation": self.validation,
         }
@@ -149,9 +145,9 @@ class ImageDataModule(LightningDataModule, ABC):
             stage: ``fit``, ``validate``, ``test`` or ``predict``.
         """
         for split in _SPLITS[stage]:
-            self._images(split)
+            self._split(split)
 
-    def _images(self, split: Split) -> Images:
+    def _split(self, split: Split) -> Draws:
         if split not in self._loaded:
             self._loaded[split] = self._load(split)
         return self._loaded[split]
@@ -162,10 +158,10 @@ class ImageDataModule(LightningDataModule, ABC):
         Returns:
             The loader.
         """
-        images = self._images("train")
-        rank, world = self._place(images)
-        sampler = TrainSampler(images, self.batch_size, self.seed, rank, world)
-        loader = TrainLoader(images, batch_size=self.batch_size, sampler=sampler, **self._options(images))
+        items = self._split("train")
+        rank, world = self._place(items)
+        sampler = TrainSampler(items, self.batch_size, self.seed, rank, world)
+        loader = TrainLoader(items, batch_size=self.batch_size, sampler=sampler, **self._options(items))
         loader.trainer = self.trainer
         return loader
 
@@ -194,25 +190,25 @@ class ImageDataModule(LightningDataModule, ABC):
         return self._eval_dataloader("test")
 
     def _eval_dataloader(self, split: Split) -> DataLoader[Batch]:
-        images = self._images(split)
-        rank, world = self._place(images)
-        size = even_batch_size(len(images), world, self.eval_batch_size)
-        sampler = EvalSampler(images, rank, world)
+        items = self._split(split)
+        rank, world = self._place(items)
+        size = even_batch_size(len(items), world, self.eval_batch_size)
+        sampler = EvalSampler(items, rank, world)
         # Keywords, because Lightning makes the loader anew for `predict` and passes batch_size itself.
-        return DataLoader(images, batch_size=size, sampler=sampler, **self._options(images))
+        return DataLoader(items, batch_size=size, sampler=sampler, **self._options(items))
 
-    def _place(self, images: Images) -> tuple[int, int]:
+    def _place(self, items: Draws) -> tuple[int, int]:
         """Rank of this process and number of processes."""
         if self.trainer is None:
             return 0, 1
         rank, world = self.trainer.global_rank, self.trainer.world_size
-        if len(images) < world:
-            raise ValueError(f"{self.name}: {len(images)} images cannot be shared by {world} processes")
+        if len(items) < world:
+            raise ValueError(f"{self.name}: {len(items)} {self.items} cannot be shared by {world} processes")
         return rank, world
 
-    def _options(self, images: Images) -> dict[str, Any]:
-        if isinstance(images, TensorImages):
-            # Lightning's advice to use many workers is wrong for images in memory: they are served faster
+    def _options(self, items: Draws) -> dict[str, Any]:
+        if items.in_memory:
+            # Lightning's advice to use many workers is wrong for items in memory: they are served faster
             # without.
             warnings.filterwarnings("ignore", ".*does not have many workers.*")
         return {
@@ -222,3 +218,23 @@ class ImageDataModule(LightningDataModule, ABC):
             "pin_memory": torch.cuda.is_available(),
             "generator": torch.Generator(),  # else its workers' seed is drawn from the global generator
         }
+
+
+class ImageDataModule(ResumableDataModule):
+    """Images for classification; batches are ``(images, labels)``: float32 ``(N, C, H, W)``, int64 ``(N,)``.
+
+    Args:
+        batch_size: Training images per batch of one process.
+        eval_batch_size: Images per batch in validation and test.
+        workers: Processes that read images.
+        seed: Seed of the order and of the augmentation.
+
+    Attributes:
+        name: Short name of the data set.
+        num_classes: Number of classes.
+        image_shape: Channels, height and width of an image.
+    """
+
+    items: ClassVar[str] = "images"
+    num_classes: int
+    image_shape: tuple[int, int, int]

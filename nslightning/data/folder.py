@@ -6,7 +6,8 @@ from typing import ClassVar
 from torchvision import datasets
 
 from nslightning.data.base import ImageDataModule, Split
-from nslightning.data.images import FileImages, Images
+from nslightning.data.images import FileImages
+from nslightning.data.sampler import Draws
 from nslightning.data.verify import data_error, data_folder
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
@@ -64,9 +65,9 @@ class ImageFolder(ImageDataModule):
             raise data_error(folder, "count: it holds no class folders", self._fix())
         return classes
 
-    def _load(self, split: Split) -> Images:
+    def _load(self, split: Split) -> Draws:
         if split == "test" and not (self.folder / "test").is_dir():
-            return self._images("val")
+            return self._split("val")
         return FileImages(self._samples(split), self.image_shape[1], split == "train", MEAN, STD, self.seed)
 
     def _samples(self, split: Split) -> list[tuple[str, int]]:
@@ -128,9 +129,9 @@ class ImageNet(ImageFolder):
             f' I("{self.folder}", "train"); I("{self.folder}", "val")\'.'
         )
 
-    def _load(self, split: Split) -> Images:
+    def _load(self, split: Split) -> Draws:
         # The labels of the official test images are not public.
-        return self._images("val") if split == "test" else super()._load(split)
+        return self._split("val") if split == "test" else super()._load(split)
 
     def _samples(self, split: Split) -> list[tuple[str, int]]:
         samples = super()._samples(split)

@@ -1,19 +1,17 @@
 """Images as data sets that serve whole batches: in memory, or from files."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.utils.data import Dataset
 from torchvision.datasets.folder import default_loader
 from torchvision.transforms import v2
 
-from nslightning.data.sampler import AUGMENT, generator, seeded
+from nslightning.data.sampler import AUGMENT, Batch, Draws, generator, seeded
 from nslightning.data.verify import data_error
-
-Batch = tuple[Tensor, Tensor]
 
 
 def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -34,29 +32,7 @@ def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     return pixels.float().div_(255).sub_(torch.tensor(mean).view(shape)).div_(torch.tensor(std).view(shape))
 
 
-class Images(Dataset[Batch]):
-    """A data set of images: ``__getitems__`` takes draws (see ``sampler``) and returns a whole batch."""
-
-    def __len__(self) -> int:
-        raise NotImplementedError
-
-    def __getitems__(self, draws: Sequence[int]) -> Batch:
-        """Read a batch.
-
-        Args:
-            draws: ``epoch * len(self) + index`` for every image.
-
-        Returns:
-            Images, float32 ``(N, C, H, W)``, and labels, int64 ``(N,)``.
-        """
-        raise NotImplementedError
-
-    def __getitem__(self, draw: int) -> Batch:
-        images, labels = self.__getitems__([draw])
-        return images[0], labels[0]
-
-
-class TensorImages(Images):
+class TensorImages(Draws):
     """Images held in memory as bytes; a batch is one gather, cropped and flipped on the way.
 
     Args:
@@ -72,6 +48,8 @@ class TensorImages(Images):
     >>> data.__getitems__([2, 0])[1]
     tensor([2, 0])
     """
+
+    in_memory: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -125,7 +103,7 @@ class TensorImages(Images):
         return padded.flatten(2).gather(2, places).view(pixels.shape)
 
 
-class FileImages(Images):
+class FileImages(Draws):
     """Images read from files, transformed one by one.
 
     Args:

@@ -1,16 +1,19 @@
-"""Which image is seen when: a function of seed, epoch and position alone.
+"""Which item is seen when: a function of seed, epoch and position alone.
 
-A training draw is one integer, ``epoch * images + index``: it tells the data set which image to read *and*
-which augmentation to apply, in whatever worker or process it is read.
+An item is an image, or a block of tokens. A training draw is one integer, ``epoch * items + index``: it tells
+the data set which item to read *and* which augmentation to apply, in whatever worker or process it is read.
 """
 
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch.utils.data import DistributedSampler
+from torch import Tensor
+from torch.utils.data import Dataset, DistributedSampler
+
+Batch = tuple[Tensor, Tensor]
 
 ORDER, AUGMENT, HOLDOUT, PIXELS = 1, 2, 3, 4  # what a generator is for: the streams of one seed must differ
 
@@ -58,49 +61,77 @@ def seeded(purpose: int, *key: int) -> Iterator[None]:
         torch.set_rng_state(state)
 
 
+class Draws(Dataset[Batch]):
+    """A data set that serves a whole batch for a list of draws.
+
+    Attributes:
+        in_memory: Whether items cost so little to serve that workers would only slow it down.
+    """
+
+    in_memory: ClassVar[bool] = False
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitems__(self, draws: Sequence[int]) -> Batch:
+        """Read a batch.
+
+        Args:
+            draws: ``epoch * len(self) + index`` for every item.
+
+        Returns:
+            Inputs and targets, each with one row per draw.
+        """
+        raise NotImplementedError
+
+    def __getitem__(self, draw: int) -> Batch:
+        inputs, targets = self.__getitems__([draw])
+        return inputs[0], targets[0]
+
+
 class TrainSampler(DistributedSampler[int]):
     """One process's share of a permutation that depends on (seed, epoch) only.
 
     Process r of W takes positions r, r+W, ...: the W batches of a step together are the batch that one
     process with ``W * batch_size`` would take. The last, smaller batch is kept, as the papers do, but what
-    W does not divide (at most W-1 images, others in every epoch) is left out, and so is a last batch of a
-    single image per process, which batch normalisation cannot train on. Nothing is padded: every image is
+    W does not divide (at most W-1 items, others in every epoch) is left out, and so is a last batch of a
+    single item per process, which batch normalisation cannot train on. Nothing is padded: every item is
     seen at most once an epoch, and the mean of the processes' gradients is the gradient of the union.
 
     It is a ``DistributedSampler`` so that Lightning leaves it in place under DDP.
 
     Args:
         dataset: What is sampled.
-        batch_size: Images per batch of one process.
+        batch_size: Items per batch of one process.
         seed: Seed of the order.
         rank: This process.
         world: The number of processes.
 
     >>> list(TrainSampler(range(6), 3, seed=0)) == list(TrainSampler(range(6), 3, seed=0))
     True
-    >>> len(TrainSampler(range(7), 2, seed=0, rank=1, world=2))  # not 7 / 2 but 3, less a batch of one image
+    >>> len(TrainSampler(range(7), 2, seed=0, rank=1, world=2))  # not 7 / 2 but 3, less a batch of one item
     2
     """
 
     def __init__(self, dataset: Sized, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
         super().__init__(dataset, world, rank, seed=seed)  # type: ignore[arg-type] # only its len matters
-        self.images = len(dataset)
-        self.num_samples = self.images // world
+        self.items = len(dataset)
+        self.num_samples = self.items // world
         if self.num_samples > batch_size > 1 and self.num_samples % batch_size == 1:
             self.num_samples -= 1
         self.start = 0  # draws of this process to pass over, when an epoch is resumed
 
     def __iter__(self) -> Iterator[int]:
-        order = torch.randperm(self.images, generator=generator(ORDER, self.seed, self.epoch))
+        order = torch.randperm(self.items, generator=generator(ORDER, self.seed, self.epoch))
         mine = order[self.rank : self.num_samples * self.num_replicas : self.num_replicas]
-        return iter((mine[self.start :] + self.epoch * self.images).tolist())
+        return iter((mine[self.start :] + self.epoch * self.items).tolist())
 
     def __len__(self) -> int:
         return self.num_samples
 
 
 class EvalSampler(DistributedSampler[int]):
-    """Every image exactly once over all processes: r, r+W, ... for process r of W, nothing padded.
+    """Every item exactly once over all processes: r, r+W, ... for process r of W, nothing padded.
 
     Args:
         dataset: What is sampled.
@@ -122,14 +153,14 @@ class EvalSampler(DistributedSampler[int]):
         return len(self.mine)
 
 
-def even_batch_size(images: int, world: int, wanted: int) -> int:
+def even_batch_size(items: int, world: int, wanted: int) -> int:
     """The batch size nearest to the wanted one with which every process has the same number of batches.
 
     DDP broadcasts batch norm's buffers in every forward, Lightning's validation included: with different
     numbers of batches the processes' collectives would not match, which may hang.
 
     Args:
-        images: The number of images, shared out as ``EvalSampler`` does.
+        items: The number of items, shared out as ``EvalSampler`` does.
         world: The number of processes.
         wanted: The batch size asked for.
 
@@ -142,5 +173,5 @@ def even_batch_size(images: int, world: int, wanted: int) -> int:
     if world == 1:
         return wanted
     # The last round of world * size images must leave at least one for each process.
-    sizes = range(1, max(wanted, -(-images // world)) + 1)
-    return min((n for n in sizes if (images - 1) % (world * n) >= world - 1), key=lambda n: abs(n - wanted))
+    sizes = range(1, max(wanted, -(-items // world)) + 1)
+    return min((n for n in sizes if (items - 1) % (world * n) >= world - 1), key=lambda n: abs(n - wanted))

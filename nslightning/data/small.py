@@ -19,8 +19,8 @@ from torch import Tensor
 from torchvision import datasets
 
 from nslightning.data.base import ImageDataModule, Split
-from nslightning.data.images import Images, TensorImages
-from nslightning.data.sampler import HOLDOUT, PIXELS, generator
+from nslightning.data.images import TensorImages
+from nslightning.data.sampler import HOLDOUT, PIXELS, Draws, generator
 from nslightning.data.verify import data_error, data_folder, file_md5, parse_idx
 
 Pixels = tuple[NDArray[np.uint8], NDArray[Any]]
@@ -95,11 +95,11 @@ class DownloadedImages(ImageDataModule):
             fix = "Try again, or put the files there by hand; both work without --data.download."
             raise data_error(self.root, f"{self.name} could not be downloaded ({error})", fix) from error
 
-    def _load(self, split: Split) -> Images:
+    def _load(self, split: Split) -> Draws:
         if split == "test":
             return self._tensors(*self._checked(train=False))
         if split == "val" and not self.holdout:
-            return self._images("test")
+            return self._split("test")
         images, labels = self._checked(train=True)
         if not self.holdout:
             return self._tensors(images, labels, train=True)
@@ -315,9 +315,9 @@ class FashionMNISTSample(ImageDataModule):
         "train-labels-idx1-ubyte.gz": "fbe27b732cf20e2fd31ac28076941320739edd58bfba20c758b1da86d1ee6857",
     }
 
-    def _load(self, split: Split) -> Images:
+    def _load(self, split: Split) -> Draws:
         if split == "test":
-            return self._images("val")
+            return self._split("val")
         self.variant, self.verified = "embedded sample", True
         self.validation = "1,000 of the official test images; `test` uses the same"
         folder = files("nslightning.data") / "fashion_mnist_sample"
@@ -374,9 +374,9 @@ class Synthetic(ImageDataModule):
         self.images, self.eval_images, self.constant = images, eval_images, constant
         self.variant = f"random, {constant:.4g} constant images"
 
-    def _load(self, split: Split) -> Images:
+    def _load(self, split: Split) -> Draws:
         if split == "test":
-            return self._images("val")
+            return self._split("val")
         count = self.images if split == "train" else self.eval_images
         g = generator(PIXELS, self.seed, 1 if split == "train" else 2)
         pixels = torch.randint(0, 256, (count, *self.image_shape), generator=g, dtype=torch.uint8)
