@@ -47,11 +47,15 @@ def divergence_by_step(rows: pd.DataFrame, path: str | Path) -> Path:
             step, y = group["step"].to_numpy(), group["relative"].to_numpy(float)
             colour, dash = COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)]
             finite, zero, bad = np.isfinite(y) & (y > 0), y == 0, ~np.isfinite(y)
-            axis.plot(step, np.where(finite, y, np.nan), color=colour, ls=dash, marker=".", ms=3, label=choice)
+            axis.plot(
+                step, np.where(finite, y, np.nan), color=colour, ls=dash, marker=".", ms=3, label=choice
+            )
             floor = low * 1.35 ** (i + 1)  # choices one above the other
             axis.plot(step[zero], np.full(zero.sum(), floor), "|", color=colour, ms=5, mew=1)
             axis.plot(step[bad], np.full(bad.sum(), high / 1.5), "x", color=colour, ms=5)
-            notes = [f"{zero.sum()} of {len(y)} exactly 0"] * bool(zero.any()) + [f"{bad.sum()} NaN"] * bool(bad.any())
+            notes = [f"{zero.sum()} of {len(y)} exactly 0"] * bool(zero.any()) + [f"{bad.sum()} NaN"] * bool(
+                bad.any()
+            )
             if notes:
                 axis.lines[-3].set_label(f"{choice} ({', '.join(notes)})")
         axis.set_yscale("log")

@@ -71,7 +71,9 @@ class Jacobians:
         if self.relu6 is not None:
             values = tuple(self.relu6)
             if len(values) != 2:
-                raise ValueError(f"relu6 takes two numbers, the derivatives at 0 and at 6; given {self.relu6!r}")
+                raise ValueError(
+                    f"relu6 takes two numbers, the derivatives at 0 and at 6; given {self.relu6!r}"
+                )
             object.__setattr__(self, "relu6", tuple(_number("relu6", v) for v in values))
         if isinstance(self.max_pool, str):
             _known("max_pool", self.max_pool, (*get_args(MaxPoolChoice), "a number beta"))

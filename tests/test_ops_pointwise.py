@@ -19,7 +19,13 @@ SPECIAL = [-0.0, 0.0, 6.0, float("nan"), float("inf"), -float("inf"), 1e-7, -1e-
 OPS = {
     "relu": (lambda x, **k: relu(x, 0.75, **k), F.relu, (0.0, 1.0), (0.0,), (0.75,)),
     "relu6": (lambda x, **k: relu6(x, (0.25, -2.0), **k), F.relu6, (0.0, 1.0, 0.0), (0.0, 6.0), (0.25, -2.0)),
-    "leaky": (lambda x, **k: leaky_relu(x, 0.125, 0.5, **k), lambda x: F.leaky_relu(x, 0.125), (0.125, 1.0), (0.0,), (0.5,)),
+    "leaky": (
+        lambda x, **k: leaky_relu(x, 0.125, 0.5, **k),
+        lambda x: F.leaky_relu(x, 0.125),
+        (0.125, 1.0),
+        (0.0,),
+        (0.5,),
+    ),
 }
 
 
@@ -117,7 +123,9 @@ def test_inplace_leaky_relu_refuses_a_negative_slope():
 def test_published_rule_drops_the_incoming_gradient():
     x = torch.tensor([0.0, 2.0, -1.0], requires_grad=True)
     g = torch.tensor([1e-3, 5.0, 5.0])
-    assert torch.equal(torch.autograd.grad(relu(x, 4.0, rule="published"), x, g)[0], torch.tensor([4.0, 5.0, 0.0]))
+    assert torch.equal(
+        torch.autograd.grad(relu(x, 4.0, rule="published"), x, g)[0], torch.tensor([4.0, 5.0, 0.0])
+    )
     assert torch.equal(torch.autograd.grad(relu(x, 4.0), x, g)[0], torch.tensor([4e-3, 5.0, 0.0]))
     six = torch.tensor([0.0, 6.0], requires_grad=True)
     got = torch.autograd.grad(relu6(six, (1.0, 3.0), rule="published"), six, torch.tensor([9.0, 9.0]))[0]
@@ -152,7 +160,9 @@ def test_relu_over_patterns(values, alpha, dtype):
     y = relu(x, alpha)
     assert torch.equal(bits(y), bits(F.relu(x)))
     (g,) = torch.autograd.grad(y.sum(), x)
-    want = torch.where(x == 0, torch.tensor(alpha, dtype=torch.float64).to(dtype), torch.autograd.grad(F.relu(x).sum(), x)[0])
+    want = torch.where(
+        x == 0, torch.tensor(alpha, dtype=torch.float64).to(dtype), torch.autograd.grad(F.relu(x).sum(), x)[0]
+    )
     assert torch.equal(g, want)
 
 
@@ -162,12 +172,21 @@ def test_one_compiled_graph_serves_every_choice(backend):
     selection = Selection(Jacobians(relu=1.0))
 
     def f(x):
-        return (pointwise("relu", x * 1.0, selection) + pointwise("leaky_relu", x * 2.0, selection, 0.25)).square().sum()
+        return (
+            (pointwise("relu", x * 1.0, selection) + pointwise("leaky_relu", x * 2.0, selection, 0.25))
+            .square()
+            .sum()
+        )
 
     compiled = torch.compile(f, backend=backend, fullgraph=True)
     x = torch.randint(-2, 3, (64,), generator=torch.Generator().manual_seed(0)).float().requires_grad_()
     loss = compiled(x)
-    choices = [Jacobians(), Jacobians(relu=3.0), Jacobians(leaky_relu=0.5), Jacobians(relu=2.0, rule="published")]
+    choices = [
+        Jacobians(),
+        Jacobians(relu=3.0),
+        Jacobians(leaky_relu=0.5),
+        Jacobians(relu=2.0, rule="published"),
+    ]
     for choice in choices:
         selection.set(choice)
         (got,) = torch.autograd.grad(loss, x, retain_graph=True)

@@ -21,7 +21,9 @@ _Pair = tuple[int, int]
 class _Windows:
     """The pooling windows of one call, seen as one strided slice of the input per position in the window."""
 
-    def __init__(self, x: Tensor, output: Tensor, kernel: _Pair, stride: _Pair, padding: _Pair, dilation: _Pair) -> None:
+    def __init__(
+        self, x: Tensor, output: Tensor, kernel: _Pair, stride: _Pair, padding: _Pair, dilation: _Pair
+    ) -> None:
         rows, columns = (
             [
                 _span(i * dilation[d] - padding[d], stride[d], x.shape[d - 2], output.shape[d - 2])
@@ -35,13 +37,16 @@ class _Windows:
             for row_in, row_out in rows
             for column_in, column_out in columns
         ]
-        self.x, self.output = x, output
+        # Whether at each position the entry reaches its window's maximum.
+        self.reached = [x[entry] == output[window] for entry, window in self.positions]
+        # No entry lies in two windows.
+        self.disjoint = all(s > d * (k - 1) for s, d, k in zip(stride, dilation, kernel, strict=True))
 
-    def tied(self) -> Tensor:
+    def count(self, output: Tensor) -> Tensor:
         """How many entries reach each window's maximum: the output's shape; 0 where the maximum is NaN."""
-        count = torch.zeros_like(self.output, dtype=torch.uint8 if len(self.positions) < 256 else torch.int32)
-        for entry, window in self.positions:
-            count[window] += self.x[entry] == self.output[window]
+        count = torch.zeros_like(output, dtype=torch.uint8 if len(self.positions) < 256 else torch.int32)
+        for (_, window), reached in zip(self.positions, self.reached, strict=True):
+            count[window].add_(reached.view(torch.uint8))
         return count
 
 
@@ -59,7 +64,13 @@ class _MaxPool2d(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        x: Tensor, selection: Selection, kernel: _Pair, stride: _Pair, padding: _Pair, dilation: _Pair, ceil_mode: bool
+        x: Tensor,
+        selection: Selection,
+        kernel: _Pair,
+        stride: _Pair,
+        padding: _Pair,
+        dilation: _Pair,
+        ceil_mode: bool,
     ) -> tuple[Tensor, Tensor]:
         return aten.max_pool2d_with_indices.default(x, kernel, stride, padding, dilation, ceil_mode)
 
@@ -96,36 +107,85 @@ def _share(
         )
 
     compiled = torch.compiler.is_compiling()
-    if not compiled and selection.pool_weights() == (0.0, 1.0, 0.0, 0.0) and selection.jacobians.max_pool != "random":
+    random = not compiled and selection.jacobians.max_pool == "random"
+    if not compiled and not random and selection.pool_weights() == (0.0, 1.0, 0.0, 0.0):
         return native(g)
     windows = _Windows(x, output, kernel, stride, padding, dilation)
-    count = windows.tied()
+    count = windows.count(output)
     tied = count > 1
     if data_dependent(x) and not tied.any():
         return native(g)
 
     # Coefficients in float32 at least: fp16 and bf16 cannot hold beta / k + (1 - beta) for a large beta.
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    k = count.to(wide)
     weights = read_now(selection.pool, g) if compiled else selection.pool
     share, whole, each, last = weights.to(wide).unbind()
-    target = torch.where(last > 0, count - 1, 0)
-    if not compiled and selection.jacobians.max_pool == "random":
-        draw = torch.rand(count.shape, dtype=wide, device=x.device, generator=selection.generator(x.device))
-        target = (draw * k).to(count.dtype)
+    k, g_wide = count.to(wide), g.to(wide)
     rest = share / k + each
-    g_tied = torch.where(tied, g, torch.zeros_like(g)).to(wide)
-    g_rest, g_target = g_tied * rest.masked_fill(~tied, 0), g_tied * (rest + whole).masked_fill(~tied, 0)
-
-    shared = torch.zeros_like(x, dtype=wide)
-    rank = torch.zeros_like(count)  # how many tied entries of the window came before this position
-    for entry, window in windows.positions:
-        reached = x[entry] == output[window]
-        value = torch.where(rank[window] == target[window], g_target[window], g_rest[window])
-        shared[entry] += torch.where(reached, value, torch.zeros_like(value))
-        rank[window] += reached
+    g_rest = torch.where(tied, g_wide * rest, 0)  # what each tied entry receives, and the target more
+    ranked = (
+        compiled or random or selection.pool_weights()[3] > 0
+    )  # the target need not be the first tied entry
+    target = None
+    if ranked:
+        target = torch.where(last > 0, count - 1, 0)
+        if random:
+            draw = torch.rand(
+                count.shape, dtype=wide, device=x.device, generator=selection.generator(x.device)
+            )
+            target = (draw * k).to(count.dtype)
+    if windows.disjoint:  # each entry is written once, its coefficient formed before the product with g
+        g_target = torch.where(tied, g_wide * (rest + whole), g_wide)
+        if target is None:
+            return _overwrite(windows, x, indices, g_target.to(g.dtype), g_rest.to(g.dtype))
+        shared = _add_up(windows, x, tied, g_rest, g_target, target)
+        return (native(g.masked_fill(tied, 0)).to(wide) + shared).to(g.dtype)
+    g_whole = g_wide * whole
+    if target is None:
+        shared = _add_up(windows, x, tied, g_rest)
+    else:
+        elsewhere = (last > 0) | random  # the stock kernel cannot place it
+        shared = _add_up(windows, x, tied, g_rest, torch.where(elsewhere, g_whole, g_rest), target)
+        g_whole = torch.where(elsewhere, 0, g_whole)
     # An entry that no tied window reaches keeps the stock gradient, bit for bit.
-    return (native(g.masked_fill(tied, 0)).to(wide) + shared).to(g.dtype)
+    return (native(torch.where(tied, g_whole.to(g.dtype), g)).to(wide) + shared).to(g.dtype)
+
+
+def _add_up(
+    windows: _Windows,
+    x: Tensor,
+    tied: Tensor,
+    g_rest: Tensor,
+    g_target: Tensor | None = None,
+    target: Tensor | None = None,
+) -> Tensor:
+    """Add ``g_rest`` to every tied entry, and ``g_target`` instead to the one that ``target`` others come before."""
+    shared = torch.zeros_like(x, dtype=g_rest.dtype)
+    rank = torch.zeros_like(tied, dtype=torch.int32)
+    for (entry, window), reached in zip(windows.positions, windows.reached, strict=True):
+        value = g_rest[window]
+        if g_target is not None and target is not None:
+            value = torch.where(rank[window] == target[window], g_target[window], value)
+            reached = reached & tied[window]
+            rank[window] += reached
+        shared[entry] += torch.where(reached, value, 0)
+    return shared
+
+
+def _overwrite(windows: _Windows, x: Tensor, indices: Tensor, g_target: Tensor, g_rest: Tensor) -> Tensor:
+    """Windows without common entries: write every tied entry's share, then the target's over it."""
+    nhwc = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    layout = torch.channels_last if nhwc else torch.contiguous_format
+    gradient = torch.zeros_like(x, memory_format=layout)
+    zero = gradient.new_zeros(())
+    for (entry, window), reached in zip(windows.positions, windows.reached, strict=True):
+        gradient[entry] = torch.where(reached, g_rest[window], zero)
+
+    def planes(t: Tensor) -> Tensor:  # each channel's plane as one dimension, without a copy of the gradient
+        return t.permute(0, 2, 3, 1).flatten(1, 2) if nhwc else t.flatten(-2)
+
+    planes(gradient).scatter_(1 if nhwc else -1, planes(indices), planes(g_target))
+    return gradient
 
 
 def pool2d(
@@ -175,7 +235,9 @@ def _refuse_empty_windows(
 ) -> None:
     """Padding and dilation together can place all entries of a window outside; stock then writes out of bounds."""
     with torch.device("meta"):
-        windows = F.max_pool2d(torch.empty(1, *x.shape[-2:]), kernel, stride, padding, dilation, ceil_mode).shape[-2:]
+        windows = F.max_pool2d(
+            torch.empty(1, *x.shape[-2:]), kernel, stride, padding, dilation, ceil_mode
+        ).shape[-2:]
     for size, n, k, s, p, d in zip(x.shape[-2:], windows, kernel, stride, padding, dilation, strict=True):
         if any(all(not 0 <= o * s - p + i * d < size for i in range(k)) for o in range(n)):
             raise ValueError(
@@ -272,4 +334,4 @@ def tied_windows(
         Counts of the output's shape, uint8 or int32; 0 where the maximum is NaN, more than 1 at a tie.
     """
     output = aten.max_pool2d_with_indices.default(x, kernel, stride, padding, dilation, ceil_mode)[0]
-    return _Windows(x, output, kernel, stride, padding, dilation).tied()
+    return _Windows(x, output, kernel, stride, padding, dilation).count(output)

@@ -86,7 +86,12 @@ class _Kinked(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        x: Tensor, operation: str, selection: Selection, inplace: bool, parameters: tuple[float, ...], *ties: Tensor
+        x: Tensor,
+        operation: str,
+        selection: Selection,
+        inplace: bool,
+        parameters: tuple[float, ...],
+        *ties: Tensor,
     ) -> Tensor:
         if inplace:
             POINTWISE[operation].forward_(x, *parameters)
@@ -118,7 +123,11 @@ def _choose(
     """Overwrite the entries at one kink, reading the choice as Python numbers."""
     derivative = selection.at_kinks(op.name)[i]
     constant = selection.jacobians.rule == "published" and op.constant_when_published
-    if derivative is None or tie.numel() == 0 or (derivative == reference and (derivative == 0 or not constant)):
+    if (
+        derivative is None
+        or tie.numel() == 0
+        or (derivative == reference and (derivative == 0 or not constant))
+    ):
         return gradient
     if tie.dtype == torch.bool:
         value = torch.full_like(g, derivative) if constant else g * derivative
@@ -139,7 +148,9 @@ def _choose_compiled(
     return torch.where(tie & ~torch.isnan(derivative), value, gradient)
 
 
-def pointwise(operation: str, x: Tensor, selection: Selection, *parameters: float, inplace: bool = False) -> Tensor:
+def pointwise(
+    operation: str, x: Tensor, selection: Selection, *parameters: float, inplace: bool = False
+) -> Tensor:
     """Apply a pointwise operation whose derivative at its kinks is the one ``selection`` names at backward time.
 
     Args:
@@ -156,12 +167,16 @@ def pointwise(operation: str, x: Tensor, selection: Selection, *parameters: floa
     if not (torch.is_grad_enabled() and x.requires_grad):
         return (op.forward_ if inplace else op.forward)(x, *parameters)
     if inplace and any(p < 0 for p in parameters):
-        raise ValueError(f"{operation} in place needs a negative slope >= 0, as in stock PyTorch; given {parameters[0]}")
+        raise ValueError(
+            f"{operation} in place needs a negative slope >= 0, as in stock PyTorch; given {parameters[0]}"
+        )
     ties = [_ties(x.detach(), position) for position, _ in op.kinks(*parameters)]
     if all(tie is None for tie in ties):
         return (op.forward_ if inplace else op.forward)(x, *parameters)
     none = x.new_empty((1, 0), dtype=torch.long)
-    return _Kinked.apply(x, operation, selection, inplace, parameters, *(none if t is None else t for t in ties))
+    return _Kinked.apply(
+        x, operation, selection, inplace, parameters, *(none if t is None else t for t in ties)
+    )
 
 
 def _ties(x: Tensor, position: float) -> Tensor | None:
