@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.utils import _pair
 
 from nslightning.ops.max_pool import pool2d, tied_windows
 from nslightning.ops.pointwise import POINTWISE, pointwise
 from nslightning.ops.selection import Selection
 
-__all__ = ["FUNCTIONS", "MODULES", "OPERATIONS", "UNSUPPORTED_FUNCTIONS", "UNSUPPORTED_MODULES", "Call", "Operation"]
+__all__ = [
+    "FUNCTIONS",
+    "MODULES",
+    "OPERATIONS",
+    "UNSUPPORTED_FUNCTIONS",
+    "UNSUPPORTED_MODULES",
+    "Call",
+    "Operation",
+    "positional",
+]
+
+aten = torch.ops.aten
 
 
 class Call(NamedTuple):
@@ -35,9 +45,10 @@ class Operation:
         name: The field of :class:`~nslightning.Jacobians` that chooses its Jacobian.
         apply: Evaluates a call under a selection.
         ties: Counts a call's ties: ``(tied evaluations, all evaluations)``.
-        modules: The module classes that are this operation, each with what turns ``(module, *args)`` into a call.
-        functions: The functions and methods that are, each with what turns its arguments into a call; this returns
-            None where the arguments make it another operation.
+        modules: The module classes that are this operation, each with what turns ``(module, *args)`` into a
+            call.
+        functions: The functions and methods that are, each with what turns its arguments into a call; this
+            returns None where the arguments make it another operation.
     """
 
     name: str
@@ -66,6 +77,11 @@ def _pointwise_ties(name: str) -> Callable[[Call], tuple[int, int]]:
     return ties
 
 
+def _apply_pool(selection: Selection, call: Call) -> Tensor | tuple[Tensor, Tensor]:
+    kernel, stride, padding, dilation, ceil_mode = call.parameters
+    return pool2d(call.x, selection, kernel, stride, padding, dilation, ceil_mode, call.return_indices)
+
+
 def _pool_ties(call: Call) -> tuple[int, int]:
     count = tied_windows(call.x, *call.parameters)
     return int(torch.count_nonzero(count > 1)), count.numel()
@@ -80,15 +96,36 @@ def _pool_call(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Call:
-    kernel = _pair(kernel_size)
-    stride = kernel if stride is None or stride == [] or stride == () else _pair(stride)
-    return Call(x, (kernel, stride, _pair(padding), _pair(dilation), ceil_mode), return_indices=return_indices)
+    kernel = _two(kernel_size)
+    stride = kernel if stride is None or stride == [] or stride == () else _two(stride)
+    return Call(x, (kernel, stride, _two(padding), _two(dilation), ceil_mode), return_indices=return_indices)
 
 
-def _hardtanh_call(
-    x: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
-) -> Call | None:
+def _two(given: Any) -> tuple[int, int]:
+    """One number for both dimensions, alone or in a list, or two."""
+    return (int(given[0]), int(given[-1])) if isinstance(given, Sequence) else (int(given), int(given))
+
+
+def _hardtanh_call(x: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Call | None:
     return Call(x, inplace=inplace) if (min_val, max_val) == (0, 6) else None
+
+
+def positional(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments as the registry takes them: PyTorch's functions and modules call the input ``input``.
+
+    Args:
+        kwargs: As given to a function or a module.
+
+    Returns:
+        The same under our name for the input.
+    """
+    return {("x" if k in ("input", "self") else k): v for k, v in kwargs.items()}
+
+
+def _spelled(call: Callable[..., Call | None], *functions: Callable) -> dict[Callable, Callable[..., Call | None]]:
+    """Functions that take the same arguments; an ATen operator also by its overload, as graphs call it."""
+    overloads = [f.default for f in functions if isinstance(f, torch._ops.OpOverloadPacket)]
+    return dict.fromkeys((*functions, *overloads), call)
 
 
 OPERATIONS: dict[str, Operation] = {
@@ -99,13 +136,9 @@ OPERATIONS: dict[str, Operation] = {
             _apply_pointwise("relu"),
             _pointwise_ties("relu"),
             modules={nn.ReLU: lambda m, x: Call(x, inplace=m.inplace)},
-            functions={
-                F.relu: lambda x, inplace=False: Call(x, inplace=inplace),
-                torch.relu: lambda x: Call(x),
-                Tensor.relu: lambda x: Call(x),
-                torch.relu_: lambda x: Call(x, inplace=True),
-                Tensor.relu_: lambda x: Call(x, inplace=True),
-            },
+            functions={F.relu: lambda x, inplace=False: Call(x, inplace=inplace)}
+            | _spelled(lambda x: Call(x), torch.relu, Tensor.relu, aten.relu)
+            | _spelled(lambda x: Call(x, inplace=True), torch.relu_, Tensor.relu_, aten.relu_),
         ),
         Operation(
             "relu6",
@@ -115,38 +148,46 @@ OPERATIONS: dict[str, Operation] = {
                 nn.ReLU6: lambda m, x: Call(x, inplace=m.inplace),
                 nn.Hardtanh: lambda m, x: _hardtanh_call(x, m.min_val, m.max_val, m.inplace),
             },
-            functions={
-                F.relu6: lambda x, inplace=False: Call(x, inplace=inplace),
-                F.hardtanh: _hardtanh_call,
-                F.hardtanh_: lambda x, min_val=-1.0, max_val=1.0: _hardtanh_call(x, min_val, max_val, True),
-            },
+            functions={F.relu6: lambda x, inplace=False: Call(x, inplace=inplace)}
+            | _spelled(_hardtanh_call, F.hardtanh, aten.hardtanh)
+            | _spelled(
+                lambda x, min_val=-1.0, max_val=1.0: _hardtanh_call(x, min_val, max_val, True),
+                F.hardtanh_,
+                aten.hardtanh_,
+            ),
         ),
         Operation(
             "leaky_relu",
             _apply_pointwise("leaky_relu"),
             _pointwise_ties("leaky_relu"),
             modules={nn.LeakyReLU: lambda m, x: Call(x, (m.negative_slope,), m.inplace)},
-            functions={
-                F.leaky_relu: lambda x, negative_slope=0.01, inplace=False: Call(x, (negative_slope,), inplace),
-                F.leaky_relu_: lambda x, negative_slope=0.01: Call(x, (negative_slope,), True),
-            },
+            functions=_spelled(
+                lambda x, negative_slope=0.01, inplace=False: Call(x, (negative_slope,), inplace),
+                F.leaky_relu,
+                aten.leaky_relu,
+            )
+            | _spelled(
+                lambda x, negative_slope=0.01: Call(x, (negative_slope,), True),
+                F.leaky_relu_,
+                aten.leaky_relu_,
+            ),
         ),
         Operation(
             "max_pool",
-            lambda selection, call: pool2d(call.x, selection, *call.parameters, call.return_indices),
+            _apply_pool,
             _pool_ties,
             modules={
                 nn.MaxPool2d: lambda m, x: _pool_call(
                     x, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices
                 )
             },
-            functions={
-                F.max_pool2d: _pool_call,
-                torch.max_pool2d: _pool_call,
-                F.max_pool2d_with_indices: lambda x, *args, **kwargs: _pool_call(x, *args, **kwargs)._replace(
-                    return_indices=True
-                ),
-            },
+            functions=_spelled(_pool_call, F.max_pool2d, torch.max_pool2d, aten.max_pool2d)
+            | _spelled(
+                # The function form takes `return_indices` too, and returns them whatever it says.
+                lambda x, *args, **kwargs: _pool_call(x, *args, **kwargs)._replace(return_indices=True),
+                F.max_pool2d_with_indices,
+                aten.max_pool2d_with_indices,
+            ),
         ),
     )
 }
@@ -155,22 +196,29 @@ MODULES = {cls: op for op in OPERATIONS.values() for cls in op.modules}
 FUNCTIONS = {function: op for op in OPERATIONS.values() for function in op.functions}
 
 # Nonsmooth, and not yet with a choice of ours: found and named by the surgery, never passed over in silence.
-UNSUPPORTED_MODULES: tuple[type[nn.Module], ...] = (
-    nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Hardshrink, nn.Softshrink, nn.Threshold, nn.PReLU, nn.RReLU, nn.ELU,
-    nn.SELU, nn.MaxPool1d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
-    nn.FractionalMaxPool2d, nn.FractionalMaxPool3d, nn.L1Loss, nn.SmoothL1Loss, nn.HingeEmbeddingLoss,
-    nn.MarginRankingLoss, nn.MultiMarginLoss,
-)  # fmt: skip
-UNSUPPORTED_FUNCTIONS: frozenset[Callable] = frozenset(
-    f
+UNSUPPORTED_MODULES: dict[type[nn.Module], str] = {
+    nn.Hardtanh: "hardtanh", nn.Hardswish: "hardswish", nn.Hardsigmoid: "hardsigmoid",
+    nn.Hardshrink: "hardshrink", nn.Softshrink: "softshrink", nn.Threshold: "threshold", nn.PReLU: "prelu",
+    nn.RReLU: "rrelu", nn.ELU: "elu", nn.SELU: "selu", nn.MaxPool1d: "max_pool1d", nn.MaxPool3d: "max_pool3d",
+    nn.AdaptiveMaxPool1d: "adaptive_max_pool1d", nn.AdaptiveMaxPool2d: "adaptive_max_pool2d",
+    nn.AdaptiveMaxPool3d: "adaptive_max_pool3d", nn.FractionalMaxPool2d: "fractional_max_pool2d",
+    nn.FractionalMaxPool3d: "fractional_max_pool3d", nn.LPPool1d: "lp_pool1d", nn.LPPool2d: "lp_pool2d",
+    nn.LPPool3d: "lp_pool3d", nn.L1Loss: "l1_loss", nn.SmoothL1Loss: "smooth_l1_loss",
+    nn.HingeEmbeddingLoss: "hinge_embedding_loss", nn.CosineEmbeddingLoss: "cosine_embedding_loss",
+    nn.MarginRankingLoss: "margin_ranking_loss", nn.MultiMarginLoss: "multi_margin_loss",
+    nn.MultiLabelMarginLoss: "multilabel_margin_loss", nn.TripletMarginLoss: "triplet_margin_loss",
+}  # fmt: skip
+_SAME = {"absolute": "abs", "__abs__": "abs", "clip": "clamp"}
+UNSUPPORTED_FUNCTIONS: dict[Callable, str] = {
+    f: _SAME.get(name, name.removesuffix("_with_indices"))
     for name in (
-        "hardtanh", "hardtanh_", "hardswish", "hardsigmoid", "hardshrink", "softshrink", "threshold", "threshold_",
-        "prelu", "rrelu", "rrelu_", "elu", "elu_", "selu", "selu_", "max_pool1d", "max_pool3d", "adaptive_max_pool1d",
-        "adaptive_max_pool2d", "adaptive_max_pool3d", "l1_loss", "smooth_l1_loss", "hinge_embedding_loss",
-        "margin_ranking_loss", "multi_margin_loss", "abs", "abs_", "absolute", "absolute_", "clamp", "clamp_",
-        "clamp_min", "clamp_min_", "clamp_max", "clamp_max_", "clip", "clip_", "max", "min", "amax", "amin", "maximum",
-        "minimum", "fmax", "fmin", "cummax", "cummin", "median", "norm", "dist",
+        *UNSUPPORTED_MODULES.values(), "abs", "__abs__", "absolute", "clamp", "clamp_min", "clamp_max",
+        "clip", "max", "min", "amax", "amin", "aminmax", "maximum", "minimum", "fmax", "fmin",
+        "cummax", "cummin", "median", "nanmedian", "kthvalue", "topk", "norm", "vector_norm", "dist", "normalize",
+        *(f"{pool}_with_indices" for pool in UNSUPPORTED_MODULES.values() if "max_pool" in pool),
     )
-    for home in (F, torch, Tensor)
-    if (f := getattr(home, name, None)) is not None
-)  # fmt: skip
+    for home in (F, torch, Tensor, torch.linalg)
+    for spelled in (name, f"{name}_")
+    if (f := getattr(home, spelled, None)) is not None
+}  # fmt: skip
+UNSUPPORTED_FUNCTIONS[torch.linalg.norm] = "norm"

@@ -3,4 +3,14 @@
 from nslightning.surgery.patching import PatchWarning, Selector, patch, report, selections, unpatch, using
 from nslightning.surgery.report import PatchReport, Site
 
-__all__ = ["PatchReport", "PatchWarning", "Selector", "Site", "patch", "report", "selections", "unpatch", "using"]
+__all__ = [
+    "PatchReport",
+    "PatchWarning",
+    "Selector",
+    "Site",
+    "patch",
+    "report",
+    "selections",
+    "unpatch",
+    "using",
+]

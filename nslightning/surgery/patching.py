@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import copyreg
+import difflib
 import fnmatch
+import inspect
+import pickle
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
 
 from nslightning.jacobians import Jacobians
-from nslightning.ops.registry import MODULES, UNSUPPORTED_MODULES, Operation
+from nslightning.ops.registry import MODULES, UNSUPPORTED_MODULES, Operation, positional
 from nslightning.ops.selection import Selection
-from nslightning.surgery.functional import FunctionalCalls
+from nslightning.surgery.functional import FunctionalCalls, active
 from nslightning.surgery.report import PatchReport, Site
 
-__all__ = ["PatchWarning", "Selector", "Surgery", "patch", "report", "selections", "unpatch", "using"]
+__all__ = ["Part", "PatchWarning", "Selector", "Surgery", "patch", "report", "selections", "unpatch", "using"]
 
 Selector: TypeAlias = "str | re.Pattern[str] | type[nn.Module] | Iterable[Selector]"
+_One: TypeAlias = "str | re.Pattern[str] | type[nn.Module]"
 
-_SITE, _SURGERY = "_nonsmooth_site", "_nonsmooth_surgery"
+_PART = "_nonsmooth_part"
 
 
 class PatchWarning(UserWarning):
@@ -31,10 +36,10 @@ class PatchWarning(UserWarning):
 
 
 class Surgery:
-    """What one :func:`patch` did to one model: kept on the model's root module.
+    """What one :func:`patch` did to one model; the modules that it changed share it.
 
     Args:
-        root: The patched model.
+        model: The model to be patched.
         jacobians: The choice.
         only: Reach only these sites.
         skip: Leave these sites alone.
@@ -42,124 +47,221 @@ class Surgery:
     """
 
     def __init__(
-        self, root: nn.Module, jacobians: Jacobians, only: Selector | None, skip: Selector | None, seed: int
+        self, model: nn.Module, jacobians: Jacobians, only: Selector | None, skip: Selector | None, seed: int
     ) -> None:
         self.selection = Selection(jacobians, seed)
-        self.only, self.skip = only, skip
-        self.report = PatchReport(type(root).__name__, jacobians)
-        self.running = False  # the root's forward is on the stack, so functional calls are being caught
-        self.index(root)
+        self.only, self.skip = _selectors("only", only), _selectors("skip", skip)
+        self.report = PatchReport(
+            type(model).__name__,
+            jacobians,
+            only=tuple(map(_text, self.only)),
+            skip=tuple(map(_text, self.skip)),
+        )
+        self._rows: dict[tuple[str, str, bool], Site] = {}
 
-    def index(self, root: nn.Module) -> None:
-        """Note every module's qualified name, by identity, to name the functional calls that it makes."""
-        self.names = {id(module): name for name, module in root.named_modules()}
-
-    def chosen(self, name: str | None, module: nn.Module | None = None) -> bool:
-        """Whether ``only`` and ``skip`` let the choice reach a site; a None name is a call whose owner is unknown."""
-        if self.only is None and self.skip is None:
-            return True
-        if name is None:
-            raise RuntimeError(
-                "functional calls cannot be told apart under torch.compile, so `only` and `skip` cannot decide on "
-                "them. Patch without `only` and `skip`, or run the model without torch.compile."
-            )
-        if self.only is not None and not _matches(self.only, name, module):
+    def chosen(self, names: Sequence[str], module: nn.Module) -> bool:
+        """Whether ``only`` and ``skip`` let the choice reach a module of these qualified names."""
+        if self.only and not any(_matches(s, names, module) for s in self.only):
             return False
-        return self.skip is None or not _matches(self.skip, name, module)
+        return not any(_matches(s, names, module) for s in self.skip)
 
-    def saw(self, owner: str, operation: str, function: str, inplace: bool, *, reached: bool) -> None:
-        """Note a functional call in the report."""
-        for site in self.report.sites:
-            if site.name == owner and (site.kind == function or (site.how == "unreached" and not reached)):
-                site.calls += 1
-                return
-        choice = getattr(self.selection.jacobians, operation) if reached else None
-        how = "functional" if reached else "unreached"
-        self.report.sites.append(Site(owner, operation, choice, how, function, inplace=inplace, calls=1))  # type: ignore[arg-type] # a Literal of the two
+    def part(self, module: nn.Module) -> Part | None:
+        """What this surgery keeps with a module; None if it does not know the module."""
+        part: Part | None = module.__dict__.get(_PART)
+        return part if part is not None and part.surgery is self else None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"names": {}, "running": False}  # identities do not travel; see `_forward_root`
+    def row(self, part: Part, operation: str, func: Callable, inplace: bool, *, reached: bool) -> Site:
+        """The report's row for one module's calls of one function, made when it is first met."""
+        if part.site is not None and part.site.operation == operation and not reached:
+            return part.site  # a call made by a module that is named as unreached itself
+        function = getattr(func, "__name__", str(func))
+        new = Site(
+            name=part.names[0],
+            operation=operation,
+            choice=getattr(self.report.jacobians, operation) if reached else None,
+            how="functional" if reached else "unreached",
+            kind=function,
+            aliases=part.names[1:],
+            inplace=inplace or (not reached and function.endswith("_")),
+        )
+        # `setdefault` is one step also when several threads run the model.
+        found = self._rows.setdefault((new.name, new.kind, new.inplace), new)
+        if found is new:
+            self.report.sites.append(new)
+        return found
 
 
-def _matches(selector: Selector, name: str, module: nn.Module | None) -> bool:
+@dataclass(eq=False)
+class Part:
+    """What a surgery keeps with one module of the model.
+
+    Args:
+        surgery: The surgery.
+        names: The qualified names under which the model has the module; the patched model itself is ``""``.
+        site: The module's row in the report, if it has one.
+        operation: The operation that reaches the site, if one does.
+        cls: The registered class that says how.
+    """
+
+    surgery: Surgery
+    names: tuple[str, ...]
+    site: Site | None = None
+    operation: Operation | None = None
+    cls: type[nn.Module] | None = None
+
+
+def _selectors(what: str, given: Any) -> tuple[_One, ...]:
+    """A selector flattened, once: it may be an iterator."""
+    if given is None:
+        return ()
+    if isinstance(given, (str, re.Pattern)) or (isinstance(given, type) and issubclass(given, nn.Module)):
+        return (given,)
+    if isinstance(given, Iterable):
+        return tuple(one for several in given for one in _selectors(what, several))
+    raise TypeError(
+        f"{what} takes a glob such as 'layer1.*', a compiled regular expression, a subclass of nn.Module, or "
+        f"several of these; given {given!r}"
+    )
+
+
+def _text(selector: _One) -> str:
     if isinstance(selector, str):
-        return fnmatch.fnmatchcase(name, selector)
+        return selector
+    return f"/{selector.pattern}/" if isinstance(selector, re.Pattern) else selector.__qualname__
+
+
+def _matches(selector: _One, names: Sequence[str], module: nn.Module) -> bool:
+    if isinstance(selector, str):
+        return any(fnmatch.fnmatchcase(name, selector) for name in names)
     if isinstance(selector, re.Pattern):
-        return selector.search(name) is not None
-    if isinstance(selector, type):
-        return isinstance(module, selector)
-    return any(_matches(s, name, module) for s in selector)
+        return any(selector.search(name) is not None for name in names)
+    return isinstance(module, selector)
 
 
 # ------------------------------------------------------------------------------------------- swapped classes
-_swapped: dict[tuple[type[nn.Module], bool, bool], type[nn.Module]] = {}
+# A "site" is evaluated with the choice, a "caller" has its functional calls caught ("replaced": also where
+# its forward was replaced on the instance), a module "left alone" has its own functional calls not caught.
+_Role = Literal["site", "caller", "replaced", "left alone"]
+_swapped: dict[tuple[type[nn.Module], _Role], type[nn.Module]] = {}
 
 
-def _swapped_class(cls: type[nn.Module], is_site: bool, is_root: bool) -> type[nn.Module]:
-    """The subclass that a patched module belongs to; one per class and role, so that pickles find it again."""
-    key = (cls, is_site, is_root)
+def _swapped_class(cls: type[nn.Module], role: _Role) -> type[nn.Module]:
+    """The subclass that a patched module belongs to: one per class and role, which pickles find again."""
+    key = (cls, role)
     if key not in _swapped:
+
+        def stock(self: nn.Module, name: str) -> Any:
+            return getattr(super(swapped, self), name)  # not `type(self)`: FSDP and others subclass it further
+
+        def reduce_ex(self: nn.Module, protocol: Any) -> Any:
+            make, args, *rest = stock(self, "__reduce_ex__")(max(int(protocol), 2))
+            if make is not copyreg.__newobj__ or args[0] is not swapped:  # type: ignore[attr-defined] # as pickle does
+                raise pickle.PicklingError(f"{cls.__name__} has its own way to be pickled: unpatch the model first")
+            return (_rebuild, (*key, *args[1:]), *rest)
+
         body: dict[str, Any] = {
             "__module__": cls.__module__,
             "__qualname__": cls.__qualname__,
             "__doc__": cls.__doc__,
-            "__reduce_ex__": _reduce,
+            "__reduce_ex__": reduce_ex,
             "_nonsmooth_key": key,
         }
-        if is_site:
-            body |= {"forward": _forward_site, "extra_repr": _extra_repr}
+        if role == "site":
+            body |= {"forward": _forward_site(stock), "extra_repr": _extra_repr(stock)}
+        elif role == "left alone":
+            body |= {"forward": _forward_left_alone(stock)}
         else:
+            methods = [name for name in dir(cls) if name.startswith("forward")]
+            methods += ["__call__"] if role == "replaced" else []
             body |= {
-                name: _forward_root(name)
-                for name in dir(cls)
-                if name.startswith("forward") and callable(getattr(cls, name))
+                name: _entrance(stock, name)
+                for name in methods
+                if inspect.isfunction(inspect.getattr_static(cls, name))
             }
-        _swapped[key] = type(cls.__name__, (cls,), body)
+        swapped = type(cls.__name__, (cls,), body)
+        _swapped[key] = swapped
     return _swapped[key]
 
 
-def _forward_site(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    site, selection, operation, cls = self.__dict__[_SITE]
-    call = operation.modules[cls](self, *args, **kwargs)
-    if selection.observer is not None:
-        selection.observer(site.name, operation, call)
-    return operation.apply(selection, call)
-
-
-def _extra_repr(self: nn.Module) -> str:
-    site, selection, operation, _ = self.__dict__[_SITE]
-    base = super(type(self), self).extra_repr()
-    value = getattr(selection.jacobians, operation.name)
-    return f"{base}{', ' if base else ''}jacobian={'native' if value is None else value}"
-
-
-def _forward_root(name: str) -> Callable[..., Any]:
+def _forward_site(stock: Callable[[nn.Module, str], Any]) -> Callable[..., Any]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        surgery: Surgery = self.__dict__[_SURGERY]
-        stock = getattr(super(type(self), self), name)
-        if surgery.running:
-            return stock(*args, **kwargs)
-        if not surgery.names:  # a copy, or fresh from a pickle
-            surgery.index(self)
-        surgery.running = True
-        try:
-            with FunctionalCalls(surgery):
-                return stock(*args, **kwargs)
-        finally:
-            surgery.running = False
-            surgery.report.traced = True
+        part: Part = self.__dict__[_PART]
+        surgery, operation = part.surgery, part.operation
+        with torch._C.DisableTorchFunction():  # what the operation calls itself is not the model's
+            call = operation.modules[part.cls](self, *args, **positional(kwargs))  # type: ignore[union-attr, index]
+            if call is None or not call.x.is_floating_point():  # integers and quantised values have no gradient
+                return stock(self, "forward")(*args, **kwargs)
+            if not torch.compiler.is_compiling():
+                if (mode := active(surgery)) is not None:
+                    mode.count(part.site)  # type: ignore[arg-type]
+                if surgery.selection.observer is not None:
+                    surgery.selection.observer(part.names[0], operation, call)
+            return operation.apply(surgery.selection, call)  # type: ignore[union-attr]
 
-    forward.__name__ = name
     return forward
 
 
-def _reduce(self: nn.Module, protocol: int) -> Any:
-    _, (_, *args), *rest = object.__reduce_ex__(self, max(protocol, 2))
-    return (_rebuild, (*self._nonsmooth_key, *args), *rest)  # type: ignore[misc] # the class of this method has it
+def _extra_repr(stock: Callable[[nn.Module, str], Any]) -> Callable[[nn.Module], str]:
+    def extra_repr(self: nn.Module) -> str:
+        part: Part = self.__dict__[_PART]
+        base = stock(self, "extra_repr")()
+        value = getattr(part.surgery.selection.jacobians, part.operation.name)  # type: ignore[union-attr]
+        return f"{base}{', ' if base else ''}jacobian={'native' if value is None else value}"
+
+    return extra_repr
 
 
-def _rebuild(cls: type[nn.Module], is_site: bool, is_root: bool, *args: Any) -> nn.Module:
-    return copyreg.__newobj__(_swapped_class(cls, is_site, is_root), *args)  # type: ignore[attr-defined]
+def _forward_left_alone(stock: Callable[[nn.Module, str], Any]) -> Callable[..., Any]:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with torch._C.DisableTorchFunction():
+            return stock(self, "forward")(*args, **kwargs)
+
+    return forward
+
+
+def _entrance(stock: Callable[[nn.Module, str], Any], name: str) -> Callable[..., Any]:
+    def enter(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        part: Part = self.__dict__[_PART]
+        surgery = part.surgery
+        # Without gradients there is nothing to choose, but somebody may be watching, and the published rule's
+        # forward differs from the stock one.
+        wanted = (
+            torch.is_grad_enabled()
+            or surgery.selection.observer is not None
+            or surgery.selection.jacobians.rule == "published"
+        )
+        if not wanted or active(surgery) is not None:
+            return stock(self, name)(*args, **kwargs)
+        with FunctionalCalls(surgery) as mode:
+            result = stock(self, name)(*args, **kwargs)
+        if not torch.compiler.is_compiling():
+            _note(part, mode)
+        return result
+
+    enter.__name__ = name
+    FunctionalCalls.entrances |= {enter.__code__}
+    return enter
+
+
+def _note(part: Part, mode: FunctionalCalls) -> None:
+    """Put what a forward evaluated into the report."""
+    for site, evaluations in mode.evaluations.values():
+        site.calls = site.calls or evaluations
+    report, first = part.surgery.report, not part.surgery.report.traced
+    report.traced |= mode.differentiating
+    if first and report.traced and part.names[0] == "" and not report.reached:
+        warnings.warn(_nothing(report), PatchWarning, stacklevel=3)
+
+
+def _nothing(report: PatchReport) -> str:
+    among = f" among only={', '.join(report.only)}" if report.only else ""
+    among += f" without skip={', '.join(report.skip)}" if report.skip else ""
+    return f"{report.model} has nothing to patch: no ReLU, ReLU6, LeakyReLU or MaxPool2d was found{among}"
+
+
+def _rebuild(cls: type[nn.Module], role: _Role, *args: Any) -> nn.Module:
+    swapped = _swapped_class(cls, role)
+    return swapped.__new__(swapped, *args)
 
 
 # ---------------------------------------------------------------------------------------------------- public
@@ -172,22 +274,23 @@ def patch(
     example: Any = None,
     seed: int = 0,
 ) -> PatchReport:
-    """Give every nonsmooth operation of a model a chosen Jacobian, in place; the forward stays bit for bit the same.
+    """Give a model's nonsmooth operations a chosen Jacobian, in place; the forward stays exactly the same.
 
-    Modules become members of a subclass of their class, so they stay the same objects: aliases, hooks, ``state_dict``
-    keys, ``isinstance`` checks, pickles and optimizers stay valid. Functional calls (``F.relu``, ``x.relu_()``,
-    ``F.max_pool2d``, ...) are caught while the model runs. What is nonsmooth and has no choice yet (``clamp``,
-    ``Hardswish``, ...) keeps PyTorch's own derivative and is named in the report.
+    Modules become members of a subclass of their class, so they stay the same objects: aliases, hooks,
+    ``state_dict`` keys, ``isinstance`` checks, pickles and optimizers stay valid. Functional calls
+    (``F.relu``, ``x.relu_()``, ``F.max_pool2d``, ...) are caught while the model runs. What is nonsmooth and
+    has no choice yet (``clamp``, ``Hardswish``, ...) keeps PyTorch's own derivative and is named in the
+    report.
 
     Args:
         model: The model; patch it before it is compiled or wrapped for distributed training.
         jacobians: The choice.
-        only: Reach only the sites that match: a glob over qualified names (``"layer1.*"``), a compiled regular
-            expression, a module class, or several of these. A functional call is matched by the name of the module
-            that makes it.
+        only: Reach only the sites that match: a glob over qualified names (``"layer1.*"``), a compiled
+            regular expression, a module class, or several of these. A functional call is matched by the name
+            of the module that makes it.
         skip: Leave the sites that match alone; wins over ``only``.
-        example: An input, a tuple of positional or a dict of keyword arguments for one forward in evaluation mode
-            without gradients, so that the report lists the functional calls at once.
+        example: An input, a tuple of positional or a dict of keyword arguments for one forward in evaluation
+            mode, so that the report lists the functional calls at once.
         seed: Seeds the ``"random"`` choice.
 
     Returns:
@@ -198,7 +301,8 @@ def patch(
         ValueError: If it, or a part of it, is patched already.
 
     Warns:
-        PatchWarning: If there is nothing to patch.
+        PatchWarning: If there is nothing to patch (where functional calls are possible, at the first
+            forward), or if a selector matches no module.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2))
@@ -207,24 +311,23 @@ def patch(
     """
     _refuse(model)
     surgery = Surgery(model, jacobians, only, skip, seed)
-    sites = list(_find(model, surgery))
-    surgery.report.sites += [site for _, site, _ in sites]
-    for module, site, operation in sites:
-        if operation is not None:
-            module.__dict__[_SITE] = (site, surgery.selection, operation, _known(module))
-            module.__class__ = _swapped_class(type(module), is_site=True, is_root=module is model)
-    model.__dict__[_SURGERY] = surgery
-    if _SITE not in model.__dict__:
-        model.__class__ = _swapped_class(type(model), is_site=False, is_root=True)
-    if example is not None:
-        _run(model, example)
-    if not surgery.report.reached and (example is not None or _has_no_code_of_its_own(model)):
-        warnings.warn(
-            f"{type(model).__name__} has nothing to patch: no ReLU, ReLU6, LeakyReLU or MaxPool2d was found"
-            + (f" among {only!r}" if only is not None else ""),
-            PatchWarning,
-            stacklevel=2,
-        )
+    found = list(_find(model, surgery))
+    surgery.report.sites += [part.site for _, part, _ in found if part.site is not None]
+    try:
+        for module, part, role in found:
+            if role is not None:
+                module.__class__ = _swapped_class(type(module), role)
+            module.__dict__[_PART] = part
+        for selector in (*surgery.only, *surgery.skip):
+            if (hint := _hint(selector, found)) is not None:
+                warnings.warn(hint, PatchWarning, stacklevel=2)
+        if example is not None:
+            _run(model, example)
+        elif not surgery.report.reached and not any(_calls(module) for module in model.modules()):
+            warnings.warn(_nothing(surgery.report), PatchWarning, stacklevel=2)
+    except BaseException:
+        _restore(module for module, _, _ in found)
+        raise
     return surgery.report
 
 
@@ -237,13 +340,14 @@ def unpatch(model: nn.Module) -> None:
     Raises:
         ValueError: If the model is not patched.
     """
-    if _SURGERY not in model.__dict__:
-        raise ValueError(f"{type(model).__name__} is not patched; `patch(model, Jacobians(...))` does that")
-    for module in model.modules():
-        if _SITE in module.__dict__ or _SURGERY in module.__dict__:
-            module.__class__ = type(module)._nonsmooth_key[0]  # type: ignore[attr-defined]
-            module.__dict__.pop(_SITE, None)
-            module.__dict__.pop(_SURGERY, None)
+    _root(model)
+    for name, module in model.named_modules():
+        if hasattr(type(module), "_nonsmooth_key") and type(module) is not _swapped_class(*type(module)._nonsmooth_key):
+            raise ValueError(
+                f"{name or 'the model'} became a {type(module).__name__} after it was patched (sharded or "
+                "parametrised?): undo that first, then unpatch"
+            )
+    _restore(model.modules())
 
 
 @contextmanager
@@ -265,10 +369,10 @@ def using(model: nn.Module, jacobians: Jacobians) -> Iterator[None]:
         Nothing.
 
     Raises:
-        ValueError: If nothing of the model is patched, or the published rule of max pooling is involved, whose
-            arithmetic is part of the forward.
+        ValueError: If nothing of the model is patched, or the published rule of max pooling is involved,
+            whose arithmetic is part of the forward.
     """
-    found = selections(model)
+    found = list(selections(model).values())
     if not found:
         raise ValueError(f"{type(model).__name__} is not patched; call `patch(model, Jacobians())` first")
     before = [selection.jacobians for selection in found]
@@ -278,8 +382,8 @@ def using(model: nn.Module, jacobians: Jacobians) -> Iterator[None]:
             jacobians.max_pool,
         ):
             raise ValueError(
-                "the published rule computes max pooling's forward with its beta, so rule and max_pool cannot change "
-                f"between forward and backward: patched with {now!r}, asked for {jacobians!r}. "
+                "the published rule computes max pooling's forward with its beta, so rule and max_pool "
+                f"cannot change between forward and backward: patched with {now!r}, asked for {jacobians!r}. "
                 "Patch the model again instead."
             )
     try:
@@ -303,84 +407,155 @@ def report(model: nn.Module) -> PatchReport:
     Raises:
         ValueError: If the model is not patched.
     """
-    if _SURGERY not in model.__dict__:
-        raise ValueError(f"{type(model).__name__} is not patched; `patch(model, Jacobians(...))` does that")
-    surgery: Surgery = model.__dict__[_SURGERY]
-    return surgery.report
+    return _root(model).surgery.report
 
 
-def selections(model: nn.Module) -> list[Selection]:
+def selections(model: nn.Module) -> dict[str, Selection]:
     """The selections that a model's patched parts share.
 
     Args:
         model: Any module.
 
     Returns:
-        Each distinct selection once, in the order of the modules.
+        Each distinct selection once, in the order of the modules, by the qualified name of the part that was
+        patched.
     """
-    surgeries = (m.__dict__[_SURGERY] for m in model.modules() if _SURGERY in m.__dict__)
-    return list({id(s.selection): s.selection for s in surgeries}.values())
+    found: dict[int, tuple[str, Selection]] = {}
+    for name, module in model.named_modules():
+        part: Part | None = module.__dict__.get(_PART)
+        if part is not None and id(part.surgery) not in found:
+            found[id(part.surgery)] = (name, part.surgery.selection)
+    return dict(found.values())
 
 
 # --------------------------------------------------------------------------------------------------- helpers
+def _root(model: nn.Module) -> Part:
+    """What is kept with a model that was given to `patch`."""
+    part: Part | None = model.__dict__.get(_PART)
+    if part is not None and "" in part.names:
+        return part
+    kind = type(model).__name__
+    if part is not None:
+        raise ValueError(f"this {kind} is {part.names[0]!r} of a patched {part.surgery.report.model}: give that one")
+    parts = [name for name, module in model.named_modules() if _PART in module.__dict__]
+    hint = f"; its part {parts[0]!r} is" if parts else "; `patch(model, Jacobians(...))` does that"
+    raise ValueError(f"{kind} is not patched{hint}")
+
+
 def _refuse(model: nn.Module) -> None:
-    wrapper = type(model).__name__
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch takes a torch.nn.Module; given {type(model).__name__}")
-    if isinstance(model, torch._dynamo.OptimizedModule) or model._compiled_call_impl is not None:
-        raise TypeError("the model is compiled already: patch it first, then compile it")
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("a scripted model cannot be patched: patch the eager model it was made from")
-    if wrapper in ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel"):
-        raise TypeError(f"the model is wrapped by {wrapper} already: patch it first, then wrap it")
     for name, module in model.named_modules():
-        if _SURGERY in module.__dict__ or _SITE in module.__dict__:
+        what = f"its part {name!r}" if name else "the model"
+        if (
+            isinstance(module, torch._dynamo.OptimizedModule)
+            or getattr(module, "_compiled_call_impl", None) is not None
+        ):
+            raise TypeError(f"{what} is compiled already: patch first, then compile")
+        bases = {base.__name__ for base in type(module).__mro__}
+        for wrapper in ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel"):
+            if wrapper in bases:
+                raise TypeError(f"{what} is wrapped by {wrapper} already: patch first, then wrap")
+        if (part := module.__dict__.get(_PART)) is not None:
             raise ValueError(
-                f"{name or wrapper} is patched already ({report(module).summary() if _SURGERY in module.__dict__ else ''}"
-                "): use `using(model, ...)` to change the choice of a backward, or `unpatch(model)` first"
+                f"{what} is patched already ({part.surgery.report.summary()}): use `using(model, ...)` to "
+                "change the choice of a backward, or `unpatch` it first"
             )
 
 
-def _known(module: nn.Module) -> type[nn.Module] | None:
-    """The registered class whose forward this module runs, or None: a subclass may have its own."""
-    if "forward" in module.__dict__:  # replaced on the instance: a swapped class would not be reached
-        return None
-    for cls in type(module).__mro__:
-        if "forward" in cls.__dict__:
-            # ReLU6 inherits Hardtanh's forward: the most derived registered class says what it is.
-            return next((c for c in type(module).__mro__ if c in MODULES and issubclass(c, cls)), None)
-    return None
+def _original(module: nn.Module) -> type[nn.Module]:
+    """The module's class without the swap."""
+    key = getattr(type(module), "_nonsmooth_key", None)
+    return type(module) if key is None else key[0]
 
 
-def _find(model: nn.Module, surgery: Surgery) -> Iterator[tuple[nn.Module, Site, Operation | None]]:
-    """Every nonsmooth module once, under its first name, with the operation that reaches it, if one does."""
+def _restore(modules: Iterable[nn.Module]) -> None:
+    for module in modules:
+        if module.__dict__.pop(_PART, None) is not None:
+            module.__class__ = _original(module)
+
+
+def _calls(module: nn.Module) -> bool:
+    """Whether a module's code may call functions that its class does not tell of."""
+    cls = _definer(_original(module))
+    torchs = cls.__module__.startswith("torch.nn.") and not cls.__name__.startswith("Transformer")
+    return "forward" in module.__dict__ or not torchs
+
+
+def _definer(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class whose forward the instances of a class run."""
+    return next(base for base in cls.__mro__ if "forward" in base.__dict__)
+
+
+def _find(model: nn.Module, surgery: Surgery) -> Iterator[tuple[nn.Module, Part, _Role | None]]:
+    """Every module with what the surgery makes of it, once, the model itself first."""
     names: dict[int, list[str]] = {}
     modules: dict[int, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
         modules[id(module)] = module
+    scripted: set[int] = set()
     for key, module in modules.items():
-        name, *aliases = names[key]
-        if not surgery.chosen(name, module):
+        if key in scripted:
             continue
-        cls = _known(module)
-        kind = type(module).__name__
-        inplace = bool(getattr(module, "inplace", False))
+        name, *aliases = names[key]
+        part = Part(surgery, (name, *aliases))
+        chosen = surgery.chosen(part.names, module)
+        kind, inplace = type(module).__name__, bool(getattr(module, "inplace", False))
+        cls = _whose_forward(module, MODULES)
         operation = MODULES.get(cls) if cls is not None else None
-        if operation is not None and operation.modules[cls](module, torch.empty(0)) is not None:  # type: ignore[index]
+        if operation is not None and operation.modules[cls](module, torch.empty(0)) is None:  # type: ignore[index]
+            operation = None  # such as Hardtanh between other bounds
+        role: _Role | None = None
+        unreached: str | None = None
+        if isinstance(module, torch.jit.ScriptModule):
+            scripted |= {id(m) for m in module.modules()}
+            unreached = "scripted"
+        elif operation is not None and chosen:
             choice = getattr(surgery.selection.jacobians, operation.name)
-            yield module, Site(name, operation.name, choice, "module", kind, tuple(aliases), inplace), operation
-        elif isinstance(module, UNSUPPORTED_MODULES) and not isinstance(module, tuple(MODULES)) or cls is nn.Hardtanh:
-            yield module, Site(name, kind.lower(), None, "unreached", kind, tuple(aliases), inplace), None
+            part.site = Site(name, operation.name, choice, "module", kind, tuple(aliases), inplace)
+            part.operation, part.cls, role = operation, cls, "site"
+        elif operation is not None and module is not model:
+            role = "left alone"  # its forward calls a function, which is not to be caught
+        elif "forward" in module.__dict__:
+            role = "replaced"
+        elif (unsupported := _whose_forward(module, UNSUPPORTED_MODULES)) is not None:
+            unreached = UNSUPPORTED_MODULES[unsupported]
+        elif _calls(module) or module is model:
+            role = "caller"
+        if unreached is not None and chosen:
+            part.site = Site(name, unreached, None, "unreached", kind, tuple(aliases), inplace)
+        yield module, part, role
+
+
+def _whose_forward(module: nn.Module, classes: Mapping[type[nn.Module], Any]) -> type[nn.Module] | None:
+    """Which of the classes has the forward that this module runs; None too if it has its own."""
+    if "forward" in module.__dict__:  # replaced on the instance
+        return None
+    # ReLU6 inherits Hardtanh's forward: the most derived class says what it is.
+    definer = _definer(type(module))
+    return next((c for c in type(module).__mro__ if c in classes and issubclass(c, definer)), None)
+
+
+def _hint(selector: _One, found: list[tuple[nn.Module, Part, _Role | None]]) -> str | None:
+    """What to say of a selector that selects nothing, now or when the model runs."""
+    if any(_matches(selector, part.names, module) for module, part, _ in found):
+        return None
+    names = [name for _, part, _ in found for name in part.names if name]
+    close = difflib.get_close_matches(_text(selector).rstrip(".*"), names, n=3)
+    hint = f"; close names: {', '.join(close)}" if close else ""
+    return f"{_text(selector)!r} matches no module of the model{hint}"
 
 
 def _run(model: nn.Module, example: Any) -> None:
-    """One forward that leaves no trace: evaluation mode, no gradients, no random numbers kept."""
+    """One forward that leaves no trace: evaluation mode, no random numbers kept."""
     training = {module: module.training for module in model.modules()}
     cpu, cuda = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     try:
         model.eval()
-        with torch.no_grad():
+        with torch.enable_grad():  # tells what gradients pass through from bookkeeping
             if isinstance(example, dict):
                 model(**example)
             else:
@@ -391,10 +566,3 @@ def _run(model: nn.Module, example: Any) -> None:
         torch.set_rng_state(cpu)
         if cuda:
             torch.cuda.set_rng_state_all(cuda)
-
-
-def _has_no_code_of_its_own(model: nn.Module) -> bool:
-    """Whether all code is PyTorch's, which makes no functional call that a module's class does not tell."""
-    return all(type(m).__module__.startswith("torch.nn") or _SURGERY in m.__dict__ for m in model.modules()) and (
-        type(model)._nonsmooth_key[0].__module__.startswith("torch.nn")  # type: ignore[attr-defined]
-    )

@@ -21,14 +21,15 @@ class Site:
 
     Args:
         name: Qualified name of the module, or of the module whose code makes the call.
-        operation: Field of :class:`~nslightning.Jacobians`, or the function's own name where it has no choice yet.
+        operation: Field of :class:`~nslightning.Jacobians`, or the function's own name where it has no choice
+            yet.
         choice: The value chosen there; None is the reference.
         how: ``"module"`` (its class was swapped), ``"functional"`` (a call caught while the model runs) or
             ``"unreached"`` (found, and left with PyTorch's own derivative).
         kind: The module's class, or the function as it is called.
         aliases: The other names under which the same module is registered.
         inplace: Whether the operation overwrites its input.
-        calls: Evaluations in the example forward, if one was run.
+        calls: Evaluations in the first forward, in eager mode, that reached it.
     """
 
     name: str
@@ -45,20 +46,24 @@ class Site:
 class PatchReport:
     """The sites of a patched model.
 
-    ``str(report)`` is a table. Functional calls are found when the model runs: they are listed after the first
-    forward, or at once when :func:`~nslightning.patch` is given an example input.
+    ``str(report)`` is a table. Functional calls are found when the model runs: they are listed after the
+    first forward with gradients, or at once when :func:`~nslightning.patch` is given an example input.
 
     Args:
         model: Class name of the patched model.
         jacobians: The choice.
         sites: What was found, in the order of the model's modules, then of its calls.
-        traced: Whether a forward has been seen, so that functional calls are known.
+        traced: Whether a forward with gradients has been seen, so that functional calls are known.
+        only: The selectors that the sites were limited to, as text.
+        skip: The selectors of sites left alone, as text.
     """
 
     model: str
     jacobians: Jacobians
     sites: list[Site] = field(default_factory=list)
     traced: bool = False
+    only: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
 
     @property
     def reached(self) -> list[Site]:
@@ -72,25 +77,27 @@ class PatchReport:
 
     @property
     def fingerprint(self) -> str:
-        """Twelve hexadecimal digits that name the choice and the module sites; stable across processes.
+        """Twelve hexadecimal digits for choice, selectors and module sites, the same in every process.
 
-        Functional sites are left out: they are known only after a forward, and the choice covers them all alike.
+        Functional sites are left out: they are known only after a forward.
         """
         modules = sorted((s.name, s.operation, s.aliases) for s in self.sites if s.how == "module")
-        text = json.dumps([self.jacobians.to_dict(), modules], sort_keys=True)
+        text = json.dumps([self.jacobians.to_dict(), self.only, self.skip, modules], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data.
 
         Returns:
-            JSON-ready values: model, jacobians, fingerprint, traced, sites.
+            JSON-ready values: model, jacobians, fingerprint, traced, only, skip, sites.
         """
         return {
             "model": self.model,
             "jacobians": self.jacobians.to_dict(),
             "fingerprint": self.fingerprint,
             "traced": self.traced,
+            "only": list(self.only),
+            "skip": list(self.skip),
             "sites": [asdict(site) for site in self.sites],
         }
 
@@ -118,7 +125,7 @@ class PatchReport:
         else:
             raise ValueError(f"a patch report is saved as .json or .csv; given {path.name!r}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8", newline="")
         return path
 
     def summary(self) -> str:
@@ -141,7 +148,7 @@ class PatchReport:
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "  ".join("─" * w for w in widths))
         if not self.traced:
-            lines.append("Functional calls are listed after the first forward.")
+            lines.append("Functional calls are listed after the first forward with gradients.")
         return "\n".join([self.summary(), "", *lines])
 
 

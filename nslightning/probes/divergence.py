@@ -1,0 +1,146 @@
+"""How far the gradients of two Jacobian choices are apart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from nslightning.jacobians import Jacobians
+from nslightning.probes.gradients import gradients
+
+__all__ = ["NORMS", "Divergence", "divergence", "measure"]
+
+NORMS = ("l1", "l2", "linf", "relative", "cosine")
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The difference between the gradients of a choice and of the reference, ``d = g_choice - g_reference``.
+
+    Args:
+        l1: Sum of ``|d|``.
+        l2: Euclidean norm of ``d``.
+        linf: Largest ``|d|``.
+        relative: ``l2 / ||g_reference||``; 0 when both gradients are 0, infinite when only the reference is.
+        cosine: Cosine of the angle between the two gradients; 1 when they are equal, also when both are 0,
+            0 when one is 0, NaN when an entry is not finite.
+        per_layer: The same per parameter, by name; empty in the entries themselves.
+    """
+
+    l1: float
+    l2: float
+    linf: float
+    relative: float
+    cosine: float
+    per_layer: Mapping[str, Divergence] = field(default_factory=dict)
+
+    def norms(self) -> dict[str, float]:
+        """The five figures by name.
+
+        Returns:
+            ``{"l1": ..., "l2": ..., "linf": ..., "relative": ..., "cosine": ...}``.
+        """
+        return {name: getattr(self, name) for name in NORMS}
+
+
+def divergence(
+    loss: Tensor,
+    model: nn.Module,
+    choices: Mapping[str, Jacobians],
+    reference: Jacobians = Jacobians(),  # noqa: B008 # frozen
+    *,
+    retain_graph: bool = False,
+) -> dict[str, Divergence]:
+    """How far each choice's parameter gradients are from the reference's, on one loss and one forward.
+
+    Args:
+        loss: A 0-d tensor computed by a forward of the patched ``model``, its graph not yet freed.
+        model: A patched model, or one that contains patched ones.
+        choices: The choices by name.
+        reference: The choice to compare with; stock PyTorch's by default.
+        retain_graph: Keep the graph after the last backward.
+
+    Returns:
+        One :class:`Divergence` per choice, with ``per_layer`` by parameter name.
+
+    Raises:
+        ValueError: If the model is not patched, no parameter requires gradients, or no choice is given.
+
+    Example:
+        >>> import nslightning
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+        >>> _ = nn.init.zeros_(model[0].weight), nn.init.zeros_(model[0].bias)
+        >>> report = nslightning.patch(model, Jacobians())
+        >>> loss = model(torch.ones(1, 2)).sum()
+        >>> divergence(loss, model, {"relu1": Jacobians(relu=1.0)})["relu1"].l1
+        6.0
+    """
+    if not choices:
+        raise ValueError("divergence takes at least one choice, such as {'relu1': Jacobians(relu=1.0)}")
+    (base,) = gradients(loss, model, {"": reference}, retain_graph=True).values()
+    found = {}
+    for i, (name, jacobians) in enumerate(choices.items()):  # one at a time: two sets of gradients in memory
+        keep = retain_graph or i + 1 < len(choices)
+        (other,) = gradients(loss, model, {name: jacobians}, retain_graph=keep).values()
+        found[name] = measure(other, base)
+    return found
+
+
+def measure(choice: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Divergence:
+    """The divergence of two sets of gradients.
+
+    Differences and sums are formed in float64, whatever the gradients' precision.
+
+    Args:
+        choice: Gradients by parameter name.
+        reference: Gradients of the same names and shapes.
+
+    Returns:
+        The divergence in total and per parameter.
+
+    Raises:
+        ValueError: If the names or the shapes differ.
+
+    Example:
+        >>> measure({"w": torch.tensor([3.0, 4.0])}, {"w": torch.zeros(2)}).l2
+        5.0
+    """
+    if choice.keys() != reference.keys():
+        raise ValueError(f"gradients of different parameters: {sorted(choice.keys() ^ reference.keys())}")
+    for name, b in reference.items():
+        if choice[name].shape != b.shape:
+            raise ValueError(f"gradients of {name} have shapes {tuple(choice[name].shape)} and {tuple(b.shape)}")
+    sums = [_sums(choice[name], reference[name]) for name in reference]
+    # One transfer from the device: a row of (l1, l2^2, linf, |a|^2, |b|^2, a.b) per parameter.
+    none = torch.zeros(0, 6, dtype=torch.float64)
+    rows = torch.stack([row.to(sums[0].device) for row in sums]).cpu() if sums else none
+    per_layer = {name: _divergence(row.tolist()) for name, row in zip(reference, rows, strict=True)}
+    total = rows.sum(0)
+    if len(rows):
+        total[2] = rows[:, 2].max()
+    return Divergence(**_divergence(total.tolist()).norms(), per_layer=per_layer)
+
+
+def _sums(a: Tensor, b: Tensor) -> Tensor:
+    a, b = a.detach().double().flatten(), b.detach().double().flatten()
+    d = a - b
+    linf = d.abs().max() if len(d) else d.sum()
+    return torch.stack([d.abs().sum(), d.dot(d), linf, a.dot(a), b.dot(b), a.dot(b)])
+
+
+def _divergence(sums: list[float]) -> Divergence:
+    l1, squares, linf, aa, bb, ab = sums
+    l2 = math.sqrt(squares)
+    relative = l2 / math.sqrt(bb) if bb else (l2 * math.inf if l2 else 0.0)
+    lengths = math.sqrt(aa) * math.sqrt(bb)
+    if math.isnan(l1) or not math.isfinite(lengths):
+        cosine = math.nan
+    elif l2 == 0:
+        cosine = 1.0
+    else:
+        cosine = max(-1.0, min(1.0, ab / lengths)) if lengths else 0.0
+    return Divergence(l1, l2, linf, relative, cosine)

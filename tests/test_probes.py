@@ -1,0 +1,361 @@
+"""Probes: gradients under many choices, their divergence, and ties, each against a separate computation."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nslightning import Jacobians, patch, unpatch
+from nslightning.probes import NORMS, Ties, counting, divergence, gradients, measure, ties
+from nslightning.surgery import report, selections
+
+RELU1 = Jacobians(relu=1.0)
+
+
+class Net(nn.Module):
+    """Ties at a module's ReLU, a functional ReLU and a pool; one parameter is frozen and one is not used."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 3, 1)
+        self.bn = nn.BatchNorm2d(3)
+        self.act, self.pool, self.drop = nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.5)
+        self.fc = nn.Linear(3, 2)
+        self.unused = nn.Parameter(torch.ones(2))
+        self.fc.bias.requires_grad_(False)
+        with torch.no_grad():
+            self.bn.weight[0] = self.bn.bias[0] = 0
+
+    def forward(self, x):
+        x = self.pool(self.act(self.bn(self.conv(x))))
+        return self.fc(self.drop(F.relu(x)).mean((2, 3)))
+
+
+def by_hand(model, x, alpha):
+    """Gradients of the sum of outputs in evaluation mode, derived with pencil and written in numpy."""
+    p = {k: v.detach().double().numpy() for k, v in model.state_dict().items()}
+    x = x.double().numpy()  # (n, 1, h, w)
+    w, b = p["conv.weight"][:, 0, 0, 0], p["conv.bias"]
+    scale = 1 / np.sqrt(p["bn.running_var"] + model.bn.eps)
+    z = x * w[:, None, None] + b[:, None, None]
+    hat = (z - p["bn.running_mean"][:, None, None]) * scale[:, None, None]
+    y = hat * p["bn.weight"][:, None, None] + p["bn.bias"][:, None, None]
+    out = {k: np.zeros_like(p[k]) for k in ("conv.weight", "conv.bias", "bn.weight", "bn.bias", "fc.weight", "unused")}
+    n, c, h, wd = y.shape
+    windows = (h // 2) * (wd // 2)
+    for i in range(n):
+        for j in range(c):
+            for r in range(0, h, 2):
+                for s in range(0, wd, 2):
+                    window = np.maximum(y[i, j, r : r + 2, s : s + 2], 0)
+                    k, m = np.unravel_index(window.argmax(), (2, 2))  # the first maximum, as PyTorch
+                    top, pre = window.max(), y[i, j, r + k, s + m]
+                    out["fc.weight"][:, j] += top / windows
+                    g = p["fc.weight"][:, j].sum() / windows
+                    g *= 1.0 if top > 0 else alpha  # the functional ReLU
+                    g *= 1.0 if pre > 0 else (alpha if pre == 0 else 0.0)  # the module
+                    out["bn.bias"][j] += g
+                    out["bn.weight"][j] += g * hat[i, j, r + k, s + m]
+                    up = g * p["bn.weight"][j] * scale[j]
+                    out["conv.bias"][j] += up
+                    out["conv.weight"][j, 0, 0, 0] += up * x[i, 0, r + k, s + m]
+    return out
+
+
+@pytest.fixture
+def net():
+    model = Net().double().eval()
+    patch(model, Jacobians())
+    return model
+
+
+@pytest.fixture
+def x():
+    return torch.randn(4, 1, 6, 6, dtype=torch.float64)
+
+
+def test_gradients_agree_with_the_formulas(net, x):
+    choices = {"a0": Jacobians(), "a1": RELU1, "a-2": Jacobians(relu=-2.0)}
+    found = gradients(net(x).sum(), net, choices)
+    assert list(found) == list(choices)
+    for name, choice in choices.items():
+        want = by_hand(net, x, choice.relu)
+        assert list(found[name]) == [n for n, p in net.named_parameters() if p.requires_grad]
+        for key, value in found[name].items():
+            np.testing.assert_allclose(value.numpy(), want[key], rtol=1e-10, atol=1e-13, err_msg=key)
+    assert "fc.bias" not in found["a0"]
+    assert torch.equal(found["a0"]["unused"], torch.zeros(2, dtype=torch.float64))
+    assert found["a0"]["bn.bias"][0] == 0
+    assert found["a1"]["bn.bias"][0] != 0
+
+
+def test_gradients_leave_grad_and_choice_alone_and_free_the_graph(net, x):
+    net.conv.weight.grad = marker = torch.full_like(net.conv.weight, 7.0)
+    loss = net(x).sum()
+    gradients(loss, net, {"a": RELU1, "b": Jacobians()}, retain_graph=True)
+    gradients(loss, net, {"a": RELU1})
+    assert net.conv.weight.grad is marker
+    assert torch.equal(marker, torch.full_like(marker, 7.0))
+    assert all(p.grad is None for n, p in net.named_parameters() if n != "conv.weight")
+    assert selections(net)[""].jacobians == Jacobians()
+    with pytest.raises(RuntimeError, match="second time"):
+        gradients(loss, net, {"a": RELU1})
+    assert selections(net)[""].jacobians == Jacobians()
+
+
+def test_gradients_say_what_is_missing(net, x):
+    loss = net(x).sum()
+    for call in (gradients, divergence):
+        with pytest.raises(ValueError, match="at least one choice"):
+            call(loss, net, {})
+        with pytest.raises(ValueError, match="not patched"):
+            call(loss, nn.Linear(1, 1), {"a": RELU1})
+    frozen = copy.deepcopy(net).requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter of Net requires gradients"):
+        gradients(loss, frozen, {"a": RELU1})
+    divergence(loss, net, {"a": RELU1})  # the graph is still there
+
+
+def numbers(a, b):
+    """The five figures of two lists of arrays, from their definitions."""
+    a, b = (np.concatenate([np.asarray(t, dtype=np.float64).ravel() for t in s]) for s in (a, b))
+    d = a - b
+    return {
+        "l1": np.abs(d).sum(),
+        "l2": math.sqrt((d * d).sum()),
+        "linf": np.abs(d).max(),
+        "relative": math.sqrt((d * d).sum() / (b * b).sum()),
+        "cosine": (a * b).sum() / math.sqrt((a * a).sum() * (b * b).sum()),
+    }
+
+
+def test_divergence_agrees_with_the_formulas(net, x):
+    reference = Jacobians(relu=0.25)
+    found = divergence(net(x).sum(), net, {"one": RELU1, "same": reference}, reference)
+    base, one = by_hand(net, x, 0.25), by_hand(net, x, 1.0)
+    assert found["one"].norms() == pytest.approx(numbers(list(one.values()), list(base.values())), rel=1e-9)
+    assert set(found["one"].norms()) == set(NORMS)
+    assert list(found["one"].per_layer) == [n for n, p in net.named_parameters() if p.requires_grad]
+    for name in ("conv.weight", "bn.bias", "fc.weight"):
+        got = found["one"].per_layer[name]
+        assert got.norms() == pytest.approx(numbers([one[name]], [base[name]]), rel=1e-9, abs=1e-13)
+        assert got.per_layer == {}
+    assert found["one"].per_layer["unused"].norms() == {
+        "l1": 0,
+        "l2": 0,
+        "linf": 0,
+        "relative": 0,
+        "cosine": 1,
+    }
+    assert found["same"].norms() == {"l1": 0, "l2": 0, "linf": 0, "relative": 0, "cosine": 1}
+    # The last layer lies above every tie.
+    assert found["one"].per_layer["fc.weight"].l1 == 0
+
+
+def test_divergence_frees_or_keeps_the_graph(net, x):
+    loss = net(x).sum()
+    first = divergence(loss, net, {"a": RELU1}, retain_graph=True)
+    assert divergence(loss, net, {"a": RELU1}) == first
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_measure_against_float64(dtype):
+    g = torch.Generator().manual_seed(0)
+    a = {k: torch.randn(n, generator=g).to(dtype) * 100 for k, n in (("x", (3, 5)), ("y", (7,)), ("empty", (0, 2)))}
+    # Half of y's difference would vanish if it were rounded to the gradients' own precision.
+    b = {k: v * torch.randn(v.shape, generator=g).to(dtype) * 1e-3 for k, v in a.items()}
+    found = measure(a, b)
+    wide = [[t.double().numpy() for t in s.values()] for s in (a, b)]
+    assert found.norms() == pytest.approx(numbers(*wide), rel=1e-12)
+    assert found.per_layer["x"].norms() == pytest.approx(numbers([wide[0][0]], [wide[1][0]]), rel=1e-12)
+    assert found.per_layer["empty"].norms() == {"l1": 0, "l2": 0, "linf": 0, "relative": 0, "cosine": 1}
+
+
+def test_measure_where_norms_vanish():
+    zero, one = {"w": torch.zeros(2)}, {"w": torch.tensor([3.0, 4.0])}
+    assert measure(zero, zero).norms() == {"l1": 0, "l2": 0, "linf": 0, "relative": 0, "cosine": 1}
+    assert measure(one, zero).norms() == {"l1": 7, "l2": 5, "linf": 4, "relative": math.inf, "cosine": 0}
+    assert measure(zero, one).norms() == {"l1": 7, "l2": 5, "linf": 4, "relative": 1, "cosine": 0}
+    assert measure({"w": -one["w"]}, one).norms() == {
+        "l1": 14,
+        "l2": 10,
+        "linf": 8,
+        "relative": 2,
+        "cosine": -1,
+    }
+    assert measure({}, {}).norms() == {"l1": 0, "l2": 0, "linf": 0, "relative": 0, "cosine": 1}
+    tiny = {"w": torch.tensor([1e-100, 0.0], dtype=torch.float64)}  # its square times its square is below 1e-308
+    turned = {"w": torch.tensor([1e-100, 1e-100], dtype=torch.float64)}
+    assert measure(turned, tiny).cosine == pytest.approx(math.sqrt(0.5))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_measure_does_not_hide_what_is_not_finite(bad):
+    fine, broken = (
+        {"v": torch.ones(1), "w": torch.ones(2)},
+        {"v": torch.ones(1), "w": torch.tensor([1.0, bad])},
+    )
+    for found in (measure(broken, fine), measure(broken, fine).per_layer["w"]):
+        for name in ("l1", "l2", "linf", "relative"):
+            assert getattr(found, name) == math.inf or (math.isnan(bad) and math.isnan(getattr(found, name)))
+        assert math.isnan(found.cosine)
+    both = measure(broken, broken)
+    assert math.isnan(both.l1)
+    assert math.isnan(both.cosine)
+    assert math.isnan(measure({"w": torch.tensor([math.nan])}, {"w": torch.zeros(1)}).relative)
+    assert measure(broken, fine).per_layer["v"].l1 == 0
+
+
+def test_measure_refuses_other_names_and_shapes():
+    with pytest.raises(ValueError, match=r"different parameters: \['a', 'b'\]"):
+        measure({"a": torch.ones(1)}, {"b": torch.ones(1)})
+    with pytest.raises(ValueError, match=r"w have shapes \(1,\) and \(3,\)"):
+        measure({"w": torch.ones(1)}, {"w": torch.ones(3)})
+
+
+# -------------------------------------------------------------------------------------------------------- tie
+def expected_ties(model, x):
+    """Ties counted on the inputs that hooks see: a plain twin of the network, counted by loops."""
+    seen = {}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda m, a, n=name: seen.update({n: a[0].detach().clone()})
+        )
+        for name in ("act", "pool", "drop")
+    ]
+    with torch.no_grad():
+        model(x)
+    [h.remove() for h in handles]
+    pool = seen["pool"].numpy()
+    n, c, h, w = pool.shape
+    tied = sum(
+        (window == window.max()).sum() > 1
+        for i in range(n)
+        for j in range(c)
+        for r in range(0, h - 1, 2)
+        for s in range(0, w - 1, 2)
+        for window in [pool[i, j, r : r + 2, s : s + 2]]
+    )
+    # relu(v) == 0 at the functional site means v <= 0; its input comes from a ReLU, so v == 0.
+    return {
+        "act": ("relu", int((seen["act"] == 0).sum()), seen["act"].numel()),
+        "pool": ("max_pool", int(tied), n * c * (h // 2) * (w // 2)),
+        ":relu": ("relu", int((F.max_pool2d(seen["pool"], 2) == 0).sum()), n * c * (h // 2) * (w // 2)),
+    }
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_ties_agree_with_counting_by_hand(training):
+    model = Net().double().train(training)
+    patch(model, Jacobians())
+    x = torch.randn(4, 1, 7, 7, dtype=torch.float64)
+    twin = copy.deepcopy(model)
+    unpatch(twin)
+    want = expected_ties(twin, x)
+    found = ties(model, x)
+    assert {k: (t.operation, t.tied, t.total) for k, t in found.items()} == want
+    assert all(t.tied > 0 for t in found.values())
+    assert all(t.fraction == t.tied / t.total for t in found.values())
+    # Inside a training step too, with gradients, adding up over forwards.
+    with counting(model) as counts:
+        model(x).sum().backward()
+        model(x)
+    assert {k: (t.tied, t.total) for k, t in counts.items()} == {k: (2 * a, 2 * b) for k, (_, a, b) in want.items()}
+    assert model.conv.weight.grad is not None
+    assert Ties("relu").fraction == 0.0
+
+
+def test_ties_leave_no_trace():
+    model = Net()
+    patch(model, Jacobians())
+    x = torch.randn(2, 1, 6, 6)
+    out = model(x)  # pending: its graph must survive
+    state, rng = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    kept = [id(b) for b in model.buffers()]
+    ties(model, x=x)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert kept == [id(b) for b in model.buffers()]
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert model.training
+    out.sum().backward()
+
+
+def test_counting_changes_no_bit():
+    results = []
+    for watch in (False, True):
+        torch.manual_seed(5)
+        model = Net()
+        patch(model, RELU1)
+        x = torch.randn(2, 1, 6, 6)
+        if watch:
+            with counting(model) as counts:
+                loss = model(x).sum()
+            assert counts
+        else:
+            loss = model(x).sum()
+        results.append([loss, *gradients(loss, model, {"": RELU1})[""].values(), *model.buffers()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_observers_are_removed_after_exceptions_and_nest():
+    model = Net().eval()
+    patch(model, Jacobians())
+    (selection,) = selections(model).values()
+    with pytest.raises(RuntimeError):
+        ties(model, torch.zeros(1, 2, 6, 6))
+    assert selection.observer is None
+    with pytest.raises(KeyError), counting(model):
+        raise KeyError
+    assert selection.observer is None
+    with counting(model) as outer:
+        inner = ties(model, torch.zeros(1, 1, 6, 6))
+        assert not outer
+        model(torch.zeros(1, 1, 6, 6))
+    assert selection.observer is None
+    assert outer == inner
+    assert torch._C._len_torch_function_stack() == 0
+
+
+def test_counting_does_not_invent_sites():
+    # Counting a pool's ties pools itself; the model's function mode must not take that for the model's call.
+    model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.MaxPool2d(3, 2, 1, dilation=1), nn.ReLU6(), nn.LeakyReLU(0.1))
+    patch(model, Jacobians())
+    found = ties(model, torch.zeros(1, 1, 8, 8))
+    model(torch.zeros(1, 1, 8, 8))
+    assert sorted(found) == ["1", "2", "3"]
+    assert [s.name for s in report(model).sites] == ["1", "2", "3"]
+    assert [s.calls for s in report(model).sites] == [1, 1, 1]
+
+
+def test_ties_of_relu6_count_both_kinks():
+    model = nn.Sequential(nn.ReLU6())
+    patch(model, Jacobians())
+    found = ties(model, torch.tensor([-1.0, -0.0, 0.0, 3.0, 6.0, 7.0, math.nan]))["0"]
+    assert (found.tied, found.total) == (3, 7)
+
+
+def test_two_patched_parts_do_not_mix():
+    pair = nn.ModuleDict({"a": nn.Sequential(nn.ReLU()), "b": nn.Sequential(nn.ReLU())})
+    patch(pair["a"], Jacobians()), patch(pair["b"], Jacobians())
+    with counting(pair) as counts:
+        pair["a"](torch.zeros(3))
+        pair["b"](torch.ones(5))
+    assert {k: (t.tied, t.total) for k, t in counts.items()} == {"a.0": (3, 3), "b.0": (0, 5)}
+
+
+def test_ties_need_a_patched_eager_model():
+    with pytest.raises(ValueError, match="not patched"):
+        ties(nn.ReLU(), torch.zeros(1))
+    model = nn.Sequential(nn.ReLU())
+    patch(model, Jacobians())
+    with pytest.raises(TypeError, match="eager mode"):
+        ties(torch.compile(model), torch.zeros(1))
+    model.compile()
+    with pytest.raises(TypeError, match="eager mode"):
+        ties(model, torch.zeros(1))
