@@ -70,7 +70,6 @@ def mlps(folder: Path, repetitions: int) -> None:
             print(f"\nbatch {size}, {name}\n{scaling}", flush=True)
     data = {str(size): {n: s.to_dict() for n, s in scalings.items()} for size, scalings in found.items()}
     (folder / "cost_mlp_cpu.json").write_text(json.dumps(data, allow_nan=False) + "\n")
-    draw(folder)
 
 
 def models(folder: Path, repetitions: int) -> None:
@@ -88,7 +87,6 @@ def models(folder: Path, repetitions: int) -> None:
         print(f"\n{found[name]}", flush=True)
     data = {name: report.to_dict() for name, report in found.items()}
     (folder / "cost_models_cpu.json").write_text(json.dumps(data, allow_nan=False) + "\n")
-    draw(folder)
 
 
 def draw(folder: Path) -> None:
@@ -96,9 +94,7 @@ def draw(folder: Path) -> None:
     lines = ["# What a gradient costs", "", "Made by `python benchmarks/cost.py`."]
     if (path := folder / "cost_mlp_cpu.json").exists():
         data = json.loads(path.read_text())
-        found = {
-            b: {n: CostScaling.from_dict(s) for n, s in scalings.items()} for b, scalings in data.items()
-        }
+        found = {b: {n: CostScaling.from_dict(s) for n, s in scalings.items()} for b, scalings in data.items()}
         for ending in ("png", "pdf"):
             for choice, name in (("stock", "cost_mlp_cpu"), ("relu1", "cost_mlp_cpu_relu1")):
                 plot_scaling(found["128"], folder / f"{name}.{ending}", choice=choice, published=PUBLISHED)
@@ -150,13 +146,13 @@ def mlp_table(found: dict[str, dict[str, CostScaling]]) -> list[str]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", nargs="*", default=["mlps", "models"], choices=["mlps", "models", "draw"])
+    parser.add_argument("what", nargs="?", default="all", choices=["all", "mlps", "models", "draw"])
     parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     given = parser.parse_args()
     given.output.mkdir(parents=True, exist_ok=True)
-    for what in given.what:
-        if what == "draw":
-            draw(given.output)
-        else:
-            {"mlps": mlps, "models": models}[what](given.output, given.repetitions)
+    if given.what in ("all", "mlps"):
+        mlps(given.output, given.repetitions)
+    if given.what in ("all", "models"):
+        models(given.output, given.repetitions)
+    draw(given.output)

@@ -49,9 +49,7 @@ def plot_cost(reports: CostReport | Mapping[str, CostReport], path: str | Path, 
         if modules:
             _draw_modules(axes[1], first, choices, most)
         handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(
-            handles, labels, loc="outside upper center", ncols=6, columnspacing=1.2, handletextpad=0.4
-        )
+        figure.legend(handles, labels, loc="outside upper center", ncols=6, columnspacing=1.2, handletextpad=0.4)
         figure.supxlabel(_caption(list(named.values())), fontsize=6.5, color="#404040")
         return _write(figure, path)
 
@@ -75,7 +73,7 @@ def _draw_choices(ax: Axes, reports: Mapping[str, CostReport], choices: Sequence
     middle = (len(choices) - 1) / 2
     ax.set_yticks(
         [i * step + middle for i in range(len(reports))],
-        [f"{name}\n{_count(r.parameters)} parameters" for name, r in reports.items()],
+        [f"{name}\n{_count(r.parameters)} parameters, batch {r.batch}" for name, r in reports.items()],
     )
     ax.tick_params(axis="y", length=0)
     ax.grid(visible=False, axis="y")
@@ -148,7 +146,7 @@ def plot_scaling(
         for bound in {r.bound for r in reports}:
             ax.axhline(bound, color="#404040", lw=1, ls=(0, (5, 3)))
             ax.text(0.02, bound, f"bound {bound:g}", va="bottom", **note)
-        shades = [colormaps["cividis"](0.85 * i / max(1, len(named) - 1)) for i in range(len(named))]
+        shades = [colormaps["cividis"](0.78 * i / max(1, len(named) - 1)) for i in range(len(named))]
         for (name, scaling), colour, marker in zip(named.items(), shades, cycle(_MARKERS), strict=False):
             p = [r.parameters for r in scaling.reports]
             ratios = [r.ratio(choice) for r in scaling.reports]
