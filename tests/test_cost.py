@@ -114,9 +114,7 @@ def test_max_difference_of_max_pool_is_the_directly_computed_one():
 
 
 def test_patched_model_keeps_its_selectors():
-    network = nn.Sequential(
-        dead(nn.Linear(6, 8), 3), nn.ReLU(), dead(nn.Linear(8, 8), 3), nn.ReLU(), nn.Linear(8, 3)
-    )
+    network = nn.Sequential(dead(nn.Linear(6, 8), 3), nn.ReLU(), dead(nn.Linear(8, 8), 3), nn.ReLU(), nn.Linear(8, 3))
     batch = batch_of(5, 6)
     everywhere = cost_ratio(network, batch, RELU1, **QUICK)
     patch(network, Jacobians(relu=0.5), only="3")
@@ -266,9 +264,7 @@ def test_nothing_of_the_callers_changes(patched, grad):
 
 def test_choices_meet_the_same_random_numbers_and_running_statistics():
     # No tie: any difference would come from dropout or from statistics that an earlier choice has moved.
-    network = nn.Sequential(
-        nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 3)
-    )
+    network = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 3))
     network[1].momentum = 0.9
     network.register_buffer("factor", torch.ones(()))
 
@@ -428,9 +424,7 @@ def test_ratios_of_a_report():
 
 def test_slopes():
     sizes = [100, 1_000, 30_000]
-    reports = tuple(
-        fabricated({"stock": 3.0, "a": 2.0 * p**0.25}, parameters=p, jvp=1.5 * p**0.5) for p in sizes
-    )
+    reports = tuple(fabricated({"stock": 3.0, "a": 2.0 * p**0.25}, parameters=p, jvp=1.5 * p**0.5) for p in sizes)
     scaling = CostScaling((1, 2, 3), reports)
     assert scaling.slopes() == pytest.approx({"stock": 0.0, "a": 0.25, "forward mode": 1.5}, abs=1e-12)
     assert str(scaling).splitlines()[-2].split() == ["slope", "+0.00", "+0.25", "+1.50"]

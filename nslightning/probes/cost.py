@@ -521,9 +521,7 @@ def _processor() -> str:
 
 
 # --------------------------------------------------------------------------------------------- helpers
-def _check(
-    model: nn.Module, batch: Any, choices: Mapping[str, Jacobians], repetitions: int, warmup: int
-) -> None:
+def _check(model: nn.Module, batch: Any, choices: Mapping[str, Jacobians], repetitions: int, warmup: int) -> None:
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         raise ValueError(f"batch is (inputs, targets), the latter for the loss; given {type(batch).__name__}")
     if STOCK in choices:

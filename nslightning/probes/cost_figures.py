@@ -100,7 +100,7 @@ def _draw_modules(ax: Axes, report: CostReport, choices: Sequence[str], most: in
     ax.set_yticks(range(len(names)), [f"{n} ({kinds[n]}) {cost[n] / total:.0%}" for n in names])
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.set_axisbelow(True)
-    ax.set_xlabel("the same for one module alone")
+    ax.set_xlabel("the same for one module alone (%: share of stock time)")
 
 
 def _count(n: int) -> str:

@@ -162,9 +162,7 @@ class CostReport:
         for entry in self.choices:
             if entry.name == choice:
                 return entry
-        raise KeyError(
-            f"no choice {choice!r} in this report; it has {', '.join(c.name for c in self.choices)}"
-        )
+        raise KeyError(f"no choice {choice!r} in this report; it has {', '.join(c.name for c in self.choices)}")
 
     def ratio(self, choice: str = STOCK) -> float:
         """The overhead ratio omega_b.
@@ -228,13 +226,8 @@ class CostReport:
         modules = {m.name: m for m in self.modules if m.choice == STOCK}
         modules |= {m.name: m for m in self.modules if m.choice == choice}
         total = self[choice].gradient.minimum - self.bound * self.forward.minimum
-        excess = {
-            name: m.calls * (m.gradient.minimum - self.bound * m.forward.minimum)
-            for name, m in modules.items()
-        }
-        names = sorted(
-            (name for name in modules if excess[name] >= total / 20), key=lambda name: -excess[name]
-        )
+        excess = {name: m.calls * (m.gradient.minimum - self.bound * m.forward.minimum) for name, m in modules.items()}
+        names = sorted((name for name in modules if excess[name] >= total / 20), key=lambda name: -excess[name])
         return [modules[name] for name in names]
 
     def verdict(self, choice: str = STOCK) -> str:
@@ -405,9 +398,7 @@ class CostReport:
         return "\n".join([*lines, "", *(self.verdict(c.name) for c in self.choices)])
 
     def _module_table(self, most: int = 12) -> list[str]:
-        stock = sorted(
-            (m for m in self.modules if m.choice == STOCK), key=lambda m: -m.calls * m.gradient.minimum
-        )
+        stock = sorted((m for m in self.modules if m.choice == STOCK), key=lambda m: -m.calls * m.gradient.minimum)
         ratio = {(m.name, m.choice): f"{m.ratio:.2f}" for m in self.modules}
         names = [c.name for c in self.choices]
         rows = [
@@ -460,9 +451,7 @@ class CostScaling:
         Returns:
             One flat row per width and choice.
         """
-        return [
-            {"width": w} | row for w, r in zip(self.widths, self.reports, strict=True) for row in r.rows()
-        ]
+        return [{"width": w} | row for w, r in zip(self.widths, self.reports, strict=True) for row in r.rows()]
 
     def to_dict(self) -> dict[str, Any]:
         """The scaling as plain data.
@@ -613,8 +602,7 @@ def _table(header: tuple[str, ...], rows: list[tuple[str, ...]], text: int = 1) 
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [
         "  ".join(
-            cell.ljust(w) if i < text else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            cell.ljust(w) if i < text else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         )
         for row in [header, *rows]
     ]
