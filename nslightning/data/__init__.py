@@ -1,8 +1,10 @@
-"""LightningDataModules: the papers' data sets, one's own images, an embedded sample, and synthetic images."""
+"""LightningDataModules: the papers' data sets, one's own images or text, a sample, synthetic images."""
 
-from nslightning.data.base import ImageDataModule
+from nslightning.data.base import ImageDataModule, ResumableDataModule
 from nslightning.data.folder import ImageFolder, ImageNet
+from nslightning.data.food101 import Food101
 from nslightning.data.small import CIFAR10, CIFAR100, MNIST, SVHN, FashionMNIST, FashionMNISTSample, Synthetic
+from nslightning.data.tokens import TokenFile
 from nslightning.data.verify import DataError
 
 __all__ = [
@@ -13,8 +15,11 @@ __all__ = [
     "DataError",
     "FashionMNIST",
     "FashionMNISTSample",
+    "Food101",
     "ImageDataModule",
     "ImageFolder",
     "ImageNet",
+    "ResumableDataModule",
     "Synthetic",
+    "TokenFile",
 ]
