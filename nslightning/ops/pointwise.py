@@ -123,11 +123,7 @@ def _choose(
     """Overwrite the entries at one kink, reading the choice as Python numbers."""
     derivative = selection.at_kinks(op.name)[i]
     constant = selection.jacobians.rule == "published" and op.constant_when_published
-    if (
-        derivative is None
-        or tie.numel() == 0
-        or (derivative == reference and (derivative == 0 or not constant))
-    ):
+    if derivative is None or tie.numel() == 0 or (derivative == reference and (derivative == 0 or not constant)):
         return gradient
     if tie.dtype == torch.bool:
         value = torch.full_like(g, derivative) if constant else g * derivative
@@ -148,9 +144,7 @@ def _choose_compiled(
     return torch.where(tie & ~torch.isnan(derivative), value, gradient)
 
 
-def pointwise(
-    operation: str, x: Tensor, selection: Selection, *parameters: float, inplace: bool = False
-) -> Tensor:
+def pointwise(operation: str, x: Tensor, selection: Selection, *parameters: float, inplace: bool = False) -> Tensor:
     """Apply a pointwise operation whose derivative at its kinks is the one ``selection`` names at backward time.
 
     Args:
@@ -174,28 +168,31 @@ def pointwise(
     if all(tie is None for tie in ties):
         return (op.forward_ if inplace else op.forward)(x, *parameters)
     none = x.new_empty((1, 0), dtype=torch.long)
-    return _Kinked.apply(
-        x, operation, selection, inplace, parameters, *(none if t is None else t for t in ties)
-    )
+    return _Kinked.apply(x, operation, selection, inplace, parameters, *(none if t is None else t for t in ties))
 
 
 def _ties(x: Tensor, position: float) -> Tensor | None:
     """Where ``x`` equals ``position``: a mask, or indices of shape (dims, ties) where these are smaller, or None."""
     if not data_dependent(x):
         return x == position
-    if position == 0.0:  # one read, no write: most forwards end here
-        count = x.numel() - int(torch.count_nonzero(x))
-        if count == 0:
-            return None
-        mask = x == position
-    else:
-        mask = x == position
-        count = int(torch.count_nonzero(mask))
-        if count == 0:
-            return None
+    if position == 0.0 and _free_of_zeros(x):  # most forwards end here
+        return None
+    mask = x == position
+    count = int(torch.count_nonzero(mask))
+    if count == 0:
+        return None
     if x.dim() == 0 or 8 * x.dim() * count > mask.numel():
         return mask
     return mask.nonzero().t().contiguous()
+
+
+def _free_of_zeros(x: Tensor) -> bool:
+    """Whether no entry is 0, by the fastest kernels there are on a CPU; False where they cannot tell."""
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        x = x.permute(0, 2, 3, 1)
+    if x.numel() == 0 or not x.is_contiguous():
+        return False
+    return bool(x.abs().min() > 0)  # a NaN makes the minimum NaN, and the answer False
 
 
 @lru_cache(maxsize=1024)
@@ -233,9 +230,7 @@ def relu(x: Tensor, at_zero: float = 0.0, inplace: bool = False, rule: Rule = "e
     return pointwise("relu", x, _fixed(Jacobians(relu=at_zero, rule=rule)), inplace=inplace)
 
 
-def relu6(
-    x: Tensor, at_kinks: tuple[float, float] = (0.0, 0.0), inplace: bool = False, rule: Rule = "exact"
-) -> Tensor:
+def relu6(x: Tensor, at_kinks: tuple[float, float] = (0.0, 0.0), inplace: bool = False, rule: Rule = "exact") -> Tensor:
     r"""ReLU6 with chosen derivatives at 0 and at 6.
 
     .. math:: y = \min(\max(x, 0), 6).
@@ -263,9 +258,7 @@ def relu6(
     return pointwise("relu6", x, _fixed(Jacobians(relu6=at_kinks, rule=rule)), inplace=inplace)
 
 
-def leaky_relu(
-    x: Tensor, negative_slope: float = 0.01, at_zero: float | None = None, inplace: bool = False
-) -> Tensor:
+def leaky_relu(x: Tensor, negative_slope: float = 0.01, at_zero: float | None = None, inplace: bool = False) -> Tensor:
     r"""LeakyReLU with a chosen derivative at 0.
 
     .. math:: y = x\,[x > 0] + s\,x\,[x \le 0].

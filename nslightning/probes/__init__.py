@@ -1,7 +1,19 @@
 """Measuring what a Jacobian choice changes, without Lightning."""
 
+from nslightning.probes.cost import cost_ratio, cost_scaling
 from nslightning.probes.divergence import NORMS, Divergence, divergence, measure
 from nslightning.probes.gradients import gradients
 from nslightning.probes.ties import Ties, counting, ties
 
-__all__ = ["NORMS", "Divergence", "Ties", "counting", "divergence", "gradients", "measure", "ties"]
+__all__ = [
+    "NORMS",
+    "Divergence",
+    "Ties",
+    "cost_ratio",
+    "cost_scaling",
+    "counting",
+    "divergence",
+    "gradients",
+    "measure",
+    "ties",
+]
