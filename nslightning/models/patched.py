@@ -1,0 +1,166 @@
+"""What every LightningModule that trains under a Jacobian choice has in common."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import Any, ClassVar, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from nslightning.jacobians import Jacobians
+from nslightning.surgery import PatchReport, PatchWarning, patch
+
+__all__ = ["PatchedModule", "at_least_float32"]
+
+
+class PatchedModule(LightningModule):
+    """A LightningModule around one patched network: hyperparameters, optimizer, compilation, checkpoint notes.
+
+    A subclass calls this constructor first, builds its network, gives it to :meth:`patch_network` and writes the
+    steps. Its own arguments become the hyperparameters.
+
+    Args:
+        jacobians: The choice of the Jacobian at ties, in force while training.
+        optimizer: Any optimizer class, given the parameters. A checkpoint of the command line holds its
+            configuration; a callable given in Python is not stored, and is given again to
+            ``load_from_checkpoint``.
+        lr_scheduler: Any scheduler class, given the optimizer. ``ReduceLROnPlateau`` watches ``val/loss``, or
+            what Lightning's own version of it is told to ``monitor``.
+        compile: Compile the network with ``torch.compile``. One compiled backward serves every choice.
+
+    Attributes:
+        patch_report: What was patched, site by site.
+
+    Raises:
+        ValueError: If ``"random"`` is to be compiled.
+    """
+
+    #: What the scheduler is stepped by.
+    scheduled_by: ClassVar[Literal["epoch", "step"]] = "epoch"
+    patch_report: PatchReport
+
+    def __init__(
+        self,
+        jacobians: Jacobians,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None,
+        compile: bool,
+    ) -> None:
+        super().__init__()
+        if compile and jacobians.max_pool == "random":
+            raise ValueError('max_pool="random" draws inside the backward and cannot be compiled; use compile=False')
+        frame = inspect.currentframe()
+        assert frame is not None  # CPython has frames
+        # As plain data, so that checkpoints load with `weights_only`; Lightning's instantiator makes objects of it.
+        self.save_hyperparameters(frame=frame.f_back)
+        callables = [k for k in ("optimizer", "lr_scheduler") if callable(self.hparams[k])]
+        self.save_hyperparameters(ignore=callables, frame=frame.f_back)
+        self.hparams.update(jacobians=jacobians.to_dict(), _instantiator="lightning.pytorch.cli.instantiate_module")
+        self.jacobians = jacobians
+        self._optimizer, self._lr_scheduler, self._compile = optimizer, lr_scheduler, compile
+        self._trained_with: str | None = None
+
+    def patch_network(self, name: str, network: nn.Module, example: Any, seed: int) -> None:
+        """Make a network the one that is trained, under the Jacobian choice.
+
+        Args:
+            name: The attribute that it becomes.
+            network: The network, not patched.
+            example: An input, for one forward that finds the functional calls.
+            seed: Seeds the ``"random"`` choice.
+        """
+        setattr(self, name, network)
+        self._network_name = name
+        self.patch_report = patch(network, self.jacobians, example=example, seed=seed)
+
+    def setup(self, stage: str) -> None:
+        """Compile the network, if asked to; Lightning calls this before anything runs."""
+        network: nn.Module = getattr(self, self._network_name)
+        if self._compile and network._compiled_call_impl is None:
+            network.compile()
+
+    def parameter_groups(self) -> Any:
+        """What the optimizer is given: the parameters, or groups of them.
+
+        Returns:
+            All parameters.
+        """
+        return self.parameters()
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer, and the scheduler if there is one."""
+        optimizer = self._optimizer(self.parameter_groups())
+        if self._trained_with not in (None, type(optimizer).__name__):
+            warnings.warn(
+                f"the checkpoint was trained with {self._trained_with}, and this model has"
+                f" {type(optimizer).__name__}; give load_from_checkpoint the optimizer again: optimizer=...",
+                PatchWarning,
+                stacklevel=2,
+            )
+        if self._lr_scheduler is None:
+            return optimizer
+        scheduler = self._lr_scheduler(optimizer)
+        stepped: dict[str, Any] = {"scheduler": scheduler, "interval": self.scheduled_by}
+        if isinstance(scheduler, ReduceLROnPlateau):
+            # It waits for a metric of the validation; torch's own class does not name it.
+            stepped |= {"interval": "epoch", "monitor": getattr(scheduler, "monitor", "val/loss")}
+        return {"optimizer": optimizer, "lr_scheduler": stepped}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note which Jacobian the weights were trained under."""
+        checkpoint["nslightning"] = {
+            "jacobians": self.jacobians.to_dict(),
+            "fingerprint": self.patch_report.fingerprint,
+            "optimizer": type(self.trainer.optimizers[0]).__name__ if self.trainer.optimizers else None,
+            "torch": str(torch.__version__),  # a class of its own, which `weights_only` refuses
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say so when a checkpoint was made under another choice or patch.
+
+        Warns:
+            PatchWarning: If the Jacobian choice or the patched sites differ.
+        """
+        made = checkpoint.get("nslightning")
+        if made is None:
+            what = "the checkpoint does not say under which Jacobian choice it was made"
+            warnings.warn(what, PatchWarning, stacklevel=2)
+            return
+        self._trained_with = made.get("optimizer")
+        then, now = made["jacobians"], self.jacobians.to_dict()
+        changed = [k for k in now if _plain(then.get(k)) != _plain(now[k])]
+        if changed:
+            there, here = (", ".join(f"{k}={choice.get(k)!r}" for k in changed) for choice in (then, now))
+            what = f"the checkpoint was made under {there}, and this run has {here}"
+        elif made["fingerprint"] != self.patch_report.fingerprint:
+            what = (
+                f"the checkpoint was made with other patched sites ({made['fingerprint']}, now"
+                f" {self.patch_report.fingerprint})"
+            )
+        else:
+            return
+        warnings.warn(what, PatchWarning, stacklevel=2)
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Logits in the precision that a loss is computed in.
+
+    In half precision, cross-entropy's sum over the classes loses the small gradients.
+
+    Args:
+        logits: Of any floating dtype.
+
+    Returns:
+        float32, or float64 where the logits are float64.
+    """
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _plain(value: Any) -> Any:
+    """A choice as configs and checkpoints may hold it: with lists for tuples."""
+    return tuple(value) if isinstance(value, list) else value
