@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,7 +87,11 @@ class _MaxPool2d(torch.autograd.Function):
         if g is None:
             return (None,) * 7
         x, output, indices = ctx.saved_tensors
-        return (_share(x, output, indices, g, ctx.selection, *ctx.geometry), *(None,) * 6)
+        selection = ctx.selection
+        vjp = partial(_share, x, output, indices, g, geometry=ctx.geometry)
+        if not torch.compiler.is_compiling() and selection.recorder is not None:
+            selection.recorder(ctx, vjp)
+        return (vjp(selection), *(None,) * 6)
 
 
 def _share(
@@ -95,12 +100,11 @@ def _share(
     indices: Tensor,
     g: Tensor,
     selection: Selection,
-    kernel: _Pair,
-    stride: _Pair,
-    padding: _Pair,
-    dilation: _Pair,
-    ceil_mode: bool,
+    geometry: tuple[_Pair, _Pair, _Pair, _Pair, bool],
 ) -> Tensor:
+    """The gradient with respect to the input under a selection."""
+    kernel, stride, padding, dilation, ceil_mode = geometry
+
     def native(g: Tensor) -> Tensor:
         return aten.max_pool2d_with_indices_backward.default(
             g, x, kernel, stride, padding, dilation, ceil_mode, indices
@@ -123,16 +127,12 @@ def _share(
     k, g_wide = count.to(wide), g.to(wide)
     rest = share / k + each
     g_rest = torch.where(tied, g_wide * rest, 0)  # what each tied entry receives, and the target more
-    ranked = (
-        compiled or random or selection.pool_weights()[3] > 0
-    )  # the target need not be the first tied entry
+    ranked = compiled or random or selection.pool_weights()[3] > 0  # the target need not be the first tied entry
     target = None
     if ranked:
         target = torch.where(last > 0, count - 1, 0)
         if random:
-            draw = torch.rand(
-                count.shape, dtype=wide, device=x.device, generator=selection.generator(x.device)
-            )
+            draw = torch.rand(count.shape, dtype=wide, device=x.device, generator=selection.generator(x.device))
             target = (draw * k).to(count.dtype)
     if windows.disjoint:  # each entry is written once, its coefficient formed before the product with g
         g_target = torch.where(tied, g_wide * (rest + whole), g_wide)
@@ -235,9 +235,7 @@ def _refuse_empty_windows(
 ) -> None:
     """Padding and dilation together can place all entries of a window outside; stock then writes out of bounds."""
     with torch.device("meta"):
-        windows = F.max_pool2d(
-            torch.empty(1, *x.shape[-2:]), kernel, stride, padding, dilation, ceil_mode
-        ).shape[-2:]
+        windows = F.max_pool2d(torch.empty(1, *x.shape[-2:]), kernel, stride, padding, dilation, ceil_mode).shape[-2:]
     for size, n, k, s, p, d in zip(x.shape[-2:], windows, kernel, stride, padding, dilation, strict=True):
         if any(all(not 0 <= o * s - p + i * d < size for i in range(k)) for o in range(n)):
             raise ValueError(
@@ -317,9 +315,7 @@ def max_pool2d(
     )
 
 
-def tied_windows(
-    x: Tensor, kernel: _Pair, stride: _Pair, padding: _Pair, dilation: _Pair, ceil_mode: bool
-) -> Tensor:
+def tied_windows(x: Tensor, kernel: _Pair, stride: _Pair, padding: _Pair, dilation: _Pair, ceil_mode: bool) -> Tensor:
     """How many entries of each window reach its maximum.
 
     Args:

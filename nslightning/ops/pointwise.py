@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -109,12 +109,22 @@ class _Kinked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         saved, *ties = ctx.saved_tensors
-        op = POINTWISE[ctx.operation]
-        gradient = op.backward(g, saved, *ctx.parameters)
-        choose = _choose_compiled if torch.compiler.is_compiling() else _choose
-        for i, (tie, (_, reference)) in enumerate(zip(ties, op.kinks(*ctx.parameters), strict=True)):
-            gradient = choose(op, ctx.selection, i, reference, tie, g, gradient)
-        return (gradient, None, None, None, None, *(None for _ in ties))
+        selection, parameters = ctx.selection, ctx.parameters
+        vjp = partial(_vjp, POINTWISE[ctx.operation], parameters, saved, ties, g)
+        if not torch.compiler.is_compiling() and selection.recorder is not None:
+            selection.recorder(ctx, vjp)
+        return (vjp(selection), None, None, None, None, *(None for _ in ties))
+
+
+def _vjp(
+    op: Pointwise, parameters: tuple[float, ...], saved: Tensor, ties: list[Tensor], g: Tensor, selection: Selection
+) -> Tensor:
+    """The gradient with respect to the input under a selection."""
+    gradient = op.backward(g, saved, *parameters)
+    choose = _choose_compiled if torch.compiler.is_compiling() else _choose
+    for i, (tie, (_, reference)) in enumerate(zip(ties, op.kinks(*parameters), strict=True)):
+        gradient = choose(op, selection, i, reference, tie, g, gradient)
+    return gradient
 
 
 def _choose(

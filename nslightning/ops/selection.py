@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -68,6 +69,9 @@ class Selection:
         self.seed = seed
         # Called with (site name, operation, call) before each evaluation at a patched site, in eager mode.
         self.observer: Callable[[str, Any, Any], None] | None = None
+        # Called in eager mode by each backward that met ties, with its autograd node and what it would have returned
+        # under any choice, `Selection -> gradient`.
+        self.recorder: Callable[[Any, Callable[[Selection], Tensor]], None] | None = None
         self._generators: dict[torch.device, torch.Generator] = {}
         # float64 0-d and 1-d CPU tensors never promote the gradients they multiply.
         self.published = torch.zeros((), dtype=torch.bool)
@@ -134,6 +138,36 @@ class Selection:
         if device not in self._generators:
             self._generators[device] = torch.Generator(device).manual_seed(self.seed)
         return self._generators[device]
+
+    def reseed(self, seed: int) -> None:
+        """Start the private random streams again.
+
+        Args:
+            seed: The new seed.
+        """
+        self.seed, self._generators = seed, {}
+
+    @contextmanager
+    def other_streams(self, seed: int) -> Iterator[None]:
+        """Draw from other random streams inside the block; afterwards the old ones go on where they were.
+
+        Args:
+            seed: Seeds the other streams.
+
+        Example:
+            >>> selection, cpu = Selection(Jacobians(max_pool="random")), torch.device("cpu")
+            >>> with selection.other_streams(1):
+            ...     _ = torch.rand(1, generator=selection.generator(cpu))
+            >>> torch.equal(torch.rand(1, generator=selection.generator(cpu)),
+            ...             torch.rand(1, generator=torch.Generator().manual_seed(0)))
+            True
+        """
+        before = self.seed, self._generators
+        self.reseed(seed)
+        try:
+            yield
+        finally:
+            self.seed, self._generators = before
 
     def __getstate__(self) -> dict[str, Any]:
         return {"jacobians": self.jacobians, "seed": self.seed}

@@ -3,6 +3,7 @@
 from nslightning.probes.cost import cost_ratio, cost_scaling
 from nslightning.probes.divergence import NORMS, Divergence, divergence, measure
 from nslightning.probes.gradients import gradients
+from nslightning.probes.propagation import differences
 from nslightning.probes.ties import Ties, counting, ties
 
 __all__ = [

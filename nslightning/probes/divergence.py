@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from nslightning.jacobians import Jacobians
 from nslightning.probes.gradients import gradients
+from nslightning.probes.propagation import differences
 
 __all__ = ["NORMS", "Divergence", "divergence", "measure"]
 
@@ -53,6 +55,7 @@ def divergence(
     choices: Mapping[str, Jacobians],
     reference: Jacobians = Jacobians(),  # noqa: B008 # frozen
     *,
+    method: Literal["subtract", "propagate"] = "subtract",
     retain_graph: bool = False,
 ) -> dict[str, Divergence]:
     """How far each choice's parameter gradients are from the reference's, on one loss and one forward.
@@ -62,13 +65,17 @@ def divergence(
         model: A patched model, or one that contains patched ones.
         choices: The choices by name.
         reference: The choice to compare with; stock PyTorch's by default.
+        method: ``"subtract"`` takes both gradients and subtracts them, which leaves rounding where they agree.
+            ``"propagate"`` carries the difference itself down from the ties (:func:`differences`): no noise, exact
+            zeros, and a cost that is that of the graph below the ties; not for compiled models.
         retain_graph: Keep the graph after the last backward.
 
     Returns:
         One :class:`Divergence` per choice, with ``per_layer`` by parameter name.
 
     Raises:
-        ValueError: If the model is not patched, no parameter requires gradients, or no choice is given.
+        ValueError: If the model is not patched, no parameter requires gradients, no choice is given, or a compiled
+            model's difference is to be propagated.
 
     Example:
         >>> import nslightning
@@ -81,6 +88,12 @@ def divergence(
     """
     if not choices:
         raise ValueError("divergence takes at least one choice, such as {'relu1': Jacobians(relu=1.0)}")
+    if method == "propagate":
+        base, found = differences(loss, model, choices, reference, retain_graph=retain_graph)
+        return {
+            name: _divergences({n: _sums(d[n].double() + base[n].double(), base[n], d[n]) for n in base})
+            for name, d in found.items()
+        }
     (base,) = gradients(loss, model, {"": reference}, retain_graph=True).values()
     found = {}
     for i, (name, jacobians) in enumerate(choices.items()):  # one at a time: two sets of gradients in memory
@@ -114,20 +127,24 @@ def measure(choice: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Di
     for name, b in reference.items():
         if choice[name].shape != b.shape:
             raise ValueError(f"gradients of {name} have shapes {tuple(choice[name].shape)} and {tuple(b.shape)}")
-    sums = [_sums(choice[name], reference[name]) for name in reference]
+    return _divergences({name: _sums(choice[name], b) for name, b in reference.items()})
+
+
+def _divergences(sums: Mapping[str, Tensor]) -> Divergence:
     # One transfer from the device: a row of (l1, l2^2, linf, |a|^2, |b|^2, a.b) per parameter.
+    values = list(sums.values())
     none = torch.zeros(0, 6, dtype=torch.float64)
-    rows = torch.stack([row.to(sums[0].device) for row in sums]).cpu() if sums else none
-    per_layer = {name: _divergence(row.tolist()) for name, row in zip(reference, rows, strict=True)}
+    rows = torch.stack([row.to(values[0].device) for row in values]).cpu() if values else none
+    per_layer = {name: _divergence(row.tolist()) for name, row in zip(sums, rows, strict=True)}
     total = rows.sum(0)
     if len(rows):
         total[2] = rows[:, 2].max()
     return Divergence(**_divergence(total.tolist()).norms(), per_layer=per_layer)
 
 
-def _sums(a: Tensor, b: Tensor) -> Tensor:
+def _sums(a: Tensor, b: Tensor, difference: Tensor | None = None) -> Tensor:
     a, b = a.detach().double().flatten(), b.detach().double().flatten()
-    d = a - b
+    d = a - b if difference is None else difference.detach().double().flatten()
     linf = d.abs().max() if len(d) else d.sum()
     return torch.stack([d.abs().sum(), d.dot(d), linf, a.dot(a), b.dot(b), a.dot(b)])
 

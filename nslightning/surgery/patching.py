@@ -369,18 +369,15 @@ def using(model: nn.Module, jacobians: Jacobians) -> Iterator[None]:
         Nothing.
 
     Raises:
-        ValueError: If nothing of the model is patched, or the published rule of max pooling is involved,
-            whose arithmetic is part of the forward.
+        ValueError: If nothing of the model is patched, or one side has the published rule with a beta other than
+            0, whose arithmetic is part of max pooling's forward.
     """
     found = list(selections(model).values())
     if not found:
         raise ValueError(f"{type(model).__name__} is not patched; call `patch(model, Jacobians())` first")
     before = [selection.jacobians for selection in found]
     for now in before:
-        if "published" in (now.rule, jacobians.rule) and (now.rule, now.max_pool) != (
-            jacobians.rule,
-            jacobians.max_pool,
-        ):
+        if _published_beta(now) != _published_beta(jacobians):
             raise ValueError(
                 "the published rule computes max pooling's forward with its beta, so rule and max_pool "
                 f"cannot change between forward and backward: patched with {now!r}, asked for {jacobians!r}. "
@@ -393,6 +390,12 @@ def using(model: nn.Module, jacobians: Jacobians) -> Iterator[None]:
     finally:
         for selection, old in zip(found, before, strict=True):
             selection.set(old)
+
+
+def _published_beta(jacobians: Jacobians) -> float | str | None:
+    """The beta that max pooling's forward is computed with, where that is not the stock forward."""
+    stock = jacobians.rule == "exact" or jacobians.max_pool in (None, 0.0, "native")
+    return None if stock else jacobians.max_pool
 
 
 def report(model: nn.Module) -> PatchReport:
