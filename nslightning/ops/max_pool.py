@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +64,7 @@ class _MaxPool2d(torch.autograd.Function):
     """Stock forward; untied windows go through the stock backward, tied ones are shared as the selection says."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         x: Tensor,
         selection: Selection,
         kernel: _Pair,
@@ -73,7 +73,10 @@ class _MaxPool2d(torch.autograd.Function):
         dilation: _Pair,
         ceil_mode: bool,
     ) -> tuple[Tensor, Tensor]:
-        return aten.max_pool2d_with_indices.default(x, kernel, stride, padding, dilation, ceil_mode)
+        return cast(
+            tuple[Tensor, Tensor],
+            aten.max_pool2d_with_indices.default(x, kernel, stride, padding, dilation, ceil_mode),
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -83,7 +86,7 @@ class _MaxPool2d(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if g is None:
             return (None,) * 7
         x, output, indices = ctx.saved_tensors
@@ -106,9 +109,10 @@ def _share(
     kernel, stride, padding, dilation, ceil_mode = geometry
 
     def native(g: Tensor) -> Tensor:
-        return aten.max_pool2d_with_indices_backward.default(
+        gradient = aten.max_pool2d_with_indices_backward.default(
             g, x, kernel, stride, padding, dilation, ceil_mode, indices
         )
+        return cast(Tensor, gradient)
 
     compiled = torch.compiler.is_compiling()
     random = not compiled and selection.jacobians.max_pool == "random"
@@ -239,9 +243,9 @@ def _refuse_empty_windows(
     for size, n, k, s, p, d in zip(x.shape[-2:], windows, kernel, stride, padding, dilation, strict=True):
         if any(all(not 0 <= o * s - p + i * d < size for i in range(k)) for o in range(n)):
             raise ValueError(
-                f"max pooling of size {tuple(x.shape[-2:])} with kernel {kernel}, stride {stride}, padding {padding} and "
-                f"dilation {dilation} has a window without entries, for which stock PyTorch's backward writes out of "
-                "bounds. Use less padding or dilation."
+                f"max pooling of size {tuple(x.shape[-2:])} with kernel {kernel}, stride {stride}, padding {padding} "
+                f"and dilation {dilation} has a window without entries, for which stock PyTorch's backward writes "
+                "out of bounds. Use less padding or dilation."
             )
 
 
@@ -307,7 +311,7 @@ def max_pool2d(
         x,
         selection,
         kernel,
-        kernel if stride is None or stride == [] else pair(stride),
+        pair(stride) if stride else kernel,
         pair(padding),
         pair(dilation),
         ceil_mode,

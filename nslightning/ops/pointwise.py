@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -85,7 +85,7 @@ class _Kinked(torch.autograd.Function):
     """Stock forward; stock backward with the chosen derivative at the recorded ties."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         x: Tensor,
         operation: str,
         selection: Selection,
@@ -107,7 +107,7 @@ class _Kinked(torch.autograd.Function):
         ctx.save_for_backward(output if inplace or POINTWISE[operation].saves_output else x, *ties)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         saved, *ties = ctx.saved_tensors
         selection, parameters = ctx.selection, ctx.parameters
         vjp = partial(_vjp, POINTWISE[ctx.operation], parameters, saved, ties, g)
@@ -178,7 +178,8 @@ def pointwise(operation: str, x: Tensor, selection: Selection, *parameters: floa
     if all(tie is None for tie in ties):
         return (op.forward_ if inplace else op.forward)(x, *parameters)
     none = x.new_empty((1, 0), dtype=torch.long)
-    return _Kinked.apply(x, operation, selection, inplace, parameters, *(none if t is None else t for t in ties))
+    given = (none if t is None else t for t in ties)
+    return cast(Tensor, _Kinked.apply(x, operation, selection, inplace, parameters, *given))
 
 
 def _ties(x: Tensor, position: float) -> Tensor | None:

@@ -116,8 +116,8 @@ class Selection:
         """The choice of max pooling as weights.
 
         Returns:
-            ``(share, whole, each, last)``: of ``k`` tied entries each receives ``g * (share / k + each)``, and the first
-            one (the last one if ``last`` is 1) receives ``g * whole`` more.
+            ``(share, whole, each, last)``: of ``k`` tied entries each receives ``g * (share / k + each)``, and the
+            first one (the last one if ``last`` is 1) receives ``g * whole`` more.
         """
         choice = self.jacobians.max_pool
         if choice is None:

@@ -13,6 +13,7 @@ __all__ = [
     "cost_ratio",
     "cost_scaling",
     "counting",
+    "differences",
     "divergence",
     "gradients",
     "measure",

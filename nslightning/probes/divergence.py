@@ -89,10 +89,10 @@ def divergence(
     if not choices:
         raise ValueError("divergence takes at least one choice, such as {'relu1': Jacobians(relu=1.0)}")
     if method == "propagate":
-        base, found = differences(loss, model, choices, reference, retain_graph=retain_graph)
+        base, changes = differences(loss, model, choices, reference, retain_graph=retain_graph)
         return {
             name: _divergences({n: _sums(d[n].double() + base[n].double(), base[n], d[n]) for n in base})
-            for name, d in found.items()
+            for name, d in changes.items()
         }
     (base,) = gradients(loss, model, {"": reference}, retain_graph=True).values()
     found = {}
