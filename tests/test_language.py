@@ -179,7 +179,7 @@ def test_the_scheduler_is_stepped_by_the_optimizer_s_steps(corpus, tmp_path):
 
     model = Rated(
         "mini", 257, 32, "relu", config=TINY,
-        optimizer=lambda p: INNAprop(p, lr=1.0), lr_scheduler=lambda o: WarmupCosine(o, 6, 2, 0.1),
+        optimizer=lambda p: INNAprop(p, lr=1.0), lr_scheduler=lambda o: WarmupCosine(o, 6, 2, final=0.1),
     )  # fmt: skip
     trainer(tmp_path, max_steps=8, accumulate_grad_batches=2).fit(model, data(corpus))
     by_hand = [0, 0.5, *(0.1 + 0.45 * (1 + math.cos(math.pi * k / 4)) for k in range(5)), 0.1]
@@ -200,12 +200,25 @@ def test_impossible_schedules(warmup, total):
         WarmupCosine(optimizer, total, warmup)
     with pytest.raises(ValueError, match=r"final is 1\.5"):
         WarmupCosine(optimizer, 3, final=1.5)
+    with pytest.raises(ValueError, match=r"start is -1"):
+        WarmupCosine(optimizer, 3, start=-1)
+
+
+def test_warm_up_from_a_fraction():
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=2.0)
+    schedule = WarmupCosine(optimizer, 12, 4, start=0.2)
+    rates = []
+    for _ in range(5):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0])
 
 
 def test_a_schedule_goes_on_from_its_state():
     def made():
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.3)
-        return optimizer, WarmupCosine(optimizer, 9, 3, 0.2)
+        return optimizer, WarmupCosine(optimizer, 9, 3, 0.2, 0.1)
 
     (optimizer, whole), (other, resumed) = made(), made()
     for step in range(9):
@@ -286,7 +299,7 @@ def test_resume_gives_the_same_weights(corpus, tmp_path):
 
     def made():
         torch.manual_seed(0)
-        return tiny(optimizer=lambda p: INNAprop(p, lr=1e-2), lr_scheduler=lambda o: WarmupCosine(o, 8, 2, 0.1))
+        return tiny(optimizer=lambda p: INNAprop(p, lr=1e-2), lr_scheduler=lambda o: WarmupCosine(o, 8, 2, final=0.1))
 
     whole, first, resumed = made(), made(), made()
     trainer(tmp_path, max_steps=6).fit(whole, data(corpus))

@@ -238,3 +238,12 @@ class ImageDataModule(ResumableDataModule):
     items: ClassVar[str] = "images"
     num_classes: int
     image_shape: tuple[int, int, int]
+
+    @property
+    def summary(self) -> str:
+        """What a batch holds, in a few words.
+
+        Returns:
+            Such as ``images of 3x32x32, 10 classes``.
+        """
+        return f"images of {'x'.join(map(str, self.image_shape))}, {self.num_classes} classes"

@@ -142,6 +142,15 @@ class TokenFile(ResumableDataModule):
         self.validation = "val.bin; `test` uses the same"
 
     @property
+    def summary(self) -> str:
+        """What a batch holds, in a few words.
+
+        Returns:
+            Such as ``blocks of 1024 tokens, 50257 different ones``.
+        """
+        return f"blocks of {self.block_size} tokens, {self.vocab_size} different ones"
+
+    @property
     def provenance(self) -> dict[str, Any]:
         """What was read, with the blocks' size, the vocabulary's, and what made the files.
 

@@ -56,6 +56,9 @@ class LanguageModel(PatchedModule):
         compile: Compile the network with ``torch.compile``. One compiled backward serves every choice.
         seed: Seeds the ``"random"`` Jacobian choice.
 
+    Attributes:
+        title: What is trained, in a few words.
+
     Raises:
         ImportError: If transformers is not installed.
         ValueError: If a name or a number is not admissible.
@@ -85,7 +88,7 @@ class LanguageModel(PatchedModule):
         seed: int = 0,
     ) -> None:
         super().__init__(jacobians, optimizer, lr_scheduler, compile)
-        self.block_size = block_size
+        self.title, self.block_size = f"GPT-2 {size}", block_size
         network = _gpt2(size, vocab_size, block_size, activation, dropout, config or {})
         self.patch_network("network", network, torch.zeros(1, min(block_size, 8), dtype=torch.long), seed)
         self._val_loss, self._test_loss = MeanMetric(), MeanMetric()
