@@ -13,11 +13,12 @@ __all__ = ["Jacobians", "MaxPoolChoice", "Rule"]
 Rule = Literal["exact", "published"]
 MaxPoolChoice = Literal["native", "first", "last", "minimal", "random", "sum"]
 
-# What the libraries return at the kinks, as measured on jax 0.x / tensorflow 2.x (see docs/conventions.md).
+# Where the libraries differ from PyTorch at the kinks, as measured on jax 0.10 and tensorflow 2.21 (eager; hard tanh is
+# Keras's, tensorflow itself has none): docs/conventions.md.
 _PRESETS: dict[str, dict[str, Any]] = {
     "pytorch": {},
-    "jax": {"relu": 0.0, "relu6": (0.0, 0.0), "leaky_relu": 1.0, "max_pool": "first"},
-    "tensorflow": {"relu": 0.0, "relu6": (0.0, 0.0), "leaky_relu": None, "max_pool": "first"},
+    "jax": {"leaky_relu": 1.0, "hardtanh": (1.0, 1.0), "abs": 1.0, "max_pool": "first"},
+    "tensorflow": {"hardtanh": (1.0, 1.0), "selu": 1.0507009873554805, "max_pool": "first"},
 }
 
 
@@ -35,6 +36,14 @@ class Jacobians:
             [0, 1] lie in the Clarke Jacobian, others do not and are allowed.
         relu6: The derivatives of ReLU6 at 0 and at 6.
         leaky_relu: The derivative of LeakyReLU at 0; the reference is its negative slope.
+        hardtanh: The derivatives of Hardtanh at its lower and its upper bound (bounds 0 and 6 are ``relu6``).
+        hardswish: The derivatives of Hardswish at -3 and at 3.
+        hardsigmoid: The derivatives of Hardsigmoid at -3 and at 3.
+        softshrink: The derivatives of Softshrink at minus lambda and at lambda.
+        threshold: The derivative of Threshold at its threshold.
+        elu: The derivative of ELU at 0, where its alpha is not 1; the reference is that alpha.
+        selu: The derivative of SELU at 0; the reference is the left one, about 1.758.
+        abs: The derivative of the absolute value at 0.
         max_pool: How a pooling window shares its gradient ``g`` over the ``k > 1`` entries that reach the maximum.
             A number ``beta`` gives ``beta * minimal + (1 - beta) * native`` (Boustany 2024, section 3): each tied
             entry gets ``g * beta / k`` and the native one ``g * (1 - beta)`` more; beta in [0, 1] stays in the Clarke
@@ -60,21 +69,28 @@ class Jacobians:
     relu: float | None = 0.0
     relu6: tuple[float, float] | None = (0.0, 0.0)
     leaky_relu: float | None = None
+    hardtanh: tuple[float, float] | None = None
+    hardswish: tuple[float, float] | None = None
+    hardsigmoid: tuple[float, float] | None = None
+    softshrink: tuple[float, float] | None = None
+    threshold: float | None = None
+    elu: float | None = None
+    selu: float | None = None
+    abs: float | None = None
     max_pool: float | MaxPoolChoice | None = 0.0
     rule: Rule = "exact"
 
     def __post_init__(self) -> None:
-        for name in ("relu", "leaky_relu"):
+        for name in ("relu", "leaky_relu", "threshold", "elu", "selu", "abs"):
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, _number(name, value))
-        if self.relu6 is not None:
-            values = tuple(self.relu6)
-            if len(values) != 2:
-                raise ValueError(
-                    f"relu6 takes two numbers, the derivatives at 0 and at 6; given {self.relu6!r}"
-                )
-            object.__setattr__(self, "relu6", tuple(_number("relu6", v) for v in values))
+        for name in ("relu6", "hardtanh", "hardswish", "hardsigmoid", "softshrink"):
+            values = getattr(self, name)
+            if values is not None:
+                if not isinstance(values, (tuple, list)) or len(values) != 2:
+                    raise ValueError(f"{name} takes two numbers, the derivatives at its two kinks; given {values!r}")
+                object.__setattr__(self, name, tuple(_number(name, v) for v in values))
         if isinstance(self.max_pool, str):
             _known("max_pool", self.max_pool, (*get_args(MaxPoolChoice), "a number beta"))
         elif self.max_pool is not None:

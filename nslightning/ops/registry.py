@@ -106,8 +106,29 @@ def _two(given: Any) -> tuple[int, int]:
     return (int(given[0]), int(given[-1])) if isinstance(given, Sequence) else (int(given), int(given))
 
 
-def _hardtanh_call(x: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Call | None:
+def _relu6_call(x: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Call | None:
     return Call(x, inplace=inplace) if (min_val, max_val) == (0, 6) else None
+
+
+def _hardtanh_call(x: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Call | None:
+    return Call(x, (min_val, max_val), inplace) if (min_val, max_val) != (0, 6) else None
+
+
+def _elu_call(
+    x: Tensor, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0, inplace: bool = False
+) -> Call | None:
+    # Smooth for alpha = 1; scaled only inside SELU's own kernel.
+    return Call(x, (alpha,), inplace) if alpha != 1 and scale == 1 and input_scale == 1 else None
+
+
+def _plain(name: str) -> dict[Callable, Callable[..., Call | None]]:
+    """The spellings of an operation without parameters of its own, in torch's three homes and ATen."""
+    homes = (F, torch, Tensor, aten)
+    found = [f for home in homes if (f := getattr(home, name, None)) is not None]
+    found_ = [f for home in homes if (f := getattr(home, f"{name}_", None)) is not None]
+    return _spelled(lambda x, inplace=False: Call(x, inplace=inplace), *found) | _spelled(
+        lambda x: Call(x, inplace=True), *found_
+    )
 
 
 def positional(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -146,15 +167,81 @@ OPERATIONS: dict[str, Operation] = {
             _pointwise_ties("relu6"),
             modules={
                 nn.ReLU6: lambda m, x: Call(x, inplace=m.inplace),
-                nn.Hardtanh: lambda m, x: _hardtanh_call(x, m.min_val, m.max_val, m.inplace),
+                nn.Hardtanh: lambda m, x: _relu6_call(x, m.min_val, m.max_val, m.inplace),
             },
             functions={F.relu6: lambda x, inplace=False: Call(x, inplace=inplace)}
-            | _spelled(_hardtanh_call, F.hardtanh, aten.hardtanh)
+            | _spelled(_relu6_call, F.hardtanh, aten.hardtanh)
+            | _spelled(
+                lambda x, min_val=-1.0, max_val=1.0: _relu6_call(x, min_val, max_val, True),
+                F.hardtanh_,
+                aten.hardtanh_,
+            ),
+        ),
+        Operation(
+            "hardtanh",
+            _apply_pointwise("hardtanh"),
+            _pointwise_ties("hardtanh"),
+            modules={nn.Hardtanh: lambda m, x: _hardtanh_call(x, m.min_val, m.max_val, m.inplace)},
+            functions=_spelled(_hardtanh_call, F.hardtanh, aten.hardtanh)
             | _spelled(
                 lambda x, min_val=-1.0, max_val=1.0: _hardtanh_call(x, min_val, max_val, True),
                 F.hardtanh_,
                 aten.hardtanh_,
             ),
+        ),
+        *(
+            Operation(
+                name,
+                _apply_pointwise(name),
+                _pointwise_ties(name),
+                modules={module: lambda m, x: Call(x, inplace=m.inplace)},
+                functions=_plain(name),
+            )
+            for name, module in (("hardswish", nn.Hardswish), ("hardsigmoid", nn.Hardsigmoid), ("selu", nn.SELU))
+        ),
+        Operation(
+            "softshrink",
+            _apply_pointwise("softshrink"),
+            _pointwise_ties("softshrink"),
+            modules={nn.Softshrink: lambda m, x: Call(x, (m.lambd,))},
+            functions=_spelled(lambda x, lambd=0.5: Call(x, (lambd,)), F.softshrink, aten.softshrink),
+        ),
+        Operation(
+            "threshold",
+            _apply_pointwise("threshold"),
+            _pointwise_ties("threshold"),
+            modules={nn.Threshold: lambda m, x: Call(x, (m.threshold, m.value), m.inplace)},
+            functions=_spelled(
+                lambda x, threshold, value, inplace=False: Call(x, (threshold, value), inplace),
+                F.threshold,
+                torch.threshold,
+                aten.threshold,
+            )
+            | _spelled(
+                lambda x, threshold, value: Call(x, (threshold, value), True),
+                F.threshold_,
+                getattr(torch, "threshold_"),  # noqa: B009 # torch's stub lacks it
+                aten.threshold_,
+            ),
+        ),
+        Operation(
+            "elu",
+            _apply_pointwise("elu"),
+            _pointwise_ties("elu"),
+            modules={nn.ELU: lambda m, x: _elu_call(x, m.alpha, inplace=m.inplace)},
+            functions={F.elu: lambda x, alpha=1.0, inplace=False: _elu_call(x, alpha, inplace=inplace)}
+            | _spelled(_elu_call, aten.elu)
+            | _spelled(
+                lambda x, alpha=1.0, scale=1.0, input_scale=1.0: _elu_call(x, alpha, scale, input_scale, True),
+                F.elu_,
+                aten.elu_,
+            ),
+        ),
+        Operation(
+            "abs",
+            _apply_pointwise("abs"),
+            _pointwise_ties("abs"),
+            functions=_plain("abs") | _plain("absolute") | _spelled(lambda x: Call(x), Tensor.__abs__),
         ),
         Operation(
             "leaky_relu",
@@ -192,14 +279,19 @@ OPERATIONS: dict[str, Operation] = {
     )
 }
 
-MODULES = {cls: op for op in OPERATIONS.values() for cls in op.modules}
-FUNCTIONS = {function: op for op in OPERATIONS.values() for function in op.functions}
+# What a class or a function may be: Hardtanh is ReLU6 between 0 and 6.
+MODULES = {
+    cls: tuple(op for op in OPERATIONS.values() if cls in op.modules)
+    for cls in dict.fromkeys(c for op in OPERATIONS.values() for c in op.modules)
+}
+FUNCTIONS = {
+    function: tuple(op for op in OPERATIONS.values() if function in op.functions)
+    for function in dict.fromkeys(f for op in OPERATIONS.values() for f in op.functions)
+}
 
 # Nonsmooth, and not yet with a choice of ours: found and named by the surgery, never passed over in silence.
 UNSUPPORTED_MODULES: dict[type[nn.Module], str] = {
-    nn.Hardtanh: "hardtanh", nn.Hardswish: "hardswish", nn.Hardsigmoid: "hardsigmoid",
-    nn.Hardshrink: "hardshrink", nn.Softshrink: "softshrink", nn.Threshold: "threshold", nn.PReLU: "prelu",
-    nn.RReLU: "rrelu", nn.ELU: "elu", nn.SELU: "selu", nn.MaxPool1d: "max_pool1d", nn.MaxPool3d: "max_pool3d",
+    nn.Hardshrink: "hardshrink", nn.PReLU: "prelu", nn.RReLU: "rrelu", nn.MaxPool1d: "max_pool1d", nn.MaxPool3d: "max_pool3d",
     nn.AdaptiveMaxPool1d: "adaptive_max_pool1d", nn.AdaptiveMaxPool2d: "adaptive_max_pool2d",
     nn.AdaptiveMaxPool3d: "adaptive_max_pool3d", nn.FractionalMaxPool2d: "fractional_max_pool2d",
     nn.FractionalMaxPool3d: "fractional_max_pool3d", nn.LPPool1d: "lp_pool1d", nn.LPPool2d: "lp_pool2d",
@@ -208,11 +300,11 @@ UNSUPPORTED_MODULES: dict[type[nn.Module], str] = {
     nn.MarginRankingLoss: "margin_ranking_loss", nn.MultiMarginLoss: "multi_margin_loss",
     nn.MultiLabelMarginLoss: "multilabel_margin_loss", nn.TripletMarginLoss: "triplet_margin_loss",
 }  # fmt: skip
-_SAME = {"absolute": "abs", "__abs__": "abs", "clip": "clamp"}
+_SAME = {"clip": "clamp"}
 UNSUPPORTED_FUNCTIONS: dict[Callable, str] = {
     f: _SAME.get(name, name.removesuffix("_with_indices"))
     for name in (
-        *UNSUPPORTED_MODULES.values(), "abs", "__abs__", "absolute", "clamp", "clamp_min", "clamp_max",
+        *UNSUPPORTED_MODULES.values(), "clamp", "clamp_min", "clamp_max",
         "clip", "max", "min", "amax", "amin", "aminmax", "maximum", "minimum", "fmax", "fmin",
         "cummax", "cummin", "median", "nanmedian", "kthvalue", "topk", "norm", "vector_norm", "dist", "normalize",
         *(f"{pool}_with_indices" for pool in UNSUPPORTED_MODULES.values() if "max_pool" in pool),

@@ -25,6 +25,13 @@ _POOL_WEIGHTS: dict[str, tuple[float, float, float, float]] = {
 }
 
 
+# How many kinks a pointwise operation has.
+_KINKS = {
+    "relu": 1, "relu6": 2, "leaky_relu": 1, "hardtanh": 2, "hardswish": 2, "hardsigmoid": 2, "softshrink": 2,
+    "threshold": 1, "elu": 1, "selu": 1, "abs": 1,
+}  # fmt: skip
+
+
 @torch.library.custom_op("nslightning::read_now", mutates_args=())
 def read_now(values: Tensor, gradient: Tensor) -> Tensor:
     """Read a selection's tensor inside a compiled backward.
@@ -75,11 +82,7 @@ class Selection:
         self._generators: dict[torch.device, torch.Generator] = {}
         # float64 0-d and 1-d CPU tensors never promote the gradients they multiply.
         self.published = torch.zeros((), dtype=torch.bool)
-        self.kinks = {
-            "relu": torch.zeros(1, dtype=torch.float64),
-            "relu6": torch.zeros(2, dtype=torch.float64),
-            "leaky_relu": torch.zeros(1, dtype=torch.float64),
-        }
+        self.kinks = {name: torch.zeros(n, dtype=torch.float64) for name, n in _KINKS.items()}
         self.pool = torch.zeros(4, dtype=torch.float64)
         self.set(jacobians)
 

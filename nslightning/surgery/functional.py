@@ -52,7 +52,7 @@ class FunctionalCalls(TorchFunctionMode):
         self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if (operation := FUNCTIONS.get(func)) is not None:
+        for operation in FUNCTIONS.get(func, ()):
             call = operation.functions[func](*args, **positional(kwargs))
             if call is not None and call.x.is_floating_point():
                 return self._reached(operation, call, func, args, kwargs)

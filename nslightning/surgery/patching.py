@@ -508,9 +508,9 @@ def _find(model: nn.Module, surgery: Surgery) -> Iterator[tuple[nn.Module, Part,
         chosen = surgery.chosen(part.names, module)
         kind, inplace = type(module).__name__, bool(getattr(module, "inplace", False))
         cls = _whose_forward(module, MODULES)
-        operation = MODULES.get(cls) if cls is not None else None
-        if operation is not None and operation.modules[cls](module, torch.empty(0)) is None:  # type: ignore[index]
-            operation = None  # such as Hardtanh between other bounds
+        candidates = MODULES[cls] if cls is not None else ()
+        # The first that its parameters make it, if any: an ELU may be smooth.
+        operation = next((op for op in candidates if op.modules[cls](module, torch.empty(0)) is not None), None)  # type: ignore[index]
         role: _Role | None = None
         unreached: str | None = None
         if isinstance(module, torch.jit.ScriptModule):
