@@ -287,3 +287,31 @@ def test_an_optimizer_of_timm_trains_a_classifier_from_the_command_line(tmp_path
     assert status == 0
     assert type(trainer.optimizers[0]) is timm.optim.Lion
     assert trainer.optimizers[0].param_groups[0]["initial_lr"] == 1e-4
+
+
+# ----------------------------------------------------------------------------------------- docs/innaprop.md
+def test_the_table_of_the_document_is_that_of_the_data(repo_root):
+    import importlib.util
+
+    import pandas as pd
+
+    file = repo_root / "benchmarks/innaprop_mnist.py"
+    spec = importlib.util.spec_from_file_location("innaprop_mnist", file)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.table(pd.read_csv(script.CSV)) in (repo_root / "docs/innaprop.md").read_text(encoding="utf-8")
+
+
+def test_the_document_s_pairs_by_the_optimizer_itself():
+    """A constant gradient: the step at once, and in the long run, in units of lr."""
+    for alpha, beta, first, last in ((0.1, 0.9, 0.9, 10.0), (1, 1, 1.0, 1.0), (2, 2, 2.0, 0.5)):
+        weight = torch.nn.Parameter(torch.zeros((), dtype=torch.float64))
+        optimizer = nslightning.optim.INNAprop([weight], lr=0.1, alpha=alpha, beta=beta, weight_decay=0, eps=0)
+        moves = []
+        for _ in range(1000):
+            weight.grad = torch.ones_like(weight)
+            before = weight.item()
+            optimizer.step()
+            moves.append((before - weight.item()) / 0.1)
+        assert moves[0] == pytest.approx(first, rel=1e-9)
+        assert moves[-1] == pytest.approx(last, rel=1e-3)

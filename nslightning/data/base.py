@@ -96,9 +96,7 @@ class ResumableDataModule(LightningDataModule, ABC):
     name: str
     items: ClassVar[str]
 
-    def __init__(
-        self, batch_size: int = 128, eval_batch_size: int = 100, workers: int = 0, seed: int = 0
-    ) -> None:
+    def __init__(self, batch_size: int = 128, eval_batch_size: int = 100, workers: int = 0, seed: int = 0) -> None:
         super().__init__()
         for argument, value, least in (
             ("batch_size", batch_size, 1),

@@ -139,9 +139,7 @@ class ImageNet(ImageFolder):
         self._complete[split] = found == published
         if self.verify and found != published:
             failed = f"count: {found[1]} images in {found[0]} classes, ImageNet has {published[1]} in 1000"
-            raise data_error(
-                self.folder / split, failed, self._fix() + " To use a part, add --data.verify=false."
-            )
+            raise data_error(self.folder / split, failed, self._fix() + " To use a part, add --data.verify=false.")
         if found[0] > 1000:
             raise data_error(self.folder / split, f"count: {found[0]} classes, more than 1000", self._fix())
         self.verified = all(self._complete.values())

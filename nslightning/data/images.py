@@ -162,9 +162,7 @@ def _decode(path: str) -> Image.Image:
     try:
         image: Image.Image = default_loader(path)
     except FileNotFoundError:
-        raise data_error(
-            path, "it was there at the start and is gone", "Put it back and start again."
-        ) from None
+        raise data_error(path, "it was there at the start and is gone", "Put it back and start again.") from None
     except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on damaged files
         fix = "Replace it by an intact copy, or delete it to train without it."
         raise data_error(path, f"the image cannot be decoded ({error})", fix) from None

@@ -63,15 +63,11 @@ class DownloadedImages(ImageDataModule):
     ) -> None:
         super().__init__(batch_size, eval_batch_size, workers, seed)
         if not 0 <= holdout < 1:
-            raise ValueError(
-                f"holdout is {holdout}; it must be a fraction of the training images, 0 <= holdout < 1"
-            )
+            raise ValueError(f"holdout is {holdout}; it must be a fraction of the training images, 0 <= holdout < 1")
         self.root = data_folder() / self.subfolder if root is None else Path(root).expanduser()
         self.folder = self.root
         self.download, self.verify, self.holdout = download, verify, holdout
-        self.validation = (
-            f"{holdout:.4g} of the training images, held out" if holdout else "the official test images"
-        )
+        self.validation = f"{holdout:.4g} of the training images, held out" if holdout else "the official test images"
         self._md5_matches: dict[str, bool] = {}
 
     @abstractmethod
@@ -127,9 +123,7 @@ class DownloadedImages(ImageDataModule):
         if pixels.dtype != np.uint8:
             raise data_error(self.root, f"type: {what} are {pixels.dtype}, not uint8", self._fix())
         if len(pixels) != len(targets):
-            raise data_error(
-                self.root, f"count: {what}: {len(pixels)} images, {len(targets)} labels", self._fix()
-            )
+            raise data_error(self.root, f"count: {what}: {len(pixels)} images, {len(targets)} labels", self._fix())
         if targets.min() < 0 or targets.max() >= self.num_classes:
             failed = f"labels: {what}: {targets.min()} to {targets.max()}, not 0 to {self.num_classes - 1}"
             raise data_error(self.root, failed, self._fix())
@@ -367,9 +361,7 @@ class Synthetic(ImageDataModule):
     ) -> None:
         super().__init__(batch_size, eval_batch_size, workers, seed)
         if not 0 <= constant <= 1:
-            raise ValueError(
-                f"constant is {constant}; it must be a fraction of the images, 0 <= constant <= 1"
-            )
+            raise ValueError(f"constant is {constant}; it must be a fraction of the images, 0 <= constant <= 1")
         self.image_shape, self.num_classes = image_shape, num_classes
         self.images, self.eval_images, self.constant = images, eval_images, constant
         self.variant = f"random, {constant:.4g} constant images"
