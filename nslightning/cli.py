@@ -19,6 +19,7 @@ COMMANDS = {
     "validate": ("nslightning.commands.train", "evaluate a checkpoint on the validation images"),
     "test": ("nslightning.commands.train", "evaluate a checkpoint on the test images"),
     "predict": ("nslightning.commands.train", "write a checkpoint's predictions for the test images"),
+    "cost": ("nslightning.commands.cost", "what a backbone's gradient costs under several Jacobian choices"),
 }
 
 USAGE = """\
@@ -69,7 +70,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0
     command, *rest = argv
     if command not in COMMANDS:
-        close = difflib.get_close_matches(command, COMMANDS, n=1)
+        close = difflib.get_close_matches(command, [*COMMANDS, "--help", "--version"], n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         print(f"nslightning: there is no command {command!r}.{hint} Commands: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
@@ -106,6 +107,9 @@ def _packaged_configs(argv: list[str]) -> list[str]:
             value = argv[i + 1]
         if Path(value).exists():
             continue
-        path = str(configs.path(value))
+        try:
+            path = str(configs.path(value))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"there is no file {value}. {error}") from None
         found[i if equals else i + 1] = f"{flag}={path}" if equals else path
     return found

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from nslightning.jacobians import Jacobians
@@ -40,8 +41,10 @@ class ImageClassifier(LightningModule):
         jacobians: The choice of the Jacobian at ties, in force while training.
         backbone_options: Handed to the backbone's constructor, such as ``{batch_norm: true}``.
         pretrained: Start from the library's ImageNet weights.
-        optimizer: Any optimizer class, given the parameters.
-        lr_scheduler: Any scheduler class, stepped after each epoch; a plateau scheduler names what it monitors.
+        optimizer: Any optimizer class, given the parameters. A checkpoint of the command line holds its configuration;
+            a callable given in Python is not stored, and is given again to ``load_from_checkpoint``.
+        lr_scheduler: Any scheduler class, stepped after each epoch. ``ReduceLROnPlateau`` watches ``val/loss``, or
+            what Lightning's own version of it is told to ``monitor``.
         label_smoothing: Share of the target spread over all classes.
         compile: Compile the backbone with ``torch.compile``. One compiled backward serves every choice.
         channels_last: Keep images and weights in the channels-last memory format.
@@ -67,37 +70,59 @@ class ImageClassifier(LightningModule):
         optimizer: OptimizerCallable = _sgd,
         lr_scheduler: LRSchedulerCallable | None = None,
         label_smoothing: float = 0.0,
-        compile: bool = False,  # noqa: A002 # torch's own word
+        compile: bool = False,  # torch's own word
         channels_last: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if not 0 <= label_smoothing <= 1:
+            raise ValueError(f"label_smoothing is a share between 0 and 1; given {label_smoothing}")
         if compile and jacobians.max_pool == "random":
             raise ValueError('max_pool="random" draws inside the backward and cannot be compiled; use compile=False')
-        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "jacobians"])
+        # As plain data, so that checkpoints load with `weights_only`; Lightning's instantiator makes objects of it.
+        self.save_hyperparameters()
+        self.save_hyperparameters(ignore=[k for k in ("optimizer", "lr_scheduler") if callable(self.hparams[k])])
+        self.hparams.update(jacobians=jacobians.to_dict(), _instantiator="lightning.pytorch.cli.instantiate_module")
         self.jacobians = jacobians
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
+        self._trained_with: str | None = None
         self._label_smoothing, self._compile, self._channels_last = label_smoothing, compile, channels_last
         self._channels = input_channels(backbone, image_shape)
         self.backbone = create_backbone(backbone, num_classes, image_shape, pretrained, **(backbone_options or {}))
-        self.patch_report: PatchReport = patch(
-            self.backbone, jacobians, example=torch.zeros(2, self._channels, *image_shape[1:]), seed=seed
-        )
+        example = torch.zeros(2, self._channels, *image_shape[1:])
+        try:
+            self.patch_report: PatchReport = patch(self.backbone, jacobians, example=example, seed=seed)
+        except RuntimeError as error:  # from the example's forward
+            raise ValueError(f"{backbone} does not take images of shape {tuple(image_shape)}: {error}") from error
         if channels_last:
-            self.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # torch's stub lacks it
-        accuracy = {"acc1": MulticlassAccuracy(num_classes, average="micro")}
+            self.backbone.to(memory_format=torch.channels_last)
+        accuracy: dict[str, Metric | MetricCollection] = {"acc1": MulticlassAccuracy(num_classes, average="micro")}
         if num_classes > 5:
             accuracy["acc5"] = MulticlassAccuracy(num_classes, top_k=5, average="micro")
-        self._accuracy = nn.ModuleDict(
-            {
-                "train_": MulticlassAccuracy(num_classes, average="micro"),
-                "val_": MetricCollection(dict(accuracy), prefix="val/").clone(),
-                "test_": MetricCollection(dict(accuracy), prefix="test/").clone(),
-            }
-        )
+        metrics = MetricCollection(accuracy)
+        self._accuracy = nn.ModuleDict({f"{stage}_": metrics.clone(f"{stage}/") for stage in ("val", "test")})
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> ImageClassifier:
+        """Load a model, under the Jacobian choice that it was trained under unless another is given.
+
+        Args:
+            checkpoint_path: A checkpoint of the command line or of a ``Trainer``.
+            *args: As in Lightning.
+            **kwargs: As in Lightning; arguments of this class win over those in the checkpoint.
+
+        Returns:
+            The model. A checkpoint of the command line brings its optimizer along; callables given in Python are
+            not stored, and without them ``configure_optimizers`` warns.
+        """
+        if isinstance(kwargs.get("jacobians"), Jacobians):
+            kwargs["jacobians"] = kwargs["jacobians"].to_dict()  # what Lightning's instantiator takes
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def setup(self, stage: str) -> None:
-        """Compile the backbone, if asked to; Lightning calls this before anything runs."""
+        """Set the precision, and compile the backbone if asked to; Lightning calls this before anything runs."""
+        # Lightning does it after loading a checkpoint, whose float64 weights a float32 module would round.
+        self.trainer.precision_plugin.convert_module(self)
         if self._compile and self.backbone._compiled_call_impl is None:
             self.backbone.compile()
 
@@ -114,14 +139,14 @@ class ImageClassifier(LightningModule):
             x = x.expand(-1, self._channels, -1, -1)
         if self._channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        return self.backbone(x)
+        logits: Tensor = self.backbone(x)
+        return logits
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """The loss of one batch, logged with its accuracy."""
         logits, y, loss = self._loss(batch, self._label_smoothing)
-        accuracy = self._accuracy["train_"](logits, y)
         self.log("train/loss", loss, prog_bar=True)
-        self.log("train/acc1", accuracy, prog_bar=True)
+        self.log("train/acc1", (logits.argmax(1) == y).float().mean(), prog_bar=True)
         return loss
 
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
@@ -135,16 +160,25 @@ class ImageClassifier(LightningModule):
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Class probabilities of shape (N, num_classes)."""
         x = batch[0] if isinstance(batch, (tuple, list)) else batch
-        return self(x).float().softmax(1)
+        logits: Tensor = self(x)
+        return logits.float().softmax(1)
 
     def configure_optimizers(self) -> Any:
         """The optimizer, and the scheduler if there is one."""
         optimizer = self._optimizer(self.parameters())
+        if self._trained_with not in (None, type(optimizer).__name__):
+            warnings.warn(
+                f"the checkpoint was trained with {self._trained_with}, and this model has {type(optimizer).__name__};"
+                " give load_from_checkpoint the optimizer again: optimizer=...",
+                PatchWarning,
+                stacklevel=2,
+            )
         if self._lr_scheduler is None:
             return optimizer
         scheduler = self._lr_scheduler(optimizer)
         if isinstance(scheduler, ReduceLROnPlateau):
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": scheduler.monitor}}
+            monitor = getattr(scheduler, "monitor", "val/loss")  # torch's own class does not name it
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": monitor}}
         return [optimizer], [scheduler]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -152,28 +186,33 @@ class ImageClassifier(LightningModule):
         checkpoint["nslightning"] = {
             "jacobians": self.jacobians.to_dict(),
             "fingerprint": self.patch_report.fingerprint,
-            "torch": torch.__version__,
+            "optimizer": type(self.trainer.optimizers[0]).__name__ if self.trainer.optimizers else None,
+            "torch": str(torch.__version__),  # a class of its own, which `weights_only` refuses
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say so when a checkpoint was made under another choice or patch.
 
         Warns:
-            PatchWarning: If the Jacobian choice, the patched sites or PyTorch's version differ.
+            PatchWarning: If the Jacobian choice or the patched sites differ.
         """
         made = checkpoint.get("nslightning")
-        now = {"jacobians": self.jacobians.to_dict(), "fingerprint": self.patch_report.fingerprint}
         if made is None:
-            warnings.warn("the checkpoint does not say under which Jacobian choice it was made", PatchWarning, stacklevel=2)
-        elif made["fingerprint"] != now["fingerprint"]:
-            # Configs and checkpoints hold lists where the choice holds tuples.
-            then = Jacobians(**made["jacobians"])
-            what = (
-                f"under {then!r}, and this run has {self.jacobians!r}"
-                if then != self.jacobians
-                else f"with other patched sites ({made['fingerprint']}, now {now['fingerprint']})"
-            )
-            warnings.warn(f"the checkpoint was made {what}", PatchWarning, stacklevel=2)
+            what = "the checkpoint does not say under which Jacobian choice it was made"
+            warnings.warn(what, PatchWarning, stacklevel=2)
+            return
+        self._trained_with = made.get("optimizer")
+        then, now = made["jacobians"], self.jacobians.to_dict()
+        changed = [k for k in now if _plain(then.get(k)) != _plain(now[k])]
+        if changed:
+            there, here = (", ".join(f"{k}={choice.get(k)!r}" for k in changed) for choice in (then, now))
+            what = f"the checkpoint was made under {there}, and this run has {here}"
+        elif made["fingerprint"] != self.patch_report.fingerprint:
+            fingerprints = f"{made['fingerprint']}, now {self.patch_report.fingerprint}"
+            what = f"the checkpoint was made with other patched sites ({fingerprints})"
+        else:
+            return
+        warnings.warn(what, PatchWarning, stacklevel=2)
 
     def _loss(self, batch: Sequence[Tensor], label_smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
         x, y = batch
@@ -184,7 +223,12 @@ class ImageClassifier(LightningModule):
 
     def _evaluate(self, stage: str, batch: Sequence[Tensor]) -> None:
         logits, y, loss = self._loss(batch)
-        accuracy = self._accuracy[f"{stage}_"]
+        accuracy: Any = self._accuracy[f"{stage}_"]
         accuracy.update(logits, y)
         self.log(f"{stage}/loss", loss, batch_size=len(y), sync_dist=True, prog_bar=True)
         self.log_dict(accuracy, batch_size=len(y), prog_bar=True)
+
+
+def _plain(value: Any) -> Any:
+    """A choice as configs and checkpoints may hold it: with lists for tuples."""
+    return tuple(value) if isinstance(value, list) else value
