@@ -1,25 +1,32 @@
 """How far the gradients of other Jacobian choices are from the one in use, while training."""
 
+import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+import torch._dynamo
+import torch._functorch.config
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from nslightning.jacobians import Jacobians
 from nslightning.probes import NORMS, Divergence, gradients, measure
+from nslightning.runs import forget_from
 from nslightning.surgery import selections
 
 from .logging import log_step
 
 __all__ = ["GradientDivergence"]
+
+_RESERVED = {"seconds", "per_layer"}  # divergence/... that are no choice
 
 
 class GradientDivergence(Callback):
@@ -30,7 +37,8 @@ class GradientDivergence(Callback):
     without the callback: parameters' ``grad``, random streams and buffers are left as they were.
 
     Gradients are unscaled (fp16 loss scaling, gradient accumulation) and, under DDP, taken on each process's own batch
-    for all choices and then averaged over the processes, as DDP does with the gradients it trains on.
+    for all choices and then averaged over the processes, as DDP does with the gradients it trains on. With gradient
+    accumulation the first batch of the step is measured. Where scaled gradients overflow, the values are not finite.
 
     Logged at each measured step:
 
@@ -62,8 +70,12 @@ class GradientDivergence(Callback):
     def __init__(self, choices: dict[str, Jacobians], every_n_steps: int = 50, per_layer: bool = True) -> None:
         if not choices:
             raise ValueError("GradientDivergence takes at least one choice, such as {'relu1': {'relu': 1.0}}")
-        if bad := [name for name in choices if not name or "/" in name or name in ("seconds", "per_layer")]:
-            raise ValueError(f"a choice's name becomes part of divergence/<choice>/<norm>; these cannot: {bad}")
+        bad = [name for name in choices if not re.fullmatch(r"[\w.+-]+", name) or name in _RESERVED]
+        if bad:
+            raise ValueError(
+                "a choice's name becomes part of divergence/<choice>/<norm>: letters, digits and _.+- only, and not "
+                f"{' or '.join(sorted(_RESERVED))}; given {', '.join(map(repr, bad))}"
+            )
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps is a number of steps from 1 on; given {every_n_steps}")
         self.choices, self.every_n_steps, self.per_layer = dict(choices), every_n_steps, per_layer
@@ -73,17 +85,33 @@ class GradientDivergence(Callback):
         self._hooks: list[RemovableHandle] = []
         self._seconds = 0.0
         self._folder = Path()
+        self._settings = ExitStack()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse what cannot be measured; drop the rows that a resumed run will write again."""
+        """Refuse what cannot be measured; keep a compiled backward's graph usable more than once."""
         if not selections(pl_module):
-            raise ValueError("GradientDivergence needs a patched model: call `patch(model, Jacobians())`")
+            raise ValueError(
+                "GradientDivergence needs a patched model: call `patch(model, Jacobians())` before training"
+            )
         if not pl_module.automatic_optimization:
             raise ValueError("GradientDivergence measures at Lightning's own backward; manual optimization has none")
-        self._folder = Path(trainer.log_dir or trainer.default_root_dir)
-        if trainer.is_global_zero and (self._folder / "divergence.csv").exists():
-            rows = pd.read_csv(self._folder / "divergence.csv", keep_default_na=False, na_values=["nan"])
-            rows[rows["step"] < trainer.global_step].to_csv(self._folder / "divergence.csv", index=False)
+        if isinstance(trainer.strategy, ParallelStrategy) and not isinstance(trainer.strategy, DDPStrategy):
+            raise ValueError(
+                "GradientDivergence needs whole gradients on every process: train on one device or with "
+                f"--trainer.strategy=ddp, not {type(trainer.strategy).__name__}"
+            )
+        self._measured_step = -1
+        self._folder = Path(trainer.log_dir or trainer.default_root_dir)  # on every rank: Lightning broadcasts it
+        if is_compiled(pl_module):
+            # A compiled backward may overwrite what the forward saved ("donated buffers"); it could not run once per
+            # choice then. The setting holds for what is compiled under it, so what is compiled already goes.
+            self._settings.enter_context(torch._functorch.config.patch(donated_buffer=False))
+            torch.compiler.reset()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Drop the rows that this run will write again; only now does Lightning know at which step it resumes."""
+        if trainer.is_global_zero:
+            forget_from(self._folder / "divergence.csv", trainer.global_step)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Take the other choices' gradients before the training backward frees the graph."""
@@ -91,10 +119,10 @@ class GradientDivergence(Callback):
         if step % self.every_n_steps or step == self._measured_step:
             return
         self._measured_step = step
-        start = time.perf_counter()
-        with undisturbed(pl_module):
+        start = _now(pl_module.device)
+        with undisturbed(pl_module, step):
             self._others = gradients(loss, pl_module, self.choices, retain_graph=True)
-        self._seconds = time.perf_counter() - start
+        self._seconds = _now(pl_module.device) - start
 
         def keep(name: str, gradient: Tensor) -> None:
             # A copy: the engine may hand this very tensor on to `grad`, where DDP and the scaler overwrite it.
@@ -111,37 +139,47 @@ class GradientDivergence(Callback):
         """Compare with the gradients that the training backward has just produced."""
         if not self._others:
             return
-        start = time.perf_counter()
-        for hook in self._hooks:
-            hook.remove()
+        start = _now(pl_module.device)
         scale = _loss_scale(trainer)
-        own = self._own
-        zero = {name: p for name, p in pl_module.named_parameters() if p.requires_grad and name not in own}
-        own |= {name: torch.zeros_like(p) for name, p in zero.items()}
-        own = {name: _local(trainer, own[name], scale) for name in next(iter(self._others.values()))}
-        found = {
-            choice: measure({name: _local(trainer, g, scale) for name, g in other.items()}, own)
-            for choice, other in self._others.items()
+        others, own = self._others, self._own
+        self._forget()
+        # A parameter that the loss does not depend on got no gradient.
+        own = {
+            name: _mean(trainer, own.get(name, torch.zeros_like(p)), scale)
+            for name, p in pl_module.named_parameters()
+            if p.requires_grad
         }
-        self._others, self._own, self._hooks = {}, {}, []
-        self._seconds += time.perf_counter() - start
+        found = {
+            choice: measure({name: _mean(trainer, other[name], scale) for name in own}, own)
+            for choice, other in others.items()
+        }
+        self._seconds += _now(pl_module.device) - start
         self._record(trainer, found)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the figure."""
-        if trainer.is_global_zero and (self._folder / "divergence.csv").exists():
+        file = self._folder / "divergence.csv"
+        if trainer.is_global_zero and file.exists():
             from nslightning.figures import divergence_by_step
 
-            rows = pd.read_csv(self._folder / "divergence.csv", keep_default_na=False, na_values=["nan"])
+            # Only a number's "nan" is one: an empty parameter and any choice's name are text.
+            numbers = {norm: ["nan"] for norm in NORMS}
+            rows = pd.read_csv(file, dtype={"choice": str}, keep_default_na=False, na_values=numbers)
             divergence_by_step(rows[rows["parameter"] == ""], self._folder / "divergence.pdf")
 
-    def state_dict(self) -> dict[str, Any]:
-        """The step measured last."""
-        return {"measured_step": self._measured_step}
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave nothing behind: Lightning calls no ``teardown`` then."""
+        self._forget()
+        self._settings.close()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on after the step measured last."""
-        self._measured_step = state_dict["measured_step"]
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the compiler its setting back."""
+        self._settings.close()
+
+    def _forget(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._others, self._own, self._hooks = {}, {}, []
 
     def _record(self, trainer: Trainer, found: Mapping[str, Divergence]) -> None:
         if not trainer.is_global_zero:
@@ -161,7 +199,7 @@ class GradientDivergence(Callback):
             if isinstance(logger, WandbLogger):
                 columns = ["choice", "parameter", *NORMS]
                 data = [[row[c] for c in columns] for row in rows if row["parameter"]]
-                logger.log_table("divergence/per_layer", columns=columns, data=data, step=None)
+                logger.log_table("divergence/per_layer", columns=columns, data=data, step=step)
 
 
 def _loss_scale(trainer: Trainer) -> float:
@@ -170,19 +208,52 @@ def _loss_scale(trainer: Trainer) -> float:
     return (scaler.get_scale() if scaler is not None else 1.0) / trainer.accumulate_grad_batches
 
 
-def _local(trainer: Trainer, gradient: Tensor, scale: float) -> Tensor:
+def _mean(trainer: Trainer, gradient: Tensor, scale: float) -> Tensor:
     """Unscale a gradient of this process and average it over all processes."""
     wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
     gradient = gradient.to(wide) / scale
     return trainer.strategy.reduce(gradient, reduce_op="mean") if trainer.world_size > 1 else gradient
 
 
+def _now(device: torch.device) -> float:
+    """The time when all work given to the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def is_compiled(module: LightningModule) -> bool:
+    """Whether ``torch.compile`` was applied to a module or to a part of it.
+
+    Args:
+        module: The module trained.
+
+    Returns:
+        True also for ``trainer.fit(torch.compile(module))``, which Lightning takes apart.
+    """
+    parts = module.modules()
+    return module._compiler_ctx is not None or any(
+        p._compiled_call_impl is not None or isinstance(p, torch._dynamo.OptimizedModule) for p in parts
+    )
+
+
 @contextmanager
-def undisturbed(module: nn.Module) -> Iterator[None]:
-    """Put random streams and buffers back: a checkpointed region runs its forward again in every backward."""
+def undisturbed(module: nn.Module, step: int) -> Iterator[None]:
+    """Put random streams and buffers back after extra backward passes.
+
+    A checkpointed region runs its forward again in every backward, and the ``"random"`` choice draws in it.
+
+    Args:
+        module: The module trained, with its patched parts.
+        step: The training step; the ``"random"`` choice draws other numbers inside the block than in training, and
+            others at each step.
+    """
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     devices = sorted({p.device.index or 0 for p in module.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices):
+    with ExitStack() as streams:
+        streams.enter_context(torch.random.fork_rng(devices))
+        for selection in selections(module).values():
+            streams.enter_context(selection.other_streams(selection.seed + 1 + step))
         yield
     with torch.no_grad():
         for name, buffer in module.named_buffers():

@@ -6,10 +6,9 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from nslightning.runs import MetricsFile, environment
+from nslightning.runs import MetricsFile, environment, forget_from
 from nslightning.surgery import PatchReport
 
 __all__ = ["RunRecord"]
@@ -33,17 +32,24 @@ class RunRecord(Callback):
         self.config, self.seed = config, seed
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the record; on resume, drop the metrics that will be logged again."""
+        """Print and write the patch report."""
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # on every rank: Lightning broadcasts it
+        report: PatchReport | None = getattr(pl_module, "patch_report", None)
+        if report is None or not trainer.is_global_zero:
+            return
+        lines = str(report).splitlines()
+        more = [f"... and {len(lines) - _SHOWN - 4} more in patch_report.txt"] * (len(lines) > _SHOWN + 4)
+        rank_zero_info("\n".join([*lines[: _SHOWN + 4], *more]))
+        folder.mkdir(parents=True, exist_ok=True)
+        report.save(folder / "patch_report.json")
+        (folder / "patch_report.txt").write_text(f"{report}\n")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the record; drop the metrics that will be logged again, now that the step to resume at is known."""
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
         report: PatchReport | None = getattr(pl_module, "patch_report", None)
         if not trainer.is_global_zero:
             return
-        if report is not None:
-            lines = str(report).splitlines()
-            more = [f"... and {len(lines) - _SHOWN - 4} more in patch_report.txt"] * (len(lines) > _SHOWN + 4)
-            rank_zero_info("\n".join([*lines[: _SHOWN + 4], *more]))
-            report.save(folder / "patch_report.json")
-            (folder / "patch_report.txt").write_text(f"{report}\n")
         record = {
             "seed": self.seed,
             "precision": trainer.precision,
@@ -61,8 +67,8 @@ class RunRecord(Callback):
                 logger.experiment.config.update({"config": self.config, "run": record}, allow_val_change=True)
                 if report is not None:
                     _log_sites(logger, report)
-            if isinstance(logger, MetricsFile) and trainer.global_step:
-                logger.experiment.forget_from(trainer.global_step)
+            if isinstance(logger, MetricsFile):
+                forget_from(Path(logger.experiment.metrics_file_path), trainer.global_step)
 
 
 @rank_zero_only

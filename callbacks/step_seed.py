@@ -7,14 +7,17 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from nslightning.ops.selection import Selection
+from nslightning.surgery import selections
+
 __all__ = ["StepSeed"]
 
 
 class StepSeed(Callback):
-    """Seeds the global random streams before every training batch from (seed, batch number, rank).
+    """Seeds the random streams before every training batch from (seed, batch number, rank).
 
-    Dropout then draws the same numbers whether or not the run was interrupted: no random state needs to be saved,
-    and none is lost with a killed process.
+    Dropout, and the ``"random"`` choice of max pooling, then draw the same numbers whether or not the run was
+    interrupted: no random state needs to be saved, and none is lost with a killed process.
 
     Args:
         seed: The run's seed.
@@ -22,11 +25,18 @@ class StepSeed(Callback):
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
+        self._selections: list[Selection] = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the model's own random streams."""
+        self._selections = list(selections(pl_module).values())
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Seed Python's, NumPy's and PyTorch's streams."""
+        """Seed Python's, NumPy's and PyTorch's streams, and the model's own ones."""
         words = (self.seed, trainer.fit_loop.epoch_loop.total_batch_idx, trainer.global_rank)
         state = int(np.random.SeedSequence([w % 2**32 for w in words]).generate_state(1, np.uint64)[0])
         random.seed(state)
         np.random.seed(state % 2**32)  # noqa: NPY002 # the legacy stream is what user transforms draw from
         torch.manual_seed(state % 2**63)
+        for selection in self._selections:
+            selection.reseed(state % 2**63)

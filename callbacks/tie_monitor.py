@@ -8,7 +8,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from nslightning.probes import Ties, counting
+from nslightning.surgery import selections
 
+from .gradient_divergence import is_compiled
 from .logging import log_step
 
 __all__ = ["TieMonitor"]
@@ -42,9 +44,12 @@ class TieMonitor(Callback):
         self._open = ExitStack()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a compiled model, whose activations cannot be watched."""
-        if any(m._compiled_call_impl is not None for m in pl_module.modules()):
+        """Refuse a model without sites, and a compiled one, whose activations cannot be watched."""
+        if not selections(pl_module):
+            raise ValueError("TieMonitor needs a patched model: call `patch(model, Jacobians())` before training")
+        if is_compiled(pl_module):
             raise ValueError("TieMonitor watches activations as they are computed: train with --model.compile=false")
+        self._measured_step = -1
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start counting."""
@@ -67,6 +72,13 @@ class TieMonitor(Callback):
         fractions = (table[:, 0] / table[:, 1]).tolist()
         total = (table[:, 0].sum() / table[:, 1].sum()).item() if sites else 0.0
         log_step(trainer, {f"ties/{site}": f for site, f in zip(sites, fractions, strict=True)} | {"ties/total": total})
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop counting also where the step returned no loss."""
+        self._open.close()
+        self._counts = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Stop watching."""

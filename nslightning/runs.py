@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+import zipfile
+from argparse import Namespace
+from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from lightning.fabric.loggers.csv_logs import _ExperimentWriter
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.loggers.logger import rank_zero_experiment
 
-__all__ = ["MetricsFile", "environment", "last_checkpoint", "last_run_folder", "new_run_folder"]
+__all__ = ["MetricsFile", "environment", "forget_from", "last_checkpoint", "last_run_folder", "new_run_folder"]
 
 _SHARED = "NSLIGHTNING_RUN_FOLDER"  # how the processes that one launch starts agree on the folder
 
@@ -29,17 +31,15 @@ def new_run_folder(output: str | Path, name: str) -> Path:
         name: The run's name.
 
     Returns:
-        ``<output>/<name>/<number>``, the number one above the highest there is. Under a cluster's launcher, which
-        starts all processes by itself, the job's id stands for the number.
+        ``<output>/<name>/<number>``, the number one above the highest there is. Under a launcher that starts all
+        processes by itself (``torchrun``, ``srun``), its id of the launch stands for the number.
     """
-    if shared := os.environ.get(_SHARED):
-        return Path(shared)
+    if (shared := _from_parent()) is not None:
+        return shared
     parent = Path(output) / name
-    for variable in ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID"):
-        if (job := os.environ.get(variable, "none")) != "none" and "SLURM_JOB_NAME" not in _interactive():
-            folder = parent / job
-            folder.mkdir(parents=True, exist_ok=True)
-            return folder
+    if (launch := _launch()) is not None:
+        (parent / launch).mkdir(parents=True, exist_ok=True)
+        return parent / launch
     parent.mkdir(parents=True, exist_ok=True)
     while True:
         numbers = [int(f.name) for f in parent.iterdir() if f.name.isdigit()]
@@ -52,9 +52,20 @@ def new_run_folder(output: str | Path, name: str) -> Path:
         return folder
 
 
-def _interactive() -> set[str]:
-    """Slurm's variables are also set in an interactive shell, where each command is a run of its own."""
-    return {"SLURM_JOB_NAME"} if os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive") else set()
+def _from_parent() -> Path | None:
+    """The folder chosen by the process that started this one as a further rank; rank 0 chooses by itself."""
+    shared = os.environ.get(_SHARED)
+    return Path(shared) if shared and int(os.environ.get("LOCAL_RANK", "0")) > 0 else None
+
+
+def _launch() -> str | None:
+    """A name that all processes of one launch by ``torchrun`` or ``srun`` know; None elsewhere."""
+    if run := os.environ.get("TORCHELASTIC_RUN_ID"):
+        return run if run != "none" else f"torchrun-{os.getppid()}"  # it gives no id unless asked to
+    if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in os.environ:
+        # A job may hold several runs, each a step; an interactive shell is a step too, but has a single task.
+        return f"{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"
+    return None
 
 
 def last_run_folder(output: str | Path, name: str) -> Path | None:
@@ -67,6 +78,8 @@ def last_run_folder(output: str | Path, name: str) -> Path | None:
     Returns:
         Its folder, or None where there is none.
     """
+    if (shared := _from_parent()) is not None:
+        return shared
     checkpoints = [c for f in Path(output, name).glob("*") if (c := last_checkpoint(f)) is not None]
     newest = max(checkpoints, key=lambda c: c.stat().st_mtime, default=None)
     if newest is None:
@@ -77,7 +90,7 @@ def last_run_folder(output: str | Path, name: str) -> Path | None:
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
-    """The checkpoint of a run that was written last.
+    """The checkpoint of a run that was written last; one that was cut short, by a full disk say, does not count.
 
     Args:
         folder: The run's folder.
@@ -85,22 +98,51 @@ def last_checkpoint(folder: str | Path) -> Path | None:
     Returns:
         The file, or None where there is none.
     """
-    return max(Path(folder, "checkpoints").glob("*.ckpt"), key=lambda c: c.stat().st_mtime, default=None)
+    # The directory of the zip archive that `torch.save` writes stands at its end.
+    whole = (c for c in Path(folder, "checkpoints").glob("*.ckpt") if zipfile.is_zipfile(c))
+    return max(whole, key=lambda c: c.stat().st_mtime_ns, default=None)
+
+
+def forget_from(file: Path, step: int) -> None:
+    """Drop the rows of a CSV file that a resumed run writes again, and a last row that a killed run left unfinished.
+
+    Args:
+        file: A CSV file with a column ``step``; nothing happens where it does not exist.
+        step: The first step that is run again.
+    """
+    if not file.exists():
+        return
+    with file.open(newline="") as opened:
+        lines = [line for line in opened if line.endswith("\n")]
+    if not lines:
+        file.unlink()
+        return
+    header, *rows = csv.reader(lines)
+    _replace(file, [header, *(row for row in rows if float(row[header.index("step")]) < step)])
+
+
+def _replace(file: Path, rows: Iterable[Sequence[str]]) -> None:
+    """Write a CSV file at once: whoever is killed meanwhile leaves the old one."""
+    new = file.with_name(f".{file.name}.new")
+    with new.open("w", newline="") as opened:
+        csv.writer(opened, lineterminator="\n").writerows(rows)
+    new.replace(file)
 
 
 class _Writer(_ExperimentWriter):
     """Goes on with the ``metrics.csv`` that is there, where Lightning's own would delete it."""
 
     def _check_log_dir_exists(self) -> None:
-        if Path(self.metrics_file_path).exists():
-            self.metrics_keys = list(pd.read_csv(self.metrics_file_path, nrows=0).columns)
-
-    def forget_from(self, step: int) -> None:
-        """Drop the rows of ``step`` and later, which a resumed run writes again."""
         file = Path(self.metrics_file_path)
         if file.exists():
-            rows = pd.read_csv(file, dtype=str)
-            rows[rows["step"].astype(float) < step].to_csv(file, index=False)
+            with file.open(newline="") as opened:
+                self.metrics_keys = next(csv.reader(opened), [])
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        file = Path(self.metrics_file_path)
+        with file.open(newline="") as opened:
+            rows = list(csv.DictReader(opened, restval=""))
+        _replace(file, [fieldnames, *([row.get(key, "") for key in fieldnames] for row in rows)])
 
 
 class MetricsFile(CSVLogger):
@@ -112,11 +154,11 @@ class MetricsFile(CSVLogger):
 
     def __init__(self, folder: str | Path) -> None:
         folder = Path(folder)
-        super().__init__(str(folder.parent.parent), folder.parent.name, folder.name, flush_logs_every_n_steps=20)
+        super().__init__(str(folder.parent.parent), folder.parent.name, folder.name, flush_logs_every_n_steps=1)
 
     @property
     @rank_zero_experiment
-    def experiment(self) -> _Writer:
+    def experiment(self) -> Any:
         """The writer of the file."""
         if self._experiment is None:
             self._experiment = _Writer(log_dir=self.log_dir)
@@ -126,7 +168,7 @@ class MetricsFile(CSVLogger):
         """Write what was logged; hyperparameters are in the run's ``config.yaml``."""
         self.experiment.save()
 
-    def log_hyperparams(self, params: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+    def log_hyperparams(self, params: dict[str, Any] | Namespace | None = None) -> None:
         """Nothing: see ``config.yaml``."""
 
 
@@ -139,12 +181,13 @@ def environment() -> dict[str, Any]:
     """
     import torch
 
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in ("nslightning", "torch", "torchvision", "lightning", "timm", "torchmetrics", "numpy", "wandb"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = None
+    versions["torch"] = torch.__version__  # which also says for which device it was built
     return {
         "command": " ".join(sys.argv),
         "git": _commit(Path(__file__).parent) or _commit(Path.cwd()),

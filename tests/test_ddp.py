@@ -1,0 +1,166 @@
+"""Whole runs through the command line: two processes against one, and killed against left alone."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+
+NORMS = ["l1", "l2", "linf", "relative", "cosine"]
+
+
+def config(**backbone_options):
+    """A small net without batch norm on 96 images, half of them constant."""
+    return {
+        "seed_everything": 3,
+        "name": "run",
+        "model": {
+            "backbone": "paper/fc",
+            "backbone_options": {"hidden": [24, 16], **backbone_options},
+            "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1, "momentum": 0.9}},
+        },
+        "data": {
+            "class_path": "Synthetic",
+            "init_args": {"image_shape": [1, 7, 7], "num_classes": 4, "images": 96, "eval_images": 8},
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "precision": "64-true",
+            "deterministic": True,
+            "log_every_n_steps": 1,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+            "max_epochs": 2,
+            "logger": {"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": {"project": "test"}},
+            "callbacks": [
+                {"class_path": "ddp_helpers.DeadUnits"},
+                {"class_path": "ddp_helpers.Slow"},
+                {
+                    "class_path": "nslightning.callbacks.GradientDivergence",
+                    "init_args": {"every_n_steps": 2, "choices": {"relu1": {"relu": 1}, "half": {"relu": 0.5}}},
+                },
+                {"class_path": "nslightning.callbacks.TieMonitor", "init_args": {"every_n_steps": 2}},
+                {"class_path": "ddp_helpers.Dump"},
+            ],
+        },
+    }
+
+
+def start(options, output, *flags, **environment):
+    """``nslightning fit`` in a process group of its own."""
+    file = Path(f"{output}.yaml")
+    file.write_text(yaml.safe_dump(options))
+    here = str(Path(__file__).parent)
+    return subprocess.Popen(
+        [sys.executable, "-m", "nslightning", "fit", f"--config={file}", f"--output={output}", *flags],
+        env={**os.environ, "PYTHONPATH": here, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **environment},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(*processes):
+    for process in processes:
+        try:
+            said, _ = process.communicate(timeout=240)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        assert process.returncode == 0, said
+
+
+def totals(folder):
+    rows = pd.read_csv(folder / "divergence.csv", keep_default_na=False)
+    return rows.set_index(["step", "choice", "parameter"]).sort_index()
+
+
+def metrics(folder):
+    """One row per step; what was logged more than once fails."""
+    rows = pd.read_csv(folder / "metrics.csv").drop(columns="divergence/seconds")
+    long = rows.melt("step").dropna()
+    long = long[long["variable"] != "epoch"]
+    assert not long.duplicated(["step", "variable"]).any()
+    return long.pivot(index="step", columns="variable", values="value")
+
+
+def test_two_processes_are_one_with_the_union_batch():
+    both, alone = config(), config()
+    both["data"]["init_args"] |= {"batch_size": 8, "constant": 0.5}
+    alone["data"]["init_args"] |= {"batch_size": 16, "constant": 0.5}
+    finish(
+        start(both, "both", "--trainer.devices=2", "--trainer.strategy=ddp"),
+        start(alone, "alone", "--trainer.devices=1"),
+    )
+    assert os.listdir("both/run") == os.listdir("alone/run") == ["001"]  # noqa: PTH208 - names are wanted
+    two, one = Path("both/run/001"), Path("alone/run/001")
+    ranks = [torch.load(two / f"weights-{rank}.pt") for rank in (0, 1)]
+    whole = torch.load(one / "weights-0.pt")
+    assert not (one / "weights-1.pt").exists()
+    for name, weight in whole.items():
+        assert torch.equal(ranks[0][name], ranks[1][name]), name
+        assert torch.allclose(ranks[0][name], weight, rtol=1e-9, atol=1e-12), name
+    found, expected = totals(two), totals(one)
+    assert found.index.is_unique
+    assert sorted(set(expected.index.get_level_values("step"))) == [0, 2, 4, 6, 8, 10]
+    pd.testing.assert_frame_equal(found, expected, rtol=1e-9, atol=1e-13)
+    assert (found.xs(("relu1", ""), level=("choice", "parameter"))["relative"] > 1e-3).all()
+    a, b = metrics(two), metrics(one)
+    same = [c for c in b if c.startswith(("divergence/", "ties/", "val/"))]
+    assert len(same) == 10 + 3 + 2
+    pd.testing.assert_frame_equal(a[same], b[same], rtol=1e-9, atol=1e-12)
+    assert a["train/loss"].notna().sum() == b["train/loss"].notna().sum() == 12
+    (run,) = two.glob("wandb/offline-run-*")
+    assert run.name.endswith((two / "wandb_id").read_text().strip())
+    assert json.loads((two / "run.json").read_text())["processes"] == 2
+    for folder in (two, one):
+        assert (folder / "divergence.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_killed_in_the_middle_of_an_epoch(devices):
+    """Dropout, shuffled data, a checkpoint between two epochs' ends; then the same bits as without the kill."""
+    options = config(dropout=0.3)
+    options["data"]["init_args"] |= {"batch_size": 8 // devices, "constant": 0.5}
+    options["trainer"] |= {"devices": devices, "strategy": "auto" if devices == 1 else "ddp"}
+    checkpoint = {"every_n_train_steps": 5, "filename": "last"}
+    options["trainer"]["callbacks"].append(
+        {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": checkpoint}
+    )
+    whole = start(options, "whole")
+    killed = start(options, "killed", SECONDS_PER_STEP="0.5")
+    two, one = Path("killed/run/001"), Path("whole/run/001")
+    for _ in range(1200):
+        file = two / "metrics.csv"
+        # Step 7: beyond the checkpoint after step 4, before the next one and the end of the epoch at step 11.
+        if (two / "checkpoints" / "last.ckpt").exists() and pd.read_csv(file)["step"].max() >= 7:
+            break
+        assert killed.poll() is None, killed.communicate()[0]
+        time.sleep(0.1)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    assert not (two / "weights-0.pt").exists()
+    state = torch.load(two / "checkpoints" / "last.ckpt", weights_only=False)
+    assert (state["global_step"], state["epoch"]) == (5, 0)
+    identity = (two / "wandb_id").read_text()
+    finish(whole, start(options, "killed", "--ckpt_path=last"))
+
+    assert [f.name for f in Path("killed/run").iterdir()] == ["001"]
+    assert (two / "wandb_id").read_text() == identity
+    offline = sorted(f.name for f in two.glob("wandb/offline-run-*"))
+    assert len(offline) == 2
+    assert all(name.endswith(identity.strip()) for name in offline)
+    assert json.loads((two / "run.json").read_text())["resumed_at_step"] == 5
+    for rank in range(devices):
+        found, expected = (torch.load(folder / f"weights-{rank}.pt") for folder in (two, one))
+        for name, weight in expected.items():
+            assert torch.equal(found[name], weight), name
+    assert (two / "divergence.csv").read_text() == (one / "divergence.csv").read_text()
+    pd.testing.assert_frame_equal(metrics(two), metrics(one))
+    assert metrics(two)["train/loss"].notna().sum() == 24
