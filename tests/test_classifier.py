@@ -284,9 +284,9 @@ def test_checkpoint_of_the_command_line():
         loaded = ImageClassifier.load_from_checkpoint(file)
     assert loaded.jacobians == Jacobians(relu=0.5, max_pool=10.0)
     assert all(torch.equal(v, content["state_dict"][k]) for k, v in loaded.state_dict().items())
-    optimizer, scheduler = (x[0] for x in loaded.configure_optimizers())
-    assert optimizer.param_groups[0]["weight_decay"] == 0.0005
-    assert scheduler.T_max == 8
+    made = loaded.configure_optimizers()
+    assert made["optimizer"].param_groups[0]["weight_decay"] == 0.0005
+    assert made["lr_scheduler"]["scheduler"].T_max == 8
 
 
 def test_checkpoint_without_a_choice():

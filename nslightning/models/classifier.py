@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from nslightning.jacobians import Jacobians
 from nslightning.models.backbones import create_backbone, input_channels
-from nslightning.surgery import PatchReport, PatchWarning, patch
+from nslightning.models.patched import PatchedModule, at_least_float32
 
 __all__ = ["ImageClassifier"]
 
@@ -26,7 +23,7 @@ def _sgd(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
 
 
-class ImageClassifier(LightningModule):
+class ImageClassifier(PatchedModule):
     """An image classifier whose nonsmooth operations take a chosen Jacobian.
 
     The backbone is built by name, patched, and trained with cross-entropy. Logged: ``train/loss`` and ``train/acc1``
@@ -59,6 +56,8 @@ class ImageClassifier(LightningModule):
         torch.Size([2, 10])
     """
 
+    backbone: nn.Module
+
     def __init__(
         self,
         backbone: str = "paper/lenet5",
@@ -74,24 +73,15 @@ class ImageClassifier(LightningModule):
         channels_last: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(jacobians, optimizer, lr_scheduler, compile)
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing is a share between 0 and 1; given {label_smoothing}")
-        if compile and jacobians.max_pool == "random":
-            raise ValueError('max_pool="random" draws inside the backward and cannot be compiled; use compile=False')
-        # As plain data, so that checkpoints load with `weights_only`; Lightning's instantiator makes objects of it.
-        self.save_hyperparameters()
-        self.save_hyperparameters(ignore=[k for k in ("optimizer", "lr_scheduler") if callable(self.hparams[k])])
-        self.hparams.update(jacobians=jacobians.to_dict(), _instantiator="lightning.pytorch.cli.instantiate_module")
-        self.jacobians = jacobians
-        self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
-        self._trained_with: str | None = None
-        self._label_smoothing, self._compile, self._channels_last = label_smoothing, compile, channels_last
+        self._label_smoothing, self._channels_last = label_smoothing, channels_last
         self._channels = input_channels(backbone, image_shape)
-        self.backbone = create_backbone(backbone, num_classes, image_shape, pretrained, **(backbone_options or {}))
+        network = create_backbone(backbone, num_classes, image_shape, pretrained, **(backbone_options or {}))
         example = torch.zeros(2, self._channels, *image_shape[1:])
         try:
-            self.patch_report: PatchReport = patch(self.backbone, jacobians, example=example, seed=seed)
+            self.patch_network("backbone", network, example, seed)
         except RuntimeError as error:  # from the example's forward
             raise ValueError(f"{backbone} does not take images of shape {tuple(image_shape)}: {error}") from error
         if channels_last:
@@ -101,30 +91,6 @@ class ImageClassifier(LightningModule):
             accuracy["acc5"] = MulticlassAccuracy(num_classes, top_k=5, average="micro")
         metrics = MetricCollection(accuracy)
         self._accuracy = nn.ModuleDict({f"{stage}_": metrics.clone(f"{stage}/") for stage in ("val", "test")})
-
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> ImageClassifier:
-        """Load a model, under the Jacobian choice that it was trained under unless another is given.
-
-        Args:
-            checkpoint_path: A checkpoint of the command line or of a ``Trainer``.
-            *args: As in Lightning.
-            **kwargs: As in Lightning; arguments of this class win over those in the checkpoint.
-
-        Returns:
-            The model. A checkpoint of the command line brings its optimizer along; callables given in Python are
-            not stored, and without them ``configure_optimizers`` warns.
-        """
-        if isinstance(kwargs.get("jacobians"), Jacobians):
-            kwargs["jacobians"] = kwargs["jacobians"].to_dict()  # what Lightning's instantiator takes
-        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
-
-    def setup(self, stage: str) -> None:
-        """Set the precision, and compile the backbone if asked to; Lightning calls this before anything runs."""
-        # Lightning does it after loading a checkpoint, whose float64 weights a float32 module would round.
-        self.trainer.precision_plugin.convert_module(self)
-        if self._compile and self.backbone._compiled_call_impl is None:
-            self.backbone.compile()
 
     def forward(self, x: Tensor) -> Tensor:
         """Classify images.
@@ -163,62 +129,10 @@ class ImageClassifier(LightningModule):
         logits: Tensor = self(x)
         return logits.float().softmax(1)
 
-    def configure_optimizers(self) -> Any:
-        """The optimizer, and the scheduler if there is one."""
-        optimizer = self._optimizer(self.parameters())
-        if self._trained_with not in (None, type(optimizer).__name__):
-            warnings.warn(
-                f"the checkpoint was trained with {self._trained_with}, and this model has {type(optimizer).__name__};"
-                " give load_from_checkpoint the optimizer again: optimizer=...",
-                PatchWarning,
-                stacklevel=2,
-            )
-        if self._lr_scheduler is None:
-            return optimizer
-        scheduler = self._lr_scheduler(optimizer)
-        if isinstance(scheduler, ReduceLROnPlateau):
-            monitor = getattr(scheduler, "monitor", "val/loss")  # torch's own class does not name it
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": monitor}}
-        return [optimizer], [scheduler]
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note which Jacobian the weights were trained under."""
-        checkpoint["nslightning"] = {
-            "jacobians": self.jacobians.to_dict(),
-            "fingerprint": self.patch_report.fingerprint,
-            "optimizer": type(self.trainer.optimizers[0]).__name__ if self.trainer.optimizers else None,
-            "torch": str(torch.__version__),  # a class of its own, which `weights_only` refuses
-        }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say so when a checkpoint was made under another choice or patch.
-
-        Warns:
-            PatchWarning: If the Jacobian choice or the patched sites differ.
-        """
-        made = checkpoint.get("nslightning")
-        if made is None:
-            what = "the checkpoint does not say under which Jacobian choice it was made"
-            warnings.warn(what, PatchWarning, stacklevel=2)
-            return
-        self._trained_with = made.get("optimizer")
-        then, now = made["jacobians"], self.jacobians.to_dict()
-        changed = [k for k in now if _plain(then.get(k)) != _plain(now[k])]
-        if changed:
-            there, here = (", ".join(f"{k}={choice.get(k)!r}" for k in changed) for choice in (then, now))
-            what = f"the checkpoint was made under {there}, and this run has {here}"
-        elif made["fingerprint"] != self.patch_report.fingerprint:
-            fingerprints = f"{made['fingerprint']}, now {self.patch_report.fingerprint}"
-            what = f"the checkpoint was made with other patched sites ({fingerprints})"
-        else:
-            return
-        warnings.warn(what, PatchWarning, stacklevel=2)
-
     def _loss(self, batch: Sequence[Tensor], label_smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
         x, y = batch
         logits = self(x)
-        # Cross-entropy in float32 at least: in half precision its sum over the classes loses the small gradients.
-        wide = logits if logits.dtype == torch.float64 else logits.float()
+        wide = at_least_float32(logits)
         return wide.detach(), y, F.cross_entropy(wide, y, label_smoothing=label_smoothing)
 
     def _evaluate(self, stage: str, batch: Sequence[Tensor]) -> None:
@@ -227,8 +141,3 @@ class ImageClassifier(LightningModule):
         accuracy.update(logits, y)
         self.log(f"{stage}/loss", loss, batch_size=len(y), sync_dist=True, prog_bar=True)
         self.log_dict(accuracy, batch_size=len(y), prog_bar=True)
-
-
-def _plain(value: Any) -> Any:
-    """A choice as configs and checkpoints may hold it: with lists for tuples."""
-    return tuple(value) if isinstance(value, list) else value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from lightning.pytorch import LightningModule
@@ -65,6 +65,23 @@ class PatchedModule(LightningModule):
         self._optimizer, self._lr_scheduler, self._compile = optimizer, lr_scheduler, compile
         self._trained_with: str | None = None
 
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Load a model, under the Jacobian choice that it was trained under unless another is given.
+
+        Args:
+            checkpoint_path: A checkpoint of the command line or of a ``Trainer``.
+            *args: As in Lightning.
+            **kwargs: As in Lightning; arguments of this class win over those in the checkpoint.
+
+        Returns:
+            The model. A checkpoint of the command line brings its optimizer along; callables given in Python are
+            not stored, and without them ``configure_optimizers`` warns.
+        """
+        if isinstance(kwargs.get("jacobians"), Jacobians):
+            kwargs["jacobians"] = kwargs["jacobians"].to_dict()  # what Lightning's instantiator takes
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+
     def patch_network(self, name: str, network: nn.Module, example: Any, seed: int) -> None:
         """Make a network the one that is trained, under the Jacobian choice.
 
@@ -79,7 +96,9 @@ class PatchedModule(LightningModule):
         self.patch_report = patch(network, self.jacobians, example=example, seed=seed)
 
     def setup(self, stage: str) -> None:
-        """Compile the network, if asked to; Lightning calls this before anything runs."""
+        """Set the precision, and compile the network if asked to; Lightning calls this before anything runs."""
+        # Lightning does it after loading a checkpoint, whose float64 weights a float32 module would round.
+        self.trainer.precision_plugin.convert_module(self)
         network: nn.Module = getattr(self, self._network_name)
         if self._compile and network._compiled_call_impl is None:
             network.compile()
