@@ -70,11 +70,11 @@ demo: setup ## Train on the embedded Fashion-MNIST sample and watch what the Jac
 
 .PHONY: test
 test: setup ## Run the fast tests
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses=auto --dist=worksteal
 
 .PHONY: test-slow
 test-slow: setup ## Run the tests that take longer than about twenty seconds each
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow --numprocesses=auto --dist=worksteal
 
 .PHONY: lint
 lint: setup ## Check style and formatting (ruff)

@@ -14,11 +14,7 @@ import torch
 def describe(device: str) -> dict[str, Any]:
     """The machine and versions, without names of hosts or folders."""
     cpu = next(
-        (
-            line.split(":", 1)[1].strip()
-            for line in _read("/proc/cpuinfo").splitlines()
-            if "model name" in line
-        ),
+        (line.split(":", 1)[1].strip() for line in _read("/proc/cpuinfo").splitlines() if "model name" in line),
         platform.processor(),
     )
     return {
@@ -40,9 +36,7 @@ def _read(path: str) -> str:
 
 
 def _commit() -> str:
-    return subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
+    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
 
 
 def interleaved(

@@ -53,9 +53,7 @@ def cases(shape: tuple[int, ...], ties: float) -> Iterator[tuple[str, dict[str, 
     yield "leaky_relu", {"stock": F.leaky_relu, "0.5": lambda x: ops.leaky_relu(x, 0.01, 0.5)}
     choices = {"native": "native", "minimal": "minimal", "beta=10": 10.0, "last": "last"}
     for k, s, p in ((2, 2, 0), (3, 2, 1)):
-        variants: dict[str, Callable[[Tensor], Tensor]] = {
-            "stock": lambda x, k=k, s=s, p=p: F.max_pool2d(x, k, s, p)
-        }
+        variants: dict[str, Callable[[Tensor], Tensor]] = {"stock": lambda x, k=k, s=s, p=p: F.max_pool2d(x, k, s, p)}
         for name, choice in choices.items():
             variants[name] = lambda x, k=k, s=s, p=p, c=choice: ops.max_pool2d(x, k, s, p, jacobian=c)
         if k == 2:
@@ -82,9 +80,7 @@ def limit(x: Tensor, device: str) -> float:
 
 def main() -> None:
     """Print the table, write the JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shapes", choices=SHAPES, default="small")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16", "float64"))
@@ -94,7 +90,8 @@ def main() -> None:
     dtype = getattr(torch, a.dtype)
     rows: list[dict[str, Any]] = []
     print(
-        f"{'operation':<17}{'shape':<18}{'layout':<15}{'ties':<8}{'variant':<10}{'ms':>9}{'vs stock':>10}{'GB/s':>8}{'of copy':>9}"
+        f"{'operation':<17}{'shape':<18}{'layout':<15}{'ties':<8}{'variant':<10}"
+        f"{'ms':>9}{'vs stock':>10}{'GB/s':>8}{'of copy':>9}"
     )
     for shape in SHAPES[a.shapes]:
         for layout in ("contiguous", "channels_last"):
@@ -110,7 +107,8 @@ def main() -> None:
                         rate = traffic(name, x) / median
                         row = {
                             "operation": name, "shape": shape, "layout": layout, "dtype": a.dtype, "ties": ties,
-                            "variant": variant, "ms": median * 1e3, "quartiles_ms": (np.quantile(t, [0.25, 0.75]) * 1e3).tolist(),
+                            "variant": variant, "ms": median * 1e3,
+                            "quartiles_ms": (np.quantile(t, [0.25, 0.75]) * 1e3).tolist(),
                             "ratio": median / stock, "GB/s": rate / 1e9, "of_copy": rate / speed, "turns": len(t),
                         }  # fmt: skip
                         rows.append(row)

@@ -32,9 +32,7 @@ def main() -> None:
         labels = np.frombuffer(gzip.decompress((args.originals / label_file).read_bytes())[8:], np.uint8)
         pixels = gzip.decompress((args.originals / image_file).read_bytes())[16:]
         images = np.frombuffer(pixels, np.uint8).reshape(len(labels), 28, 28)
-        ranked = sorted(
-            range(len(labels)), key=lambda i: hashlib.sha256(SEED + b":" + images[i].tobytes()).digest()
-        )
+        ranked = sorted(range(len(labels)), key=lambda i: hashlib.sha256(SEED + b":" + images[i].tobytes()).digest())
         room = dict.fromkeys(range(10), per_class)
         drawn = []
         for i in ranked:

@@ -10,6 +10,9 @@ import pytest
 
 # torch is imported inside the fixtures: collecting the tests stays quick.
 
+# Tensors are tiny here: more threads than one only wait for each other, in the processes that tests start as well.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 ROOT = Path(__file__).resolve().parent.parent
 # A developer's W&B account, launcher or seed must not reach the tests.
 FOREIGN_PREFIXES = ("WANDB_", "SLURM_", "PL_", "TORCHELASTIC_", "MASTER_")

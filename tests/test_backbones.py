@@ -163,9 +163,7 @@ def test_an_unknown_option_says_which_there_are(name, option, suggested, accepte
     assert "num_classes" not in message
 
 
-@pytest.mark.parametrize(
-    ("name", "option"), [("timm/resnet10t", "in_chans"), ("torchvision/resnet18", "weights")]
-)
+@pytest.mark.parametrize(("name", "option"), [("timm/resnet10t", "in_chans"), ("torchvision/resnet18", "weights")])
 def test_an_option_that_is_set_already_is_refused(name, option):
     with pytest.raises(ValueError, match=f"option '{option}' of {name} is set already"):
         create_backbone(name, 10, (3, 32, 32), **{option: None})
@@ -210,9 +208,7 @@ def test_pretrained_torchvision_networks_get_a_new_head_where_needed(monkeypatch
     full = {"aux_logits": True, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
     weights = torchvision.models.get_model(name, weights=None, **full).state_dict()
     # in place of the download alone; building and loading are torchvision's
-    monkeypatch.setattr(
-        torchvision.models._api.WeightsEnum, "get_state_dict", lambda self, *args, **kwargs: weights
-    )
+    monkeypatch.setattr(torchvision.models._api.WeightsEnum, "get_state_dict", lambda self, *args, **kwargs: weights)
     network = create_backbone(f"torchvision/{name}", num_classes, (3, 80, 80), pretrained=True)
     state = network.state_dict()
     assert state.keys() == {key for key in weights if not key.startswith(("aux", "Aux"))}
@@ -227,9 +223,7 @@ def test_pretrained_torchvision_networks_get_a_new_head_where_needed(monkeypatch
 
 def test_pretrained_torchvision_network_keeps_auxiliary_classifiers_when_asked(monkeypatch):
     weights = torchvision.models.googlenet(weights=None, aux_logits=True, init_weights=False).state_dict()
-    monkeypatch.setattr(
-        torchvision.models._api.WeightsEnum, "get_state_dict", lambda self, *args, **kwargs: weights
-    )
+    monkeypatch.setattr(torchvision.models._api.WeightsEnum, "get_state_dict", lambda self, *args, **kwargs: weights)
     with pytest.warns(UserWarning, match="auxiliary heads"):
         network = create_backbone("torchvision/googlenet", 7, (3, 64, 64), pretrained=True, aux_logits=True)
     out = network.train()(torch.randn(2, 3, 64, 64))
@@ -246,9 +240,7 @@ def test_pretrained_timm_network_from_a_file(tmp_path):
     source = create_backbone("timm/resnet10t", 1000, (3, 32, 32))
     torch.save(source.state_dict(), tmp_path / "weights.pth")
     overlay = {"file": str(tmp_path / "weights.pth")}
-    network = create_backbone(
-        "timm/resnet10t", 7, (1, 32, 32), pretrained=True, pretrained_cfg_overlay=overlay
-    )
+    network = create_backbone("timm/resnet10t", 7, (1, 32, 32), pretrained=True, pretrained_cfg_overlay=overlay)
     assert torch.equal(network.layer4[0].conv1.weight, source.layer4[0].conv1.weight)
     assert network.fc.weight.shape[0] == 7
     assert network.conv1[0].in_channels == 1
@@ -259,9 +251,7 @@ def test_no_weights_and_no_connection_are_said(monkeypatch, tmp_path):
         raise socket.gaierror(-2, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", unreachable)
-    monkeypatch.setattr(
-        "huggingface_hub.constants.HF_HUB_OFFLINE", True
-    )  # fails at once, without its retries
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # fails at once, without its retries
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     said = "pretrained weights of {} could not be downloaded .*Use pretrained=False"
     with pytest.raises(RuntimeError, match=said.format("torchvision/squeezenet1_1")):

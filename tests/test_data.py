@@ -166,9 +166,7 @@ def test_evaluation_pixels_are_torchvisions(cls, mean, std, data_dir):
             pass
 
     Unchecked.__name__ = cls.__name__  # MNIST's folder is called after its class
-    where, split = (
-        (data_dir / "svhn", {"split": "test"}) if cls is data.SVHN else (data_dir, {"train": False})
-    )
+    where, split = (data_dir / "svhn", {"split": "test"}) if cls is data.SVHN else (data_dir, {"train": False})
     to_tensor = transforms.Compose([transforms.ToTensor(), transforms.Normalize(mean, std)])
     reference = Unchecked(where, **split, transform=to_tensor)
     images, labels = seen(cls(verify=False, eval_batch_size=7).test_dataloader())
@@ -431,9 +429,7 @@ def test_real_cifar10_decoded_from_jpeg_is_refused_unless_asked_for():
     with file.open("rb") as stream:
         if hashlib.file_digest(stream, "md5").hexdigest() == "c99cafc152244af753f735de768cd75f":
             pytest.skip("the CIFAR-10 in NSLIGHTNING_DATA_DIR is the official one")
-    with pytest.raises(
-        data.DataError, match=r"data_batch_1: md5: \w+ \(\d+ bytes\).*\n.*--data.verify=false"
-    ):
+    with pytest.raises(data.DataError, match=r"data_batch_1: md5: \w+ \(\d+ bytes\).*\n.*--data.verify=false"):
         data.CIFAR10(str(root)).setup("fit")
     module = fitted(data.CIFAR10(str(root), verify=False))
     assert module.provenance["verified"] is False

@@ -75,15 +75,11 @@ def test_another_copy_is_refused_by_its_md5(make, file, root):
 def test_mnist_truncated(file, suffix, tmp_path):
     fake_data.write_mnist(tmp_path, suffix=suffix)
     cut(tmp_path / f"{file}{suffix}", 30 if suffix else 50)
-    check = (
-        "it cannot be read (Compressed file ended" if suffix else "size: 50 bytes, its IDX header promises"
-    )
+    check = "it cannot be read (Compressed file ended" if suffix else "size: 50 bytes, its IDX header promises"
     refused(data.MNIST(str(tmp_path), verify=False), tmp_path / f"{file}{suffix}", check, "download=true")
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"\0\0\x08", b"\x1f\x8b\x08\x00 not IDX", b"\0\0\x0d\x03" + bytes(12)]
-)
+@pytest.mark.parametrize("content", [b"", b"\0\0\x08", b"\x1f\x8b\x08\x00 not IDX", b"\0\0\x0d\x03" + bytes(12)])
 def test_mnist_header(content, root):
     (root / IMAGES).write_bytes(content)
     refused(data.MNIST(str(root), verify=False), root / IMAGES, "IDX header: it starts with", "download=true")
@@ -127,9 +123,7 @@ def test_mnist_of_another_size_and_label(root):
     fake_data.write_idx(root / LABELS, np.full(80, 10, np.uint8))
     refused(data.MNIST(str(root), verify=False), root, "labels: mnist, training images: 10 to 10", "Delete")
     fake_data.write_idx(root / IMAGES, np.zeros((80, 27, 28), np.uint8))
-    refused(
-        data.MNIST(str(root), verify=False), root, "shape: mnist, training images are (1, 27, 28)", "Delete"
-    )
+    refused(data.MNIST(str(root), verify=False), root, "shape: mnist, training images are (1, 27, 28)", "Delete")
 
 
 @pytest.mark.parametrize("keep", [0, 10, 20_000])
@@ -173,9 +167,7 @@ def test_svhn_truncated(keep, root):
     file = root / "svhn/extra_32x32.mat"
     assert file.stat().st_size > keep
     cut(file, keep)
-    refused(
-        data.SVHN(root=str(root / "svhn"), verify=False), file, "mat: no images can be read", "download=true"
-    )
+    refused(data.SVHN(root=str(root / "svhn"), verify=False), file, "mat: no images can be read", "download=true")
 
 
 def test_svhn_split_is_checked(root):
@@ -211,13 +203,9 @@ def test_damaged_jpeg_is_named(workers, tmp_path):
 
 
 def test_part_of_imagenet_is_refused_unless_asked_for(root):
-    with pytest.raises(
-        data.DataError, match=r"train: count: 24 images in 3 classes, ImageNet has 1281167 in 1000"
-    ):
+    with pytest.raises(data.DataError, match=r"train: count: 24 images in 3 classes, ImageNet has 1281167 in 1000"):
         data.ImageNet(str(root / "imagenet")).setup("fit")
-    with pytest.raises(
-        data.DataError, match=r"train: missing.*\n.*image-net.org.*torchvision.datasets import"
-    ):
+    with pytest.raises(data.DataError, match=r"train: missing.*\n.*image-net.org.*torchvision.datasets import"):
         data.ImageNet(str(root / "nowhere")).setup("fit")
 
 
@@ -259,9 +247,7 @@ def test_download_checks_and_then_reads(server, tmp_path, monkeypatch):
     for file in sorted((tmp_path / "made/MNIST/raw").iterdir()):
         shutil.copy(file, www)
         resources.append((file.name, hashlib.md5(file.read_bytes()).hexdigest()))
-        monkeypatch.setitem(
-            data.MNIST.md5, file.stem, hashlib.md5(gzip.decompress(file.read_bytes())).hexdigest()
-        )
+        monkeypatch.setitem(data.MNIST.md5, file.stem, hashlib.md5(gzip.decompress(file.read_bytes())).hexdigest())
     monkeypatch.setattr(datasets.MNIST, "mirrors", [url])
     monkeypatch.setattr(datasets.MNIST, "resources", resources)
     module = data.MNIST(str(tmp_path / "new"), download=True)

@@ -131,9 +131,7 @@ def test_resume_with_another_batch_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"after 3 batches of an epoch with .*'batch_size x processes': 16"):
         trainer(tmp_path).fit(Recorder(), module, ckpt_path=checkpoint, weights_only=False)
     with pytest.raises(ValueError, match="'seed': 0"):
-        trainer(tmp_path).fit(
-            Recorder(), cifar(tmp_path, 0, seed=1), ckpt_path=checkpoint, weights_only=False
-        )
+        trainer(tmp_path).fit(Recorder(), cifar(tmp_path, 0, seed=1), ckpt_path=checkpoint, weights_only=False)
 
 
 def test_another_loader_of_the_same_module_starts_at_the_beginning(tmp_path):
@@ -247,9 +245,7 @@ def test_two_processes_share_the_batches_of_one(tmp_path):
     for name, step in (("whole", 0), ("resumed", 7)):
         ranks = [torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=False) for rank in (0, 1)]
         union = {
-            key: tuple(
-                torch.stack(parts, 1).flatten(0, 1) for parts in zip(mine, ranks[1][0][key], strict=True)
-            )
+            key: tuple(torch.stack(parts, 1).flatten(0, 1) for parts in zip(mine, ranks[1][0][key], strict=True))
             for key, mine in ranks[0][0].items()
         }
         assert equal(union, {key: batch for i, (key, batch) in enumerate(alone.seen.items()) if i >= step})

@@ -74,9 +74,7 @@ def tied_input(shape, dtype, seed=0, specials=False):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randint(-2, 3, shape, generator=generator).to(dtype)
     if specials:
-        x.view(-1)[:6] = torch.tensor(
-            [0.0, -0.0, float("nan"), float("inf"), float("inf"), -float("inf")], dtype=dtype
-        )
+        x.view(-1)[:6] = torch.tensor([0.0, -0.0, float("nan"), float("inf"), float("inf"), -float("inf")], dtype=dtype)
     return x
 
 
@@ -246,9 +244,7 @@ def test_errors_name_what_is_allowed():
 @settings(deadline=None, max_examples=150)
 def test_any_geometry(size, kernel, stride, padding, dilation, ceil_mode, choice, seed):
     assume(all(2 * p <= k for p, k in zip(padding, kernel, strict=True)))
-    assume(
-        all(s + 2 * p >= d * (k - 1) + 1 for s, p, d, k in zip(size, padding, dilation, kernel, strict=True))
-    )
+    assume(all(s + 2 * p >= d * (k - 1) + 1 for s, p, d, k in zip(size, padding, dilation, kernel, strict=True)))
     for n, k, p, d in zip(size, kernel, padding, dilation, strict=True):
         assume(d == 1 or p == 0 or n >= p + d * (k - 1))  # else a window may have no entry, which is refused
     x = tied_input((1, 2, *size), torch.float64, seed).requires_grad_()
@@ -262,9 +258,7 @@ def test_any_geometry(size, kernel, stride, padding, dilation, ceil_mode, choice
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "geometry", [((2, 2), (2, 2), (0, 0), (1, 1), False), ((3, 3), (2, 2), (1, 1), (1, 1), False)]
-)
+@pytest.mark.parametrize("geometry", [((2, 2), (2, 2), (0, 0), (1, 1), False), ((3, 3), (2, 2), (1, 1), (1, 1), False)])
 def test_one_compiled_graph_serves_every_choice(backend, geometry):
     torch._dynamo.reset()
     selection = Selection(Jacobians())
@@ -283,18 +277,14 @@ def test_one_compiled_graph_serves_every_choice(backend, geometry):
 
 
 @pytest.mark.parametrize(("v", "at_zero"), [((1.14,) * 4, None), ((1.0, 2.0, 3.0, 4.0), -1.5)])
-@pytest.mark.parametrize(
-    ("dtype", "eps"), [(torch.float16, 2**-12), (torch.float32, 2**-24), (torch.float64, 2**-53)]
-)
+@pytest.mark.parametrize(("dtype", "eps"), [(torch.float16, 2**-12), (torch.float32, 2**-24), (torch.float64, 2**-53)])
 def test_introduction_example_two_maxima(v, at_zero, dtype, eps):
     """max1 - max2 is 0; its derivative is rounding at equal values, and 1 - 2.5 at the true tie t = 0."""
     v = torch.tensor(v, dtype=dtype)
     for t0 in (0.0, 0.1, 1.0, -6.0):
         t = torch.tensor(t0, dtype=dtype, requires_grad=True)
         x = (t * v).view(1, 1, 2, 2)
-        (d,) = torch.autograd.grad(
-            (max_pool2d(x, 2, jacobian="first") - max_pool2d(x, 2, jacobian="minimal")).sum(), t
-        )
+        (d,) = torch.autograd.grad((max_pool2d(x, 2, jacobian="first") - max_pool2d(x, 2, jacobian="minimal")).sum(), t)
         if at_zero is None:
             assert abs(d.item()) <= 4 * eps
         else:

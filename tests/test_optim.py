@@ -240,9 +240,7 @@ def test_released_trajectories(problem: str, setting: str) -> None:
             product = hyper["alpha"] * hyper["beta"]
             assert ("velocity" in state) == (product != 1)
             w = state.get("velocity", torch.zeros_like(weights))
-            torch.testing.assert_close(
-                (1 - product) * theta.detach() - hyper["beta"] * w, psi, rtol=1e-12, atol=1e-12
-            )
+            torch.testing.assert_close((1 - product) * theta.detach() - hyper["beta"] * w, psi, rtol=1e-12, atol=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -280,9 +278,7 @@ def schedules(lr: float) -> dict[str, Schedule]:
     }
 
 
-def replay(
-    optimizer: torch.optim.Optimizer, param: Tensor, gradients: np.ndarray, schedule: Schedule
-) -> np.ndarray:
+def replay(optimizer: torch.optim.Optimizer, param: Tensor, gradients: np.ndarray, schedule: Schedule) -> np.ndarray:
     for t, g in enumerate(gradients):
         for group in optimizer.param_groups:
             group["lr"] = schedule(t)
@@ -315,9 +311,7 @@ def test_innaprop_against_the_released_recursion(hyper, kind, problem) -> None:
     param = nn.Parameter(torch.from_numpy(start.copy()))
     ours = replay(INNAprop([param], **hyper), param, gradients, schedule)
     del hyper["lr"]
-    np.testing.assert_allclose(
-        ours, naive_innaprop(start, gradients, schedule, **hyper), rtol=1e-10, atol=1e-10
-    )
+    np.testing.assert_allclose(ours, naive_innaprop(start, gradients, schedule, **hyper), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("kind", ["constant", "cosine", "warm-up"])
@@ -348,9 +342,7 @@ def test_lr_at_and_above_beta(lr, problem) -> None:
         psi, theta = psi + q, theta + q - lr * beta * d
     param = nn.Parameter(torch.from_numpy(start.copy()))
     optimizer = INNAprop([param], lr=lr, alpha=alpha, beta=beta, sigma=sigma, eps=eps, weight_decay=0.0)
-    np.testing.assert_allclose(
-        replay(optimizer, param, gradients, lambda t: lr), theta, rtol=1e-11, atol=1e-11
-    )
+    np.testing.assert_allclose(replay(optimizer, param, gradients, lambda t: lr), theta, rtol=1e-11, atol=1e-11)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -359,10 +351,7 @@ SHAPES = [(33, 7), (), (5,), (16, 3, 3, 3), (129, 700), (0, 4)]
 
 def parameters(dtype: torch.dtype = torch.float32, seed: int = 0) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(seed)
-    return [
-        nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype))
-        for shape in SHAPES
-    ]
+    return [nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)) for shape in SHAPES]
 
 
 def gradients_at(step: int, params: list[nn.Parameter]) -> None:
@@ -371,9 +360,7 @@ def gradients_at(step: int, params: list[nn.Parameter]) -> None:
         param.grad = torch.randn(param.shape, generator=generator, dtype=torch.float64).to(param.dtype)
 
 
-def run(
-    build, steps: int = 20, dtype: torch.dtype = torch.float32, schedule: Schedule | None = None
-) -> list[Tensor]:
+def run(build, steps: int = 20, dtype: torch.dtype = torch.float32, schedule: Schedule | None = None) -> list[Tensor]:
     params = parameters(dtype)
     optimizer = build(params)
     for step in range(steps):
@@ -409,9 +396,7 @@ def test_bits_of_adamw_where_alpha_beta_is_one(foreach, kind, dtype) -> None:
     )
     assert_equal(ours, adamw)
     # alpha = 1 / beta is AdamW too, at another learning rate and decay (powers of two scale exactly)
-    ours = run(
-        lambda p: INNAprop(p, lr=1e-2, alpha=0.5, beta=2.0, weight_decay=0.1, foreach=foreach), 50, dtype
-    )
+    ours = run(lambda p: INNAprop(p, lr=1e-2, alpha=0.5, beta=2.0, weight_decay=0.1, foreach=foreach), 50, dtype)
     adamw = run(
         lambda p: torch.optim.AdamW(p, lr=2e-2, betas=(0.0, 0.999), weight_decay=0.05, foreach=False),
         50,
@@ -532,9 +517,7 @@ def hyper_tensors(names: tuple[str, ...]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("names", [(), ("lr",), ("lr", "alpha", "beta", "weight_decay")])
 @pytest.mark.parametrize("foreach", [False, True])
 def test_capturable_reads_nothing_back(cls, names, foreach) -> None:
-    numbers = {
-        name: value.item() for name, value in hyper_tensors(("lr", "alpha", "beta", "weight_decay")).items()
-    }
+    numbers = {name: value.item() for name, value in hyper_tensors(("lr", "alpha", "beta", "weight_decay")).items()}
     reference, captured = parameters(torch.float64), parameters(torch.float64)
     plain = cls(reference, **numbers)
     optimizer = cls(captured, **{**numbers, **hyper_tensors(names)}, capturable=True, foreach=foreach)
@@ -866,9 +849,7 @@ def test_state_moves_between_precisions() -> None:
 
 
 def test_one_group_of_mixed_precisions() -> None:
-    mixed = [
-        nn.Parameter(torch.ones(3, dtype=dtype)) for dtype in (torch.bfloat16, torch.float32, torch.float64)
-    ]
+    mixed = [nn.Parameter(torch.ones(3, dtype=dtype)) for dtype in (torch.bfloat16, torch.float32, torch.float64)]
     for foreach in (True, False):
         optimizer = INNAprop(mixed, foreach=foreach)
         for param in mixed:
@@ -909,9 +890,7 @@ def test_grad_scaler_skips_overflow() -> None:
 # The interface of a torch optimizer.
 def test_groups_have_their_own_hyperparameters() -> None:
     first, second = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
-    optimizer = INNA(
-        [{"params": [first]}, {"params": [second], "lr": 1.0, "beta": 0.5}], lr=0.1, alpha=0.5, beta=0.1
-    )
+    optimizer = INNA([{"params": [first]}, {"params": [second], "lr": 1.0, "beta": 0.5}], lr=0.1, alpha=0.5, beta=0.1)
     first.grad = second.grad = torch.ones(1)
     optimizer.step()
     assert first.item() == pytest.approx(-0.01)

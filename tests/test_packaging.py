@@ -28,9 +28,7 @@ def tracked(repo_root):
     """Mode of every committed file, by its path; a source archive has no git to ask."""
     if not (repo_root / ".git").exists():
         pytest.skip("not a git checkout")
-    listing = subprocess.run(
-        ["git", "ls-files", "-sz"], cwd=repo_root, capture_output=True, text=True, check=True
-    )
+    listing = subprocess.run(["git", "ls-files", "-sz"], cwd=repo_root, capture_output=True, text=True, check=True)
     entries = (entry.split("\t") for entry in listing.stdout.rstrip("\0").split("\0"))
     return {name: about.split()[0] for about, name in entries}
 
@@ -47,9 +45,7 @@ def test_every_package_is_listed(repo_root, pyproject):
 
 def test_no_module_lies_outside_a_package(repo_root):
     folders = {
-        file.parent
-        for top in ("nslightning", "callbacks", "configs")
-        for file in (repo_root / top).rglob("*.py")
+        file.parent for top in ("nslightning", "callbacks", "configs") for file in (repo_root / top).rglob("*.py")
     }
     assert [folder for folder in sorted(folders) if not (folder / "__init__.py").exists()] == []
 
@@ -103,13 +99,9 @@ def test_pre_commit_runs_the_locked_ruff(repo_root):
 def test_make_help_explains_every_target(repo_root):
     makefile = (repo_root / "Makefile").read_text()
     targets = [
-        target
-        for names in re.findall(r"^\.PHONY:(.*)", makefile, flags=re.MULTILINE)
-        for target in names.split()
+        target for names in re.findall(r"^\.PHONY:(.*)", makefile, flags=re.MULTILINE) for target in names.split()
     ]
-    assert {"setup", "demo", "test", "test-slow", "lint", "type", "lock", "lock-check", "wheel-check"} <= set(
-        targets
-    )
+    assert {"setup", "demo", "test", "test-slow", "lint", "type", "lock", "lock-check", "wheel-check"} <= set(targets)
     unexplained = [t for t in targets if not re.search(rf"^{t}:.*## \S", makefile, flags=re.MULTILINE)]
     assert unexplained == []
 
@@ -135,9 +127,7 @@ def test_wheel_holds_every_committed_file(tracked, repo_root, tmp_path):
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(repo_root / name, source / name, follow_symlinks=False)
     build = "from setuptools import build_meta as b; import sys; print(b.build_wheel(sys.argv[1]))"
-    done = subprocess.run(
-        [sys.executable, "-c", build, str(tmp_path)], cwd=source, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=source, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:

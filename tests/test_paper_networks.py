@@ -345,9 +345,7 @@ def assert_initialized(network, init):
                 assert (layer.bias == 0).all()
             else:
                 assert layer.bias.abs().max() <= 1 / math.sqrt(fan_in) * (1 + 1e-6)
-                assert layer.bias.abs().max() > 0.5 / math.sqrt(
-                    fan_in
-                )  # 6 values at least: chance 2**-6 to miss
+                assert layer.bias.abs().max() > 0.5 / math.sqrt(fan_in)  # 6 values at least: chance 2**-6 to miss
     assert seen == len(list(network.parameters()))
 
 
@@ -368,9 +366,7 @@ def test_the_default_initialisation_is_that_of_the_training_experiment(name):
     assert_initialized(paper.NETWORKS[name](10, shape, batch_norm=True), init)
 
 
-@pytest.mark.parametrize(
-    "init", ["torch", "kaiming_uniform", "kaiming_normal_fan_out", "kaiming_normal_fan_in"]
-)
+@pytest.mark.parametrize("init", ["torch", "kaiming_uniform", "kaiming_normal_fan_out", "kaiming_normal_fan_in"])
 @pytest.mark.parametrize("name", ["fc", "lenet5", "vgg11", "resnet18"])
 def test_every_initialisation_on_every_kind_of_network(name, init):
     torch.manual_seed(2)
@@ -382,9 +378,7 @@ def test_the_checks_of_the_initialisation_tell_the_schemes_apart():
     torch.manual_seed(2)
     for built in ("torch", "kaiming_uniform", "kaiming_normal_fan_out", "kaiming_normal_fan_in"):
         network = paper.resnet18(10, CIFAR, init=built)
-        for other in {"torch", "kaiming_uniform", "kaiming_normal_fan_out", "kaiming_normal_fan_in"} - {
-            built
-        }:
+        for other in {"torch", "kaiming_uniform", "kaiming_normal_fan_out", "kaiming_normal_fan_in"} - {built}:
             with pytest.raises(AssertionError):
                 assert_initialized(network, other)
 
@@ -398,9 +392,7 @@ def test_initialize_makes_a_used_network_new():
         before = [parameter.detach().clone() for parameter in parameters]
         initialize(network, init)
         assert_initialized(network, init)
-        assert all(
-            a is b for a, b in zip(network.parameters(), parameters, strict=True)
-        )  # optimizers hold on
+        assert all(a is b for a, b in zip(network.parameters(), parameters, strict=True))  # optimizers hold on
         weights = [(a, b) for a, b in zip(before, parameters, strict=True) if a.ndim > 1]
         assert not any(torch.equal(a, b) for a, b in weights)
     torch.manual_seed(3)

@@ -936,13 +936,16 @@ ACT, POOL, INNER, CALL = ("act", "relu"), ("pool", "max_pool"), ("block.act", "r
         ({"skip": nn.ReLU}, [CALL, POOL]),
         ({"skip": Block}, [ACT, INNER, POOL]),
         ({"only": re.compile("^(act|block)$")}, [ACT, CALL]),
-        ({"only": (n for n in ["act", "block.act"])}, [ACT, INNER]),
         ({"only": [nn.ReLU, ["pool"]], "skip": "block*"}, [ACT, POOL]),
     ],
     ids=str,
 )
 def test_only_and_skip(kwargs, want):
     assert sites(Net, **kwargs) == want
+
+
+def test_a_selector_may_be_an_iterator():
+    assert sites(Net, only=iter(["act", "block.act"])) == [ACT, INNER]
 
 
 def test_what_is_skipped_keeps_the_stock_gradient():

@@ -173,7 +173,7 @@ def refused(data, file, check, fix):
     assert fix in second, second
 
 
-COMMAND = "python -m nslightning.commands.tokens --text FILE... --out"
+COMMAND = "nslightning tokens --text FILE... --out"
 
 
 def test_nothing_there(tmp_path):
@@ -344,7 +344,7 @@ def test_text_that_is_not_utf8_and_a_file_that_is_no_tokenizer(tmp_path):
 
 def test_the_command_that_errors_name_runs(tmp_path):
     (tmp_path / "a.txt").write_text("a text of some length, for both files\n" * 10)
-    words = [sys.executable, "-m", "nslightning.commands.tokens", "--text", "a.txt", "--out", "out"]
+    words = [sys.executable, "-m", "nslightning", "tokens", "--text", "a.txt", "--out", "out"]
     ran = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
     assert (ran.returncode, ran.stderr) == (0, "")
     assert sorted(f.name for f in Path(tmp_path, "out").iterdir()) == ["meta.json", "train.bin", "val.bin"]

@@ -18,7 +18,7 @@ __all__ = ["HelpfulErrors"]
 _HOMES = {
     "data": ("nslightning.data",),
     "optimizer": ("nslightning.optim", "torch.optim"),
-    "lr_scheduler": ("torch.optim.lr_scheduler",),
+    "lr_scheduler": ("torch.optim.lr_scheduler", "nslightning.optim"),
     "callbacks": ("nslightning.callbacks", "lightning.pytorch.callbacks"),
     "logger": ("lightning.pytorch.loggers",),
 }

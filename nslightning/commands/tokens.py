@@ -38,7 +38,3 @@ def main(argv: list[str]) -> int:
     counts = ", ".join(f"{count} tokens in {split}.bin" for split, count in meta["tokens"].items())
     print(f"{arguments.out}: {counts}, vocabulary {meta['vocab_size']}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(["tokens", *sys.argv[1:]]))

@@ -13,13 +13,14 @@ import warnings
 from collections.abc import Iterator
 from configparser import ConfigParser
 from configparser import Error as ConfigError
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from netrc import NetrcParseError, netrc
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 from urllib.parse import urlparse
 
 import torch
+import yaml
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
@@ -31,10 +32,17 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zer
 
 from nslightning import runs
 from nslightning.commands.parsing import HelpfulErrors
-from nslightning.data import DataError, ImageDataModule
-from nslightning.models import ImageClassifier
+from nslightning.data import DataError, ImageDataModule, TokenFile
+from nslightning.models import ImageClassifier, LanguageModel
 
 __all__ = ["TrainCLI", "main"]
+
+
+#: What ``--task`` trains: the model, the data modules it takes, and what the data tell the model.
+TASKS = {
+    "images": (ImageClassifier, ImageDataModule, ("num_classes", "image_shape")),
+    "text": (LanguageModel, TokenFile, ("vocab_size", "block_size")),
+}
 
 
 class Parser(HelpfulErrors, LightningArgumentParser):
@@ -58,25 +66,30 @@ class TrainCLI(LightningCLI):
 
     trained = False  # whether a step was taken: what goes wrong before is a mistake in the call, not a bug
     _made: Path | None = None
+    task = "images"
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """What a run is called and where it goes."""
         seed = "Seed of the initial weights, the order of the images, their augmentation and dropout."
         parser.add_argument("--seed_everything", type=int, default=0, help=seed)
+        parser.add_argument(
+            "--task", type=Literal["images", "text"], default=self.task, help="Whether a backbone or GPT-2 is trained."
+        )
         parser.add_argument("--name", type=str | None, default=None, help="Name of the run; by default the config's.")
         parser.add_argument("--output", type=str, default="runs", help="Where run folders are kept.")
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Model and data before the trainer, whose options fill pages of ``--help``."""
-        parser.add_lightning_class_args(ImageClassifier, "model")
-        parser.add_lightning_class_args(ImageDataModule, "data", subclass_mode=True)
+        model, data, _ = TASKS[self.task]
+        parser.add_lightning_class_args(model, "model")
+        parser.add_lightning_class_args(data, "data", subclass_mode=True)
         parser.add_lightning_class_args(Trainer, "trainer")
         # Of a patched network the patch report says more than a table of its one child module.
         parser.set_defaults({"trainer.enable_model_summary": False})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """What follows from other options."""
-        for attribute in ("num_classes", "image_shape"):
+        for attribute in TASKS[self.task][2]:
             parser.link_arguments(f"data.{attribute}", f"model.{attribute}", apply_on="instantiate")
         parser.link_arguments("seed_everything", "data.init_args.seed")
         parser.link_arguments("seed_everything", "model.seed")
@@ -126,7 +139,7 @@ class TrainCLI(LightningCLI):
     def _default_name(config: Namespace) -> str:
         files = config.get("config") or []
         if not files:
-            return str(config.model.backbone).replace("/", "-")
+            return str(config.model.get("backbone") or config.task).replace("/", "-")
         # configs/innaprop/cifar10_vgg11.yaml is another experiment than configs/cifar10_vgg11.yaml.
         folders = Path(str(files[-1])).parent.parts
         inside = folders[folders.index("configs") + 1 :] if "configs" in folders else ()
@@ -161,11 +174,12 @@ class TrainCLI(LightningCLI):
         options.save_dir = str(self.folder.absolute())  # W&B's own process keeps the folder it was started in
         options.name = options.name or f"{self.folder.parent.name}/{self.folder.name}"
         id_file = self.folder / "wandb_id"
-        if id_file.exists():
+        options.id = options.id or secrets.token_hex(4)
+        try:
+            with id_file.open("x") as file:  # the first process of a launch names the run
+                file.write(f"{options.id}\n")
+        except FileExistsError:
             options.id = id_file.read_text().strip()
-        else:
-            options.id = options.id or secrets.token_hex(4)
-            id_file.write_text(f"{options.id}\n")
         mode = "offline" if options.offline else os.environ.get("WANDB_MODE")
         reason = "W&B is offline"
         if not mode and not _has_wandb_key():
@@ -226,7 +240,8 @@ class TrainCLI(LightningCLI):
         if odd:
             made = self._content.get("hyper_parameters", {})
             made_as, now = (
-                f"{h.get('backbone')} for {h.get('num_classes')} classes" for h in (made, self.model.hparams)
+                f"{h.get('backbone', h.get('size'))} for {h.get('num_classes', h.get('vocab_size'))} classes"
+                for h in (made, self.model.hparams)
             )
             name, (then_shape, now_shape) = odd[0], (d.get(odd[0], "missing") for d in (stored, wanted))
             raise ValueError(
@@ -249,11 +264,10 @@ class TrainCLI(LightningCLI):
         self.datamodule.prepare_data()
         self.datamodule.setup("fit")
         counts = ", ".join(f"{n:,} {split}" for split, n in self.datamodule.provenance["counts"].items())
-        shape = "x".join(map(str, self.datamodule.image_shape))
         parameters = sum(p.numel() for p in self.model.parameters())
         rank_zero_info(
-            f"{self.model.hparams['backbone']} ({parameters:,} parameters) on {self.datamodule.name} "
-            f"({counts} images of {shape}, {self.datamodule.num_classes} classes)"
+            f"{self.model.title} ({parameters:,} parameters) on {self.datamodule.name} "
+            f"({counts} {self.datamodule.summary})"
         )
 
     def after_fit(self) -> None:
@@ -353,12 +367,12 @@ def main(argv: list[str]) -> int:
         The exit status: 0, 1 for data that is missing or damaged, 2 for a mistaken call.
     """
     cli = TrainCLI.__new__(TrainCLI)
+    cli.task = _task(argv)
     usage = f"nslightning {argv[0]} --config FILE [options]"
     with _process(argv):
         try:
             cli.__init__(  # type: ignore[misc] # so that `forget` has it when this raises
-                ImageClassifier,
-                ImageDataModule,
+                *TASKS[cli.task][:2],
                 subclass_mode_data=True,
                 save_config_callback=SaveConfigCallback if argv[0] == "fit" else None,
                 save_config_kwargs={"overwrite": True},
@@ -373,7 +387,10 @@ def main(argv: list[str]) -> int:
         except Exception as error:
             cause = _cause(error)
             data = isinstance(cause, DataError)
-            mistake = isinstance(cause, (FileNotFoundError, ValueError, MisconfigurationException)) and not cli.trained
+            mistake = (
+                isinstance(cause, (FileNotFoundError, ImportError, ValueError, MisconfigurationException))
+                and not cli.trained
+            )
             if not data and not mistake:
                 raise
             # A loader's worker puts its traceback before the message.
@@ -386,6 +403,22 @@ def main(argv: list[str]) -> int:
             _finish_wandb()
             cli.forget()
     return 0
+
+
+def _task(argv: list[str]) -> str:
+    """The task that the last flag or config file to name one names: the options depend on it."""
+    task = "images"
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        flag, equals, value = word.partition("=")
+        value = value if equals else following
+        if flag in ("--config", "-c") and Path(value).is_file():
+            content = None
+            with suppress(yaml.YAMLError):  # the parser will say so
+                content = yaml.safe_load(Path(value).read_text())
+            flag, value = "--task", content.get("task", task) if isinstance(content, dict) else task
+        if flag == "--task" and value in TASKS:
+            task = value
+    return task
 
 
 def _cause(error: Exception) -> Exception:

@@ -22,7 +22,7 @@ _ENCODING = Callable[[Path], NDArray[np.uint16]]
 
 
 def _prepare_command(folder: Path) -> str:
-    return f"python -m nslightning.commands.tokens --text FILE... --out {folder}"
+    return f"nslightning tokens --text FILE... --out {folder}"
 
 
 class TokenBlocks(Draws):

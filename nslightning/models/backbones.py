@@ -255,9 +255,7 @@ def _build(
     try:
         return factory(**given, **options)
     except TypeError as error:
-        refusal = re.search(
-            r"(\w+)(?:\.__init__)?\(\) got an unexpected keyword argument '(\w+)'", str(error)
-        )
+        refusal = re.search(r"(\w+)(?:\.__init__)?\(\) got an unexpected keyword argument '(\w+)'", str(error))
         if refusal is None or refusal[2] not in options:
             raise
         raise _unknown_option(name, refusal[2], getattr(sys.modules[module], refusal[1], None)) from error
@@ -285,11 +283,7 @@ def _unknown_option(name: str, option: str, refusing: Any) -> ValueError:
     return ValueError(
         f"{name} has no option {option!r}"
         + (f"; did you mean {' or '.join(map(repr, close))}?" if close else ".")
-        + (
-            f" It takes: {', '.join(accepted)}."
-            if accepted
-            else " Its constructor's source lists what it takes."
-        )
+        + (f" It takes: {', '.join(accepted)}." if accepted else " Its constructor's source lists what it takes.")
     )
 
 

@@ -74,6 +74,7 @@ class ImageClassifier(PatchedModule):
         seed: int = 0,
     ) -> None:
         super().__init__(jacobians, optimizer, lr_scheduler, compile)
+        self.title = backbone
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing is a share between 0 and 1; given {label_smoothing}")
         self._label_smoothing, self._channels_last = label_smoothing, channels_last

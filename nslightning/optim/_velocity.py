@@ -284,13 +284,9 @@ def _check(group: dict[str, Any]) -> None:
         value = group[name]
         if isinstance(value, Tensor):
             if name in ("sigma", "eps"):
-                raise ValueError(
-                    f"{name} must be a number, not a tensor; lr, alpha, beta and weight_decay may be."
-                )
+                raise ValueError(f"{name} must be a number, not a tensor; lr, alpha, beta and weight_decay may be.")
             if value.numel() != 1:
-                raise ValueError(
-                    f"{name} is a tensor of {value.numel()} elements; a tensor {name} must have one."
-                )
+                raise ValueError(f"{name} is a tensor of {value.numel()} elements; a tensor {name} must have one.")
         if not allowed(float(value)):
             raise ValueError(f"{name}={float(value)!r} is outside its range: {text}.")
     if group.get("fused") and group["foreach"]:
@@ -298,9 +294,7 @@ def _check(group: dict[str, Any]) -> None:
     if group["decay"] not in get_args(Decay):
         near = difflib.get_close_matches(str(group["decay"]), get_args(Decay), n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(
-            f"decay={group['decay']!r} is not one of {', '.join(map(repr, get_args(Decay)))}.{hint}"
-        )
+        raise ValueError(f"decay={group['decay']!r} is not one of {', '.join(map(repr, get_args(Decay)))}.{hint}")
 
 
 def _check_capture(optimizer: Optimizer) -> None:

@@ -73,8 +73,7 @@ def check_image_shape(image_shape: Sequence[int]) -> tuple[int, int, int]:
     shape = tuple(image_shape)
     if len(shape) != 3 or not all(isinstance(size, int) and size > 0 for size in shape):
         raise ValueError(
-            f"image_shape={image_shape!r} is not (channels, height, width), three positive integers such as "
-            "(3, 32, 32)"
+            f"image_shape={image_shape!r} is not (channels, height, width), three positive integers such as (3, 32, 32)"
         )
     return shape[0], shape[1], shape[2]
 
@@ -103,9 +102,7 @@ def norm(size: int, batch_norm: bool) -> nn.Module:
     return nn.BatchNorm2d(size) if batch_norm else nn.Identity()
 
 
-def classifier_after(
-    features: OrderedDict[str, nn.Module], channels: int, num_classes: int, init: Init
-) -> nn.Module:
+def classifier_after(features: OrderedDict[str, nn.Module], channels: int, num_classes: int, init: Init) -> nn.Module:
     """Average what ``features`` gives over the image and classify it by one linear layer."""
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     layers["features"] = nn.Sequential(features)

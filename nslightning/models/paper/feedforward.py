@@ -64,9 +64,7 @@ def fc(
     return initialized(layers, init)
 
 
-def lenet5(
-    num_classes: int, image_shape: Sequence[int], batch_norm: bool = False, init: Init = "torch"
-) -> nn.Module:
+def lenet5(num_classes: int, image_shape: Sequence[int], batch_norm: bool = False, init: Init = "torch") -> nn.Module:
     """LeNet-5 as paper B trained it on MNIST, with ReLU and max pooling.
 
     For a 28x28 image: convolution 5x5 without padding (N, 6, 24, 24), ReLU, pooling 2x2 (N, 6, 12, 12), the
@@ -108,9 +106,7 @@ def lenet5(
     return initialized(layers, init)
 
 
-def vgg11(
-    num_classes: int, image_shape: Sequence[int], batch_norm: bool = False, init: Init = "torch"
-) -> nn.Module:
+def vgg11(num_classes: int, image_shape: Sequence[int], batch_norm: bool = False, init: Init = "torch") -> nn.Module:
     """VGG11 for small images: 8 convolutions 3x3 in five stages, each stage ended by a 2x2 max pooling.
 
     For a 32x32 image the stages give (N, 64, 16, 16), (N, 128, 8, 8), (N, 256, 4, 4), (N, 512, 2, 2) and
@@ -135,9 +131,7 @@ def vgg11(
     return _vgg("vgg11", (1, 1, 2, 2, 2), num_classes, image_shape, batch_norm, init)
 
 
-def vgg13(
-    num_classes: int, image_shape: Sequence[int], batch_norm: bool = False, init: Init = "torch"
-) -> nn.Module:
+def vgg13(num_classes: int, image_shape: Sequence[int], batch_norm: bool = False, init: Init = "torch") -> nn.Module:
     """VGG13: as :func:`vgg11` with 2, 2, 2, 2, 2 convolutions a stage.
 
     Both papers define it; paper B's study of the depth measures it. 9 410 122 parameters.
@@ -145,9 +139,7 @@ def vgg13(
     return _vgg("vgg13", (2, 2, 2, 2, 2), num_classes, image_shape, batch_norm, init)
 
 
-def vgg16(
-    num_classes: int, image_shape: Sequence[int], batch_norm: bool = False, init: Init = "torch"
-) -> nn.Module:
+def vgg16(num_classes: int, image_shape: Sequence[int], batch_norm: bool = False, init: Init = "torch") -> nn.Module:
     """VGG16: as :func:`vgg11` with 2, 2, 3, 3, 3 convolutions a stage.
 
     Both papers define it; paper B's study of the depth measures it. 14 719 818 parameters.
@@ -155,9 +147,7 @@ def vgg16(
     return _vgg("vgg16", (2, 2, 3, 3, 3), num_classes, image_shape, batch_norm, init)
 
 
-def vgg19(
-    num_classes: int, image_shape: Sequence[int], batch_norm: bool = False, init: Init = "torch"
-) -> nn.Module:
+def vgg19(num_classes: int, image_shape: Sequence[int], batch_norm: bool = False, init: Init = "torch") -> nn.Module:
     """VGG19: as :func:`vgg11` with 2, 2, 4, 4, 4 convolutions a stage.
 
     Both papers define it; paper B's study of the depth measures it. 20 029 514 parameters.

@@ -45,9 +45,7 @@ def resnet18(
     Raises:
         ValueError: if a shape or a name is not admissible.
     """
-    return _resnet(
-        "resnet18", _BasicBlock, (2, 2, 2, 2), num_classes, image_shape, batch_norm, stem, stem_pool, init
-    )
+    return _resnet("resnet18", _BasicBlock, (2, 2, 2, 2), num_classes, image_shape, batch_norm, stem, stem_pool, init)
 
 
 def resnet34(
@@ -62,9 +60,7 @@ def resnet34(
 
     In the code of both papers, in the training results of neither. 21 282 122 parameters.
     """
-    return _resnet(
-        "resnet34", _BasicBlock, (3, 4, 6, 3), num_classes, image_shape, batch_norm, stem, stem_pool, init
-    )
+    return _resnet("resnet34", _BasicBlock, (3, 4, 6, 3), num_classes, image_shape, batch_norm, stem, stem_pool, init)
 
 
 def resnet50(
@@ -82,9 +78,7 @@ def resnet50(
     25 557 032 parameters for 1000 classes, 9 608 704 ReLU evaluations per image of 224x224. (Paper A's script
     was released with 10 classes, fewer than ImageNet's labels need.)
     """
-    return _resnet(
-        "resnet50", _Bottleneck, (3, 4, 6, 3), num_classes, image_shape, batch_norm, stem, stem_pool, init
-    )
+    return _resnet("resnet50", _Bottleneck, (3, 4, 6, 3), num_classes, image_shape, batch_norm, stem, stem_pool, init)
 
 
 def _shortcut(channels: int, size: int, stride: int, batch_norm: bool) -> nn.Module:
