@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from nslightning.jacobians import Jacobians
-from nslightning.ops.registry import MODULES, UNSUPPORTED_MODULES, Operation, positional
+from nslightning.ops.registry import MODULES, OPERATIONS, UNSUPPORTED_MODULES, Operation, positional
 from nslightning.ops.selection import Selection
 from nslightning.surgery.functional import FunctionalCalls, active
 from nslightning.surgery.report import PatchReport, Site
@@ -256,7 +256,7 @@ def _note(part: Part, mode: FunctionalCalls) -> None:
 def _nothing(report: PatchReport) -> str:
     among = f" among only={', '.join(report.only)}" if report.only else ""
     among += f" without skip={', '.join(report.skip)}" if report.skip else ""
-    return f"{report.model} has nothing to patch: no ReLU, ReLU6, LeakyReLU or MaxPool2d was found{among}"
+    return f"{report.model} has nothing to patch: none of {', '.join(OPERATIONS)} was found{among}"
 
 
 def _rebuild(cls: type[nn.Module], role: _Role, *args: Any) -> nn.Module:
