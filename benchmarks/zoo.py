@@ -1,0 +1,365 @@
+"""What the surgery reaches in every torchvision classifier and in one model of every timm family.
+
+``python -m benchmarks.zoo`` patches each model with an example, runs it forwards and backwards on a small batch before
+and after, and writes one row: the sites reached as modules and as functions, the operations left with PyTorch's own
+derivative, whether outputs and parameter gradients keep their bits under the reference choice, and what the autograd
+graph of the *unpatched* model holds beyond what was reported. The second image of the batch is black, so that networks
+without biases meet ties nearly everywhere. Rows are appended to a CSV as they are made; another run goes on after them.
+"""
+
+import argparse
+import csv
+import signal
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import timm
+import torch
+import torchvision
+from timm.models import get_pretrained_cfg, list_models, list_modules
+from torch import Tensor, nn
+
+from nslightning import Jacobians, PatchReport, patch
+from nslightning.surgery import using
+
+CSV = Path(__file__).parent / "results" / "zoo.csv"
+COLUMNS = (
+    "family", "model", "parameters", "input", "modules", "functional", "functional_calls", "unreached", "missed",
+    "forward", "gradients", "nonzero", "moved", "seconds", "error",
+)  # fmt: skip
+SIZES = (64, 96, 128)  # tried in turn before the model's own
+MAX_PARAMETERS = 700e6
+
+# Autograd nodes of operations whose derivative is not unique somewhere, by the name that the report gives them.
+NODES = {
+    "Relu": "relu", "Hardtanh": "hardtanh", "Hardswish": "hardswish", "Hardsigmoid": "hardsigmoid", "Elu": "elu",
+    "LeakyRelu": "leaky_relu", "Threshold": "threshold", "Softshrink": "softshrink", "Hardshrink": "hardshrink",
+    "PreluKernel": "prelu", "RreluWithNoise": "rrelu", "Abs": "abs", "MaxPool2DWithIndices": "max_pool",
+    "MaxPool3DWithIndices": "max_pool3d", "AdaptiveMaxPool2D": "adaptive_max_pool2d",
+    "AdaptiveMaxPool3D": "adaptive_max_pool3d", "Clamp": "clamp", "ClampMin": "clamp", "ClampMax": "clamp",
+    "Max": "max", "Min": "min", "Amax": "amax", "Amin": "amin", "Aminmax": "aminmax", "Maximum": "maximum",
+    "Minimum": "minimum", "Fmax": "fmax", "Fmin": "fmin", "Cummax": "cummax", "Cummin": "cummin", "Median": "median",
+    "Nanmedian": "nanmedian", "Kthvalue": "kthvalue", "Topk": "topk", "Sort": "sort", "Norm": "norm",
+    "LinalgVectorNorm": "vector_norm", "Dist": "dist", "Cdist": "cdist", "Logit": "logit",
+}  # fmt: skip
+# What the graph calls otherwise: ReLU6 is Hardtanh, SELU is ELU, `normalize` is two nodes.
+_IN_GRAPH = {
+    "relu6": ("hardtanh",), "selu": ("elu",), "normalize": ("vector_norm", "clamp"), "norm": ("vector_norm",),
+    "clamp_min": ("clamp",), "clamp_max": ("clamp",),
+}  # fmt: skip
+# Reference on one side, something else at every tie on the other.
+OTHER = Jacobians(relu=1.0, relu6=(1.0, 1.0), hardtanh=(1.0, 1.0), leaky_relu=0.5, abs=1.0, max_pool="minimal")
+
+
+class TooLongError(Exception):
+    """A model took longer than its limit."""
+
+
+@contextmanager
+def limit(seconds: int) -> Iterator[None]:
+    """End the block after so many seconds, at the next Python instruction."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise TooLongError(f"longer than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def tensors(output: object) -> Iterator[Tensor]:
+    """Every floating tensor of a model's output, whatever it is packed in."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, dict):
+        yield from tensors(list(output.values()))
+    elif isinstance(output, (list, tuple)):
+        for part in output:
+            yield from tensors(part)
+
+
+def graph(output: object) -> Counter[str]:
+    """The nonsmooth operations in the autograd graph below an output, counted without the surgery."""
+    found: Counter[str] = Counter()
+    todo = [node for x in tensors(output) if (node := x.grad_fn) is not None]
+    seen = set(todo)
+    while todo:
+        node = todo.pop()
+        name = NODES.get(node.name().rstrip("0123456789").removesuffix("Backward"))
+        # ELU with alpha 1 is smooth, unless it is SELU, which is scaled.
+        if name is not None and not (name == "elu" and node._saved_alpha == node._saved_scale == 1):
+            found[name] += 1
+        new = {below for below, _ in node.next_functions if below is not None} - seen
+        seen |= new
+        todo += new
+    return found
+
+
+def reported(report: PatchReport) -> Counter[str]:
+    """The calls of a report in the graph's terms."""
+    found: Counter[str] = Counter()
+    for site in report.sites:
+        for name in _IN_GRAPH.get(site.operation, (site.operation,)):
+            found[name] += site.calls
+    return found
+
+
+def bits(x: Tensor) -> Tensor:
+    """The bytes of a tensor, so that NaN equals NaN and -0.0 differs from 0.0."""
+    return x.detach().contiguous().view(torch.uint8)
+
+
+def same(a: list[Tensor | None], b: list[Tensor | None]) -> bool:
+    return len(a) == len(b) and all(
+        (x is y) if x is None or y is None else torch.equal(bits(x), bits(y)) for x, y in zip(a, b, strict=True)
+    )
+
+
+def gradients(model: nn.Module, output: object, *, keep: bool = False) -> list[Tensor | None]:
+    """The parameters' gradients of a fixed, generic function of the output."""
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    loss = sum((x * torch.linspace(-1, 1, x.numel()).view_as(x)).sum() for x in tensors(output))
+    return list(torch.autograd.grad(loss, wanted, allow_unused=True, retain_graph=keep))
+
+
+def batch(size: int) -> Tensor:
+    """One random image and one black one."""
+    x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    x[1] = 0
+    return x
+
+
+def measure(model: nn.Module, sizes: tuple[int, ...]) -> dict[str, object]:
+    """One row of the table; the model stays patched.
+
+    Args:
+        model: A classifier.
+        sizes: Image sizes in pixels; the first that the model takes is used.
+
+    Returns:
+        The row's columns from ``parameters`` to ``moved``.
+    """
+    model.eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "bias" not in name and not p.any():  # heads and branches that start at 0 would stop every gradient
+                p.normal_(std=0.1)
+    for i, size in enumerate(sizes):
+        x = batch(size)
+        try:
+            before = model(x)
+            break
+        except (RuntimeError, AssertionError, ValueError, IndexError):
+            if i + 1 == len(sizes):
+                raise
+    nodes, stock = graph(before), [y.detach() for y in tensors(before)]
+    wanted = gradients(model, before)
+    del before
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a model with nothing to patch is a row, not a warning
+        report = patch(model, Jacobians(), example=x)
+    after = model(x)
+    given = gradients(model, after, keep=True)
+    with using(model, OTHER):
+        moved = gradients(model, after)
+
+    unreached: Counter[str] = Counter()
+    for site in report.unreached:
+        unreached[site.operation] += site.calls
+    functional = [site for site in report.reached if site.how == "functional"]
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "input": size,
+        "modules": len(report.reached) - len(functional),
+        "functional": len(functional),
+        "functional_calls": sum(site.calls for site in functional),
+        "unreached": words(unreached),
+        "missed": words(nodes - reported(report)),
+        "forward": "equal" if same(stock, [y.detach() for y in tensors(after)]) else "DIFFERS",
+        "gradients": "equal" if same(wanted, given) else "DIFFERS",
+        "nonzero": f"{sum(g is not None and bool(g.any()) for g in given)}/{len(given)}",
+        "moved": sum(not same([a], [b]) for a, b in zip(given, moved, strict=True)),
+    }
+
+
+def words(counts: Counter[str]) -> str:
+    return ", ".join(f"{n} {name}" for name, n in sorted(counts.items()) if n)
+
+
+def torchvision_models() -> Iterator[tuple[str, str, Callable[[], nn.Module], int]]:
+    """Every classification model: family, name, what builds it, its own image size."""
+    for name in torchvision.models.list_models(module=torchvision.models):
+        weights = list(torchvision.models.get_model_weights(name))
+        size = getattr(weights[0].transforms(), "crop_size", [224])[0] if weights else 224
+        arguments = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}  # slow, and not needed
+        yield "torchvision", name, lambda name=name, k=arguments: torchvision.models.get_model(name, **k), size
+
+
+def timm_models(done: set[str]) -> Iterator[tuple[str, str, Callable[[], nn.Module], int]]:
+    """The smallest model of every family that is not done: family, name, what builds it, its own image size."""
+    for family in list_modules():
+        if f"timm/{family}" in done:
+            continue
+        if (name := smallest(family)) is not None:
+            config = get_pretrained_cfg(name, allow_unregistered=True)
+            size = (getattr(config, "input_size", None) or (3, 224, 224))[-1]
+            yield f"timm/{family}", name, lambda name=name: timm.create_model(name), size
+
+
+def smallest(family: str) -> str | None:
+    """The model of a timm family with the fewest parameters; its miniatures for tests do not count."""
+    sizes: dict[str, int] = {}
+    for name in list_models(module=family):
+        if name.startswith("test_"):
+            continue
+        try:
+            with torch.device("meta"):
+                model = timm.create_model(name)
+        except Exception:  # one that cannot be built without data is measured only where it is alone
+            continue
+        sizes[name] = sum(p.numel() for p in model.parameters())
+    names = list_models(module=family)
+    return min(sizes, key=sizes.__getitem__) if sizes else (names[0] if names else None)
+
+
+def run(family: str, name: str, build: Callable[[], nn.Module], size: int, seconds: int) -> dict[str, object]:
+    """One row, whatever happens."""
+    start = time.perf_counter()
+    row: dict[str, object] = {"family": family, "model": name}
+    try:
+        with limit(seconds), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # models' own
+            with torch.device("meta"):
+                row["parameters"] = sum(p.numel() for p in build().parameters())
+    except Exception:
+        pass  # cannot be built on meta: its size is known below
+    if row.get("parameters", 0) > MAX_PARAMETERS:  # type: ignore[operator]
+        return row | {"error": f"not run: more than {MAX_PARAMETERS / 1e6:.0f} M parameters"}
+    try:
+        with limit(seconds), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.manual_seed(0)
+            row |= measure(build(), tuple(dict.fromkeys((*(s for s in SIZES if s < size), size))))
+    except Exception as error:
+        row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+    return row | {"seconds": round(time.perf_counter() - start, 1)}
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def total(rows: list[dict[str, str]], column: str) -> Counter[str]:
+    """The operations of a column, over all rows."""
+    found: Counter[str] = Counter()
+    for row in rows:
+        for part in filter(None, row[column].split(", ")):
+            n, name = part.split()
+            found[name] += int(n)
+    return found
+
+
+def page(rows: list[dict[str, str]]) -> str:
+    """The table as Markdown, totals first."""
+    ran = [row for row in rows if not row["error"]]
+    lines = [
+        "# The zoo",
+        "",
+        "What `nslightning.patch` reaches in every torchvision classification model and in the smallest model of every",
+        "timm family. Made by `python -m benchmarks.zoo` (its first lines say what is measured), from",
+        "`benchmarks/results/zoo.csv`, on a CPU, in evaluation mode, with random weights and a batch of one random and",
+        f"one black image; torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}.",
+        "",
+    ]
+    for what, some in (
+        ("torchvision", [r for r in rows if r["family"] == "torchvision"]),
+        ("timm", [r for r in rows if r["family"] != "torchvision"]),
+    ):
+        good = [r for r in some if not r["error"]]
+        left = [r for r in good if r["unreached"]]
+        lines.append(
+            f"- **{what}**: {len(some)} models, {len(good)} run; {sum(int(r['modules']) for r in good)} sites reached "
+            f"as modules, {sum(int(r['functional']) for r in good)} as functions in "
+            f"{sum(r['functional'] != '0' for r in good)} models; {len(left)} models with an operation left to "
+            f"PyTorch; {sum(r['modules'] == r['functional'] == '0' for r in good)} with nothing to patch; forward "
+            f"bit-equal in {sum(r['forward'] == 'equal' for r in good)} of {len(good)}, gradients in "
+            f"{sum(r['gradients'] == 'equal' for r in good)} of {len(good)}."
+        )
+    lines.append(f"- **Left to PyTorch**, calls over all models: {_ranking(ran, 'unreached')}.")
+    lines.append(f"- **In the autograd graph and in no report**: {_ranking(ran, 'missed')}.")
+    lines += [
+        "",
+        "*Functional* is sites, and their calls where these are more. *Moved* is the number of parameter tensors",
+        "whose gradient another choice changes, of those whose gradient is not zero: the reference's equal bits were",
+        "met at real ties there. Calls of operations left to PyTorch are those of one forward.",
+        "",
+        "| model | family | M param. | input | modules | functional | left to PyTorch | not reported | forward | "
+        "gradients | moved |",
+        "|---|---|--:|--:|--:|--:|---|---|---|---|--:|",
+    ]
+    for r in ran:
+        calls = f" ({r['functional_calls']} calls)" if r["functional_calls"] != r["functional"] else ""
+        lines.append(
+            f"| {r['model']} | {r['family'].removeprefix('timm/')} | {int(r['parameters']) / 1e6:.1f} | {r['input']} | "
+            f"{r['modules']} | {r['functional']}{calls} | {r['unreached']} | {r['missed']} | {r['forward']} | "
+            f"{r['gradients']} | {r['moved']} of {r['nonzero'].split('/')[0]} |"
+        )
+    lines += ["", "## Not run", "", "| model | family | why |", "|---|---|---|"]
+    lines += [f"| {r['model']} | {r['family'].removeprefix('timm/')} | {r['error']} |" for r in rows if r["error"]]
+    have = {r["family"] for r in rows}
+    missing = [family for family in list_modules() if f"timm/{family}" not in have]
+    if missing:
+        lines += ["", f"timm families without a row yet: {', '.join(missing)}."]
+    return "\n".join(lines) + "\n"
+
+
+def _ranking(rows: list[dict[str, str]], column: str) -> str:
+    models = Counter(name for row in rows for name in total([row], column))
+    counts = total(rows, column).most_common()
+    return ", ".join(f"{name} {n} ({models[name]} models)" for name, n in counts) or "nothing"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--family", choices=("torchvision", "timm"), help="one library only")
+    parser.add_argument("--out", type=Path, default=Path("docs/zoo.md"), help="the table")
+    parser.add_argument("--csv", type=Path, default=CSV, help="the rows; those that are there are not run again")
+    parser.add_argument("--seconds", type=int, default=60, help="the time limit of a model")
+    args = parser.parse_args()
+    rows = read(args.csv)
+    args.csv.parent.mkdir(parents=True, exist_ok=True)
+    names, families = {row["model"] for row in rows}, {row["family"] for row in rows}
+    todo = (
+        (torchvision_models() if args.family != "timm" else iter(())),
+        (timm_models(families) if args.family != "torchvision" else iter(())),
+    )
+    with args.csv.open("a", newline="", encoding="utf-8") as file:
+        out = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if not rows:
+            out.writeheader()
+        for family, name, build, size in (model for some in todo for model in some):
+            if family == "torchvision" and name in names:
+                continue
+            row = run(family, name, build, size, args.seconds)
+            print(*row.values(), flush=True)
+            out.writerow(row)
+            file.flush()
+    args.out.write_text(page(read(args.csv)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

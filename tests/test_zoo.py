@@ -1,0 +1,182 @@
+"""The zoo's rows against counts that know nothing of the surgery: module hooks and a function mode of their own."""
+
+import importlib
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # the benchmarks are not installed
+zoo = importlib.import_module("benchmarks.zoo")
+
+MODULES = (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.Hardsigmoid, nn.LeakyReLU, nn.MaxPool2d)
+FUNCTIONS = {"relu", "relu_", "relu6", "hardtanh", "hardswish", "hardsigmoid", "leaky_relu", "abs", "max_pool2d"}
+WITHOUT_CHOICE = {"clamp", "clamp_", "amax", "max", "maximum", "normalize", "norm"}
+
+
+class Calls(TorchFunctionMode):
+    """Counts differentiable calls that modules of ``MODULES`` do not make."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside, self.counts = 0, Counter()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        if not self.inside and name in FUNCTIONS | WITHOUT_CHOICE and args[0].requires_grad:
+            self.counts[name.rstrip("_")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def counted(model, size):
+    """Modules that ran, and calls of functions, in one forward of a model that nobody patched."""
+    ran, calls = set(), Calls()
+
+    def enter(module, args):
+        ran.add(module)
+        calls.inside += 1
+
+    def leave(module, args, output):
+        calls.inside -= 1
+
+    for module in model.modules():
+        if isinstance(module, MODULES):
+            module.register_forward_pre_hook(enter)
+            module.register_forward_hook(leave)
+    with calls:
+        model.eval()(zoo.batch(size))
+    return len(ran), calls.counts
+
+
+MODELS = {
+    "mobilenet_v3_small": (torchvision.models.mobilenet_v3_small, 64),
+    "shufflenet_v2_x0_5": (torchvision.models.shufflenet_v2_x0_5, 64),
+    "squeezenet1_0": (torchvision.models.squeezenet1_0, 64),
+    "resnet18": (torchvision.models.resnet18, 64),  # modules that run several times
+    "densenet121": (torchvision.models.densenet121, 64),  # F.relu once
+    "swin_v2_t": (torchvision.models.swin_v2_t, 64),  # clamp and normalize
+    "timm hard-swish": (lambda: timm.create_model("mobilenetv3_small_050"), 64),
+    "timm GELU": (lambda: timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2), 64),
+    "timm amax": (lambda: timm.create_model("hiera_tiny_224", stages=(1, 1, 1, 1)), 224),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_row_against_independent_counts(name):
+    build, size = MODELS[name]
+    torch.manual_seed(0)
+    modules, functions = counted(build(), size)
+    torch.manual_seed(0)
+    row = zoo.measure(build(), (size,))
+    left = Counter({k: n for k, n in functions.items() if k in WITHOUT_CHOICE})
+    assert row["modules"] == modules
+    assert row["functional_calls"] == (functions - left).total()
+    assert row["unreached"] == zoo.words(left)
+    assert row["missed"] == ""
+    assert row["forward"] == row["gradients"] == "equal"
+    assert int(row["nonzero"].split("/")[0]) > 0.9 * int(row["nonzero"].split("/")[1])  # something was compared
+    match name:
+        case "timm GELU":
+            assert (modules, functions.total(), row["moved"]) == (0, 0, 0)
+        case "squeezenet1_0" | "resnet18" | "mobilenet_v3_small":
+            assert row["moved"] > 0  # ties were met, so the equal bits are ours
+        case "densenet121":
+            assert row["functional"] == 1
+            assert row["moved"] > 0
+        case "swin_v2_t":
+            assert left["clamp"] > 0
+        case "timm amax":
+            assert left["amax"] > 0
+
+
+class Net(nn.Module):
+    """One convolution, then what a test gives."""
+
+    def __init__(self, after):
+        super().__init__()
+        self.first, self.after, self.last = nn.Conv2d(3, 4, 3), after, nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.last(self.after(self.first(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("after", "found"),
+    [
+        (lambda x: x.relu().clamp(min=0) + x.abs(), {"relu": 1, "clamp": 1, "abs": 1}),
+        (nn.functional.elu, {}),  # smooth
+        (nn.functional.selu, {"elu": 1}),
+        (lambda x: nn.functional.elu(x, 0.5), {"elu": 1}),
+        (lambda x: x.amax(1, keepdim=True) + x.sort(1)[0], {"amax": 1, "sort": 1}),
+        (nn.functional.gelu, {}),
+    ],
+)
+def test_graph_counts_nodes(after, found):
+    assert zoo.graph(Net(after)(zoo.batch(8))) == found
+
+
+def test_what_the_surgery_does_not_know_is_missed():
+    assert zoo.measure(Net(lambda x: x.sort(1)[0]), (8,))["missed"] == "1 sort"
+
+
+def test_a_wrong_gradient_is_seen(monkeypatch):
+    stock = zoo.gradients
+    runs = []
+
+    def wrong(*args, **kwargs):
+        given = stock(*args, **kwargs)
+        runs.append(given)
+        if len(runs) == 2:  # under the reference choice
+            given[0].view(-1)[0].mul_(1 + 2**-20)
+        return given
+
+    monkeypatch.setattr(zoo, "gradients", wrong)
+    row = zoo.measure(Net(nn.ReLU()), (8,))
+    assert (row["forward"], row["gradients"]) == ("equal", "DIFFERS")
+
+
+def test_sizes_limit_and_failures_become_rows(monkeypatch):
+    row = zoo.run("f", "pool", lambda: Net(nn.MaxPool2d(70)), 96, 30)
+    assert row["input"] == 96  # 64 is too small for it
+    assert "too small" in zoo.run("f", "pool", lambda: Net(nn.MaxPool2d(700)), 96, 30)["error"]
+
+    def endless(x):
+        while True:
+            x = x + 0
+
+    assert "longer than 1 s" in zoo.run("f", "endless", lambda: Net(endless), 8, 1)["error"]
+    monkeypatch.setattr(zoo, "MAX_PARAMETERS", 10)
+    assert zoo.run("f", "big", lambda: Net(nn.ReLU()), 8, 30)["error"].startswith("not run")
+
+
+def test_resumes_and_writes_the_page(tmp_path, monkeypatch, capsys):
+    built = []
+
+    def models():
+        for name, after in (("a", nn.ReLU()), ("b", nn.MaxPool2d(700))):
+            yield "torchvision", name, lambda name=name, after=after: built.append(name) or Net(after), 8
+
+    monkeypatch.setattr(zoo, "torchvision_models", models)
+    monkeypatch.setattr(
+        "sys.argv", ["zoo", "--family=torchvision", f"--out={tmp_path}/zoo.md", f"--csv={tmp_path}/zoo.csv"]
+    )
+    zoo.main()
+    before = (tmp_path / "zoo.csv").read_text()
+    ran = len(built)
+    zoo.main()
+    assert (tmp_path / "zoo.csv").read_text() == before
+    assert len(built) == ran
+    page = (tmp_path / "zoo.md").read_text()
+    assert "2 models, 1 run; 1 sites reached as modules" in page
+    assert "| b | torchvision | RuntimeError" in page
+
+
+def test_smallest_of_a_family():
+    assert zoo.smallest("vgg") == "vgg11"
+    assert zoo.smallest("mobilenetv3") == "mobilenetv3_small_050"
