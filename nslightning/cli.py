@@ -21,6 +21,7 @@ COMMANDS = {
     "predict": ("nslightning.commands.train", "write a checkpoint's predictions for the test images"),
     "tokens": ("nslightning.commands.tokens", "turn text into the token files that a language model is trained on"),
     "cost": ("nslightning.commands.cost", "what a backbone's gradient costs under several Jacobian choices"),
+    "audit": ("nslightning.commands.audit", "how far a model's gradients depend on the Jacobian choice"),
 }
 
 USAGE = """\

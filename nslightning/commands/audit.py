@@ -1,0 +1,358 @@
+"""Measure how far a model's gradients depend on the Jacobian choice: its ties, the divergence, and plain advice."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Iterable
+from importlib import import_module
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    Batch = tuple[Tensor, Tensor | None]
+
+__all__ = ["main"]
+
+_DTYPES = ("16", "bf16", "32", "64")
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
+_EPILOG = """\
+examples:
+  nslightning audit timm/resnet50 --image_size 64 --html audit.html
+  nslightning audit torchvision/inception_v3 --data my_images --dtypes 16 32
+  nslightning audit my_package.models:build --data MNIST --fail-above 1e-3     # in CI
+
+exit status: 0 done; 1 the data or the model is at fault; 2 the command was called wrongly;
+3 a relative divergence exceeds --fail-above, or a gradient is not finite.
+"""
+
+
+class CallError(ValueError):
+    """The command was called wrongly: exit status 2."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        known = [option for option in self._option_string_actions if option.startswith("--")]
+        given = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
+        near = [n for word in given if word not in known for n in difflib.get_close_matches(word, known, 1)]
+        hint = f"\n  did you mean {near[0]!r}?" if near else ""
+        self.exit(2, f"{self.prog}: error: {message}{hint}\n  {self.prog} --help lists all options\n")
+
+
+def main(argv: list[str]) -> int:
+    """Run the command.
+
+    Args:
+        argv: The command line, the command's name first.
+
+    Returns:
+        The exit status: 0; 1 where the data or the model is at fault; 2 where the call is; 3 where a relative
+        divergence exceeds ``--fail-above`` or is not a number.
+
+    Raises:
+        SystemExit: After ``--help`` (0) and for options that are not understood (2).
+    """
+    parser = _parser(f"nslightning {argv[0]}")
+    given = parser.parse_args(argv[1:])
+    outputs = {kind: path for kind in ("json", "html") if (path := getattr(given, kind)) is not None}
+    try:
+        _check_outputs(outputs)
+        return _audit(given, outputs)
+    except CallError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    except (ValueError, RuntimeError, OSError) as error:  # DataError is a RuntimeError
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser(prog: str) -> _Parser:
+    parser = _Parser(
+        prog=prog,
+        description=__doc__,
+        epilog=_EPILOG,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="timm/NAME, torchvision/NAME, paper/NAME, or package.module:factory of your own")
+    add("--data", default="synthetic", metavar="DATA",
+        help="synthetic (standard normal images, random labels), a folder of images, or a data set such as MNIST or "
+        "FashionMNISTSample (default: synthetic)")  # fmt: skip
+    add("--batches", type=_whole(1), default=1, metavar="N", help="batches to measure (default: 1)")
+    add("--batch_size", type=_whole(1), default=4, metavar="N", help="images per batch (default: 4)")
+    add("--image_size", type=_whole(1), metavar="N",
+        help="height and width (default: the data set's own; else 224, and 32 for paper/)")  # fmt: skip
+    add("--dtypes", nargs="+", choices=_DTYPES, default=list(_DTYPES), metavar="DTYPE",
+        help="precisions, of weights and all: 16 bf16 32 64 (default: all)")  # fmt: skip
+    add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
+    add("--seed", type=_whole(0), default=0, metavar="N", help="of weights, data and labels (default: 0)")
+    add("--eval", action="store_true", help="evaluation instead of training mode")
+    add("--json", type=Path, metavar="FILE", help="write all findings")
+    add("--html", type=Path, metavar="FILE", help="write one page with tables and figures, which loads nothing")
+    add("--fail-above", type=_limit, metavar="X", help="exit with status 3 if a relative divergence exceeds X")
+    return parser
+
+
+def _whole(least: int) -> Any:
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return int(text)
+
+    return number
+
+
+def _limit(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0, such as 1e-3")
+    return value
+
+
+def _check_outputs(outputs: dict[str, Path]) -> None:
+    """Before the work, not after it."""
+    for kind, path in outputs.items():
+        if path.is_dir():
+            raise CallError(f"--{kind} takes a file; {path} is a folder")
+        if not path.parent.is_dir():
+            raise CallError(f"--{kind} {path}: there is no folder {path.parent}; make it first")
+    if len(outputs) == 2 and outputs["json"].resolve() == outputs["html"].resolve():
+        raise CallError(f"--json and --html name one file, {outputs['json']}")
+
+
+def _audit(given: argparse.Namespace, outputs: dict[str, Path]) -> int:
+    import torch
+
+    try:
+        torch.zeros((), device=given.device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the latter
+        raise CallError(f"--device {given.device} cannot be used here: {str(error).splitlines()[0]}") from error
+
+    torch.manual_seed(given.seed)
+    own = ":" in given.model and "/" not in given.model.partition(":")[0]
+    if own:
+        network = _own_model(given.model)
+        batches, what, _ = _data(given)
+    else:
+        _known_backbone(given.model)
+        batches, what, classes = _data(given)
+        network = _backbone(given.model, classes or 1000, tuple(batches[0][0].shape[1:]))
+    batches = [(_fit(images, network, given.model), labels) for images, labels in batches]
+
+    from nslightning.probes.audit import audit
+    from nslightning.probes.audit_report import page, table
+
+    found = audit(
+        network,
+        batches,
+        dtypes=given.dtypes,
+        device=given.device,
+        training=not given.eval,
+        seed=given.seed,
+        name=given.model,
+        data=what,
+        progress=_progress if sys.stderr.isatty() else None,
+    )
+    print(table(found))
+    for kind, path in outputs.items():
+        if kind == "json":
+            import json
+
+            text = json.dumps(found.to_dict(), indent=2, allow_nan=False) + "\n"
+        else:
+            text = page(found)
+        _write(path, text)
+    if outputs:
+        print(f"\nWritten: {', '.join(map(str, outputs.values()))}")
+    if given.fail_above is not None and not found.largest <= given.fail_above:
+        largest = "not finite" if not math.isfinite(found.largest) else f"{found.largest:.3g}"
+        print(f"\nThe largest relative divergence, {largest}, exceeds --fail-above {given.fail_above}", file=sys.stderr)
+        return 3
+    return 0
+
+
+def _progress(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _write(path: Path, text: str) -> None:
+    """Complete or not at all."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    part = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+        mask = os.umask(0)
+        os.umask(mask)
+        part.chmod(0o666 & ~mask)  # as any other file: a temporary one is its owner's alone
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+# ----------------------------------------------------------------------------------------------------- model
+def _known_backbone(name: str) -> None:
+    from nslightning.models.backbones import FAMILIES, list_backbones
+
+    family, _, network = name.partition("/")
+    if family not in FAMILIES or not network:
+        close = difflib.get_close_matches(family, FAMILIES, 1) if network else []
+        names = [f"{close[0]}/{network}"] if close else []
+        hint = f"; did you mean {names[0]}?" if names else ""
+        raise CallError(
+            f"there is no model {name!r}{hint} A model is timm/NAME, torchvision/NAME, paper/NAME, or "
+            "package.module:factory of your own"
+        )
+    if family == "timm" and ":" in network:
+        return
+    known = list_backbones(f"{family}/*")
+    if name.partition(".")[0] not in known:
+        near = difflib.get_close_matches(name, known, 3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise CallError(f"there is no model {name!r}{hint} `nslightning audit --help` says how models are named")
+
+
+def _backbone(name: str, classes: int, shape: tuple[int, ...]) -> nn.Module:
+    from nslightning.models.backbones import create_backbone
+
+    return create_backbone(name, classes, shape)
+
+
+def _own_model(name: str) -> nn.Module:
+    """The module that ``package.module:factory`` makes, or is; imported with the current folder on the path."""
+    from torch import nn
+
+    where, _, attribute = name.partition(":")
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        try:
+            module = import_module(where)
+        except ModuleNotFoundError as error:
+            missing = error.name or where
+            if where != missing and not where.startswith(f"{missing}."):
+                raise RuntimeError(f"{name}: {where} was found, and imports {missing}, which is not there") from error
+            files = [f.stem for f in sorted(Path.cwd().glob("*.py"))]
+            near = difflib.get_close_matches(where, files, 1)
+            hint = f"; did you mean {near[0]}:{attribute}?" if near else ""
+            raise CallError(f"there is no module {missing!r} in {here} or installed{hint}") from error
+        except (ValueError, TypeError) as error:  # a name such as `.module`, or an empty one
+            raise CallError(f"{name!r} is not package.module:factory ({error})") from error
+        if not attribute or not hasattr(module, attribute):
+            public = [n for n, v in vars(module).items() if not n.startswith("_") and (callable(v))]
+            near = difflib.get_close_matches(attribute, public, 1)
+            hint = f"; did you mean {where}:{near[0]}?" if near else ""
+            raise CallError(f"module {where} has no {attribute!r}{hint}")
+        value = getattr(module, attribute)
+        if not isinstance(value, nn.Module):
+            if not callable(value):
+                raise CallError(f"{name} is of type {type(value).__name__}, neither a factory nor an nn.Module")
+            try:
+                value = value()
+            except Exception as error:  # of the user's code
+                raise RuntimeError(f"{name}() failed with {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(here)
+    if not isinstance(value, nn.Module):
+        raise CallError(f"{name}() returns a {type(value).__name__}; an audit needs an nn.Module")
+    return value
+
+
+def _fit(images: Tensor, network: nn.Module, name: str) -> Tensor:
+    """Images with the channels that the network's first convolution takes; gray ones are repeated."""
+    from torch import nn
+
+    first = next((m for m in network.modules() if isinstance(m, nn.Conv2d)), None)
+    channels = images.shape[1]
+    if first is None or first.in_channels == channels:
+        return images
+    if channels == 1:
+        return images.expand(-1, first.in_channels, -1, -1)
+    if first.in_channels == 1:
+        raise ValueError(f"{name} takes images of 1 channel, the data have {channels}; name data of gray images")
+    return images  # not necessarily the first to be run: the model says what it does not take
+
+
+# ------------------------------------------------------------------------------------------------------ data
+def _data(given: argparse.Namespace) -> tuple[list[Batch], str, int | None]:
+    """The batches, what they are, and the number of classes where the data have some."""
+    size = given.image_size or (32 if given.model.startswith("paper/") else 224)
+    if given.data == "synthetic":
+        import torch
+
+        drawn = torch.Generator().manual_seed(given.seed)
+        shape = (given.batch_size, 3, size, size)
+        return [(torch.randn(shape, generator=drawn), None) for _ in range(given.batches)], "synthetic images", None
+    if Path(given.data).expanduser().is_dir():
+        return _folder(Path(given.data).expanduser(), given, size)
+    return _module(given)
+
+
+def _folder(folder: Path, given: argparse.Namespace, size: int) -> tuple[list[Batch], str, int | None]:
+    import torch
+
+    from nslightning.data.folder import MEAN, STD
+    from nslightning.data.images import FileImages
+    from nslightning.data.verify import data_error
+
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in _SUFFIXES and f.is_file())
+    wanted = given.batches * given.batch_size
+    if len(files) < wanted:
+        fix = f"Give fewer --batches or a smaller --batch_size, or more images ({', '.join(sorted(_SUFFIXES))})."
+        raise data_error(folder, f"count: {len(files)} images in it, {wanted} needed", fix)
+    classes = sorted({f.parent.name for f in files})
+    labelled = len(classes) > 1 and all(f.parent != folder for f in files)
+    images = FileImages([(str(f), classes.index(f.parent.name)) for f in files], size, False, MEAN, STD, given.seed)
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(given.seed)).tolist()[:wanted]
+    batches: list[Batch] = []
+    for start in range(0, wanted, given.batch_size):
+        pixels, labels = images.__getitems__(order[start : start + given.batch_size])
+        batches.append((pixels, labels if labelled else None))
+    what = f"{len(files)} images of {folder}, " + (f"{len(classes)} classes" if labelled else "random labels")
+    return batches, what, len(classes) if labelled else None
+
+
+def _module(given: argparse.Namespace) -> tuple[list[Batch], str, int | None]:
+    import torch.nn.functional as F
+
+    from nslightning import data
+
+    names = [n for n in data.__all__ if _is_image_data(getattr(data, n))]
+    if given.data not in names:
+        near = difflib.get_close_matches(given.data, ["synthetic", *names], 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise CallError(
+            f"--data {given.data}: there is no such folder or data set{hint} Data sets: synthetic, {', '.join(names)}"
+        )
+    source = getattr(data, given.data)(batch_size=given.batch_size, seed=given.seed, workers=0)
+    source.prepare_data()
+    loader: Iterable[tuple[Tensor, Tensor]] = source.train_dataloader()
+    batches: list[Batch] = []
+    for images, labels in islice(loader, given.batches):
+        size = given.image_size
+        if size is not None and images.shape[-2:] != (size, size):
+            images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+        batches.append((images, labels))
+    if len(batches) < given.batches:
+        raise data.DataError(f"{given.data} has {len(batches)} batches of {given.batch_size}, not {given.batches}")
+    return batches, f"{given.data}, training images", source.num_classes
+
+
+def _is_image_data(cls: Any) -> bool:
+    """A class that can be made without naming a folder: one's own images are named by their folder here."""
+    from nslightning.data import ImageDataModule, ImageFolder
+
+    return isinstance(cls, type) and issubclass(cls, ImageDataModule) and cls not in (ImageDataModule, ImageFolder)
