@@ -14,7 +14,7 @@ class NaiveReLU(torch.autograd.Function):
         return x.clamp(min=0)
 
     @staticmethod
-    def backward(ctx, g: Tensor) -> tuple[Tensor, None]:  # noqa: ANN001
+    def backward(ctx, g: Tensor) -> tuple[Tensor, None]:  # noqa: ANN001 # autograd's context
         (x,) = ctx.saved_tensors
         gradient = g.clone()
         gradient[x < 0] = 0
@@ -27,7 +27,7 @@ class NaiveMinimalPool(torch.autograd.Function):
     """Square windows that do not overlap, by a six-dimensional view; the gradient shared over the tied entries."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, k: int) -> Tensor:  # noqa: ANN001
+    def forward(ctx, x: Tensor, k: int) -> Tensor:  # noqa: ANN001 # autograd's context
         n, c, h, w = x.shape
         windows = x.reshape(n, c, h // k, k, w // k, k)
         y = windows.amax(dim=(3, 5))
@@ -35,7 +35,7 @@ class NaiveMinimalPool(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, g: Tensor) -> tuple[Tensor, None]:  # noqa: ANN001
+    def backward(ctx, g: Tensor) -> tuple[Tensor, None]:  # noqa: ANN001 # autograd's context
         windows, y = ctx.saved_tensors
         n, c, h, k, w, _ = windows.shape
         reached = windows == y[:, :, :, None, :, None]

@@ -187,7 +187,7 @@ def state_after(folder, *callbacks, precision="fp32", jacobians=NATIVE, **option
         "grad": {name: p.grad for name, p in module.named_parameters() if p.grad is not None},
         "optimizer": run.optimizers[0].state_dict(),
         "scaler": scaler.state_dict() if scaler is not None else None,
-        "random": [torch.get_rng_state(), random.getstate(), np.random.get_state()],  # noqa: NPY002
+        "random": [torch.get_rng_state(), random.getstate(), np.random.get_state()],  # noqa: NPY002 # the legacy stream is meant
         "own streams": [{str(d): g.get_state() for d, g in stream.items()} for stream in streams],
         "losses": losses,
     }
@@ -888,7 +888,7 @@ def draws(folder, *, ckpt=None, max_epochs=1, seed=7):
             step = trainer.global_step
             (own,) = selections(pl_module).values()
             found[step] = (
-                torch.rand(3), random.random(), np.random.rand(),  # noqa: NPY002
+                torch.rand(3), random.random(), np.random.rand(),  # noqa: NPY002 # the legacy stream is meant
                 torch.rand(3, generator=own.generator(torch.device("cpu"))),
             )  # fmt: skip
 

@@ -364,7 +364,7 @@ def _blocks(columns: list[list[Tensor]], foreach: bool | None) -> Iterator[list[
     if plain and not torch.compiler.is_compiling():
         yield from _cache_blocks(columns, BLOCK_PER_THREAD * torch.get_num_threads(), together=foreach)
     elif foreach:
-        for grouped, _ in Optimizer._group_tensors_by_device_and_dtype(columns).values():  # type: ignore[arg-type]
+        for grouped, _ in Optimizer._group_tensors_by_device_and_dtype(columns).values():  # type: ignore[arg-type] # as below
             yield grouped  # type: ignore[misc] # torch types the elements as optional
     else:
         for i in range(len(weights)):

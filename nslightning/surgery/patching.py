@@ -109,6 +109,14 @@ class Part:
     operation: Operation | None = None
     cls: type[nn.Module] | None = None
 
+    @property
+    def reached(self) -> tuple[Site, Operation, type[nn.Module]]:
+        """Site, operation and class of a module whose class was swapped for a site's: it has all three."""
+        assert self.site is not None
+        assert self.operation is not None
+        assert self.cls is not None
+        return self.site, self.operation, self.cls
+
 
 def _selectors(what: str, given: Any) -> tuple[_One, ...]:
     """A selector flattened, once: it may be an iterator."""
@@ -186,17 +194,17 @@ def _swapped_class(cls: type[nn.Module], role: _Role) -> type[nn.Module]:
 def _forward_site(stock: Callable[[nn.Module, str], Any]) -> Callable[..., Any]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         part: Part = self.__dict__[_PART]
-        surgery, operation = part.surgery, part.operation
+        surgery, (site, operation, cls) = part.surgery, part.reached
         with torch._C.DisableTorchFunction():  # what the operation calls itself is not the model's
-            call = operation.modules[part.cls](self, *args, **positional(kwargs))  # type: ignore[union-attr, index]
+            call = operation.modules[cls](self, *args, **positional(kwargs))
             if call is None or not call.x.is_floating_point():  # integers and quantised values have no gradient
                 return stock(self, "forward")(*args, **kwargs)
             if not torch.compiler.is_compiling():
                 if (mode := active(surgery)) is not None:
-                    mode.count(part.site)  # type: ignore[arg-type]
+                    mode.count(site)
                 if surgery.selection.observer is not None:
                     surgery.selection.observer(part.names[0], operation, call)
-            return operation.apply(surgery.selection, call)  # type: ignore[union-attr]
+            return operation.apply(surgery.selection, call)
 
     return forward
 
@@ -205,7 +213,7 @@ def _extra_repr(stock: Callable[[nn.Module, str], Any]) -> Callable[[nn.Module],
     def extra_repr(self: nn.Module) -> str:
         part: Part = self.__dict__[_PART]
         base = stock(self, "extra_repr")()
-        value = getattr(part.surgery.selection.jacobians, part.operation.name)  # type: ignore[union-attr]
+        value = getattr(part.surgery.selection.jacobians, part.reached[1].name)
         return f"{base}{', ' if base else ''}jacobian={'native' if value is None else value}"
 
     return extra_repr
@@ -508,9 +516,10 @@ def _find(model: nn.Module, surgery: Surgery) -> Iterator[tuple[nn.Module, Part,
         chosen = surgery.chosen(part.names, module)
         kind, inplace = type(module).__name__, bool(getattr(module, "inplace", False))
         cls = _whose_forward(module, MODULES)
-        candidates = MODULES[cls] if cls is not None else ()
-        # The first that its parameters make it, if any: an ELU may be smooth.
-        operation = next((op for op in candidates if op.modules[cls](module, torch.empty(0)) is not None), None)  # type: ignore[index]
+        operation = None
+        if cls is not None:  # the first that its parameters make it, if any: an ELU may be smooth
+            made = (op for op in MODULES[cls] if op.modules[cls](module, torch.empty(0)) is not None)
+            operation = next(made, None)
         role: _Role | None = None
         unreached: str | None = None
         if isinstance(module, torch.jit.ScriptModule):
