@@ -536,3 +536,10 @@ def test_quickstart_learns():
     """The README's promise."""
     assert main(["fit", "--config", "configs/quickstart.yaml", "--trainer.enable_progress_bar=false"]) == 0
     assert pd.read_csv("runs/quickstart/001/metrics.csv")["val/acc1"].dropna().iloc[-1] > 0.75
+
+
+def test_our_optimizers_are_known_by_their_bare_names():
+    """In a process of its own: elsewhere a test has imported nslightning.optim already."""
+    words = [*QUICK, "--model.optimizer=INNAprop", "--model.optimizer.lr=0.001", "--trainer.fast_dev_run=true"]
+    ran = subprocess.run([sys.executable, "-m", "nslightning", "fit", *words], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr

@@ -30,6 +30,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
+import nslightning.optim  # noqa: F401 # so that INNA and INNAprop are known by their bare names
 from nslightning import runs
 from nslightning.commands.parsing import HelpfulErrors
 from nslightning.data import DataError, ImageDataModule, TokenFile
