@@ -143,7 +143,7 @@ def _audit(given: argparse.Namespace, outputs: dict[str, Path]) -> int:
     torch.manual_seed(given.seed)
     own = ":" in given.model and "/" not in given.model.partition(":")[0]
     if own:
-        network = _own_model(given.model)
+        network = _own_model(given.model, given.seed)
         batches, what, _ = _data(given)
     else:
         _known_backbone(given.model)
@@ -231,8 +231,9 @@ def _backbone(name: str, classes: int, shape: tuple[int, ...]) -> nn.Module:
     return create_backbone(name, classes, shape)
 
 
-def _own_model(name: str) -> nn.Module:
+def _own_model(name: str, seed: int) -> nn.Module:
     """The module that ``package.module:factory`` makes, or is; imported with the current folder on the path."""
+    import torch
     from torch import nn
 
     where, _, attribute = name.partition(":")
@@ -260,6 +261,7 @@ def _own_model(name: str) -> nn.Module:
         if not isinstance(value, nn.Module):
             if not callable(value):
                 raise CallError(f"{name} is of type {type(value).__name__}, neither a factory nor an nn.Module")
+            torch.manual_seed(seed)  # again: the import may have drawn
             try:
                 value = value()
             except Exception as error:  # of the user's code

@@ -165,6 +165,7 @@ class Audit:
         """
         given = {f.name: plain[f.name] for f in fields(cls)}
         given["shape"] = tuple(given["shape"])
+        given["choices"] = {name: Jacobians(**choice).to_dict() for name, choice in given["choices"].items()}
         given["noise"] = {dtype: float(value) for dtype, value in given["noise"].items()}
         given["sites"] = [
             SiteTies(**site | {"ties": {d: (tied, total) for d, (tied, total) in site["ties"].items()}})
@@ -234,6 +235,8 @@ def audit(
     """
     if not batches or not dtypes or not choices:
         raise ValueError("an audit takes at least one batch, one dtype and one choice")
+    if top < 1:
+        raise ValueError(f"top is at least 1; given {top}")
     if unknown := [dtype for dtype in dtypes if dtype not in DTYPES]:
         raise ValueError(f"dtype {unknown[0]!r} is not known. Allowed: {', '.join(DTYPES)}")
     device = torch.device(device)
@@ -422,9 +425,9 @@ _REMEDY = {
         "or average pooling, or fix the choice: patch(model, Jacobians(max_pool='minimal')), the element of least norm"
     ),
     "relu": (
-        "A ReLU meets exact zeros behind dead channels, a batch norm whose weight and bias are 0, zero padding, and "
-        "underflow in low precision. Look at these layers' weights, keep alpha = 0 (stock), and record it; SiLU or "
-        "GELU have no ties"
+        "A ReLU meets exact zeros behind dead channels, another ReLU, a batch norm whose weight and bias are 0 "
+        "(residual branches often start so, and leave it in the first steps: audit trained weights too), zero padding, "
+        "and underflow. Look at these layers' weights, keep alpha = 0 (stock) and record it; SiLU or GELU have no ties"
     ),
 }
 _REMEDY["relu6"] = _REMEDY["relu"].replace("A ReLU meets exact zeros", "A ReLU6 meets its kinks 0 and 6")
@@ -453,7 +456,8 @@ def _advice(found: Audit) -> list[str]:
         lines.append(
             f"In {names['rounding']}: ties, but no more than rounding. The largest relative difference, "
             f"{largest.relative:.1e} ({largest.choice}, {largest.dtype}), is below "
-            f"{_visible(found, largest.dtype):.1e}, what another order of summation may change. Nothing to change."
+            f"{_visible(found, largest.dtype):.1e}, what another order of summation may change."
+            + ("" if "matters" in groups else " Nothing to change.")
         )
     if "matters" in groups:
         lines += _matters(found, groups["matters"])
@@ -469,7 +473,7 @@ def _advice(found: Audit) -> list[str]:
     }
     if untouched:
         lines.append(f"Ties of {', '.join(sorted(untouched))} were met, and none of the choices measured changes them.")
-    unreached = [site.name for site in found.sites if site.how == "unreached"]
+    unreached = [site_label(site.name) for site in found.sites if site.how == "unreached"]
     if unreached:
         shown = ", ".join(unreached[:3]) + (f" and {len(unreached) - 3} more" if len(unreached) > 3 else "")
         lines.append(
@@ -485,41 +489,50 @@ def _advice(found: Audit) -> list[str]:
 
 
 def _matters(found: Audit, dtypes: list[str]) -> list[str]:
+    """For each operation, or the few that one choice changes together: how much, since where, and the remedy."""
+    tied = {site.operation for site in found.tied_sites}
+    groups: dict[tuple[str, ...], list[Spread]] = {}
+    for spread in found.spreads:
+        if spread.dtype in dtypes and spread.relative > _visible(found, spread.dtype):
+            changed = found.choices[spread.choice]
+            groups.setdefault(tuple(o for o in sorted(tied) if changed[o] != getattr(Jacobians(), o)), []).append(
+                spread
+            )
     lines = []
-    spreads = [s for s in found.spreads if s.dtype in dtypes and s.relative > _visible(found, s.dtype)]
-    worst = max(spreads, key=lambda s: s.relative)
-    layer = next(iter(worst.layers.items()), None)
-    arises = f", mostly in {layer[0]} ({layer[1]:.0%} of it)" if layer else ""
-    times = float(f"{worst.relative / rounding(worst.dtype):.2g}")
-    lines.append(
-        f"In {', '.join(dtypes)}: the choice matters. {worst.choice} changes the gradient by "
-        f"{worst.relative:.1e} of its norm in {worst.dtype}{arises}: {times:,g} times the machine epsilon."
-    )
-    presets = sorted({s.choice for s in spreads} & {"jax", "tensorflow"})
-    lines[-1] += (
-        f" A port to {' or '.join(presets)} gets other gradients; Jacobians.preset('{presets[0]}') takes them here."
-        if presets
-        else ""
-    )
-    changed = {
-        operation
-        for s in spreads
-        for operation, value in found.choices[s.choice].items()
-        if operation != "rule" and value != getattr(Jacobians(), operation)
-    }
-    for operation in sorted({site.operation for site in found.tied_sites} & changed):
-        sites = [site for site in found.tied_sites if site.operation == operation]
-        sites = [site for site in sites if any(site.fraction(d) for d in dtypes)]
-        if not sites:
-            continue
-        best = {site.name: max(dtypes, key=site.fraction) for site in sites}
-        shown = ", ".join(
-            f"{site.name} ({percent(site.fraction(best[site.name]))} in {best[site.name]})" for site in sites[:3]
+    for operations, spreads in groups.items():
+        where = [dtype for dtype in found.dtypes if any(s.dtype == dtype for s in spreads)]
+        worst = max(spreads, key=lambda s: s.relative)
+        layer, share = next(iter(worst.layers.items()))
+        lines.append(
+            f"{' and '.join(operations)}: the choice matters in {', '.join(where)}. {worst.choice} changes the "
+            f"gradient by {worst.relative:.2g} of its norm in {worst.dtype} (rounding: {rounding(worst.dtype):.1e}), "
+            f"most in {layer} ({percent(share)} of the squared difference). {_places(found, operations, where)}"
         )
-        more = f" and {len(sites) - 3} more" if len(sites) > 3 else ""
-        remedy = _REMEDY.get(operation, f"Fix the choice: patch(model, Jacobians({operation}=...))")
-        lines.append(f"The {operation} ties are at {shown}{more}. {remedy}.")
+        lines[-1] += "".join(f" {_REMEDY[o]}." for o in operations if o in _REMEDY)
+        if presets := [name for name in ("jax", "tensorflow") if any(s.choice == name for s in spreads)]:
+            lines[-1] += (
+                f" {' and '.join(presets)} choose otherwise: a port there gets other gradients, which "
+                f"Jacobians.preset('{presets[0]}') reproduces here."
+            )
     return lines
+
+
+def _places(found: Audit, operations: Sequence[str], dtypes: Sequence[str]) -> str:
+    """The sites with ties of some operations, and whether rounding or the network made the ties."""
+    sites = [s for s in found.tied_sites if s.operation in operations and any(map(s.fraction, dtypes))]
+    shown = []
+    for site in sites[:3]:
+        most = max(dtypes, key=site.fraction)
+        shown.append(f"{site_label(site.name)} ({percent(site.fraction(most))} in {most})")
+    more = f" and {len(sites) - 3} more" if len(sites) > 3 else ""
+    text = f"Its ties are at {', '.join(shown)}{more}."
+    if "64" not in found.dtypes or dtypes == ["64"]:
+        return text
+    lasting = sum(site.fraction("64") > 0 for site in sites)
+    if not lasting:
+        return f"{text} None of them ties in 64: rounding makes these ties."
+    every = "They tie" if lasting == len(sites) else f"{lasting} of the {len(sites)} tie"
+    return f"{text} {every} in 64 as well: there the network or the data makes ties, not rounding alone."
 
 
 def _most(found: Audit, dtypes: list[str]) -> str:
@@ -528,7 +541,7 @@ def _most(found: Audit, dtypes: list[str]) -> str:
     )
     count = sum(any(site.fraction(d) for d in dtypes) for site in found.tied_sites)
     where = "1 site meets" if count == 1 else f"{count} sites meet"
-    return f"{where} ties, most often {site.name} ({percent(site.fraction(dtype))} in {dtype})"
+    return f"{where} ties, most often {site_label(site.name)} ({percent(site.fraction(dtype))} in {dtype})"
 
 
 def percent(fraction: float) -> str:
@@ -547,5 +560,16 @@ def percent(fraction: float) -> str:
     digits = 3
     while digits < 9 and fraction < 1 and float(f"{100 * fraction:.{digits}g}") == 100:
         digits += 1
-    text = f"{100 * fraction:.{digits}g}"
-    return f"{float(text):f}".rstrip("0").rstrip(".") + " %" if "e" in text else f"{text} %"
+    return f"{100 * fraction:.{digits}g} %"
+
+
+def site_label(name: str) -> str:
+    """A site's name for people: a call made by the model itself has no module's name before the colon.
+
+    Args:
+        name: A site's name.
+
+    Returns:
+        Such as ``"(model):relu"`` for ``":relu"``.
+    """
+    return f"(model){name}" if name.startswith(":") else name

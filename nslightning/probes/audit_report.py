@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from nslightning.probes.audit import Audit, Spread, percent, rounding, verdict
+from nslightning.probes.audit import Audit, SiteTies, Spread, percent, rounding, site_label, verdict
 
 __all__ = ["page", "table"]
 
@@ -26,7 +26,9 @@ def table(found: Audit) -> str:
     blocks = [f"Audit of {_subject(found)}"]
     if tied:
         rows = [["site", "operation", *found.dtypes]]
-        rows += [[s.name, s.operation, *(_share(s.fraction(d)) for d in found.dtypes)] for s in tied[:_SHOWN]]
+        rows += [
+            [site_label(s.name), s.operation, *(_share(s.fraction(d)) for d in found.dtypes)] for s in tied[:_SHOWN]
+        ]
         blocks.append("Ties, as a share of evaluations\n" + _aligned(rows, left=2))
     blocks.append(_rest(found, min(len(tied), _SHOWN)))
     rows = [["choice", *found.dtypes, "arises in"]]
@@ -58,7 +60,8 @@ def _by_choice(found: Audit) -> dict[str, dict[str, Spread]]:
 def _where(spreads: Sequence[Spread], count: int) -> str:
     """The layers of the dtype in which the choice matters most, in units of its rounding."""
     worst = max(spreads, key=lambda s: s.relative / rounding(s.dtype) if math.isfinite(s.relative) else math.inf)
-    layers = ", ".join(f"{name} {percent(share)}" for name, share in list(worst.layers.items())[:count])
+    shown = [(name, share) for name, share in worst.layers.items() if share >= 1e-3][:count]
+    layers = ", ".join(f"{name} {percent(share)}" for name, share in shown)
     return f"{layers} ({worst.dtype})" if layers else ""
 
 
@@ -66,10 +69,11 @@ def _rest(found: Audit, shown: int) -> str:
     unreached = sum(site.how == "unreached" for site in found.sites)
     hidden = len(found.tied_sites) - shown
     untied = len(found.sites) - unreached - len(found.tied_sites)
-    parts = [f"{hidden} more tied sites (--json and --html list all)"] if hidden else []
-    parts.append(f"{untied} sites without a tie" if untied != 1 else "1 site without a tie")
+    parts = [f"{hidden} more tied (--json and --html list all)"] if hidden else []
+    parts += [f"{untied} without a tie"] if untied else []
     parts += [f"{unreached} not measured"] if unreached else []
-    return f"{len(found.sites)} sites: {shown} shown, " + ", ".join(parts)
+    counted = "1 site" if len(found.sites) == 1 else f"{len(found.sites)} sites"
+    return f"{counted}: {', '.join([f'{shown} tied'] * bool(shown) + parts) or 'nothing to measure'}"
 
 
 def _share(fraction: float) -> str:
@@ -164,7 +168,7 @@ def page(found: Audit) -> str:
             f'<p class="quiet">{escape(_rest(found, len(found.tied_sites)))}. A share counts entries of the input for '
             "an activation, windows for a pool.</p>",
             _figure(
-                [(s.name, {d: s.fraction(d) for d in found.dtypes}) for s in found.tied_sites],
+                [(site_label(s.name), {d: s.fraction(d) for d in found.dtypes}) for s in found.tied_sites],
                 found.dtypes,
                 "tied share of evaluations",
                 {},
@@ -211,7 +215,7 @@ def _site_tables(found: Audit) -> str:
     head = "".join(f"<th>{d}</th>" for d in found.dtypes)
     header = f'<tr><th class="l">site</th><th class="l">operation</th><th class="l">reached by</th>{head}</tr>'
 
-    def rows(sites: Sequence) -> str:
+    def rows(sites: Sequence[SiteTies]) -> str:
         lines = []
         for site in sites:
             cells = []
@@ -219,7 +223,9 @@ def _site_tables(found: Audit) -> str:
                 tied, total = site.ties.get(d, (0, 0))
                 text = "not measured" if d not in site.ties else _share(site.fraction(d))
                 cells.append(f'<td class="{"" if tied else "zero"}" title="{tied:,} of {total:,}">{text}</td>')
-            names = "".join(f'<td class="l">{escape(t)}</td>' for t in (site.name, site.operation, site.how))
+            names = "".join(
+                f'<td class="l">{escape(t)}</td>' for t in (site_label(site.name), site.operation, site.how)
+            )
             lines.append(f"<tr>{names}{''.join(cells)}</tr>")
         return f'<div class="scroll"><table>{header}{"".join(lines)}</table></div>'
 
@@ -228,7 +234,7 @@ def _site_tables(found: Audit) -> str:
     others = [site for site in found.sites if (site.name, site.operation) not in names]
     parts = [rows(tied)] if tied else []
     if others:
-        parts.append(f"<details><summary>The {len(others)} other sites</summary>{rows(others)}</details>")
+        parts.append(f"<details><summary>Sites without ties: {len(others)}</summary>{rows(others)}</details>")
     return "".join(parts)
 
 
@@ -239,7 +245,8 @@ def _figure(
     if not rows:
         return "<p>No site met a tie.</p>"
     names = [name if len(name) <= 44 else f"…{name[-43:]}" for name, _ in rows]
-    left, width, pitch, row_height = 7 * max(map(len, names)) + 20, 920, 6, 10 + 6 * len(dtypes)
+    left, width, pitch = 7 * max(map(len, names)) + 20, 920, 7 if len(rows) <= 25 else 5
+    row_height = 10 + pitch * len(dtypes)
     positive = [v for _, by in rows for v in by.values() if 0 < v < math.inf] + list(marks.values())
     low = math.floor(math.log10(min(positive))) if positive else -1
     high = max(math.ceil(math.log10(max(positive))) if positive else 0, low + 1)
@@ -285,8 +292,8 @@ def _figure(
         for j, dtype in enumerate(dtypes):
             value = by[dtype]
             x = width - 50.0 if not math.isfinite(value) else at(value) if value else zero
-            y = top + row_height * i + 8 + pitch * j
-            parts.append(_mark(dtype, x, y, f"{rows[i][0]}, {dtype}: {value:.4g}", hollow=value == 0))
+            at_y = top + row_height * i + 5 + pitch * (j + 0.5)
+            parts.append(_mark(dtype, x, at_y, f"{rows[i][0]}, {dtype}: {value:.4g}", hollow=value == 0))
     return "".join([*parts, "</svg>"])
 
 

@@ -1,0 +1,477 @@
+"""The audit: counts, divergences, verdicts and files, each against a separate computation; the command's statuses."""
+
+import copy
+import json
+import math
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from nslightning import Jacobians, patch
+from nslightning.cli import main
+from nslightning.probes import divergence
+from nslightning.probes.audit import CHOICES, DTYPES, Audit, audit, percent, verdict
+from nslightning.probes.audit_report import page, table
+from nslightning.surgery import selections
+
+
+class Net(nn.Module):
+    """Ties at a ReLU, behind a zeroed channel, and at the pools, behind a constant one; dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.act = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True)
+        self.pool, self.drop, self.fc = nn.MaxPool2d(3, 2, 1), nn.Dropout(0.3), nn.Linear(16, 5)
+        with torch.no_grad():
+            self.bn.weight[1] = self.bn.bias[1] = 0
+            self.conv.weight[2] = 0
+            self.bn.bias[2] = 0.5
+
+    def forward(self, x):
+        x = self.pool(self.act(self.bn(self.conv(x))))
+        return self.fc(self.drop(F.max_pool2d(x, 2)).flatten(1))
+
+
+class Relu(nn.Module):
+    """Logits behind one ReLU, whose first channel can be made to tie, with a given weight on what follows it."""
+
+    def __init__(self, tie=False, after=1.0):
+        super().__init__()
+        self.conv, self.act, self.fc = nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Linear(4, 3)
+        with torch.no_grad():
+            if tie:
+                self.conv.weight[0] = self.conv.bias[0] = 0
+            self.fc.weight[:, 0] *= after
+
+    def forward(self, x):
+        return self.fc(self.act(self.conv(x)).mean((2, 3)))
+
+
+@pytest.fixture
+def batches():
+    images = torch.randn(2, 4, 3, 8, 8)
+    images[0, 0] = 0.25  # a constant image, so that windows tie
+    return [(images[0], torch.tensor([0, 1, 2, 0])), (images[1], torch.tensor([2, 1, 4, 3]))]
+
+
+@pytest.fixture
+def few():
+    return [(torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 0]))]
+
+
+def windows_with_ties(x, kernel, stride, padding):
+    """(tied, all) windows, counted in a loop."""
+    x = x.double().numpy()
+    tied = total = 0
+    height = (x.shape[2] + 2 * padding - kernel) // stride + 1
+    for image in x.reshape(-1, *x.shape[2:]):
+        full = np.pad(image, padding, constant_values=-np.inf)
+        for r in range(0, height * stride, stride):
+            for s in range(0, height * stride, stride):
+                window = full[r : r + kernel, s : s + kernel]
+                tied += (window == window.max()).sum() > 1
+                total += 1
+    return int(tied), total
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tie_counts_agree_with_a_count_on_hooked_inputs(batches, dtype):
+    net = Net()
+    found = audit(net, batches, dtypes=[dtype])
+    seen = {"act": [0, 0], "pool": [0, 0]}
+    stock = copy.deepcopy(net).to(DTYPES[dtype]).train()
+
+    def relu_hook(module, args):
+        seen["act"][0] += int((args[0] == 0).sum())
+        seen["act"][1] += args[0].numel()
+
+    def pool_hook(module, args):
+        seen["pool"] = [a + b for a, b in zip(seen["pool"], windows_with_ties(args[0], 3, 2, 1), strict=True)]
+
+    stock.act.register_forward_pre_hook(relu_hook)
+    stock.pool.register_forward_pre_hook(pool_hook)
+    with torch.no_grad():
+        for images, _ in batches:
+            stock(images.to(DTYPES[dtype]))
+    sites = {site.name: site for site in found.sites}
+    assert list(sites) == ["act", "pool", ":max_pool2d"]
+    for name in seen:
+        assert sites[name].ties == {dtype: tuple(seen[name])}
+    assert seen["act"][0] >= 2 * 4 * 64  # the zeroed channel
+    assert 0 < seen["pool"][0] < seen["pool"][1]
+    assert sites[":max_pool2d"].how == "functional"
+    assert sites["act"].fraction(dtype) == seen["act"][0] / seen["act"][1]
+
+
+def test_divergence_is_the_subtraction_in_float64(batches):
+    net = Net()
+    found = audit(net, batches, dtypes=["64"], seed=3)
+    want = {choice: [] for choice in CHOICES}
+    layers = {}
+    for i, (images, labels) in enumerate(batches):
+        other = copy.deepcopy(net).double().train()
+        patch(other, Jacobians())
+        torch.manual_seed(3 + i)
+        loss = F.cross_entropy(other(images.double()), labels)
+        for choice, value in divergence(loss, other, CHOICES).items():
+            want[choice].append(value.relative)
+            layers[choice, i] = value
+    assert [s.choice for s in found.spreads] == list(CHOICES)
+    for spread in found.spreads:
+        assert spread.per_batch == pytest.approx(want[spread.choice], rel=1e-9, abs=1e-15)
+        assert spread.relative == max(spread.per_batch)
+        if spread.relative:
+            worst = layers[spread.choice, spread.per_batch.index(spread.relative)]
+            name, share = next(iter(spread.layers.items()))
+            assert share == pytest.approx((worst.per_layer[name].l2 / worst.l2) ** 2, rel=1e-8)
+            assert share == max(spread.layers.values())
+    by_choice = {s.choice: s.relative for s in found.spreads}
+    assert by_choice["jax"] == by_choice["tensorflow"] == 0
+    assert by_choice["alpha=1"] > 1e-3
+    assert by_choice["beta=10"] == pytest.approx(10 * by_choice["beta=minimal"], rel=1e-9)
+    assert by_choice["beta=10"] > 1e-3
+
+
+def test_alpha_1_is_a_relu_written_by_hand(few):
+    class One(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x.clamp(min=0)
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * (ctx.saved_tensors[0] >= 0)
+
+    net, grads = Relu(tie=True).double(), []
+    for act in (torch.relu, One.apply):
+        other = copy.deepcopy(net)
+        loss = F.cross_entropy(other.fc(act(other.conv(few[0][0].double())).mean((2, 3))), few[0][1])
+        grads.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(other.parameters()))]))
+    want = float((grads[1] - grads[0]).norm() / grads[0].norm())
+    found = audit(net, few, dtypes=["64"], choices={"alpha=1": CHOICES["alpha=1"]})
+    assert want > 1e-2
+    assert found.largest == pytest.approx(want, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("model", "expected", "says"),
+    [
+        ({"tie": False}, "no ties", "do not depend on the Jacobian choice"),
+        ({"tie": True, "after": 0.0}, "dead ties", "only dead ties. 1 site meets ties, most often act (25 % in 32)"),
+        ({"tie": True, "after": 1e-9}, "rounding", "no more than rounding"),
+        ({"tie": True}, "matters", "relu: the choice matters in 32. alpha=1 changes the gradient"),
+    ],
+)
+def test_planted_ties_change_the_advice(few, model, expected, says):
+    found = audit(Relu(**model), few, dtypes=["32"])
+    assert verdict(found, "32") == expected
+    advice = "\n".join(found.advice)
+    assert says in advice
+    assert ("Nothing to change" in advice) == (expected in ("dead ties", "rounding"))
+    assert found.largest == 0 if expected in ("no ties", "dead ties") else found.largest > 0
+    assert says in table(found)
+    assert expected in page(found)
+
+
+def test_advice_tells_the_ties_of_rounding_from_those_of_the_network(few):
+    # 1 + 2^-10 is 1 in bf16 and is not in float64: these windows tie in bf16 alone.
+    images = 1 + torch.rand(4, 3, 8, 8) * 2**-9
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64, 3))
+    found = audit(net, [(images, few[0][1])], dtypes=["bf16", "64"])
+    assert [verdict(found, d) for d in ("bf16", "64")] == ["matters", "no ties"]
+    assert "rounding makes these ties" in "\n".join(found.advice)
+    found = audit(Relu(tie=True), few, dtypes=["bf16", "64"])
+    assert "the network or the data makes ties" in "\n".join(found.advice)
+
+
+def test_operations_that_are_not_measured_are_named(few):
+    net = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Hardswish(), nn.AdaptiveMaxPool2d(1), nn.Flatten())
+    with torch.no_grad():
+        net[0].weight.zero_()
+        net[0].bias.fill_(3.0)
+    advice = "\n".join(audit(net, few, dtypes=["32"]).advice)
+    assert "Ties of hardswish were met, and none of the choices measured changes them" in advice
+    assert "Not measured: 2 keeps PyTorch's own derivative" in advice
+    smooth = nn.Sequential(nn.Conv2d(3, 3, 8), nn.SiLU(), nn.Flatten())
+    assert "there was nothing to choose" in audit(smooth, few, dtypes=["32"]).advice[0]
+
+
+def test_noise_floor(few):
+    class Noisy(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * (1 + 2 * torch.rand(()))
+
+    class NoisyNet(Relu):
+        def forward(self, x):
+            return super().forward(Noisy.apply(x)) + 0 * Noisy.apply(self.fc.bias)
+
+    class VeryNoisy(Relu):
+        def forward(self, x):
+            return Noisy.apply(super().forward(x))
+
+    assert audit(Relu(tie=True), few).noise == dict.fromkeys(DTYPES, 0.0)
+    found = audit(VeryNoisy(tie=True), few, dtypes=["32"])
+    assert found.noise["32"] > 1e-3
+    assert verdict(found, "32") == ("matters" if found.largest > found.noise["32"] else "rounding")
+    assert audit(NoisyNet(tie=True), few, dtypes=["32"]).noise["32"] == 0  # noise that reaches no parameter
+
+
+def test_model_and_random_state_are_left_untouched(batches):
+    net = Net().eval()
+    net.conv.weight.grad = marker = torch.ones_like(net.conv.weight)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    types = [type(m) for m in net.modules()]
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002 # the global one
+    first = audit(net, batches, dtypes=["16", "32"])
+    assert net.conv.weight.grad is marker
+    assert not net.training
+    assert [type(m) for m in net.modules()] == types
+    assert not selections(net)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert (np.random.get_state()[1] == states[2]).all()  # noqa: NPY002 # the global one
+    torch.manual_seed(99)
+    assert audit(net, batches, dtypes=["16", "32"]) == first
+    assert audit(net, batches, dtypes=["32"], training=False).spreads != first.spreads[len(CHOICES) :]
+
+
+def test_a_dtype_that_cannot_be_run_is_said(few):
+    class NoHalf(Relu):
+        def forward(self, x):
+            if x.dtype == torch.float16:
+                raise RuntimeError('"net" not implemented for <Half>')
+            return super().forward(x)
+
+    found = audit(NoHalf(), few, dtypes=["16", "32"])
+    assert found.dtypes == ["32"]
+    assert found.not_run == {"16": '"net" not implemented for <Half>'}
+    assert '16 could not be run on cpu: "net" not implemented for <Half>' in table(found)
+    assert "not implemented for &lt;Half&gt;" in page(found)
+    assert any(line.startswith("16 could not be run on cpu") for line in found.advice)
+    with pytest.raises(RuntimeError, match=r"runs in none of 16: .*not implemented"):
+        audit(NoHalf(), few, dtypes=["16"])
+
+
+def test_json_round_trip_also_of_what_is_not_finite(batches):
+    found = audit(Net(), batches, dtypes=["16", "32"])
+    plain = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert Audit.from_dict(plain) == found
+    assert plain["largest"] == found.largest
+    assert plain["advice"] == found.advice
+    huge = audit(Relu(tie=True), [(torch.full((1, 3, 2, 2), 1e30), torch.tensor([0]))], dtypes=["16"])
+    assert verdict(huge, "16") == "not finite"
+    assert math.isnan(huge.largest)
+    assert "not finite" in table(huge)
+    assert "not finite" in page(huge)
+    text = json.dumps(huge.to_dict(), allow_nan=False)
+    assert json.dumps(Audit.from_dict(json.loads(text)).to_dict()) == text
+
+
+def test_html_loads_nothing_and_names_every_site(batches):
+    found = audit(Net(), batches, name="<b>&net", data='"mine"')
+    text = page(found)
+    assert not re.search(r"https?:|//|\b(src|href|url|import|xmlns|script)\b", text.replace("-//", ""))
+    for site in found.sites:
+        assert f"{site.name}</td>" in text
+    assert "<b>&net" not in text
+    assert "&lt;b&gt;&amp;net" in text
+    assert text.count("<svg") == text.count("</svg>") == 2
+    spreads, sites = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
+    for spread in found.spreads:  # one mark each, hollow for an exact zero
+        mark = re.search(rf"<[^<]*><title>{spread.choice}, {spread.dtype}: {spread.relative:.4g}</title>", spreads)
+        assert ('fill="#fff"' in mark[0]) == (spread.relative == 0)
+    for site in found.tied_sites:
+        for dtype in DTYPES:
+            assert f"{site.name}, {dtype}: {site.fraction(dtype):.4g}</title>" in sites
+    for tag in ("table", "div", "p", "tr", "td", "details", "title"):
+        assert len(re.findall(rf"<{tag}[ >]", text)) == text.count(f"</{tag}>")
+
+
+def test_table_is_aligned_and_says_what_it_leaves_out(few):
+    layers = [nn.Conv2d(3, 3, 1), *(nn.ReLU() for _ in range(25)), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    found = audit(nn.Sequential(*layers), few, dtypes=["32", "64"])
+    text = table(found)
+    assert "25 sites: 20 tied, 4 more tied (--json and --html list all), 1 without a tie" in text
+    lines = text.splitlines()
+    start = lines.index("Ties, as a share of evaluations") + 1
+    assert len({len(line) for line in lines[start : start + 22]}) == 1
+    assert [percent(x) for x in (1.0, 0.5, 3e-6, 0.999999)] == ["100 %", "50 %", "0.0003 %", "99.9999 %"]
+
+
+def test_wrong_calls_of_the_function(few):
+    with pytest.raises(ValueError, match=r"dtype 'fp32' is not known\. Allowed: 16, bf16, 32, 64"):
+        audit(Relu(), few, dtypes=["fp32"])
+    with pytest.raises(ValueError, match="at least one batch"):
+        audit(Relu(), [])
+    with pytest.raises(ValueError, match="labels go from 0 to 7, and the model has 3 classes"):
+        audit(Relu(), [(few[0][0], torch.tensor([0, 7, 1, 1]))])
+    with pytest.raises(ValueError, match="K >= 2 classes"):
+        audit(nn.Sequential(nn.Conv2d(3, 1, 8), nn.Flatten()), few)
+    patched = Relu()
+    patch(patched, Jacobians())
+    with pytest.raises(ValueError, match="patched"):
+        audit(patched, few)
+
+
+# ------------------------------------------------------------------------------------------------- the command
+MODELS = """
+import torch
+from torch import nn
+
+def build(channels=3):
+    net = nn.Sequential(nn.Conv2d(channels, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+    with torch.no_grad():
+        net[0].weight[0] = net[0].bias[0] = 0
+    return net
+
+def gray(): return build(1)
+def broken(): raise KeyError("no weights")
+def number(): return 3
+instance = build()
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    (tmp_path / "own_models.py").write_text(MODELS)
+    monkeypatch.delitem(sys.modules, "own_models", raising=False)
+    path = list(sys.path)
+    yield tmp_path
+    assert sys.path == path
+    sys.modules.pop("own_models", None)
+
+
+def run(*args):
+    return main(["audit", *args])
+
+
+def test_own_model_files_and_fail_above(own, capsys):
+    small = ["own_models:build", "--image_size", "12", "--dtypes", "32", "64"]
+    assert run(*small, "--json", "a.json", "--html", "a.html") == 0
+    plain = json.loads(Path("a.json").read_text())
+    assert re.search(r"^1 +relu +25 % +25 %$", capsys.readouterr().out, re.MULTILINE)
+    assert plain["model"] == "own_models:build"
+    assert plain["sites"][0]["ties"] == {"32": [400, 1600], "64": [400, 1600]}
+    assert Path("a.html").read_text().startswith("<!DOCTYPE html>")
+    largest = plain["largest"]
+    assert largest > 1e-3
+    assert run(*small, "--fail-above", repr(largest)) == 0
+    assert run(*small, "--fail-above", repr(math.nextafter(largest, 0)), "--json", "b.json") == 3
+    assert "exceeds --fail-above" in capsys.readouterr().err
+    assert json.loads(Path("b.json").read_text()) == plain  # written all the same, and the same numbers
+    assert run("own_models:instance", *small[1:], "--eval") == 0
+    assert sorted(p.name for p in own.iterdir() if p.is_file()) == ["a.html", "a.json", "b.json", "own_models.py"]
+
+
+def test_named_model_on_the_sample(capsys):
+    assert run("paper/lenet5", "--data", "FashionMNISTSample", "--dtypes", "32", "--batches", "2") == 0
+    out = capsys.readouterr().out
+    assert "2 batches of 4 x 1 x 28 x 28, FashionMNISTSample" in out
+    assert re.search(r"^pool1 +max_pool +\d+(\.\d+)? %$", out, re.MULTILINE)
+
+
+def test_folder_of_images(own, capsys):
+    rng = np.random.default_rng(0)
+    for name in ("tree/cat/1.png", "tree/cat/2.jpg", "tree/dog/3.png", "tree/dog/4.JPEG", "flat/1.png", "flat/2.png"):
+        path = own / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(path)
+    few = ["--dtypes", "32", "--image_size", "16"]
+    assert run("own_models:build", "--data", "tree", *few, "--json", "a.json") == 0
+    plain = json.loads((own / "a.json").read_text())
+    assert plain["data"] == "4 images of tree, 2 classes"
+    assert plain["shape"] == [4, 3, 16, 16]
+    assert run("own_models:build", "--data", "flat", "--batch_size", "2", *few) == 0
+    assert "2 images of flat, random labels" in capsys.readouterr().out
+    assert run("own_models:build", "--data", "flat", "--batch_size", "3", *few, "--html", "x.html") == 1
+    assert "2 images in it, 3 needed" in capsys.readouterr().err
+    assert run("own_models:gray", "--data", "flat", "--batch_size", "2", *few) == 1
+    assert "takes images of 1 channel, the data have 3" in capsys.readouterr().err
+    (own / "flat/1.png").write_bytes(b"no image")
+    assert run("own_models:build", "--data", "flat", "--batch_size", "2", *few, "--html", "x.html") == 1
+    assert "the image cannot be decoded" in capsys.readouterr().err
+    assert not (own / "x.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "says"),
+    [
+        (["timn/resnet18"], 2, ["no model 'timn/resnet18'", "did you mean timm/resnet18"]),
+        (["paper/lenet"], 2, ["no model 'paper/lenet'", "did you mean paper/lenet5"]),
+        (["resnet18"], 2, ["package.module:factory"]),
+        (["paper/lenet5", "--data", "MNSIT"], 2, ["no such folder or data set", "did you mean MNIST"]),
+        (["own_model:build"], 2, ["no module 'own_model'", "did you mean own_models:build"]),
+        (["own_models:biuld"], 2, ["has no 'biuld'", "did you mean own_models:build"]),
+        (["own_models:number"], 2, ["returns a int; an audit needs an nn.Module"]),
+        (["own_models:broken"], 1, ["own_models:broken() failed with KeyError: 'no weights'"]),
+        (["own_models:build", "--image_size", "1"], 1, ["runs in none of 16, bf16, 32, 64"]),
+        (["own_models:build", "--html", "missing/a.html"], 2, ["there is no folder missing"]),
+        (["own_models:build", "--json", "."], 2, ["--json takes a file"]),
+        (["own_models:build", "--json", "a", "--html", "a"], 2, ["name one file"]),
+        (["own_models:build", "--device", "cuda:99"], 2, ["--device cuda:99 cannot be used here"]),
+    ],
+)
+def test_wrong_calls_of_the_command(own, capsys, args, status, says):
+    assert run(*args) == status
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    for text in ("nslightning audit: error: ", *says):
+        assert text in captured.err
+    assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ([], "the following arguments are required: MODEL"),
+        (["paper/lenet5", "--bach_size", "3"], "did you mean '--batch_size'"),
+        (["paper/lenet5", "--batch_size", "0"], "'0' is not a whole number of at least 1"),
+        (["paper/lenet5", "--dtypes", "fp16"], "invalid choice: 'fp16'"),
+        (["paper/lenet5", "--fail-above", "nan"], "'nan' is not a number of at least 0"),
+    ],
+)
+def test_options_that_are_not_understood(capsys, args, says):
+    with pytest.raises(SystemExit) as stop:
+        run(*args)
+    assert stop.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+def test_nothing_half_written_stays(own, capsys, monkeypatch):
+    def full(self, target):
+        raise OSError("no space left on device")
+
+    (own / "a.json").write_text("before")
+    monkeypatch.setattr(Path, "replace", full)
+    assert run("own_models:build", "--image_size", "12", "--dtypes", "32", "--json", "a.json") == 1
+    assert "no space left on device" in capsys.readouterr().err
+    assert (own / "a.json").read_text() == "before"
+    assert sorted(p.name for p in own.iterdir() if p.is_file()) == ["a.json", "own_models.py"]
+
+
+def test_help_is_quick_and_documents_the_statuses():
+    code = (
+        "import sys\nfrom nslightning.cli import main\ntry:\n    main(['audit', '--help'])\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'lightning', 'timm', 'torchvision', 'matplotlib', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "--fail-above" in shown
+    assert "exit status: 0 done; 1" in shown
+    assert "3 a relative divergence exceeds --fail-above" in shown
