@@ -213,6 +213,18 @@ def test_training_is_bit_identical(precision, in_use, options, tmp_path):
     assert bool(without["own streams"][0]) == (in_use == "random")
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_training_is_bit_identical_while_differences_are_propagated(precision, tmp_path):
+    own = Jacobians(relu=0.5, max_pool="minimal")
+    without = state_after(tmp_path, precision=precision, jacobians=own, **OPTIONS["accumulate, clip"])
+    watching = GradientDivergence(CHOICES, 1, method="propagate")
+    with_ = state_after(tmp_path, watching, precision=precision, jacobians=own, **OPTIONS["accumulate, clip"])
+    for what in without:
+        assert equal(without[what], with_[what]), what
+    rows = read(tmp_path)
+    assert (rows[rows["parameter"] == ""]["l1"] > 0).any()
+
+
 def test_the_comparison_sees_a_disturbance(tmp_path, monkeypatch):
     """What the callback guards against happens when it does not."""
     monkeypatch.setattr(divergence_module, "undisturbed", lambda *_: nullcontext())
@@ -291,9 +303,11 @@ def norms_by_hand(other, own):
     [{}, {"accumulate_grad_batches": 3}, {"gradient_clip_val": 1e-3}, {"max_epochs": 2}],
     ids=["plain", "accumulated", "clipped", "two epochs"],
 )
-def test_values_are_those_of_separate_models(options, tmp_path):
+@pytest.mark.parametrize("method", ["subtract", "propagate"])
+def test_values_are_those_of_separate_models(options, method, tmp_path):
     module = Module(Plain, Jacobians(relu=0.25, max_pool=0.5))
-    trainer(tmp_path, GradientDivergence(CHOICES, 2), precision="64-true", **options).fit(module, data())
+    callback = GradientDivergence(CHOICES, 2, method=method)
+    trainer(tmp_path, callback, precision="64-true", **options).fit(module, data())
     rows = read(tmp_path)
     every = 2 * options.get("accumulate_grad_batches", 1)
     measured = module.noted[::every]
@@ -476,6 +490,12 @@ def compiled():
         (lambda: GradientDivergence(CHOICES), unpatched, r"patch\(model, Jacobians\(\)\)"),
         (lambda: TieMonitor(), unpatched, r"patch\(model, Jacobians\(\)\)"),
         (lambda: GradientDivergence(CHOICES), lambda: Manual(Plain), "manual optimization"),
+        (lambda: GradientDivergence(CHOICES, method="propagate"), compiled, "not for compiled models"),
+        (
+            lambda: GradientDivergence(CHOICES, method="propagate"),
+            lambda: Module(Plain, Jacobians(max_pool="random")),
+            'nor the "random" choice',
+        ),
         (lambda: TieMonitor(), compiled, "model.compile=false"),
         (lambda: TieMonitor(), lambda: torch.compile(Module(Plain), backend="eager"), "model.compile=false"),
     ],

@@ -1,7 +1,7 @@
 """Measuring what a Jacobian choice changes, without Lightning."""
 
 from nslightning.probes.cost import cost_ratio, cost_scaling
-from nslightning.probes.divergence import NORMS, Divergence, divergence, measure
+from nslightning.probes.divergence import NORMS, Divergence, divergence, measure, measure_difference
 from nslightning.probes.gradients import gradients
 from nslightning.probes.propagation import differences
 from nslightning.probes.ties import Ties, counting, ties
@@ -17,5 +17,6 @@ __all__ = [
     "divergence",
     "gradients",
     "measure",
+    "measure_difference",
     "ties",
 ]

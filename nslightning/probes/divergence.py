@@ -14,7 +14,7 @@ from nslightning.jacobians import Jacobians
 from nslightning.probes.gradients import gradients
 from nslightning.probes.propagation import differences
 
-__all__ = ["NORMS", "Divergence", "divergence", "measure"]
+__all__ = ["NORMS", "Divergence", "divergence", "measure", "measure_difference"]
 
 NORMS = ("l1", "l2", "linf", "relative", "cosine")
 
@@ -90,10 +90,7 @@ def divergence(
         raise ValueError("divergence takes at least one choice, such as {'relu1': Jacobians(relu=1.0)}")
     if method == "propagate":
         base, changes = differences(loss, model, choices, reference, retain_graph=retain_graph)
-        return {
-            name: _divergences({n: _sums(d[n].double() + base[n].double(), base[n], d[n]) for n in base})
-            for name, d in changes.items()
-        }
+        return {name: measure_difference(change, base) for name, change in changes.items()}
     (base,) = gradients(loss, model, {"": reference}, retain_graph=True).values()
     found = {}
     for i, (name, jacobians) in enumerate(choices.items()):  # one at a time: two sets of gradients in memory
@@ -128,6 +125,24 @@ def measure(choice: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Di
         if choice[name].shape != b.shape:
             raise ValueError(f"gradients of {name} have shapes {tuple(choice[name].shape)} and {tuple(b.shape)}")
     return _divergences({name: _sums(choice[name], b) for name, b in reference.items()})
+
+
+def measure_difference(difference: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Divergence:
+    """The divergence of two sets of gradients of which one and the difference are known.
+
+    Args:
+        difference: What the choice adds to the reference's gradients, by parameter name.
+        reference: Gradients of the same names and shapes.
+
+    Returns:
+        The divergence in total and per parameter.
+
+    Example:
+        >>> measure_difference({"w": torch.tensor([1e-30])}, {"w": torch.ones(1)}).linf
+        1.0000000031710769e-30
+    """
+    sums = {n: _sums(difference[n].double() + g.double(), g, difference[n]) for n, g in reference.items()}
+    return _divergences(sums)
 
 
 def _divergences(sums: Mapping[str, Tensor]) -> Divergence:
