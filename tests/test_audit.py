@@ -137,8 +137,7 @@ def test_divergence_is_the_subtraction_in_float64(batches):
     by_choice = {s.choice: s.relative for s in found.spreads}
     assert by_choice["jax"] == by_choice["tensorflow"] == 0
     assert by_choice["alpha=1"] > 1e-3
-    assert by_choice["beta=10"] == pytest.approx(10 * by_choice["beta=minimal"], rel=1e-9)
-    assert by_choice["beta=10"] > 1e-3
+    assert by_choice["beta=10"] > by_choice["beta=minimal"] > 1e-3
 
 
 def test_alpha_1_is_a_relu_written_by_hand(few):
@@ -189,7 +188,7 @@ def test_advice_tells_the_ties_of_rounding_from_those_of_the_network(few):
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64, 3))
     found = audit(net, [(images, few[0][1])], dtypes=["bf16", "64"])
     assert [verdict(found, d) for d in ("bf16", "64")] == ["matters", "no ties"]
-    assert "rounding makes these ties" in "\n".join(found.advice)
+    assert "rounding makes the ones that do" in "\n".join(found.advice)
     found = audit(Relu(tie=True), few, dtypes=["bf16", "64"])
     assert "the network or the data makes ties" in "\n".join(found.advice)
 
@@ -343,6 +342,10 @@ def build(channels=3):
 def gray(): return build(1)
 def broken(): raise KeyError("no weights")
 def number(): return 3
+class Asserts(nn.Linear):
+    def forward(self, x):
+        raise AssertionError("wrong size")
+def asserts(): return Asserts(1, 2)
 instance = build()
 """
 
@@ -350,6 +353,7 @@ instance = build()
 @pytest.fixture
 def own(tmp_path, monkeypatch):
     (tmp_path / "own_models.py").write_text(MODELS)
+    (tmp_path / "bad_syntax.py").write_text("def build(:")
     monkeypatch.delitem(sys.modules, "own_models", raising=False)
     path = list(sys.path)
     yield tmp_path
@@ -376,7 +380,13 @@ def test_own_model_files_and_fail_above(own, capsys):
     assert "exceeds --fail-above" in capsys.readouterr().err
     assert json.loads(Path("b.json").read_text()) == plain  # written all the same, and the same numbers
     assert run("own_models:instance", *small[1:], "--eval") == 0
-    assert sorted(p.name for p in own.iterdir() if p.is_file()) == ["a.html", "a.json", "b.json", "own_models.py"]
+    assert sorted(p.name for p in own.iterdir() if p.is_file()) == [
+        "a.html",
+        "a.json",
+        "b.json",
+        "bad_syntax.py",
+        "own_models.py",
+    ]
 
 
 def test_named_model_on_the_sample(capsys):
@@ -420,6 +430,10 @@ def test_folder_of_images(own, capsys):
         (["own_models:biuld"], 2, ["has no 'biuld'", "did you mean own_models:build"]),
         (["own_models:number"], 2, ["returns a int; an audit needs an nn.Module"]),
         (["own_models:broken"], 1, ["own_models:broken() failed with KeyError: 'no weights'"]),
+        ([".own_models:build"], 2, ["not of the form package.module:factory"]),
+        (["own_models:"], 2, ["not of the form package.module:factory"]),
+        (["bad_syntax:build"], 1, ["importing bad_syntax failed with SyntaxError"]),
+        (["own_models:asserts"], 1, ["runs in none of 16, bf16, 32, 64: AssertionError: wrong size"]),
         (["own_models:build", "--image_size", "1"], 1, ["runs in none of 16, bf16, 32, 64"]),
         (["own_models:build", "--html", "missing/a.html"], 2, ["there is no folder missing"]),
         (["own_models:build", "--json", "."], 2, ["--json takes a file"]),
@@ -462,7 +476,7 @@ def test_nothing_half_written_stays(own, capsys, monkeypatch):
     assert run("own_models:build", "--image_size", "12", "--dtypes", "32", "--json", "a.json") == 1
     assert "no space left on device" in capsys.readouterr().err
     assert (own / "a.json").read_text() == "before"
-    assert sorted(p.name for p in own.iterdir() if p.is_file()) == ["a.json", "own_models.py"]
+    assert sorted(p.name for p in own.iterdir() if p.is_file()) == ["a.json", "bad_syntax.py", "own_models.py"]
 
 
 def test_help_is_quick_and_documents_the_statuses():

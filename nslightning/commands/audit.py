@@ -237,6 +237,8 @@ def _own_model(name: str, seed: int) -> nn.Module:
     from torch import nn
 
     where, _, attribute = name.partition(":")
+    if not all(part.isidentifier() for part in (*where.split("."), attribute)):
+        raise CallError(f"{name!r} is not of the form package.module:factory")
     here = str(Path.cwd())
     sys.path.insert(0, here)
     try:
@@ -250,9 +252,9 @@ def _own_model(name: str, seed: int) -> nn.Module:
             near = difflib.get_close_matches(where, files, 1)
             hint = f"; did you mean {near[0]}:{attribute}?" if near else ""
             raise CallError(f"there is no module {missing!r} in {here} or installed{hint}") from error
-        except (ValueError, TypeError) as error:  # a name such as `.module`, or an empty one
-            raise CallError(f"{name!r} is not package.module:factory ({error})") from error
-        if not attribute or not hasattr(module, attribute):
+        except Exception as error:  # of the user's code
+            raise RuntimeError(f"importing {where} failed with {type(error).__name__}: {error}") from error
+        if not hasattr(module, attribute):
             public = [n for n, v in vars(module).items() if not n.startswith("_") and (callable(v))]
             near = difflib.get_close_matches(attribute, public, 1)
             hint = f"; did you mean {where}:{near[0]}?" if near else ""

@@ -255,7 +255,7 @@ def audit(
                     warnings.simplefilter("ignore", PatchWarning)  # nothing to patch: the advice says it
                     report = patch(network, Jacobians(), seed=seed)
                     counts, found, floor = _measure(network, batches, DTYPES[dtype], choices, seed)
-            except (RuntimeError, NotImplementedError, TypeError) as error:
+            except (RuntimeError, TypeError, AssertionError, AttributeError, LookupError) as error:  # of its forward
                 failed[dtype] = error
                 continue
             reports[dtype], ties[dtype], noise[dtype] = report, counts, floor
@@ -366,7 +366,9 @@ def _badness(value: float) -> float:
 
 
 def _line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split())
+    if not isinstance(error, RuntimeError) or not text:
+        text = f"{type(error).__name__}: {text}".removesuffix(": ")
     return text if len(text) <= 300 else f"{text[:300]} ..."
 
 
@@ -417,20 +419,26 @@ def verdict(found: Audit, dtype: str) -> str:
     return "matters" if largest > _visible(found, dtype) else "rounding" if largest else "dead ties"
 
 
-# What to change where ties of an operation matter.
+# What to change where ties of an operation matter: made by the network or the data, or by rounding.
 _REMEDY = {
     "max_pool": (
-        "Windows tie where their largest entries are equal: on constant parts of an image, after a ReLU (all 0), and "
-        "because low precision rounds them to one value. Compute what is pooled in float32, use a strided convolution "
-        "or average pooling, or fix the choice: patch(model, Jacobians(max_pool='minimal')), the element of least norm"
+        "Windows tie where their largest entries are equal: on constant parts of an image, on the zeros behind a ReLU, "
+        "behind constant channels. Use a strided convolution or average pooling, or fix the choice and record it: "
+        "patch(model, Jacobians(max_pool='minimal')) takes the element of least norm."
     ),
     "relu": (
         "A ReLU meets exact zeros behind dead channels, another ReLU, a batch norm whose weight and bias are 0 "
         "(residual branches often start so, and leave it in the first steps: audit trained weights too), zero padding, "
-        "and underflow. Look at these layers' weights, keep alpha = 0 (stock) and record it; SiLU or GELU have no ties"
+        "and underflow. Look at these layers' weights, keep alpha = 0 (stock) and record it; SiLU or GELU have no ties."
     ),
 }
 _REMEDY["relu6"] = _REMEDY["relu"].replace("A ReLU meets exact zeros", "A ReLU6 meets its kinks 0 and 6")
+_PRECISION = {
+    "max_pool": "Compute what is pooled in float32, use average pooling, or fix the choice and record it: "
+    "patch(model, Jacobians(max_pool='minimal')) takes the element of least norm.",
+    "relu": "Compute what enters these sites in float32, or keep alpha = 0 (stock) and record it.",
+}
+_PRECISION["relu6"] = _PRECISION["relu"]
 
 
 def _advice(found: Audit) -> list[str]:
@@ -506,9 +514,10 @@ def _matters(found: Audit, dtypes: list[str]) -> list[str]:
         lines.append(
             f"{' and '.join(operations)}: the choice matters in {', '.join(where)}. {worst.choice} changes the "
             f"gradient by {worst.relative:.2g} of its norm in {worst.dtype} (rounding: {rounding(worst.dtype):.1e}), "
-            f"most in {layer} ({percent(share)} of the squared difference). {_places(found, operations, where)}"
+            f"most in {layer} ({100 * share:.1f} % of the squared difference). {_places(found, operations, where)}"
         )
-        lines[-1] += "".join(f" {_REMEDY[o]}." for o in operations if o in _REMEDY)
+        remedies = _PRECISION if "64" in found.dtypes and "64" not in where else _REMEDY
+        lines[-1] += "".join(f" {remedies[o]}" for o in operations if o in remedies)
         if presets := [name for name in ("jax", "tensorflow") if any(s.choice == name for s in spreads)]:
             lines[-1] += (
                 f" {' and '.join(presets)} choose otherwise: a port there gets other gradients, which "
@@ -528,9 +537,9 @@ def _places(found: Audit, operations: Sequence[str], dtypes: Sequence[str]) -> s
     text = f"Its ties are at {', '.join(shown)}{more}."
     if "64" not in found.dtypes or dtypes == ["64"]:
         return text
+    if "64" not in dtypes:
+        return f"{text} In 64 none of its ties matters: rounding makes the ones that do."
     lasting = sum(site.fraction("64") > 0 for site in sites)
-    if not lasting:
-        return f"{text} None of them ties in 64: rounding makes these ties."
     every = "They tie" if lasting == len(sites) else f"{lasting} of the {len(sites)} tie"
     return f"{text} {every} in 64 as well: there the network or the data makes ties, not rounding alone."
 

@@ -61,7 +61,7 @@ def _where(spreads: Sequence[Spread], count: int) -> str:
     """The layers of the dtype in which the choice matters most, in units of its rounding."""
     worst = max(spreads, key=lambda s: s.relative / rounding(s.dtype) if math.isfinite(s.relative) else math.inf)
     shown = [(name, share) for name, share in worst.layers.items() if share >= 1e-3][:count]
-    layers = ", ".join(f"{name} {percent(share)}" for name, share in shown)
+    layers = ", ".join(f"{name} {100 * share:.1f} %" for name, share in shown)
     return f"{layers} ({worst.dtype})" if layers else ""
 
 
@@ -147,7 +147,7 @@ def page(found: Audit) -> str:
             "its gradient would move under another pick.</p>",
             _verdicts(found),
             '<div class="advice">',
-            *(f"<p>{escape(line)}</p>" for line in found.advice),
+            *(_paragraph(line) for line in found.advice),
             "</div>",
             "<h2>How far the gradient moves</h2>",
             '<p class="quiet">Relative L2 distance to the gradient of stock PyTorch\'s choice, the largest of the '
@@ -177,6 +177,12 @@ def page(found: Audit) -> str:
             "</body></html>\n",
         ]
     )
+
+
+def _paragraph(text: str) -> str:
+    """A paragraph, its first sentence set off where others follow."""
+    first, stop, rest = text.partition(". ")
+    return f"<p><b>{escape(first)}.</b> {escape(rest)}</p>" if stop else f"<p>{escape(text)}</p>"
 
 
 def _verdicts(found: Audit) -> str:
