@@ -141,6 +141,15 @@ def test_a_wrong_gradient_is_seen(monkeypatch):
     assert (row["forward"], row["gradients"]) == ("equal", "DIFFERS")
 
 
+def test_a_model_that_fails_once_patched_says_so(monkeypatch):
+    def broken(*args, **kwargs):
+        raise ValueError("not this one")
+
+    monkeypatch.setattr(zoo, "patch", broken)
+    error = zoo.run("f", "net", lambda: Net(nn.ReLU()), 8, 30)["error"]
+    assert error == "RuntimeError: fails once patched: not this one"
+
+
 def test_sizes_limit_and_failures_become_rows(monkeypatch):
     row = zoo.run("f", "pool", lambda: Net(nn.MaxPool2d(70)), 96, 30)
     assert row["input"] == 96  # 64 is too small for it
