@@ -250,6 +250,22 @@ def test_model_and_random_state_are_left_untouched(batches):
     assert audit(net, batches, dtypes=["32"], training=False).spreads != first.spreads[len(CHOICES) :]
 
 
+def test_buffers_are_put_back_before_each_batch(few):
+    class Counting(Relu):
+        def __init__(self):
+            super().__init__(tie=True)
+            self.register_buffer("calls", torch.ones(()))
+
+        def forward(self, x):
+            self.calls.mul_(2)
+            return super().forward(x) * float(self.calls)
+
+    net = Counting()
+    first, again = audit(net, few * 2, dtypes=["64"], choices={"alpha=1": CHOICES["alpha=1"]}).spreads[0].per_batch
+    assert first == again > 0
+    assert net.calls == 1
+
+
 def test_a_dtype_that_cannot_be_run_is_said(few):
     class NoHalf(Relu):
         def forward(self, x):
@@ -306,7 +322,7 @@ def test_table_is_aligned_and_says_what_it_leaves_out(few):
     layers = [nn.Conv2d(3, 3, 1), *(nn.ReLU() for _ in range(25)), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     found = audit(nn.Sequential(*layers), few, dtypes=["32", "64"])
     text = table(found)
-    assert "25 sites: 20 tied, 4 more tied (--json and --html list all), 1 without a tie" in text
+    assert "25 sites: 24 tied (20 shown; --json and --html list all), 1 without a tie" in text
     lines = text.splitlines()
     start = lines.index("Ties, as a share of evaluations") + 1
     assert len({len(line) for line in lines[start : start + 22]}) == 1

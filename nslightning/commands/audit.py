@@ -83,7 +83,9 @@ def _parser(prog: str) -> _Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", help="timm/NAME, torchvision/NAME, paper/NAME, or package.module:factory of your own")
+    add("model", metavar="MODEL",
+        help="timm/NAME, torchvision/NAME or paper/NAME, freshly initialised; or package.module:factory of your own, "
+        "with the weights it has")  # fmt: skip
     add("--data", default="synthetic", metavar="DATA",
         help="synthetic (standard normal images, random labels), a folder of images, or a data set such as MNIST or "
         "FashionMNISTSample (default: synthetic)")  # fmt: skip

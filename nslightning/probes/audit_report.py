@@ -67,13 +67,11 @@ def _where(spreads: Sequence[Spread], count: int) -> str:
 
 def _rest(found: Audit, shown: int) -> str:
     unreached = sum(site.how == "unreached" for site in found.sites)
-    hidden = len(found.tied_sites) - shown
-    untied = len(found.sites) - unreached - len(found.tied_sites)
-    parts = [f"{hidden} more tied (--json and --html list all)"] if hidden else []
-    parts += [f"{untied} without a tie"] if untied else []
-    parts += [f"{unreached} not measured"] if unreached else []
-    counted = "1 site" if len(found.sites) == 1 else f"{len(found.sites)} sites"
-    return f"{counted}: {', '.join([f'{shown} tied'] * bool(shown) + parts) or 'nothing to measure'}"
+    tied = len(found.tied_sites)
+    untied = len(found.sites) - unreached - tied
+    part = f"{tied} tied" + (f" ({shown} shown; --json and --html list all)" if shown < tied else "")
+    parts = [part] + [f"{untied} without a tie"] * (untied > 0) + [f"{unreached} not measured"] * (unreached > 0)
+    return f"{len(found.sites)} site{'s' * (len(found.sites) != 1)}: {', '.join(parts)}"
 
 
 def _share(fraction: float) -> str:
@@ -119,7 +117,8 @@ p { margin: .4rem 0; } .quiet { color: #5b6875; } code { font-size: .92em; }
 table { border-collapse: collapse; margin: .6rem 0; font-variant-numeric: tabular-nums; }
 th, td { padding: .28rem .8rem; text-align: right; border-bottom: 1px solid #e3e8ed; white-space: nowrap; }
 th { border-bottom: 2px solid #b9c3cd; } tr.aside td { color: #5b6875; font-style: italic; }
-.l { text-align: left; } td.zero { color: #9aa5b0; } td.hot { background: #fbe5d6; font-weight: 600; }
+.l { text-align: left; } td.l:last-child { white-space: normal; }
+td.zero { color: #9aa5b0; } td.hot { background: #fbe5d6; font-weight: 600; }
 svg { max-width: 100%; height: auto; } svg text { font: 12px system-ui, "Segoe UI", Helvetica, Arial, sans-serif; }
 summary { cursor: pointer; color: #0072b2; margin: .6rem 0; }
 """
