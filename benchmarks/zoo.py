@@ -280,6 +280,7 @@ def total(rows: list[dict[str, str]], column: str) -> Counter[str]:
 
 def page(rows: list[dict[str, str]]) -> str:
     """The table as Markdown, totals first."""
+    rows = sorted(rows, key=lambda r: (r["family"] != "torchvision", r["family"], r["model"]))
     ran = [row for row in rows if not row["error"]]
     lines = [
         "# The zoo",
@@ -309,8 +310,10 @@ def page(rows: list[dict[str, str]]) -> str:
     lines += [
         "",
         "*Functional* is sites, and their calls where these are more. *Moved* is the number of parameter tensors",
-        "whose gradient another choice changes, of those whose gradient is not zero: the reference's equal bits were",
-        "met at real ties there. Calls of operations left to PyTorch are those of one forward.",
+        "whose gradient another choice changes, of those whose gradient is not zero: where it is not 0, the reference's",
+        "equal bits were met at real ties. Calls of operations left to PyTorch are those of one forward. Each model gets",
+        "the first image size of 64, 96, 128 and its own that it takes. What runs in training mode only (auxiliary",
+        "heads, dropout) is not measured.",
         "",
         "| model | family | M param. | input | modules | functional | left to PyTorch | not reported | forward | "
         "gradients | moved |",
