@@ -81,7 +81,8 @@ class _MaxPool2d(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, ctx.selection, *ctx.geometry = inputs
-        ctx.save_for_backward(x, *output)
+        # As stock, not the output, which the next layer may overwrite: it is read from the input where it is needed.
+        ctx.save_for_backward(x, output[1])
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
 
@@ -89,9 +90,9 @@ class _MaxPool2d(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if g is None:
             return (None,) * 7
-        x, output, indices = ctx.saved_tensors
+        x, indices = ctx.saved_tensors
         selection = ctx.selection
-        vjp = partial(_share, x, output, indices, g, geometry=ctx.geometry)
+        vjp = partial(_share, x, indices, g, geometry=ctx.geometry)
         if not torch.compiler.is_compiling() and selection.recorder is not None:
             selection.recorder(ctx, vjp)
         return (vjp(selection), *(None,) * 6)
@@ -99,7 +100,6 @@ class _MaxPool2d(torch.autograd.Function):
 
 def _share(
     x: Tensor,
-    output: Tensor,
     indices: Tensor,
     g: Tensor,
     selection: Selection,
@@ -118,6 +118,7 @@ def _share(
     random = not compiled and selection.jacobians.max_pool == "random"
     if not compiled and not random and selection.pool_weights() == (0.0, 1.0, 0.0, 0.0):
         return native(g)
+    output = _maxima(x, indices)
     windows = _Windows(x, output, kernel, stride, padding, dilation)
     count = windows.count(output)
     tied = count > 1
@@ -178,18 +179,32 @@ def _add_up(
 
 def _overwrite(windows: _Windows, x: Tensor, indices: Tensor, g_target: Tensor, g_rest: Tensor) -> Tensor:
     """Windows without common entries: write every tied entry's share, then the target's over it."""
-    nhwc = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    layout = torch.channels_last if nhwc else torch.contiguous_format
-    gradient = torch.zeros_like(x, memory_format=layout)
+    nhwc = _channels_last(x)
+    gradient = torch.zeros_like(x, memory_format=torch.channels_last if nhwc else torch.contiguous_format)
     zero = gradient.new_zeros(())
     for (entry, window), reached in zip(windows.positions, windows.reached, strict=True):
         gradient[entry] = torch.where(reached, g_rest[window], zero)
-
-    def planes(t: Tensor) -> Tensor:  # each channel's plane as one dimension, without a copy of the gradient
-        return t.permute(0, 2, 3, 1).flatten(1, 2) if nhwc else t.flatten(-2)
-
-    planes(gradient).scatter_(1 if nhwc else -1, planes(indices), planes(g_target))
+    _planes(gradient, nhwc).scatter_(1 if nhwc else -1, _planes(indices, nhwc), _planes(g_target, nhwc))
     return gradient
+
+
+def _maxima(x: Tensor, indices: Tensor) -> Tensor:
+    """The output once more, from the input."""
+    nhwc = _channels_last(x)
+    flat = _planes(x, nhwc).gather(1 if nhwc else -1, _planes(indices, nhwc))
+    if not nhwc:
+        return flat.view(indices.shape)
+    n, c, h, w = indices.shape
+    return flat.view(n, h, w, c).permute(0, 3, 1, 2)
+
+
+def _channels_last(x: Tensor) -> bool:
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def _planes(t: Tensor, nhwc: bool) -> Tensor:
+    """Each channel's plane as one dimension, without a copy where the layout is this one."""
+    return t.permute(0, 2, 3, 1).flatten(1, 2) if nhwc else t.flatten(-2)
 
 
 def pool2d(
