@@ -330,7 +330,7 @@ def test_compiled_gradients_follow_the_choice():
     torch.manual_seed(0)
     eager, compiled = tiny(), tiny(compile=True)
     compiled.load_state_dict(eager.state_dict())
-    compiled.setup("fit")
+    compiled.network.compile()  # as `setup` does under a trainer
     for model in (eager, compiled):
         with torch.no_grad():
             model.network.transformer.h[0].mlp.c_fc.weight.zero_()
