@@ -8,11 +8,12 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from lightning.pytorch import Callback, Trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from nslightning import Jacobians, PatchWarning
+from nslightning import Jacobians, PatchWarning, configs
 from nslightning.cli import main
 from nslightning.models import ImageClassifier
 
@@ -286,7 +287,8 @@ def test_checkpoint_of_the_command_line():
     assert all(torch.equal(v, content["state_dict"][k]) for k, v in loaded.state_dict().items())
     made = loaded.configure_optimizers()
     assert made["optimizer"].param_groups[0]["weight_decay"] == 0.0005
-    assert made["lr_scheduler"]["scheduler"].T_max == 8
+    given = yaml.safe_load(configs.path("quickstart").read_text())["model"]["lr_scheduler"]
+    assert made["lr_scheduler"]["scheduler"].T_max == given["init_args"]["T_max"]
 
 
 def test_checkpoint_without_a_choice():
