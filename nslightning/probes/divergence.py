@@ -66,8 +66,9 @@ def divergence(
         choices: The choices by name.
         reference: The choice to compare with; stock PyTorch's by default.
         method: ``"subtract"`` takes both gradients and subtracts them, which leaves rounding where they agree.
-            ``"propagate"`` carries the difference itself down from the ties (:func:`differences`): no noise, exact
-            zeros, and a cost that is that of the graph below the ties; not for compiled models.
+            ``"propagate"`` carries the difference itself down from the ties (:func:`differences`): exact zeros where no
+            tie matters, elsewhere the rounding of the difference's own terms only, and the cost of the graph below the
+            ties; not for compiled models.
         retain_graph: Keep the graph after the last backward.
 
     Returns:
