@@ -61,7 +61,7 @@ class GradientDivergence(Callback):
         per_layer: Also record every parameter's divergence.
         method: ``"subtract"`` compares whole gradients: what rounding makes of another order of summation counts too.
             ``"propagate"`` carries the difference itself down from the ties
-            (:func:`nslightning.probes.differences`): exact zeros where no tie matters, and elsewhere the rounding of the
+            (:func:`nslightning.probes.differences`): exact zeros where no tie matters, elsewhere the rounding of the
             difference's own terms, not of the gradients; for one more backward pass per measurement and less for each
             choice. Not for compiled models, nor with ``"random"`` in use.
 
