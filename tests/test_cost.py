@@ -551,7 +551,8 @@ def test_command_over_widths_from_a_config(tmp_path):
 )
 def test_command_tells_what_is_wrong(arguments, message, capsys):
     Path("file").write_text("")
-    assert main([*TINY, "--output=out", *arguments]) == 1
+    status = 1 if arguments == ["--device=nowhere"] else 2  # torch's own refusal, or a mistaken call
+    assert main([*TINY, "--output=out", *arguments]) == status
     captured = capsys.readouterr()
     assert captured.err.startswith("nslightning cost: error: ")
     assert message in captured.err

@@ -341,7 +341,7 @@ def _module(given: argparse.Namespace) -> tuple[list[Batch], str, int | None]:
         near = difflib.get_close_matches(given.data, ["synthetic", *names], 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise CallError(
-            f"--data {given.data}: there is no such folder or data set{hint} Data sets: synthetic, {', '.join(names)}"
+            f"--data {given.data}: there is no such folder or data set{hint}. Data sets: synthetic, {', '.join(names)}"
         )
     source = getattr(data, given.data)(batch_size=given.batch_size, seed=given.seed, workers=0)
     source.prepare_data()

@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
         argv: The command line from the subcommand on.
 
     Returns:
-        0, or 1 after an error that was told on stderr.
+        0; 2 where the call is mistaken, 1 where the machine or the disk fails, both told on stderr.
 
     Raises:
         SystemExit: After ``--help`` (0) and for arguments that are not understood (2).
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
         cost(**given)
     except (ValueError, RuntimeError, OSError) as error:
         print(f"nslightning cost: error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ValueError) else 1  # a mistaken call, or a machine that cannot
     return 0
 
 
