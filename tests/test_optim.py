@@ -357,7 +357,7 @@ def parameters(dtype: torch.dtype = torch.float32, seed: int = 0) -> list[nn.Par
 def gradients_at(step: int, params: list[nn.Parameter]) -> None:
     generator = torch.Generator().manual_seed(1000 + step)
     for param in params:
-        param.grad = torch.randn(param.shape, generator=generator, dtype=torch.float64).to(param.dtype)
+        param.grad = torch.randn(param.shape, generator=generator, dtype=torch.float64).to(param)
 
 
 def run(build, steps: int = 20, dtype: torch.dtype = torch.float32, schedule: Schedule | None = None) -> list[Tensor]:
@@ -1085,3 +1085,26 @@ def test_fully_sharded_parameters(build, tmp_path) -> None:
         assert_equal(whole, [param.full_tensor().detach() for param in sharded.parameters()])
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("on_cuda", "foreach", "fused"),
+    [(True, None, True), (False, None, False), (True, True, False), (True, False, False)],
+)
+def test_fused_is_the_default_on_cuda_alone(monkeypatch, on_cuda, foreach, fused) -> None:
+    monkeypatch.setattr(nn.Parameter, "is_cuda", on_cuda, raising=False)
+    assert INNAprop(parameters(), foreach=foreach).param_groups[0]["fused"] is fused
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_the_default_path_follows_the_others() -> None:
+    default, plain = [[p.detach().cuda().requires_grad_() for p in parameters()] for _ in range(2)]
+    first, second = INNAprop(default), INNAprop(plain, foreach=False)
+    for step in range(5):
+        gradients_at(step, default)
+        gradients_at(step, plain)
+        first.step()
+        second.step()
+    for a, b in zip(default, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)

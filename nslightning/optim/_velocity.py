@@ -61,6 +61,9 @@ class VelocityForm(Optimizer):
         """
         _check({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if "fused" in group and group["fused"] is None:
+            group["fused"] = group["foreach"] is None and all(p.is_cuda for p in group["params"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state as `torch.optim.Optimizer` does, but keep float32 state of half-precision parameters.

@@ -69,7 +69,8 @@ class INNAprop(VelocityForm):
         foreach: Update all tensors of a device together (faster on accelerators) or one by one; None means
             together where torch's own optimizers do so. On a CPU both give the same bits.
         fused: Let torch's fused AdamW kernel do the part of the step that AdamW shares, which passes over the
-            memory fewer times. Last bits differ from the other paths'; `torch.compile` ignores it.
+            memory fewer times. Last bits differ from the other paths'; `torch.compile` ignores it. None: where all of
+            a group's parameters are on a CUDA device and `foreach` is not given; there the step waits for memory.
         capturable: Read nothing back from the device, so that a CUDA graph can capture the step. Numbers are
             then baked into the graph, tensors stay live. A tensor `alpha` or `beta` always keeps a velocity.
             Without `capturable`, tensor hyperparameters are read back at every step.
@@ -100,7 +101,7 @@ class INNAprop(VelocityForm):
         decay: Decay = "published",
         maximize: bool = False,
         foreach: bool | None = None,
-        fused: bool = False,
+        fused: bool | None = None,
         capturable: bool = False,
         differentiable: bool = False,
     ) -> None:
