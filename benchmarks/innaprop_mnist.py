@@ -74,7 +74,7 @@ def draw(rows: pd.DataFrame) -> None:
         for epoch in (1, 2):
             loss.axvline(epoch * STEPS, color="0.6", lw=0.6, zorder=0)
         accuracy.set(xlabel="epoch", ylabel="accuracy on 6,000 held-out images (%)", xticks=[1, 2, 3])
-        loss.legend(fontsize=8)
+        loss.legend(fontsize=8, frameon=True, framealpha=1, edgecolor="none")
         FIGURE.parent.mkdir(exist_ok=True)
         figure.savefig(FIGURE)
         plt.close(figure)
