@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nslightning.jacobians import Jacobians
+from nslightning.jacobians import NONSMOOTH, Jacobians
 
 __all__ = ["Selection", "data_dependent", "read_now"]
 
@@ -23,13 +23,6 @@ _POOL_WEIGHTS: dict[str, tuple[float, float, float, float]] = {
     "random": (0.0, 1.0, 0.0, 0.0),
     "sum": (0.0, 0.0, 1.0, 0.0),
 }
-
-
-# How many kinks a pointwise operation has.
-_KINKS = {
-    "relu": 1, "relu6": 2, "leaky_relu": 1, "hardtanh": 2, "hardswish": 2, "hardsigmoid": 2, "softshrink": 2,
-    "threshold": 1, "elu": 1, "selu": 1, "abs": 1,
-}  # fmt: skip
 
 
 @torch.library.custom_op("nslightning::read_now", mutates_args=())
@@ -82,7 +75,11 @@ class Selection:
         self._generators: dict[torch.device, torch.Generator] = {}
         # float64 0-d and 1-d CPU tensors never promote the gradients they multiply.
         self.published = torch.zeros((), dtype=torch.bool)
-        self.kinks = {name: torch.zeros(n, dtype=torch.float64) for name, n in _KINKS.items()}
+        self.kinks = {
+            name: torch.zeros(len(op.kinks), dtype=torch.float64)
+            for name, op in NONSMOOTH.items()
+            if "native" not in op.names  # those share a gradient over several entries
+        }
         self.pool = torch.zeros(4, dtype=torch.float64)
         self.set(jacobians)
 
@@ -98,7 +95,7 @@ class Selection:
         self.published.data.fill_(jacobians.rule == "published")
         for name, values in self.kinks.items():
             for i, value in enumerate(self.at_kinks(name)):
-                values.data[i] = float("nan") if value is None else value  # NaN stands for the reference
+                values.data[i] = value if isinstance(value, float) else float("nan")  # NaN stands for the reference
         self.pool.data.copy_(torch.tensor(self.pool_weights(), dtype=torch.float64))
 
     def at_kinks(self, operation: str) -> tuple[float | None, ...]:
