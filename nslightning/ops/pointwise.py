@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nslightning.jacobians import Jacobians, Rule
 from nslightning.ops.selection import Selection, data_dependent, read_now
+from nslightning.ops.tie_bits import TieBits, find_ties, mask_of, overwrite, storage_order
 
 __all__ = [
     "POINTWISE",
@@ -181,6 +182,7 @@ class _Kinked(torch.autograd.Function):
         selection: Selection,
         inplace: bool,
         parameters: tuple[float, ...],
+        order: tuple[int, ...] | None,
         *ties: Tensor,
     ) -> Tensor:
         if inplace:
@@ -190,58 +192,67 @@ class _Kinked(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, operation, selection, inplace, parameters, *ties = inputs
-        ctx.operation, ctx.selection, ctx.parameters = operation, selection, parameters
+        x, ctx.operation, ctx.selection, inplace, ctx.parameters, ctx.order, *ties = inputs
         if inplace:
             ctx.mark_dirty(x)
-        ctx.save_for_backward(output if inplace or POINTWISE[operation].saves == "output" else x, *ties)
+        ctx.save_for_backward(output if inplace or POINTWISE[ctx.operation].saves == "output" else x, *ties)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         saved, *ties = ctx.saved_tensors
-        selection, parameters = ctx.selection, ctx.parameters
-        vjp = partial(_vjp, POINTWISE[ctx.operation], parameters, saved, ties, g)
+        selection = ctx.selection
+        vjp = partial(_vjp, POINTWISE[ctx.operation], ctx.parameters, ctx.order, saved, ties, g)
         if not torch.compiler.is_compiling() and selection.recorder is not None:
             selection.recorder(ctx, vjp)
-        return (vjp(selection), None, None, None, None, *(None for _ in ties))
+        return (vjp(selection), None, None, None, None, None, *(None for _ in ties))
 
 
 def _vjp(
-    op: Pointwise, parameters: tuple[float, ...], saved: Tensor, ties: list[Tensor], g: Tensor, selection: Selection
+    op: Pointwise,
+    parameters: tuple[float, ...],
+    order: tuple[int, ...] | None,
+    saved: Tensor,
+    ties: list[Tensor],
+    g: Tensor,
+    selection: Selection,
 ) -> Tensor:
-    """The gradient with respect to the input under a selection."""
+    """The gradient with respect to the input under a selection.
+
+    ``ties`` holds a mask per kink where ``order`` is None, else the two tensors of a :class:`TieBits`.
+    """
     gradient = op.backward(g, saved, *parameters)
-    choose = _choose_compiled if torch.compiler.is_compiling() else _choose
-    for i, (tie, (_, reference)) in enumerate(zip(ties, op.kinks(*parameters), strict=True)):
-        gradient = choose(op, selection, i, reference, tie, g, gradient)
+    if torch.compiler.is_compiling():
+        for i, mask in enumerate(ties):
+            gradient = _choose_compiled(op, selection, i, mask, g, gradient)
+        return gradient
+    constant = selection.jacobians.rule == "published" and op.constant_when_published
+    found = ties if order is None else map(TieBits, ties[::2], ties[1::2])
+    for tie, (_, reference), derivative in zip(
+        found, op.kinks(*parameters), selection.at_kinks(op.name), strict=True
+    ):
+        if derivative is None or (derivative == reference and (derivative == 0 or not constant)):
+            continue
+        value = partial(_value, derivative, constant)
+        if order is not None and not torch.is_grad_enabled():
+            gradient = overwrite(gradient, g, tie, order, value)
+            continue
+        mask = tie if order is None else mask_of(tie, g, order)
+        gradient = torch.where(mask, value(g, mask), gradient)
     return gradient
 
 
-def _choose(
-    op: Pointwise, selection: Selection, i: int, reference: float, tie: Tensor, g: Tensor, gradient: Tensor
-) -> Tensor:
-    """Overwrite the entries at one kink, reading the choice as Python numbers."""
-    derivative = selection.at_kinks(op.name)[i]
-    constant = selection.jacobians.rule == "published" and op.constant_when_published
-    if derivative is None or tie.numel() == 0 or (derivative == reference and (derivative == 0 or not constant)):
-        return gradient
-    if tie.dtype == torch.bool:
-        value = torch.full_like(g, derivative) if constant else g * derivative
-        return torch.where(tie, value, gradient)
-    at = tuple(tie)  # one row of indices per dimension
-    value = torch.full_like(g[at], derivative) if constant else g[at] * derivative
-    return gradient.index_put(at, value) if torch.is_grad_enabled() else gradient.index_put_(at, value)
+def _value(derivative: float, constant: bool, g: Tensor, tied: Tensor) -> Tensor:
+    """What tied entries receive."""
+    return torch.full_like(g, derivative) if constant else g * derivative
 
 
-def _choose_compiled(
-    op: Pointwise, selection: Selection, i: int, reference: float, tie: Tensor, g: Tensor, gradient: Tensor
-) -> Tensor:
-    """The same, reading the choice as tensors: one compiled backward then serves every choice."""
+def _choose_compiled(op: Pointwise, selection: Selection, i: int, mask: Tensor, g: Tensor, gradient: Tensor) -> Tensor:
+    """Overwrite the entries at one kink, reading the choice as tensors: one compiled backward serves every choice."""
     derivative = read_now(selection.kinks[op.name], g)[i].to(g.dtype)
     value = g * derivative
     if op.constant_when_published:
         value = torch.where(read_now(selection.published, g), derivative, value)
-    return torch.where(tie & ~torch.isnan(derivative), value, gradient)
+    return torch.where(mask & ~torch.isnan(derivative), value, gradient)
 
 
 def pointwise(operation: str, x: Tensor, selection: Selection, *parameters: float, inplace: bool = False) -> Tensor:
@@ -262,38 +273,18 @@ def pointwise(operation: str, x: Tensor, selection: Selection, *parameters: floa
         return (op.forward_ if inplace else op.forward)(x, *parameters)
     if inplace and operation == "leaky_relu" and parameters[0] < 0:
         raise ValueError(f"leaky_relu in place needs a negative slope >= 0, as in stock PyTorch; given {parameters[0]}")
-    ties = [_ties(x.detach(), position) for position, _ in op.kinks(*parameters)]
-    if all(tie is None for tie in ties):
-        return (op.forward_ if inplace else op.forward)(x, *parameters)
-    none = x.new_empty((1, 0), dtype=torch.long)
-    given = (none if t is None else t for t in ties)
+    positions = [position for position, _ in op.kinks(*parameters)]
+    order = storage_order(x) if data_dependent(x) and x.is_floating_point() else None
+    if order is None:
+        ties = [x.detach() == position for position in positions]
+    else:
+        found = find_ties(x.detach(), positions, order)
+        if not any(tie.blocks.numel() for tie in found):  # most forwards end here
+            return (op.forward_ if inplace else op.forward)(x, *parameters)
+        ties = [part for tie in found for part in tie]
     if inplace and op.saves == "input":
-        return x.copy_(_Kinked.apply(x.clone(), operation, selection, False, parameters, *given))
-    return cast(Tensor, _Kinked.apply(x, operation, selection, inplace, parameters, *given))
-
-
-def _ties(x: Tensor, position: float) -> Tensor | None:
-    """Where ``x`` equals ``position``: a mask, or indices of shape (dims, ties) where these are smaller, or None."""
-    if not data_dependent(x):
-        return x == position
-    if position == 0.0 and _free_of_zeros(x):  # most forwards end here
-        return None
-    mask = x == position
-    count = int(torch.count_nonzero(mask))
-    if count == 0:
-        return None
-    if x.dim() == 0 or 8 * x.dim() * count > mask.numel():
-        return mask
-    return mask.nonzero().t().contiguous()
-
-
-def _free_of_zeros(x: Tensor) -> bool:
-    """Whether no entry is 0, by the fastest kernels there are on a CPU; False where they cannot tell."""
-    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        x = x.permute(0, 2, 3, 1)
-    if x.numel() == 0 or not x.is_contiguous():
-        return False
-    return bool(x.abs().min() > 0)  # a NaN makes the minimum NaN, and the answer False
+        return x.copy_(_Kinked.apply(x.clone(), operation, selection, False, parameters, order, *ties))
+    return cast(Tensor, _Kinked.apply(x, operation, selection, inplace, parameters, order, *ties))
 
 
 @lru_cache(maxsize=1024)

@@ -1,0 +1,145 @@
+"""Where an operation met its kinks, remembered as bits, and the overwriting of just these entries of a gradient.
+
+For eager code on a CPU, where a tensor beside the stock operation's own costs as much as the operation does: mapping
+fresh memory is slower than the arithmetic. Everything here goes block by block through buffers that stay in the cache,
+in the order of the storage, and uses kernels that PyTorch vectorises: comparisons that write their operand's dtype,
+sums, bitwise operations (masked ones, ``where`` and those that write ``bool`` are not).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["TieBits", "find_ties", "mask_of", "overwrite", "storage_order"]
+
+_BLOCK = 1 << 15  # entries a thread takes at a time: PyTorch splits no smaller tensor between threads
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class TieBits(NamedTuple):
+    """The ties of one tensor at one kink: a bit per entry of each block that has any.
+
+    Args:
+        blocks: The numbers of the blocks, shape (blocks with ties,), int64.
+        bits: Shape (blocks with ties, entries of a block / 8), uint8. Bit ``k`` of byte ``j`` is entry
+            ``k * (entries / 8) + j`` of its block.
+    """
+
+    blocks: Tensor
+    bits: Tensor
+
+
+def storage_order(x: Tensor) -> tuple[int, ...]:
+    """The dimensions from the slowest to the fastest in memory.
+
+    Args:
+        x: Any shape and layout.
+
+    Returns:
+        A permutation that makes ``x`` contiguous, if one does; else the identity.
+
+    Example:
+        >>> storage_order(torch.empty(2, 3, 4, 5).to(memory_format=torch.channels_last))
+        (0, 2, 3, 1)
+    """
+    order = tuple(sorted(range(x.dim()), key=x.stride, reverse=True))
+    return order if x.permute(order).is_contiguous() else tuple(range(x.dim()))
+
+
+def find_ties(x: Tensor, positions: Sequence[float], order: tuple[int, ...]) -> list[TieBits]:
+    """Find where a tensor equals each of some numbers, in one pass.
+
+    Args:
+        x: Any shape, floating dtype, on a CPU.
+        positions: The numbers.
+        order: The order of the dimensions in which to read, such as :func:`storage_order`.
+
+    Returns:
+        One entry per position, with no block where there is no tie.
+
+    Example:
+        >>> [zero] = find_ties(torch.tensor([1.0, 0.0, -0.0]), [0.0], (0,))
+        >>> zero.bits
+        tensor([[0, 1, 1, 0, 0, 0, 0, 0]], dtype=torch.uint8)
+    """
+    flat = x.permute(order).reshape(-1)
+    size = min(_BLOCK * max(2, torch.get_num_threads()), max(1, -(-flat.numel() // 8)) * 8)
+    marks = flat.new_zeros(size)
+    planes, weights = marks.view(8, -1), _weights(x.dtype)
+    found: list[tuple[list[int], list[Tensor]]] = [([], []) for _ in positions]
+    for number, block in enumerate(flat.split(size)):
+        for position, (blocks, bits) in zip(positions, found, strict=True):
+            if torch.eq(block, position, out=marks[: block.numel()]).sum() > 0:
+                marks[block.numel() :] = 0
+                blocks.append(number)
+                bits.append((planes * weights).sum(0).to(torch.uint8))  # at most 255, exact in every dtype
+    none = flat.new_empty((0, size // 8), dtype=torch.uint8)
+    return [
+        TieBits(torch.tensor(blocks, dtype=torch.long), torch.stack(bits) if bits else none) for blocks, bits in found
+    ]
+
+
+def overwrite(
+    gradient: Tensor, g: Tensor, ties: TieBits, order: tuple[int, ...], value: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Write new values over a gradient's tied entries and leave the bits of all others alone.
+
+    Args:
+        gradient: The gradient with respect to the input; its memory may be reused.
+        g: The incoming gradient, of the same shape and dtype.
+        ties: The ties of the input.
+        order: The order in which these were found.
+        value: Takes a block of ``g`` and the block's ties (int8, -1 at a tie, else 0); returns a new tensor, the
+            block's values if all its entries were tied.
+
+    Returns:
+        The gradient.
+    """
+    ordered = gradient.permute(order).contiguous()
+    size, integer = 8 * ties.bits.shape[1], _INTEGERS[g.element_size()]
+    blocks, blocks_g = ordered.view(-1).split(size), g.permute(order).reshape(-1).split(size)
+    for number, bits in zip(ties.blocks.tolist(), ties.bits, strict=True):
+        old, block_g = blocks[number].view(integer), blocks_g[number]
+        tied = _unpack(bits)[: old.numel()]
+        new = value(block_g, tied).view(integer)
+        old.bitwise_xor_(new.bitwise_xor_(old).bitwise_and_(tied.to(integer)))
+    return ordered.permute(_inverse(order))
+
+
+def mask_of(ties: TieBits, like: Tensor, order: tuple[int, ...]) -> Tensor:
+    """The ties as a mask.
+
+    Args:
+        ties: The ties.
+        like: A tensor of the input's shape.
+        order: The order in which they were found.
+
+    Returns:
+        Shape of ``like``, bool.
+    """
+    size = 8 * ties.bits.shape[1]
+    shape = [like.shape[d] for d in order]
+    flat = torch.zeros(like.numel(), dtype=torch.bool)
+    for number, bits in zip(ties.blocks.tolist(), ties.bits, strict=True):
+        block = flat[number * size : (number + 1) * size]
+        block.copy_(_unpack(bits)[: block.numel()])
+    return flat.view(shape).permute(_inverse(order))
+
+
+def _unpack(bits: Tensor) -> Tensor:
+    """One block's ties, shape (entries,), int8: -1 at a tie, else 0."""
+    return (bits & _weights(torch.uint8)).ne_(0).view(torch.int8).neg_().view(-1)
+
+
+@lru_cache
+def _weights(dtype: torch.dtype) -> Tensor:
+    return (2 ** torch.arange(8)).view(8, 1).to(dtype)
+
+
+def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sorted(range(len(order)), key=order.__getitem__))
