@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nslightning import Jacobians, PatchWarning, patch, unpatch, using
-from nslightning.surgery import report, selections
+from nslightning.surgery import UnreachedError, report, selections
 
 ALT = Jacobians(relu=0.75, relu6=(0.5, 0.25), leaky_relu=0.5, max_pool="minimal")
 
@@ -581,7 +581,13 @@ def test_a_scripted_part_is_named():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = nn.Sequential(nn.ReLU(), torch.jit.script(Net()))
-    found = patch(model, ALT)
+    before = snapshot(model)
+    with pytest.raises(UnreachedError, match=r"Sequential has .*: 1 is scripted\. Use the eager module.*skip=\['1'\]"):
+        patch(model, ALT)
+    assert snapshot(model) == before
+    assert not patch(model, ALT, skip="1*").unreached
+    unpatch(model)
+    found = patch(model, ALT, strict=False)
     assert [(s.name, s.operation) for s in found.unreached] == [("1", "scripted")]
     unpatch(model)
     assert "_nonsmooth_part" not in model[1].__dict__
@@ -1020,7 +1026,7 @@ class Mixed(nn.Module):
 def test_the_report_names_everything_once():
     model = Mixed()
     x = torch.randn(1, 3, 4, 4, requires_grad=True)
-    found = patch(model, Jacobians(relu=0.5))
+    found = patch(model, Jacobians(relu=0.5), strict=False)
     assert [(s.name, s.how) for s in found.sites] == [
         ("hs", "module"),
         ("act", "module"),
@@ -1255,17 +1261,21 @@ def test_a_functional_call_that_a_checkpoint_recomputes_is_refused(reentrant):
     x = torch.randn(2, 3, 4, 4, requires_grad=True)
     model = Checkpointed(reentrant, closure=True)
     patch(model, ALT)
-    with pytest.raises(RuntimeError, match=r"the model calls relu in a function.*Checkpoint an nn\.Module.*skip"):
+    with pytest.raises(UnreachedError, match=r"the model calls relu in a function.*Checkpoint an nn\.Module.*skip"):
         model(x)
     assert torch._C._len_torch_function_stack() == 0
     with torch.no_grad():
         model(x)  # nothing will be recomputed
     unpatch(model)
     stock = copy.deepcopy(model)
-    patch(model, ALT, skip="")
-    for m in (model, stock):
-        m(x).sum().backward()
-    assert same([p.grad for p in model.parameters()], [p.grad for p in stock.parameters()])
+    for left in ({"skip": ""}, {"strict": False}):
+        found = patch(model, ALT, **left)
+        for m in (model, stock):
+            m.zero_grad()
+            m(x).sum().backward()
+        assert same([p.grad for p in model.parameters()], [p.grad for p in stock.parameters()])
+        assert [(s.name, s.kind) for s in found.unreached] == ([("", "relu")] if "strict" in left else [])
+        unpatch(model)
 
 
 def test_a_frozen_stem_without_gradients_is_no_checkpoint():

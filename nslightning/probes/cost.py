@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from nslightning.jacobians import Jacobians
 from nslightning.probes.cost_report import STOCK, ChoiceCost, CostReport, CostScaling, ModuleCost, Timing
 from nslightning.probes.ties import ties
-from nslightning.surgery import PatchWarning, patch, selections, unpatch
+from nslightning.surgery import PatchWarning, patch, selections, surgeries, unpatch
 
 __all__ = ["BOUND", "cost_ratio", "cost_scaling"]
 
@@ -239,13 +239,13 @@ def _variant(work: nn.Module, jacobians: Jacobians | None) -> nn.Module:
     variant = copy.deepcopy(work, {id(t): t for t in [*work.parameters(), *work.buffers()]})
     found = selections(variant)
     if jacobians is None:
-        for name in found:
+        for name in surgeries(variant):
             unpatch(variant.get_submodule(name))
     elif found:
         for selection in found.values():
             selection.set(jacobians)
     else:
-        patch(variant, jacobians)
+        patch(variant, jacobians, strict=False)
     return variant
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from nslightning.ops.registry import Call, Operation
-from nslightning.surgery import selections
+from nslightning.surgery import surgeries
 
 __all__ = ["Ties", "counting", "ties"]
 
@@ -52,7 +52,7 @@ def counting(model: nn.Module) -> Iterator[dict[str, Ties]]:
         ValueError: If the model is not patched.
         TypeError: If the model is compiled: its sites cannot be watched.
     """
-    found = selections(model)
+    found = surgeries(model)
     if not found:
         raise ValueError(f"{type(model).__name__} is not patched; call `patch(model, Jacobians())` first")
     for module in model.modules():
@@ -70,13 +70,15 @@ def counting(model: nn.Module) -> Iterator[dict[str, Ties]]:
 
         return observe
 
-    before = [selection.observer for selection in found.values()]
-    for name, selection in found.items():
-        selection.observer = observer(name if len(found) > 1 else "")
+    before = {s: s.observer for surgery in found.values() for s in surgery.selections.values()}
+    for name, surgery in found.items():
+        observe = observer(name if len(found) > 1 else "")
+        for selection in surgery.selections.values():
+            selection.observer = observe
     try:
         yield counts
     finally:
-        for selection, old in zip(found.values(), before, strict=True):
+        for selection, old in before.items():
             selection.observer = old
 
 

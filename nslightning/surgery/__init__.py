@@ -1,16 +1,33 @@
 """Find, patch, report and unpatch the nonsmooth operations of a model."""
 
-from nslightning.surgery.patching import PatchWarning, Selector, patch, report, selections, unpatch, using
-from nslightning.surgery.report import PatchReport, Site
+from nslightning.surgery.patching import (
+    PatchWarning,
+    choices,
+    patch,
+    preview,
+    report,
+    selections,
+    surgeries,
+    unpatch,
+    using,
+)
+from nslightning.surgery.plan import Plan, Rule, Selector
+from nslightning.surgery.report import PatchReport, Site, UnreachedError
 
 __all__ = [
     "PatchReport",
     "PatchWarning",
+    "Plan",
+    "Rule",
     "Selector",
     "Site",
+    "UnreachedError",
+    "choices",
     "patch",
+    "preview",
     "report",
     "selections",
+    "surgeries",
     "unpatch",
     "using",
 ]

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from nslightning.ops.registry import FUNCTIONS, UNSUPPORTED_FUNCTIONS, positional
+from nslightning.surgery.report import UnreachedError
 
 if TYPE_CHECKING:
     from nslightning.surgery.patching import Part, Surgery
     from nslightning.surgery.report import Site
 
-__all__ = ["FunctionalCalls", "active"]
+__all__ = ["FunctionalCalls", "active", "custom_functions", "in_checkpoint"]
 
 _CHECKPOINT: CodeType = inspect.unwrap(checkpoint).__code__
 
@@ -39,6 +41,7 @@ class FunctionalCalls(TorchFunctionMode):
         self.surgery = surgery
         self.differentiating = torch.is_grad_enabled()
         self.evaluations: dict[int, tuple[Site, int]] = {}
+        self._numbers: dict[tuple[int, str], int] = {}
 
     def count(self, site: Site) -> None:
         """Count one evaluation at a site.
@@ -48,6 +51,20 @@ class FunctionalCalls(TorchFunctionMode):
         """
         self.evaluations[id(site)] = (site, self.evaluations.get(id(site), (site, 0))[1] + 1)
 
+    def number(self, part: Part, operation: str) -> int:
+        """The number, from 0, of the call of an operation that a module now makes.
+
+        Args:
+            part: What the surgery keeps with the module.
+            operation: The field of :class:`~nslightning.Jacobians`.
+
+        Returns:
+            How many such calls this forward has made before.
+        """
+        key = (id(part), operation)
+        self._numbers[key] = self._numbers.get(key, -1) + 1
+        return self._numbers[key]
+
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -56,36 +73,49 @@ class FunctionalCalls(TorchFunctionMode):
             call = operation.functions[func](*args, **positional(kwargs))
             if call is not None and call.x.is_floating_point():
                 return self._reached(operation, call, func, args, kwargs)
-        if func in UNSUPPORTED_FUNCTIONS and not torch.compiler.is_compiling() and _differentiable(args, kwargs):
-            module, part, _ = self._caller()
-            if self.surgery.chosen(part.names, module):
-                self.count(self.surgery.row(part, UNSUPPORTED_FUNCTIONS[func], func, False, reached=False))
+        if func in UNSUPPORTED_FUNCTIONS and _differentiable(args, kwargs):
+            self._unreached(func)
         return func(*args, **kwargs)
+
+    def _unreached(self, func: Callable) -> None:
+        """Name, or refuse, a call of an operation that has no choice."""
+        surgery, operation = self.surgery, UNSUPPORTED_FUNCTIONS[func]
+        kind = getattr(func, "__name__", str(func))
+        if torch.compiler.is_compiling():  # no row can be made here, and no caller told from another
+            if surgery.strict and not (surgery.only or surgery.skip):
+                raise UnreachedError.of(surgery.report.model, "", operation, kind)
+            return
+        module, part, _ = self._caller()
+        if surgery.chosen(part.names, module):
+            self.count(surgery.unreached(part, operation, kind, kind.endswith("_")))
 
     def _reached(self, operation: Any, call: Any, func: Callable, args: Any, kwargs: Any) -> Any:
         surgery = self.surgery
         if torch.compiler.is_compiling():
-            if surgery.only or surgery.skip:
+            if (one := surgery.everywhere[operation.name]) is None:
                 raise RuntimeError(
-                    "functional calls cannot be told apart under torch.compile, so `only` and `skip` cannot "
-                    f"decide on this {operation.name}. Patch without `only` and `skip`, or do not compile."
+                    "functional calls cannot be told apart under torch.compile, so `only`, `skip` and rules for some "
+                    f"modules cannot decide on this {operation.name}. Patch without them, or do not compile."
                 )
-            return operation.apply(surgery.selection, call)
+            return operation.apply(one, call)
         module, part, checkpointed = self._caller()
         if not surgery.chosen(part.names, module):
             return func(*args, **kwargs)
         if checkpointed and self.differentiating:
-            raise RuntimeError(
-                f"{part.names[0] or 'the model'} calls {func.__name__} in a function that it gives to "
-                "torch.utils.checkpoint, which will run that again in the backward, where the Jacobian "
-                "choice does not reach the call. Checkpoint an nn.Module that makes the call, or `skip` it."
-            )
-        site = surgery.row(part, operation.name, func, call.inplace, reached=True)
+            site = surgery.row(part, operation.name, func.__name__, call.inplace, "unreached")
+            site.decided = "called by a function given to torch.utils.checkpoint"
+            if surgery.strict:
+                raise UnreachedError(surgery.report.model, [site])
+            self.count(site)
+            return func(*args, **kwargs)
+        rules = surgery.decide(part, operation.name, self)
+        selection = surgery.selections[rules]
+        site = surgery.row(part, operation.name, func.__name__, call.inplace, "functional", rules)
         self.count(site)
         with torch._C.DisableTorchFunction():  # what the operation calls itself is not the model's
-            if surgery.selection.observer is not None:
-                surgery.selection.observer(f"{part.names[0]}:{site.kind}", operation, call)
-            return operation.apply(surgery.selection, call)
+            if selection.observer is not None:
+                selection.observer(f"{part.names[0]}:{site.kind}", operation, call)
+            return operation.apply(selection, call)
 
     def _caller(self) -> tuple[nn.Module, Part, bool]:
         """The innermost module whose code is running, from the Python stack.
@@ -97,7 +127,7 @@ class FunctionalCalls(TorchFunctionMode):
         """
         caller: tuple[nn.Module, Part] | None = None
         checkpointed = False
-        frame: FrameType | None = sys._getframe(2)
+        frame: FrameType | None = sys._getframe(3)
         while frame is not None:
             if caller is None and isinstance(module := frame.f_locals.get("self"), nn.Module):
                 part = self.surgery.part(module)
@@ -124,6 +154,44 @@ def active(surgery: Surgery) -> FunctionalCalls | None:
         if isinstance(mode, FunctionalCalls) and mode.surgery is surgery:
             return mode
     return None
+
+
+def in_checkpoint() -> bool:
+    """Whether a function given to ``torch.utils.checkpoint`` is running."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not _CHECKPOINT:
+        frame = frame.f_back
+    return frame is not None
+
+
+def custom_functions(output: Any, given: Any) -> Iterator[str]:
+    """The autograd functions of others in the graph between a model's inputs and its output.
+
+    Their backward is code that nobody here can look into: Python's ``torch.autograd.Function``, C++'s, and custom
+    operators with an autograd formula. PyTorch's own (checkpoints, collective communication) and ours are none.
+
+    Args:
+        output: What the model returned.
+        given: Its inputs.
+
+    Yields:
+        Their names, once per evaluation.
+    """
+    seen = {node for x in tree_leaves(given) if isinstance(x, Tensor) and (node := x.grad_fn) is not None}
+    todo = [node for x in tree_leaves(output) if isinstance(x, Tensor) and (node := x.grad_fn) is not None]
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        cls = getattr(node, "_forward_cls", None)
+        if (name := node.name()).startswith("GeneratedBackwardFor_"):
+            yield name.removeprefix("GeneratedBackwardFor_").removesuffix("Backward")
+        elif cls is not None and cls.__module__.partition(".")[0] not in ("torch", "nslightning"):
+            yield f"{cls.__module__}.{cls.__qualname__}"
+        elif name.startswith("torch::autograd::CppNode<"):
+            yield name.removeprefix("torch::autograd::CppNode<").removesuffix(">")
+        todo += [below for below, _ in node.next_functions if below is not None]
 
 
 def _differentiable(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

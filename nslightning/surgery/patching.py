@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copyreg
 import difflib
-import fnmatch
 import inspect
 import pickle
-import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -20,13 +18,23 @@ from torch import nn
 from nslightning.jacobians import Jacobians
 from nslightning.ops.registry import MODULES, OPERATIONS, UNSUPPORTED_MODULES, Operation, positional
 from nslightning.ops.selection import Selection
-from nslightning.surgery.functional import FunctionalCalls, active
-from nslightning.surgery.report import PatchReport, Site
+from nslightning.surgery.functional import FunctionalCalls, active, custom_functions, in_checkpoint
+from nslightning.surgery.plan import Plan, Selector, matches, selectors, text
+from nslightning.surgery.report import PatchReport, Site, UnreachedError
 
-__all__ = ["Part", "PatchWarning", "Selector", "Surgery", "patch", "report", "selections", "unpatch", "using"]
-
-Selector: TypeAlias = "str | re.Pattern[str] | type[nn.Module] | Iterable[Selector]"
-_One: TypeAlias = "str | re.Pattern[str] | type[nn.Module]"
+__all__ = [
+    "Part",
+    "PatchWarning",
+    "Surgery",
+    "choices",
+    "patch",
+    "preview",
+    "report",
+    "selections",
+    "surgeries",
+    "unpatch",
+    "using",
+]
 
 _PART = "_nonsmooth_part"
 
@@ -40,55 +48,115 @@ class Surgery:
 
     Args:
         model: The model to be patched.
-        jacobians: The choice.
+        plan: The choice for every site.
         only: Reach only these sites.
         skip: Leave these sites alone.
         seed: Seeds the ``"random"`` choice.
+        strict: Raise where an operation is met that cannot be reached.
+
+    Attributes:
+        selections: One per combination of the plan's rules that holds somewhere, by their indices.
     """
 
     def __init__(
-        self, model: nn.Module, jacobians: Jacobians, only: Selector | None, skip: Selector | None, seed: int
+        self, model: nn.Module, plan: Plan, only: Selector | None, skip: Selector | None, seed: int, strict: bool
     ) -> None:
-        self.selection = Selection(jacobians, seed)
-        self.only, self.skip = _selectors("only", only), _selectors("skip", skip)
+        self.plan, self.seed, self.strict = plan, seed, strict
+        self.only, self.skip = selectors("only", only), selectors("skip", skip)
         self.report = PatchReport(
             type(model).__name__,
-            jacobians,
-            only=tuple(map(_text, self.only)),
-            skip=tuple(map(_text, self.skip)),
+            plan.base,
+            plan=plan,
+            only=tuple(map(text, self.only)),
+            skip=tuple(map(text, self.skip)),
         )
-        self._rows: dict[tuple[str, str, bool], Site] = {}
+        self.selections: dict[tuple[int, ...], Selection] = {}
+        self._rows: dict[tuple[str, str, bool, tuple[int, ...]], Site] = {}
+        #: By operation the selection of all functional calls; None where a compiler could not tell them apart.
+        self.everywhere: dict[str, Selection | None] = {}
+
+    def begin(self, parts: Sequence[Part]) -> None:
+        """Make every selection that a call of these parts may need, so that none appears while somebody watches."""
+        for name in OPERATIONS:
+            found = {self.plan.covering(part.rules, name, i) for part in parts for i in self.plan.calls}
+            for rules in sorted(found):
+                if rules not in self.selections:
+                    self.selections[rules] = Selection(self.plan.choice(rules), self.seed)
+            one = len(found) == 1 and not self.only and not self.skip
+            self.everywhere[name] = self.selections[min(found)] if one else None
+
+    @property
+    def watched(self) -> bool:
+        """Whether calls matter without gradients: somebody observes, or the published rule changes the forward."""
+        return any(s.observer is not None or s.jacobians.rule == "published" for s in self.selections.values())
 
     def chosen(self, names: Sequence[str], module: nn.Module) -> bool:
         """Whether ``only`` and ``skip`` let the choice reach a module of these qualified names."""
-        if self.only and not any(_matches(s, names, module) for s in self.only):
+        if self.only and not any(matches(s, names, module) for s in self.only):
             return False
-        return not any(_matches(s, names, module) for s in self.skip)
+        return not any(matches(s, names, module) for s in self.skip)
 
     def part(self, module: nn.Module) -> Part | None:
         """What this surgery keeps with a module; None if it does not know the module."""
         part: Part | None = module.__dict__.get(_PART)
         return part if part is not None and part.surgery is self else None
 
-    def row(self, part: Part, operation: str, func: Callable, inplace: bool, *, reached: bool) -> Site:
+    def operations(self, part: Part, module: nn.Module) -> Iterable[str]:
+        """The operations that a module evaluates, or may evaluate as long as no forward has told."""
+        if not self.report.traced and part.site is None and _calls(module):
+            return OPERATIONS
+        return {site.operation for site in self.report.reached if site.name == part.names[0]}
+
+    def decide(self, part: Part, operation: str, mode: FunctionalCalls | None) -> tuple[int, ...]:
+        """The rules that hold for the call of an operation that a module now makes.
+
+        Raises:
+            RuntimeError: If they depend on the call's number, and that cannot be known.
+        """
+        if not part.by_call(operation):
+            return self.plan.covering(part.rules, operation, 0)
+        where = f"{part.names[0] or 'the model'} takes its Jacobian of {operation} by the number of the call, which"
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"{where} is not known under torch.compile: do not compile, or drop `call` from the rule"
+            )
+        if in_checkpoint():
+            raise RuntimeError(
+                f"{where} torch.utils.checkpoint counts anew in the backward: do not checkpoint, or drop `call` from "
+                "the rule"
+            )
+        return self.plan.covering(part.rules, operation, 0 if mode is None else mode.number(part, operation))
+
+    def row(self, part: Part, operation: str, kind: str, inplace: bool, how: Any, rules: tuple[int, ...] = ()) -> Site:
         """The report's row for one module's calls of one function, made when it is first met."""
-        if part.site is not None and part.site.operation == operation and not reached:
-            return part.site  # a call made by a module that is named as unreached itself
-        function = getattr(func, "__name__", str(func))
+        if part.site is not None and part.site.operation == operation and (how == "unreached" or rules == part.first):
+            return part.site  # what its class tells
         new = Site(
             name=part.names[0],
             operation=operation,
-            choice=getattr(self.report.jacobians, operation) if reached else None,
-            how="functional" if reached else "unreached",
-            kind=function,
+            choice=None if how == "unreached" else getattr(self.plan.choice(rules), operation),
+            how=how,
+            kind=kind,
             aliases=part.names[1:],
-            inplace=inplace or (not reached and function.endswith("_")),
+            inplace=inplace,
+            decided=self.plan.explain(rules, operation),
         )
         # `setdefault` is one step also when several threads run the model.
-        found = self._rows.setdefault((new.name, new.kind, new.inplace), new)
+        found = self._rows.setdefault((new.name, new.kind, new.inplace, rules), new)
         if found is new:
             self.report.sites.append(new)
         return found
+
+    def unreached(self, part: Part, operation: str, kind: str, inplace: bool = False) -> Site:
+        """The row of calls that keep PyTorch's own derivative.
+
+        Raises:
+            UnreachedError: If the surgery is strict.
+        """
+        site = self.row(part, operation, kind, inplace, "unreached")
+        if self.strict:
+            raise UnreachedError(self.report.model, [site])
+        return site
 
 
 @dataclass(eq=False)
@@ -98,6 +166,7 @@ class Part:
     Args:
         surgery: The surgery.
         names: The qualified names under which the model has the module; the patched model itself is ``""``.
+        rules: The plan's rules that are for some calls of the module.
         site: The module's row in the report, if it has one.
         operation: The operation that reaches the site, if one does.
         cls: The registered class that says how.
@@ -105,6 +174,7 @@ class Part:
 
     surgery: Surgery
     names: tuple[str, ...]
+    rules: tuple[int, ...] = ()
     site: Site | None = None
     operation: Operation | None = None
     cls: type[nn.Module] | None = None
@@ -117,33 +187,15 @@ class Part:
         assert self.cls is not None
         return self.site, self.operation, self.cls
 
+    @property
+    def first(self) -> tuple[int, ...] | None:
+        """The rules that hold for the site's first call."""
+        return None if self.operation is None else self.surgery.plan.covering(self.rules, self.operation.name, 0)
 
-def _selectors(what: str, given: Any) -> tuple[_One, ...]:
-    """A selector flattened, once: it may be an iterator."""
-    if given is None:
-        return ()
-    if isinstance(given, (str, re.Pattern)) or (isinstance(given, type) and issubclass(given, nn.Module)):
-        return (given,)
-    if isinstance(given, Iterable):
-        return tuple(one for several in given for one in _selectors(what, several))
-    raise TypeError(
-        f"{what} takes a glob such as 'layer1.*', a compiled regular expression, a subclass of nn.Module, or "
-        f"several of these; given {given!r}"
-    )
-
-
-def _text(selector: _One) -> str:
-    if isinstance(selector, str):
-        return selector
-    return f"/{selector.pattern}/" if isinstance(selector, re.Pattern) else selector.__qualname__
-
-
-def _matches(selector: _One, names: Sequence[str], module: nn.Module) -> bool:
-    if isinstance(selector, str):
-        return any(fnmatch.fnmatchcase(name, selector) for name in names)
-    if isinstance(selector, re.Pattern):
-        return any(selector.search(name) is not None for name in names)
-    return isinstance(module, selector)
+    def by_call(self, operation: str) -> bool:
+        """Whether the number of a call of an operation decides about it."""
+        rules = (self.surgery.plan.rules[i] for i in self.rules)
+        return any(rule.call is not None and (not rule.operation or operation in rule.operation) for rule in rules)
 
 
 # ------------------------------------------------------------------------------------------- swapped classes
@@ -194,17 +246,19 @@ def _swapped_class(cls: type[nn.Module], role: _Role) -> type[nn.Module]:
 def _forward_site(stock: Callable[[nn.Module, str], Any]) -> Callable[..., Any]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         part: Part = self.__dict__[_PART]
-        surgery, (site, operation, cls) = part.surgery, part.reached
+        surgery, (_, operation, cls) = part.surgery, part.reached
         with torch._C.DisableTorchFunction():  # what the operation calls itself is not the model's
             call = operation.modules[cls](self, *args, **positional(kwargs))
             if call is None or not call.x.is_floating_point():  # integers and quantised values have no gradient
                 return stock(self, "forward")(*args, **kwargs)
-            if not torch.compiler.is_compiling():
-                if (mode := active(surgery)) is not None:
-                    mode.count(site)
-                if surgery.selection.observer is not None:
-                    surgery.selection.observer(part.names[0], operation, call)
-            return operation.apply(surgery.selection, call)
+            mode = None if torch.compiler.is_compiling() else active(surgery)
+            rules = surgery.decide(part, operation.name, mode)
+            selection = surgery.selections[rules]
+            if mode is not None:
+                mode.count(surgery.row(part, operation.name, type(self).__name__, call.inplace, "module", rules))
+            if selection.observer is not None and not torch.compiler.is_compiling():
+                selection.observer(part.names[0], operation, call)
+            return operation.apply(selection, call)
 
     return forward
 
@@ -213,7 +267,8 @@ def _extra_repr(stock: Callable[[nn.Module, str], Any]) -> Callable[[nn.Module],
     def extra_repr(self: nn.Module) -> str:
         part: Part = self.__dict__[_PART]
         base = stock(self, "extra_repr")()
-        value = getattr(part.surgery.selection.jacobians, part.reached[1].name)
+        selection = part.surgery.selections[part.first or ()]
+        value = getattr(selection.jacobians, part.reached[1].name)
         return f"{base}{', ' if base else ''}jacobian={'native' if value is None else value}"
 
     return extra_repr
@@ -233,17 +288,12 @@ def _entrance(stock: Callable[[nn.Module, str], Any], name: str) -> Callable[...
         surgery = part.surgery
         # Without gradients there is nothing to choose, but somebody may be watching, and the published rule's
         # forward differs from the stock one.
-        wanted = (
-            torch.is_grad_enabled()
-            or surgery.selection.observer is not None
-            or surgery.selection.jacobians.rule == "published"
-        )
-        if not wanted or active(surgery) is not None:
+        if not (torch.is_grad_enabled() or surgery.watched) or active(surgery) is not None:
             return stock(self, name)(*args, **kwargs)
         with FunctionalCalls(surgery) as mode:
             result = stock(self, name)(*args, **kwargs)
         if not torch.compiler.is_compiling():
-            _note(part, mode)
+            _note(part, mode, (args, kwargs), result)
         return result
 
     enter.__name__ = name
@@ -251,13 +301,17 @@ def _entrance(stock: Callable[[nn.Module, str], Any], name: str) -> Callable[...
     return enter
 
 
-def _note(part: Part, mode: FunctionalCalls) -> None:
+def _note(part: Part, mode: FunctionalCalls, given: Any, result: Any) -> None:
     """Put what a forward evaluated into the report."""
     for site, evaluations in mode.evaluations.values():
         site.calls = site.calls or evaluations
     report, first = part.surgery.report, not part.surgery.report.traced
-    report.traced |= mode.differentiating
-    if first and report.traced and part.names[0] == "" and not report.reached:
+    if not first or not mode.differentiating:
+        return
+    for function in custom_functions(result, given):
+        mode.count(part.surgery.unreached(part, "custom", function))
+    report.traced = True
+    if part.names[0] == "" and not report.reached:
         warnings.warn(_nothing(report), PatchWarning, stacklevel=3)
 
 
@@ -275,31 +329,37 @@ def _rebuild(cls: type[nn.Module], role: _Role, *args: Any) -> nn.Module:
 # ---------------------------------------------------------------------------------------------------- public
 def patch(
     model: nn.Module,
-    jacobians: Jacobians,
+    jacobians: Jacobians | Plan,
     only: Selector | None = None,
     skip: Selector | None = None,
     *,
     example: Any = None,
     seed: int = 0,
+    strict: bool = True,
 ) -> PatchReport:
     """Give a model's nonsmooth operations a chosen Jacobian, in place; the forward stays exactly the same.
 
     Modules become members of a subclass of their class, so they stay the same objects: aliases, hooks,
     ``state_dict`` keys, ``isinstance`` checks, pickles and optimizers stay valid. Functional calls
-    (``F.relu``, ``x.relu_()``, ``F.max_pool2d``, ...) are caught while the model runs. What is nonsmooth and
-    has no choice yet (``clamp``, ``Hardswish``, ...) keeps PyTorch's own derivative and is named in the
-    report.
+    (``F.relu``, ``x.relu_()``, ``F.max_pool2d``, ...) are caught while the model runs.
+
+    An operation that is found and cannot be reached would keep PyTorch's own derivative: one that has no choice
+    (``topk``, ``median``, ...), a scripted part, an autograd function or operator with a backward of its own, a
+    call that a checkpoint computes again. None is passed over in silence. Where it can be known from the modules,
+    or from the ``example``, this function raises and leaves the model as it was; elsewhere the first forward with
+    gradients does.
 
     Args:
         model: The model; patch it before it is compiled or wrapped for distributed training.
-        jacobians: The choice.
+        jacobians: The choice for all sites, or a :class:`Plan` with a choice for each.
         only: Reach only the sites that match: a glob over qualified names (``"layer1.*"``), a compiled
             regular expression, a module class, or several of these. A functional call is matched by the name
             of the module that makes it.
-        skip: Leave the sites that match alone; wins over ``only``.
+        skip: Leave the sites that match alone; wins over ``only``. What is left alone need not be reachable.
         example: An input, a tuple of positional or a dict of keyword arguments for one forward in evaluation
             mode, so that the report lists the functional calls at once.
         seed: Seeds the ``"random"`` choice.
+        strict: Raise where an operation cannot be reached; otherwise it becomes a row of the report.
 
     Returns:
         The report: every site, how it was reached, and what was not.
@@ -307,10 +367,11 @@ def patch(
     Raises:
         TypeError: If ``model`` is not a plain ``nn.Module``: compiled, scripted, or wrapped by DDP or FSDP.
         ValueError: If it, or a part of it, is patched already.
+        UnreachedError: If an operation cannot be reached; a ``ValueError`` too.
 
     Warns:
         PatchWarning: If there is nothing to patch (where functional calls are possible, at the first
-            forward), or if a selector matches no module.
+            forward), or if a selector or a rule matches no module.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2))
@@ -318,17 +379,19 @@ def patch(
         Patched Sequential: 1 relu, 1 max_pool with Jacobians(relu=1.0, max_pool='minimal') [...]
     """
     _refuse(model)
-    surgery = Surgery(model, jacobians, only, skip, seed)
+    surgery = Surgery(model, Plan.of(jacobians), only, skip, seed, strict)
     found = list(_find(model, surgery))
+    surgery.begin([part for _, part, _ in found])
     surgery.report.sites += [part.site for _, part, _ in found if part.site is not None]
+    if strict and surgery.report.unreached:
+        raise UnreachedError(surgery.report.model, surgery.report.unreached)
     try:
         for module, part, role in found:
             if role is not None:
                 module.__class__ = _swapped_class(type(module), role)
             module.__dict__[_PART] = part
-        for selector in (*surgery.only, *surgery.skip):
-            if (hint := _hint(selector, found)) is not None:
-                warnings.warn(hint, PatchWarning, stacklevel=2)
+        for hint in _hints(surgery, found):
+            warnings.warn(hint, PatchWarning, stacklevel=2)
         if example is not None:
             _run(model, example)
         elif not surgery.report.reached and not any(_calls(module) for module in model.modules()):
@@ -358,8 +421,40 @@ def unpatch(model: nn.Module) -> None:
     _restore(model.modules())
 
 
+def preview(
+    model: nn.Module,
+    jacobians: Jacobians | Plan,
+    only: Selector | None = None,
+    skip: Selector | None = None,
+    *,
+    example: Any = None,
+) -> PatchReport:
+    """What :func:`patch` would do, without doing it.
+
+    Args:
+        model: A model that is not patched; it stays as it is.
+        jacobians: As in :func:`patch`.
+        only: As in :func:`patch`.
+        skip: As in :func:`patch`.
+        example: As in :func:`patch`; without it functional calls stay unknown.
+
+    Returns:
+        The report, with what cannot be reached among its rows.
+
+    Example:
+        >>> plan = Plan([Jacobians(relu=1.0), {"stage": "1", "relu": 0.5}])
+        >>> for site in preview(nn.Sequential(nn.ReLU(), nn.ReLU()), plan).sites:
+        ...     print(site.name, site.choice, site.decided)
+        0 1.0
+        1 0.5 rule 2 (stage='1') over rule 1 (1.0)
+    """
+    report = patch(model, jacobians, only, skip, example=example, strict=False)
+    unpatch(model)
+    return report
+
+
 @contextmanager
-def using(model: nn.Module, jacobians: Jacobians) -> Iterator[None]:
+def using(model: nn.Module, jacobians: Jacobians | Plan) -> Iterator[None]:
     """The choice that backward passes inside this block take; forwards never change.
 
     One forward serves any number of choices::
@@ -371,33 +466,87 @@ def using(model: nn.Module, jacobians: Jacobians) -> Iterator[None]:
 
     Args:
         model: A patched model, or one that contains patched ones.
-        jacobians: The choice.
+        jacobians: The choice: of all sites, or a plan. A plan can give two sites different choices if the plan that
+            the model was patched with has rules that tell them apart.
 
     Yields:
         Nothing.
 
     Raises:
-        ValueError: If nothing of the model is patched, or one side has the published rule with a beta other than
-            0, whose arithmetic is part of max pooling's forward.
+        ValueError: If nothing of the model is patched; if one side has the published rule with a beta other than
+            0, whose arithmetic is part of max pooling's forward; or if a plan wants to tell apart what was patched
+            as one.
     """
-    found = list(selections(model).values())
-    if not found:
-        raise ValueError(f"{type(model).__name__} is not patched; call `patch(model, Jacobians())` first")
-    before = [selection.jacobians for selection in found]
-    for now in before:
-        if _published_beta(now) != _published_beta(jacobians):
+    found = selections(model)
+    wanted = choices(model, jacobians)
+    before = {name: selection.jacobians for name, selection in found.items()}
+    for name, now in before.items():
+        if _published_beta(now) != _published_beta(wanted[name]):
             raise ValueError(
                 "the published rule computes max pooling's forward with its beta, so rule and max_pool "
-                f"cannot change between forward and backward: patched with {now!r}, asked for {jacobians!r}. "
+                f"cannot change between forward and backward: patched with {now!r}, asked for {wanted[name]!r}. "
                 "Patch the model again instead."
             )
     try:
-        for selection in found:
-            selection.set(jacobians)
+        for name, selection in found.items():
+            selection.set(wanted[name])
         yield
     finally:
-        for selection, old in zip(found, before, strict=True):
-            selection.set(old)
+        for name, selection in found.items():
+            selection.set(before[name])
+
+
+def choices(model: nn.Module, jacobians: Jacobians | Plan) -> dict[str, Jacobians]:
+    """What a choice means for each of a model's selections.
+
+    Args:
+        model: A patched model, or one that contains patched ones.
+        jacobians: The choice: of all sites, or a plan.
+
+    Returns:
+        By the names of :func:`selections`.
+
+    Raises:
+        ValueError: If nothing of the model is patched, or if a plan wants to tell apart what was patched as one.
+    """
+    found = selections(model)
+    if not found:
+        raise ValueError(f"{type(model).__name__} is not patched; call `patch(model, Jacobians())` first")
+    if isinstance(jacobians, Jacobians):
+        return dict.fromkeys(found, jacobians)
+    wanted = {}
+    for surgery in surgeries(model).values():
+        wanted |= {id(surgery.selections[rules]): choice for rules, choice in _meant(model, surgery, jacobians).items()}
+    return {name: wanted[id(selection)] for name, selection in found.items()}
+
+
+def _meant(model: nn.Module, surgery: Surgery, plan: Plan) -> dict[tuple[int, ...], Jacobians]:
+    """What a plan means for each selection of a surgery that was made under another plan."""
+    if plan == surgery.plan:
+        return {rules: plan.choice(rules) for rules in surgery.selections}
+    decided: dict[tuple[int, ...], dict[str, tuple[Any, str]]] = {rules: {} for rules in surgery.selections}
+    for module in model.modules():
+        if (part := surgery.part(module)) is None or not surgery.chosen(part.names, module):
+            continue
+        matching = plan.matching(part.names, module)
+        for operation in surgery.operations(part, module):
+            for call in sorted({*plan.calls, *surgery.plan.calls}):
+                rules = surgery.plan.covering(part.rules, operation, call)
+                choice = plan.choice(plan.covering(matching, operation, call))
+                here = f"{part.names[0] or 'the model'}, call {call}"
+                for what in (operation, "rule"):
+                    value = getattr(choice, what)
+                    other, there = decided[rules].setdefault(what, (value, here))
+                    if other != value:
+                        raise ValueError(
+                            f"the plan gives {operation} {what}={other!r} at {there} and {value!r} at {here}, which "
+                            "were patched as one: patch the model with a plan whose rules tell them apart (a rule may "
+                            "repeat the choice that would hold without it)"
+                        )
+    return {
+        rules: replace(plan.base, **{what: value for what, (value, _) in found.items()})
+        for rules, found in decided.items()
+    }
 
 
 def _published_beta(jacobians: Jacobians) -> float | str | None:
@@ -429,13 +578,30 @@ def selections(model: nn.Module) -> dict[str, Selection]:
 
     Returns:
         Each distinct selection once, in the order of the modules, by the qualified name of the part that was
-        patched.
+        patched. Where a plan has several choices for one part, ``#`` and the numbers of the rules that hold follow,
+        except for the first.
     """
-    found: dict[int, tuple[str, Selection]] = {}
+    return {
+        f"{name}#{'+'.join(str(i + 1) for i in rules)}" if k else name: selection
+        for name, surgery in surgeries(model).items()
+        for k, (rules, selection) in enumerate(surgery.selections.items())
+    }
+
+
+def surgeries(model: nn.Module) -> dict[str, Surgery]:
+    """The surgeries that a model's parts went through.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        Each one, in the order of the modules, by the qualified name of the part that was patched.
+    """
+    found: dict[int, tuple[str, Surgery]] = {}
     for name, module in model.named_modules():
         part: Part | None = module.__dict__.get(_PART)
-        if part is not None and id(part.surgery) not in found:
-            found[id(part.surgery)] = (name, part.surgery.selection)
+        if part is not None:
+            found.setdefault(id(part.surgery), (name, part.surgery))
     return dict(found.values())
 
 
@@ -512,7 +678,7 @@ def _find(model: nn.Module, surgery: Surgery) -> Iterator[tuple[nn.Module, Part,
         if key in scripted:
             continue
         name, *aliases = names[key]
-        part = Part(surgery, (name, *aliases))
+        part = Part(surgery, (name, *aliases), surgery.plan.matching((name, *aliases), module))
         chosen = surgery.chosen(part.names, module)
         kind, inplace = type(module).__name__, bool(getattr(module, "inplace", False))
         cls = _whose_forward(module, MODULES)
@@ -526,9 +692,13 @@ def _find(model: nn.Module, surgery: Surgery) -> Iterator[tuple[nn.Module, Part,
             scripted |= {id(m) for m in module.modules()}
             unreached = "scripted"
         elif operation is not None and chosen:
-            choice = getattr(surgery.selection.jacobians, operation.name)
-            part.site = Site(name, operation.name, choice, "module", kind, tuple(aliases), inplace)
             part.operation, part.cls, role = operation, cls, "site"
+            rules = surgery.plan.covering(part.rules, operation.name, 0)
+            choice, why = (
+                getattr(surgery.plan.choice(rules), operation.name),
+                surgery.plan.explain(rules, operation.name),
+            )
+            part.site = Site(name, operation.name, choice, "module", kind, tuple(aliases), inplace, decided=why)
         elif operation is not None and module is not model:
             role = "left alone"  # its forward calls a function, which is not to be caught
         elif "forward" in module.__dict__:
@@ -551,14 +721,21 @@ def _whose_forward(module: nn.Module, classes: Mapping[type[nn.Module], Any]) ->
     return next((c for c in type(module).__mro__ if c in classes and issubclass(c, definer)), None)
 
 
-def _hint(selector: _One, found: list[tuple[nn.Module, Part, _Role | None]]) -> str | None:
-    """What to say of a selector that selects nothing, now or when the model runs."""
-    if any(_matches(selector, part.names, module) for module, part, _ in found):
-        return None
+def _hints(surgery: Surgery, found: list[tuple[nn.Module, Part, _Role | None]]) -> Iterator[str]:
+    """What to say of selectors and rules that match no module."""
     names = [name for _, part, _ in found for name in part.names if name]
-    close = difflib.get_close_matches(_text(selector).rstrip(".*"), names, n=3)
-    hint = f"; close names: {', '.join(close)}" if close else ""
-    return f"{_text(selector)!r} matches no module of the model{hint}"
+
+    def close(given: str) -> str:
+        near = difflib.get_close_matches(given.rstrip(".*"), names, n=3)
+        return " matches no module of the model" + (f"; close names: {', '.join(near)}" if near else "")
+
+    for selector in (*surgery.only, *surgery.skip):
+        if not any(matches(selector, part.names, module) for module, part, _ in found):
+            yield f"{text(selector)!r}{close(text(selector))}"
+    for i, rule in enumerate(surgery.plan.rules):
+        if not any(i in part.rules for _, part, _ in found):
+            given = [text(one) for one in (*rule.name, *rule.stage)]
+            yield f"rule {i + 1} ({rule.where}){close(given[0] if given else '')}"
 
 
 def _run(model: nn.Module, example: Any) -> None:

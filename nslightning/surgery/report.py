@@ -6,13 +6,15 @@ import csv
 import hashlib
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from nslightning.jacobians import Jacobians
+from nslightning.surgery.plan import Plan
 
-__all__ = ["PatchReport", "Site"]
+__all__ = ["PatchReport", "Site", "UnreachedError"]
 
 
 @dataclass
@@ -30,6 +32,7 @@ class Site:
         aliases: The other names under which the same module is registered.
         inplace: Whether the operation overwrites its input.
         calls: Evaluations in the first forward, in eager mode, that reached it.
+        decided: Which rule of a plan decided, and over which others, where more than one choice was there.
     """
 
     name: str
@@ -40,6 +43,74 @@ class Site:
     aliases: tuple[str, ...] = ()
     inplace: bool = False
     calls: int = 0
+    decided: str = ""
+
+
+class UnreachedError(ValueError):
+    """An operation that is found and cannot be reached: it would keep PyTorch's own derivative.
+
+    Args:
+        model: Class name of the model.
+        sites: Where.
+
+    Attributes:
+        sites: Where.
+    """
+
+    def __init__(self, model: str, sites: Sequence[Site]) -> None:
+        shown = "; ".join(f"{_phrase(site)}" for site in sites[:5])
+        more = f"; and {len(sites) - 5} more" if len(sites) > 5 else ""
+        ways = "; ".join(dict.fromkeys(_way_out(site) for site in sites))
+        names = ", ".join(repr(site.name) for site in sites[:5])
+        super().__init__(
+            f"{model} has what no Jacobian choice reaches: {shown}{more}. {ways}. Or leave the derivative there to "
+            f"PyTorch: skip=[{names}] for these modules, or strict=False (--model.strict=false) for all that is found, "
+            "which the report then names."
+        )
+        self.model, self.sites = model, list(sites)
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.model, self.sites)
+
+    @classmethod
+    def of(cls, model: str, name: str, operation: str, kind: str) -> UnreachedError:
+        """The error of a single site.
+
+        Args:
+            model: Class name of the model.
+            name: The site's module.
+            operation: The operation.
+            kind: What is called.
+
+        Returns:
+            The error.
+        """
+        return cls(model, [Site(name, operation, None, "unreached", kind)])
+
+
+def _phrase(site: Site) -> str:
+    """What is not reached, as part of a sentence."""
+    where = site.name or "the model"
+    match site.operation:
+        case "scripted":
+            return f"{where} is scripted"
+        case "custom":
+            return f"{where} runs {site.kind}, whose backward is its own"
+    if site.decided:
+        return f"{where} calls {site.kind} in a function that it gives to torch.utils.checkpoint"
+    return f"{where} {'calls' if site.kind[:1].islower() else 'is a'} {site.kind}, which has no choice"
+
+
+def _way_out(site: Site) -> str:
+    """What makes a site reachable, as a sentence without its full stop."""
+    match site.operation:
+        case "scripted":
+            return "Use the eager module that it was made from"
+        case "custom":
+            return "Write it with PyTorch's own operations"
+    if site.decided:
+        return "Checkpoint an nn.Module that makes the call"
+    return "Write it with operations that have one: docs/surgery.md"
 
 
 @dataclass
@@ -51,11 +122,12 @@ class PatchReport:
 
     Args:
         model: Class name of the patched model.
-        jacobians: The choice.
+        jacobians: The choice for all sites, where no rule for some of them decides otherwise.
         sites: What was found, in the order of the model's modules, then of its calls.
         traced: Whether a forward with gradients has been seen, so that functional calls are known.
         only: The selectors that the sites were limited to, as text.
         skip: The selectors of sites left alone, as text.
+        plan: The choice for every site.
     """
 
     model: str
@@ -64,6 +136,7 @@ class PatchReport:
     traced: bool = False
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
+    plan: Plan = field(default_factory=lambda: Plan([]))
 
     @property
     def reached(self) -> list[Site]:
@@ -81,19 +154,23 @@ class PatchReport:
 
         Functional sites are left out: they are known only after a forward.
         """
-        modules = sorted((s.name, s.operation, s.aliases) for s in self.sites if s.how == "module")
-        text = json.dumps([self.jacobians.to_dict(), self.only, self.skip, modules], sort_keys=True)
+        modules = sorted({(s.name, s.operation, s.aliases) for s in self.sites if s.how == "module"})
+        # Only what differs from the reference: a version with more operations finds the same digits.
+        changed = {k: v for k, v in self.jacobians.to_dict().items() if v != getattr(Jacobians(), k)}
+        rules = [rule.to_dict() for rule in self.plan.sites]
+        text = json.dumps([changed, rules, self.only, self.skip, modules], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data.
 
         Returns:
-            JSON-ready values: model, jacobians, fingerprint, traced, only, skip, sites.
+            JSON-ready values: model, jacobians, rules (those for some sites), fingerprint, traced, only, skip, sites.
         """
         return {
             "model": self.model,
             "jacobians": self.jacobians.to_dict(),
+            "rules": [rule.to_dict() for rule in self.plan.sites],
             "fingerprint": self.fingerprint,
             "traced": self.traced,
             "only": list(self.only),
@@ -139,7 +216,9 @@ class PatchReport:
             counts[site.operation] = counts.get(site.operation, 0) + 1
         found = ", ".join(f"{n} {operation}" for operation, n in counts.items()) or "nothing"
         left = f"; {len(self.unreached)} sites keep PyTorch's own derivative" if self.unreached else ""
-        return f"Patched {self.model}: {found} with {self.jacobians!r} [{self.fingerprint}]{left}"
+        n = len(self.plan.sites)
+        rules = f" and {n} rule{'s' * (n > 1)} for some sites" if n else ""
+        return f"Patched {self.model}: {found} with {self.jacobians!r}{rules} [{self.fingerprint}]{left}"
 
     def __str__(self) -> str:
         header = ("site", "operation", "choice", "reached by", "kind", "notes")
@@ -156,6 +235,7 @@ def _row(site: Site) -> tuple[str, ...]:
     notes = [f"shared with {', '.join(site.aliases)}"] if site.aliases else []
     notes += ["in place"] if site.inplace else []
     notes += [f"{site.calls} calls"] if site.calls > 1 else []
+    notes += [site.decided] if site.decided else []
     choice = "native" if site.choice is None or site.how == "unreached" else str(site.choice)
     how = {"unreached": "NOT REACHED"}.get(site.how, site.how)
     return (site.name or "(model)", site.operation, choice, how, site.kind, "; ".join(notes))

@@ -1,0 +1,429 @@
+"""Which site takes which Jacobian: rules by operation, module, name, stage and call."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from torch import nn
+
+from nslightning.jacobians import Jacobians
+
+__all__ = ["One", "Plan", "Rule", "Selector", "matches", "selectors", "text"]
+
+Selector: TypeAlias = "str | re.Pattern[str] | type[nn.Module] | Iterable[Selector]"
+One: TypeAlias = "str | re.Pattern[str] | type[nn.Module]"
+
+_FIELDS = tuple(f.name for f in dataclasses.fields(Jacobians))
+_OPERATIONS = tuple(name for name in _FIELDS if name != "rule")
+_WHERE = ("operation", "module", "name", "stage", "call")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A Jacobian choice for the sites that match everything that is given; without any, for all sites.
+
+    Each of ``operation``, ``module``, ``name`` and ``stage`` may be a list, of which one has to match. There is no
+    matcher for training and evaluation mode: the choice is read by a backward, and ``using(model, ...)`` says which
+    one takes another.
+
+    Args:
+        jacobians: A mapping such as ``{"relu": 0.5}`` decides on these operations only; a whole
+            :class:`~nslightning.Jacobians` decides on all.
+        operation: Fields of :class:`~nslightning.Jacobians`, such as ``"relu"``.
+        module: Classes, or their names (``"ReLU"``, ``"torchvision.ops.misc.ConvNormActivation"``), subclasses
+            included. A functional call is one of the module that makes it.
+        name: Globs over the qualified names of modules (``"layer1.*"``; the star also takes dots), or regular
+            expressions to be found in them, compiled or between slashes (``"/^layer[12]/"``).
+        stage: A module by its name, with all that is inside it: ``"layer1"``, ``"blocks.3"``; a star for any part of a
+            name between dots (``"*.downsample"``), two numbers for the range from one to the other
+            (``"features.0-10"``, ``"layer1-2"``).
+        call: Which evaluations of the operation by one module, counted from 0 in each forward: a number, or a range
+            as in Python (``"1:3"``, ``"2:"``, ``range(1, 3)``).
+
+    Raises:
+        ValueError: If an operation or a field is unknown, or a range is none.
+        TypeError: If something else than the above is given.
+
+    Example:
+        >>> Rule({"relu": 0.5}, stage="layer1", operation="relu")
+        Rule({'relu': 0.5}, operation='relu', stage='layer1')
+        >>> Rule({"relu": 0.5}, stage="layer1-2").matches(["layer2.0.act"], nn.ReLU())
+        True
+    """
+
+    jacobians: Jacobians | Mapping[str, Any]
+    operation: Any = None
+    module: Any = None
+    name: Any = None
+    stage: Any = None
+    call: Any = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.jacobians, Mapping):
+            for field in self.jacobians:
+                _known("Jacobian", field, _FIELDS)
+            whole = Jacobians(**self.jacobians)
+            object.__setattr__(self, "jacobians", {field: getattr(whole, field) for field in self.jacobians})
+        elif not isinstance(self.jacobians, Jacobians):
+            raise TypeError(f"a rule takes Jacobians or a mapping such as {{'relu': 0.5}}; given {self.jacobians!r}")
+        for what in ("operation", "stage"):
+            given = getattr(self, what)
+            several = (given,) if isinstance(given, str) else () if given is None else tuple(given)
+            if not all(isinstance(one, str) for one in several):
+                raise TypeError(f"{what} takes a name or several; given {given!r}")
+            object.__setattr__(self, what, several)
+        for operation in self.operation:
+            _known("operation", operation, _OPERATIONS)
+        module = tuple(_class_path(one) if isinstance(one, str) else one for one in selectors("module", self.module))
+        object.__setattr__(self, "module", module)
+        object.__setattr__(self, "name", selectors("name", self.name))
+        object.__setattr__(self, "call", _range(self.call))
+
+    @property
+    def unconditional(self) -> bool:
+        """Whether it decides for every site."""
+        return not any(getattr(self, what) for what in _WHERE)
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The fields that it decides on, with their values."""
+        return dict(self.jacobians) if isinstance(self.jacobians, Mapping) else self.jacobians.to_dict()
+
+    def matches(self, names: Sequence[str], module: nn.Module) -> bool:
+        """Whether it is for some calls of a module.
+
+        Args:
+            names: The module's qualified names.
+            module: The module.
+
+        Returns:
+            Whether class, name and stage match.
+        """
+        if self.module and not any(_is(module, one) for one in self.module):
+            return False
+        if self.name and not any(matches(one, names, module) for one in self.name):
+            return False
+        return not self.stage or any(_in_stage(name, stage) for name in names for stage in self.stage)
+
+    def covers(self, operation: str, call: int) -> bool:
+        """Whether it is for a call of an operation, of a module that it matches.
+
+        Args:
+            operation: The field of :class:`~nslightning.Jacobians`.
+            call: The number of the call.
+
+        Returns:
+            Whether operation and call match.
+        """
+        if self.operation and operation not in self.operation:
+            return False
+        if self.call is None:
+            return True
+        first, end = self.call
+        return first <= call and (end is None or call < end)
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> Rule:
+        """A rule as it stands in a config: matchers and choices beside each other.
+
+        Args:
+            given: Such as ``{"stage": "layer1", "relu": 0.5}``.
+
+        Returns:
+            The rule.
+
+        Raises:
+            ValueError: If a key is neither a matcher nor a field of :class:`~nslightning.Jacobians`, or no field is
+                there.
+
+        Example:
+            >>> Rule.from_dict({"name": "/act$/", "relu": 0.5})
+            Rule({'relu': 0.5}, name='/act$/')
+        """
+        if not isinstance(given, Mapping):
+            raise TypeError(f"a rule is a mapping such as {{stage: layer1, relu: 0.5}}; given {given!r}")
+        for key in given:
+            _known("key of a rule", key, (*_WHERE, *_FIELDS))
+        choice = {key: value for key, value in given.items() if key not in _WHERE}
+        if not choice:
+            raise ValueError(f"the rule {dict(given)} decides nothing: add a choice, such as relu: 0.5")
+        return cls(choice, **{key: value for key, value in given.items() if key in _WHERE})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The rule as plain data.
+
+        Returns:
+            JSON-ready values, of which :meth:`from_dict` makes the rule again.
+        """
+        found: dict[str, Any] = {}
+        for what in _WHERE[:-1]:
+            if several := [text(one, path=True) for one in getattr(self, what)]:
+                found[what] = several[0] if len(several) == 1 else several
+        if self.call is not None:
+            first, end = self.call
+            found["call"] = first if end == first + 1 else f"{first}:{'' if end is None else end}"
+        return found | {k: list(v) if isinstance(v, tuple) else v for k, v in self.changes.items()}
+
+    @property
+    def where(self) -> str:
+        """Its matchers, in words for a table."""
+        return ", ".join(f"{k}={v!r}" for k, v in self.to_dict().items() if k in _WHERE) or "everywhere"
+
+    def __repr__(self) -> str:
+        where = "" if self.unconditional else f", {self.where}"
+        return f"Rule({self.jacobians!r}{where})"
+
+
+@dataclass(frozen=True, init=False)
+class Plan:
+    """One Jacobian choice for every site of a model: rules, of which later ones win.
+
+    Args:
+        rules: Rules; also plain :class:`~nslightning.Jacobians`, which are for all sites, and mappings as a config
+            has them (:meth:`Rule.from_dict`). What no rule decides is the reference choice.
+
+    Example:
+        >>> plan = Plan([Jacobians(relu=1.0), Rule({"relu": 0.5}, stage="layer1"), {"stage": "layer1.0", "relu": 0}])
+        >>> plan.choice(plan.matching(["layer1.1.act"], nn.ReLU())).relu
+        0.5
+        >>> print(plan.explain((0, 1, 2), "relu"))
+        rule 3 (stage='layer1.0') over rule 2 (0.5), rule 1 (1.0)
+    """
+
+    rules: tuple[Rule, ...]
+
+    def __init__(self, rules: Iterable[Rule | Jacobians | Mapping[str, Any]]) -> None:
+        made = (
+            rule if isinstance(rule, Rule) else Rule(rule) if isinstance(rule, Jacobians) else Rule.from_dict(rule)
+            for rule in rules
+        )
+        object.__setattr__(self, "rules", tuple(made))
+
+    @classmethod
+    def of(cls, choice: Jacobians | Plan) -> Plan:
+        """A choice as a plan.
+
+        Args:
+            choice: A plan, or the Jacobians of all sites.
+
+        Returns:
+            The plan.
+
+        Raises:
+            TypeError: If it is neither.
+        """
+        if not isinstance(choice, (Jacobians, Plan)):
+            raise TypeError(f"the choice is a Jacobians(...) or a Plan([...]); given {choice!r}")
+        return choice if isinstance(choice, Plan) else cls([choice])
+
+    @property
+    def base(self) -> Jacobians:
+        """What the rules that are for all sites decide."""
+        return self.choice([i for i, rule in enumerate(self.rules) if rule.unconditional])
+
+    @property
+    def sites(self) -> list[Rule]:
+        """The rules that are for some sites only."""
+        return [rule for rule in self.rules if not rule.unconditional]
+
+    @property
+    def calls(self) -> list[int]:
+        """The numbers of calls from which on another choice may hold."""
+        ends = (end for rule in self.rules if rule.call is not None for end in rule.call if end is not None)
+        return sorted({0, *ends})
+
+    def matching(self, names: Sequence[str], module: nn.Module) -> tuple[int, ...]:
+        """The rules that are for some calls of a module.
+
+        Args:
+            names: The module's qualified names.
+            module: The module.
+
+        Returns:
+            Their indices.
+        """
+        return tuple(i for i, rule in enumerate(self.rules) if rule.matches(names, module))
+
+    def covering(self, matching: Sequence[int], operation: str, call: int) -> tuple[int, ...]:
+        """The rules that are for one call of a module.
+
+        Args:
+            matching: The rules that are for some calls of it.
+            operation: The field of :class:`~nslightning.Jacobians`.
+            call: The number of the call.
+
+        Returns:
+            Their indices.
+        """
+        return tuple(i for i in matching if self.rules[i].covers(operation, call))
+
+    def choice(self, rules: Iterable[int]) -> Jacobians:
+        """What some rules decide together.
+
+        Args:
+            rules: Their indices.
+
+        Returns:
+            The choice: of each field the last that was decided.
+        """
+        chosen = Jacobians()
+        for i in rules:
+            chosen = dataclasses.replace(chosen, **self.rules[i].changes)
+        return chosen
+
+    def explain(self, rules: Sequence[int], operation: str) -> str:
+        """Which of some rules decided on an operation, and over which ones.
+
+        Args:
+            rules: Their indices.
+            operation: The field of :class:`~nslightning.Jacobians`.
+
+        Returns:
+            One line; empty where nothing but a rule for all sites decided, or none did.
+        """
+        *others, last = [None, *(i for i in rules if operation in self.rules[i].changes)]
+        if last is None or (self.rules[last].unconditional and not any(others)):
+            return ""
+        lost = [f"rule {i + 1} ({self.rules[i].changes[operation]})" for i in reversed(others) if i is not None]
+        return f"rule {last + 1} ({self.rules[last].where})" + (f" over {', '.join(lost)}" if lost else "")
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """The plan as plain data.
+
+        Returns:
+            One mapping per rule; ``Plan(that)`` is the plan again.
+        """
+        return [rule.to_dict() for rule in self.rules]
+
+    def __repr__(self) -> str:
+        if len(self.rules) == 1 and self.rules[0].unconditional:
+            return repr(self.base)
+        return f"Plan([{', '.join(map(repr, self.rules))}])"
+
+
+# ------------------------------------------------------------------------------------------------- selectors
+def selectors(what: str, given: Any) -> tuple[One, ...]:
+    """A selector flattened, once: it may be an iterator.
+
+    Args:
+        what: Its name, for the error.
+        given: A glob, a regular expression, a module class, several of these, or None.
+
+    Returns:
+        The single ones; a string between slashes has become a regular expression.
+
+    Raises:
+        TypeError: If something else is given.
+        ValueError: If the regular expression is none.
+    """
+    if given is None:
+        return ()
+    if isinstance(given, str) and len(given) > 2 and given[0] == given[-1] == "/":
+        try:
+            return (re.compile(given[1:-1]),)
+        except re.error as error:
+            raise ValueError(f"{what}={given} is no regular expression: {error}") from error
+    if isinstance(given, (str, re.Pattern)) or (isinstance(given, type) and issubclass(given, nn.Module)):
+        return (given,)
+    if isinstance(given, Iterable):
+        return tuple(one for several in given for one in selectors(what, several))
+    raise TypeError(
+        f"{what} takes a glob such as 'layer1.*', a compiled regular expression, a subclass of nn.Module, or "
+        f"several of these; given {given!r}"
+    )
+
+
+def text(selector: One, *, path: bool = False) -> str:
+    """A selector in words.
+
+    Args:
+        selector: One selector.
+        path: Name a class with the module that it is from.
+
+    Returns:
+        The glob, ``/expression/`` or the class's name.
+    """
+    if isinstance(selector, str):
+        return selector
+    if isinstance(selector, re.Pattern):
+        return f"/{selector.pattern}/"
+    return f"{selector.__module__}.{selector.__qualname__}" if path else selector.__qualname__
+
+
+def matches(selector: One, names: Sequence[str], module: nn.Module) -> bool:
+    """Whether a selector selects a module.
+
+    Args:
+        selector: One selector.
+        names: The module's qualified names.
+        module: The module.
+
+    Returns:
+        Whether one of the names, or the class, is selected.
+    """
+    if isinstance(selector, str):
+        return any(fnmatch.fnmatchcase(name, selector) for name in names)
+    if isinstance(selector, re.Pattern):
+        return any(selector.search(name) is not None for name in names)
+    return isinstance(module, selector)
+
+
+def _is(module: nn.Module, cls: Any) -> bool:
+    """Whether a module is of a class, which may be given by its name, short or with its path."""
+    if not isinstance(cls, str):
+        return isinstance(module, cls)
+    return any(cls in (c.__name__, f"{c.__module__}.{c.__qualname__}") for c in type(module).__mro__)
+
+
+def _class_path(name: str) -> str:
+    if not all(part.isidentifier() for part in name.replace("<locals>", "locals").split(".")):
+        raise ValueError(f"module takes a class or its name, such as 'ReLU'; given {name!r}. Globs go into name=...")
+    return name
+
+
+def _in_stage(name: str, stage: str) -> bool:
+    """Whether a qualified name is a stage's or that of a module inside it."""
+    wanted, given = stage.split("."), name.split(".")
+    return len(given) >= len(wanted) and all(map(_part_matches, wanted, given))
+
+
+def _part_matches(wanted: str, given: str) -> bool:
+    """One part of a name, between dots: a glob, or a range of numbers behind a common beginning."""
+    if (span := re.fullmatch(r"(.*?)(\d+)-(\d+)", wanted)) is None:
+        return fnmatch.fnmatchcase(given, wanted)
+    start, first, last = span.groups()
+    number = given.removeprefix(start)
+    return given.startswith(start) and number.isdecimal() and int(first) <= int(number) <= int(last)
+
+
+def _range(given: Any) -> tuple[int, int | None] | None:
+    """A call's number or a range of numbers as (first, end)."""
+    if given is None:
+        return None
+    if isinstance(given, (tuple, list)) and len(given) == 2:  # as kept by a rule
+        first, end = given
+    elif isinstance(given, int) and not isinstance(given, bool):
+        first, end = given, given + 1
+    elif isinstance(given, range) and given.step == 1:
+        first, end = given.start, given.stop
+    elif isinstance(given, str) and (span := re.fullmatch(r"(\d*)(:?)(\d*)", given)) and any(span.groups()):
+        first = int(span[1] or 0)
+        end = int(span[3]) if span[3] else (None if span[2] else first + 1)
+    else:
+        first, end = -1, None
+    if first < 0 or (end is not None and end <= first):
+        raise ValueError(f"call takes a number from 0 on, or a range such as '1:3' or '2:'; given {given!r}")
+    return first, end
+
+
+def _known(what: str, given: Any, allowed: Sequence[str]) -> None:
+    if given not in allowed:
+        close = difflib.get_close_matches(str(given), allowed, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"{what} {given!r} is not known{hint} Allowed: {', '.join(allowed)}")
