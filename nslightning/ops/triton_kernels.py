@@ -1,0 +1,272 @@
+"""Fused CUDA kernels, in Triton, for the operations whose ATen composition passes over the memory most often.
+
+Each computes what the composition in :mod:`~nslightning.ops.pointwise` or :mod:`~nslightning.ops.max_pool` does, in one
+pass forward and one backward. For the backward ReLU keeps its output, as stock, and one bit per entry; max pooling two
+bytes per window, where stock keeps its input and an eight-byte index. No atomics: the same bits on every run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["MAX_POSITIONS", "pool_backward", "pool_forward", "relu_backward", "relu_forward"]
+
+#: The largest pooling window whose tied positions fit the bits of one int16.
+MAX_POSITIONS = 16
+_BLOCK = 1024
+
+
+@triton.jit
+def _relu_forward(x, y, bits, n, ROWS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    bit = tl.arange(0, 8)
+    at = row[:, None] * 8 + bit[None, :]
+    inside = at < n
+    value = tl.load(x + at, mask=inside, other=1.0).to(tl.float32)
+    tl.store(y + at, tl.where(value <= 0, 0.0, value).to(y.dtype.element_ty), mask=inside)  # NaN stays NaN, as stock
+    tied = (value == 0).to(tl.int32) << bit[None, :]
+    tl.store(bits + row, tl.sum(tied, axis=1).to(tl.uint8), mask=row * 8 < n)
+
+
+@triton.jit
+def _relu_backward(g, y, bits, gradient, n, alpha, CONSTANT: tl.constexpr, ROWS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    bit = tl.arange(0, 8)
+    at = row[:, None] * 8 + bit[None, :]
+    inside = at < n
+    incoming = tl.load(g + at, mask=inside, other=0.0).to(tl.float32)
+    output = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+    byte = tl.load(bits + row, mask=row * 8 < n, other=0).to(tl.int32)
+    tied = ((byte[:, None] >> bit[None, :]) & 1) != 0
+    if CONSTANT:
+        chosen = tl.zeros_like(incoming) + alpha
+    else:
+        chosen = incoming * alpha
+    found = tl.where(output <= 0, tl.where(tied, chosen, 0.0), incoming)
+    tl.store(gradient + at, found.to(gradient.dtype.element_ty), mask=inside)
+
+
+def relu_forward(x: Tensor) -> tuple[Tensor, Tensor]:
+    """ReLU, and where its input is 0.
+
+    Args:
+        x: Input, any shape, float16, bfloat16 or float32, dense in memory (contiguous in some order of its dimensions).
+
+    Returns:
+        ``torch.relu(x)`` and the ties, eight to a byte in the order of the memory, of shape ``(ceil(numel / 8),)``.
+    """
+    y = torch.empty_like(x)
+    bits = torch.empty(triton.cdiv(x.numel(), 8), dtype=torch.uint8, device=x.device)
+    if x.numel():
+        rows = _BLOCK // 8
+        _relu_forward[(triton.cdiv(x.numel(), _BLOCK),)](x, y, bits, x.numel(), ROWS=rows)
+    return y, bits
+
+
+def relu_backward(g: Tensor, y: Tensor, bits: Tensor, alpha: float, *, constant: bool = False) -> Tensor:
+    """The gradient of ReLU with the derivative ``alpha`` at 0.
+
+    Args:
+        g: Incoming gradient, of ``y``'s shape and dtype.
+        y: The output of :func:`relu_forward`.
+        bits: The ties from there.
+        alpha: ReLU'(0).
+        constant: Write ``alpha`` itself at ties, the published rule.
+
+    Returns:
+        The gradient with respect to the input; ``alpha * g`` is formed in float32 and rounded once.
+    """
+    g = _laid_out_as(g, y)
+    gradient = torch.empty_like(y)
+    if y.numel():
+        rows = _BLOCK // 8
+        grid = (triton.cdiv(y.numel(), _BLOCK),)
+        _relu_backward[grid](g, y, bits, gradient, y.numel(), alpha, CONSTANT=constant, ROWS=rows)
+    return gradient
+
+
+@triton.jit
+def _mine(BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """The elements of this program, counted in 64 bits only where there are so many."""
+    program = tl.program_id(0)
+    if WIDE:
+        program = program.to(tl.int64)
+    return program * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def _place(at, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, LAST: tl.constexpr):
+    """Image and channel, row and column of an element from where it lies in the memory."""
+    if LAST:
+        channel = at % C
+        column = (at // C) % W
+        row = (at // (C * W)) % H
+        image = at // (C * W * H)
+    else:
+        column = at % W
+        row = (at // W) % H
+        channel = (at // (W * H)) % C
+        image = at // (W * H * C)
+    return image, channel, row, column
+
+
+@triton.jit
+def _where(image, channel, row, column, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, LAST: tl.constexpr):
+    """Where an element lies in the memory: the inverse of `_place`."""
+    if LAST:
+        return ((image * H + row) * W + column) * C + channel
+    return ((image * C + channel) * H + row) * W + column
+
+
+@triton.jit
+def _pool_forward(
+    x, y, mask, n, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    DH: tl.constexpr, DW: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    at = _mine(BLOCK, WIDE)
+    image, channel, row, column = _place(at, C, OH, OW, LAST)
+    best = tl.full((BLOCK,), float("-inf"), tl.float32)
+    reached = tl.zeros((BLOCK,), tl.int32)
+    for q in tl.static_range(KH * KW):
+        h = row * SH - PH + (q // KW) * DH
+        w = column * SW - PW + (q % KW) * DW
+        inside = (at < n) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+        value = tl.load(x + _where(image, channel, h, w, C, H, W, LAST), mask=inside, other=float("-inf"))
+        value = value.to(tl.float32)
+        better = (value > best) | (value != value)  # the last NaN wins, as stock
+        reached = tl.where(better, 1 << q, tl.where(inside & (value == best), reached | (1 << q), reached))
+        best = tl.where(better, value, best)
+    tl.store(y + at, best.to(y.dtype.element_ty), mask=at < n)
+    tl.store(mask + at, reached.to(tl.int16), mask=at < n)
+
+
+@triton.jit
+def _ones(m):
+    """How many of the 16 low bits are set."""
+    m = m - ((m >> 1) & 0x5555)
+    m = (m & 0x3333) + ((m >> 2) & 0x3333)
+    m = (m + (m >> 4)) & 0x0F0F
+    return (m + (m >> 8)) & 0x1F
+
+
+@triton.jit
+def _pool_backward(
+    g, mask, target, weights, gradient, n,
+    C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    DH: tl.constexpr, DW: tl.constexpr, LAST: tl.constexpr, TO: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    at = _mine(BLOCK, WIDE)
+    image, channel, h, w = _place(at, C, H, W, LAST)
+    total = tl.zeros((BLOCK,), tl.float32)
+    # The windows that an entry may lie in, in their order in the memory, as the stock kernel adds them up.
+    DOWN: tl.constexpr = ((KH - 1) * DH) // SH + 1
+    ACROSS: tl.constexpr = ((KW - 1) * DW) // SW + 1
+    for r in tl.static_range(DOWN * ACROSS):
+        row = (h + PH) // SH - (DOWN - 1 - r // ACROSS)
+        column = (w + PW) // SW - (ACROSS - 1 - r % ACROSS)
+        i = h + PH - row * SH
+        j = w + PW - column * SW
+        inside = (at < n) & (row >= 0) & (row < OH) & (i < KH * DH) & (i % DH == 0)
+        inside = inside & (column >= 0) & (column < OW) & (j < KW * DW) & (j % DW == 0)
+        q = tl.where(inside, (i // DH) * KW + j // DW, 0)
+        window = _where(image, channel, row, column, C, OH, OW, LAST)
+        reached = tl.load(mask + window, mask=inside, other=0).to(tl.int32) & 0xFFFF
+        if TO == "first":
+            chosen = (reached & ((1 << q) - 1)) == 0
+        elif TO == "last":
+            chosen = (reached >> q) == 1
+        else:
+            rank = _ones(reached & ((1 << q) - 1))  # of this entry among the tied ones
+            chosen = rank == tl.load(target + window, mask=inside, other=0).to(tl.int32)
+        incoming = tl.load(g + window, mask=inside, other=0.0).to(tl.float32)
+        weight = tl.load(weights + _ones(reached) + tl.where(chosen, 17, 0))
+        total = tl.where(((reached >> q) & 1) != 0, total + incoming * weight, total)
+    tl.store(gradient + at, total.to(gradient.dtype.element_ty), mask=at < n)
+
+
+@lru_cache(maxsize=256)
+def _weights(share: float, whole: float, each: float, device: torch.device) -> Tensor:
+    """What an entry of a window with 0 to 16 tied entries receives of its gradient; then the same for the target."""
+    rest = [share / max(k, 1) + each for k in range(MAX_POSITIONS + 1)]
+    rows = torch.tensor([rest, [r + whole for r in rest]])
+    rows[:, :2] = 1.0  # no tie
+    return rows.flatten().to(device)
+
+
+def pool_forward(x: Tensor, geometry: Sequence[tuple[int, int]], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """2-d max pooling, and which entries of each window reach its maximum.
+
+    Args:
+        x: Input of shape (N, C, H, W), float16, bfloat16 or float32, contiguous or channels_last.
+        geometry: Kernel, stride, padding and dilation; at most :data:`MAX_POSITIONS` positions in a window.
+        size: The output's height and width.
+
+    Returns:
+        The stock output, and int16 masks of its shape: bit q is set where the window's q-th entry, in row-major order,
+        reaches the maximum. Where that is NaN, the entry that PyTorch picks alone.
+    """
+    layout = _layout(x)
+    y = torch.empty((*x.shape[:2], *size), dtype=x.dtype, device=x.device, memory_format=layout)
+    mask = torch.empty_like(y, dtype=torch.int16)
+    if y.numel():
+        _pool_forward[(triton.cdiv(y.numel(), _BLOCK),)](
+            x, y, mask, y.numel(), *x.shape[1:], *size, *sum(geometry, ()), LAST=layout == torch.channels_last,
+            WIDE=x.numel() >= 2**31, BLOCK=_BLOCK,
+        )  # fmt: skip
+    return y, mask
+
+
+def pool_backward(
+    g: Tensor,
+    mask: Tensor,
+    geometry: Sequence[tuple[int, int]],
+    size: tuple[int, int],
+    weights: tuple[float, float, float, float],
+    target: Tensor | None = None,
+) -> Tensor:
+    """The gradient of 2-d max pooling.
+
+    Args:
+        g: Incoming gradient, of the output's shape.
+        mask: The masks of :func:`pool_forward`.
+        geometry: As there.
+        size: The input's height and width.
+        weights: ``(share, whole, each, last)`` of :meth:`~nslightning.ops.selection.Selection.pool_weights`.
+        target: The rank, among a window's tied entries, of the one that receives ``whole``, of ``mask``'s shape and
+            layout; None is the first, or the last if ``last``.
+
+    Returns:
+        The gradient with respect to the input; sums are formed in float32 and rounded once.
+    """
+    layout = _layout(mask)
+    g = _laid_out_as(g, mask)
+    share, whole, each, last = weights
+    gradient = torch.empty((*mask.shape[:2], *size), dtype=g.dtype, device=g.device, memory_format=layout)
+    if gradient.numel():
+        to = "given" if target is not None else "last" if last else "first"
+        _pool_backward[(triton.cdiv(gradient.numel(), _BLOCK),)](
+            g, mask, mask if target is None else target, _weights(share, whole, each, g.device), gradient,
+            gradient.numel(), mask.shape[1], *size, *mask.shape[2:], *sum(geometry, ()),
+            LAST=layout == torch.channels_last, TO=to, WIDE=gradient.numel() >= 2**31, BLOCK=_BLOCK,
+        )  # fmt: skip
+    return gradient
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    return torch.contiguous_format if x.is_contiguous() else torch.channels_last
+
+
+def _laid_out_as(g: Tensor, other: Tensor) -> Tensor:
+    """The same values in the memory order of another tensor of the same shape."""
+    if g.stride() == other.stride():
+        return g
+    return torch.empty_like(other, dtype=g.dtype).copy_(g)
