@@ -46,7 +46,7 @@ class Everything(nn.Module):
         x = self.pool(self.relu(self.a(x)))
         x = x + checkpoint(lambda t: self.leaky(self.b(self.relu(self.b(t)))), x, use_reentrant=False)
         x = F.max_pool2d(self.six(x), 2)
-        x = torch.cat([x.mean((2, 3)), F.relu(x).amax((2, 3))], 1)
+        x = torch.cat([x.mean((2, 3)), F.relu(x).square().mean((2, 3))], 1)
         return self.tied(self.head(x).relu_())
 
 

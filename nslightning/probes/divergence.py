@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from nslightning.jacobians import Jacobians
-from nslightning.probes.gradients import gradients
-from nslightning.probes.propagation import differences
+from nslightning.probes.gradients import gradients, wanted
+from nslightning.probes.propagation import differences, met_ties, refuse_compiled
+from nslightning.surgery import selections
 
 __all__ = ["NORMS", "Divergence", "divergence", "measure", "measure_difference"]
 
@@ -56,6 +57,7 @@ def divergence(
     reference: Jacobians = Jacobians(),  # noqa: B008 # frozen
     *,
     method: Literal["subtract", "propagate"] = "subtract",
+    inputs: Mapping[str, Tensor] | None = None,
     retain_graph: bool = False,
 ) -> dict[str, Divergence]:
     """How far each choice's parameter gradients are from the reference's, on one loss and one forward.
@@ -68,15 +70,17 @@ def divergence(
         method: ``"subtract"`` takes both gradients and subtracts them, which leaves rounding where they agree.
             ``"propagate"`` carries the difference itself down from the ties (:func:`differences`): exact zeros where no
             tie matters, elsewhere the rounding of the difference's own terms only, and the cost of the graph below the
-            ties; not for compiled models.
+            ties; no backward at all where no tie was met (a gradient that is not finite is not noticed then). Not for
+            compiled models nor for random choices.
+        inputs: Further tensors to differentiate for, by name, such as the model's input; they count in the totals.
         retain_graph: Keep the graph after the last backward.
 
     Returns:
         One :class:`Divergence` per choice, with ``per_layer`` by parameter name.
 
     Raises:
-        ValueError: If the model is not patched, no parameter requires gradients, no choice is given, or a compiled
-            model's difference is to be propagated.
+        ValueError: If the model is not patched, no parameter requires gradients, no choice is given, or the difference
+            of a compiled model or of a random choice is to be propagated.
 
     Example:
         >>> import nslightning
@@ -90,13 +94,17 @@ def divergence(
     if not choices:
         raise ValueError("divergence takes at least one choice, such as {'relu1': Jacobians(relu=1.0)}")
     if method == "propagate":
-        base, changes = differences(loss, model, choices, reference, retain_graph=retain_graph)
+        refuse_compiled(model)
+        if not met_ties(loss) and selections(model):
+            none = Divergence(0.0, 0.0, 0.0, 0.0, 1.0)
+            return dict.fromkeys(choices, replace(none, per_layer=dict.fromkeys(wanted(model, inputs), none)))
+        base, changes = differences(loss, model, choices, reference, inputs=inputs, retain_graph=retain_graph)
         return {name: measure_difference(change, base) for name, change in changes.items()}
-    (base,) = gradients(loss, model, {"": reference}, retain_graph=True).values()
+    (base,) = gradients(loss, model, {"": reference}, inputs=inputs, retain_graph=True).values()
     found = {}
     for i, (name, jacobians) in enumerate(choices.items()):  # one at a time: two sets of gradients in memory
         keep = retain_graph or i + 1 < len(choices)
-        (other,) = gradients(loss, model, {name: jacobians}, retain_graph=keep).values()
+        (other,) = gradients(loss, model, {name: jacobians}, inputs=inputs, retain_graph=keep).values()
         found[name] = measure(other, base)
     return found
 

@@ -10,11 +10,16 @@ from torch import Tensor, nn
 from nslightning.jacobians import Jacobians
 from nslightning.surgery import using
 
-__all__ = ["gradients"]
+__all__ = ["gradients", "wanted"]
 
 
 def gradients(
-    loss: Tensor, model: nn.Module, choices: Mapping[str, Jacobians], *, retain_graph: bool = False
+    loss: Tensor,
+    model: nn.Module,
+    choices: Mapping[str, Jacobians],
+    *,
+    inputs: Mapping[str, Tensor] | None = None,
+    retain_graph: bool = False,
 ) -> dict[str, dict[str, Tensor]]:
     """The parameter gradients of one loss under several choices: one forward, one backward per choice.
 
@@ -24,14 +29,15 @@ def gradients(
         loss: A 0-d tensor computed by a forward of the patched ``model``, its graph not yet freed.
         model: A patched model, or one that contains patched ones.
         choices: The choices by name.
+        inputs: Further tensors to differentiate for, by name, such as ``{"input": x}`` where ``x`` requires gradients.
         retain_graph: Keep the graph after the last backward.
 
     Returns:
         For each choice ``{parameter name: gradient}``, with a zero gradient where the loss does not depend on
-        the parameter. Only parameters that require gradients appear.
+        the parameter. Only parameters that require gradients appear, then ``inputs``.
 
     Raises:
-        ValueError: If the model is not patched, no parameter requires gradients, or no choice is given.
+        ValueError: If the model is not patched, no choice is given, or there is nothing to differentiate for.
 
     Example:
         >>> import nslightning
@@ -45,9 +51,7 @@ def gradients(
     """
     if not choices:
         raise ValueError("gradients takes at least one choice, such as {'relu1': Jacobians(relu=1.0)}")
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not named:
-        raise ValueError(f"no parameter of {type(model).__name__} requires gradients")
+    named = wanted(model, inputs)
     found = {}
     for i, (choice, jacobians) in enumerate(choices.items()):
         keep = retain_graph or i + 1 < len(choices)
@@ -57,3 +61,28 @@ def gradients(
             )
         found[choice] = dict(zip(named, values, strict=True))
     return found
+
+
+def wanted(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """What to differentiate for: a model's parameters, and other tensors if asked.
+
+    Args:
+        model: Any module.
+        inputs: Further tensors by name.
+
+    Returns:
+        The parameters that require gradients, then ``inputs``.
+
+    Raises:
+        ValueError: If there is nothing, an input does not require gradients, or it has a parameter's name.
+    """
+    named: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for name, tensor in (inputs or {}).items():
+        if not tensor.requires_grad:
+            raise ValueError(f"input {name!r} does not require gradients: call `requires_grad_()` before the forward")
+        if name in named:
+            raise ValueError(f"input {name!r} has the name of a parameter: give it another one")
+        named[name] = tensor
+    if not named:
+        raise ValueError(f"no parameter of {type(model).__name__} requires gradients")
+    return named

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,11 +13,124 @@ from torch.autograd.graph import GradientEdge
 
 from nslightning.jacobians import Jacobians
 from nslightning.ops.selection import Selection
+from nslightning.probes.gradients import gradients, wanted
 from nslightning.surgery import selections, using
 
-__all__ = ["differences"]
+__all__ = ["Recording", "differences", "met_ties", "recording", "refuse_compiled", "refuse_random"]
 
-_Record = tuple[GradientEdge, Callable[[Selection], Tensor]]
+Starts = list[tuple[GradientEdge, Tensor]]
+_Gradients = Tensor | tuple[Tensor | None, ...]
+
+# Backward nodes of one input and one output, where a difference may die: autograd's and the operations' own.
+_GATES = frozenset({"ReluBackward0", "ThresholdBackward0", "HardtanhBackward0", "_KinkedBackward"})
+
+
+@dataclass(eq=False)
+class Recording:
+    """What one backward met at its ties, from which the difference to any other choice can be carried down.
+
+    Args:
+        model: The patched model that ran.
+    """
+
+    model: nn.Module
+    #: Per tied operation: where its gradients go, what they would be under any choice, and the choice in use.
+    records: list[tuple[tuple[Any, ...], Callable[[Selection], _Gradients], Jacobians]] = field(default_factory=list)
+
+    def starts(self, choice: Jacobians) -> Starts:
+        """The differences that each tied operation makes by itself, and where they enter the graph below it.
+
+        Args:
+            choice: The choice to compare with the one in use.
+
+        Returns:
+            Only what is not identically zero: at an operation, or below the ReLUs that directly follow it.
+
+        Raises:
+            ValueError: If the choice is random, which is another one at each evaluation.
+        """
+        refuse_random(choice)
+        after, before = Selection(choice), {j: Selection(j) for _, _, j in self.records}
+        found: Starts = []
+        with using(self.model, _linear_part(choice)):
+            for below, vjp, in_use in self.records:
+                others, own = _several(vjp(after)), _several(vjp(before[in_use]))
+                for (node, output), a, b in zip(below, others, own, strict=False):
+                    if node is not None and a is not None and b is not None:
+                        found += _through_gates(GradientEdge(node, output), a - b)
+        return found
+
+    def carry(
+        self, starts: Starts, choice: Jacobians, tensors: Sequence[Tensor], *, retain_graph: bool = True
+    ) -> tuple[Tensor, ...]:
+        """Carry differences down to the tensors that are differentiated for.
+
+        Args:
+            starts: What :meth:`starts` returned, or multiples of it: the carrying is linear.
+            choice: The choice for which it did.
+            tensors: Parameters or inputs.
+            retain_graph: Keep the graph for another pass.
+
+        Returns:
+            The difference for each tensor; exact zeros, without any backward, where there is no start.
+        """
+        if not starts:
+            return tuple(torch.zeros_like(t) for t in tensors)
+        with using(self.model, _linear_part(choice)):
+            return torch.autograd.grad(
+                [edge for edge, _ in starts],
+                list(tensors),
+                [d for _, d in starts],
+                retain_graph=retain_graph,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+
+
+@contextmanager
+def recording(model: nn.Module) -> Iterator[Recording]:
+    """Record what the backwards inside the block meet at ties.
+
+    The backward may be any: ``loss.backward(retain_graph=True)`` of a training step serves, and spares the one that
+    :func:`differences` runs for the reference.
+
+    Args:
+        model: A patched model, or one that contains patched ones, in eager mode.
+
+    Yields:
+        The recording, filled as backwards run; it holds the gradients that came to the ties.
+
+    Raises:
+        ValueError: If the model is compiled.
+
+    Example:
+        >>> import nslightning
+        >>> model = nn.Sequential(nn.Linear(2, 1), nn.ReLU())
+        >>> _ = nn.init.zeros_(model[0].weight), nn.init.zeros_(model[0].bias)
+        >>> report = nslightning.patch(model, Jacobians())
+        >>> with recording(model) as met:
+        ...     model(torch.ones(1, 2)).sum().backward(retain_graph=True)
+        >>> choice = Jacobians(relu=0.5)
+        >>> met.carry(met.starts(choice), choice, list(model.parameters()))
+        (tensor([[0.5000, 0.5000]]), tensor([0.5000]))
+    """
+    refuse_compiled(model)
+    recorded = Recording(model)
+
+    def recorder(selection: Selection) -> Callable[[Any, Callable[[Selection], _Gradients]], None]:
+        def record(node: Any, vjp: Callable[[Selection], _Gradients]) -> None:
+            recorded.records.append((node.next_functions, vjp, selection.jacobians))
+
+        return record
+
+    found = selections(model).values()
+    for selection in found:
+        selection.recorder = recorder(selection)
+    try:
+        yield recorded
+    finally:
+        for selection in found:
+            selection.recorder = None
 
 
 def differences(
@@ -26,6 +139,7 @@ def differences(
     choices: Mapping[str, Jacobians],
     reference: Jacobians = Jacobians(),  # noqa: B008 # frozen
     *,
+    inputs: Mapping[str, Tensor] | None = None,
     retain_graph: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
     r"""The reference gradients, and for each choice what its gradients add to them.
@@ -38,13 +152,15 @@ def differences(
     and everywhere else it is backpropagated like a gradient. The second term, nothing but for ties, is formed at each
     operation from the g_i of one reference backward; one backward under the choice, started at all these places at
     once, carries both terms down. What lies above the highest tie is never visited, and where no tie matters nothing
-    is: the differences are then exactly 0.
+    is: the differences are then exactly 0. A pooling window of zeros behind a ReLU ties always and matters never: the
+    difference is taken through the ReLUs right below its start before anything else runs.
 
     Args:
         loss: A 0-d tensor computed by an eager forward of the patched ``model``, its graph not yet freed.
         model: A patched model, or one that contains patched ones.
         choices: The choices by name.
         reference: The choice to compare with; stock PyTorch's by default.
+        inputs: Further tensors to differentiate for, by name, such as the model's input.
         retain_graph: Keep the graph after the last backward.
 
     Returns:
@@ -53,35 +169,81 @@ def differences(
     Raises:
         ValueError: If the model is not patched, no parameter requires gradients, or the model is compiled.
     """
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not named:
-        raise ValueError(f"no parameter of {type(model).__name__} requires gradients")
+    named = wanted(model, inputs)
+    with recording(model) as met:
+        (base,) = gradients(loss, model, {"": reference}, inputs=inputs, retain_graph=True).values()
+    found = {}
+    for i, (name, choice) in enumerate(choices.items()):
+        keep = retain_graph or i + 1 < len(choices)
+        values = met.carry(met.starts(choice), choice, list(named.values()), retain_graph=keep)
+        found[name] = dict(zip(named, values, strict=True))
+    return base, found
+
+
+def met_ties(loss: Tensor) -> bool:
+    """Whether the graph of a loss holds an operation at which a choice may matter; nothing is evaluated.
+
+    Args:
+        loss: A tensor computed by an eager forward.
+
+    Returns:
+        False if no tie was met: the gradients under all choices are then the same. True where max pooling was, whose
+        ties are looked for in the backward.
+    """
+    seen, stack = set(), [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if getattr(getattr(node, "_forward_cls", None), "__module__", "").startswith("nslightning.ops."):
+            return True
+        stack += [below for below, _ in node.next_functions]
+    return False
+
+
+def refuse_compiled(model: nn.Module) -> None:
+    """Raise if a model's operations do not report their ties.
+
+    Args:
+        model: Any module.
+
+    Raises:
+        ValueError: If the model or a part of it is compiled.
+    """
     if any(isinstance(m, torch._dynamo.OptimizedModule) or m._compiled_call_impl is not None for m in model.modules()):
         raise ValueError("a compiled model's ties cannot be recorded: use method='subtract', or the eager model")
-    parameters = list(named.values())
-    with using(model, reference), _recording(model) as records:
-        base = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
-    before = Selection(reference)
-    found = {}
-    for i, (name, jacobians) in enumerate(choices.items()):
-        after = Selection(jacobians)
-        starts = [(edge, vjp(after) - vjp(before)) for edge, vjp in records]
-        starts = [(edge, d) for edge, d in starts if torch.count_nonzero(d)]
-        if not starts:
-            found[name] = {n: torch.zeros_like(p) for n, p in named.items()}
-            continue
-        keep = retain_graph or i + 1 < len(choices)
-        with using(model, _linear_part(jacobians)):
-            values = torch.autograd.grad(
-                [edge for edge, _ in starts],
-                parameters,
-                [d for _, d in starts],
-                retain_graph=keep,
-                allow_unused=True,
-                materialize_grads=True,
-            )
-        found[name] = dict(zip(named, values, strict=True))
-    return dict(zip(named, base, strict=True)), found
+
+
+def refuse_random(*choices: Jacobians) -> None:
+    """Raise if a choice is another one each time it is evaluated, so that no difference between two can be told.
+
+    Args:
+        *choices: Choices.
+
+    Raises:
+        ValueError: If one is random.
+    """
+    for choice in choices:
+        if "random" in choice.to_dict().values():
+            raise ValueError(f"{choice!r} is another choice at each backward: only method='subtract' takes it")
+
+
+def _through_gates(edge: GradientEdge, d: Tensor) -> Starts:
+    """The start of a difference, moved below the ReLUs that it meets first; none if nothing of it is left."""
+    while torch.count_nonzero(d):
+        node = edge.node
+        below, output = next(iter(node.next_functions), (None, 0))
+        if node.name() not in _GATES or below is None or below.name() == "torch::autograd::AccumulateGrad":
+            return [(edge, d)]
+        lower = GradientEdge(below, output)
+        (d,) = torch.autograd.grad([edge], [lower], [d], retain_graph=True)
+        edge = lower
+    return []
+
+
+def _several(values: _Gradients) -> tuple[Tensor | None, ...]:
+    return values if isinstance(values, tuple) else (values,)
 
 
 def _linear_part(jacobians: Jacobians) -> Jacobians:
@@ -89,23 +251,3 @@ def _linear_part(jacobians: Jacobians) -> Jacobians:
     if jacobians.rule == "exact":
         return jacobians
     return replace(jacobians, rule="exact", relu=0.0, relu6=(0.0, 0.0))
-
-
-@contextmanager
-def _recording(model: nn.Module) -> Iterator[list[_Record]]:
-    """Collect from every backward at a tied operation where it hands its gradient, and what that would have been."""
-    records: list[_Record] = []
-
-    def record(node: Any, vjp: Callable[[Selection], Tensor]) -> None:
-        below, output = node.next_functions[0]
-        if below is not None:
-            records.append((GradientEdge(below, output), vjp))
-
-    found = selections(model).values()
-    for selection in found:
-        selection.recorder = record
-    try:
-        yield records
-    finally:
-        for selection in found:
-            selection.recorder = None
