@@ -24,6 +24,17 @@ _POOL_WEIGHTS: dict[str, tuple[float, float, float, float]] = {
     "sum": (0.0, 0.0, 1.0, 0.0),
 }
 
+# The same for a maximum that stock shares in one of several ways, as (native, share, each, first, last): an entry
+# receives stock's own share times native, and of g share / k + each, and the first and the last one so much more.
+_SHARES: dict[str, tuple[float, ...]] = {
+    "native": (1.0, 0.0, 0.0, 0.0, 0.0),
+    "minimal": (0.0, 1.0, 0.0, 0.0, 0.0),
+    "sum": (0.0, 0.0, 1.0, 0.0, 0.0),
+    "first": (0.0, 0.0, 0.0, 1.0, 0.0),
+    "last": (0.0, 0.0, 0.0, 0.0, 1.0),
+    "random": (float("nan"),) * 5,  # drawn in eager mode; a compiled backward cannot, and says so in NaN
+}
+
 
 @torch.library.custom_op("nslightning::read_now", mutates_args=())
 def read_now(values: Tensor, gradient: Tensor) -> Tensor:
@@ -81,6 +92,7 @@ class Selection:
             if "native" not in op.names  # those share a gradient over several entries
         }
         self.pool = torch.zeros(4, dtype=torch.float64)
+        self.shares = {name: torch.zeros(5, dtype=torch.float64) for name in ("max", "maximum")}
         self.set(jacobians)
 
     def set(self, jacobians: Jacobians) -> None:
@@ -97,6 +109,10 @@ class Selection:
             for i, value in enumerate(self.at_kinks(name)):
                 values.data[i] = value if isinstance(value, float) else float("nan")  # NaN stands for the reference
         self.pool.data.copy_(torch.tensor(self.pool_weights(), dtype=torch.float64))
+        for name, weights in self.shares.items():
+            choice = getattr(jacobians, name) or 0.0
+            shares = _SHARES[choice] if isinstance(choice, str) else (1 - choice, choice, 0.0, 0.0, 0.0)
+            weights.data.copy_(torch.tensor(shares, dtype=torch.float64))
 
     def at_kinks(self, operation: str) -> tuple[float | None, ...]:
         """The derivatives at the kinks of a pointwise operation.

@@ -1,0 +1,506 @@
+"""Maxima and minima: over all entries, along dimensions, and of two tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from nslightning.jacobians import Jacobians, MaxPoolChoice
+from nslightning.ops.selection import Selection
+from nslightning.ops.tied import RULES, Rule, around, fixed, wide
+
+__all__ = [
+    "amax",
+    "amin",
+    "aminmax",
+    "fmax",
+    "fmin",
+    "max",
+    "maximum",
+    "min",
+    "minimum",
+    "pair",
+    "reduction",
+    "tied_pairs",
+    "tied_reductions",
+]
+
+_STOCK: dict[str, Callable[..., Any]] = {
+    name: getattr(torch, name)
+    for name in ("max", "min", "amax", "amin", "aminmax", "maximum", "minimum", "fmax", "fmin")
+}
+
+
+# ------------------------------------------------------------------------------------------------- along dimensions
+def _reached(tensors: tuple[Tensor, ...], parameters: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """Which entries reach their maximum, and how many of them do: ``(tied, reached, count)``."""
+    x, found = tensors
+    dims, keepdim, by_index = parameters
+    found = _restored(found, dims, keepdim)
+    reached = x == (x.gather(dims[0], found) if by_index else found)
+    count = reached.sum(dims, keepdim=True)
+    tied = count > 1
+    return tied if keepdim else tied.squeeze(dims), reached, count
+
+
+def _share(
+    choice: tuple[Tensor, ...],
+    uniform: Callable[[Tensor], Tensor] | None,
+    g: Tensor,
+    tensors: tuple[Tensor, ...],
+    parameters: tuple[Any, ...],
+    tied: Tensor,
+    reached: Tensor,
+    count: Tensor,
+) -> tuple[Tensor]:
+    """The gradients of the entries that reach a maximum together with others."""
+    native, share, each, first, last = choice
+    x, found = tensors
+    dims, keepdim, by_index = parameters
+    at = each
+    if uniform is not None:
+        native, share, at = torch.zeros(3, dtype=wide(g)).unbind()
+        rank = _rank(reached, dims)
+        at = (rank == (uniform(count) * count).floor() + 1).to(wide(g))
+    elif torch.compiler.is_compiling() or first + last != 0:
+        rank = _rank(reached, dims)
+        at = each + first * (rank == 1) + last * (rank == count)
+    if by_index:
+        picked = torch.zeros_like(x, dtype=torch.bool).scatter(dims[0], _restored(found, dims, keepdim), True)
+        at = at + native * picked
+    else:
+        share = share + native
+    g = _restored(g, dims, keepdim).to(wide(g))
+    value = torch.where(share != 0, g * share / count, 0) + torch.where(at != 0, g * at, 0)
+    return (torch.where(reached & (count > 1), value, 0).to(x.dtype),)
+
+
+def _restored(t: Tensor, dims: tuple[int, ...], keepdim: bool) -> Tensor:
+    """A result with the dimensions that were reduced away."""
+    for d in () if keepdim else sorted(dims):
+        t = t.unsqueeze(d)
+    return t
+
+
+def _rank(reached: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Among the tied entries, in row-major order over ``dims``, which one: 1 is the first."""
+    order = [*(d for d in range(reached.dim()) if d not in dims), *sorted(dims)]
+    moved = reached.permute(order)
+    rank = moved.flatten(reached.dim() - len(dims)).cumsum(-1).view(moved.shape)
+    return rank.permute([order.index(d) for d in range(reached.dim())])
+
+
+RULES["max"] = Rule("max", 1, _reached, _share)
+
+
+def _dimensions(x: Tensor, dim: Any) -> tuple[int, ...]:
+    """As numbers >= 0; none is all."""
+    dims = tuple(range(x.dim())) if dim is None or dim == () or dim == [] else dim
+    return tuple(d % x.dim() for d in ((dims,) if isinstance(dims, int) else dims))
+
+
+def reduction(function: str, x: Tensor, selection: Selection, dim: Any = None, keepdim: bool = False) -> Any:
+    """Reduce to the maximum or the minimum with the choice that ``selection`` names at backward time.
+
+    Args:
+        function: ``"max"``, ``"min"``, ``"amax"``, ``"amin"`` or ``"aminmax"``.
+        x: Input, any shape, floating dtype.
+        selection: The choice, read when the backward runs.
+        dim: The dimension; several for ``amax`` and ``amin``; None is all.
+        keepdim: Keep the reduced dimensions with size 1.
+
+    Returns:
+        The stock function's result, bit for bit: a tensor, for ``max`` and ``min`` along a dimension ``(values,
+        indices)``, for ``aminmax`` ``(min, max)``.
+    """
+    if function == "aminmax":
+        stock = torch.aminmax(x, dim=dim, keepdim=keepdim)
+    elif function in ("max", "min") and dim is None:
+        stock = _STOCK[function](x)
+    else:
+        stock = _STOCK[function](x, () if dim is None else dim, keepdim)
+    if x.dim() == 0:
+        return stock
+    dims = _dimensions(x, dim)
+    if isinstance(stock, Tensor):
+        return around("max", selection, (dims, keepdim, False), x, stock.detach(), stock)
+    if function == "aminmax":
+        chosen = (around("max", selection, (dims, keepdim, False), x, value.detach(), value) for value in stock)
+        return type(stock)(chosen)
+    values = around("max", selection, (dims, keepdim, True), x, stock[1], stock[0])
+    return type(stock)((values, stock[1]))
+
+
+def tied_reductions(function: str, x: Tensor, dim: Any = None, keepdim: bool = False) -> tuple[int, int]:
+    """How many of a reduction's results are reached by several entries.
+
+    Args:
+        function: As for :func:`reduction`.
+        x: Input, any shape, floating dtype.
+        dim: The dimensions; None is all.
+        keepdim: Not read: as :func:`reduction` takes it.
+
+    Returns:
+        ``(tied results, results)``.
+    """
+    if x.dim() == 0:
+        return 0, 1
+    dims = _dimensions(x, dim)
+    ends = {"aminmax": ("amin", "amax"), "max": ("amax",), "min": ("amin",)}.get(function, (function,))
+    tied = [_reached((x, _STOCK[end](x, dims, True)), (dims, True, False))[0] for end in ends]
+    return sum(int(torch.count_nonzero(t)) for t in tied), sum(t.numel() for t in tied)
+
+
+# -------------------------------------------------------------------------------------------------- of two tensors
+def _equal(tensors: tuple[Tensor, ...], parameters: tuple[Any, ...]) -> tuple[Tensor]:
+    x, y = tensors
+    return (x == y,)
+
+
+def _halves(
+    choice: tuple[Tensor, ...],
+    uniform: Callable[[Tensor], Tensor] | None,
+    g: Tensor,
+    tensors: tuple[Tensor, ...],
+    parameters: tuple[Any, ...],
+    tied: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of two equal entries."""
+    native, share, each, first, last = choice
+    to_x, to_y = (native + share) / 2 + each + first, (native + share) / 2 + each + last
+    if uniform is not None:
+        to_x = (uniform(g) < 0.5).to(wide(g))
+        to_y = 1 - to_x
+    both = (torch.where(tied & (c != 0), g.to(wide(g)) * c, 0).to(g.dtype) for c in (to_x, to_y))
+    return cast(tuple[Tensor, Tensor], tuple(both))
+
+
+RULES["maximum"] = Rule("maximum", 2, _equal, _halves)
+
+
+def pair(function: str, x: Tensor, other: Tensor, selection: Selection) -> Tensor:
+    """The greater or smaller of two tensors with the choice that ``selection`` names at backward time.
+
+    Args:
+        function: ``"maximum"``, ``"minimum"``, ``"fmax"`` or ``"fmin"``.
+        x: First input, floating dtype.
+        other: Second input; the shapes broadcast, the dtypes promote.
+        selection: The choice, read when the backward runs.
+
+    Returns:
+        The stock function's result, bit for bit.
+    """
+    stock: Tensor = _STOCK[function](x, other)
+    if not stock.is_floating_point():
+        return stock
+    x, other = (t.to(stock.dtype).expand(stock.shape) for t in (x, other))
+    return around("maximum", selection, (), x, other, stock)
+
+
+def tied_pairs(x: Tensor, other: Tensor) -> tuple[int, int]:
+    """How many pairs of entries are equal.
+
+    Args:
+        x: First input.
+        other: Second input; the shapes broadcast.
+
+    Returns:
+        ``(equal pairs, pairs)``.
+    """
+    equal = x == other
+    return int(torch.count_nonzero(equal)), equal.numel()
+
+
+# --------------------------------------------------------------------------------------------------------- public
+
+
+def max(
+    x: Tensor,
+    dim: int | None = None,
+    keepdim: bool = False,
+    *,
+    jacobian: float | MaxPoolChoice | None = None,
+    seed: int = 0,
+) -> Any:
+    r"""The maximum over all entries, or values and indices along a dimension.
+
+    Where :math:`k > 1` entries reach the maximum, the Clarke Jacobian is the convex hull of their unit vectors.
+    PyTorch gives the whole gradient to the entry whose index it returns, and shares it equally where it reduces
+    over all entries; JAX and TensorFlow always share equally.
+
+    Args:
+        x: Input, any shape, floating dtype.
+        dim: The dimension; None is all.
+        keepdim: Keep the reduced dimensions with size 1.
+        jacobian: A number beta or a name; see :class:`~nslightning.Jacobians`. None is the reference.
+        seed: Seeds ``jacobian="random"``.
+
+    Returns:
+        ``torch.max(...)``, bit for bit: a tensor, or with ``dim`` the named tuple ``(values, indices)``.
+
+    Raises:
+        ValueError: If the choice is unknown.
+
+    Example:
+        >>> x = torch.tensor([2.0, 2.0, 1.0], requires_grad=True)
+        >>> max(x, 0, jacobian="last").values.backward()
+        >>> x.grad
+        tensor([0., 1., 0.])
+    """
+    return reduction("max", x, fixed(Jacobians(max=jacobian), seed), dim, keepdim)
+
+
+def min(
+    x: Tensor,
+    dim: int | None = None,
+    keepdim: bool = False,
+    *,
+    jacobian: float | MaxPoolChoice | None = None,
+    seed: int = 0,
+) -> Any:
+    r"""The minimum over all entries, or values and indices along a dimension.
+
+    Where :math:`k > 1` entries reach the minimum, the Clarke Jacobian is the convex hull of their unit vectors.
+    PyTorch gives the whole gradient to the entry whose index it returns, and shares it equally where it reduces
+    over all entries; JAX and TensorFlow always share equally.
+
+    Args:
+        x: Input, any shape, floating dtype.
+        dim: The dimension; None is all.
+        keepdim: Keep the reduced dimensions with size 1.
+        jacobian: A number beta or a name; see :class:`~nslightning.Jacobians`. None is the reference.
+        seed: Seeds ``jacobian="random"``.
+
+    Returns:
+        ``torch.min(...)``, bit for bit: a tensor, or with ``dim`` the named tuple ``(values, indices)``.
+
+    Raises:
+        ValueError: If the choice is unknown.
+
+    Example:
+        >>> x = torch.tensor([1.0, 1.0, 2.0], requires_grad=True)
+        >>> min(x, 0, jacobian="last").values.backward()
+        >>> x.grad
+        tensor([0., 1., 0.])
+    """
+    return reduction("min", x, fixed(Jacobians(max=jacobian), seed), dim, keepdim)
+
+
+def amax(
+    x: Tensor,
+    dim: int | tuple[int, ...] | None = None,
+    keepdim: bool = False,
+    *,
+    jacobian: float | MaxPoolChoice | None = None,
+    seed: int = 0,
+) -> Tensor:
+    r"""The maximum along dimensions.
+
+    Where :math:`k > 1` entries reach the maximum, the Clarke Jacobian is the convex hull of their unit vectors.
+    PyTorch, JAX and TensorFlow share the gradient equally, so that each number beta is the same here.
+
+    Args:
+        x: Input, any shape, floating dtype.
+        dim: The dimensions; None is all.
+        keepdim: Keep the reduced dimensions with size 1.
+        jacobian: A number beta or a name; see :class:`~nslightning.Jacobians`. None is the reference.
+        seed: Seeds ``jacobian="random"``.
+
+    Returns:
+        ``torch.amax(...)``, bit for bit.
+
+    Raises:
+        ValueError: If the choice is unknown.
+
+    Example:
+        >>> x = torch.tensor([2.0, 2.0, 1.0], requires_grad=True)
+        >>> amax(x, jacobian="first").backward()
+        >>> x.grad
+        tensor([1., 0., 0.])
+    """
+    return cast(Tensor, reduction("amax", x, fixed(Jacobians(max=jacobian), seed), dim, keepdim))
+
+
+def amin(
+    x: Tensor,
+    dim: int | tuple[int, ...] | None = None,
+    keepdim: bool = False,
+    *,
+    jacobian: float | MaxPoolChoice | None = None,
+    seed: int = 0,
+) -> Tensor:
+    r"""The minimum along dimensions.
+
+    Where :math:`k > 1` entries reach the minimum, the Clarke Jacobian is the convex hull of their unit vectors.
+    PyTorch, JAX and TensorFlow share the gradient equally, so that each number beta is the same here.
+
+    Args:
+        x: Input, any shape, floating dtype.
+        dim: The dimensions; None is all.
+        keepdim: Keep the reduced dimensions with size 1.
+        jacobian: A number beta or a name; see :class:`~nslightning.Jacobians`. None is the reference.
+        seed: Seeds ``jacobian="random"``.
+
+    Returns:
+        ``torch.amin(...)``, bit for bit.
+
+    Raises:
+        ValueError: If the choice is unknown.
+
+    Example:
+        >>> x = torch.tensor([1.0, 1.0, 2.0], requires_grad=True)
+        >>> amin(x, jacobian="first").backward()
+        >>> x.grad
+        tensor([1., 0., 0.])
+    """
+    return cast(Tensor, reduction("amin", x, fixed(Jacobians(max=jacobian), seed), dim, keepdim))
+
+
+def aminmax(
+    x: Tensor,
+    dim: int | None = None,
+    keepdim: bool = False,
+    *,
+    jacobian: float | MaxPoolChoice | None = None,
+    seed: int = 0,
+) -> Any:
+    r"""The minimum and the maximum at once.
+
+    Where :math:`k > 1` entries reach one of them, the Clarke Jacobian is the convex hull of their unit vectors.
+    PyTorch, JAX and TensorFlow share the gradient equally, so that each number beta is the same here.
+
+    Args:
+        x: Input, any shape, floating dtype.
+        dim: The dimension; None is all.
+        keepdim: Keep the reduced dimensions with size 1.
+        jacobian: A number beta or a name; see :class:`~nslightning.Jacobians`. None is the reference.
+        seed: Seeds ``jacobian="random"``.
+
+    Returns:
+        ``torch.aminmax(...)``, bit for bit: the named tuple ``(min, max)``.
+
+    Raises:
+        ValueError: If the choice is unknown.
+
+    Example:
+        >>> x = torch.tensor([2.0, 2.0, 1.0], requires_grad=True)
+        >>> aminmax(x, jacobian="first").max.backward()
+        >>> x.grad
+        tensor([1., 0., 0.])
+    """
+    return reduction("aminmax", x, fixed(Jacobians(max=jacobian), seed), dim, keepdim)
+
+
+def maximum(x: Tensor, other: Tensor, *, jacobian: float | MaxPoolChoice | None = None, seed: int = 0) -> Tensor:
+    r"""The greater of two entries.
+
+    At x = y the Clarke Jacobian is the segment between (1, 0) and (0, 1). PyTorch and JAX return (1/2, 1/2), which
+    is also what each number beta gives; TensorFlow returns (1, 0).
+
+    Args:
+        x: First input, floating dtype.
+        other: Second input; the shapes broadcast, the dtypes promote.
+        jacobian: ``"first"`` is (1, 0), ``"last"`` (0, 1), ``"sum"`` (1, 1), ``"random"`` one of the first two; a
+            number, ``"minimal"``, ``"native"`` and None are (1/2, 1/2).
+        seed: Seeds ``jacobian="random"``.
+
+    Returns:
+        ``torch.maximum(x, other)``, bit for bit.
+
+    Raises:
+        ValueError: If the choice is unknown.
+
+    Example:
+        >>> x, y = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+        >>> maximum(x, y, jacobian="first").sum().backward()
+        >>> x.grad, y.grad
+        (tensor([1., 1.]), tensor([0., 0.]))
+    """
+    return pair("maximum", x, other, fixed(Jacobians(maximum=jacobian), seed))
+
+
+def minimum(x: Tensor, other: Tensor, *, jacobian: float | MaxPoolChoice | None = None, seed: int = 0) -> Tensor:
+    r"""The smaller of two entries.
+
+    At x = y the Clarke Jacobian is the segment between (1, 0) and (0, 1). PyTorch and JAX return (1/2, 1/2), which
+    is also what each number beta gives; TensorFlow returns (1, 0).
+
+    Args:
+        x: First input, floating dtype.
+        other: Second input; the shapes broadcast, the dtypes promote.
+        jacobian: ``"first"`` is (1, 0), ``"last"`` (0, 1), ``"sum"`` (1, 1), ``"random"`` one of the first two; a
+            number, ``"minimal"``, ``"native"`` and None are (1/2, 1/2).
+        seed: Seeds ``jacobian="random"``.
+
+    Returns:
+        ``torch.minimum(x, other)``, bit for bit.
+
+    Raises:
+        ValueError: If the choice is unknown.
+
+    Example:
+        >>> x, y = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+        >>> minimum(x, y, jacobian="first").sum().backward()
+        >>> x.grad, y.grad
+        (tensor([1., 1.]), tensor([0., 0.]))
+    """
+    return pair("minimum", x, other, fixed(Jacobians(maximum=jacobian), seed))
+
+
+def fmax(x: Tensor, other: Tensor, *, jacobian: float | MaxPoolChoice | None = None, seed: int = 0) -> Tensor:
+    r"""The greater of two entries, NaN aside.
+
+    At x = y the Clarke Jacobian is the segment between (1, 0) and (0, 1). PyTorch returns (1/2, 1/2), which is also
+    what each number beta gives. Where one entry is NaN the other one is taken.
+
+    Args:
+        x: First input, floating dtype.
+        other: Second input; the shapes broadcast, the dtypes promote.
+        jacobian: ``"first"`` is (1, 0), ``"last"`` (0, 1), ``"sum"`` (1, 1), ``"random"`` one of the first two; a
+            number, ``"minimal"``, ``"native"`` and None are (1/2, 1/2).
+        seed: Seeds ``jacobian="random"``.
+
+    Returns:
+        ``torch.fmax(x, other)``, bit for bit.
+
+    Raises:
+        ValueError: If the choice is unknown.
+
+    Example:
+        >>> x, y = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+        >>> fmax(x, y, jacobian="first").sum().backward()
+        >>> x.grad, y.grad
+        (tensor([1., 1.]), tensor([0., 0.]))
+    """
+    return pair("fmax", x, other, fixed(Jacobians(maximum=jacobian), seed))
+
+
+def fmin(x: Tensor, other: Tensor, *, jacobian: float | MaxPoolChoice | None = None, seed: int = 0) -> Tensor:
+    r"""The smaller of two entries, NaN aside.
+
+    At x = y the Clarke Jacobian is the segment between (1, 0) and (0, 1). PyTorch returns (1/2, 1/2), which is also
+    what each number beta gives. Where one entry is NaN the other one is taken.
+
+    Args:
+        x: First input, floating dtype.
+        other: Second input; the shapes broadcast, the dtypes promote.
+        jacobian: ``"first"`` is (1, 0), ``"last"`` (0, 1), ``"sum"`` (1, 1), ``"random"`` one of the first two; a
+            number, ``"minimal"``, ``"native"`` and None are (1/2, 1/2).
+        seed: Seeds ``jacobian="random"``.
+
+    Returns:
+        ``torch.fmin(x, other)``, bit for bit.
+
+    Raises:
+        ValueError: If the choice is unknown.
+
+    Example:
+        >>> x, y = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+        >>> fmin(x, y, jacobian="first").sum().backward()
+        >>> x.grad, y.grad
+        (tensor([1., 1.]), tensor([0., 0.]))
+    """
+    return pair("fmin", x, other, fixed(Jacobians(maximum=jacobian), seed))

@@ -1,0 +1,153 @@
+"""A chosen Jacobian around a stock operation, which keeps its own backward.
+
+The mechanism of the operations that reduce or compare. Their result passes through a node that sees its gradient
+first: what belongs to untied evaluations goes on to the stock operation, whatever its version does with it; what
+belongs to ties goes past it, straight to the inputs, as the selection says when the backward runs. When the forward
+met no tie, in eager mode on a CPU, the operation *is* the stock one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from nslightning.jacobians import Jacobians
+from nslightning.ops.selection import Selection, data_dependent, read_now
+
+__all__ = ["RULES", "Rule", "around", "fixed", "wide"]
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """How one kind of operation shares the gradients of its ties.
+
+    Args:
+        field: The field of :class:`~nslightning.Jacobians` that chooses.
+        inputs: How many of the tensors are inputs that take gradients; they come first.
+        ties: ``(tensors, parameters) -> (tied, ...)``: the mask of the results that are ties, and whatever else
+            ``gradients`` wants to know.
+        gradients: ``(choice, uniform, g, tensors, parameters, tied, ...) -> gradients`` of the inputs, 0 away from
+            ties. ``choice`` is the chosen derivatives or weights, each 0-d; ``uniform``, for the random choice only,
+            draws a number in [0, 1) for each entry of a tensor.
+        native: Stock's own choice, for a field that is one derivative; None for one that shares.
+        added: One result may sum over ties and others: the gradients are added to the stock ones, which are 0 at
+            the ties.
+    """
+
+    field: str
+    inputs: int
+    ties: Callable[..., tuple[Tensor, ...]]
+    gradients: Callable[..., tuple[Tensor, ...]]
+    native: float | None = None
+    added: bool = False
+
+
+RULES: dict[str, Rule] = {}
+
+
+class _Around(torch.autograd.Function):
+    """The identity on the last tensor; its gradient is divided between it and the inputs, which come first."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rule: str, selection: Selection, parameters: tuple[Any, ...], *tensors: Tensor) -> Tensor:
+        # Not a view: the result may be overwritten wherever stock's may, for the version counter is shared.
+        return tensors[-1].detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.rule, ctx.selection, ctx.parameters, *tensors = inputs
+        ctx.save_for_backward(*tensors[:-1])  # not the result: the next layer may overwrite it
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        rule, selection, tensors = RULES[ctx.rule], ctx.selection, ctx.saved_tensors
+        vjp = partial(_vjp, rule, ctx.parameters, tensors, g)
+        if not torch.compiler.is_compiling():
+            if selection.recorder is not None:
+                selection.recorder(ctx, lambda other: vjp(other)[0])
+            if _stock(rule, _choice(rule, selection)):
+                return (None, None, None, *(None for _ in tensors), g)
+        gradients, rest = vjp(selection)
+        return (None, None, None, *gradients, *(None for _ in tensors[rule.inputs :]), rest)
+
+
+def _vjp(
+    rule: Rule, parameters: tuple[Any, ...], tensors: tuple[Tensor, ...], g: Tensor, selection: Selection
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """What ties send to the inputs under a selection, and what is left for the stock operation."""
+    compiled = torch.compiler.is_compiling()
+    choice = _choice(rule, selection)
+    if compiled:
+        choice = read_now(choice, g)
+    stock = _stock(rule, choice)
+    if rule.native is not None:
+        choice = torch.where(stock, rule.native, choice)
+    uniform: Callable[[Tensor], Tensor] | None = None
+    if not compiled and getattr(selection.jacobians, rule.field) == "random":
+        uniform = partial(torch.rand_like, dtype=wide(g), generator=selection.generator(g.device))
+    tied, *known = rule.ties(tensors, parameters)
+    gradients = rule.gradients(choice.to(wide(g)).unbind(), uniform, g, tensors, parameters, tied, *known)
+    if compiled:  # one graph serves every choice, stock's own among them
+        gradients = tuple(torch.where(stock, 0, gradient) for gradient in gradients)
+        tied = tied & ~stock
+    return gradients, g if rule.added else g.masked_fill(tied, 0)
+
+
+def _choice(rule: Rule, selection: Selection) -> Tensor:
+    return (selection.shares if rule.native is None else selection.kinks)[rule.field]
+
+
+def _stock(rule: Rule, choice: Tensor) -> Tensor:
+    """Whether a choice is to leave everything to the stock operation."""
+    return choice[0] == 1 if rule.native is None else choice[0].isnan()
+
+
+def around(rule: str, selection: Selection, parameters: tuple[Any, ...], *tensors: Tensor) -> Tensor:
+    """Give a stock operation's result the Jacobian that a selection chooses at ties.
+
+    Args:
+        rule: A key of :data:`RULES`.
+        selection: The choice, read when the backward runs.
+        parameters: What the rule wants to know of the operation.
+        *tensors: The rule's inputs and constants; at last the stock operation's result.
+
+    Returns:
+        The result, in the same memory.
+    """
+    result = tensors[-1]
+    if not (torch.is_grad_enabled() and result.requires_grad) or result.numel() == 0:
+        return result
+    given = tuple(tensor.detach() for tensor in tensors[:-1])
+    if data_dependent(result) and not RULES[rule].ties(given, parameters)[0].any():
+        return result
+    return cast(Tensor, _Around.apply(rule, selection, parameters, *tensors))
+
+
+def wide(t: Tensor) -> torch.dtype:
+    """Where coefficients are formed: float64 for float64, else float32, for fp16 and bf16 hold too few digits."""
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+@lru_cache(maxsize=1024)
+def _kept(jacobians: Jacobians) -> Selection:
+    return Selection(jacobians)
+
+
+def fixed(jacobians: Jacobians, seed: int = 0) -> Selection:
+    """A selection that nobody changes, for calls that name their choice.
+
+    Args:
+        jacobians: The choice.
+        seed: Seeds a random choice: then each call starts a stream of its own.
+
+    Returns:
+        The selection.
+    """
+    return Selection(jacobians, seed) if "random" in jacobians.to_dict().values() else _kept(jacobians)
