@@ -74,14 +74,14 @@ class Rule:
             raise TypeError(f"a rule takes Jacobians or a mapping such as {{'relu': 0.5}}; given {self.jacobians!r}")
         for what in ("operation", "stage"):
             given = getattr(self, what)
-            several = (given,) if isinstance(given, str) else () if given is None else tuple(given)
+            several = () if given is None else (given,) if isinstance(given, str) else given
+            several = tuple(several) if isinstance(several, Iterable) else (several,)
             if not all(isinstance(one, str) for one in several):
                 raise TypeError(f"{what} takes a name or several; given {given!r}")
             object.__setattr__(self, what, several)
         for operation in self.operation:
             _known("operation", operation, _OPERATIONS)
-        module = tuple(_class_path(one) if isinstance(one, str) else one for one in selectors("module", self.module))
-        object.__setattr__(self, "module", module)
+        object.__setattr__(self, "module", tuple(map(_class, selectors("module", self.module))))
         object.__setattr__(self, "name", selectors("name", self.name))
         object.__setattr__(self, "call", _range(self.call))
 
@@ -381,10 +381,14 @@ def _is(module: nn.Module, cls: Any) -> bool:
     return any(cls in (c.__name__, f"{c.__module__}.{c.__qualname__}") for c in type(module).__mro__)
 
 
-def _class_path(name: str) -> str:
-    if not all(part.isidentifier() for part in name.replace("<locals>", "locals").split(".")):
-        raise ValueError(f"module takes a class or its name, such as 'ReLU'; given {name!r}. Globs go into name=...")
-    return name
+def _class(given: One) -> One:
+    """A class or the name of one."""
+    if isinstance(given, re.Pattern) or (isinstance(given, str) and not re.fullmatch(r"[\w.<>]+", given)):
+        raise ValueError(
+            f"module takes a class or its name, such as 'ReLU'; given {text(given)!r}. Globs and expressions go into "
+            "name=..."
+        )
+    return given
 
 
 def _in_stage(name: str, stage: str) -> bool:

@@ -1,0 +1,403 @@
+"""Plans: which rule decides at which site, and gradients that are the ones of the choices decided."""
+
+import copy
+import itertools
+import json
+import pickle
+import re
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from bits import bits
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from nslightning import Jacobians, PatchWarning, patch, unpatch, using
+from nslightning.probes import divergence, gradients, ties
+from nslightning.surgery import Plan, Rule, choices, preview, selections
+
+
+class Probe(nn.Module):
+    """Sums of kinks at 0, one per site: parameter ``i`` gets site i's alpha as its gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.at = nn.Parameter(torch.zeros(8, dtype=torch.float64))
+        self.layer1 = nn.ModuleList([nn.ReLU(), nn.ReLU()])
+        self.layer2 = nn.ModuleList([Functional(), nn.LeakyReLU(0.5)])
+        self.shared = nn.ReLU()
+
+    def forward(self):
+        p = self.at
+        values = (
+            self.layer1[0](p[0]),
+            self.layer1[1](p[1]),
+            self.layer2[0](p[2]),
+            self.layer2[1](p[3]),
+            self.shared(p[4]),
+            self.shared(p[5]),
+            F.relu(p[6]),
+            p[7].abs(),
+        )
+        return sum(values)
+
+
+class Functional(nn.Module):
+    def forward(self, x):
+        return F.relu(x)
+
+
+def alphas(model):
+    """The derivative that each of the probe's sites returns."""
+    return torch.autograd.grad(model(), model.at)[0].tolist()
+
+
+STOCK = [0, 0, 0, 0.5, 0, 0, 0, 0]
+HALF = Jacobians(relu=0.5)
+
+
+@pytest.mark.parametrize(
+    ("rules", "want"),
+    [
+        ([], STOCK),
+        ([HALF], [0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0]),
+        ([{"relu": 1}], [1, 1, 1, 0.5, 1, 1, 1, 0]),
+        # by place
+        ([{"name": "layer1.0", "relu": 1}], [1, 0, 0, 0.5, 0, 0, 0, 0]),
+        ([{"name": "layer1.*", "relu": 1}], [1, 1, 0, 0.5, 0, 0, 0, 0]),
+        ([{"name": "/^layer[12]/", "relu": 1, "leaky_relu": 2}], [1, 1, 1, 2, 0, 0, 0, 0]),
+        ([{"name": "", "relu": 1}], [0, 0, 0, 0.5, 0, 0, 1, 0]),
+        ([{"name": ["layer1.0", "shared"], "relu": 1}], [1, 0, 0, 0.5, 1, 1, 0, 0]),
+        ([Rule({"relu": 1}, name=re.compile("1$"))], [0, 1, 0, 0.5, 0, 0, 0, 0]),
+        ([{"stage": "layer1", "relu": 1}], [1, 1, 0, 0.5, 0, 0, 0, 0]),
+        ([{"stage": "layer1-2", "relu": 1}], [1, 1, 1, 0.5, 0, 0, 0, 0]),
+        ([{"stage": "layer1.1-7", "relu": 1}], [0, 1, 0, 0.5, 0, 0, 0, 0]),
+        ([{"stage": "*.0", "relu": 1}], [1, 0, 1, 0.5, 0, 0, 0, 0]),
+        ([{"stage": "layer", "relu": 1}], STOCK),
+        # by kind
+        ([{"module": "ReLU", "relu": 1}], [1, 1, 0, 0.5, 1, 1, 0, 0]),
+        ([Rule({"relu": 1}, module=nn.ReLU)], [1, 1, 0, 0.5, 1, 1, 0, 0]),
+        ([{"module": "torch.nn.modules.activation.ReLU", "relu": 1}], [1, 1, 0, 0.5, 1, 1, 0, 0]),
+        ([{"module": ["Functional"], "relu": 1}], [0, 0, 1, 0.5, 0, 0, 0, 0]),
+        ([Rule(Jacobians(relu=1, abs=1, leaky_relu=3), operation="abs")], [0, 0, 0, 0.5, 0, 0, 0, 1]),
+        # by call
+        ([{"call": 1, "relu": 1}], [0, 0, 0, 0.5, 0, 1, 0, 0]),
+        ([{"name": "shared", "call": 0, "relu": 1}], [0, 0, 0, 0.5, 1, 0, 0, 0]),
+        ([{"name": "shared", "call": "1:", "relu": 1}], [0, 0, 0, 0.5, 0, 1, 0, 0]),
+        ([Rule({"relu": 1}, name="shared", call=range(2))], [0, 0, 0, 0.5, 1, 1, 0, 0]),
+        ([{"call": ":1", "relu": 1}], [1, 1, 1, 0.5, 1, 0, 1, 0]),
+        # all that is given has to match
+        ([{"stage": "layer1", "module": "LeakyReLU", "relu": 1}], STOCK),
+        # later rules win, field by field; whole Jacobians decide on every operation
+        ([HALF, {"stage": "layer1", "relu": 1}, {"name": "layer1.1", "relu": 2}], [1, 2, 0.5, 0.5, 0.5, 0.5, 0.5, 0]),
+        ([{"stage": "layer2", "leaky_relu": 3}, {"stage": "layer2", "relu": 1}], [0, 0, 1, 3, 0, 0, 0, 0]),
+        ([{"stage": "layer2", "leaky_relu": 3}, Rule(Jacobians(relu=1), stage="layer2")], [0, 0, 1, 0.5, 0, 0, 0, 0]),
+        ([{"stage": "layer1", "relu": 1}, HALF], [0.5] * 7 + [0]),
+    ],
+    ids=str,
+)
+def test_every_site_takes_what_the_rules_decide(rules, want):
+    model = Probe()
+    stock = model().detach()
+    with pytest.warns(PatchWarning) if want == STOCK and rules else nullcontext():
+        patch(model, Plan(rules))
+    assert alphas(model) == want
+    assert torch.equal(model().detach(), stock)
+    with using(model, Jacobians(relu=0.25)):
+        assert alphas(model) == [0.25, 0.25, 0.25, 0.5, 0.25, 0.25, 0.25, 0]
+    assert alphas(model) == want
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert alphas(twin) == want
+        with using(twin, HALF):
+            assert alphas(model) == want
+    unpatch(model)
+    assert alphas(model) == STOCK
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(bits(a[k]), bits(b[k])) for k in a)
+
+
+def planted():
+    """A small ResNet with a dead channel behind every batch norm."""
+    torch.manual_seed(0)
+    model = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=3).double()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight[0] = module.bias[0] = 0
+    return model.eval(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+
+
+def test_a_plan_of_one_rule_is_the_plain_choice_bit_for_bit():
+    choice = Jacobians(relu=0.75, max_pool="minimal")
+    found = []
+    for given in (choice, Plan([choice]), Plan([choice.to_dict()]), Plan([{"relu": 0.75}, {"max_pool": "minimal"}])):
+        model, x = planted()
+        report = patch(model, given)
+        out = model(x)
+        found.append((out, gradients(out.sum(), model, {"": given, "reference": Jacobians()}, retain_graph=True)))
+        assert list(selections(model)) == [""]
+        assert report.jacobians == choice
+        assert all(site.decided == "" for site in report.sites) or len(given.rules) == 2
+    for out, grads in found[1:]:
+        assert torch.equal(out, found[0][0])
+        assert same(grads[""], found[0][1][""])
+        assert same(grads["reference"], found[0][1]["reference"])
+    assert not same(found[0][1][""], found[0][1]["reference"])
+
+
+def test_rules_for_stages_are_the_choices_of_models_patched_stage_by_stage():
+    stages = {"layer1": Jacobians(relu=1.0), "layer3": Jacobians(relu=-0.5)}
+    base = Jacobians(relu=0.25, max_pool="minimal")
+    plan = Plan([base, *(Rule(choice, stage=name) for name, choice in stages.items())])
+    model, x = planted()
+    patch(model, plan)
+    (given,) = gradients(model(x).sum(), model, {"": plan}).values()
+    apart, _ = planted()  # every part with a patch of its own
+    for name, module in apart.named_children():
+        with pytest.warns(PatchWarning) if name in ("conv1", "bn1", "avgpool", "fc") else nullcontext():
+            patch(module, stages.get(name, base))
+    loss = apart(x).sum()
+    want = dict(zip(given, torch.autograd.grad(loss, list(apart.parameters())), strict=True))
+    assert same(given, want)
+
+
+def test_divergence_between_a_plan_and_other_choices():
+    plan = Plan([Jacobians(), {"stage": "layer2", "relu": 1.0}])
+    model, x = planted()
+    patch(model, plan)
+    loss = model(x).sum()
+    found = divergence(loss, model, {"plan": plan, "same": Jacobians(), "all": Jacobians(relu=1.0)}, retain_graph=True)
+    assert found["same"].l1 == 0
+    assert found["all"].l1 > found["plan"].l1 > 0
+    moved = {name for name, d in found["plan"].per_layer.items() if d.l1 > 0}
+    # What is above has no part in it, and below a batch norm of weight 0 no gradient passes.
+    assert moved == {f"layer2.0.{bn}.{p}" for bn in ("bn1", "bn2", "downsample.1") for p in ("weight", "bias")}
+    back = divergence(loss, model, {"reference": Jacobians()}, reference=plan)
+    assert back["reference"].l1 == found["plan"].l1
+
+
+def test_selections_have_names_of_their_own_and_share_observers():
+    model = nn.ModuleDict({"a": Probe(), "b": Probe()})
+    patch(model["a"], Plan([HALF, {"stage": "layer1", "relu": 1}, {"call": 1, "relu": 0}]))
+    patch(model["b"], HALF)
+    found = selections(model)
+    assert list(found) == ["a", "a#1+2", "a#1+2+3", "a#1+3", "b"]
+    assert len({id(s) for s in found.values()}) == 5
+    one = Probe()
+    patch(one, Plan([{"stage": "layer1", "relu": 1}]))
+    assert {k: (t.tied, t.total) for k, t in ties(one).items()} == {
+        "layer1.0": (1, 1),
+        "layer1.1": (1, 1),
+        "layer2.0:relu": (1, 1),
+        "layer2.1": (1, 1),
+        "shared": (2, 2),
+        ":relu": (1, 1),
+        ":abs": (1, 1),
+    }
+
+
+def test_using_a_plan_needs_sites_that_were_told_apart():
+    finer = Plan([{"stage": "layer1", "relu": 1}])
+    model = Probe()
+    patch(model, Jacobians())
+    model()
+    with (
+        pytest.raises(ValueError, match=r"relu=0\.0 at the model.*1\.0 at layer1\.0.*patch the model with a plan"),
+        using(model, finer),
+    ):
+        pass
+    assert alphas(model) == STOCK
+    with using(model, Plan([Rule({"relu": 1}, operation="relu"), {"abs": 2}])):  # tells operations apart only
+        assert alphas(model) == [1, 1, 1, 0.5, 1, 1, 1, 2]
+    with using(model, Plan([{"stage": "layer2.1", "leaky_relu": 3}])):  # one site
+        assert alphas(model) == [0, 0, 0, 3, 0, 0, 0, 0]
+    unpatch(model)
+    patch(model, Plan([Jacobians(), {"stage": "layer1", "relu": 0}, {"name": "layer1.0", "relu": 0}]))
+    assert alphas(model) == STOCK
+    with using(model, finer):
+        assert alphas(model) == [1, 1, 0, 0.5, 0, 0, 0, 0]
+    assert [c.relu for c in choices(model, finer).values()] == [0, 1, 1]
+    # Before the first forward nobody knows which modules call functions: the answer errs on the safe side.
+    fresh = Probe()
+    patch(fresh, Jacobians())
+    with pytest.raises(ValueError, match="tell them apart"), using(fresh, Plan([{"name": "layer2.0", "relu": 1}])):
+        pass
+    with pytest.raises(TypeError, match="Plan"):
+        patch(Probe(), {"relu": 1})
+
+
+def test_only_and_skip_limit_a_plan():
+    model = Probe()
+    patch(model, Plan([HALF, {"stage": "layer1", "relu": 1}]), only=["layer*"], skip="/0$/")
+    assert alphas(model) == [0, 1, 0, 0.5, 0, 0, 0, 0]
+
+
+def test_the_report_explains_conflicts():
+    model = Probe()
+    plan = Plan([HALF, {"stage": "layer1", "relu": 1}, {"name": "layer1.1", "relu": 2}, {"call": 1, "relu": 3}])
+    found = patch(model, plan)
+    model()
+    assert {(s.name, s.kind): s.choice for s in found.sites if s.name.startswith("layer1")} == {
+        ("layer1.0", "ReLU"): 1.0,
+        ("layer1.1", "ReLU"): 2.0,
+    }
+    why = {(s.name, s.choice): s.decided for s in found.sites}
+    assert why["layer1.1", 2.0] == "rule 3 (name='layer1.1') over rule 2 (1.0), rule 1 (0.5)"
+    assert why["shared", 0.5] == ""
+    assert why["shared", 3.0] == "rule 4 (call=1) over rule 1 (0.5)"
+    assert [s.calls for s in found.sites if s.name == "shared"] == [1, 1]
+    assert "rule 3 (name='layer1.1') over rule 2 (1.0), rule 1 (0.5)" in str(found)
+    assert "with Jacobians(relu=0.5) and 3 rules for some sites" in found.summary()
+    assert found.to_dict()["rules"] == [
+        {"stage": "layer1", "relu": 1.0},
+        {"name": "layer1.1", "relu": 2.0},
+        {"call": 1, "relu": 3.0},
+    ]
+    json.dumps(found.to_dict())
+
+
+def test_preview_changes_nothing():
+    model = Probe()
+    types, keys = [type(m) for m in model.modules()], [set(m.__dict__) for m in model.modules()]
+    found = preview(model, Plan([{"stage": "layer1", "relu": 1}]), example=())
+    assert [(s.name, s.choice) for s in found.sites if s.operation == "relu"] == [
+        ("layer1.0", 1.0),
+        ("layer1.1", 1.0),
+        ("shared", 0.0),
+        ("layer2.0", 0.0),
+        ("", 0.0),
+    ]
+    assert [type(m) for m in model.modules()] == types
+    assert [set(m.__dict__) for m in model.modules()] == keys
+    assert alphas(model) == STOCK
+
+
+def test_plain_data_and_pickles_give_the_plan_back():
+    plan = Plan(
+        [
+            Jacobians(relu=0.5, relu6=(1.0, 0.5)),
+            Rule({"relu": 1, "relu6": [0, 1]}, operation="relu", module=nn.ReLU, name=["a.*", re.compile("b$")]),
+            Rule({"max_pool": "last"}, stage=["layer1", "blocks.0-3"], call=range(1, 3)),
+            {"call": "2:", "rule": "published"},
+            {"call": 4, "max_pool": 10},
+        ]
+    )
+    again = Plan(json.loads(json.dumps(plan.to_list())))
+    assert again.to_list() == plan.to_list()
+    assert again.base == plan.base
+    for i in itertools.chain.from_iterable(itertools.combinations(range(5), n) for n in (1, 2, 5)):
+        assert again.choice(i) == plan.choice(i)
+    for i, call in itertools.product(range(1, 5), range(6)):
+        for operation in ("relu", "max_pool"):
+            assert again.covering([i], operation, call) == plan.covering([i], operation, call)
+    for names in (["a.b"], ["x.b"], ["layer1.act"], ["blocks.3.act"], ["blocks.4"], [""]):
+        assert again.matching(names, nn.ReLU()) == plan.matching(names, nn.ReLU())
+    assert pickle.loads(pickle.dumps(plan)) == plan
+    assert "stage=['layer1', 'blocks.0-3']" in repr(plan)
+    assert repr(Plan([HALF])) == "Jacobians(relu=0.5)"
+
+
+@pytest.mark.parametrize(
+    ("rule", "error", "match"),
+    [
+        ({"stge": "a", "relu": 1}, ValueError, "key of a rule 'stge' is not known; did you mean 'stage'"),
+        ({"stage": "a", "reluu": 1}, ValueError, "did you mean 'relu'"),
+        ({"stage": "a"}, ValueError, "decides nothing: add a choice, such as relu: 0.5"),
+        ({"relu": "much"}, ValueError, "relu.*'much'"),
+        ({"operation": "reluu", "relu": 1}, ValueError, "operation 'reluu' is not known; did you mean 'relu'"),
+        ({"call": -1, "relu": 1}, ValueError, "call takes a number from 0 on"),
+        ({"call": "3:2", "relu": 1}, ValueError, "call takes"),
+        ({"call": "", "relu": 1}, ValueError, "call takes"),
+        ({"call": True, "relu": 1}, ValueError, "call takes"),
+        ({"name": "/(/", "relu": 1}, ValueError, "no regular expression"),
+        ({"name": 3, "relu": 1}, TypeError, "name takes a glob"),
+        ({"stage": 3, "relu": 1}, TypeError, "stage takes a name"),
+        ({"module": "a*", "relu": 1}, ValueError, "Globs and expressions go into name"),
+        ({"module": "/a/", "relu": 1}, ValueError, "module takes a class"),
+        ("layer1", TypeError, "a rule is a mapping"),
+    ],
+    ids=str,
+)
+def test_mistakes_in_rules(rule, error, match):
+    with pytest.raises(error, match=match):
+        Plan([rule])
+
+
+def test_mistakes_in_rule_objects():
+    with pytest.raises(TypeError, match="Jacobians or a mapping"):
+        Rule(0.5)
+    with pytest.raises(ValueError, match="did you mean 'relu'"):
+        Rule({"reluu": 1})
+
+
+def test_a_rule_that_matches_nothing_is_pointed_out():
+    with pytest.warns(
+        PatchWarning, match=r"rule 2 \(stage='layr1'\) matches no module of the model; close names: layer1"
+    ):
+        patch(Probe(), Plan([HALF, {"stage": "layr1", "relu": 1}]))
+
+
+def test_compiled_plans_for_modules():
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.Sequential(nn.Conv2d(2, 2, 1), nn.ReLU()))
+    for conv in (model[0], model[2][0]):
+        nn.init.zeros_(conv.bias), nn.init.zeros_(conv.weight)
+    nn.init.ones_(model[2][0].weight)
+    patch(model, Plan([HALF, {"stage": "2", "relu": 0.25}]))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    out = compiled(torch.ones(1, 1, 1, 1))
+    with using(compiled, Jacobians(relu=2.0)):
+        assert torch.autograd.grad(out.sum(), model[0].bias, retain_graph=True)[0].tolist() == [8.0, 8.0]
+    assert torch.autograd.grad(out.sum(), model[0].bias)[0].tolist() == [0.25, 0.25]  # 2 * 0.5 * 0.25
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("rule", [{"name": "layer2.0", "relu": 1}, {"name": "shared", "call": 1, "relu": 1}], ids=str)
+def test_compiled_plans_that_cannot_be_told_apart_are_refused(rule):
+    torch._dynamo.reset()
+    model = Probe()
+    patch(model, Plan([rule]))
+    with pytest.raises(Exception, match=r"cannot be told apart under torch\.compile|torch\.compile does not know"):
+        torch.compile(model, backend="aot_eager", fullgraph=True)()
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_calls_under_a_checkpoint_are_refused(reentrant):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(1, 1), nn.ReLU())
+
+        def forward(self, x):
+            return checkpoint(self.inner, checkpoint(self.inner, x, use_reentrant=reentrant), use_reentrant=reentrant)
+
+    model, x = Twice(), torch.ones(1, 1, requires_grad=True)
+    patch(model, Plan([{"call": 1, "relu": 1}]))
+    with pytest.raises(RuntimeError, match=r"inner\.1 takes its Jacobian of relu by the number.*checkpoint"):
+        model(x)
+    unpatch(model)
+    patch(model, Plan([{"stage": "inner", "relu": 1}]))
+    nn.init.zeros_(model.inner[0].weight), nn.init.zeros_(model.inner[0].bias)
+    model(x).sum().backward()
+    assert model.inner[0].bias.grad.tolist() == [1.0]
+
+
+def test_the_fingerprint_names_the_rules():
+    marks = [
+        patch(Probe(), given).fingerprint
+        for given in (
+            HALF,
+            Plan([HALF, {"stage": "layer1", "relu": 1}]),
+            Plan([HALF, {"stage": "layer2", "relu": 1}]),
+            Plan([HALF, {"stage": "layer1", "relu": 1}, {"stage": "layer2", "relu": 1}]),
+            Plan([HALF, {"stage": "layer2", "relu": 1}, {"stage": "layer1", "relu": 1}]),
+        )
+    ]
+    assert len(set(marks)) == 5
+    assert patch(Probe(), Plan([HALF])).fingerprint == marks[0]
