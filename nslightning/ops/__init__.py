@@ -1,41 +1,71 @@
 """Nonsmooth operations whose backward takes a chosen element of the generalised Jacobian at ties."""
 
-from nslightning.ops.max_pool import max_pool2d
-from nslightning.ops.maximum import amax, amin, aminmax, fmax, fmin, max, maximum, min, minimum
-from nslightning.ops.pointwise import (
+from nslightning.ops.activations import (
     abs,
+    clamp,
+    clamp_max,
+    clamp_min,
     elu,
+    hardshrink,
     hardsigmoid,
     hardswish,
     hardtanh,
     leaky_relu,
+    prelu,
     relu,
     relu6,
+    rrelu,
     selu,
     softshrink,
     threshold,
 )
+from nslightning.ops.losses import (
+    cosine_embedding_loss,
+    hinge_embedding_loss,
+    l1_loss,
+    margin_ranking_loss,
+    multi_margin_loss,
+    triplet_margin_loss,
+)
+from nslightning.ops.max_pool import max_pool2d
+from nslightning.ops.maxima import amax, amin, aminmax, fmax, fmin, max, maximum, min, minimum
+from nslightning.ops.norms import norm, norm_pool2d, normalize
 
 __all__ = [
     "abs",
     "amax",
     "amin",
     "aminmax",
+    "clamp",
+    "clamp_max",
+    "clamp_min",
+    "cosine_embedding_loss",
     "elu",
     "fmax",
     "fmin",
+    "hardshrink",
     "hardsigmoid",
     "hardswish",
     "hardtanh",
+    "hinge_embedding_loss",
+    "l1_loss",
     "leaky_relu",
+    "margin_ranking_loss",
     "max",
     "max_pool2d",
     "maximum",
     "min",
     "minimum",
+    "multi_margin_loss",
+    "norm",
+    "norm_pool2d",
+    "normalize",
+    "prelu",
     "relu",
     "relu6",
+    "rrelu",
     "selu",
     "softshrink",
     "threshold",
+    "triplet_margin_loss",
 ]

@@ -19,7 +19,7 @@ from torch import Tensor
 from nslightning.jacobians import Jacobians
 from nslightning.ops.selection import Selection, data_dependent, read_now
 
-__all__ = ["RULES", "Rule", "around", "fixed", "wide"]
+__all__ = ["RULES", "Rule", "around", "dimensions", "fixed", "restored", "wide"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +47,37 @@ class Rule:
     added: bool = False
 
 
-RULES: dict[str, Rule] = {}
+def _at_zero(field: str, native: float) -> Rule:
+    r"""For results that are sums of :math:`s\,f(u)`, f with a kink at 0: the inputs are u, the constants s."""
+
+    def ties(tensors: tuple[Tensor, ...], parameters: tuple[Any, ...]) -> tuple[Tensor]:
+        u, scale = tensors
+        return ((u == 0) & (scale != 0),)
+
+    def gradients(
+        choice: tuple[Tensor, ...], _: Any, g: Tensor, tensors: tuple[Tensor, ...], parameters: Any, tied: Tensor
+    ) -> tuple[Tensor]:
+        u, scale = tensors
+        g = restored(g, *parameters).to(wide(g))
+        return (torch.where(tied, g * (choice[0] - native) * scale, 0).to(u.dtype),)
+
+    return Rule(field, 1, ties, gradients, native, added=True)
+
+
+def _clamp_min_at_bound() -> float:
+    """What the installed torch returns for the derivative of ``clamp_min`` at its bound: 1 up to 2.13, 0 in 2.15."""
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.zeros(1, device="cpu", requires_grad=True)
+        return torch.autograd.grad(x.clamp_min(0).sum(), x)[0].item()
+
+
+_BOUND = _clamp_min_at_bound()
+RULES: dict[str, Rule] = {
+    "abs": _at_zero("abs", 0.0),
+    "clamp_min": _at_zero("clamp", _BOUND),
+    "hinge": _at_zero("hinge", _BOUND),
+    "multi_margin": _at_zero("hinge", 0.0),  # has a kernel of its own
+}
 
 
 class _Around(torch.autograd.Function):
@@ -133,6 +163,37 @@ def around(rule: str, selection: Selection, parameters: tuple[Any, ...], *tensor
 def wide(t: Tensor) -> torch.dtype:
     """Where coefficients are formed: float64 for float64, else float32, for fp16 and bf16 hold too few digits."""
     return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+def dimensions(x: Tensor, dim: Any) -> tuple[int, ...]:
+    """Which dimensions a reduction takes away.
+
+    Args:
+        x: Its input.
+        dim: As given to it: a number, several, or none, which is all.
+
+    Returns:
+        Numbers >= 0.
+    """
+    if dim is None or dim == () or dim == []:
+        return tuple(range(x.dim()))
+    return tuple(d % x.dim() if x.dim() else 0 for d in ((dim,) if isinstance(dim, int) else dim))
+
+
+def restored(t: Tensor, dims: tuple[int, ...], keepdim: bool) -> Tensor:
+    """A reduction's result, or its gradient, with the dimensions that were taken away.
+
+    Args:
+        t: The result.
+        dims: What :func:`dimensions` returned.
+        keepdim: Whether they are there.
+
+    Returns:
+        The same with a size of 1 in each of them.
+    """
+    for d in () if keepdim else sorted(dims):
+        t = t.unsqueeze(d)
+    return t
 
 
 @lru_cache(maxsize=1024)

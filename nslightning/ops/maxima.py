@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nslightning.jacobians import Jacobians, MaxPoolChoice
 from nslightning.ops.selection import Selection
-from nslightning.ops.tied import RULES, Rule, around, fixed, wide
+from nslightning.ops.tied import RULES, Rule, around, dimensions, fixed, restored, wide
 
 __all__ = [
     "amax",
@@ -39,7 +39,7 @@ def _reached(tensors: tuple[Tensor, ...], parameters: tuple[Any, ...]) -> tuple[
     """Which entries reach their maximum, and how many of them do: ``(tied, reached, count)``."""
     x, found = tensors
     dims, keepdim, by_index = parameters
-    found = _restored(found, dims, keepdim)
+    found = restored(found, dims, keepdim)
     reached = x == (x.gather(dims[0], found) if by_index else found)
     count = reached.sum(dims, keepdim=True)
     tied = count > 1
@@ -69,20 +69,13 @@ def _share(
         rank = _rank(reached, dims)
         at = each + first * (rank == 1) + last * (rank == count)
     if by_index:
-        picked = torch.zeros_like(x, dtype=torch.bool).scatter(dims[0], _restored(found, dims, keepdim), True)
+        picked = torch.zeros_like(x, dtype=torch.bool).scatter(dims[0], restored(found, dims, keepdim), True)
         at = at + native * picked
     else:
         share = share + native
-    g = _restored(g, dims, keepdim).to(wide(g))
+    g = restored(g, dims, keepdim).to(wide(g))
     value = torch.where(share != 0, g * share / count, 0) + torch.where(at != 0, g * at, 0)
     return (torch.where(reached & (count > 1), value, 0).to(x.dtype),)
-
-
-def _restored(t: Tensor, dims: tuple[int, ...], keepdim: bool) -> Tensor:
-    """A result with the dimensions that were reduced away."""
-    for d in () if keepdim else sorted(dims):
-        t = t.unsqueeze(d)
-    return t
 
 
 def _rank(reached: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -94,12 +87,6 @@ def _rank(reached: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 
 RULES["max"] = Rule("max", 1, _reached, _share)
-
-
-def _dimensions(x: Tensor, dim: Any) -> tuple[int, ...]:
-    """As numbers >= 0; none is all."""
-    dims = tuple(range(x.dim())) if dim is None or dim == () or dim == [] else dim
-    return tuple(d % x.dim() for d in ((dims,) if isinstance(dims, int) else dims))
 
 
 def reduction(function: str, x: Tensor, selection: Selection, dim: Any = None, keepdim: bool = False) -> Any:
@@ -124,7 +111,7 @@ def reduction(function: str, x: Tensor, selection: Selection, dim: Any = None, k
         stock = _STOCK[function](x, () if dim is None else dim, keepdim)
     if x.dim() == 0:
         return stock
-    dims = _dimensions(x, dim)
+    dims = dimensions(x, dim)
     if isinstance(stock, Tensor):
         return around("max", selection, (dims, keepdim, False), x, stock.detach(), stock)
     if function == "aminmax":
@@ -148,7 +135,7 @@ def tied_reductions(function: str, x: Tensor, dim: Any = None, keepdim: bool = F
     """
     if x.dim() == 0:
         return 0, 1
-    dims = _dimensions(x, dim)
+    dims = dimensions(x, dim)
     ends = {"aminmax": ("amin", "amax"), "max": ("amax",), "min": ("amin",)}.get(function, (function,))
     tied = [_reached((x, _STOCK[end](x, dims, True)), (dims, True, False))[0] for end in ends]
     return sum(int(torch.count_nonzero(t)) for t in tied), sum(t.numel() for t in tied)

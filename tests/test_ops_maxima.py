@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nslightning import Jacobians, ops
-from nslightning.ops.maximum import pair, reduction, tied_pairs, tied_reductions
+from nslightning.ops.maxima import pair, reduction, tied_pairs, tied_reductions
 from nslightning.ops.selection import Selection
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

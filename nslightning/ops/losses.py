@@ -1,0 +1,379 @@
+"""Losses with kinks: the absolute error and the hinges. Each is the stock function; only its ties take another way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nslightning.jacobians import Jacobians
+from nslightning.ops.selection import Selection, data_dependent
+from nslightning.ops.tied import around, fixed
+
+__all__ = [
+    "HINGES",
+    "absolute",
+    "cosine_embedding_loss",
+    "hinge",
+    "hinge_embedding_loss",
+    "l1_loss",
+    "margin_ranking_loss",
+    "multi_margin_loss",
+    "tied_hinges",
+    "triplet_margin_loss",
+]
+
+# A hinge's argument u, of which the loss is the mean (or the sum) of max(u, 0), and where it is in force.
+_Hinge = tuple[Tensor, Tensor | None]
+
+
+def _hinge_embedding(x: Tensor, target: Tensor, margin: float = 1.0) -> _Hinge:
+    return margin - x, target != 1
+
+
+def _margin_ranking(x: Tensor, other: Tensor, target: Tensor, margin: float = 0.0) -> _Hinge:
+    return -target * (x - other) + margin, None
+
+
+def _cosine_embedding(x: Tensor, other: Tensor, target: Tensor, margin: float = 0.0) -> _Hinge:
+    tiny = 1e-12  # as in the stock kernel
+    squares = ((x * x).sum(-1) + tiny) * ((other * other).sum(-1) + tiny)
+    return (x * other).sum(-1) / squares.sqrt() - margin, target == -1
+
+
+def _triplet_margin(
+    x: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    margin: float = 1.0,
+    p: float = 2.0,
+    eps: float = 1e-6,
+    swap: bool = False,
+) -> _Hinge:
+    near, far = F.pairwise_distance(x, positive, p, eps), F.pairwise_distance(x, negative, p, eps)
+    if swap:
+        far = torch.minimum(far, F.pairwise_distance(positive, negative, p, eps))
+    return margin + near - far, None
+
+
+def _multi_margin(x: Tensor, target: Tensor, p: int = 1, margin: float = 1.0, weight: Tensor | None = None) -> _Hinge:
+    target = target.unsqueeze(-1) if x.dim() == target.dim() + 1 else target
+    others = torch.ones_like(x).scatter(-1, target, 0) / x.shape[-1]
+    return margin - x.gather(-1, target) + x, others if weight is None else others * weight[target]
+
+
+HINGES: dict[str, Callable[..., _Hinge]] = {
+    "hinge_embedding_loss": _hinge_embedding,
+    "margin_ranking_loss": _margin_ranking,
+    "cosine_embedding_loss": _cosine_embedding,
+    "triplet_margin_loss": _triplet_margin,
+    "multi_margin_loss": _multi_margin,
+}
+
+
+def hinge(
+    function: str, selection: Selection, *args: Any, margin: float, reduction: str = "mean", **kwargs: Any
+) -> Tensor:
+    """A hinge loss with the choice that ``selection`` names at backward time.
+
+    Args:
+        function: A key of :data:`HINGES`.
+        selection: The choice, read when the backward runs.
+        *args: The tensors that the stock function takes.
+        margin: Its margin.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        **kwargs: Its other parameters.
+
+    Returns:
+        The stock function's result, bit for bit.
+    """
+    loss: Tensor = getattr(F, function)(*args, margin=margin, reduction=reduction, **kwargs)
+    if not (torch.is_grad_enabled() and loss.requires_grad):
+        return loss
+    if data_dependent(loss):
+        with torch.no_grad():
+            u, active = HINGES[function](*args, margin=margin, **kwargs)
+            if not ((u == 0) & (True if active is None else active != 0)).any():
+                return loss
+    u, active = HINGES[function](*args, margin=margin, **kwargs)
+    rows = function == "multi_margin_loss"
+    spread = ((-1,), False) if rows and reduction == "none" else ((), True)
+    count = u.numel() // (u.shape[-1] if rows else 1) if reduction == "mean" else 1
+    scale = u.new_ones(()) if active is None else active.to(u.dtype)
+    return around("multi_margin" if rows else "hinge", selection, spread, u, scale / count, loss)
+
+
+def tied_hinges(function: str, *args: Any, **kwargs: Any) -> tuple[int, int]:
+    """How many hinges of a loss are evaluated at 0.
+
+    Args:
+        function: A key of :data:`HINGES`.
+        *args: As for the stock function.
+        **kwargs: As for the stock function, without ``reduction``.
+
+    Returns:
+        ``(ties, hinges in force)``.
+    """
+    u, active = HINGES[function](*args, **kwargs)
+    within = torch.ones_like(u, dtype=torch.bool) if active is None else (active != 0).expand_as(u)
+    return int(torch.count_nonzero((u == 0) & within)), int(torch.count_nonzero(within))
+
+
+def absolute(
+    x: Tensor, target: Tensor, selection: Selection, reduction: str = "mean", weight: Tensor | None = None
+) -> Tensor:
+    """The absolute error with the choice of ``abs`` that ``selection`` names at backward time.
+
+    Args:
+        x: Input, any shape, floating dtype.
+        target: Target of a shape that broadcasts with the input's.
+        selection: The choice, read when the backward runs.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        weight: A weight for each entry.
+
+    Returns:
+        ``torch.nn.functional.l1_loss(x, target, reduction=reduction, weight=weight)``, bit for bit.
+    """
+    loss = F.l1_loss(x, target, reduction=reduction, weight=weight)
+    u = x - target
+    scale = u.new_ones(()) if weight is None else weight.detach()
+    if reduction == "mean":
+        scale = scale / (u.numel() if weight is None else scale.sum())
+    return around("abs", selection, ((), True), u, scale, loss)
+
+
+# --------------------------------------------------------------------------------------------------------- public
+def l1_loss(
+    x: Tensor, target: Tensor, reduction: str = "mean", weight: Tensor | None = None, *, at_zero: float | None = None
+) -> Tensor:
+    r"""The absolute error with a chosen derivative where input and target are equal.
+
+    .. math:: \ell = |x - t|.
+
+    The Clarke Jacobian at x = t is [-1, 1]. PyTorch and TensorFlow return 0, JAX 1. ``smooth_l1_loss`` with beta = 0 is
+    the same function; with beta > 0 it is smooth, and so is ``huber_loss``.
+
+    Args:
+        x: Input, any shape, floating dtype.
+        target: Target of a shape that broadcasts with the input's.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        weight: A weight for each entry.
+        at_zero: The derivative of the absolute value at 0; None is the reference.
+
+    Returns:
+        ``torch.nn.functional.l1_loss(...)``, bit for bit.
+
+    Raises:
+        ValueError: If ``at_zero`` is not a finite number.
+
+    Example:
+        >>> x = torch.tensor([1.0, 3.0], requires_grad=True)
+        >>> l1_loss(x, torch.tensor([1.0, 2.0]), "sum", at_zero=1.0).backward()
+        >>> x.grad
+        tensor([1., 1.])
+    """
+    return absolute(x, target, fixed(Jacobians(abs=at_zero)), reduction, weight)
+
+
+def hinge_embedding_loss(
+    x: Tensor, target: Tensor, margin: float = 1.0, reduction: str = "mean", *, at_zero: float | None = None
+) -> Tensor:
+    r"""The hinge embedding loss with a chosen derivative at its hinge.
+
+    .. math:: \ell = x \text{ where } t = 1, \quad \max(0, m - x) \text{ where } t = -1.
+
+    The Clarke Jacobian of :math:`\max(0, u)` at 0 is [0, 1]; PyTorch takes what its ``clamp_min`` does, which is 1 up
+    to torch 2.13 and 0 in 2.15, Keras 1, and optax 1/2.
+
+    Args:
+        x: Distances, any shape, floating dtype.
+        target: 1 or -1 for each.
+        margin: The margin m.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        at_zero: The derivative of :math:`\max(0, u)` at 0; None is the reference.
+
+    Returns:
+        ``torch.nn.functional.hinge_embedding_loss(...)``, bit for bit.
+
+    Raises:
+        ValueError: If ``at_zero`` is not a finite number.
+
+    Example:
+        >>> x = torch.tensor([1.0, 0.5], requires_grad=True)
+        >>> hinge_embedding_loss(x, torch.tensor([-1.0, -1.0]), reduction="sum", at_zero=0.5).backward()
+        >>> x.grad
+        tensor([-0.5000, -1.0000])
+    """
+    chosen = fixed(Jacobians(hinge=at_zero))
+    return hinge("hinge_embedding_loss", chosen, x, target, margin=margin, reduction=reduction)
+
+
+def margin_ranking_loss(
+    x: Tensor,
+    other: Tensor,
+    target: Tensor,
+    margin: float = 0.0,
+    reduction: str = "mean",
+    *,
+    at_zero: float | None = None,
+) -> Tensor:
+    r"""The margin ranking loss with a chosen derivative at its hinge.
+
+    .. math:: \ell = \max(0, -t\,(x - y) + m).
+
+    With the default margin of 0 every pair of equal scores is a tie. See :func:`hinge_embedding_loss` for what the
+    libraries return.
+
+    Args:
+        x: First scores, floating dtype.
+        other: Second scores y, of the same shape.
+        target: 1 where the first score ought to be greater, else -1.
+        margin: The margin m.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        at_zero: The derivative of :math:`\max(0, u)` at 0; None is the reference.
+
+    Returns:
+        ``torch.nn.functional.margin_ranking_loss(...)``, bit for bit.
+
+    Raises:
+        ValueError: If ``at_zero`` is not a finite number.
+
+    Example:
+        >>> x = torch.zeros(2, requires_grad=True)
+        >>> margin_ranking_loss(x, torch.zeros(2), torch.tensor([1.0, -1.0]), reduction="sum", at_zero=0.5).backward()
+        >>> x.grad
+        tensor([-0.5000,  0.5000])
+    """
+    chosen = fixed(Jacobians(hinge=at_zero))
+    return hinge("margin_ranking_loss", chosen, x, other, target, margin=margin, reduction=reduction)
+
+
+def cosine_embedding_loss(
+    x: Tensor,
+    other: Tensor,
+    target: Tensor,
+    margin: float = 0.0,
+    reduction: str = "mean",
+    *,
+    at_zero: float | None = None,
+) -> Tensor:
+    r"""The cosine embedding loss with a chosen derivative at its hinge.
+
+    .. math:: \ell = 1 - \cos(x, y) \text{ where } t = 1, \quad \max(0, \cos(x, y) - m) \text{ where } t = -1.
+
+    With the default margin of 0 orthogonal vectors are ties. See :func:`hinge_embedding_loss` for what the libraries
+    return.
+
+    Args:
+        x: First vectors, of shape (N, D) or (D,), floating dtype.
+        other: Second vectors y, of the same shape.
+        target: 1 or -1 for each pair, of shape (N,) or ().
+        margin: The margin m.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        at_zero: The derivative of :math:`\max(0, u)` at 0; None is the reference.
+
+    Returns:
+        ``torch.nn.functional.cosine_embedding_loss(...)``, bit for bit.
+
+    Raises:
+        ValueError: If ``at_zero`` is not a finite number.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 0.0]], requires_grad=True)
+        >>> y, t = torch.tensor([[0.0, 1.0]]), torch.tensor([-1.0])
+        >>> cosine_embedding_loss(x, y, t, at_zero=1.0).backward()
+        >>> x.grad
+        tensor([[0., 1.]])
+    """
+    chosen = fixed(Jacobians(hinge=at_zero))
+    return hinge("cosine_embedding_loss", chosen, x, other, target, margin=margin, reduction=reduction)
+
+
+def triplet_margin_loss(
+    x: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    margin: float = 1.0,
+    p: float = 2.0,
+    eps: float = 1e-6,
+    swap: bool = False,
+    reduction: str = "mean",
+    *,
+    at_zero: float | None = None,
+) -> Tensor:
+    r"""The triplet margin loss with a chosen derivative at its hinge.
+
+    .. math:: \ell = \max(0, m + \lVert x - x_+ + \epsilon \rVert_p - \lVert x - x_- + \epsilon \rVert_p).
+
+    See :func:`hinge_embedding_loss` for what the libraries return. The distances keep PyTorch's own derivative, and
+    with ``swap`` so does the smaller of two.
+
+    Args:
+        x: Anchors, of shape (N, D) or (D,), floating dtype.
+        positive: Of the same shape.
+        negative: Of the same shape.
+        margin: The margin m.
+        p: The exponent of the norm.
+        eps: Added to each difference.
+        swap: Take the negative's distance to the positive where it is smaller.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        at_zero: The derivative of :math:`\max(0, u)` at 0; None is the reference.
+
+    Returns:
+        ``torch.nn.functional.triplet_margin_loss(...)``, bit for bit.
+
+    Raises:
+        ValueError: If ``at_zero`` is not a finite number.
+
+    Example:
+        >>> x, near, far = torch.zeros(1, 1, requires_grad=True), torch.ones(1, 1), torch.tensor([[-2.0]])
+        >>> triplet_margin_loss(x, near, far, eps=0.0, at_zero=0.5).backward()
+        >>> x.grad
+        tensor([[-1.]])
+    """
+    chosen = fixed(Jacobians(hinge=at_zero))
+    rest = {"margin": margin, "p": p, "eps": eps, "swap": swap, "reduction": reduction}
+    return hinge("triplet_margin_loss", chosen, x, positive, negative, **rest)
+
+
+def multi_margin_loss(
+    x: Tensor,
+    target: Tensor,
+    margin: float = 1.0,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    *,
+    at_zero: float | None = None,
+) -> Tensor:
+    r"""The multi-class hinge loss with a chosen derivative at its hinges.
+
+    .. math:: \ell = \frac{w_t}{C} \sum_{i \ne t} \max(0, m - x_t + x_i).
+
+    PyTorch's kernel returns 0 at the hinges in every version. With squares (``p=2`` of the stock function) the loss is
+    smooth.
+
+    Args:
+        x: Scores of shape (N, C) or (C,), float32 or float64.
+        target: The classes, of shape (N,) or ().
+        margin: The margin m.
+        weight: A weight for each class.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        at_zero: The derivative of :math:`\max(0, u)` at 0; None is the reference.
+
+    Returns:
+        ``torch.nn.functional.multi_margin_loss(...)``, bit for bit.
+
+    Raises:
+        ValueError: If ``at_zero`` is not a finite number.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 0.0]], requires_grad=True)
+        >>> multi_margin_loss(x, torch.tensor([0]), at_zero=1.0).backward()
+        >>> x.grad
+        tensor([[-0.5000,  0.5000]])
+    """
+    chosen = fixed(Jacobians(hinge=at_zero))
+    return hinge("multi_margin_loss", chosen, x, target, margin=margin, weight=weight, reduction=reduction)
