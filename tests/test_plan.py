@@ -5,19 +5,25 @@ import itertools
 import json
 import pickle
 import re
+import warnings
 from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+import yaml
 from bits import bits
+from lightning.pytorch import Trainer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
 
 from nslightning import Jacobians, PatchWarning, patch, unpatch, using
+from nslightning.cli import main
+from nslightning.models import ImageClassifier, LanguageModel
 from nslightning.probes import divergence, gradients, ties
-from nslightning.surgery import Plan, Rule, choices, preview, selections
+from nslightning.surgery import Plan, Rule, UnreachedError, choices, preview, selections
 
 
 class Probe(nn.Module):
@@ -401,3 +407,147 @@ def test_the_fingerprint_names_the_rules():
     ]
     assert len(set(marks)) == 5
     assert patch(Probe(), Plan([HALF])).fingerprint == marks[0]
+
+
+# ------------------------------------------------------------------------------------ models and command line
+QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+
+
+def classifier(**options):
+    torch.manual_seed(0)
+    return ImageClassifier("torchvision/resnet18", 3, (3, 32, 32), **options)
+
+
+def data():
+    return DataLoader(TensorDataset(torch.randn(2, 3, 32, 32), torch.tensor([0, 1])), 2)
+
+
+def saved(model, file="m.ckpt"):
+    trainer = Trainer(max_steps=1, accelerator="cpu", **QUIET)
+    trainer.fit(model, data())
+    trainer.save_checkpoint(file)
+    return file
+
+
+def test_a_classifier_with_rules_and_its_checkpoint():
+    sites = [{"stage": "layer1", "relu": 0.5}, {"stage": "layer4.1", "relu": 1.0}]
+    model = classifier(jacobians=Jacobians(max_pool="minimal"), sites=sites)
+    assert {s.name: s.choice for s in model.patch_report.sites if s.operation == "relu"} == {
+        "relu": 0.0,
+        **{f"layer{i}.{k}.relu": {(1, 0): 0.5, (1, 1): 0.5, (4, 1): 1.0}.get((i, k), 0.0)
+           for i in range(1, 5) for k in range(2)},
+    }  # fmt: skip
+    file = saved(model)
+    content = torch.load(file, weights_only=True)
+    assert content["hyper_parameters"]["sites"] == sites == content["nslightning"]["sites"]
+    assert content["nslightning"]["fingerprint"] == model.patch_report.fingerprint
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PatchWarning)
+        loaded = ImageClassifier.load_from_checkpoint(file, on_mismatch="refuse")
+        Trainer(max_steps=2, accelerator="cpu", **QUIET).fit(
+            classifier(jacobians=model.jacobians, sites=[Rule({"relu": 0.5}, stage="layer1"), sites[1]]),
+            data(),
+            ckpt_path=file,
+        )
+    assert loaded.patch_report.fingerprint == model.patch_report.fingerprint
+    x = torch.randn(2, 3, 32, 32)
+    loss, other = model.eval()(x).sum(), loaded.eval()(x).sum()
+    for a, b in zip(
+        torch.autograd.grad(loss, list(model.parameters())),
+        torch.autograd.grad(other, list(loaded.parameters())),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+
+
+def test_a_checkpoint_under_other_rules_warns_or_is_refused():
+    file = saved(classifier(sites=[{"stage": "layer1", "relu": 0.5}]))
+    what = r"made under sites=\[\{\"stage\": \"layer1\", \"relu\": 0\.5\}\], and this run has sites=\[\]"
+    with pytest.warns(PatchWarning, match=what):
+        ImageClassifier.load_from_checkpoint(file, sites=None)
+    with pytest.raises(ValueError, match=what):
+        ImageClassifier.load_from_checkpoint(file, sites=None, on_mismatch="refuse")
+    with pytest.raises(ValueError, match=r"made under relu=0\.0, and this run has relu=1\.0"):
+        ImageClassifier.load_from_checkpoint(file, jacobians=Jacobians(relu=1.0), on_mismatch="refuse")
+    for model, outcome in (
+        (classifier(), pytest.warns(PatchWarning, match=what)),
+        (classifier(on_mismatch="refuse"), pytest.raises(ValueError, match=what)),
+    ):
+        with outcome:
+            Trainer(max_steps=2, accelerator="cpu", **QUIET).fit(model, data(), ckpt_path=file)
+    # Sites that differ under the same choice: here a checkpoint that says so.
+    content = torch.load(file, weights_only=True)
+    content["nslightning"]["fingerprint"] = "0123456789ab"
+    torch.save(content, file)
+    with pytest.raises(ValueError, match=r"other patched sites.*0123456789ab"):
+        ImageClassifier.load_from_checkpoint(file, on_mismatch="refuse")
+    del content["nslightning"]
+    torch.save(content, file)
+    with pytest.raises(ValueError, match="does not say"):
+        ImageClassifier.load_from_checkpoint(file, on_mismatch="refuse")
+
+
+def test_mistaken_rules_of_a_model():
+    with pytest.raises(ValueError, match="is for all sites: put it into jacobians"):
+        classifier(sites=[{"relu": 1}])
+    with pytest.raises(ValueError, match="on_mismatch is 'warn' or 'refuse'"):
+        classifier(on_mismatch="ask")
+    with pytest.raises(ValueError, match="random"):
+        classifier(sites=[{"stage": "maxpool", "max_pool": "random"}], compile=True)
+
+
+def test_a_language_model_with_rules():
+    options = {
+        "activation": "relu",
+        "vocab_size": 17,
+        "block_size": 8,
+        "config": {"n_layer": 3, "n_embd": 8, "n_head": 2},
+    }
+    model = LanguageModel("mini", **options, sites=[{"stage": "transformer.h.0-1", "relu": 0.5}])
+    assert [s.choice for s in model.patch_report.sites] == [0.5, 0.5, 0.0]
+
+
+class Sorts(nn.Module):
+    def forward(self, x):
+        return x.flatten(1).topk(3)[0]
+
+
+def test_strict_models(monkeypatch):
+    monkeypatch.setattr(
+        "nslightning.models.classifier.create_backbone", lambda *a, **k: nn.Sequential(_scale(), Sorts())
+    )
+    with pytest.raises(UnreachedError, match=r"1 calls topk, which has no choice.*--model\.strict=false"):
+        classifier()
+    with pytest.warns(PatchWarning, match="nothing to patch"):
+        model = classifier(strict=False)
+    assert [(s.name, s.operation) for s in model.patch_report.unreached] == [("1", "topk")]
+
+
+def _scale():
+    return nn.Conv2d(3, 1, 1)
+
+
+def test_rules_from_the_command_line(tmp_path):
+    """From a file and from flags; kept in config, checkpoint and report."""
+    (tmp_path / "rules.yaml").write_text("model:\n  sites:\n    - {stage: relu1, relu: 0.5}\n")
+    short = ["--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false"]
+    rule = '--model.sites+={"module": "ReLU", "name": "/2$/", "relu": 1}'
+    given = ["--config=configs/quickstart.yaml", "--config=rules.yaml", "--name=rules", rule]
+    assert main(["fit", *given, *short, "--model.on_mismatch=refuse", "--trainer.max_epochs=1"]) == 0
+    folder = tmp_path / "runs" / "rules" / "001"
+    want = [{"stage": "relu1", "relu": 0.5}, {"module": "ReLU", "name": "/2$/", "relu": 1}]
+    assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["sites"] == want
+    report = json.loads((folder / "patch_report.json").read_text())
+    assert report["rules"] == want
+    assert [s["choice"] for s in report["sites"] if s["operation"] == "relu"] == [0.5, 1, 0, 0]
+    assert json.loads((folder / "run.json").read_text())["patch"]["fingerprint"] == report["fingerprint"]
+    again = ["fit", f"--config={folder}/config.yaml", "--ckpt_path=last", "--trainer.max_epochs=2", *short]
+    assert main([*again, "--model.sites=null"]) == 2
+    assert main(again) == 0
+    assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["sites"] == want
+
+
+@pytest.mark.parametrize("rule", ["{stage: a}", "{stage: a, reluu: 1}", "{relu: 1}"])
+def test_mistaken_rules_on_the_command_line(rule, capfd):
+    assert main(["fit", "--config=configs/quickstart.yaml", f"--model.sites=[{rule}]"]) == 2
+    assert "error:" in capfd.readouterr().err

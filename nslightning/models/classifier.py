@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,11 @@ class ImageClassifier(PatchedModule):
         compile: Compile the backbone with ``torch.compile``. One compiled backward serves every choice.
         channels_last: Keep images and weights in the channels-last memory format.
         seed: Seeds the ``"random"`` Jacobian choice.
+        sites: Rules for some of the network's sites, later ones winning, such as ``{stage: layer1, relu: 0.5}``
+            (:class:`~nslightning.surgery.Rule`); everywhere else ``jacobians`` holds.
+        strict: Refuse a backbone with an operation that no choice can reach, instead of naming it in the report.
+        on_mismatch: Whether to warn or to refuse when a checkpoint is loaded that was made under another choice or
+            with other patched sites.
 
     Raises:
         ValueError: If a name, option or shape is not admissible, or ``"random"`` is to be compiled.
@@ -72,8 +77,11 @@ class ImageClassifier(PatchedModule):
         compile: bool = False,  # torch's own word
         channels_last: bool = False,
         seed: int = 0,
+        sites: list[dict[str, Any]] | None = None,
+        strict: bool = True,
+        on_mismatch: Literal["warn", "refuse"] = "warn",
     ) -> None:
-        super().__init__(jacobians, optimizer, lr_scheduler, compile)
+        super().__init__(jacobians, optimizer, lr_scheduler, compile, sites, strict, on_mismatch)
         self.title = backbone
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing is a share between 0 and 1; given {label_smoothing}")

@@ -55,6 +55,12 @@ class LanguageModel(PatchedModule):
             the end of each epoch.
         compile: Compile the network with ``torch.compile``. One compiled backward serves every choice.
         seed: Seeds the ``"random"`` Jacobian choice.
+        sites: Rules for some of the network's sites, later ones winning, such as
+            ``{stage: transformer.h.0-2, relu: 0.5}`` (:class:`~nslightning.surgery.Rule`); everywhere else
+            ``jacobians`` holds.
+        strict: Refuse a network with an operation that no choice can reach, instead of naming it in the report.
+        on_mismatch: Whether to warn or to refuse when a checkpoint is loaded that was made under another choice or
+            with other patched sites.
 
     Attributes:
         title: What is trained, in a few words.
@@ -86,8 +92,11 @@ class LanguageModel(PatchedModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         compile: bool = False,
         seed: int = 0,
+        sites: list[dict[str, Any]] | None = None,
+        strict: bool = True,
+        on_mismatch: Literal["warn", "refuse"] = "warn",
     ) -> None:
-        super().__init__(jacobians, optimizer, lr_scheduler, compile)
+        super().__init__(jacobians, optimizer, lr_scheduler, compile, sites, strict, on_mismatch)
         self.title, self.block_size = f"GPT-2 {size}", block_size
         network = _gpt2(size, vocab_size, block_size, activation, dropout, config or {})
         self.patch_network("network", network, torch.zeros(1, min(block_size, 8), dtype=torch.long), seed)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
 import warnings
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from nslightning.jacobians import Jacobians
-from nslightning.surgery import PatchReport, PatchWarning, patch
+from nslightning.surgery import PatchReport, PatchWarning, Plan, Rule, patch
 
 __all__ = ["PatchedModule", "at_least_float32"]
 
@@ -32,12 +34,18 @@ class PatchedModule(LightningModule):
         lr_scheduler: Any scheduler class, given the optimizer. ``ReduceLROnPlateau`` watches ``val/loss``, or
             what Lightning's own version of it is told to ``monitor``.
         compile: Compile the network with ``torch.compile``. One compiled backward serves every choice.
+        sites: Rules for some of the network's sites, later ones winning, such as ``{"stage": "layer1", "relu": 0.5}``
+            (:class:`~nslightning.surgery.Rule`); everywhere else ``jacobians`` holds.
+        strict: Refuse a network with an operation that no choice can reach, instead of naming it in the report.
+        on_mismatch: Whether to warn or to refuse when a checkpoint is loaded that was made under another choice or
+            with other patched sites.
 
     Attributes:
+        plan: The choice for every site.
         patch_report: What was patched, site by site.
 
     Raises:
-        ValueError: If ``"random"`` is to be compiled.
+        ValueError: If ``"random"`` is to be compiled, or a rule is mistaken.
     """
 
     #: What the scheduler is stepped by.
@@ -50,9 +58,18 @@ class PatchedModule(LightningModule):
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None,
         compile: bool,
+        sites: Sequence[Rule | dict[str, Any]] | None = None,
+        strict: bool = True,
+        on_mismatch: Literal["warn", "refuse"] = "warn",
     ) -> None:
         super().__init__()
-        if compile and jacobians.max_pool == "random":
+        self.plan = Plan([jacobians, *(sites or ())])
+        for rule in self.plan.rules[1:]:
+            if rule.unconditional:
+                raise ValueError(f"{rule!r} in sites is for all sites: put it into jacobians, or say for which it is")
+        if on_mismatch not in ("warn", "refuse"):
+            raise ValueError(f"on_mismatch is 'warn' or 'refuse'; given {on_mismatch!r}")
+        if compile and any(rule.changes.get("max_pool") == "random" for rule in self.plan.rules):
             raise ValueError('max_pool="random" draws inside the backward and cannot be compiled; use compile=False')
         frame = inspect.currentframe()
         assert frame is not None  # CPython has frames
@@ -61,7 +78,9 @@ class PatchedModule(LightningModule):
         callables = [k for k in ("optimizer", "lr_scheduler") if callable(self.hparams[k])]
         self.save_hyperparameters(ignore=callables, frame=frame.f_back)
         self.hparams.update(jacobians=jacobians.to_dict(), _instantiator="lightning.pytorch.cli.instantiate_module")
-        self.jacobians = jacobians
+        if sites:
+            self.hparams.update(sites=self.plan.to_list()[1:])
+        self.jacobians, self._strict, self._on_mismatch = jacobians, strict, on_mismatch
         self._optimizer, self._lr_scheduler, self._compile = optimizer, lr_scheduler, compile
         self._trained_with: str | None = None
 
@@ -83,17 +102,20 @@ class PatchedModule(LightningModule):
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def patch_network(self, name: str, network: nn.Module, example: Any, seed: int) -> None:
-        """Make a network the one that is trained, under the Jacobian choice.
+        """Make a network the one that is trained, under the Jacobian choice of every site.
 
         Args:
             name: The attribute that it becomes.
             network: The network, not patched.
             example: An input, for one forward that finds the functional calls.
             seed: Seeds the ``"random"`` choice.
+
+        Raises:
+            UnreachedError: If the network has what no choice can reach, and this is ``strict``.
         """
         setattr(self, name, network)
         self._network_name = name
-        self.patch_report = patch(network, self.jacobians, example=example, seed=seed)
+        self.patch_report = patch(network, self.plan, example=example, seed=seed, strict=self._strict)
 
     def setup(self, stage: str) -> None:
         """Set the precision, and compile the network if asked to; Lightning calls this before anything runs."""
@@ -134,28 +156,34 @@ class PatchedModule(LightningModule):
         """Note which Jacobian the weights were trained under."""
         checkpoint["nslightning"] = {
             "jacobians": self.jacobians.to_dict(),
+            "sites": self.plan.to_list()[1:],
             "fingerprint": self.patch_report.fingerprint,
             "optimizer": type(self.trainer.optimizers[0]).__name__ if self.trainer.optimizers else None,
             "torch": str(torch.__version__),  # a class of its own, which `weights_only` refuses
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say so when a checkpoint was made under another choice or patch.
+        """Say so when a checkpoint was made under another choice or patch, or refuse it.
 
         Warns:
             PatchWarning: If the Jacobian choice or the patched sites differ.
+
+        Raises:
+            ValueError: If they do, and ``on_mismatch`` is ``"refuse"``.
         """
         made = checkpoint.get("nslightning")
         if made is None:
-            what = "the checkpoint does not say under which Jacobian choice it was made"
-            warnings.warn(what, PatchWarning, stacklevel=2)
+            self._mismatch("the checkpoint does not say under which Jacobian choice it was made")
             return
         self._trained_with = made.get("optimizer")
         then, now = made["jacobians"], self.jacobians.to_dict()
         changed = [k for k in now if _plain(then.get(k)) != _plain(now[k])]
+        rules_then, rules_now = map(json.dumps, (made.get("sites", []), self.plan.to_list()[1:]))
         if changed:
             there, here = (", ".join(f"{k}={choice.get(k)!r}" for k in changed) for choice in (then, now))
             what = f"the checkpoint was made under {there}, and this run has {here}"
+        elif rules_then != rules_now:
+            what = f"the checkpoint was made under sites={rules_then}, and this run has sites={rules_now}"
         elif made["fingerprint"] != self.patch_report.fingerprint:
             what = (
                 f"the checkpoint was made with other patched sites ({made['fingerprint']}, now"
@@ -163,7 +191,12 @@ class PatchedModule(LightningModule):
             )
         else:
             return
-        warnings.warn(what, PatchWarning, stacklevel=2)
+        self._mismatch(what)
+
+    def _mismatch(self, what: str) -> None:
+        if self._on_mismatch == "refuse":
+            raise ValueError(f"{what}; give the choice that it was made under, or on_mismatch='warn'")
+        warnings.warn(what, PatchWarning, stacklevel=3)
 
 
 def at_least_float32(logits: Tensor) -> Tensor:
