@@ -9,32 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from nslightning.jacobians import Jacobians, Rule
 from nslightning.ops.selection import Selection, data_dependent, read_now
 from nslightning.ops.tie_bits import TieBits, find_ties, mask_of, overwrite, storage_order
 
-__all__ = [
-    "POINTWISE",
-    "Pointwise",
-    "abs",
-    "elu",
-    "hardsigmoid",
-    "hardswish",
-    "hardtanh",
-    "leaky_relu",
-    "pointwise",
-    "relu",
-    "relu6",
-    "selu",
-    "softshrink",
-    "threshold",
-]
+__all__ = ["POINTWISE", "Pointwise", "pointwise"]
 
 aten = torch.ops.aten
 
@@ -50,17 +36,66 @@ class Pointwise:
         backward: The stock backward kernel, ``(g, saved, *parameters) -> gradient``.
         saves: What the backward reads: the output (shared with the next layer) or the input. In place the output
             stands for the input where it tells the same (``"either"``), else a copy of the input is kept.
-        kinks: The kinks as ``(position, reference derivative)``, from the parameters.
+        kinks: The kinks as ``(position, reference derivative)``, from the parameters. A bound that was not given is
+            NaN, which no entry equals; a derivative that depends on the entry is None.
         constant_when_published: Whether the published rule drops the incoming gradient at ties.
+        prepare: What becomes of the input and the parameters before all else. Tensors among the parameters come
+            first; where the backward returns a tuple, its other members are their gradients, still of ``x``'s shape.
     """
 
     name: str
     forward: Callable[..., Tensor]
     forward_: Callable[..., Tensor]
-    backward: Callable[..., Tensor]
+    backward: Callable[..., Tensor | tuple[Tensor, ...]]
     saves: Literal["output", "input", "either"]
-    kinks: Callable[..., tuple[tuple[float, float], ...]]
-    constant_when_published: bool
+    kinks: Callable[..., tuple[tuple[float, float | None], ...]]
+    constant_when_published: bool = False
+    prepare: Callable[..., tuple[Tensor, tuple[Any, ...]]] = lambda x, *parameters: (x, parameters)
+
+
+def _prepare_prelu(x: Tensor, weight: Tensor) -> tuple[Tensor, tuple[Tensor]]:
+    """What ``F.prelu`` does before its kernel: autocast's dtype, its complaints, the slopes along dimension 1."""
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = F.prelu(x.detach().flatten()[:1], weight.detach().flatten()[:1]).dtype
+        x, weight = x.to(dtype), weight.to(dtype)
+    channels = x.shape[1] if x.dim() > 1 else 1
+    if x.dtype != weight.dtype or weight.dim() > 1 or weight.numel() not in ((1,) if x.dim() == 0 else (1, channels)):
+        F.prelu(x, weight)  # raises
+    shape = (1, weight.numel(), *(1,) * (x.dim() - 2)) if x.dim() > 1 else (1,) * x.dim()
+    return x, (weight.reshape(shape),)
+
+
+def _prepare_rrelu(x: Tensor, lower: float, upper: float, training: bool) -> tuple[Tensor, tuple[Any, ...]]:
+    """Memory for the slopes, which the forward draws; laid out as ``F.rrelu`` lays it out."""
+    return x, (torch.empty_like(x, memory_format=torch.contiguous_format), lower, upper, training)
+
+
+def _clamp_references() -> tuple[float, float]:
+    """The derivatives at the lower and at the upper bound in this torch: 1 up to 2.13, 0 in 2.15."""
+    with torch.enable_grad():
+        x = torch.tensor([-1.0, 1.0], requires_grad=True)
+        at_lower, at_upper = torch.autograd.grad(x.clamp(-1, 1).sum(), x)[0].tolist()
+    return at_lower, at_upper
+
+
+_AT_LOWER, _AT_UPPER = _clamp_references()
+
+
+def _clamp_backward(g: Tensor, x: Tensor, low: float | None, high: float | None) -> Tensor:
+    inside = torch.ones((), dtype=torch.bool, device=x.device)
+    if low is not None:
+        inside = x >= low if _AT_LOWER else x > low
+    if high is not None:
+        inside = inside & (x <= high if _AT_UPPER else x < high)
+    return torch.where(inside, g, 0)
+
+
+def _clamp_kinks(low: float | None, high: float | None) -> tuple[tuple[float, float], ...]:
+    """None where the interval is empty or a point: the function is then constant."""
+    nan = float("nan")
+    if low is not None and high is not None and not low < high:
+        low = high = nan
+    return ((nan if low is None else low, _AT_LOWER), (nan if high is None else high, _AT_UPPER))
 
 
 _SELU = (1.6732632423543772848170429916717, 1.0507009873554804934193349852946)  # alpha, scale
@@ -94,7 +129,6 @@ POINTWISE: dict[str, Pointwise] = {
             backward=lambda g, x, slope: aten.leaky_relu_backward.default(g, x, slope, False),
             saves="either",
             kinks=lambda slope: ((0.0, slope),),
-            constant_when_published=False,
         ),
         Pointwise(
             name="hardtanh",
@@ -103,7 +137,6 @@ POINTWISE: dict[str, Pointwise] = {
             backward=lambda g, y, low, high: aten.hardtanh_backward.default(g, y, low, high),
             saves="either",
             kinks=lambda low, high: ((low, 0.0), (high, 0.0)),
-            constant_when_published=False,
         ),
         Pointwise(
             name="hardswish",
@@ -112,7 +145,6 @@ POINTWISE: dict[str, Pointwise] = {
             backward=aten.hardswish_backward.default,
             saves="input",
             kinks=lambda: ((-3.0, 0.0), (3.0, 1.0)),
-            constant_when_published=False,
         ),
         Pointwise(
             name="hardsigmoid",
@@ -121,7 +153,40 @@ POINTWISE: dict[str, Pointwise] = {
             backward=aten.hardsigmoid_backward.default,
             saves="input",
             kinks=lambda: ((-3.0, 0.0), (3.0, 0.0)),
-            constant_when_published=False,
+        ),
+        Pointwise(
+            name="prelu",
+            forward=aten._prelu_kernel.default,
+            forward_=lambda x, weight: x.copy_(aten._prelu_kernel.default(x, weight)),
+            backward=aten._prelu_kernel_backward.default,
+            saves="input",
+            kinks=lambda weight: ((0.0, None),),
+            prepare=_prepare_prelu,
+        ),
+        Pointwise(
+            name="rrelu",
+            forward=aten.rrelu_with_noise.default,
+            forward_=aten.rrelu_with_noise_.default,
+            backward=lambda g, x, *slopes: aten.rrelu_with_noise_backward.default(g, x, *slopes, False),
+            saves="input",
+            kinks=lambda *_: ((0.0, None),),
+            prepare=_prepare_rrelu,
+        ),
+        Pointwise(
+            name="clamp",
+            forward=aten.clamp.default,
+            forward_=aten.clamp_.default,
+            backward=_clamp_backward,
+            saves="input",
+            kinks=_clamp_kinks,
+        ),
+        Pointwise(
+            name="hardshrink",
+            forward=aten.hardshrink.default,
+            forward_=lambda x, width: x.copy_(aten.hardshrink.default(x, width)),
+            backward=aten.hardshrink_backward.default,
+            saves="input",
+            kinks=lambda width: ((-width, 0.0), (width, 0.0)),
         ),
         Pointwise(
             name="softshrink",
@@ -130,7 +195,6 @@ POINTWISE: dict[str, Pointwise] = {
             backward=aten.softshrink_backward.default,
             saves="input",
             kinks=lambda width: ((-width, 0.0), (width, 0.0)),
-            constant_when_published=False,
         ),
         Pointwise(
             name="threshold",
@@ -139,7 +203,6 @@ POINTWISE: dict[str, Pointwise] = {
             backward=lambda g, x, at, value: aten.threshold_backward.default(g, x, at),
             saves="input",
             kinks=lambda at, value: ((at, 0.0),),
-            constant_when_published=False,
         ),
         Pointwise(
             name="elu",
@@ -148,7 +211,6 @@ POINTWISE: dict[str, Pointwise] = {
             backward=lambda g, x, alpha: aten.elu_backward.default(g, alpha, 1, 1, False, x),
             saves="input",
             kinks=lambda alpha: ((0.0, alpha),) if alpha != 1 else (),
-            constant_when_published=False,
         ),
         Pointwise(
             name="selu",
@@ -157,7 +219,6 @@ POINTWISE: dict[str, Pointwise] = {
             backward=lambda g, x: aten.elu_backward.default(g, *_SELU, 1, False, x),
             saves="input",
             kinks=lambda: ((0.0, _SELU[0] * _SELU[1]),),
-            constant_when_published=False,
         ),
         Pointwise(
             name="abs",
@@ -166,7 +227,6 @@ POINTWISE: dict[str, Pointwise] = {
             backward=lambda g, x: g * x.sgn(),
             saves="input",
             kinks=lambda: ((0.0, 0.0),),
-            constant_when_published=False,
         ),
     )
 }
@@ -181,69 +241,112 @@ class _Kinked(torch.autograd.Function):
         operation: str,
         selection: Selection,
         inplace: bool,
-        parameters: tuple[float, ...],
+        parameters: tuple[Any, ...],
         order: tuple[int, ...] | None,
-        *ties: Tensor,
+        given: int,
+        *tensors: Tensor,
     ) -> Tensor:
+        op = POINTWISE[operation]
         if inplace:
-            POINTWISE[operation].forward_(x, *parameters)
+            op.forward_(x, *tensors[:given], *parameters)
             return x
-        return POINTWISE[operation].forward(x, *parameters)
+        return op.forward(x, *tensors[:given], *parameters)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, ctx.operation, ctx.selection, inplace, ctx.parameters, ctx.order, *ties = inputs
+        x, ctx.operation, ctx.selection, inplace, ctx.parameters, ctx.order, ctx.given, *tensors = inputs
         if inplace:
             ctx.mark_dirty(x)
-        ctx.save_for_backward(output if inplace or POINTWISE[ctx.operation].saves == "output" else x, *ties)
+        saved = output if inplace or POINTWISE[ctx.operation].saves == "output" else x
+        ctx.save_for_backward(saved, *tensors)
+        ctx.save_for_forward(saved, *tensors)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        saved, *ties = ctx.saved_tensors
-        selection = ctx.selection
-        vjp = partial(_vjp, POINTWISE[ctx.operation], ctx.parameters, ctx.order, saved, ties, g)
+        saved, *tensors = ctx.saved_tensors
+        selection, given = ctx.selection, tensors[: ctx.given]
+        vjp = partial(_vjp, POINTWISE[ctx.operation], ctx.parameters, ctx.order, saved, given, tensors[ctx.given :], g)
         if not torch.compiler.is_compiling() and selection.recorder is not None:
-            selection.recorder(ctx, vjp)
-        return (vjp(selection), None, None, None, None, None, *(None for _ in ties))
+            selection.recorder(ctx, lambda other: vjp(other)[0])
+        gradient, *others = vjp(selection)
+        others = [other.sum_to_size(tensor.shape) for other, tensor in zip(others, given, strict=False)]
+        return (gradient, *(None,) * 6, *others, *(None,) * (len(tensors) - len(others)))
+
+
+class _Transformable(_Kinked):
+    """The same for ``torch.func`` and forward-mode differentiation, which the compiler does not take.
+
+    The operation acts on each entry by itself, so its Jacobian is diagonal: what carries gradients down carries
+    tangents up.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor | None, *tangents: Any) -> Tensor:
+        saved, *tensors = ctx.saved_tensors
+        given, ties = tensors[: ctx.given], tensors[ctx.given :]
+        op = POINTWISE[ctx.operation]
+        result = torch.zeros_like(saved)
+        if tangent is not None:
+            result = _vjp(op, ctx.parameters, ctx.order, saved, given, ties, tangent, ctx.selection, published=False)[0]
+        for i, direction in enumerate(tangents[6 : 6 + ctx.given]):
+            if direction is not None:
+                result = result + op.backward(direction.expand_as(saved), saved, *given, *ctx.parameters)[1 + i]
+        return result
 
 
 def _vjp(
     op: Pointwise,
-    parameters: tuple[float, ...],
+    parameters: tuple[Any, ...],
     order: tuple[int, ...] | None,
     saved: Tensor,
+    given: list[Tensor],
     ties: list[Tensor],
     g: Tensor,
     selection: Selection,
-) -> Tensor:
-    """The gradient with respect to the input under a selection.
+    published: bool = True,
+) -> tuple[Tensor, ...]:
+    """The gradients with respect to the input, and to tensors among the parameters, under a selection.
 
     ``ties`` holds a mask per kink where ``order`` is None, else the two tensors of a :class:`TieBits`.
     """
-    gradient = op.backward(g, saved, *parameters)
+    gradients = op.backward(g, saved, *given, *parameters)
+    gradient, *others = gradients if isinstance(gradients, tuple) else (gradients,)
     if torch.compiler.is_compiling():
         for i, mask in enumerate(ties):
             gradient = _choose_compiled(op, selection, i, mask, g, gradient)
-        return gradient
-    constant = selection.jacobians.rule == "published" and op.constant_when_published
-    found = ties if order is None else map(TieBits, ties[::2], ties[1::2])
+        return (gradient, *others)
+    constant = published and selection.jacobians.rule == "published" and op.constant_when_published
+    found = ties if order is None else list(map(TieBits, ties[::2], ties[1::2]))
     for tie, (_, reference), derivative in zip(
-        found, op.kinks(*parameters), selection.at_kinks(op.name), strict=True
+        found, op.kinks(*given, *parameters), selection.at_kinks(op.name), strict=True
     ):
         if derivative is None or (derivative == reference and (derivative == 0 or not constant)):
             continue
-        value = partial(_value, derivative, constant)
+        value = partial(_value, derivative, constant, selection)
         if order is not None and not torch.is_grad_enabled():
             gradient = overwrite(gradient, g, tie, order, value)
             continue
         mask = tie if order is None else mask_of(tie, g, order)
         gradient = torch.where(mask, value(g, mask), gradient)
-    return gradient
+    return (gradient, *others)
 
 
-def _value(derivative: float, constant: bool, g: Tensor, tied: Tensor) -> Tensor:
-    """What tied entries receive."""
-    return torch.full_like(g, derivative) if constant else g * derivative
+def _value(derivative: float | str, constant: bool, selection: Selection, g: Tensor, tied: Tensor) -> Tensor:
+    """What tied entries receive; for a random derivative the others receive 0."""
+    if not isinstance(derivative, str):
+        return torch.full_like(g, derivative) if constant else g * derivative
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(
+            'relu="random" draws once per tie, and under torch.func transforms the ties are not known. '
+            "Choose a number there, or take the gradient with torch.autograd."
+        )
+    at = (tied.reshape(-1).nonzero().squeeze(1),)
+    wide = torch.float64 if g.dtype == torch.float64 else torch.float32
+    drawn = torch.rand(at[0].shape, dtype=wide, device=g.device, generator=selection.generator(g.device))
+    values = drawn if constant else g.reshape(-1)[at] * drawn
+    return g.new_zeros(g.numel()).index_put(at, values.to(g.dtype)).view(g.shape)
 
 
 def _choose_compiled(op: Pointwise, selection: Selection, i: int, mask: Tensor, g: Tensor, gradient: Tensor) -> Tensor:
@@ -255,7 +358,7 @@ def _choose_compiled(op: Pointwise, selection: Selection, i: int, mask: Tensor, 
     return torch.where(mask & ~torch.isnan(derivative), value, gradient)
 
 
-def pointwise(operation: str, x: Tensor, selection: Selection, *parameters: float, inplace: bool = False) -> Tensor:
+def pointwise(operation: str, x: Tensor, selection: Selection, *parameters: Any, inplace: bool = False) -> Tensor:
     """Apply a pointwise operation whose derivative at its kinks is the one ``selection`` names at backward time.
 
     Args:
@@ -267,9 +370,14 @@ def pointwise(operation: str, x: Tensor, selection: Selection, *parameters: floa
 
     Returns:
         The stock operation's result, bit for bit.
+
+    Raises:
+        ValueError: If LeakyReLU is to work in place with a negative slope.
     """
     op = POINTWISE[operation]
-    if not (torch.is_grad_enabled() and x.requires_grad):
+    x, parameters = op.prepare(x, *parameters)
+    transformed = _transformed(x)
+    if not (transformed or _differentiated(x, *parameters)):
         return (op.forward_ if inplace else op.forward)(x, *parameters)
     if inplace and operation == "leaky_relu" and parameters[0] < 0:
         raise ValueError(f"leaky_relu in place needs a negative slope >= 0, as in stock PyTorch; given {parameters[0]}")
@@ -279,294 +387,26 @@ def pointwise(operation: str, x: Tensor, selection: Selection, *parameters: floa
         ties = [x.detach() == position for position in positions]
     else:
         found = find_ties(x.detach(), positions, order)
-        if not any(tie.blocks.numel() for tie in found):  # most forwards end here
-            return (op.forward_ if inplace else op.forward)(x, *parameters)
-        ties = [part for tie in found for part in tie]
-    if inplace and op.saves == "input":
-        return x.copy_(_Kinked.apply(x.clone(), operation, selection, False, parameters, order, *ties))
-    return cast(Tensor, _Kinked.apply(x, operation, selection, inplace, parameters, order, *ties))
-
-
-@lru_cache(maxsize=1024)
-def _fixed(jacobians: Jacobians) -> Selection:
-    """A selection that nobody changes, for calls that name their choice."""
-    return Selection(jacobians)
-
-
-def relu(x: Tensor, at_zero: float = 0.0, inplace: bool = False, rule: Rule = "exact") -> Tensor:
-    r"""ReLU with a chosen derivative at 0.
-
-    .. math:: y = \max(x, 0), \qquad \bar x = \bar y\,[x > 0] + \alpha\,\bar y\,[x = 0].
-
-    The Clarke Jacobian at 0 is [0, 1]. PyTorch, TensorFlow and JAX (``jax.nn.relu``) return 0 there.
-    Bertoin, Bolte, Gerchinovitz, Pauwels, *Numerical influence of ReLU'(0) on backpropagation*, NeurIPS 2021.
-
-    Args:
-        x: Input, any shape, floating dtype. ``-0.0`` counts as 0; a NaN input lets the gradient through, as stock.
-        at_zero: ReLU'(0) = alpha.
-        inplace: Overwrite ``x``.
-        rule: ``"published"`` writes alpha itself, not alpha times the incoming gradient, as the released code does.
-
-    Returns:
-        ``torch.relu(x)``, bit for bit.
-
-    Raises:
-        ValueError: If ``at_zero`` is not a finite number or the rule is unknown.
-
-    Example:
-        >>> x = torch.tensor([-1.0, 0.0, 2.0], requires_grad=True)
-        >>> relu(x, at_zero=0.5).sum().backward()
-        >>> x.grad
-        tensor([0.0000, 0.5000, 1.0000])
-    """
-    return pointwise("relu", x, _fixed(Jacobians(relu=at_zero, rule=rule)), inplace=inplace)
-
-
-def relu6(x: Tensor, at_kinks: tuple[float, float] = (0.0, 0.0), inplace: bool = False, rule: Rule = "exact") -> Tensor:
-    r"""ReLU6 with chosen derivatives at 0 and at 6.
-
-    .. math:: y = \min(\max(x, 0), 6).
-
-    The Clarke Jacobian is [0, 1] at both kinks. PyTorch returns 0 at both.
-
-    Args:
-        x: Input, any shape, floating dtype.
-        at_kinks: The derivatives at 0 and at 6.
-        inplace: Overwrite ``x``.
-        rule: ``"published"`` writes the derivatives without the incoming gradient, as the released code does.
-
-    Returns:
-        ``torch.nn.functional.relu6(x)``, bit for bit.
-
-    Raises:
-        ValueError: If a derivative is not a finite number or the rule is unknown.
-
-    Example:
-        >>> x = torch.tensor([0.0, 3.0, 6.0], requires_grad=True)
-        >>> relu6(x, at_kinks=(0.25, 0.75)).sum().backward()
-        >>> x.grad
-        tensor([0.2500, 1.0000, 0.7500])
-    """
-    return pointwise("relu6", x, _fixed(Jacobians(relu6=at_kinks, rule=rule)), inplace=inplace)
-
-
-def leaky_relu(x: Tensor, negative_slope: float = 0.01, at_zero: float | None = None, inplace: bool = False) -> Tensor:
-    r"""LeakyReLU with a chosen derivative at 0.
-
-    .. math:: y = x\,[x > 0] + s\,x\,[x \le 0].
-
-    The Clarke Jacobian at 0 is the interval between the slope s and 1. PyTorch and TensorFlow return s, JAX 1.
-
-    Args:
-        x: Input, any shape, floating dtype.
-        negative_slope: The slope s left of 0.
-        at_zero: The derivative at 0; ``None`` is the reference, s.
-        inplace: Overwrite ``x``.
-
-    Returns:
-        ``torch.nn.functional.leaky_relu(x, negative_slope)``, bit for bit.
-
-    Raises:
-        ValueError: If ``at_zero`` is neither None nor a finite number.
-
-    Example:
-        >>> x = torch.tensor([-1.0, 0.0, 2.0], requires_grad=True)
-        >>> leaky_relu(x, 0.25, at_zero=0.5).sum().backward()
-        >>> x.grad
-        tensor([0.2500, 0.5000, 1.0000])
-    """
-    return pointwise("leaky_relu", x, _fixed(Jacobians(leaky_relu=at_zero)), negative_slope, inplace=inplace)
-
-
-def hardtanh(
-    x: Tensor,
-    min_val: float = -1.0,
-    max_val: float = 1.0,
-    at_kinks: tuple[float, float] | None = None,
-    inplace: bool = False,
-) -> Tensor:
-    r"""Hardtanh, the clamping to an interval, with chosen derivatives at its bounds.
-
-    .. math:: y = \min(\max(x, l), u).
-
-    The Clarke Jacobian is [0, 1] at both bounds. PyTorch returns 0 at both; JAX and Keras 1.
-
-    Args:
-        x: Input, any shape, floating dtype.
-        min_val: The lower bound l.
-        max_val: The upper bound u.
-        at_kinks: The derivatives at the two bounds; ``None`` is the reference.
-        inplace: Overwrite ``x``.
-
-    Returns:
-        ``torch.nn.functional.hardtanh(x, min_val, max_val)``, bit for bit.
-
-    Raises:
-        ValueError: If a derivative is not a finite number.
-
-    Example:
-        >>> x = torch.tensor([-1.0, 0.0, 1.0], requires_grad=True)
-        >>> hardtanh(x, at_kinks=(0.25, 0.75)).sum().backward()
-        >>> x.grad
-        tensor([0.2500, 1.0000, 0.7500])
-    """
-    selection = _fixed(Jacobians(hardtanh=at_kinks))
-    return pointwise("hardtanh", x, selection, min_val, max_val, inplace=inplace)
-
-
-def hardswish(x: Tensor, at_kinks: tuple[float, float] | None = None, inplace: bool = False) -> Tensor:
-    r"""Hardswish with chosen derivatives at -3 and at 3.
-
-    .. math:: y = x \min(\max(x + 3, 0), 6) / 6.
-
-    The Clarke Jacobian is [-1/2, 0] at -3 and [1, 3/2] at 3. PyTorch, JAX and Keras return 0 and 1.
-
-    Args:
-        x: Input, any shape, floating dtype.
-        at_kinks: The derivatives at -3 and at 3; ``None`` is the reference.
-        inplace: Overwrite ``x``.
-
-    Returns:
-        ``torch.nn.functional.hardswish(x)``, bit for bit.
-
-    Raises:
-        ValueError: If a derivative is not a finite number.
-    """
-    return pointwise("hardswish", x, _fixed(Jacobians(hardswish=at_kinks)), inplace=inplace)
-
-
-def hardsigmoid(x: Tensor, at_kinks: tuple[float, float] | None = None, inplace: bool = False) -> Tensor:
-    r"""Hardsigmoid with chosen derivatives at -3 and at 3.
-
-    .. math:: y = \min(\max(x + 3, 0), 6) / 6.
-
-    The Clarke Jacobian is [0, 1/6] at both. PyTorch, JAX and Keras return 0.
-
-    Args:
-        x: Input, any shape, floating dtype.
-        at_kinks: The derivatives at -3 and at 3; ``None`` is the reference.
-        inplace: Overwrite ``x``.
-
-    Returns:
-        ``torch.nn.functional.hardsigmoid(x)``, bit for bit.
-
-    Raises:
-        ValueError: If a derivative is not a finite number.
-    """
-    return pointwise("hardsigmoid", x, _fixed(Jacobians(hardsigmoid=at_kinks)), inplace=inplace)
-
-
-def softshrink(x: Tensor, lambd: float = 0.5, at_kinks: tuple[float, float] | None = None) -> Tensor:
-    r"""Softshrink with chosen derivatives at minus lambda and at lambda.
-
-    .. math:: y = \mathrm{sign}(x) \max(|x| - \lambda, 0).
-
-    The Clarke Jacobian is [0, 1] at both. PyTorch and Keras return 0.
-
-    Args:
-        x: Input, any shape, floating dtype.
-        lambd: The width lambda.
-        at_kinks: The derivatives at -lambda and at lambda; ``None`` is the reference.
-
-    Returns:
-        ``torch.nn.functional.softshrink(x, lambd)``, bit for bit.
-
-    Raises:
-        ValueError: If a derivative is not a finite number.
-    """
-    return pointwise("softshrink", x, _fixed(Jacobians(softshrink=at_kinks)), lambd)
-
-
-def threshold(
-    x: Tensor, threshold: float, value: float, at_threshold: float | None = None, inplace: bool = False
-) -> Tensor:
-    r"""Threshold with a chosen derivative at the threshold t.
-
-    .. math:: y = x\,[x > t] + v\,[x \le t].
-
-    For v = t the Clarke Jacobian there is [0, 1]; otherwise the function jumps and has none. PyTorch and Keras
-    return 0.
-
-    Args:
-        x: Input, any shape, floating dtype.
-        threshold: The threshold t.
-        value: The value v at and below it.
-        at_threshold: The derivative at t; ``None`` is the reference.
-        inplace: Overwrite ``x``.
-
-    Returns:
-        ``torch.nn.functional.threshold(x, threshold, value)``, bit for bit.
-
-    Raises:
-        ValueError: If ``at_threshold`` is not a finite number.
-    """
-    return pointwise("threshold", x, _fixed(Jacobians(threshold=at_threshold)), threshold, value, inplace=inplace)
-
-
-def elu(x: Tensor, alpha: float = 1.0, at_zero: float | None = None, inplace: bool = False) -> Tensor:
-    r"""ELU with a chosen derivative at 0, where its alpha makes that a kink.
-
-    .. math:: y = x\,[x > 0] + \alpha (e^x - 1)\,[x \le 0].
-
-    The Clarke Jacobian at 0 is the interval between alpha and 1; for alpha = 1 the function is smooth there and no
-    choice is taken. PyTorch and JAX return alpha.
-
-    Args:
-        x: Input, any shape, floating dtype.
-        alpha: Minus the limit on the left.
-        at_zero: The derivative at 0; ``None`` is the reference.
-        inplace: Overwrite ``x``.
-
-    Returns:
-        ``torch.nn.functional.elu(x, alpha)``, bit for bit.
-
-    Raises:
-        ValueError: If ``at_zero`` is not a finite number.
-    """
-    return pointwise("elu", x, _fixed(Jacobians(elu=at_zero)), alpha, inplace=inplace)
-
-
-def selu(x: Tensor, at_zero: float | None = None, inplace: bool = False) -> Tensor:
-    r"""SELU with a chosen derivative at 0.
-
-    .. math:: y = s\,(x\,[x > 0] + \alpha (e^x - 1)\,[x \le 0]), \quad \alpha \approx 1.6733,\ s \approx 1.0507.
-
-    The Clarke Jacobian at 0 is [s, s alpha]. PyTorch and JAX return s alpha, TensorFlow s.
-
-    Args:
-        x: Input, any shape, floating dtype.
-        at_zero: The derivative at 0; ``None`` is the reference.
-        inplace: Overwrite ``x``.
-
-    Returns:
-        ``torch.nn.functional.selu(x)``, bit for bit.
-
-    Raises:
-        ValueError: If ``at_zero`` is not a finite number.
-    """
-    return pointwise("selu", x, _fixed(Jacobians(selu=at_zero)), inplace=inplace)
-
-
-def abs(x: Tensor, at_zero: float | None = None, inplace: bool = False) -> Tensor:
-    r"""The absolute value with a chosen derivative at 0.
-
-    The Clarke Jacobian at 0 is [-1, 1]. PyTorch and TensorFlow return 0, JAX 1.
-
-    Args:
-        x: Input, any shape, floating dtype.
-        at_zero: The derivative at 0; ``None`` is the reference.
-        inplace: Overwrite ``x``.
-
-    Returns:
-        ``torch.abs(x)``, bit for bit.
-
-    Raises:
-        ValueError: If ``at_zero`` is not a finite number.
-
-    Example:
-        >>> x = torch.zeros(1, requires_grad=True)
-        >>> abs(x, at_zero=1.0).sum().backward()
-        >>> x.grad
-        tensor([1.])
-    """
-    return pointwise("abs", x, _fixed(Jacobians(abs=at_zero)), inplace=inplace)
+        ties = [part for tie in found for part in tie if any(tie.blocks.numel() for tie in found)]
+    if not ties:  # most forwards end here
+        return (op.forward_ if inplace else op.forward)(x, *parameters)
+    given = [p for p in parameters if isinstance(p, Tensor)]
+    settings = operation, selection
+    rest = tuple(parameters[len(given) :]), order, len(given), *given, *ties
+    function = _Transformable if transformed else _Kinked
+    if inplace and (transformed or op.saves == "input"):
+        return x.copy_(function.apply(x.clone(), *settings, False, *rest))
+    return cast(Tensor, function.apply(x, *settings, inplace, *rest))
+
+
+def _differentiated(*given: Any) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in given)
+
+
+def _transformed(x: Tensor) -> bool:
+    """Whether a ``torch.func`` transform or forward-mode differentiation may be looking."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    return forward_ad._current_level >= 0

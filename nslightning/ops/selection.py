@@ -32,7 +32,7 @@ _SHARES: dict[str, tuple[float, ...]] = {
     "sum": (0.0, 0.0, 1.0, 0.0, 0.0),
     "first": (0.0, 0.0, 0.0, 1.0, 0.0),
     "last": (0.0, 0.0, 0.0, 0.0, 1.0),
-    "random": (float("nan"),) * 5,  # drawn in eager mode; a compiled backward cannot, and says so in NaN
+    "random": (float("inf"),) * 5,  # drawn in eager mode; refused by `read_now`
 }
 
 
@@ -49,7 +49,15 @@ def read_now(values: Tensor, gradient: Tensor) -> Tensor:
 
     Returns:
         A copy of ``values``.
+
+    Raises:
+        RuntimeError: If the choice is random: it is drawn for the ties alone, whose number a compiled graph does not
+            know.
     """
+    if torch.isinf(values).any():
+        raise RuntimeError(
+            'the choice "random" cannot be taken by a compiled backward. Choose something else, or do not compile.'
+        )
     return values.clone()
 
 
@@ -107,21 +115,22 @@ class Selection:
         self.published.data.fill_(jacobians.rule == "published")
         for name, values in self.kinks.items():
             for i, value in enumerate(self.at_kinks(name)):
-                values.data[i] = value if isinstance(value, float) else float("nan")  # NaN stands for the reference
+                # NaN stands for the reference, infinity for a random choice.
+                values.data[i] = float("nan") if value is None else float("inf") if isinstance(value, str) else value
         self.pool.data.copy_(torch.tensor(self.pool_weights(), dtype=torch.float64))
         for name, weights in self.shares.items():
             choice = getattr(jacobians, name) or 0.0
             shares = _SHARES[choice] if isinstance(choice, str) else (1 - choice, choice, 0.0, 0.0, 0.0)
             weights.data.copy_(torch.tensor(shares, dtype=torch.float64))
 
-    def at_kinks(self, operation: str) -> tuple[float | None, ...]:
+    def at_kinks(self, operation: str) -> tuple[float | str | None, ...]:
         """The derivatives at the kinks of a pointwise operation.
 
         Args:
             operation: A field of :class:`~nslightning.Jacobians`, such as ``"relu"``.
 
         Returns:
-            One entry per kink, ``None`` where the reference choice is meant.
+            One entry per kink, ``None`` where the reference choice is meant, ``"random"`` for a draw at each tie.
         """
         value: Any = getattr(self.jacobians, operation)
         if value is None:
