@@ -19,6 +19,7 @@ COMMANDS = {
     "validate": ("nslightning.commands.train", "evaluate a checkpoint on the validation images"),
     "test": ("nslightning.commands.train", "evaluate a checkpoint on the test images"),
     "predict": ("nslightning.commands.train", "write a checkpoint's predictions for the test images"),
+    "lr-search": ("nslightning.commands.lr_search", "find the learning rate, one search per Jacobian choice"),
     "tokens": ("nslightning.commands.tokens", "turn text into the token files that a language model is trained on"),
     "cost": ("nslightning.commands.cost", "what a backbone's gradient costs under several Jacobian choices"),
     "audit": ("nslightning.commands.audit", "how far a model's gradients depend on the Jacobian choice"),

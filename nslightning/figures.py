@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
-__all__ = ["divergence_by_step"]
+__all__ = ["divergence_by_step", "learning_rate_search", "twins_by_step"]
 
 # Okabe and Ito's colours, told apart by the colour-blind; line styles tell them apart in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -63,8 +64,120 @@ def divergence_by_step(rows: pd.DataFrame, path: str | Path) -> Path:
         names = len(axis.get_legend_handles_labels()[1])
         figure.set_figheight(3.0 + 0.17 * -(-names // 2))  # the legend stands above the axes, two names a row
         axis.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2, fontsize=8, borderaxespad=0.2)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
-        figure.savefig(path.with_suffix(".png"))
-        plt.close(figure)
+        _save(figure, path)
     return path
+
+
+def twins_by_step(rows: pd.DataFrame, path: str | Path) -> Path:
+    """Draw how far twins come apart: the L1 distance of their weights against the step, and their accuracy.
+
+    The control, which repeats the first choice, is drawn in black: what lies at or below it is not the choice's doing.
+    The axis of the distances is logarithmic above its first tick and linear below, so that 0 has a place. Where
+    weights are no longer finite the curve ends in a cross.
+
+    Args:
+        rows: One value a row, with columns ``step``, ``epoch``, ``twin``, ``metric`` and ``value``; the metrics drawn
+            are ``weights/l1`` and ``val/acc1``.
+        path: The figure's file; a PNG of the same name is written beside it.
+
+    Returns:
+        The path.
+    """
+    import matplotlib.pyplot as plt
+    import numpy as np
+    from matplotlib.ticker import MaxNLocator
+
+    path = Path(path)
+    with plt.rc_context(STYLE):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 2.9), layout="constrained")
+        twins = list(dict.fromkeys(rows["twin"].iloc[::-1]))[::-1]
+        first = [t for t in twins if t not in set(rows.loc[rows["metric"] == "weights/l1", "twin"])]
+        colours = iter(COLOURS[:-1] * len(twins))
+        look: dict[str, dict[str, Any]] = {
+            t: {"color": "#000000", "ls": ":", "lw": 2, "zorder": 3}
+            if t == "control"
+            else {"color": next(colours), "ls": DASHES[i % (len(DASHES) - 1)]}
+            for i, t in enumerate(first + [t for t in twins if t not in first])
+        }
+        distance = rows[rows["metric"] == "weights/l1"]
+        values = distance["value"].to_numpy(float)
+        positive = values[np.isfinite(values) & (values > 0)]
+        low = 10.0 ** np.floor(np.log10(positive.min())) if len(positive) else 1.0
+        top = positive.max() * 3 if len(positive) else 1.0
+        for axis, metric, x in ((left, "weights/l1", "step"), (right, "val/acc1", "epoch")):
+            for twin, style in look.items():
+                group = rows[(rows["metric"] == metric) & (rows["twin"] == twin)].sort_values(["step", "epoch"])
+                if group.empty:
+                    continue
+                at, y = group[x].to_numpy() + (x == "epoch"), group["value"].to_numpy(float)
+                lost = np.flatnonzero(~np.isfinite(y))
+                same = axis is left and not y.any()
+                label = f"{twin} (always 0)" if same else twin
+                marker = "." if len(at) <= 30 else ""
+                axis.plot(at, np.where(np.isfinite(y), y, np.nan), label=label, marker=marker, ms=4, **style)
+                if len(lost):
+                    height = top / 1.5 if metric == "weights/l1" else 0.0
+                    axis.plot(at[lost[0]], height, "x", color=style["color"], ms=6, clip_on=False)
+        left.set_yscale("symlog", linthresh=low, linscale=0.5)
+        left.set_ylim(0, top)
+        left.set_xlabel("optimizer step")
+        left.set_ylabel(f"L1 distance to {first[0]}" if first else "L1 distance")
+        right.set_xlabel("epoch")
+        right.set_ylabel("validation accuracy")
+        right.xaxis.set_major_locator(MaxNLocator(integer=True))
+        lines = {line.get_label().split(" (")[0]: line for axis in (right, left) for line in axis.lines[::-1]}
+        shown = [lines[twin] for twin in look if twin in lines]
+        columns = -(-len(shown) // max(1, -(-len(shown) // 5)))  # up to five names a row, rows of the same length
+        figure.legend(handles=shown, loc="outside upper left", ncols=columns or 1, fontsize=8)
+        _save(figure, path)
+    return path
+
+
+def learning_rate_search(rows: pd.DataFrame, metric: str, path: str | Path) -> Path:
+    """Draw what each learning rate of a search reached, one panel per choice.
+
+    Args:
+        rows: One row per trial and epoch, with columns ``choice``, ``trial``, ``lr``, ``epoch``, ``state`` and the
+            metric; a trial's last epoch is drawn, hollow where it was pruned.
+        metric: The metric's column.
+        path: The figure's file; a PNG of the same name is written beside it.
+
+    Returns:
+        The path.
+    """
+    import matplotlib.pyplot as plt
+
+    path = Path(path)
+    ends = rows.sort_values("epoch").groupby(["choice", "trial"], sort=False).last().reset_index()
+    choices = list(dict.fromkeys(rows["choice"]))
+    with plt.rc_context(STYLE):
+        size = (1.2 + 2.4 * len(choices), 2.6)
+        figure, panels = plt.subplots(1, len(choices), figsize=size, sharey=True, squeeze=False, layout="constrained")
+        for axis, choice in zip(panels[0], choices, strict=True):
+            trials = ends[ends["choice"] == choice]
+            complete = trials["state"] == "complete"
+            axis.plot(trials["lr"][complete], trials[metric][complete], "o", ms=4, color=COLOURS[0], label="complete")
+            axis.plot(
+                trials["lr"][~complete], trials[metric][~complete], "o", ms=4, mfc="none", color=COLOURS[1],
+                label="pruned",
+            )  # fmt: skip
+            if complete.any():
+                best = trials[complete].sort_values(metric).iloc[-1]
+                axis.axvline(best["lr"], color="0.5", lw=0.8, ls="--", zorder=0)
+                at = {"xy": (best["lr"], 0), "xycoords": ("data", "axes fraction")}
+                axis.annotate(f"{best['lr']:.3g}", **at, xytext=(-3, 3), textcoords="offset points", ha="right")
+            axis.set(title=choice, xscale="log", xlabel="learning rate")
+        panels[0][0].set_ylabel(metric)
+        panels[0][0].legend(fontsize=8)
+        _save(figure, path)
+    return path
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Write a figure, and a PNG beside it."""
+    import matplotlib.pyplot as plt
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    figure.savefig(path.with_suffix(".png"))
+    plt.close(figure)
