@@ -87,7 +87,7 @@ def _search(given: argparse.Namespace, fit: list[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     journal = optuna.storages.journal.JournalFileBackend(str(folder / "study.journal"))
     storage = optuna.storages.JournalStorage(journal)
-    studies: dict[str, optuna.Study] = {}
+    studies: dict[str, Any] = {}
     for name, jacobians in choices.items():
         study = optuna.create_study(
             study_name=name,
