@@ -340,6 +340,52 @@ def test_ties_of_relu6_count_both_kinks():
     assert (found.tied, found.total) == (3, 7)
 
 
+def test_structural_ties_are_told_from_accidental_ones():
+    """A dead channel and a constant background, and one tie by chance at each site."""
+    model = nn.Sequential(nn.BatchNorm2d(2), nn.ReLU(), nn.MaxPool2d(2)).eval()
+    patch(model, Jacobians())
+    with torch.no_grad():
+        model[0].weight[0] = 0  # the channel is 0 everywhere
+    x = torch.arange(1.0, 3 * 2 * 16 + 1).view(3, 2, 4, 4)
+    x[1, 1, 0, 0] = 0  # a zero before the ReLU in one sample only
+    x[0, 1, 2:, 2:] = 5.5  # a window of one value
+    x[2, 1, 0, 2] = x[2, 1, 0, 3] = 1e4  # two equal entries in a window of one sample
+    found = ties(model, x)
+    assert found["1"] == Ties("relu", tied=48 + 1, total=96, structural=48, zero=0)
+    assert found["2"] == Ties("max_pool", tied=12 + 1 + 1, total=24, structural=12 + 1, zero=12)
+    assert (found["1"].accidental, found["2"].accidental) == (1, 1)
+    alone = ties(model, x[2:])  # one sample cannot tell a dead unit from chance
+    assert (alone["1"].tied, alone["1"].structural) == (16, 0)
+    assert (alone["2"].tied, alone["2"].structural) == (5, 4)
+
+
+def test_structure_of_two_kinks_and_one_dimension():
+    model = nn.Sequential(nn.ReLU6())
+    patch(model, Jacobians())
+    x = torch.tensor([[0.0, 6.0, 1.0, 0.0], [0.0, 6.0, 6.0, 6.0]])
+    assert ties(model, x)["0"] == Ties("relu6", tied=7, total=8, structural=4)
+    assert ties(model, x[0])["0"] == Ties("relu6", tied=3, total=4, structural=0)
+
+
+def test_gradients_and_divergence_for_the_input():
+    model = nn.Sequential(nn.ReLU(), nn.Linear(2, 1, bias=False))
+    patch(model, Jacobians())
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([[3.0, -4.0]]))
+    x = torch.zeros(1, 2, requires_grad=True)
+    loss, named = model(x).sum(), {"input": x}
+    found = gradients(loss, model, {"a1": RELU1}, inputs=named, retain_graph=True)["a1"]
+    assert list(found) == ["1.weight", "input"]
+    assert torch.equal(found["input"], torch.tensor([[3.0, -4.0]]))
+    for method in ("subtract", "propagate"):
+        d = divergence(loss, model, {"a1": RELU1}, method=method, inputs=named, retain_graph=True)["a1"]
+        assert (d.l1, d.per_layer["input"].l2, d.per_layer["1.weight"].l1) == (7.0, 5.0, 0.0)
+    with pytest.raises(ValueError, match="requires_grad_"):
+        gradients(loss, model, {"a1": RELU1}, inputs={"input": x.detach()})
+    with pytest.raises(ValueError, match="name of a parameter"):
+        gradients(loss, model, {"a1": RELU1}, inputs={"1.weight": x})
+
+
 def test_two_patched_parts_do_not_mix():
     pair = nn.ModuleDict({"a": nn.Sequential(nn.ReLU()), "b": nn.Sequential(nn.ReLU())})
     patch(pair["a"], Jacobians()), patch(pair["b"], Jacobians())

@@ -3,20 +3,29 @@
 from nslightning.probes.cost import cost_ratio, cost_scaling
 from nslightning.probes.divergence import NORMS, Divergence, divergence, measure, measure_difference
 from nslightning.probes.gradients import gradients
-from nslightning.probes.propagation import differences
+from nslightning.probes.propagation import Recording, differences, recording
 from nslightning.probes.ties import Ties, counting, ties
+from nslightning.probes.zone import THRESHOLDS, Zone, differs_bitwise, l1_sum, linf_sum, zone
 
 __all__ = [
     "NORMS",
+    "THRESHOLDS",
     "Divergence",
+    "Recording",
     "Ties",
+    "Zone",
     "cost_ratio",
     "cost_scaling",
     "counting",
     "differences",
+    "differs_bitwise",
     "divergence",
     "gradients",
+    "l1_sum",
+    "linf_sum",
     "measure",
     "measure_difference",
+    "recording",
     "ties",
+    "zone",
 ]

@@ -15,7 +15,7 @@ from nslightning.probes.gradients import gradients, wanted
 from nslightning.probes.propagation import differences, met_ties, refuse_compiled
 from nslightning.surgery import selections
 
-__all__ = ["NORMS", "Divergence", "divergence", "measure", "measure_difference"]
+__all__ = ["NORMS", "SAME", "Divergence", "divergence", "measure", "measure_difference"]
 
 NORMS = ("l1", "l2", "linf", "relative", "cosine")
 
@@ -48,6 +48,10 @@ class Divergence:
             ``{"l1": ..., "l2": ..., "linf": ..., "relative": ..., "cosine": ...}``.
         """
         return {name: getattr(self, name) for name in NORMS}
+
+
+#: The divergence of equal gradients.
+SAME = Divergence(0.0, 0.0, 0.0, 0.0, 1.0)
 
 
 def divergence(
@@ -96,8 +100,7 @@ def divergence(
     if method == "propagate":
         refuse_compiled(model)
         if not met_ties(loss) and selections(model):
-            none = Divergence(0.0, 0.0, 0.0, 0.0, 1.0)
-            return dict.fromkeys(choices, replace(none, per_layer=dict.fromkeys(wanted(model, inputs), none)))
+            return dict.fromkeys(choices, replace(SAME, per_layer=dict.fromkeys(wanted(model, inputs), SAME)))
         base, changes = differences(loss, model, choices, reference, inputs=inputs, retain_graph=retain_graph)
         return {name: measure_difference(change, base) for name, change in changes.items()}
     (base,) = gradients(loss, model, {"": reference}, inputs=inputs, retain_graph=True).values()

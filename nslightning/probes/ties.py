@@ -8,32 +8,87 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from nslightning.jacobians import Jacobians
+from nslightning.ops.max_pool import tied_windows
+from nslightning.ops.pointwise import POINTWISE
 from nslightning.ops.registry import Call, Operation
-from nslightning.surgery import surgeries
+from nslightning.ops.selection import Selection
+from nslightning.surgery import selections
 
-__all__ = ["Ties", "counting", "ties"]
+__all__ = ["Ties", "counting", "observing", "ties"]
 
 
 @dataclass
 class Ties:
     """The ties that one site met.
 
+    A tie is *structural* where the network or the data makes it, and not chance: at a position of the input that ties
+    in every sample of the batch (the first dimension, of at least two; a dead unit, a batch norm that starts at zero),
+    or in a pooling window all of whose entries are equal (a constant background). Such a tie comes back at each step
+    and in every precision. All others are *accidental*: rounding makes them, and more of them the fewer bits there are.
+    The two are told apart in pointwise operations and max pooling.
+
     Args:
         operation: Field of :class:`~nslightning.Jacobians`.
         tied: Evaluations at a tie.
         total: All evaluations: the input's entries, or the pooling windows.
+        structural: Those of ``tied`` that are structural.
+        zero: Those of ``tied`` that are pooling windows with the maximum 0. Behind a ReLU that returns 0 at 0 these are
+            always there and never matter: what is shared among their entries dies in the ReLU.
     """
 
     operation: str
     tied: int = 0
     total: int = 0
+    structural: int = 0
+    zero: int = 0
 
     @property
     def fraction(self) -> float:
         """Tied evaluations as a share of all; 0 where nothing was evaluated."""
         return self.tied / self.total if self.total else 0.0
+
+    @property
+    def accidental(self) -> int:
+        """Evaluations at a tie that is not structural."""
+        return self.tied - self.structural
+
+
+@contextmanager
+def observing(model: nn.Module, observe: Callable[[str, Operation, Call], None]) -> Iterator[None]:
+    """Call a function before each evaluation at a patched site.
+
+    Args:
+        model: A patched model, or one that contains patched ones, in eager mode.
+        observe: Takes the site's name, the operation and the call. A functional site is named
+            ``"<module>:<function>"``. Where several parts of ``model`` were patched, each one's name comes first.
+
+    Raises:
+        ValueError: If the model is not patched.
+        TypeError: If the model is compiled: its sites cannot be watched.
+    """
+    found = selections(model)
+    if not found:
+        raise ValueError(f"{type(model).__name__} is not patched; call `patch(model, Jacobians())` first")
+    for module in model.modules():
+        if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
+            raise TypeError("ties are counted in eager mode: give the model as it was before torch.compile")
+    parts = {name: name.partition("#")[0] for name in found}  # a part may have several selections
+    several = len(set(parts.values())) > 1
+
+    def observer(part: str) -> Callable[[str, Operation, Call], None]:
+        return lambda site, operation, call: observe(".".join(filter(None, (part, site))), operation, call)
+
+    before = {name: selection.observer for name, selection in found.items()}
+    for name, selection in found.items():
+        selection.observer = observer(parts[name]) if several else observe
+    try:
+        yield
+    finally:
+        for name, selection in found.items():
+            selection.observer = before[name]
 
 
 @contextmanager
@@ -44,42 +99,52 @@ def counting(model: nn.Module) -> Iterator[dict[str, Ties]]:
         model: A patched model, or one that contains patched ones, in eager mode.
 
     Yields:
-        The counts by site, filled as forwards run. A site called several times adds up; a functional site is
-        named ``"<module>:<function>"``. Where several parts of ``model`` were patched, each one's name comes
-        first.
+        The counts by site, named as by :func:`observing`, filled as forwards run. A site called several times adds up.
 
     Raises:
         ValueError: If the model is not patched.
         TypeError: If the model is compiled: its sites cannot be watched.
     """
-    found = surgeries(model)
-    if not found:
-        raise ValueError(f"{type(model).__name__} is not patched; call `patch(model, Jacobians())` first")
-    for module in model.modules():
-        if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
-            raise TypeError("ties are counted in eager mode: give the model as it was before torch.compile")
     counts: dict[str, Ties] = {}
 
-    def observer(prefix: str) -> Callable[[str, Operation, Call], None]:
-        def observe(site: str, operation: Operation, call: Call) -> None:
-            with torch.no_grad():
-                tied, total = operation.ties(call)
-            entry = counts.setdefault(".".join(filter(None, (prefix, site))), Ties(operation.name))
-            entry.tied += tied
-            entry.total += total
+    def count(site: str, operation: Operation, call: Call) -> None:
+        with torch.no_grad():
+            tied, total = operation.ties(call)
+            structural, zero = _structure(operation, call) if tied else (0, 0)
+        entry = counts.setdefault(site, Ties(operation.name))
+        entry.tied += tied
+        entry.total += total
+        entry.structural += structural
+        entry.zero += zero
 
-        return observe
-
-    before = {s: s.observer for surgery in found.values() for s in surgery.selections.values()}
-    for name, surgery in found.items():
-        observe = observer(name if len(found) > 1 else "")
-        for selection in surgery.selections.values():
-            selection.observer = observe
-    try:
+    with observing(model, count):
         yield counts
-    finally:
-        for selection, old in before.items():
-            selection.observer = old
+
+
+def _structure(operation: Operation, call: Call) -> tuple[int, int]:
+    """How many of a call's ties are structural, and how many are pooling windows with the maximum 0."""
+    if operation.name in POINTWISE:
+        structural = 0
+        for position, _ in POINTWISE[operation.name].kinks(*call.parameters):
+            tied = call.x == position
+            structural += int(torch.count_nonzero(tied & _in_every_sample(tied)))
+        return structural, 0
+    if operation.name == "max_pool":
+
+        def pooled(sign: int) -> Tensor:
+            values: Tensor = operation.apply(stock, call._replace(x=sign * call.x, return_indices=False))
+            return sign * values
+
+        stock = Selection(Jacobians())
+        tied, largest, smallest = tied_windows(call.x, *call.parameters) > 1, pooled(1), pooled(-1)
+        structural = int(torch.count_nonzero(tied & (_in_every_sample(tied) | (largest == smallest))))
+        return structural, int(torch.count_nonzero(tied & (largest == 0)))
+    return 0, 0
+
+
+def _in_every_sample(tied: Tensor) -> Tensor:
+    """Where a position of the input ties in each sample of the batch: the first dimension, of at least two."""
+    return tied.all(0) if tied.dim() > 1 and len(tied) > 1 else torch.zeros_like(tied)
 
 
 def ties(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Ties]:
