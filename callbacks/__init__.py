@@ -10,5 +10,6 @@ from .gradient_divergence import GradientDivergence
 from .run_record import RunRecord
 from .step_seed import StepSeed
 from .tie_monitor import TieMonitor
+from .twin_divergence import TwinDivergence
 
-__all__ = ["GradientDivergence", "RunRecord", "StepSeed", "TieMonitor"]
+__all__ = ["GradientDivergence", "RunRecord", "StepSeed", "TieMonitor", "TwinDivergence"]

@@ -22,7 +22,7 @@ from nslightning.probes import NORMS, Divergence, differences, gradients, measur
 from nslightning.runs import forget_from
 from nslightning.surgery import selections
 
-from .logging import log_step
+from .logging import append_rows, interval, log_step, run_folder
 
 __all__ = ["GradientDivergence"]
 
@@ -87,9 +87,7 @@ class GradientDivergence(Callback):
                 "a choice's name becomes part of divergence/<choice>/<norm>: letters, digits and _.+- only, and not "
                 f"{' or '.join(sorted(_RESERVED))}; given {', '.join(map(repr, bad))}"
             )
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps is a number of steps from 1 on; given {every_n_steps}")
-        self.choices, self.every_n_steps, self.per_layer = dict(choices), every_n_steps, per_layer
+        self.choices, self.every_n_steps, self.per_layer = dict(choices), interval(every_n_steps), per_layer
         self.method = method
         self._measured_step = -1
         self._others: dict[str, dict[str, Tensor]] = {}
@@ -118,7 +116,7 @@ class GradientDivergence(Callback):
                 f"--trainer.strategy=ddp, not {type(trainer.strategy).__name__}"
             )
         self._measured_step = -1
-        self._folder = Path(trainer.log_dir or trainer.default_root_dir)  # on every rank: Lightning broadcasts it
+        self._folder = run_folder(trainer)
         if is_compiled(pl_module):
             # A compiled backward may overwrite what the forward saved ("donated buffers"); it could not run once per
             # choice then. The setting holds for what is compiled under it, so what is compiled already goes.
@@ -216,9 +214,7 @@ class GradientDivergence(Callback):
             rows.append({"step": step, "choice": choice, "parameter": "", **d.norms()})
             if self.per_layer:
                 rows += [{"step": step, "choice": choice, "parameter": p, **e.norms()} for p, e in d.per_layer.items()]
-        file = self._folder / "divergence.csv"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        pd.DataFrame(rows).to_csv(file, mode="a", header=not file.exists(), index=False, na_rep="nan")
+        append_rows(self._folder / "divergence.csv", rows)
         for logger in trainer.loggers if self.per_layer else []:
             if isinstance(logger, WandbLogger):
                 columns = ["choice", "parameter", *NORMS]

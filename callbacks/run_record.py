@@ -11,6 +11,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from nslightning.runs import MetricsFile, environment, forget_from
 from nslightning.surgery import PatchReport
 
+from .logging import run_folder
+
 __all__ = ["RunRecord"]
 
 _SHOWN = 24  # sites printed; the files have them all
@@ -33,7 +35,7 @@ class RunRecord(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print and write the patch report."""
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # on every rank: Lightning broadcasts it
+        folder = run_folder(trainer)
         report: PatchReport | None = getattr(pl_module, "patch_report", None)
         if report is None or not trainer.is_global_zero:
             return
@@ -46,7 +48,7 @@ class RunRecord(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the record; drop the metrics that will be logged again, now that the step to resume at is known."""
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        folder = run_folder(trainer)
         report: PatchReport | None = getattr(pl_module, "patch_report", None)
         if not trainer.is_global_zero:
             return

@@ -11,7 +11,7 @@ from nslightning.probes import Ties, counting
 from nslightning.surgery import selections
 
 from .gradient_divergence import is_compiled
-from .logging import log_step
+from .logging import interval, log_step
 
 __all__ = ["TieMonitor"]
 
@@ -36,9 +36,7 @@ class TieMonitor(Callback):
     """
 
     def __init__(self, every_n_steps: int = 50) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps is a number of steps from 1 on; given {every_n_steps}")
-        self.every_n_steps = every_n_steps
+        self.every_n_steps = interval(every_n_steps)
         self._measured_step = -1
         self._counts: dict[str, Ties] | None = None
         self._open = ExitStack()

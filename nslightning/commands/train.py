@@ -16,7 +16,7 @@ from configparser import Error as ConfigError
 from contextlib import contextmanager, suppress
 from netrc import NetrcParseError, netrc
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 from urllib.parse import urlparse
 
 import torch
@@ -36,7 +36,7 @@ from nslightning.commands.parsing import HelpfulErrors
 from nslightning.data import DataError, ImageDataModule, TokenFile
 from nslightning.models import ImageClassifier, LanguageModel
 
-__all__ = ["TrainCLI", "main"]
+__all__ = ["TrainCLI", "main", "task_of"]
 
 
 #: What ``--task`` trains: the model, the data modules it takes, and what the data tell the model.
@@ -68,6 +68,7 @@ class TrainCLI(LightningCLI):
     trained = False  # whether a step was taken: what goes wrong before is a mistake in the call, not a bug
     _made: Path | None = None
     task = "images"
+    tasks: ClassVar[dict[str, Any]] = TASKS
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """What a run is called and where it goes."""
@@ -81,7 +82,7 @@ class TrainCLI(LightningCLI):
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Model and data before the trainer, whose options fill pages of ``--help``."""
-        model, data, _ = TASKS[self.task]
+        model, data, _ = self.tasks[self.task]
         parser.add_lightning_class_args(model, "model")
         parser.add_lightning_class_args(data, "data", subclass_mode=True)
         parser.add_lightning_class_args(Trainer, "trainer")
@@ -90,7 +91,7 @@ class TrainCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """What follows from other options."""
-        for attribute in TASKS[self.task][2]:
+        for attribute in self.tasks[self.task][2]:
             parser.link_arguments(f"data.{attribute}", f"model.{attribute}", apply_on="instantiate")
         parser.link_arguments("seed_everything", "data.init_args.seed")
         parser.link_arguments("seed_everything", "model.seed")
@@ -358,28 +359,31 @@ def _runs_on_cpu(accelerator: Any) -> bool:
     return accelerator == "cpu" or automatic
 
 
-def main(argv: list[str]) -> int:
-    """Run ``fit``, ``validate``, ``test`` or ``predict``.
+def main(argv: list[str], cli_class: type[TrainCLI] = TrainCLI) -> int:
+    """Run ``fit``, ``validate``, ``test``, ``predict``, or a command that is a ``fit`` of its own kind.
 
     Args:
         argv: The command line from the subcommand on.
+        cli_class: What runs it; a command that is not one of the four runs as ``fit``.
 
     Returns:
         The exit status: 0, 1 for data that is missing or damaged, 2 for a mistaken call.
     """
-    cli = TrainCLI.__new__(TrainCLI)
-    cli.task = _task(argv)
+    cli = cli_class.__new__(cli_class)
+    cli.task = task_of(argv)
+    subcommand = argv[0] if argv[0] in cli.subcommands() else "fit"
     usage = f"nslightning {argv[0]} --config FILE [options]"
     with _process(argv):
         try:
             cli.__init__(  # type: ignore[misc] # so that `forget` has it when this raises
-                *TASKS[cli.task][:2],
+                *cli.tasks[cli.task][:2],
                 subclass_mode_data=True,
-                save_config_callback=SaveConfigCallback if argv[0] == "fit" else None,
+                save_config_callback=SaveConfigCallback if subcommand == "fit" else None,
                 save_config_kwargs={"overwrite": True},
                 parser_class=Parser,
-                parser_kwargs={"prog": "nslightning", argv[0]: {"usage": usage}},
+                parser_kwargs={"prog": "nslightning", subcommand: {"usage": usage}},
                 auto_configure_optimizers=False,
+                args=[subcommand, *argv[1:]],
             )
         except SystemExit as stop:
             if not isinstance(stop.code, int):
@@ -406,8 +410,15 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _task(argv: list[str]) -> str:
-    """The task that the last flag or config file to name one names: the options depend on it."""
+def task_of(argv: list[str]) -> str:
+    """The task that the last flag or config file to name one names: the options depend on it.
+
+    Args:
+        argv: The command line.
+
+    Returns:
+        A key of ``TASKS``.
+    """
     task = "images"
     for word, following in zip(argv, [*argv[1:], ""], strict=True):
         flag, equals, value = word.partition("=")
@@ -457,7 +468,9 @@ def _process(argv: list[str]) -> Iterator[None]:
         warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")
         # A run that goes on writes where it did before.
         warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
-        if argv[0] != "fit":  # they would save, and evaluation saves nothing
+        # The arguments are those of the command line, with `fit` for a command that is one of its kind.
+        warnings.filterwarnings("ignore", "LightningCLI's args parameter")
+        if argv[0] in ("validate", "test", "predict"):  # they would save, and evaluation saves nothing
             warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint need to be provided")
         warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}\n"
         messages.addFilter(wanted)

@@ -3,5 +3,6 @@
 from nslightning.models.backbones import create_backbone, input_channels, list_backbones
 from nslightning.models.classifier import ImageClassifier
 from nslightning.models.language import LanguageModel
+from nslightning.models.twins import Twins
 
-__all__ = ["ImageClassifier", "LanguageModel", "create_backbone", "input_channels", "list_backbones"]
+__all__ = ["ImageClassifier", "LanguageModel", "Twins", "create_backbone", "input_channels", "list_backbones"]

@@ -1,0 +1,133 @@
+"""How far networks that train in lockstep have come apart."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from nslightning.models import Twins
+from nslightning.probes import Divergence, measure
+from nslightning.runs import forget_from
+
+from .logging import append_rows, interval, log_step, run_folder
+
+__all__ = ["TwinDivergence"]
+
+
+class TwinDivergence(Callback):
+    """Measures how far each twin is from the first one: its weights, and the gradients it is about to step along.
+
+    Both are taken just before an optimizer step; gradients are unscaled, accumulated and averaged over processes, not
+    yet clipped. At the first step the weights are the same, and the gradients differ by the Jacobian choice alone.
+    Measured are every ``every_n_steps``-th step, the first of each epoch, and at the end the weights. Nothing of the
+    training is touched. Under DDP all processes hold the same weights and gradients, and the first one measures.
+
+    Logged at each measured step, for every twin but the first:
+
+    ================================ =================================================================
+    ``weights/<twin>/l1``            sum of the absolute differences of all weights to the first twin's
+    ``weights/<twin>/l2``            Euclidean norm of the difference
+    ``weights/<twin>/linf``          largest absolute difference
+    ``weights/<twin>/relative``      ``l2`` over the norm of the first twin's weights
+    ``weights/<twin>/cosine``        cosine of the angle between the two
+    ``gradients/<twin>/...``         the same five of the gradients
+    ================================ =================================================================
+
+    The run folder gets ``twins.csv`` with one value a row: step, epoch, twin, parameter (empty: all of them), metric,
+    value. It also has every twin's ``train/loss`` and ``train/acc1`` at the measured steps and its validation metrics
+    after each epoch, so that it holds all that ``twins.pdf`` and ``.png`` show, which are drawn at the end.
+
+    Args:
+        every_n_steps: Optimizer steps between two measurements.
+        per_layer: Also write every parameter's differences to ``twins.csv``.
+
+    Raises:
+        ValueError: If the interval is not positive.
+    """
+
+    def __init__(self, every_n_steps: int = 50, per_layer: bool = True) -> None:
+        self.every_n_steps, self.per_layer = interval(every_n_steps), per_layer
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a module that has no twins."""
+        if not isinstance(pl_module, Twins):
+            raise ValueError(
+                f"TwinDivergence compares the networks of Twins, and this is {type(pl_module).__name__}: "
+                "use WeightDivergence, or train with `nslightning twins`"
+            )
+        self._file = run_folder(trainer) / "twins.csv"
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Drop the rows that this run will write again."""
+        if trainer.is_global_zero:
+            forget_from(self._file, trainer.global_step)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Compare weights and gradients before they change."""
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        if trainer.is_global_zero and (
+            trainer.global_step % self.every_n_steps == 0 or done <= trainer.accumulate_grad_batches
+        ):
+            rows = self._measured(trainer, pl_module, "weights") + self._measured(trainer, pl_module, "gradients")
+            append_rows(self._file, rows + self._logged(trainer, pl_module, "train", trainer.global_step))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the twins' accuracies."""
+        if trainer.is_global_zero and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            # By the step that was taken last: a run that is resumed here does not validate again.
+            rows = self._logged(trainer, pl_module, "val", max(0, trainer.global_step - 1))
+            append_rows(self._file, rows)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare the final weights."""
+        if trainer.is_global_zero and not trainer.interrupted:
+            append_rows(self._file, self._measured(trainer, pl_module, "weights", log=False))
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the figure."""
+        if trainer.is_global_zero and self._file.exists():
+            from nslightning.figures import twins_by_step
+
+            rows = pd.read_csv(self._file, dtype={"twin": str}, keep_default_na=False, na_values={"value": ["nan"]})
+            twins_by_step(rows[rows["parameter"] == ""], self._file.with_suffix(".pdf"))
+
+    def _measured(self, trainer: Trainer, module: LightningModule, what: str, log: bool = True) -> list[dict[str, Any]]:
+        """The distances of every twin's weights or gradients to the first one's."""
+        assert isinstance(module, Twins)
+        twins, rows = module.named_twins(), list[dict[str, Any]]()
+        reference = _tensors(twins[module.first], what)
+        for name in [n for n in twins if n != module.first]:
+            found = measure(_tensors(twins[name], what), reference)
+            if log:
+                log_step(trainer, {f"{what}/{name}/{norm}": v for norm, v in found.norms().items()})
+            parts: Mapping[str, Divergence] = {"": found, **(found.per_layer if self.per_layer else {})}
+            at = {"step": trainer.global_step, "epoch": trainer.current_epoch, "twin": name}
+            rows += [
+                {**at, "parameter": parameter, "metric": f"{what}/{norm}", "value": value}
+                for parameter, part in parts.items()
+                for norm, value in part.norms().items()
+            ]
+        return rows
+
+    @staticmethod
+    def _logged(trainer: Trainer, module: LightningModule, stage: str, step: int) -> list[dict[str, Any]]:
+        """What the twins logged of themselves."""
+        rows = []
+        for key, value in trainer.callback_metrics.items():
+            of, _, rest = key.partition("/")
+            twin, _, metric = rest.partition("/")
+            if of == stage and metric:
+                at = {"step": step, "epoch": trainer.current_epoch, "twin": twin, "parameter": ""}
+                rows.append({**at, "metric": f"{stage}/{metric}", "value": value.item()})
+        return rows
+
+
+def _tensors(module: nn.Module, what: str) -> dict[str, Tensor]:
+    named = dict(module.named_parameters())
+    if what == "weights":
+        return dict(named)
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in named.items() if p.requires_grad}
