@@ -1,4 +1,4 @@
-"""ReLU, ReLU6 and LeakyReLU: stock forward bits; at ties the chosen derivative; elsewhere the stock gradient."""
+"""The pointwise operations: stock forward bits; at ties the chosen derivative; elsewhere the stock gradient."""
 
 import pytest
 import torch
@@ -14,6 +14,12 @@ from nslightning.ops.selection import Selection
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SPECIAL = [-0.0, 0.0, 6.0, float("nan"), float("inf"), -float("inf"), 1e-7, -1e-7, 5.996, -3.0, 2.0, 3.0, -2.0]
+
+
+def slope_for(x):
+    """PReLU wants its weight in the input's dtype."""
+    return torch.tensor([0.125], dtype=x.dtype)
+
 
 # name -> (ours with its choice, stock, derivatives between the kinks where these are constant, kinks, choice)
 OPS = {
@@ -41,6 +47,27 @@ OPS = {
     "elu": (lambda x, **k: ops.elu(x, 0.5, 0.75, **k), lambda x: F.elu(x, 0.5), None, (0.0,), (0.75,)),
     "selu": (lambda x, **k: ops.selu(x, 1.25, **k), F.selu, None, (0.0,), (1.25,)),
     "abs": (lambda x, **k: ops.abs(x, -0.5, **k), torch.abs, (-1.0, 1.0), (0.0,), (-0.5,)),
+    "prelu": (
+        lambda x: ops.prelu(x, slope_for(x), 0.5), lambda x: F.prelu(x, slope_for(x)), (0.125, 1.0), (0.0,), (0.5,)
+    ),
+    "rrelu": (
+        lambda x, **k: ops.rrelu(x, 0.125, 0.375, False, 0.5, **k),
+        lambda x: F.rrelu(x, 0.125, 0.375), (0.25, 1.0), (0.0,), (0.5,),
+    ),
+    "clamp": (
+        lambda x, **k: ops.clamp(x, -3, 2, (0.25, 4.0), **k),
+        lambda x: torch.clamp(x, -3, 2), (0.0, 1.0, 0.0), (-3.0, 2.0), (0.25, 4.0),
+    ),
+    "clamp_min": (
+        lambda x, **k: ops.clamp_min(x, -3, 0.25, **k), lambda x: x.clamp_min(-3), (0.0, 1.0), (-3.0,), (0.25,)
+    ),
+    "clamp_max": (
+        lambda x, **k: ops.clamp_max(x, 2, 4.0, **k), lambda x: x.clamp_max(2), (1.0, 0.0), (2.0,), (4.0,)
+    ),
+    "hardshrink": (
+        lambda x: ops.hardshrink(x, 2.0, (0.5, 0.25)),
+        lambda x: F.hardshrink(x, 2.0), (1.0, 0.0, 1.0), (-2.0, 2.0), (0.5, 0.25),
+    ),
 }  # fmt: skip
 # The same without a choice, to be the stock operation to the bit.
 REFERENCES = {
@@ -55,7 +82,14 @@ REFERENCES = {
     "elu": lambda x: ops.elu(x, 0.5),
     "selu": ops.selu,
     "abs": ops.abs,
+    "prelu": lambda x: ops.prelu(x, slope_for(x)),
+    "rrelu": lambda x: ops.rrelu(x, 0.125, 0.375),
+    "clamp": lambda x: ops.clamp(x, -3, 2),
+    "clamp_min": lambda x: ops.clamp_min(x, -3),
+    "clamp_max": lambda x: ops.clamp_max(x, 2),
+    "hardshrink": lambda x: ops.hardshrink(x, 2.0),
 }
+NOT_IN_PLACE = ("softshrink", "hardshrink", "prelu")  # PyTorch has none
 
 
 def naive_gradient(x, g, slopes, kinks, choice):
@@ -107,13 +141,17 @@ def test_reference_choice_is_stock_to_the_bit(dtype, name):
     assert torch.equal(bits(a), bits(b))
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", [n for n in OPS if n not in ("prelu", "rrelu")])  # theirs depend on the entry
 def test_the_reference_derivatives_of_the_table_are_those_of_the_installed_torch(name):
     _, stock, _, kinks, _ = OPS[name]
     x = torch.tensor(kinks, dtype=torch.float64, requires_grad=True)
     (g,) = torch.autograd.grad(stock(x).sum(), x)
-    parameters = {"leaky": (0.125,), "hardtanh": (-3, 2), "softshrink": (2.0,), "threshold": (2.0, 5.0), "elu": (0.5,)}
-    table = POINTWISE[{"leaky": "leaky_relu"}.get(name, name)].kinks(*parameters.get(name, ()))
+    parameters = {
+        "leaky": (0.125,), "hardtanh": (-3, 2), "softshrink": (2.0,), "hardshrink": (2.0,), "threshold": (2.0, 5.0),
+        "elu": (0.5,), "clamp": (-3, 2), "clamp_min": (-3, None), "clamp_max": (None, 2),
+    }  # fmt: skip
+    field = {"leaky": "leaky_relu", "clamp_min": "clamp", "clamp_max": "clamp"}.get(name, name)
+    table = [kink for kink in POINTWISE[field].kinks(*parameters.get(name, ())) if kink[0] == kink[0]]
     assert torch.equal(torch.tensor(table, dtype=torch.float64), torch.stack([x.detach(), g], 1))
 
 
@@ -124,7 +162,7 @@ def test_no_tie_leaves_the_stock_operation_in_the_graph():
     assert type(relu(x, 7.0).grad_fn).__name__ == "_KinkedBackward"
 
 
-@pytest.mark.parametrize("many", [False, True], ids=["few ties, as indices", "many ties, as a mask"])
+@pytest.mark.parametrize("many", [False, True], ids=["few ties", "many ties"])
 def test_choice_is_read_when_the_backward_runs(many):
     x = torch.randn(4000, generator=torch.Generator().manual_seed(0))
     x[:: 2 if many else 1000] = 0.0
@@ -137,7 +175,7 @@ def test_choice_is_read_when_the_backward_runs(many):
         assert torch.equal(g, torch.where(x > 0, 3.0, torch.where(x == 0, 3.0 * alpha, 0.0)))
 
 
-@pytest.mark.parametrize("name", [n for n in OPS if n != "softshrink"])  # PyTorch has none in place
+@pytest.mark.parametrize("name", [n for n in OPS if n not in NOT_IN_PLACE])
 def test_inplace_matches_and_overwrites(name):
     ours, stock, *_ = OPS[name]
     leaf = torch.tensor([0.0, -0.0, 6.0, 3.0, -3.0, 2.0, 1.0, -1.0], requires_grad=True)
@@ -165,6 +203,165 @@ def test_published_rule_drops_the_incoming_gradient():
     six = torch.tensor([0.0, 6.0], requires_grad=True)
     got = torch.autograd.grad(relu6(six, (1.0, 3.0), rule="published"), six, torch.tensor([9.0, 9.0]))[0]
     assert torch.equal(got, torch.tensor([1.0, 3.0]))
+
+
+@pytest.mark.parametrize("ties", [1, 3, 70_000, 300_001])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_ties_in_several_blocks_and_the_rest_untouched(ties, dtype):
+    """300 001 entries are three blocks of one thread, the last one not a multiple of 8."""
+    generator = torch.Generator().manual_seed(ties)
+    x = torch.randn(300_001, generator=generator).abs().add(0.1).to(dtype) * (
+        1 - 2 * torch.arange(300_001).remainder(2)
+    )
+    x[torch.randperm(300_001, generator=generator)[:ties]] = 0.0
+    x.requires_grad_()
+    g = torch.randn(300_001, generator=generator).to(dtype)
+    g[::5], g[1::5], g[2::5] = float("nan"), -float("inf"), -0.0
+    (got,) = torch.autograd.grad(ops.relu6(x, (-2.0, 3.0)), x, g)
+    (stock,) = torch.autograd.grad(F.relu6(x), x, g)
+    assert torch.equal(bits(got), bits(torch.where(x == 0, g * -2.0, stock)))
+
+
+@pytest.mark.parametrize("g_layout", ["contiguous", "channels_last", "expanded"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "strided"])
+def test_the_layouts_of_input_and_gradient_may_differ(layout, g_layout):
+    x = torch.randint(-1, 2, (2, 3, 4, 5), generator=torch.Generator().manual_seed(0)).float()
+    g = torch.arange(120.0).view(2, 3, 4, 5)
+    x = {
+        "contiguous": x,
+        "channels_last": x.to(memory_format=torch.channels_last),
+        "transposed": x.transpose(0, 3).contiguous().transpose(0, 3),
+        "strided": torch.stack([x, x], 2)[:, :, 0],
+    }[layout].requires_grad_()
+    g = {
+        "contiguous": g,
+        "channels_last": g.to(memory_format=torch.channels_last),
+        "expanded": g[0, 0, 0, 1].expand(2, 3, 4, 5),
+    }[g_layout]
+    for create_graph in (False, True):
+        (got,) = torch.autograd.grad(relu(x, 0.5), x, g, create_graph=create_graph)
+        assert torch.equal(got, torch.where(x == 0, g * 0.5, torch.where(x > 0, g, 0.0)))
+
+
+def test_what_is_kept_for_the_backward():
+    """Beside stock's one tensor: nothing without a tie, else at most a bit per entry of the blocks that have one."""
+
+    def kept(x):
+        sizes = []
+
+        def note(t):
+            sizes.append(t.numel() * t.element_size())
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            y = relu(x.requires_grad_(), 1.0)
+        assert y.grad_fn is not None
+        return sum(sizes) - y.numel() * y.element_size()
+
+    x = torch.ones(1 << 20)
+    assert kept(x.clone()) == 0
+    assert kept(torch.zeros(1 << 20)) <= (1 << 20) // 8 + 8 * 8  # 3.1 % of the activation, and the blocks' numbers
+    x[12345] = 0.0
+    assert kept(x) <= (1 << 20) // 64 + 8
+
+
+def test_prelu_has_a_slope_per_channel_and_its_gradient_is_stock():
+    x = torch.randint(-2, 3, (4, 3, 5), generator=torch.Generator().manual_seed(0)).float().requires_grad_()
+    for weight in (torch.tensor([0.5, -0.25, 2.0]), torch.tensor([0.5]), torch.tensor(0.5)):
+        weight.requires_grad_()
+        g = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(1))
+        y, stock = ops.prelu(x, weight, at_zero=7.0), F.prelu(x, weight)
+        assert torch.equal(y, stock)
+        (gx, gw), (sx, sw) = (torch.autograd.grad(out, (x, weight), g) for out in (y, stock))
+        assert torch.equal(gw, sw)
+        assert torch.equal(gx, torch.where(x == 0, g * 7.0, sx))
+        (gw,) = torch.autograd.grad(ops.prelu(x.detach(), weight, at_zero=7.0), weight, g)
+        assert torch.equal(gw, sw)
+    with pytest.raises(RuntimeError) as ours:
+        ops.prelu(x, torch.ones(2))
+    with pytest.raises(RuntimeError) as theirs:
+        F.prelu(x, torch.ones(2))
+    assert str(ours.value) == str(theirs.value)
+
+
+def test_prelu_under_autocast_is_stock():
+    x = torch.tensor([-1.0, 0.0, 2.0], requires_grad=True)
+    weight = torch.tensor([0.1], requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, stock = ops.prelu(x, weight, at_zero=0.5), F.prelu(x, weight)
+    assert y.dtype == stock.dtype
+    (gx, gw), (sx, sw) = (torch.autograd.grad(out.sum(), (x, weight)) for out in (y, stock))
+    assert torch.equal(gw, sw)
+    assert torch.equal(gx, torch.where(x == 0, 0.5, sx))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_rrelu_draws_the_slopes_that_stock_draws(inplace):
+    leaf = torch.randint(-2, 3, (7, 11), generator=torch.Generator().manual_seed(0)).float().requires_grad_()
+    g = torch.randn(7, 11, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(3)
+    stock, after = F.rrelu(leaf * 1.0, training=True, inplace=inplace), torch.rand(1)
+    (want,) = torch.autograd.grad(stock, leaf, g)
+    for at_zero in (None, 0.5):
+        torch.manual_seed(3)
+        y = ops.rrelu(leaf * 1.0, training=True, at_zero=at_zero, inplace=inplace)
+        assert torch.equal(torch.rand(1), after)
+        assert torch.equal(y, stock)
+        (got,) = torch.autograd.grad(y, leaf, g)
+        assert torch.equal(got, want if at_zero is None else torch.where(leaf == 0, g * at_zero, want))
+
+
+@pytest.mark.parametrize(("low", "high"), [(1, 1), (2, -2), (None, float("nan"))])
+def test_clamp_to_a_point_or_to_nothing_is_stock(low, high):
+    x = torch.tensor(SPECIAL, requires_grad=True)
+    y, stock = ops.clamp(x, low, high, (5.0, 7.0)), torch.clamp(x, low, high)
+    assert torch.equal(bits(y), bits(stock))
+    a, b = (torch.autograd.grad(out.sum(), x)[0] for out in (y, stock))
+    assert torch.equal(a, b)
+
+
+def test_celu_is_smooth_for_every_alpha():
+    for alpha in (0.1, 1.0, 3.0):
+        x = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(lambda x, alpha=alpha: F.celu(x, alpha), x, eps=1e-6, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_random_draws_once_per_tie_from_a_stream_of_its_own(layout):
+    x = torch.randint(-1, 2, (2, 3, 4, 5), generator=torch.Generator().manual_seed(0)).float()
+    x = x.to(memory_format=layout).requires_grad_()
+    g = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(1))
+    before = torch.get_rng_state()
+    y = relu(x, "random", seed=5)
+    first, second = (torch.autograd.grad(y, x, g, retain_graph=True)[0] for _ in range(2))
+    again, differentiable = (
+        torch.autograd.grad(relu(x, "random", seed=5), x, g, create_graph=c)[0] for c in (False, True)
+    )
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first, again)
+    assert torch.equal(first, differentiable)
+    tied = x == 0
+    assert torch.equal(first[~tied], torch.where(x > 0, g, 0.0)[~tied])
+    # In the order of the memory, from the generator seeded with the seed; the next backward goes on in it.
+    order = (0, 1, 2, 3) if layout == torch.contiguous_format else (0, 2, 3, 1)
+    stream = torch.Generator().manual_seed(5)
+    for got in (first, second):
+        draws = torch.rand(int(tied.sum()), generator=stream)
+        assert torch.equal(got.permute(order)[tied.permute(order)], g.permute(order)[tied.permute(order)] * draws)
+    assert 0 <= float(draws.min()) < float(draws.max()) < 1
+
+
+def test_random_is_refused_where_ties_are_not_known():
+    x = torch.zeros(3, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"torch\.func.*Choose a number"):
+        torch.func.grad(lambda x: relu(x, "random").sum())(x)
+    torch._dynamo.reset()
+    selection = Selection(Jacobians(relu="random"))
+    y = torch.compile(lambda x: pointwise("relu", x, selection), backend="aot_eager", fullgraph=True)(x)
+    with pytest.raises(RuntimeError, match="compiled backward"):
+        y.sum().backward(retain_graph=True)
+    selection.set(Jacobians(relu=0.5))
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.full((3,), 0.5))
 
 
 def test_double_backward():

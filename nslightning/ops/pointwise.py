@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from nslightning.ops.selection import Selection, data_dependent, read_now
-from nslightning.ops.tie_bits import TieBits, find_ties, mask_of, overwrite, storage_order
+from nslightning.ops.tie_bits import TieBits, find_ties, overwrite, storage_order
 
 __all__ = ["POINTWISE", "Pointwise", "pointwise"]
 
@@ -318,18 +318,15 @@ def _vjp(
             gradient = _choose_compiled(op, selection, i, mask, g, gradient)
         return (gradient, *others)
     constant = published and selection.jacobians.rule == "published" and op.constant_when_published
-    found = ties if order is None else list(map(TieBits, ties[::2], ties[1::2]))
-    for tie, (_, reference), derivative in zip(
-        found, op.kinks(*given, *parameters), selection.at_kinks(op.name), strict=True
-    ):
+    kinks = op.kinks(*given, *parameters)
+    for i, ((_, reference), derivative) in enumerate(zip(kinks, selection.at_kinks(op.name), strict=True)):
         if derivative is None or (derivative == reference and (derivative == 0 or not constant)):
             continue
         value = partial(_value, derivative, constant, selection)
-        if order is not None and not torch.is_grad_enabled():
-            gradient = overwrite(gradient, g, tie, order, value)
-            continue
-        mask = tie if order is None else mask_of(tie, g, order)
-        gradient = torch.where(mask, value(g, mask), gradient)
+        if order is None:
+            gradient = torch.where(ties[i], value(g, ties[i]), gradient)
+        else:
+            gradient = overwrite(gradient, g, TieBits(*ties[2 * i : 2 * i + 2]), order, value)
     return (gradient, *others)
 
 

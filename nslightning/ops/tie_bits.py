@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["TieBits", "find_ties", "mask_of", "overwrite", "storage_order"]
+__all__ = ["TieBits", "find_ties", "overwrite", "storage_order"]
 
 _BLOCK = 1 << 16  # entries a thread takes at a time; with a few temporaries, they fit its cache
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -65,7 +65,7 @@ def find_ties(x: Tensor, positions: Sequence[float], order: tuple[int, ...]) -> 
     Example:
         >>> [zero] = find_ties(torch.tensor([1.0, 0.0, -0.0]), [0.0], (0,))
         >>> zero.bits
-        tensor([[0, 1, 1, 0, 0, 0, 0, 0]], dtype=torch.uint8)
+        tensor([[6]], dtype=torch.uint8)
     """
     flat = x.permute(order).reshape(-1)
     size = min(_BLOCK * max(2, torch.get_num_threads()), max(1, -(-flat.numel() // 8)) * 8)
@@ -89,17 +89,24 @@ def overwrite(
 ) -> Tensor:
     """Write new values over a gradient's tied entries and leave the bits of all others alone.
 
+    Where the result is to be differentiated again, it is made of differentiable operations instead.
+
     Args:
         gradient: The gradient with respect to the input; its memory may be reused.
         g: The incoming gradient, of the same shape and dtype.
         ties: The ties of the input.
         order: The order in which these were found.
-        value: Takes a block of ``g`` and the block's ties (int8, -1 at a tie, else 0); returns a new tensor, the
+        value: Takes a block of ``g`` and the block's ties (not 0 where there is one); returns a new tensor, the
             block's values if all its entries were tied.
 
     Returns:
         The gradient.
     """
+    inverse = tuple(sorted(range(len(order)), key=order.__getitem__))
+    if torch.is_grad_enabled():
+        g = g.permute(order)
+        mask = _mask(ties, g.numel()).view(g.shape)
+        return torch.where(mask, value(g, mask), gradient.permute(order)).permute(inverse)
     ordered = gradient.permute(order).contiguous()
     size, integer = 8 * ties.bits.shape[1], _INTEGERS[g.element_size()]
     blocks, blocks_g = ordered.view(-1).split(size), g.permute(order).reshape(-1).split(size)
@@ -108,27 +115,17 @@ def overwrite(
         tied = _unpack(bits)[: old.numel()]
         new = value(block_g, tied).view(integer)
         old.bitwise_xor_(new.bitwise_xor_(old).bitwise_and_(tied.to(integer)))
-    return ordered.permute(_inverse(order))
+    return ordered.permute(inverse)
 
 
-def mask_of(ties: TieBits, like: Tensor, order: tuple[int, ...]) -> Tensor:
-    """The ties as a mask.
-
-    Args:
-        ties: The ties.
-        like: A tensor of the input's shape.
-        order: The order in which they were found.
-
-    Returns:
-        Shape of ``like``, bool.
-    """
+def _mask(ties: TieBits, length: int) -> Tensor:
+    """The ties of a tensor of so many entries, in the order in which they were found, bool."""
     size = 8 * ties.bits.shape[1]
-    shape = [like.shape[d] for d in order]
-    flat = torch.zeros(like.numel(), dtype=torch.bool)
+    mask = torch.zeros(length, dtype=torch.bool)
     for number, bits in zip(ties.blocks.tolist(), ties.bits, strict=True):
-        block = flat[number * size : (number + 1) * size]
+        block = mask[number * size : (number + 1) * size]
         block.copy_(_unpack(bits)[: block.numel()])
-    return flat.view(shape).permute(_inverse(order))
+    return mask
 
 
 def _unpack(bits: Tensor) -> Tensor:
@@ -139,7 +136,3 @@ def _unpack(bits: Tensor) -> Tensor:
 @lru_cache
 def _weights(dtype: torch.dtype) -> Tensor:
     return (2 ** torch.arange(8)).view(8, 1).to(dtype)
-
-
-def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(sorted(range(len(order)), key=order.__getitem__))
