@@ -1,0 +1,78 @@
+"""A W&B workspace with the panels that runs of nslightning fill: loss, divergence, layers, ties, twins, settings."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from nslightning.commands.report import check_output, write
+
+__all__ = ["main"]
+
+_EPILOG = """\
+examples:
+  nslightning dashboard --entity my-team --out dashboard.json    # look at it first; no connection, no account
+  nslightning dashboard --entity my-team --apply                 # make the view at W&B
+
+Without W&B, `nslightning report RUN...` shows the same from run folders.
+exit status: 0 done; 1 W&B refused; 2 the command was called wrongly.
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Run the command.
+
+    Args:
+        argv: The command line, the command's name first.
+
+    Returns:
+        The exit status: 0; 1 where W&B cannot be reached or refuses; 2 where the call is mistaken.
+
+    Raises:
+        SystemExit: After ``--help`` (0) and for options that are not understood (2).
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"nslightning {argv[0]}",
+        description=__doc__,
+        epilog=_EPILOG,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    entity = os.environ.get("WANDB_ENTITY")
+    add("--entity", default=entity, required=not entity, metavar="NAME",
+        help="your W&B user name or team (default: WANDB_ENTITY)")  # fmt: skip
+    add("--project", default="nslightning", metavar="NAME", help="the project of the runs (default: nslightning)")
+    add("--name", default="nslightning", metavar="NAME", help="what the view is called (default: nslightning)")
+    target = parser.add_mutually_exclusive_group()
+    target.add_argument(
+        "--out", type=Path, default=Path("dashboard.json"), metavar="FILE",
+        help="write the definition, which needs no connection (default: dashboard.json)",
+    )  # fmt: skip
+    target.add_argument("--apply", action="store_true", help="make the view at W&B instead")
+    given = parser.parse_args(argv[1:])
+
+    try:
+        if not given.apply:
+            check_output(given.out)
+        from nslightning import dashboard
+
+        if given.apply:
+            print(dashboard.apply(given.entity, given.project, given.name))
+        else:
+            content = dashboard.definition(given.entity, given.project, given.name)
+            write(given.out, json.dumps(content, indent=2) + "\n")
+            print(f"{given.out}: written; --apply makes the view at W&B")
+    except (ImportError, ValueError, OSError) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        # wandb has its own exceptions for a missing login, a refusal and a lost connection.
+        if not type(error).__module__.startswith(("wandb", "requests")):
+            raise
+        print(f"{parser.prog}: error: W&B: {error}\n  log in with `wandb login`, and see --entity", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,92 @@
+"""Show what runs recorded: one self-contained HTML page with interactive figures."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+__all__ = ["main"]
+
+_EPILOG = """\
+examples:
+  nslightning report runs/quickstart/001
+  nslightning report runs/quickstart --out quickstart.html       # all its runs, side by side
+
+A run may still be going, or have been killed: the page shows what it recorded so far.
+exit status: 0 done; 2 the command was called wrongly, or a run's files cannot be read.
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Run the command.
+
+    Args:
+        argv: The command line, the command's name first.
+
+    Returns:
+        The exit status: 0; 2 where there is no run to show, its files cannot be read, or the page cannot be written.
+
+    Raises:
+        SystemExit: After ``--help`` (0) and for options that are not understood (2).
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"nslightning {argv[0]}",
+        description=__doc__,
+        epilog=_EPILOG,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a folder of runs")
+    parser.add_argument(
+        "--out", type=Path, default=Path("report.html"), metavar="FILE", help="the page (default: report.html)"
+    )
+    given = parser.parse_args(argv[1:])
+
+    try:
+        check_output(given.out)
+        from nslightning.report import find_runs, page, read_run
+
+        runs = [read_run(folder) for folder in find_runs(given.runs)]
+        write(given.out, page(runs))
+    except (ImportError, ValueError, OSError) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    size = given.out.stat().st_size / 1e6
+    print(f"{given.out}: {len(runs)} run{'s' * (len(runs) != 1)}, {size:.1f} MB; open it in any browser")
+    return 0
+
+
+def check_output(path: Path) -> None:
+    """Before the work, not after it.
+
+    Args:
+        path: The file to be written.
+
+    Raises:
+        ValueError: If it cannot be.
+    """
+    if path.is_dir():
+        raise ValueError(f"--out takes a file; {path} is a folder")
+    if not path.parent.is_dir():
+        raise ValueError(f"--out {path}: there is no folder {path.parent}; make it first")
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file at once: whoever stops the command meanwhile leaves the old one.
+
+    Args:
+        path: The file; its folder is there.
+        text: Its content.
+    """
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+        Path(partial).chmod(0o644)
+        Path(partial).replace(path)
+    except BaseException:
+        Path(partial).unlink()
+        raise

@@ -1,0 +1,257 @@
+"""Run folders as data: whatever a run has recorded so far, also one that is still going or was killed."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from nslightning.jacobians import Jacobians
+
+__all__ = ["ReportError", "Run", "choice_label", "find_runs", "flatten", "read_run"]
+
+_NO_METRICS = pd.DataFrame({"step": [], "epoch": [], "metric": [], "value": []})
+_DEPTH = 3  # folders between the one given and a run: an experiment's, a grid's
+
+
+class ReportError(ValueError):
+    """A folder that holds no run, or a file in it that cannot be read."""
+
+
+@dataclass
+class Run:
+    """What one run folder holds.
+
+    Args:
+        folder: The folder.
+        name: The run's name and number, such as ``quickstart/001``.
+        record: ``run.json``: seed, precision, device, versions, data, patch.
+        config: ``config.yaml``, flat: ``{"model.optimizer.lr": 0.02}``; empty where there is none.
+        sites: ``patch_report.json``; None where there is none.
+        metrics: ``metrics.csv``, one row per logged value: ``step``, ``epoch``, ``metric``, ``value``.
+        divergence: ``divergence.csv`` (:class:`~nslightning.callbacks.GradientDivergence`), or None.
+        written: When the last metric was written, in seconds since the epoch; None before the first one.
+    """
+
+    folder: Path
+    name: str
+    record: dict[str, Any]
+    config: dict[str, Any]
+    sites: dict[str, Any] | None
+    metrics: pd.DataFrame
+    divergence: pd.DataFrame | None
+    written: float | None
+
+    @property
+    def choice(self) -> str:
+        """The Jacobian choice in use, in short."""
+        return choice_label((self.record.get("patch") or {}).get("jacobians"))
+
+    def last(self, metric: str) -> float | None:
+        """The value logged last under that name.
+
+        Args:
+            metric: Such as ``"val/acc1"``.
+
+        Returns:
+            The value, or None where the run has logged none.
+        """
+        values = self.metrics.loc[self.metrics["metric"] == metric, "value"]
+        return None if values.empty else float(values.iloc[-1])
+
+
+def choice_label(jacobians: Mapping[str, Any] | None) -> str:
+    """What a Jacobian choice changes, in short.
+
+    Args:
+        jacobians: The choice as plain data; None where it is not known.
+
+    Returns:
+        Such as ``"relu=1, max_pool=minimal"``; ``"native"`` where it is the reference choice.
+
+    Example:
+        >>> choice_label({"relu": 1.0, "relu6": [0.0, 0.0], "max_pool": "minimal", "rule": "exact"})
+        'relu=1, max_pool=minimal'
+        >>> choice_label(Jacobians().to_dict())
+        'native'
+    """
+    if jacobians is None:
+        return "unknown"
+    reference = Jacobians().to_dict()
+    plain = {k: tuple(v) if isinstance(v, list) else v for k, v in jacobians.items()}  # a file has no tuples
+    changed = {k: v for k, v in plain.items() if v is not None and v != reference.get(k)}
+    return ", ".join(f"{k}={short(v)}" for k, v in changed.items()) or "native"
+
+
+def short(value: Any) -> str:
+    """A setting as a person would write it.
+
+    Args:
+        value: A value of a config file.
+
+    Returns:
+        The text; numbers without trailing zeros.
+
+    Example:
+        >>> [short(v) for v in (1.0, 0.00035, [0.0, 1.0], None, "bf16-true")]
+        ['1', '0.00035', '[0, 1]', 'none', 'bf16-true']
+    """
+    if isinstance(value, float):
+        return f"{value:.12g}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(short, value))}]"
+    return "none" if value is None else str(value)
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A config without its nesting: classes and choices in short, a class's arguments under the option's own name.
+
+    Args:
+        config: A config file's content.
+        prefix: What the names start with.
+
+    Returns:
+        Values by dotted name.
+
+    Example:
+        >>> flatten({"optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}, "seed": 0})
+        {'optimizer': 'SGD', 'optimizer.lr': 0.1, 'seed': 0}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, list) and value and all(isinstance(v, dict) and "class_path" in v for v in value):
+            for v in value:  # callbacks, loggers: each under its class's name
+                kind = v["class_path"].rpartition(".")[2]
+                flat |= {f"{name}.{kind}": "yes"} | flatten(v.get("init_args") or {}, f"{name}.{kind}.")
+        elif isinstance(value, dict) and "class_path" in value:
+            flat |= {name: value["class_path"].rpartition(".")[2]} | flatten(value.get("init_args") or {}, f"{name}.")
+        elif isinstance(value, dict) and {"relu", "max_pool", "rule"} <= value.keys():
+            flat[name] = choice_label(value)
+        elif isinstance(value, dict) and value:
+            flat |= flatten(value, f"{name}.")
+        else:
+            flat[name] = value
+    return flat
+
+
+def find_runs(paths: Iterable[str | Path]) -> list[Path]:
+    """The run folders among the paths and below them, each once.
+
+    Args:
+        paths: Run folders, or folders of runs.
+
+    Returns:
+        The folders, in the order of the paths and, below one, of their names.
+
+    Raises:
+        ReportError: If a path is no folder, or there is no run in it.
+    """
+    found: dict[Path, Path] = {}
+    for path in map(Path, paths):
+        if not path.is_dir():
+            what = "is a file" if path.exists() else "does not exist"
+            raise ReportError(
+                f"{path} {what}; give the folder of a run, such as runs/quickstart/001, or a folder of runs"
+            )
+        inside = [path] if (path / "run.json").is_file() else []
+        for depth in range(1, _DEPTH + 1) if not inside else ():
+            inside += [file.parent for file in sorted(path.glob("*/" * depth + "run.json"))]
+        if not inside:
+            raise ReportError(
+                f"{path} holds no run: a run's folder has a run.json, which `nslightning fit` writes before its first "
+                "step; runs are kept where --output says, by default in runs/<name>/<number>"
+            )
+        found |= {folder.resolve(): folder for folder in inside}
+    return list(found.values())
+
+
+def read_run(folder: str | Path) -> Run:
+    """Read a run folder. A last line that a killed run left unfinished does not count.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        What it holds.
+
+    Raises:
+        ReportError: If a file in it is not what a run writes.
+    """
+    folder = Path(folder)
+    metrics = folder / "metrics.csv"
+    config = _mapping(folder / "config.yaml", yaml.safe_load) or {}
+    return Run(
+        folder=folder,
+        name="/".join(folder.resolve().parts[-2:]),
+        record=_mapping(folder / "run.json", json.loads) or {},
+        config=flatten(config),
+        sites=_mapping(folder / "patch_report.json", json.loads),
+        metrics=_metrics(metrics),
+        divergence=_divergence(folder / "divergence.csv"),
+        written=metrics.stat().st_mtime if metrics.is_file() else None,
+    )
+
+
+def _mapping(file: Path, parse: Any) -> dict[str, Any] | None:
+    if not file.is_file():
+        return None
+    try:
+        content = parse(file.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError, OSError) as error:
+        raise ReportError(f"{file} cannot be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict):
+        raise ReportError(f"{file} is not the record of a run: it holds a {type(content).__name__}")
+    return content
+
+
+def _text_table(file: Path, needed: Sequence[str]) -> pd.DataFrame | None:
+    """A CSV file's whole lines, every cell as text; None where there is no file or only a part of its first line."""
+    if not file.is_file():
+        return None
+    try:
+        text = file.read_text(encoding="utf-8")
+        whole = text[: text.rfind("\n") + 1]
+        if not whole:
+            return None
+        rows = pd.read_csv(io.StringIO(whole), dtype=str, keep_default_na=False)
+    except (OSError, ValueError) as error:  # what pandas and the decoder raise are ValueErrors
+        raise ReportError(f"{file} cannot be read as CSV: {str(error).splitlines()[0].strip()}") from error
+    if missing := [name for name in needed if name not in rows]:
+        raise ReportError(
+            f"{file} has no column {' nor '.join(map(repr, missing))}; it has {', '.join(map(repr, rows.columns))}"
+        )
+    return rows
+
+
+def _numbers(texts: pd.Series, file: Path) -> pd.Series:
+    try:
+        return pd.Series(texts.to_numpy(object).astype(float), texts.index)
+    except ValueError as error:
+        raise ReportError(f"{file}: column {texts.name!r} is to hold numbers: {error}") from error
+
+
+def _divergence(file: Path) -> pd.DataFrame | None:
+    numbers = ("step", "relative")
+    rows = _text_table(file, ("choice", "parameter", *numbers))
+    return rows if rows is None else rows.assign(**{name: _numbers(rows[name], file) for name in numbers})
+
+
+def _metrics(file: Path) -> pd.DataFrame:
+    rows = _text_table(file, ("step",))
+    if rows is None:
+        return _NO_METRICS.copy()
+    steps = _numbers(rows["step"], file)
+    epochs = pd.to_numeric(rows["epoch"], errors="coerce") if "epoch" in rows else float("nan")
+    parts = []
+    for name in rows.columns.difference(["step", "epoch"], sort=False):
+        logged = rows[name] != ""  # an empty cell is a value not logged in this row; "nan" is one that was
+        part = pd.DataFrame({"step": steps, "epoch": epochs, "metric": name})[logged]
+        parts.append(part.assign(value=_numbers(rows.loc[logged, name], file)))
+    return pd.concat(parts, ignore_index=True) if parts else _NO_METRICS.copy()
