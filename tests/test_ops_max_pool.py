@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from nslightning import Jacobians
 from nslightning.ops import max_pool2d
-from nslightning.ops.max_pool import pool2d, tied_windows
+from nslightning.ops.max_pool import pool, regular, tied_windows
 from nslightning.ops.selection import Selection
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -89,7 +89,7 @@ def test_backward_against_naive_float64(geometry, choice):
     assert (counts > 1).float().mean() > 0.15  # the test is about ties
     (got,) = torch.autograd.grad(y, x, g)
     torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-13)
-    assert torch.equal(tied_windows(x, *map(pair, shape), ceil_mode).long(), counts)
+    assert torch.equal(tied_windows(x, regular(2, *geometry)).long(), counts)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -141,7 +141,7 @@ def test_untied_windows_keep_the_stock_gradient_to_the_bit(dtype, geometry):
     x[:, 0] = 1.0  # one channel of ties beside channels without
     if dtype == torch.bfloat16:
         x[:, 1:] = torch.arange(90, dtype=dtype).view(9, 10)  # bfloat16 holds no more distinct integers
-    assert tied_windows(x, *map(pair, geometry[:4]), geometry[4])[:, 1:].max() == 1
+    assert tied_windows(x, regular(2, *geometry))[:, 1:].max() == 1
     x.requires_grad_()
     g = torch.randn(F.max_pool2d(x, *geometry).shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     ours = torch.autograd.grad(max_pool2d(x, *geometry, jacobian=1e4), x, g)[0]
@@ -264,7 +264,7 @@ def test_one_compiled_graph_serves_every_choice(backend, geometry):
     selection = Selection(Jacobians())
 
     def f(x):
-        return pool2d(x * 1.0, selection, *geometry).square().sum()
+        return pool(x * 1.0, selection, regular(2, *geometry)).square().sum()
 
     compiled = torch.compile(f, backend=backend, fullgraph=True)
     x = tied_input((2, 3, 8, 8), torch.float32).requires_grad_()

@@ -27,12 +27,22 @@ from nslightning.ops.losses import (
     multi_margin_loss,
     triplet_margin_loss,
 )
-from nslightning.ops.max_pool import max_pool2d
+from nslightning.ops.max_pool import (
+    adaptive_max_pool1d,
+    adaptive_max_pool2d,
+    adaptive_max_pool3d,
+    max_pool1d,
+    max_pool2d,
+    max_pool3d,
+)
 from nslightning.ops.maxima import amax, amin, aminmax, fmax, fmin, max, maximum, min, minimum
 from nslightning.ops.norms import norm, norm_pool2d, normalize
 
 __all__ = [
     "abs",
+    "adaptive_max_pool1d",
+    "adaptive_max_pool2d",
+    "adaptive_max_pool3d",
     "amax",
     "amin",
     "aminmax",
@@ -52,7 +62,9 @@ __all__ = [
     "leaky_relu",
     "margin_ranking_loss",
     "max",
+    "max_pool1d",
     "max_pool2d",
+    "max_pool3d",
     "maximum",
     "min",
     "minimum",

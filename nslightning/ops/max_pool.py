@@ -2,266 +2,496 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from nslightning.jacobians import Jacobians, MaxPoolChoice, Rule
-from nslightning.ops.pointwise import _fixed
 from nslightning.ops.selection import Selection, data_dependent, read_now
+from nslightning.ops.tied import fixed
+from nslightning.ops.windows import Adaptive, Regular, Windows
 
-__all__ = ["max_pool2d", "pool2d", "tied_windows"]
+__all__ = [
+    "adaptive",
+    "adaptive_max_pool1d",
+    "adaptive_max_pool2d",
+    "adaptive_max_pool3d",
+    "max_pool1d",
+    "max_pool2d",
+    "max_pool3d",
+    "pool",
+    "regular",
+    "tied_windows",
+]
 
 aten = torch.ops.aten
+Geometry = Regular | Adaptive
 _Pair = tuple[int, int]
+_Triple = tuple[int, int, int]
+_NATIVE = (0.0, 1.0, 0.0, 0.0)  # the weights of the reference choice
+# What a window's gradient g becomes at each of its k tied entries, g * (share / k + each), and at one more, g * whole.
+_Weights = tuple[float | Tensor, float | Tensor, float | Tensor]
+_PART = 2**18  # elements of the input that are worked on at a time on a CPU, so that temporaries stay in the cache
 
 
-class _Windows:
-    """The pooling windows of one call, seen as one strided slice of the input per position in the window."""
-
-    def __init__(
-        self, x: Tensor, output: Tensor, kernel: _Pair, stride: _Pair, padding: _Pair, dilation: _Pair
-    ) -> None:
-        rows, columns = (
-            [
-                _span(i * dilation[d] - padding[d], stride[d], x.shape[d - 2], output.shape[d - 2])
-                for i in range(kernel[d])
-            ]
-            for d in (0, 1)
-        )
-        # Positions in row-major order, as (slice of the input, slice of the output whose windows reach it).
-        self.positions = [
-            ((..., row_in, column_in), (..., row_out, column_out))
-            for row_in, row_out in rows
-            for column_in, column_out in columns
-        ]
-        # Whether at each position the entry reaches its window's maximum.
-        self.reached = [x[entry] == output[window] for entry, window in self.positions]
-        # No entry lies in two windows.
-        self.disjoint = all(s > d * (k - 1) for s, d, k in zip(stride, dilation, kernel, strict=True))
-
-    def count(self, output: Tensor) -> Tensor:
-        """How many entries reach each window's maximum: the output's shape; 0 where the maximum is NaN."""
-        count = torch.zeros_like(output, dtype=torch.uint8 if len(self.positions) < 256 else torch.int32)
-        for (_, window), reached in zip(self.positions, self.reached, strict=True):
-            count[window].add_(reached.view(torch.uint8))
-        return count
-
-
-def _span(offset: int, stride: int, size: int, windows: int) -> tuple[slice, slice]:
-    """The entries that lie ``offset`` after a window's start, and the windows for which these exist."""
-    first = max(0, -(offset // stride))
-    last = min(windows - 1, (size - 1 - offset) // stride)
-    if last < first:
-        return slice(0, 0), slice(0, 0)
-    return slice(first * stride + offset, last * stride + offset + 1, stride), slice(first, last + 1)
-
-
-class _MaxPool2d(torch.autograd.Function):
+class _MaxPool(torch.autograd.Function):
     """Stock forward; untied windows go through the stock backward, tied ones are shared as the selection says."""
 
     @staticmethod
-    def forward(
-        x: Tensor,
-        selection: Selection,
-        kernel: _Pair,
-        stride: _Pair,
-        padding: _Pair,
-        dilation: _Pair,
-        ceil_mode: bool,
-    ) -> tuple[Tensor, Tensor]:
-        return cast(
-            tuple[Tensor, Tensor],
-            aten.max_pool2d_with_indices.default(x, kernel, stride, padding, dilation, ceil_mode),
-        )
+    def forward(x: Tensor, geometry: Geometry, selection: Selection) -> tuple[Tensor, Tensor]:
+        return geometry.forward(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, ctx.selection, *ctx.geometry = inputs
+        x, ctx.geometry, ctx.selection = inputs
         # As stock, not the output, which the next layer may overwrite: it is read from the input where it is needed.
         ctx.save_for_backward(x, output[1])
+        if _forward_mode():
+            ctx.save_for_forward(x, output[1])
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if g is None:
-            return (None,) * 7
+            return None, None, None
         x, indices = ctx.saved_tensors
         selection = ctx.selection
-        vjp = partial(_share, x, indices, g, geometry=ctx.geometry)
+        vjp = partial(_vjp, x, indices, g, ctx.geometry)
         if not torch.compiler.is_compiling() and selection.recorder is not None:
             selection.recorder(ctx, vjp)
-        return (vjp(selection), *(None,) * 6)
+        return vjp(selection), None, None
 
 
-def _share(
-    x: Tensor,
-    indices: Tensor,
-    g: Tensor,
-    selection: Selection,
-    geometry: tuple[_Pair, _Pair, _Pair, _Pair, bool],
-) -> Tensor:
+class _TransformableMaxPool(_MaxPool):
+    """With forward-mode differentiation and ``torch.func``; apart, for the compiler takes no function with a jvp."""
+
+    @staticmethod
+    def jvp(ctx: Any, v: Tensor | None, *_: None) -> tuple[Tensor | None, None]:
+        if v is None:
+            return None, None
+        x, indices = ctx.saved_tensors
+        target, weights = _chosen(x, indices, ctx.geometry, ctx.selection)
+        return _Take.apply(v, x, target, ctx.geometry, weights), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        return _folded(_TransformableMaxPool, info.batch_size, in_dims, args)
+
+
+class _Target(torch.autograd.Function):
+    """The index of the tied entry that the last or the random choice takes; PyTorch's where there is no tie."""
+
+    @staticmethod
+    def forward(x: Tensor, indices: Tensor, geometry: Geometry, selection: Selection | None) -> Tensor:
+        return _in_parts(partial(_target, geometry, selection), geometry, indices, (x, indices))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> tuple[None, ...]:
+        return (None,) * 4
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> None:
+        return None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        return _folded(_Target, info.batch_size, in_dims, args)
+
+
+class _Linear(torch.autograd.Function):
+    """A linear map of the first argument, under a choice that the others name; ``_Give`` and ``_Take`` transpose."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, x, target, *ctx.rest = inputs
+        ctx.save_for_backward(x, target)
+        if _forward_mode():
+            ctx.save_for_forward(x, target)
+
+
+class _Give(_Linear):
+    """The transposed Jacobian: from the output's gradient to the input's."""
+
+    @staticmethod
+    def forward(g: Tensor, x: Tensor, target: Tensor, geometry: Geometry, weights: _Weights) -> Tensor:
+        if _is_vertex(weights):
+            return geometry.backward(g, x, target)
+        return _in_parts(partial(_give, geometry, weights), geometry, x, (g, x, target))
+
+    @staticmethod
+    def backward(ctx: Any, u: Tensor) -> tuple[Tensor | None, ...]:
+        return (_Take.apply(u, *ctx.saved_tensors, *ctx.rest), None, None, None, None)
+
+    @staticmethod
+    def jvp(ctx: Any, v: Tensor, *_: Any) -> Tensor:
+        return cast(Tensor, _Give.apply(v, *ctx.saved_tensors, *ctx.rest))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        return _folded(_Give, info.batch_size, in_dims, args)
+
+
+class _Take(_Linear):
+    """The Jacobian: from the input's tangent to the output's."""
+
+    @staticmethod
+    def forward(v: Tensor, x: Tensor, target: Tensor, geometry: Geometry, weights: _Weights) -> Tensor:
+        return _in_parts(partial(_take, geometry, weights), geometry, target, (v, x, target), dtype=v.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        return (_Give.apply(g, *ctx.saved_tensors, *ctx.rest), None, None, None, None)
+
+    @staticmethod
+    def jvp(ctx: Any, v: Tensor, *_: Any) -> Tensor:
+        return cast(Tensor, _Take.apply(v, *ctx.saved_tensors, *ctx.rest))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        return _folded(_Take, info.batch_size, in_dims, args)
+
+
+def _forward_mode() -> bool:
+    """Whether tangents may be about."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+
+
+def _differentiable(x: Tensor) -> bool:
+    """Whether a derivative may be asked for; a tensor inside a ``torch.func`` transform does not always tell."""
+    if _forward_mode() or (not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack()):
+        return True
+    return torch.is_grad_enabled() and x.requires_grad
+
+
+def _folded(function: Any, size: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> Any:
+    """Apply a function to a batch of calls, which is one call with a larger batch."""
+    dims = next(a.dims for a in args if isinstance(a, Geometry))
+    batch: int | None = None
+    given = []
+    for a, at in zip(args, in_dims, strict=True):
+        if isinstance(a, Tensor):
+            a = a.expand(size, *a.shape) if at is None else a.movedim(at, 0)
+            if a.dim() > dims + 2:
+                batch = a.shape[1]
+                a = a.flatten(0, 1)
+        given.append(a)
+    result = function.apply(*given)
+    if batch is None:
+        return result, (0, 0) if isinstance(result, tuple) else 0
+    if isinstance(result, tuple):
+        return tuple(r.unflatten(0, (size, batch)) for r in result), (0, 0)
+    return result.unflatten(0, (size, batch)), 0
+
+
+def _vjp(x: Tensor, indices: Tensor, g: Tensor, geometry: Geometry, selection: Selection) -> Tensor:
     """The gradient with respect to the input under a selection."""
-    kernel, stride, padding, dilation, ceil_mode = geometry
-
-    def native(g: Tensor) -> Tensor:
-        gradient = aten.max_pool2d_with_indices_backward.default(
-            g, x, kernel, stride, padding, dilation, ceil_mode, indices
-        )
-        return cast(Tensor, gradient)
-
-    compiled = torch.compiler.is_compiling()
-    random = not compiled and selection.jacobians.max_pool == "random"
-    if not compiled and not random and selection.pool_weights() == (0.0, 1.0, 0.0, 0.0):
-        return native(g)
-    output = _maxima(x, indices)
-    windows = _Windows(x, output, kernel, stride, padding, dilation)
-    count = windows.count(output)
-    tied = count > 1
-    if data_dependent(x) and not tied.any():
-        return native(g)
-
-    # Coefficients in float32 at least: fp16 and bf16 cannot hold beta / k + (1 - beta) for a large beta.
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    weights = read_now(selection.pool, g) if compiled else selection.pool
-    share, whole, each, last = weights.to(wide).unbind()
-    k, g_wide = count.to(wide), g.to(wide)
-    rest = share / k + each
-    g_rest = torch.where(tied, g_wide * rest, 0)  # what each tied entry receives, and the target more
-    ranked = compiled or random or selection.pool_weights()[3] > 0  # the target need not be the first tied entry
-    target = None
-    if ranked:
-        target = torch.where(last > 0, count - 1, 0)
-        if random:
-            draw = torch.rand(count.shape, dtype=wide, device=x.device, generator=selection.generator(x.device))
-            target = (draw * k).to(count.dtype)
-    if windows.disjoint:  # each entry is written once, its coefficient formed before the product with g
-        g_target = torch.where(tied, g_wide * (rest + whole), g_wide)
-        if target is None:
-            return _overwrite(windows, x, indices, g_target.to(g.dtype), g_rest.to(g.dtype))
-        shared = _add_up(windows, x, tied, g_rest, g_target, target)
-        return (native(g.masked_fill(tied, 0)).to(wide) + shared).to(g.dtype)
-    g_whole = g_wide * whole
-    if target is None:
-        shared = _add_up(windows, x, tied, g_rest)
-    else:
-        elsewhere = (last > 0) | random  # the stock kernel cannot place it
-        shared = _add_up(windows, x, tied, g_rest, torch.where(elsewhere, g_whole, g_rest), target)
-        g_whole = torch.where(elsewhere, 0, g_whole)
-    # An entry that no tied window reaches keeps the stock gradient, bit for bit.
-    return (native(torch.where(tied, g_whole.to(g.dtype), g)).to(wide) + shared).to(g.dtype)
+    if torch.compiler.is_compiling():
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        share, whole, each, last = read_now(selection.pool, g).to(wide).unbind()
+        target = torch.where(last > 0, _Target.forward(x, indices, geometry, None), indices)
+        return _Give.forward(g, x, target, geometry, (share, whole, each))
+    target, weights = _chosen(x, indices, geometry, selection)
+    return cast(Tensor, _Give.apply(g, x, target, geometry, weights))
 
 
-def _add_up(
-    windows: _Windows,
-    x: Tensor,
-    tied: Tensor,
-    g_rest: Tensor,
-    g_target: Tensor | None = None,
-    target: Tensor | None = None,
+def _chosen(x: Tensor, indices: Tensor, geometry: Geometry, selection: Selection) -> tuple[Tensor, _Weights]:
+    """The entry of each window that receives ``whole``, and the weights."""
+    share, whole, each, last = selection.pool_weights()
+    if last or selection.jacobians.max_pool == "random":
+        indices = _Target.apply(x, indices, geometry, selection)
+    return indices, (share, whole, each)
+
+
+def _is_vertex(weights: _Weights) -> bool:
+    """Whether each window's gradient goes to one entry."""
+    return not torch.compiler.is_compiling() and weights == (0.0, 1.0, 0.0)
+
+
+def _in_parts(
+    part: Callable[..., Tensor],
+    geometry: Geometry,
+    like: Tensor,
+    tensors: tuple[Tensor, ...],
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Add ``g_rest`` to every tied entry, and ``g_target`` instead to the one that ``target`` others come before."""
-    shared = torch.zeros_like(x, dtype=g_rest.dtype)
-    rank = torch.zeros_like(tied, dtype=torch.int32)
-    for (entry, window), reached in zip(windows.positions, windows.reached, strict=True):
-        value = g_rest[window]
-        if g_target is not None and target is not None:
-            value = torch.where(rank[window] == target[window], g_target[window], value)
-            reached = reached & tied[window]
-            rank[window] += reached
-        shared[entry] += torch.where(reached, value, 0)
-    return shared
+    """Compute a result shaped as ``like`` in the layout (B, *spatial, I), in parts along B.
+
+    I is the channels where these come last in memory, so that inner loops run over them; else it is 1, and B counts
+    all channels of all images.
+    """
+    dims, x = geometry.dims, next(t for t in tensors if t.is_floating_point())
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    last = x.dim() == dims + 2 and not x.is_contiguous() and x.is_contiguous(memory_format=formats[x.dim()])
+    given = [(t.movedim(1, -1) if last else t.flatten(0, -dims - 1).unsqueeze(-1)).contiguous() for t in tensors]
+    shape = like.movedim(1, -1).shape if last else (*like.flatten(0, -dims - 1).shape, 1)
+    rows = max(1, _PART * given[0].shape[0] // max(1, max(t.numel() for t in given)))
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or rows >= given[0].shape[0]:
+        result = part(*given)
+    else:
+        result = torch.empty(shape, dtype=dtype or like.dtype, device=x.device)
+        for into, *some in zip(result.split(rows), *(t.split(rows) for t in given), strict=True):
+            into.copy_(part(*some))
+    return result.movedim(-1, 1) if last else result.squeeze(-1).view(like.shape)
 
 
-def _overwrite(windows: _Windows, x: Tensor, indices: Tensor, g_target: Tensor, g_rest: Tensor) -> Tensor:
-    """Windows without common entries: write every tied entry's share, then the target's over it."""
-    nhwc = _channels_last(x)
-    gradient = torch.zeros_like(x, memory_format=torch.channels_last if nhwc else torch.contiguous_format)
-    zero = gradient.new_zeros(())
-    for (entry, window), reached in zip(windows.positions, windows.reached, strict=True):
-        gradient[entry] = torch.where(reached, g_rest[window], zero)
-    _planes(gradient, nhwc).scatter_(1 if nhwc else -1, _planes(indices, nhwc), _planes(g_target, nhwc))
-    return gradient
+def _stock(t: Tensor) -> Tensor:
+    """From (B, *spatial, I) to the layout that stock takes: (B, I, *spatial)."""
+    return t.movedim(-1, 1)
 
 
-def _maxima(x: Tensor, indices: Tensor) -> Tensor:
-    """The output once more, from the input."""
-    nhwc = _channels_last(x)
-    flat = _planes(x, nhwc).gather(1 if nhwc else -1, _planes(indices, nhwc))
-    if not nhwc:
-        return flat.view(indices.shape)
-    n, c, h, w = indices.shape
-    return flat.view(n, h, w, c).permute(0, 3, 1, 2)
+def _windows(geometry: Geometry, x: Tensor, windows: Sequence[int]) -> Windows:
+    # In float32 at least: fp16 and bf16 can neither count nor hold beta / k + (1 - beta) for a large beta.
+    x = x if x.dtype == torch.float64 else x.float()
+    return Windows(x, geometry.spans(x.shape[1:-1], windows), windows)
 
 
-def _channels_last(x: Tensor) -> bool:
-    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+def _target(geometry: Geometry, selection: Selection | None, x: Tensor, indices: Tensor) -> Tensor:
+    """Of (B, *spatial, I): the last tied entry's index, or with a selection that says so a random one's."""
+    windows = _windows(geometry, x, indices.shape[1:-1])
+    count = windows.count
+    if data_dependent(x) and (count.numel() == 0 or count.amax() <= 1):
+        return indices
+    if selection is not None and selection.jacobians.max_pool == "random":
+        generator = selection.generator(x.device)
+        draw = torch.rand(count.shape, dtype=count.dtype, device=x.device, generator=generator)
+        found = windows.nth((draw * count).floor())
+    else:
+        found = windows.last()
+    if data_dependent(x) and count.amin() > 0:
+        return found
+    return torch.where(count > 0, found, indices)
 
 
-def _planes(t: Tensor, nhwc: bool) -> Tensor:
-    """Each channel's plane as one dimension, without a copy where the layout is this one."""
-    return t.permute(0, 2, 3, 1).flatten(1, 2) if nhwc else t.flatten(-2)
+def _give(geometry: Geometry, weights: _Weights, g: Tensor, x: Tensor, target: Tensor) -> Tensor:
+    """Of (B, *spatial, I): the input's gradient."""
+    look = data_dependent(x)
+    windows = _windows(geometry, x, g.shape[1:-1])
+    count = windows.count
+
+    def stock(g: Tensor) -> Tensor:
+        return geometry.backward(_stock(g), _stock(x), _stock(target)).movedim(1, -1)
+
+    if look and (count.numel() == 0 or count.amax() <= 1):
+        return stock(g)
+    share, whole, each = weights
+    wide = g.to(count.dtype)
+    tied = partial(aten.threshold_backward.default, self=count, threshold=1.5)
+    untied = partial(aten.threshold_backward.default, self=-count, threshold=-1.5)
+    rest = torch.div(share, count) + each
+    if geometry.disjoint(x.shape[1:-1]):  # each entry is written once, its coefficient formed before the product
+        alone = untied(wide)
+        gradient = windows.give(tied(wide * rest) + alone).to(g.dtype)
+        if not look or whole != 0 or count.amin() == 0:  # a NaN's window has reached nothing yet
+            value = (tied(wide * (rest + whole)) + alone).to(g.dtype)
+            gradient.flatten(1, -2).scatter_(1, target.flatten(1, -2), value.flatten(1, -2))
+        return gradient
+    # An entry that no tied window reaches keeps the stock gradient, bit for bit.
+    alone = (
+        untied(g, self=-count.to(g.dtype)) if look and whole == 0 else (tied(wide * whole) + untied(wide)).to(g.dtype)
+    )
+    return (stock(alone).to(wide.dtype) + windows.give(tied(wide * rest))).to(g.dtype)
 
 
-def pool2d(
-    x: Tensor,
-    selection: Selection,
-    kernel: _Pair,
-    stride: _Pair,
-    padding: _Pair,
-    dilation: _Pair,
-    ceil_mode: bool,
-    return_indices: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+def _take(geometry: Geometry, weights: _Weights, v: Tensor, x: Tensor, target: Tensor) -> Tensor:
+    """Of (B, *spatial, I): the output's tangent."""
+    at_target = v.flatten(1, -2).gather(1, target.flatten(1, -2)).view(target.shape)
+    if _is_vertex(weights):
+        return at_target
+    windows = _windows(geometry, x, target.shape[1:-1])
+    share, whole, each = weights
+    rest = torch.div(share, windows.count) + each
+    wide = v.to(windows.count.dtype)
+    shared = windows.take(wide) * rest + at_target.to(wide.dtype) * whole
+    return torch.where(windows.count > 1, shared.to(v.dtype), at_target)
+
+
+def pool(x: Tensor, selection: Selection, geometry: Geometry, return_indices: bool = False) -> Any:
     """Max-pool with the choice that ``selection`` names at backward time.
 
     Args:
-        x: Input of shape (N, C, H, W) or (C, H, W), floating dtype.
+        x: Input of shape (N, C, *spatial) or (C, *spatial), floating dtype.
         selection: The choice, read when the backward runs; the published rule is read here too.
-        kernel: Window height and width.
-        stride: Steps between windows.
-        padding: Implicit -inf padding.
-        dilation: Steps between the entries of a window.
-        ceil_mode: Round the output's size up.
+        geometry: The windows, of one dimension, two or three.
         return_indices: Also return the flat index of the entry that PyTorch picks.
 
     Returns:
-        The stock result, bit for bit under the exact rule: shape (N, C, H', W') or (C, H', W').
+        The stock result, bit for bit under the exact rule, shape (N, C, *windows) or (C, *windows); with
+        ``return_indices`` a tuple of it and of the indices.
+
+    Raises:
+        ValueError: If a window has no entries; if the choice has no published rule.
     """
-    geometry = (kernel, stride, padding, dilation, ceil_mode)
-    if any(p and d > 1 for p, d in zip(padding, dilation, strict=True)):
-        _refuse_empty_windows(x, *geometry)
-    if not (torch.is_grad_enabled() and x.requires_grad):
-        output, indices = aten.max_pool2d_with_indices.default(x, *geometry)
+    published = selection.jacobians.rule == "published"
+    if published and not (isinstance(geometry, Regular) and geometry.dims == 2):
+        if selection.pool_weights() != _NATIVE or selection.jacobians.max_pool == "random":
+            raise ValueError(
+                "the published rule exists for max_pool2d only, the one pooling that the papers' code has; give "
+                f'rule="exact", or the reference choice here (given max_pool={selection.jacobians.max_pool!r})'
+            )
+        published = False
+    if geometry.dims == 1:  # one row, as stock does it
+        result = pool(x.unsqueeze(-2), selection, geometry.of_a_row(), return_indices)
+        return tuple(r.squeeze(-2) for r in result) if return_indices else result.squeeze(-2)
+    x = _autocast(x, geometry, return_indices)
+    if isinstance(geometry, Regular):
+        _refuse_empty_windows(x, geometry)
+    if not _differentiable(x):
+        output, indices = geometry.forward(x)
     else:
-        output, indices = _MaxPool2d.apply(x, selection, *geometry)
-    if selection.jacobians.rule == "published":
+        function = _MaxPool if torch.compiler.is_compiling() else _TransformableMaxPool
+        output, indices = function.apply(x, geometry, selection)
+    if published:
         beta = selection.jacobians.max_pool or 0.0
         if isinstance(beta, str):
             raise ValueError(f'the published rule of max pooling takes a number beta; given "{beta}"')
-        minimal = _MaxPool2d.apply(x, _fixed(Jacobians(max_pool="minimal")), *geometry)[0]
-        native = aten.max_pool2d_with_indices.default(x, *geometry)[0]
+        minimal = pool(x, fixed(Jacobians(max_pool="minimal")), geometry)
+        native = pool(x, fixed(Jacobians()), geometry)
         output = beta * minimal + (1 - beta) * native
     return (output, indices) if return_indices else output
 
 
-def _refuse_empty_windows(
-    x: Tensor, kernel: _Pair, stride: _Pair, padding: _Pair, dilation: _Pair, ceil_mode: bool
-) -> None:
+def _autocast(x: Tensor, geometry: Geometry, return_indices: bool) -> Tensor:
+    """The input as autocast on a CPU gives it to the stock operation."""
+    if x.dtype not in (torch.float16, torch.bfloat16) or x.device.type != "cpu" or geometry.dims != 3:
+        return x
+    widened = torch.is_autocast_enabled("cpu") and not (isinstance(geometry, Regular) and return_indices)
+    return x.float() if widened else x
+
+
+def _refuse_empty_windows(x: Tensor, geometry: Regular) -> None:
     """Padding and dilation together can place all entries of a window outside; stock then writes out of bounds."""
+    if not any(p and d > 1 for p, d in zip(geometry.padding, geometry.dilation, strict=True)):
+        return
+    sizes = x.shape[-geometry.dims :]
     with torch.device("meta"):
-        windows = F.max_pool2d(torch.empty(1, *x.shape[-2:]), kernel, stride, padding, dilation, ceil_mode).shape[-2:]
-    for size, n, k, s, p, d in zip(x.shape[-2:], windows, kernel, stride, padding, dilation, strict=True):
-        if any(all(not 0 <= o * s - p + i * d < size for i in range(k)) for o in range(n)):
+        windows = geometry.forward(torch.empty(1, *sizes))[0].shape[1:]
+    for spans, n in zip(geometry.spans(sizes, windows), windows, strict=True):
+        if {i for _, reached in spans for i in range(n)[reached]} != set(range(n)):
             raise ValueError(
-                f"max pooling of size {tuple(x.shape[-2:])} with kernel {kernel}, stride {stride}, padding {padding} "
-                f"and dilation {dilation} has a window without entries, for which stock PyTorch's backward writes "
-                "out of bounds. Use less padding or dilation."
+                f"max pooling of size {tuple(sizes)} with kernel {geometry.kernel}, stride {geometry.stride}, padding "
+                f"{geometry.padding} and dilation {geometry.dilation} has a window without entries, for which stock "
+                "PyTorch's backward writes out of bounds. Use less padding or dilation."
             )
+
+
+def tied_windows(x: Tensor, geometry: Geometry) -> Tensor:
+    """How many entries of each window reach its maximum.
+
+    Args:
+        x: Input of shape (N, C, *spatial) or (C, *spatial), floating dtype.
+        geometry: The windows.
+
+    Returns:
+        Counts of the output's shape, float32 or float64; 0 where the maximum is NaN, more than 1 at a tie.
+    """
+    if geometry.dims == 1:
+        return tied_windows(x.unsqueeze(-2), geometry.of_a_row()).squeeze(-2)
+    with torch.no_grad():
+        output = geometry.forward(x)[0]
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        count = lambda x, y: _windows(geometry, x, y.shape[1:-1]).count  # noqa: E731 # said once, here
+        return _in_parts(count, geometry, output, (x, output), dtype=dtype)
+
+
+def _jacobian(jacobian: float | MaxPoolChoice | None, rule: Rule, seed: int) -> Selection:
+    """A named choice can be shared by all calls; "random" has a stream, so each call starts its own."""
+    jacobians = Jacobians(max_pool=jacobian, rule=rule)
+    return Selection(jacobians, seed) if jacobian == "random" else fixed(jacobians)
+
+
+def regular(
+    dims: int, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
+) -> Regular:
+    """The windows that the arguments of ``max_pool1d``, ``max_pool2d`` or ``max_pool3d`` describe.
+
+    Args:
+        dims: The number of spatial dimensions.
+        kernel_size: A number for all dimensions, alone or in a list, or a list of one each; as all that follow.
+        stride: Steps between windows; None or empty is the kernel's size.
+        padding: Implicit -inf padding.
+        dilation: Steps between the entries of a window.
+        ceil_mode: Round the output's size up.
+
+    Returns:
+        The windows.
+    """
+    kernel = _each(dims, kernel_size)
+    steps = kernel if stride is None or stride == [] or stride == () else _each(dims, stride)
+    return Regular(kernel, steps, _each(dims, padding), _each(dims, dilation), bool(ceil_mode))
+
+
+def adaptive(dims: int, x: Tensor, output_size: Any) -> Adaptive:
+    """The windows that the arguments of ``adaptive_max_pool1d``, ``2d`` or ``3d`` describe.
+
+    Args:
+        dims: The number of spatial dimensions.
+        x: The input.
+        output_size: A number for all dimensions, alone or in a list, or a list of one each; None is the input's size.
+
+    Returns:
+        The windows.
+    """
+    given = output_size if isinstance(output_size, Sequence) else (output_size,)
+    given = tuple(given) * dims if len(given) == 1 else given
+    return Adaptive(tuple(int(size if n is None else n) for n, size in zip(given, x.shape[-dims:], strict=True)))
+
+
+def _each(dims: int, given: Any) -> tuple[int, ...]:
+    given = tuple(given) if isinstance(given, Sequence) else (given,)
+    return tuple(int(n) for n in (given * dims if len(given) == 1 else given))
+
+
+def max_pool1d(
+    x: Tensor,
+    kernel_size: int | tuple[int],
+    stride: int | tuple[int] | None = None,
+    padding: int | tuple[int] = 0,
+    dilation: int | tuple[int] = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+    *,
+    jacobian: float | MaxPoolChoice | None = None,
+    seed: int = 0,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""1-d max pooling with a chosen element of its generalised Jacobian.
+
+    The choices, and what PyTorch and the other libraries return at ties, are those of :func:`max_pool2d`, of which
+    this is one row.
+
+    Args:
+        x: Input of shape (N, C, L) or (C, L), floating dtype.
+        kernel_size: Window length.
+        stride: Steps between windows; ``None`` is the kernel size.
+        padding: Implicit -inf padding, at most half the kernel.
+        dilation: Steps between the entries of a window.
+        ceil_mode: Round the output's size up.
+        return_indices: Also return the index, within each channel, of the entry that PyTorch picks.
+        jacobian: As in :func:`max_pool2d`.
+        seed: Seeds the private random stream of ``jacobian="random"``.
+
+    Returns:
+        ``torch.nn.functional.max_pool1d(...)``, bit for bit.
+
+    Raises:
+        ValueError: If the choice is unknown; if padding and dilation leave a window without entries.
+
+    Example:
+        >>> x = torch.tensor([[3.0, 3.0, 1.0, 2.0]], requires_grad=True)
+        >>> max_pool1d(x, 2, jacobian=0.5).sum().backward()
+        >>> x.grad
+        tensor([[0.7500, 0.2500, 0.0000, 1.0000]])
+    """
+    geometry = regular(1, kernel_size, stride, padding, dilation, ceil_mode)
+    return pool(x, _jacobian(jacobian, "exact", seed), geometry, return_indices)  # type: ignore[no-any-return]
 
 
 def max_pool2d(
@@ -317,36 +547,151 @@ def max_pool2d(
         tensor([[[[0.2500, 0.2500],
                   [0.2500, 0.2500]]]])
     """
-    jacobians = Jacobians(max_pool=jacobian, rule=rule)
-    # A named choice can be shared by all calls; "random" has a stream, so each call starts its own.
-    selection = Selection(jacobians, seed) if jacobian == "random" else _fixed(jacobians)
-    pair = torch.nn.modules.utils._pair
-    kernel = pair(kernel_size)
-    return pool2d(
-        x,
-        selection,
-        kernel,
-        pair(stride) if stride else kernel,
-        pair(padding),
-        pair(dilation),
-        ceil_mode,
-        return_indices,
-    )
+    geometry = regular(2, kernel_size, stride, padding, dilation, ceil_mode)
+    return pool(x, _jacobian(jacobian, rule, seed), geometry, return_indices)  # type: ignore[no-any-return]
 
 
-def tied_windows(x: Tensor, kernel: _Pair, stride: _Pair, padding: _Pair, dilation: _Pair, ceil_mode: bool) -> Tensor:
-    """How many entries of each window reach its maximum.
+def max_pool3d(
+    x: Tensor,
+    kernel_size: int | _Triple,
+    stride: int | _Triple | None = None,
+    padding: int | _Triple = 0,
+    dilation: int | _Triple = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+    *,
+    jacobian: float | MaxPoolChoice | None = None,
+    seed: int = 0,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""3-d max pooling with a chosen element of its generalised Jacobian.
+
+    The Clarke Jacobian at ties and the choices are those of :func:`max_pool2d`. PyTorch gives the whole gradient to
+    the first tied entry in row-major order, and so do the choices ``"native"``, ``"first"`` and ``beta = 0``.
+
+    Args:
+        x: Input of shape (N, C, D, H, W) or (C, D, H, W), floating dtype.
+        kernel_size: Window depth, height and width.
+        stride: Steps between windows; ``None`` is the kernel size.
+        padding: Implicit -inf padding, at most half the kernel.
+        dilation: Steps between the entries of a window.
+        ceil_mode: Round the output's size up.
+        return_indices: Also return the flat index, within each channel, of the entry that PyTorch picks.
+        jacobian: As in :func:`max_pool2d`.
+        seed: Seeds the private random stream of ``jacobian="random"``.
+
+    Returns:
+        ``torch.nn.functional.max_pool3d(...)``, bit for bit.
+
+    Raises:
+        ValueError: If the choice is unknown; if padding and dilation leave a window without entries.
+
+    Example:
+        >>> x = torch.zeros(1, 2, 2, 2, requires_grad=True)
+        >>> max_pool3d(x, 2, jacobian="minimal").sum().backward()
+        >>> x.grad.unique()
+        tensor([0.1250])
+    """
+    geometry = regular(3, kernel_size, stride, padding, dilation, ceil_mode)
+    return pool(x, _jacobian(jacobian, "exact", seed), geometry, return_indices)  # type: ignore[no-any-return]
+
+
+def adaptive_max_pool1d(
+    x: Tensor,
+    output_size: int | tuple[int],
+    return_indices: bool = False,
+    *,
+    jacobian: float | MaxPoolChoice | None = None,
+    seed: int = 0,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""1-d adaptive max pooling with a chosen element of its generalised Jacobian; see :func:`adaptive_max_pool2d`.
+
+    Args:
+        x: Input of shape (N, C, L) or (C, L), floating dtype.
+        output_size: The number of windows.
+        return_indices: Also return the index, within each channel, of the entry that PyTorch picks.
+        jacobian: As in :func:`max_pool2d`.
+        seed: Seeds the private random stream of ``jacobian="random"``.
+
+    Returns:
+        ``torch.nn.functional.adaptive_max_pool1d(...)``, bit for bit.
+
+    Raises:
+        ValueError: If the choice is unknown.
+
+    Example:
+        >>> x = torch.tensor([[3.0, 3.0, 1.0, 2.0]], requires_grad=True)
+        >>> adaptive_max_pool1d(x, 1, jacobian="last").sum().backward()
+        >>> x.grad
+        tensor([[0., 1., 0., 0.]])
+    """
+    return pool(x, _jacobian(jacobian, "exact", seed), adaptive(1, x, output_size), return_indices)  # type: ignore[no-any-return]
+
+
+def adaptive_max_pool2d(
+    x: Tensor,
+    output_size: int | tuple[int | None, int | None] | None,
+    return_indices: bool = False,
+    *,
+    jacobian: float | MaxPoolChoice | None = None,
+    seed: int = 0,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""2-d adaptive max pooling with a chosen element of its generalised Jacobian.
+
+    Of n windows over s entries, window i holds the entries from :math:`\lfloor i s / n \rfloor` up to
+    :math:`\lceil (i + 1) s / n \rceil`, in each dimension; neighbours overlap where n does not divide s. The Clarke
+    Jacobian at ties and the choices are those of :func:`max_pool2d`; PyTorch takes the first tied entry in row-major
+    order. JAX and TensorFlow have no such operation.
 
     Args:
         x: Input of shape (N, C, H, W) or (C, H, W), floating dtype.
-        kernel: Window height and width.
-        stride: Steps between windows.
-        padding: Implicit -inf padding.
-        dilation: Steps between the entries of a window.
-        ceil_mode: Round the output's size up.
+        output_size: The number of windows, one for both dimensions or one each; None is the input's size.
+        return_indices: Also return the flat index, within each channel, of the entry that PyTorch picks.
+        jacobian: As in :func:`max_pool2d`.
+        seed: Seeds the private random stream of ``jacobian="random"``.
 
     Returns:
-        Counts of the output's shape, uint8 or int32; 0 where the maximum is NaN, more than 1 at a tie.
+        ``torch.nn.functional.adaptive_max_pool2d(...)``, bit for bit.
+
+    Raises:
+        ValueError: If the choice is unknown.
+
+    Example:
+        >>> x = torch.zeros(1, 2, 2, requires_grad=True)
+        >>> adaptive_max_pool2d(x, 1, jacobian="minimal").sum().backward()
+        >>> x.grad
+        tensor([[[0.2500, 0.2500],
+                 [0.2500, 0.2500]]])
     """
-    output = aten.max_pool2d_with_indices.default(x, kernel, stride, padding, dilation, ceil_mode)[0]
-    return _Windows(x, output, kernel, stride, padding, dilation).count(output)
+    return pool(x, _jacobian(jacobian, "exact", seed), adaptive(2, x, output_size), return_indices)  # type: ignore[no-any-return]
+
+
+def adaptive_max_pool3d(
+    x: Tensor,
+    output_size: int | tuple[int | None, int | None, int | None] | None,
+    return_indices: bool = False,
+    *,
+    jacobian: float | MaxPoolChoice | None = None,
+    seed: int = 0,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""3-d adaptive max pooling with a chosen element of its generalised Jacobian; see :func:`adaptive_max_pool2d`.
+
+    Args:
+        x: Input of shape (N, C, D, H, W) or (C, D, H, W), floating dtype.
+        output_size: The number of windows, one for all dimensions or one each; None is the input's size.
+        return_indices: Also return the flat index, within each channel, of the entry that PyTorch picks.
+        jacobian: As in :func:`max_pool2d`.
+        seed: Seeds the private random stream of ``jacobian="random"``.
+
+    Returns:
+        ``torch.nn.functional.adaptive_max_pool3d(...)``, bit for bit.
+
+    Raises:
+        ValueError: If the choice is unknown.
+
+    Example:
+        >>> x = torch.zeros(1, 2, 2, 2, requires_grad=True)
+        >>> adaptive_max_pool3d(x, (1, 2, None), jacobian="sum").sum().backward()
+        >>> x.grad.unique()
+        tensor([1.])
+    """
+    return pool(x, _jacobian(jacobian, "exact", seed), adaptive(3, x, output_size), return_indices)  # type: ignore[no-any-return]

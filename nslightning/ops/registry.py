@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nslightning.ops.max_pool import pool2d, tied_windows
+from nslightning.ops.comparing import ABSOLUTE_FUNCTIONS, ABSOLUTE_MODULES, COMPARING
+from nslightning.ops.max_pool import adaptive, pool, regular, tied_windows
+from nslightning.ops.operation import Call, Operation, positional, spelled
 from nslightning.ops.pointwise import POINTWISE, pointwise
 from nslightning.ops.selection import Selection
 
@@ -18,6 +20,7 @@ __all__ = [
     "FUNCTIONS",
     "MODULES",
     "OPERATIONS",
+    "UNREACHED",
     "UNSUPPORTED_FUNCTIONS",
     "UNSUPPORTED_MODULES",
     "Call",
@@ -26,43 +29,6 @@ __all__ = [
 ]
 
 aten = torch.ops.aten
-
-
-class Call(NamedTuple):
-    """One evaluation of an operation, whatever spelling it came in."""
-
-    x: Tensor
-    parameters: tuple[Any, ...] = ()
-    inplace: bool = False
-    return_indices: bool = False
-
-
-@dataclass(frozen=True, eq=False)
-class Operation:
-    """A nonsmooth operation.
-
-    Args:
-        name: The field of :class:`~nslightning.Jacobians` that chooses its Jacobian.
-        apply: Evaluates a call under a selection.
-        ties: Counts a call's ties: ``(tied evaluations, all evaluations)``.
-        modules: The module classes that are this operation, each with what turns ``(module, *args)`` into a
-            call.
-        functions: The functions and methods that are, each with what turns its arguments into a call; this
-            returns None where the arguments make it another operation.
-    """
-
-    name: str
-    apply: Callable[[Selection, Call], Any]
-    ties: Callable[[Call], tuple[int, int]]
-    modules: dict[type[nn.Module], Callable[..., Call | None]] = field(default_factory=dict)
-    functions: dict[Callable, Callable[..., Call | None]] = field(default_factory=dict)
-
-    def __reduce__(self) -> Any:
-        return _operation, (self.name,)  # one of each kind: pickles and copies name it
-
-
-def _operation(name: str) -> Operation:
-    return OPERATIONS[name]
 
 
 def _apply_pointwise(name: str) -> Callable[[Selection, Call], Tensor]:
@@ -78,8 +44,7 @@ def _pointwise_ties(name: str) -> Callable[[Call], tuple[int, int]]:
 
 
 def _apply_pool(selection: Selection, call: Call) -> Tensor | tuple[Tensor, Tensor]:
-    kernel, stride, padding, dilation, ceil_mode = call.parameters
-    return pool2d(call.x, selection, kernel, stride, padding, dilation, ceil_mode, call.return_indices)
+    return cast(Tensor, pool(call.x, selection, *call.parameters, return_indices=call.return_indices))
 
 
 def _pool_ties(call: Call) -> tuple[int, int]:
@@ -87,7 +52,8 @@ def _pool_ties(call: Call) -> tuple[int, int]:
     return int(torch.count_nonzero(count > 1)), count.numel()
 
 
-def _pool_call(
+def _regular_pool(
+    dims: int,
     x: Tensor,
     kernel_size: Any,
     stride: Any = None,
@@ -96,14 +62,41 @@ def _pool_call(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Call:
-    kernel = _two(kernel_size)
-    stride = kernel if stride is None or stride == [] or stride == () else _two(stride)
-    return Call(x, (kernel, stride, _two(padding), _two(dilation), ceil_mode), return_indices=return_indices)
+    geometry = regular(dims, kernel_size, stride, padding, dilation, ceil_mode)
+    return Call(x, (geometry,), return_indices=return_indices)
 
 
-def _two(given: Any) -> tuple[int, int]:
-    """One number for both dimensions, alone or in a list, or two."""
-    return (int(given[0]), int(given[-1])) if isinstance(given, Sequence) else (int(given), int(given))
+def _adaptive_pool(dims: int, x: Tensor, output_size: Any, return_indices: bool = False) -> Call:
+    return Call(x, (adaptive(dims, x, output_size),), return_indices=return_indices)
+
+
+def _pool_modules() -> dict[type[nn.Module], Callable[..., Call | None]]:
+    """Max pooling of every dimension, and adaptive."""
+    modules: dict[type[nn.Module], Callable[..., Call | None]] = {}
+    for dims in (1, 2, 3):
+        modules[getattr(nn, f"MaxPool{dims}d")] = lambda m, x, dims=dims: _regular_pool(
+            dims, x, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices
+        )
+        modules[getattr(nn, f"AdaptiveMaxPool{dims}d")] = lambda m, x, dims=dims: _adaptive_pool(
+            dims, x, m.output_size, m.return_indices
+        )
+    return modules
+
+
+def _pool_functions() -> dict[Callable, Callable[..., Call | None]]:
+    """The same in torch's homes and ATen; those that return indices do so whatever an argument says."""
+    functions: dict[Callable, Callable[..., Call | None]] = {}
+    for dims in (1, 2, 3):
+        for name, call in ((f"max_pool{dims}d", _regular_pool), (f"adaptive_max_pool{dims}d", _adaptive_pool)):
+            plain = partial(call, dims)
+            indexed = lambda *args, plain=plain, **kwargs: plain(*args, **kwargs)._replace(return_indices=True)  # noqa: E731 # one for each name
+            homes = [home for home in (torch, aten) if hasattr(home, name)]
+            functions |= spelled(plain, getattr(F, name))
+            functions |= spelled(plain if call is _regular_pool else indexed, *(getattr(home, name) for home in homes))
+            with_indices = f"{name}_with_indices"
+            homes = [home for home in (F, torch, aten) if hasattr(home, with_indices)]
+            functions |= spelled(indexed, *(getattr(home, with_indices) for home in homes))
+    return functions
 
 
 def _relu6_call(x: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Call | None:
@@ -112,6 +105,25 @@ def _relu6_call(x: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace:
 
 def _hardtanh_call(x: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Call | None:
     return Call(x, (min_val, max_val), inplace) if (min_val, max_val) != (0, 6) else None
+
+
+def _clamp_call(
+    x: Tensor, min: Any = None, max: Any = None, *, inplace: bool = False, out: Tensor | None = None
+) -> Call | None:
+    # Between tensors, the bounds have gradients too.
+    numbers = (min, max) != (None, None) and all(b is None or isinstance(b, (int, float)) for b in (min, max))
+    return Call(x, (min, max), inplace) if numbers and out is None else None
+
+
+def _rrelu_call(
+    x: Tensor,
+    lower: float = 1 / 8,
+    upper: float = 1 / 3,
+    training: bool = False,
+    inplace: bool = False,
+    generator: torch.Generator | None = None,
+) -> Call | None:
+    return Call(x, (lower, upper, training), inplace) if generator is None else None
 
 
 def _elu_call(
@@ -126,27 +138,9 @@ def _plain(name: str) -> dict[Callable, Callable[..., Call | None]]:
     homes = (F, torch, Tensor, aten)
     found = [f for home in homes if (f := getattr(home, name, None)) is not None]
     found_ = [f for home in homes if (f := getattr(home, f"{name}_", None)) is not None]
-    return _spelled(lambda x, inplace=False: Call(x, inplace=inplace), *found) | _spelled(
+    return spelled(lambda x, inplace=False: Call(x, inplace=inplace), *found) | spelled(
         lambda x: Call(x, inplace=True), *found_
     )
-
-
-def positional(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments as the registry takes them: PyTorch's functions and modules call the input ``input``.
-
-    Args:
-        kwargs: As given to a function or a module.
-
-    Returns:
-        The same under our name for the input.
-    """
-    return {("x" if k in ("input", "self") else k): v for k, v in kwargs.items()}
-
-
-def _spelled(call: Callable[..., Call | None], *functions: Callable) -> dict[Callable, Callable[..., Call | None]]:
-    """Functions that take the same arguments; an ATen operator also by its overload, as graphs call it."""
-    overloads = [f.default for f in functions if isinstance(f, torch._ops.OpOverloadPacket)]
-    return dict.fromkeys((*functions, *overloads), call)
 
 
 OPERATIONS: dict[str, Operation] = {
@@ -158,8 +152,8 @@ OPERATIONS: dict[str, Operation] = {
             _pointwise_ties("relu"),
             modules={nn.ReLU: lambda m, x: Call(x, inplace=m.inplace)},
             functions={F.relu: lambda x, inplace=False: Call(x, inplace=inplace)}
-            | _spelled(lambda x: Call(x), torch.relu, Tensor.relu, aten.relu)
-            | _spelled(lambda x: Call(x, inplace=True), torch.relu_, Tensor.relu_, aten.relu_),
+            | spelled(lambda x: Call(x), torch.relu, Tensor.relu, aten.relu)
+            | spelled(lambda x: Call(x, inplace=True), torch.relu_, Tensor.relu_, aten.relu_),
         ),
         Operation(
             "relu6",
@@ -170,8 +164,8 @@ OPERATIONS: dict[str, Operation] = {
                 nn.Hardtanh: lambda m, x: _relu6_call(x, m.min_val, m.max_val, m.inplace),
             },
             functions={F.relu6: lambda x, inplace=False: Call(x, inplace=inplace)}
-            | _spelled(_relu6_call, F.hardtanh, aten.hardtanh)
-            | _spelled(
+            | spelled(_relu6_call, F.hardtanh, aten.hardtanh)
+            | spelled(
                 lambda x, min_val=-1.0, max_val=1.0: _relu6_call(x, min_val, max_val, True),
                 F.hardtanh_,
                 aten.hardtanh_,
@@ -182,8 +176,8 @@ OPERATIONS: dict[str, Operation] = {
             _apply_pointwise("hardtanh"),
             _pointwise_ties("hardtanh"),
             modules={nn.Hardtanh: lambda m, x: _hardtanh_call(x, m.min_val, m.max_val, m.inplace)},
-            functions=_spelled(_hardtanh_call, F.hardtanh, aten.hardtanh)
-            | _spelled(
+            functions=spelled(_hardtanh_call, F.hardtanh, aten.hardtanh)
+            | spelled(
                 lambda x, min_val=-1.0, max_val=1.0: _hardtanh_call(x, min_val, max_val, True),
                 F.hardtanh_,
                 aten.hardtanh_,
@@ -200,24 +194,94 @@ OPERATIONS: dict[str, Operation] = {
             for name, module in (("hardswish", nn.Hardswish), ("hardsigmoid", nn.Hardsigmoid), ("selu", nn.SELU))
         ),
         Operation(
+            "clamp",
+            _apply_pointwise("clamp"),
+            _pointwise_ties("clamp"),
+            functions=spelled(_clamp_call, torch.clamp, torch.clip, Tensor.clamp, Tensor.clip, aten.clamp, aten.clip)
+            | spelled(
+                partial(_clamp_call, inplace=True),
+                torch.clamp_,
+                torch.clip_,
+                Tensor.clamp_,
+                Tensor.clip_,
+                aten.clamp_,
+                aten.clip_,
+            )
+            | spelled(lambda x, min, **k: _clamp_call(x, min, **k), torch.clamp_min, Tensor.clamp_min, aten.clamp_min)
+            | spelled(
+                lambda x, min: _clamp_call(x, min, inplace=True), torch.clamp_min_, Tensor.clamp_min_, aten.clamp_min_
+            )
+            | spelled(
+                lambda x, max, **k: _clamp_call(x, None, max, **k), torch.clamp_max, Tensor.clamp_max, aten.clamp_max
+            )
+            | spelled(
+                lambda x, max: _clamp_call(x, None, max, inplace=True),
+                torch.clamp_max_,
+                Tensor.clamp_max_,
+                aten.clamp_max_,
+            ),
+        ),
+        Operation(
+            "prelu",
+            _apply_pointwise("prelu"),
+            _pointwise_ties("prelu"),
+            modules={nn.PReLU: lambda m, x: Call(x, (m.weight,))},
+            functions=spelled(lambda x, weight: Call(x, (weight,)), F.prelu, torch.prelu, Tensor.prelu, aten.prelu),
+        ),
+        Operation(
+            "rrelu",
+            _apply_pointwise("rrelu"),
+            _pointwise_ties("rrelu"),
+            modules={nn.RReLU: lambda m, x: _rrelu_call(x, m.lower, m.upper, m.training, m.inplace)},
+            functions={F.rrelu: _rrelu_call}
+            | spelled(
+                lambda x, lower=1 / 8, upper=1 / 3, training=False, generator=None: _rrelu_call(
+                    x, lower, upper, training, generator=generator
+                ),
+                torch.rrelu,
+                aten.rrelu,
+            )
+            | spelled(
+                lambda x, lower=1 / 8, upper=1 / 3, training=False, generator=None: _rrelu_call(
+                    x, lower, upper, training, True, generator
+                ),
+                F.rrelu_,
+                torch.rrelu_,
+                aten.rrelu_,
+            ),
+        ),
+        Operation(
+            "hardshrink",
+            _apply_pointwise("hardshrink"),
+            _pointwise_ties("hardshrink"),
+            modules={nn.Hardshrink: lambda m, x: Call(x, (m.lambd,))},
+            functions=spelled(
+                lambda x, lambd=0.5: Call(x, (lambd,)),
+                F.hardshrink,
+                torch.hardshrink,
+                Tensor.hardshrink,
+                aten.hardshrink,
+            ),
+        ),
+        Operation(
             "softshrink",
             _apply_pointwise("softshrink"),
             _pointwise_ties("softshrink"),
             modules={nn.Softshrink: lambda m, x: Call(x, (m.lambd,))},
-            functions=_spelled(lambda x, lambd=0.5: Call(x, (lambd,)), F.softshrink, aten.softshrink),
+            functions=spelled(lambda x, lambd=0.5: Call(x, (lambd,)), F.softshrink, aten.softshrink),
         ),
         Operation(
             "threshold",
             _apply_pointwise("threshold"),
             _pointwise_ties("threshold"),
             modules={nn.Threshold: lambda m, x: Call(x, (m.threshold, m.value), m.inplace)},
-            functions=_spelled(
+            functions=spelled(
                 lambda x, threshold, value, inplace=False: Call(x, (threshold, value), inplace),
                 F.threshold,
                 torch.threshold,
                 aten.threshold,
             )
-            | _spelled(
+            | spelled(
                 lambda x, threshold, value: Call(x, (threshold, value), True),
                 F.threshold_,  # type: ignore[attr-defined] # torch's stubs lack it
                 torch.threshold_,
@@ -230,8 +294,8 @@ OPERATIONS: dict[str, Operation] = {
             _pointwise_ties("elu"),
             modules={nn.ELU: lambda m, x: _elu_call(x, m.alpha, inplace=m.inplace)},
             functions={F.elu: lambda x, alpha=1.0, inplace=False: _elu_call(x, alpha, inplace=inplace)}
-            | _spelled(_elu_call, aten.elu)
-            | _spelled(
+            | spelled(_elu_call, aten.elu)
+            | spelled(
                 lambda x, alpha=1.0, scale=1.0, input_scale=1.0: _elu_call(x, alpha, scale, input_scale, True),
                 F.elu_,
                 aten.elu_,
@@ -239,21 +303,27 @@ OPERATIONS: dict[str, Operation] = {
         ),
         Operation(
             "abs",
-            _apply_pointwise("abs"),
+            lambda selection, call: (
+                _apply_pointwise("abs")(selection, call) if call.within is None else call.within(selection, call.x)
+            ),
             _pointwise_ties("abs"),
-            functions=_plain("abs") | _plain("absolute") | _spelled(lambda x: Call(x), Tensor.__abs__),
+            modules=ABSOLUTE_MODULES,
+            functions=_plain("abs")
+            | _plain("absolute")
+            | spelled(lambda x: Call(x), Tensor.__abs__)
+            | ABSOLUTE_FUNCTIONS,
         ),
         Operation(
             "leaky_relu",
             _apply_pointwise("leaky_relu"),
             _pointwise_ties("leaky_relu"),
             modules={nn.LeakyReLU: lambda m, x: Call(x, (m.negative_slope,), m.inplace)},
-            functions=_spelled(
+            functions=spelled(
                 lambda x, negative_slope=0.01, inplace=False: Call(x, (negative_slope,), inplace),
                 F.leaky_relu,
                 aten.leaky_relu,
             )
-            | _spelled(
+            | spelled(
                 lambda x, negative_slope=0.01: Call(x, (negative_slope,), True),
                 F.leaky_relu_,
                 aten.leaky_relu_,
@@ -263,19 +333,10 @@ OPERATIONS: dict[str, Operation] = {
             "max_pool",
             _apply_pool,
             _pool_ties,
-            modules={
-                nn.MaxPool2d: lambda m, x: _pool_call(
-                    x, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices
-                )
-            },
-            functions=_spelled(_pool_call, F.max_pool2d, torch.max_pool2d, aten.max_pool2d)
-            | _spelled(
-                # The function form takes `return_indices` too, and returns them whatever it says.
-                lambda x, *args, **kwargs: _pool_call(x, *args, **kwargs)._replace(return_indices=True),
-                F.max_pool2d_with_indices,
-                aten.max_pool2d_with_indices,
-            ),
+            modules=_pool_modules(),
+            functions=_pool_functions(),
         ),
+        *COMPARING,
     )
 }
 
@@ -289,29 +350,35 @@ FUNCTIONS = {
     for function in dict.fromkeys(f for op in OPERATIONS.values() for f in op.functions)
 }
 
-# Nonsmooth, and not yet with a choice of ours: found and named by the surgery, never passed over in silence.
+# Nonsmooth, and without a choice of ours: found and named by the surgery, never passed over in silence.
+_SORTED = "it selects by rank: a tie is between whole orders of the entries, not between the ends of an interval"
+_POWERS = "its kinks are those of a power of an absolute value, whose derivative is infinite or 0 there"
+UNREACHED: dict[str, str] = {
+    **dict.fromkeys(("median", "nanmedian", "kthvalue", "topk"), _SORTED),
+    **dict.fromkeys(("cummax", "cummin"), "each result is a maximum of its own, and their gradients meet in one entry"),
+    **dict.fromkeys(("lp_pool1d", "lp_pool2d", "lp_pool3d"), _POWERS),
+    **dict.fromkeys(("clamp", "clamp_min", "clamp_max", "clip"), "reached where the bounds are numbers"),
+    "norm": "p-norms are reached for 1 <= p < inf; with p = inf two kinks meet, and a matrix norm is a singular value",
+    "normalize": "reached for 1 <= p < inf",
+    **dict.fromkeys(("dist", "pairwise_distance"), "reached for 1 <= p < inf"),
+    "cdist": "its norms are taken inside one kernel",
+    "multilabel_margin_loss": "its hinges, one for each pair of classes, are formed inside one kernel",
+    "triplet_margin_with_distance_loss": "its distances are functions of the caller's",
+}
+_NAMES = {"clip": "clamp", "vector_norm": "norm", "linalg_norm": "norm"}
 UNSUPPORTED_MODULES: dict[type[nn.Module], str] = {
-    nn.Hardshrink: "hardshrink", nn.PReLU: "prelu", nn.RReLU: "rrelu", nn.MaxPool1d: "max_pool1d",
-    nn.MaxPool3d: "max_pool3d",
-    nn.AdaptiveMaxPool1d: "adaptive_max_pool1d", nn.AdaptiveMaxPool2d: "adaptive_max_pool2d",
-    nn.AdaptiveMaxPool3d: "adaptive_max_pool3d", nn.FractionalMaxPool2d: "fractional_max_pool2d",
-    nn.FractionalMaxPool3d: "fractional_max_pool3d", nn.LPPool1d: "lp_pool1d", nn.LPPool2d: "lp_pool2d",
-    nn.LPPool3d: "lp_pool3d", nn.L1Loss: "l1_loss", nn.SmoothL1Loss: "smooth_l1_loss",
-    nn.HingeEmbeddingLoss: "hinge_embedding_loss", nn.CosineEmbeddingLoss: "cosine_embedding_loss",
-    nn.MarginRankingLoss: "margin_ranking_loss", nn.MultiMarginLoss: "multi_margin_loss",
-    nn.MultiLabelMarginLoss: "multilabel_margin_loss", nn.TripletMarginLoss: "triplet_margin_loss",
+    nn.FractionalMaxPool2d: "fractional_max_pool2d", nn.FractionalMaxPool3d: "fractional_max_pool3d",
+    nn.LPPool1d: "lp_pool1d", nn.LPPool2d: "lp_pool2d", nn.LPPool3d: "lp_pool3d",
+    nn.MultiLabelMarginLoss: "multilabel_margin_loss", nn.PairwiseDistance: "pairwise_distance",
+    nn.TripletMarginWithDistanceLoss: "triplet_margin_with_distance_loss",
 }  # fmt: skip
-_SAME = {"clip": "clamp"}
 UNSUPPORTED_FUNCTIONS: dict[Callable, str] = {
-    f: _SAME.get(name, name.removesuffix("_with_indices"))
+    f: _NAMES.get(name, name.removesuffix("_with_indices"))
     for name in (
-        *UNSUPPORTED_MODULES.values(), "clamp", "clamp_min", "clamp_max",
-        "clip", "max", "min", "amax", "amin", "aminmax", "maximum", "minimum", "fmax", "fmin",
-        "cummax", "cummin", "median", "nanmedian", "kthvalue", "topk", "norm", "vector_norm", "dist", "normalize",
-        *(f"{pool}_with_indices" for pool in UNSUPPORTED_MODULES.values() if "max_pool" in pool),
+        *UNREACHED, *UNSUPPORTED_MODULES.values(), "vector_norm",
+        *(f"{name}_with_indices" for name in UNSUPPORTED_MODULES.values() if "max_pool" in name),
     )
     for home in (F, torch, Tensor, torch.linalg)
-    for spelled in (name, f"{name}_")
-    if (f := getattr(home, spelled, None)) is not None
+    for spelling in (name, f"{name}_")
+    if (f := getattr(home, spelling, None)) is not None
 }  # fmt: skip
-UNSUPPORTED_FUNCTIONS[torch.linalg.norm] = "norm"
