@@ -211,9 +211,15 @@ def data_dependent(x: Tensor) -> bool:
         x: The operation's input, any shape and dtype.
 
     Returns:
-        True in eager mode on a CPU. Not while compiling or under ``torch.func`` transforms, where values are not
-        known, and not on an accelerator, where looking would wait for the device.
+        True in eager mode on a CPU. Not while compiling or tracing or under ``torch.func`` transforms, where values
+        are not known, and not on an accelerator, where looking would wait for the device.
     """
     if torch.compiler.is_compiling():
         return False
-    return x.device.type == "cpu" and torch._C._functorch.peek_interpreter_stack() is None
+    return (
+        x.device.type == "cpu"
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._len_torch_dispatch_stack() == 0
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and not torch._C._functorch.is_legacy_batchedtensor(x)  # what is_grads_batched makes
+    )

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nslightning.ops.selection import data_dependent
+
 __all__ = ["TieBits", "find_ties", "overwrite", "storage_order"]
 
 _BLOCK = 1 << 16  # entries a thread takes at a time; with a few temporaries, they fit its cache
@@ -89,7 +91,8 @@ def overwrite(
 ) -> Tensor:
     """Write new values over a gradient's tied entries and leave the bits of all others alone.
 
-    Where the result is to be differentiated again, it is made of differentiable operations instead.
+    Where the result is to be differentiated again, or ``g`` is a batch of gradients (``is_grads_batched``), it is made
+    of operations that take this.
 
     Args:
         gradient: The gradient with respect to the input; its memory may be reused.
@@ -103,7 +106,7 @@ def overwrite(
         The gradient.
     """
     inverse = tuple(sorted(range(len(order)), key=order.__getitem__))
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or not data_dependent(g):
         g = g.permute(order)
         mask = _mask(ties, g.numel()).view(g.shape)
         return torch.where(mask, value(g, mask), gradient.permute(order)).permute(inverse)
