@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["FunctionalCalls", "active", "custom_functions", "in_checkpoint"]
 
+# Linear in what gradients pass through: the boxes have none.
+_SMOOTH = ("torchvision_roi_align_default", "torchvision_ps_roi_align_default")
 _CHECKPOINT: CodeType = inspect.unwrap(checkpoint).__code__
 
 
@@ -186,7 +188,8 @@ def custom_functions(output: Any, given: Any) -> Iterator[str]:
         seen.add(node)
         cls = getattr(node, "_forward_cls", None)
         if (name := node.name()).startswith("GeneratedBackwardFor_"):
-            yield name.removeprefix("GeneratedBackwardFor_").removesuffix("Backward")
+            if (operator := name.removeprefix("GeneratedBackwardFor_").removesuffix("Backward")) not in _SMOOTH:
+                yield operator
         elif cls is not None and cls.__module__.partition(".")[0] not in ("torch", "nslightning"):
             yield f"{cls.__module__}.{cls.__qualname__}"
         elif name.startswith("torch::autograd::CppNode<"):

@@ -200,7 +200,8 @@ class Part:
 
 # ------------------------------------------------------------------------------------------- swapped classes
 # A "site" is evaluated with the choice, a "caller" has its functional calls caught ("replaced": also where
-# its forward was replaced on the instance), a module "left alone" has its own functional calls not caught.
+# its forward was replaced on the instance, and in its hooks), a module "left alone" has its own functional
+# calls not caught.
 _Role = Literal["site", "caller", "replaced", "left alone"]
 _swapped: dict[tuple[type[nn.Module], _Role], type[nn.Module]] = {}
 
@@ -303,15 +304,14 @@ def _entrance(stock: Callable[[nn.Module, str], Any], name: str) -> Callable[...
 
 def _note(part: Part, mode: FunctionalCalls, given: Any, result: Any) -> None:
     """Put what a forward evaluated into the report."""
+    report, first = part.surgery.report, not part.surgery.report.traced and mode.differentiating
+    if first:
+        for function in custom_functions(result, given):
+            mode.count(part.surgery.unreached(part, "custom", function))
     for site, evaluations in mode.evaluations.values():
         site.calls = site.calls or evaluations
-    report, first = part.surgery.report, not part.surgery.report.traced
-    if not first or not mode.differentiating:
-        return
-    for function in custom_functions(result, given):
-        mode.count(part.surgery.unreached(part, "custom", function))
-    report.traced = True
-    if part.names[0] == "" and not report.reached:
+    report.traced |= first
+    if first and part.names[0] == "" and not report.reached:
         warnings.warn(_nothing(report), PatchWarning, stacklevel=3)
 
 
@@ -694,11 +694,9 @@ def _find(model: nn.Module, surgery: Surgery) -> Iterator[tuple[nn.Module, Part,
         elif operation is not None and chosen:
             part.operation, part.cls, role = operation, cls, "site"
             rules = surgery.plan.covering(part.rules, operation.name, 0)
-            choice, why = (
-                getattr(surgery.plan.choice(rules), operation.name),
-                surgery.plan.explain(rules, operation.name),
-            )
-            part.site = Site(name, operation.name, choice, "module", kind, tuple(aliases), inplace, decided=why)
+            choice = getattr(surgery.plan.choice(rules), operation.name)
+            part.site = Site(name, operation.name, choice, "module", kind, tuple(aliases), inplace)
+            part.site.decided = surgery.plan.explain(rules, operation.name)
         elif operation is not None and module is not model:
             role = "left alone"  # its forward calls a function, which is not to be caught
         elif "forward" in module.__dict__:
@@ -706,7 +704,7 @@ def _find(model: nn.Module, surgery: Surgery) -> Iterator[tuple[nn.Module, Part,
         elif (unsupported := _whose_forward(module, UNSUPPORTED_MODULES)) is not None:
             unreached = UNSUPPORTED_MODULES[unsupported]
         elif _calls(module) or module is model:
-            role = "caller"
+            role = "replaced" if module._forward_hooks or module._forward_pre_hooks else "caller"
         if unreached is not None and chosen:
             part.site = Site(name, unreached, None, "unreached", kind, tuple(aliases), inplace)
         yield module, part, role
