@@ -358,6 +358,7 @@ UNREACHED: dict[str, str] = {
     **dict.fromkeys(("cummax", "cummin"), "each result is a maximum of its own, and their gradients meet in one entry"),
     **dict.fromkeys(("lp_pool1d", "lp_pool2d", "lp_pool3d"), _POWERS),
     **dict.fromkeys(("clamp", "clamp_min", "clamp_max", "clip"), "reached where the bounds are numbers"),
+    **dict.fromkeys(("fractional_max_pool2d", "fractional_max_pool3d"), "their windows are drawn in the forward"),
     "norm": "p-norms are reached for 1 <= p < inf; with p = inf two kinks meet, and a matrix norm is a singular value",
     "normalize": "reached for 1 <= p < inf",
     **dict.fromkeys(("dist", "pairwise_distance"), "reached for 1 <= p < inf"),
