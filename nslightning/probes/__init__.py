@@ -5,6 +5,7 @@ from nslightning.probes.divergence import NORMS, Divergence, divergence, measure
 from nslightning.probes.gradients import gradients
 from nslightning.probes.propagation import Recording, differences, recording
 from nslightning.probes.ties import Ties, counting, ties
+from nslightning.probes.worst import Worst, worst_choice
 from nslightning.probes.zone import THRESHOLDS, Zone, differs_bitwise, l1_sum, linf_sum, zone
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Divergence",
     "Recording",
     "Ties",
+    "Worst",
     "Zone",
     "cost_ratio",
     "cost_scaling",
@@ -27,5 +29,6 @@ __all__ = [
     "measure_difference",
     "recording",
     "ties",
+    "worst_choice",
     "zone",
 ]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nslightning.jacobians import Jacobians
 from nslightning.probes.gradients import gradients, wanted
-from nslightning.probes.propagation import differences, met_ties, refuse_compiled
+from nslightning.probes.propagation import differences, operation_nodes, refuse_compiled
 from nslightning.surgery import selections
 
 __all__ = ["NORMS", "SAME", "Divergence", "divergence", "measure", "measure_difference"]
@@ -99,7 +99,7 @@ def divergence(
         raise ValueError("divergence takes at least one choice, such as {'relu1': Jacobians(relu=1.0)}")
     if method == "propagate":
         refuse_compiled(model)
-        if not met_ties(loss) and selections(model):
+        if not any(operation_nodes(loss)) and selections(model):
             return dict.fromkeys(choices, replace(SAME, per_layer=dict.fromkeys(wanted(model, inputs), SAME)))
         base, changes = differences(loss, model, choices, reference, inputs=inputs, retain_graph=retain_graph)
         return {name: measure_difference(change, base) for name, change in changes.items()}

@@ -16,7 +16,7 @@ from nslightning.ops.selection import Selection
 from nslightning.probes.gradients import gradients, wanted
 from nslightning.surgery import selections, using
 
-__all__ = ["Recording", "differences", "met_ties", "recording", "refuse_compiled", "refuse_random"]
+__all__ = ["Recording", "differences", "operation_nodes", "recording", "refuse_compiled", "refuse_random"]
 
 Starts = list[tuple[GradientEdge, Tensor]]
 _Gradients = Tensor | tuple[Tensor | None, ...]
@@ -180,15 +180,15 @@ def differences(
     return base, found
 
 
-def met_ties(loss: Tensor) -> bool:
-    """Whether the graph of a loss holds an operation at which a choice may matter; nothing is evaluated.
+def operation_nodes(loss: Tensor) -> Iterator[Any]:
+    """The backward nodes of patched operations at which a choice may matter; nothing is evaluated.
 
     Args:
         loss: A tensor computed by an eager forward.
 
-    Returns:
-        False if no tie was met: the gradients under all choices are then the same. True where max pooling was, whose
-        ties are looked for in the backward.
+    Yields:
+        Each node once. None means that no tie was met, and that the gradients under all choices are the same. Max
+        pooling is always among them: its ties are looked for in the backward.
     """
     seen, stack = set(), [loss.grad_fn]
     while stack:
@@ -197,9 +197,8 @@ def met_ties(loss: Tensor) -> bool:
             continue
         seen.add(node)
         if getattr(getattr(node, "_forward_cls", None), "__module__", "").startswith("nslightning.ops."):
-            return True
+            yield node
         stack += [below for below, _ in node.next_functions]
-    return False
 
 
 def refuse_compiled(model: nn.Module) -> None:

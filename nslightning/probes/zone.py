@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from nslightning.jacobians import Jacobians
 from nslightning.ops.pointwise import POINTWISE
@@ -19,7 +17,8 @@ from nslightning.ops.registry import Call, Operation
 from nslightning.ops.selection import Selection
 from nslightning.probes.divergence import SAME, Divergence, measure
 from nslightning.probes.gradients import gradients, wanted
-from nslightning.probes.propagation import Starts, met_ties, recording, refuse_compiled, refuse_random
+from nslightning.probes.propagation import Starts, operation_nodes, recording, refuse_compiled, refuse_random
+from nslightning.probes.run import Run
 from nslightning.probes.ties import observing
 from nslightning.surgery import using
 
@@ -34,7 +33,6 @@ THRESHOLDS: dict[torch.dtype, float] = {
     torch.float64: 1e-15,
 }
 
-_T = TypeVar("_T")
 _SHRINK = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps  # 2^-29
 
 
@@ -125,7 +123,7 @@ def zone(
     """
     refuse_random(a, b)
     refuse_compiled(model)
-    run = _Run(model, loss_fn, inputs)
+    run = Run(model, loss_fn, inputs)
     with using(model, b):
         found = run.at(None, lambda loss: _compare(model, loss, a, b))
     if found is None:
@@ -136,8 +134,8 @@ def zone(
     branches = _Branches()
     with observing(model, branches.record):
         run.at(None, lambda loss: None)
-    exact, terms = run.replay(torch.float64, branches, a, b)
-    coarse, _ = run.replay(torch.float32, branches, a, b)
+    exact, terms = _replay(run, torch.float64, branches, a, b)
+    coarse, _ = _replay(run, torch.float32, branches, a, b)
     difference = _norm(exact)
     if not math.isfinite(difference):
         raise ValueError("the gradients are not finite in float64 either: parameters that diverged lie in no zone")
@@ -199,7 +197,7 @@ def _compare(model: nn.Module, loss: Tensor, a: Jacobians, b: Jacobians) -> tupl
     carried down first, with weights that keep it from cancelling.
     """
     tensors = list(wanted(model).values())
-    if not met_ties(loss):
+    if not any(operation_nodes(loss)):
         return None
     with recording(model) as met:
         (one,) = gradients(loss, model, {"": b}, retain_graph=True).values()
@@ -233,54 +231,23 @@ def _norm(tensors: Iterable[Tensor]) -> float:
 
 
 # ------------------------------------------------------------------------------------- the model over the reals
-class _Run(nn.Module):
-    """Runs a model and a loss, as they are or cast, and leaves no trace in the model or the random streams."""
+def _replay(
+    run: Run, dtype: torch.dtype, branches: _Branches, a: Jacobians, b: Jacobians
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The difference in another precision on the recorded branches, and the same with its terms scattered."""
 
-    def __init__(self, model: nn.Module, loss_fn: Callable[[Any], Tensor], inputs: Any) -> None:
-        super().__init__()
-        self.model, self.loss_fn, self.inputs = model, loss_fn, inputs
+    def carried(loss: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        branches.again = True
+        with recording(run.model) as met:
+            gradients(loss, run.model, {"": b}, retain_graph=True)
+        starts, tensors = met.starts(a), list(wanted(run.model).values())
+        size = max((float(d.detach().abs().max()) for _, d in starts), default=0.0)
+        scattered = met.carry(_scattered(starts), a, tensors)
+        return met.carry(starts, a, tensors), tuple(t * size / 256 for t in scattered)
 
-    def forward(self, body: Callable[[], Any]) -> Any:
-        return body()
-
-    def at(self, dtype: torch.dtype | None, work: Callable[[Tensor], _T]) -> _T:
-        """Do something with the loss, backwards included, while the model's tensors are casts or its own."""
-
-        def cast(t: Any) -> Any:
-            return t.detach().to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and dtype else t
-
-        def body() -> _T:
-            given = tree_map(cast, self.inputs)
-            args, kwargs = ((), given) if isinstance(given, Mapping) else (given, {})
-            output = self.model(*(args if isinstance(args, tuple) else (args,)), **kwargs)
-            return work(self.loss_fn(output))
-
-        tensors = {name: cast(buffer).clone() for name, buffer in self.named_buffers()}
-        if dtype is not None:
-            tensors |= {n: cast(p).clone().requires_grad_(p.requires_grad) for n, p in self.named_parameters()}
-        devices = sorted({t.device for t in tree_leaves(tensors) if t.device.type == "cuda"}, key=str)
-        exact = torch.autocast(devices[0].type if devices else "cpu", enabled=False) if dtype else nullcontext()
-        with torch.random.fork_rng(devices), torch.enable_grad(), exact:
-            found: _T = functional_call(self, tensors, (body,))
-        return found
-
-    def replay(
-        self, dtype: torch.dtype, branches: _Branches, a: Jacobians, b: Jacobians
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """The difference in another precision on the recorded branches, and the same with its terms scattered."""
-
-        def carried(loss: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-            branches.again = True
-            with recording(self.model) as met:
-                gradients(loss, self.model, {"": b}, retain_graph=True)
-            starts, tensors = met.starts(a), list(wanted(self.model).values())
-            size = max((float(d.detach().abs().max()) for _, d in starts), default=0.0)
-            scattered = met.carry(_scattered(starts), a, tensors)
-            return met.carry(starts, a, tensors), tuple(t * size / 256 for t in scattered)
-
-        branches.again, branches.met = False, {}
-        with observing(self.model, branches.impose):
-            return self.at(dtype, carried)
+    branches.again, branches.met = False, {}
+    with observing(run.model, branches.impose):
+        return run.at(dtype, carried)
 
 
 @dataclass

@@ -1,0 +1,67 @@
+"""Running a model and a loss without a trace, as they are or in another precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_map
+
+__all__ = ["Run"]
+
+_T = TypeVar("_T")
+
+
+class Run(nn.Module):
+    """Runs a model and a loss, as they are or cast, and leaves no trace in the model or the random streams.
+
+    Args:
+        model: A patched model.
+        loss_fn: Takes the model's output and returns a 0-d loss; an ``nn.Module`` is cast like the model.
+        inputs: The model's input, a tuple of positional or a dict of keyword arguments.
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: Callable[[Any], Tensor], inputs: Any) -> None:
+        super().__init__()
+        self.model, self.loss_fn, self.inputs = model, loss_fn, inputs
+
+    def forward(self, body: Callable[[], Any]) -> Any:
+        """Call a function; here the model's tensors are those of the run."""
+        return body()
+
+    def at(self, dtype: torch.dtype | None, work: Callable[[Tensor], _T]) -> _T:
+        """Do something with the loss, backwards included, while the model's tensors are those of the run.
+
+        Every run draws the same random numbers. Autocast holds where the model runs as it is.
+
+        Args:
+            dtype: The precision to cast parameters, buffers and inputs to; None leaves all but the buffers, which are
+                copied, the model's own.
+            work: What to do.
+
+        Returns:
+            What ``work`` returns.
+        """
+
+        def cast(t: Any) -> Any:
+            return t.detach().to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and dtype else t
+
+        def body() -> _T:
+            given = tree_map(cast, self.inputs)
+            args, kwargs = ((), given) if isinstance(given, Mapping) else (given, {})
+            output = self.model(*(args if isinstance(args, tuple) else (args,)), **kwargs)
+            return work(self.loss_fn(output))
+
+        tensors = {name: cast(buffer).clone() for name, buffer in self.named_buffers()}
+        if dtype is not None:
+            tensors |= {n: cast(p).clone().requires_grad_(p.requires_grad) for n, p in self.named_parameters()}
+        found = {t.device for t in (*self.parameters(), *self.buffers())}
+        devices = sorted((d for d in found if d.type == "cuda"), key=str)
+        exact = torch.autocast(devices[0].type if devices else "cpu", enabled=False) if dtype else nullcontext()
+        with torch.random.fork_rng(devices), torch.enable_grad(), exact:
+            result: _T = functional_call(self, tensors, (body,))
+        return result

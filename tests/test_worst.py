@@ -1,0 +1,151 @@
+"""The worst choice against all corners, tried one by one in networks whose slopes are written out."""
+
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from nslightning import Jacobians, patch, using
+from nslightning.probes import divergence, worst_choice
+
+
+class Layers(nn.Module):
+    """Two ReLUs, one below the other; rows of zeros make ties at both."""
+
+    def __init__(self, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.one, self.two, self.three = nn.Linear(3, 4), nn.Linear(4, 3), nn.Linear(3, 1)
+        self.relu1, self.relu2 = nn.ReLU(), nn.ReLU()
+        with torch.no_grad():
+            self.one.weight[:2], self.one.bias[:2] = 0, 0
+            self.two.weight[0], self.two.bias[0] = torch.tensor([1.0, -1.0, 0.0, 0.0]), 0
+
+    def forward(self, x):
+        return self.three(self.relu2(self.two(self.relu1(self.one(x)))))
+
+    def gradient(self, x, slopes):
+        """With every ReLU replaced by its slope: the Jacobian choice is then no question."""
+        a = (x @ self.one.weight.T + self.one.bias) * slopes[0]
+        b = (a @ self.two.weight.T + self.two.bias) * slopes[1]
+        loss = (b @ self.three.weight.T + self.three.bias).sin().sum()
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(self.parameters()))])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_all_corners_of_two_layers(seed):
+    model = Layers(seed).double()
+    x = torch.randn(2, 3, dtype=torch.float64)
+    with torch.no_grad():
+        pre1 = model.one(x)
+        pre2 = model.two(pre1.relu())
+    ties = [(0, *index.tolist()) for index in (pre1 == 0).nonzero()] + [
+        (1, *index.tolist()) for index in (pre2 == 0).nonzero()
+    ]
+    assert len(ties) == 6  # four at the first ReLU, two at the second
+    base = model.gradient(x, [(pre1 > 0).double(), (pre2 > 0).double()])
+    largest = 0.0
+    for corner in product((0.0, 1.0), repeat=len(ties)):
+        slopes = [(pre1 > 0).double(), (pre2 > 0).double()]
+        for (layer, i, j), slope in zip(ties, corner, strict=True):
+            slopes[layer][i, j] = slope
+        largest = max(largest, float((model.gradient(x, slopes) - base).norm()))
+    patch(model, Jacobians())
+    with using(model, Jacobians(relu=0.5)):  # what the model now takes is not the reference
+        found = worst_choice(model, lambda y: y.sin().sum(), x)
+    assert found.value == pytest.approx(largest, rel=1e-9)
+    assert found.relative == pytest.approx(largest / float(base.norm()), rel=1e-9)
+    assert set(found.sites) == {"relu1", "relu2"}
+    one_for_all = divergence(model(x).sin().sum(), model, {"1": Jacobians(relu=1.0)})["1"].l2
+    assert found.value >= one_for_all * (1 - 1e-12)
+
+
+@pytest.mark.parametrize("kernel", [(2, 2), (3, 1)], ids=["apart", "overlapping"])
+def test_all_corners_of_pooling_windows(kernel):
+    size, stride = kernel
+    torch.manual_seed(1)
+    weight = torch.randn(1, 1, 2, 2, dtype=torch.float64)
+    x = torch.randint(0, 2, (1, 1, 5, 5)).double().mul(0.5).add(1)
+    model = nn.Sequential(nn.Conv2d(1, 1, 2, bias=False), nn.MaxPool2d(size, stride)).double()
+    with torch.no_grad():
+        model[0].weight.copy_(weight.sign())
+        image = model[0](x)
+        windows = F.unfold(image, size, stride=stride)[0].T  # (windows, entries)
+        positions = F.unfold(torch.arange(16.0).view(1, 1, 4, 4), size, stride=stride)[0].T.long()
+    tied = [positions[w][windows[w] == windows[w].max()].tolist() for w in range(len(windows))]
+    assert sum(len(t) > 1 for t in tied) >= 2
+    g = torch.arange(1.0, len(tied) + 1, dtype=torch.float64)
+    patches = F.unfold(x, 2)[0].T  # the convolution's gradient at each of its outputs
+    gradient = lambda chosen: sum(g[w] * patches[p] for w, p in enumerate(chosen))  # noqa: E731
+    base = gradient([t[0] for t in tied])
+    largest = max(float((gradient(chosen) - base).norm()) for chosen in product(*tied))
+    patch(model, Jacobians())
+    found = worst_choice(model, lambda y: (y.flatten() * g).sum(), x)
+    assert 0.9 * largest <= found.value <= largest * (1 + 1e-9)
+    assert found.sites == {"1": pytest.approx(found.value)}
+
+
+def test_reference_inside_and_no_tie():
+    model = nn.Sequential(nn.Linear(1, 1), nn.ReLU())
+    with torch.no_grad():
+        model[0].weight.zero_(), model[0].bias.zero_()
+    patch(model, Jacobians())
+    x = torch.ones(1, 1)
+    assert worst_choice(model, torch.sum, x, Jacobians(relu=0.25)).value == pytest.approx(0.75 * 2**0.5)
+    assert worst_choice(model, torch.sum, x, Jacobians(relu=1.0)).value == pytest.approx(2**0.5)
+    with torch.no_grad():
+        model[0].bias.fill_(1.0)
+    found = worst_choice(model, torch.sum, x)
+    assert (found.value, found.relative, found.sites) == (0.0, 0.0, {})
+
+
+def test_networks_of_other_parts_leave_no_trace():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn, self.fc = nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Linear(3, 2)
+            self.relu, self.pool, self.six = nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.ReLU6()
+
+        def forward(self, x):
+            x = self.pool(self.relu(self.bn(self.conv(x))))
+            x = self.six(x)
+            return self.fc(F.leaky_relu(x, 0.1).mean((2, 3)))
+
+    model = Net()
+    with torch.no_grad():
+        model.bn.weight[0] = 0
+    patch(model, Jacobians())
+    x = torch.randint(0, 2, (3, 1, 8, 8)).float()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    found = worst_choice(model, lambda y: y.square().sum(), x)
+    assert found.value > 0
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert {"relu", "pool"} <= set(found.sites)
+    for choice in (Jacobians(relu=1.0, relu6=(1.0, 1.0), leaky_relu=1.0), Jacobians(max_pool="minimal")):
+        loss = model(x).square().sum()
+        assert found.value >= divergence(loss, model, {"": choice})[""].l2 * (1 - 1e-5)
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="not patched"):
+        worst_choice(nn.ReLU(), torch.sum, torch.ones(1))
+    model = nn.Sequential(nn.Linear(1, 1), nn.ReLU())
+    patch(model, Jacobians())
+
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = model
+
+        def forward(self, x):
+            return checkpoint(self.net, x, use_reentrant=False)
+
+    with torch.no_grad():
+        model[0].weight.zero_(), model[0].bias.zero_()
+    with pytest.raises(ValueError, match="run without it"):
+        worst_choice(Checkpointed(), torch.sum, torch.ones(1, 1))
+    with pytest.raises(ValueError, match="no Clarke Jacobian"):
+        worst_choice(model, torch.sum, torch.ones(1, 1), Jacobians(rule="published"))
