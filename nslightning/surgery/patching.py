@@ -37,6 +37,7 @@ __all__ = [
 ]
 
 _PART = "_nonsmooth_part"
+_ANY = torch.empty(0, 0, 0, 0, 0)  # enough dimensions for every module to say which operation it is
 
 
 class PatchWarning(UserWarning):
@@ -684,7 +685,7 @@ def _find(model: nn.Module, surgery: Surgery) -> Iterator[tuple[nn.Module, Part,
         cls = _whose_forward(module, MODULES)
         operation = None
         if cls is not None:  # the first that its parameters make it, if any: an ELU may be smooth
-            made = (op for op in MODULES[cls] if op.modules[cls](module, torch.empty(0)) is not None)
+            made = (op for op in MODULES[cls] if op.modules[cls](module, _ANY) is not None)
             operation = next(made, None)
         role: _Role | None = None
         unreached: str | None = None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nslightning.jacobians import Jacobians
+from nslightning.ops.registry import UNREACHED
 from nslightning.surgery.plan import Plan
 
 __all__ = ["PatchReport", "Site", "UnreachedError"]
@@ -98,7 +99,8 @@ def _phrase(site: Site) -> str:
             return f"{where} runs {site.kind}, whose backward is its own"
     if site.decided:
         return f"{where} calls {site.kind} in a function that it gives to torch.utils.checkpoint"
-    return f"{where} {'calls' if site.kind[:1].islower() else 'is a'} {site.kind}, which has no choice"
+    why = f" ({UNREACHED[site.operation]})" if site.operation in UNREACHED else ""
+    return f"{where} {'calls' if site.kind[:1].islower() else 'is a'} {site.kind}, which has no choice{why}"
 
 
 def _way_out(site: Site) -> str:
