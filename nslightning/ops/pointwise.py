@@ -384,7 +384,7 @@ def pointwise(operation: str, x: Tensor, selection: Selection, *parameters: Any,
         ties = [x.detach() == position for position in positions]
     else:
         found = find_ties(x.detach(), positions, order)
-        ties = [part for tie in found for part in tie if any(tie.blocks.numel() for tie in found)]
+        ties = [part for tie in found or () for part in tie]
     if not ties:  # most forwards end here
         return (op.forward_ if inplace else op.forward)(x, *parameters)
     given = [p for p in parameters if isinstance(p, Tensor)]

@@ -53,7 +53,7 @@ def storage_order(x: Tensor) -> tuple[int, ...]:
     return order if x.permute(order).is_contiguous() else tuple(range(x.dim()))
 
 
-def find_ties(x: Tensor, positions: Sequence[float], order: tuple[int, ...]) -> list[TieBits]:
+def find_ties(x: Tensor, positions: Sequence[float], order: tuple[int, ...]) -> list[TieBits] | None:
     """Find where a tensor equals each of some numbers, in one pass.
 
     Args:
@@ -62,7 +62,7 @@ def find_ties(x: Tensor, positions: Sequence[float], order: tuple[int, ...]) -> 
         order: The order of the dimensions in which to read, such as :func:`storage_order`.
 
     Returns:
-        One entry per position, with no block where there is no tie.
+        One entry per position, with no block where there is no tie; None where there is none at all.
 
     Example:
         >>> [zero] = find_ties(torch.tensor([1.0, 0.0, -0.0]), [0.0], (0,))
@@ -71,15 +71,18 @@ def find_ties(x: Tensor, positions: Sequence[float], order: tuple[int, ...]) -> 
     """
     flat = x.permute(order).reshape(-1)
     size = min(_BLOCK * max(2, torch.get_num_threads()), max(1, -(-flat.numel() // 8)) * 8)
-    marks = flat.new_zeros(size)
-    planes, weights = marks.view(8, -1), _weights(x.dtype)
+    marks = flat.new_empty(size)
     found: list[tuple[list[int], list[Tensor]]] = [([], []) for _ in positions]
     for number, block in enumerate(flat.split(size)):
+        used = marks[: block.numel()]
         for position, (blocks, bits) in zip(positions, found, strict=True):
-            if torch.eq(block, position, out=marks[: block.numel()]).sum().item():
+            if torch.eq(block, position, out=used).sum().item():
                 marks[block.numel() :] = 0
                 blocks.append(number)
-                bits.append((planes * weights).sum(0).to(torch.uint8))  # at most 255, exact in every dtype
+                # At most 255, exact in every dtype.
+                bits.append((marks.view(8, -1) * _weights(x.dtype)).sum(0).to(torch.uint8))
+    if not any(blocks for blocks, _ in found):
+        return None
     none = flat.new_empty((0, size // 8), dtype=torch.uint8)
     return [
         TieBits(torch.tensor(blocks, dtype=torch.long), torch.stack(bits) if bits else none) for blocks, bits in found
