@@ -1,4 +1,4 @@
-"""What the surgery reaches in every torchvision classifier and in one model of every timm family.
+"""What the surgery reaches in every torchvision classifier and in one model of every timm family, or in all small ones.
 
 ``python -m benchmarks.zoo`` patches each model with an example, runs it forwards and backwards on a small batch before
 and after, and writes one row: the sites reached as modules and as functions, the operations left with PyTorch's own
@@ -25,6 +25,7 @@ from timm.models import get_pretrained_cfg, list_models, list_modules
 from torch import Tensor, nn
 
 from nslightning import Jacobians, PatchReport, patch
+from nslightning.ops.registry import UNREACHED
 from nslightning.surgery import using
 
 CSV = Path(__file__).parent / "results" / "zoo.csv"
@@ -34,26 +35,28 @@ COLUMNS = (
 )  # fmt: skip
 SIZES = (64, 96, 112, 128)  # tried in turn before the model's own
 MAX_PARAMETERS = 700e6
+SMALL = 12e6  # what `--all` runs of timm
 
-# Autograd nodes of operations whose derivative is not unique somewhere, by the name that the report gives them.
+# Autograd nodes of operations whose derivative is not unique somewhere, by the name that the report gives them. What is
+# one kernel there may be two operations here: ReLU6 is Hardtanh, SELU is ELU.
 NODES = {
     "Relu": "relu", "Hardtanh": "hardtanh", "Hardswish": "hardswish", "Hardsigmoid": "hardsigmoid", "Elu": "elu",
     "LeakyRelu": "leaky_relu", "Threshold": "threshold", "Softshrink": "softshrink", "Hardshrink": "hardshrink",
-    "PreluKernel": "prelu", "RreluWithNoise": "rrelu", "Abs": "abs", "MaxPool2DWithIndices": "max_pool",
-    "MaxPool3DWithIndices": "max_pool3d", "AdaptiveMaxPool2D": "adaptive_max_pool2d",
-    "AdaptiveMaxPool3D": "adaptive_max_pool3d", "Clamp": "clamp", "ClampMin": "clamp", "ClampMax": "clamp",
-    "Max": "max", "Min": "min", "Amax": "amax", "Amin": "amin", "Aminmax": "aminmax", "Maximum": "maximum",
-    "Minimum": "minimum", "Fmax": "fmax", "Fmin": "fmin", "Cummax": "cummax", "Cummin": "cummin", "Median": "median",
-    "Nanmedian": "nanmedian", "Kthvalue": "kthvalue", "Topk": "topk", "Sort": "sort", "Norm": "norm",
-    "LinalgVectorNorm": "vector_norm", "Dist": "dist", "Cdist": "cdist", "Logit": "logit",
+    "PreluKernel": "prelu", "RreluWithNoise": "rrelu", "Abs": "abs",
+    **dict.fromkeys(("MaxPool2DWithIndices", "MaxPool3DWithIndices"), "max_pool"),
+    **dict.fromkeys(("AdaptiveMaxPool2D", "AdaptiveMaxPool3D"), "max_pool"),
+    **dict.fromkeys(("Clamp", "ClampMin", "ClampMax"), "clamp"),
+    **dict.fromkeys(("Max", "Min", "Amax", "Amin", "Aminmax"), "max"),
+    **dict.fromkeys(("Maximum", "Minimum", "Fmax", "Fmin"), "maximum"),
+    **dict.fromkeys(("Norm", "LinalgVectorNorm", "Dist"), "norm"),
+    "Cummax": "cummax", "Cummin": "cummin", "Median": "median", "Nanmedian": "nanmedian", "Kthvalue": "kthvalue",
+    "Topk": "topk", "Sort": "sort", "Cdist": "cdist", "Logit": "logit",
 }  # fmt: skip
-# What the graph calls otherwise: ReLU6 is Hardtanh, SELU is ELU, `normalize` is two nodes.
-_IN_GRAPH = {
-    "relu6": ("hardtanh",), "selu": ("elu",), "normalize": ("vector_norm", "clamp"), "norm": ("vector_norm",),
-    "clamp_min": ("clamp",), "clamp_max": ("clamp",), "max_pool1d": ("max_pool",),
-}  # fmt: skip
+_IN_GRAPH = {"relu6": ("hardtanh",), "selu": ("elu",), "normalize": ("norm", "clamp")}
 # Reference on one side, something else at every tie on the other.
-OTHER = Jacobians(relu=1.0, relu6=(1.0, 1.0), hardtanh=(1.0, 1.0), leaky_relu=0.5, abs=1.0, max_pool="minimal")
+OTHER = Jacobians(
+    relu=1.0, relu6=(1.0, 1.0), hardtanh=(1.0, 1.0), leaky_relu=0.5, abs=1.0, max_pool="minimal", clamp=(0.5, 0.5)
+)
 
 
 class TooLongError(Exception):
@@ -109,7 +112,7 @@ def reported(report: PatchReport) -> Counter[str]:
     """The calls of a report in the graph's terms."""
     found: Counter[str] = Counter()
     for site in report.sites:
-        for name in _IN_GRAPH.get(site.operation, (site.operation,)):
+        for name in _IN_GRAPH.get(site.kind, _IN_GRAPH.get(site.operation, (site.operation,))):
             found[name] += site.calls
     return found
 
@@ -217,13 +220,35 @@ def timm_models(done: set[str]) -> Iterator[tuple[str, str, Callable[[], nn.Modu
         if f"timm/{family}" in done:
             continue
         if (name := smallest(family)) is not None:
-            config = get_pretrained_cfg(name, allow_unregistered=True)
-            size = (getattr(config, "input_size", None) or (3, 224, 224))[-1]
-            yield f"timm/{family}", name, lambda name=name: timm.create_model(name), size
+            yield f"timm/{family}", name, lambda name=name: timm.create_model(name), image_size(name)
+
+
+def small_timm_models(done: set[str]) -> Iterator[tuple[str, str, Callable[[], nn.Module], int]]:
+    """Every timm model of at most `SMALL` parameters that is not done, one size of network after the other."""
+    sizes = {
+        (size, family, name)
+        for family in list_modules()
+        for name, size in parameters(family).items()
+        if name not in done and size <= SMALL
+    }
+    for _, family, name in sorted(sizes):
+        yield f"timm/{family}", name, lambda name=name: timm.create_model(name), image_size(name)
+
+
+def image_size(name: str) -> int:
+    """The size of the images that a timm model was made for."""
+    config = get_pretrained_cfg(name, allow_unregistered=True)
+    return (getattr(config, "input_size", None) or (3, 224, 224))[-1]
 
 
 def smallest(family: str) -> str | None:
-    """The model of a timm family with the fewest parameters; its miniatures for tests do not count."""
+    """The model of a timm family with the fewest parameters."""
+    sizes, names = parameters(family), list_models(module=family)
+    return min(sizes, key=sizes.__getitem__) if sizes else (names[0] if names else None)
+
+
+def parameters(family: str) -> dict[str, int]:
+    """The number of parameters of a timm family's models; its miniatures for tests do not count."""
     sizes: dict[str, int] = {}
     for name in list_models(module=family):
         if name.startswith("test_"):
@@ -234,8 +259,7 @@ def smallest(family: str) -> str | None:
         except Exception:  # one that cannot be built without data is measured only where it is alone
             continue
         sizes[name] = sum(p.numel() for p in model.parameters())
-    names = list_models(module=family)
-    return min(sizes, key=sizes.__getitem__) if sizes else (names[0] if names else None)
+    return sizes
 
 
 def run(family: str, name: str, build: Callable[[], nn.Module], size: int, seconds: int) -> dict[str, object]:
@@ -259,6 +283,11 @@ def run(family: str, name: str, build: Callable[[], nn.Module], size: int, secon
     except Exception as error:
         row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
     return row | {"seconds": round(time.perf_counter() - start, 1)}
+
+
+def library(family: str) -> str:
+    """The package that a family is of."""
+    return family.partition("/")[0]
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -285,8 +314,9 @@ def page(rows: list[dict[str, str]]) -> str:
     lines = [
         "# The zoo",
         "",
-        "What `nslightning.patch` reaches in every torchvision classification model and in the smallest model of every",
-        "timm family. Made by `python -m benchmarks.zoo` (its first lines say what is measured), from",
+        "What `nslightning.patch` reaches in every torchvision classification model, in the smallest model of every",
+        "timm family and, with `--all`, in every timm model of at most 12 M parameters. Made by",
+        "`python -m benchmarks.zoo --all` (its first lines say what is measured), from",
         "`benchmarks/results/zoo.csv`, on a CPU, in evaluation mode, with random weights and a batch of one random and",
         f"one black image; torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}.",
         "",
@@ -306,6 +336,7 @@ def page(rows: list[dict[str, str]]) -> str:
             f"{sum(r['gradients'] == 'equal' for r in good)} of {len(good)}."
         )
     lines.append(f"- **Left to PyTorch**, calls over all models: {_ranking(ran, 'unreached')}.")
+    lines += [f"  - {name}: {UNREACHED[name]}." for name in sorted(total(ran, "unreached")) if name in UNREACHED]
     lines.append(f"- **In the autograd graph and in no report**: {_ranking(ran, 'missed')}.")
     lines += [
         "",
@@ -344,24 +375,35 @@ def _ranking(rows: list[dict[str, str]], column: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--family", choices=("torchvision", "timm"), help="one library only")
+    parser.add_argument("--all", action="store_true", help="every timm model of at most 12 M parameters too")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long; go on another time")
     parser.add_argument("--out", type=Path, default=Path("docs/zoo.md"), help="the table")
     parser.add_argument("--csv", type=Path, default=CSV, help="the rows; those that are there are not run again")
     parser.add_argument("--seconds", type=int, default=60, help="the time limit of a model")
     args = parser.parse_args()
     rows = read(args.csv)
     args.csv.parent.mkdir(parents=True, exist_ok=True)
-    names, families = {row["model"] for row in rows}, {row["family"] for row in rows}
+    done, families = {(library(row["family"]), row["model"]) for row in rows}, {row["family"] for row in rows}
     todo = (
         (torchvision_models() if args.family != "timm" else iter(())),
         (timm_models(families) if args.family != "torchvision" else iter(())),
+        (
+            small_timm_models({name for home, name in done if home == "timm"})
+            if args.all and args.family != "torchvision"
+            else iter(())
+        ),
     )
+    end = time.monotonic() + 60 * args.minutes
     with args.csv.open("a", newline="", encoding="utf-8") as file:
         out = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if not rows:
             out.writeheader()
         for family, name, build, size in (model for some in todo for model in some):
-            if family == "torchvision" and name in names:
+            if time.monotonic() > end:
+                break
+            if (library(family), name) in done:
                 continue
+            done.add((library(family), name))
             row = run(family, name, build, size, args.seconds)
             print(*row.values(), flush=True)
             out.writerow(row)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -16,8 +17,11 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))  # the benchmarks a
 zoo = importlib.import_module("benchmarks.zoo")
 
 MODULES = (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.Hardsigmoid, nn.LeakyReLU, nn.MaxPool2d)
-FUNCTIONS = {"relu", "relu_", "relu6", "hardtanh", "hardswish", "hardsigmoid", "leaky_relu", "abs", "max_pool2d"}
-WITHOUT_CHOICE = {"clamp", "clamp_", "amax", "max", "maximum", "normalize", "norm"}
+FUNCTIONS = {
+    "relu", "relu_", "relu6", "hardtanh", "hardswish", "hardsigmoid", "leaky_relu", "abs", "max_pool2d", "clamp",
+    "clamp_", "amax", "max", "maximum", "normalize", "norm",
+}  # fmt: skip
+WITHOUT_CHOICE = {"topk", "median", "cummax"}
 
 
 class Calls(TorchFunctionMode):
@@ -61,6 +65,7 @@ MODELS = {
     "resnet18": (torchvision.models.resnet18, 64),  # modules that run several times
     "densenet121": (torchvision.models.densenet121, 64),  # F.relu once
     "swin_v2_t": (torchvision.models.swin_v2_t, 64),  # clamp and normalize
+    "a rank": (lambda: Net(lambda x: F.relu(x).topk(2, 3)[0]), 64),
     "timm hard-swish": (lambda: timm.create_model("mobilenetv3_small_050"), 64),
     "timm GELU": (lambda: timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2), 64),
     "timm amax": (lambda: timm.create_model("hiera_tiny_224", stages=(1, 1, 1, 1)), 224),
@@ -90,9 +95,11 @@ def test_row_against_independent_counts(name):
             assert row["functional"] == 1
             assert row["moved"] > 0
         case "swin_v2_t":
-            assert left["clamp"] > 0
+            assert functions["clamp"] == functions["normalize"] / 2 > 0
         case "timm amax":
-            assert left["amax"] > 0
+            assert functions["amax"] > 0
+        case "a rank":
+            assert left["topk"] == 1
 
 
 class Net(nn.Module):
@@ -113,7 +120,8 @@ class Net(nn.Module):
         (nn.functional.elu, {}),  # smooth
         (nn.functional.selu, {"elu": 1}),
         (lambda x: nn.functional.elu(x, 0.5), {"elu": 1}),
-        (lambda x: x.amax(1, keepdim=True) + x.sort(1)[0], {"amax": 1, "sort": 1}),
+        (lambda x: x.amax(1, keepdim=True) + x.sort(1)[0], {"max": 1, "sort": 1}),
+        (lambda x: nn.functional.normalize(x), {"norm": 1, "clamp": 1}),
         (nn.functional.gelu, {}),
     ],
 )
@@ -189,3 +197,26 @@ def test_resumes_and_writes_the_page(tmp_path, monkeypatch, capsys):
 def test_smallest_of_a_family():
     assert zoo.smallest("vgg") == "vgg11"
     assert zoo.smallest("mobilenetv3") == "mobilenetv3_small_050"
+
+
+def test_all_small_models_are_run_and_none_twice(tmp_path, monkeypatch):
+    sizes = {"a": {"big": 13_000_000, "small": 9}, "b": {"tiny": 3, "densenet121": 5}}
+    built = []
+    monkeypatch.setattr(zoo, "list_modules", lambda: list(sizes))
+    monkeypatch.setattr(zoo, "parameters", sizes.__getitem__)
+    monkeypatch.setattr(zoo, "image_size", lambda name: 8)
+    monkeypatch.setattr(zoo.timm, "create_model", lambda name: built.append(name) or Net(nn.ReLU()))
+    file = tmp_path / "zoo.csv"
+    base = ["zoo", f"--out={tmp_path}/zoo.md", f"--csv={file}"]
+    monkeypatch.setattr(
+        zoo, "torchvision_models", lambda: iter([("torchvision", "densenet121", lambda: Net(nn.ReLU()), 8)])
+    )
+    monkeypatch.setattr("sys.argv", [*base, "--family=timm", "--minutes=0", "--all"])
+    zoo.main()
+    assert zoo.read(file) == []
+    for extra in ([], ["--all"], ["--all"]):
+        monkeypatch.setattr("sys.argv", [*base, *extra])
+        zoo.main()
+    rows = [(r["family"], r["model"]) for r in zoo.read(file)]
+    assert rows == [("torchvision", "densenet121"), ("timm/a", "small"), ("timm/b", "tiny"), ("timm/b", "densenet121")]
+    assert set(built) == {"small", "tiny", "densenet121"}
