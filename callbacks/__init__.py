@@ -11,5 +11,15 @@ from .run_record import RunRecord
 from .step_seed import StepSeed
 from .tie_monitor import TieMonitor
 from .twin_divergence import TwinDivergence
+from .weight_divergence import WeightDivergence
+from .zone_monitor import ZoneMonitor
 
-__all__ = ["GradientDivergence", "RunRecord", "StepSeed", "TieMonitor", "TwinDivergence"]
+__all__ = [
+    "GradientDivergence",
+    "RunRecord",
+    "StepSeed",
+    "TieMonitor",
+    "TwinDivergence",
+    "WeightDivergence",
+    "ZoneMonitor",
+]

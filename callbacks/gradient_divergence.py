@@ -1,9 +1,11 @@
 """How far the gradients of other Jacobian choices are from the one in use, while training."""
 
+import math
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,11 +16,14 @@ import torch._functorch.config
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from nslightning.jacobians import Jacobians
-from nslightning.probes import NORMS, Divergence, differences, gradients, measure, measure_difference
+from nslightning.models import Twins
+from nslightning.probes import NORMS, Divergence, gradients, measure, measure_difference
+from nslightning.probes.propagation import Recording, recording, refuse_random
 from nslightning.runs import forget_from
 from nslightning.surgery import selections
 
@@ -26,15 +31,20 @@ from .logging import append_rows, interval, log_step, run_folder
 
 __all__ = ["GradientDivergence"]
 
-_RESERVED = {"seconds", "per_layer"}  # divergence/... that are no choice
+_RESERVED = {"seconds", "share", "per_layer"}  # divergence/... that are no choice
+_FIRST_WAIT = 10  # steps that an adaptive interval is timed on
 
 
 class GradientDivergence(Callback):
     """Measures the divergence between the Jacobian choice in use and other ones, on the loss being trained.
 
-    Every ``every_n_steps`` optimizer steps the training forward serves one extra backward pass per choice; the
-    gradients of the choice in use are those of the training backward itself. Training is bit for bit what it is
-    without the callback: parameters' ``grad``, random streams and buffers are left as they were.
+    At a measured step the training forward and backward serve, too: their graph is kept for what each choice adds to
+    it. Training is bit for bit what it is without the callback: parameters' ``grad``, random streams and buffers are
+    left as they were.
+
+    By default a step is measured whenever that keeps the time spent on measuring under ``budget`` as a share of the
+    time spent on training. Which steps that are depends on the clock: ``divergence.csv`` says which they were, and a
+    resumed run goes on with the account. A number for ``every_n_steps`` measures the same steps in each run.
 
     Gradients are unscaled (fp16 loss scaling, gradient accumulation) and, under DDP, taken on each process's own batch
     for all choices and then averaged over the processes, as DDP does with the gradients it trains on. With gradient
@@ -49,6 +59,8 @@ class GradientDivergence(Callback):
     ``divergence/<choice>/relative``  ``l2`` over the norm of the gradient in use
     ``divergence/<choice>/cosine``  cosine of the angle between the two gradients
     ``divergence/seconds``          time that the measurement took
+    ``divergence/share``            time that all measurements took over the time of all training steps so far, without
+                                    them; from the second measured step on
     ``divergence/per_layer``        W&B only: a table of the same norms per parameter
     =============================== ==================================================================
 
@@ -57,16 +69,18 @@ class GradientDivergence(Callback):
 
     Args:
         choices: The choices to compare with the one in use, by the name they are logged under.
-        every_n_steps: Optimizer steps between two measurements.
+        every_n_steps: Optimizer steps between two measurements; ``"auto"`` keeps them within the budget.
         per_layer: Also record every parameter's divergence.
-        method: ``"subtract"`` compares whole gradients: what rounding makes of another order of summation counts too.
-            ``"propagate"`` carries the difference itself down from the ties
-            (:func:`nslightning.probes.differences`): exact zeros where no tie matters, elsewhere the rounding of the
-            difference's own terms, not of the gradients; for one more backward pass per measurement and less for each
-            choice. Not for compiled models, nor with ``"random"`` in use.
+        method: ``"propagate"`` carries the difference itself down from the ties
+            (:func:`nslightning.probes.recording`): exact zeros where no tie matters, elsewhere the rounding of the
+            difference's own terms, not of the gradients, and no backward where no tie was met. ``"subtract"`` compares
+            whole gradients, one backward for each choice: what rounding makes of another order of summation counts
+            too. ``"auto"`` propagates unless the model is compiled or a choice is ``"random"``, and says so.
+        budget: The share of the training time that an automatic interval spends on measuring.
 
     Raises:
-        ValueError: If there is no choice, a name cannot be part of a metric's name, or the interval is not positive.
+        ValueError: If there is no choice, a name cannot be part of a metric's name, or the interval or the budget is
+            not positive.
 
     Example:
         >>> callback = GradientDivergence({"relu1": Jacobians(relu=1.0)}, every_n_steps=10)
@@ -75,27 +89,36 @@ class GradientDivergence(Callback):
     def __init__(
         self,
         choices: dict[str, Jacobians],
-        every_n_steps: int = 50,
+        every_n_steps: int | Literal["auto"] = "auto",
         per_layer: bool = True,
-        method: Literal["subtract", "propagate"] = "subtract",
+        method: Literal["auto", "propagate", "subtract"] = "auto",
+        budget: float = 0.05,
     ) -> None:
-        if not choices:
-            raise ValueError("GradientDivergence takes at least one choice, such as {'relu1': {'relu': 1.0}}")
-        bad = [name for name in choices if not re.fullmatch(r"[\w.+-]+", name) or name in _RESERVED]
-        if bad:
-            raise ValueError(
-                "a choice's name becomes part of divergence/<choice>/<norm>: letters, digits and _.+- only, and not "
-                f"{' or '.join(sorted(_RESERVED))}; given {', '.join(map(repr, bad))}"
-            )
-        self.choices, self.every_n_steps, self.per_layer = dict(choices), interval(every_n_steps), per_layer
-        self.method = method
+        checked_names("GradientDivergence", "divergence/<choice>/<norm>", choices, _RESERVED)
+        if not budget > 0:
+            raise ValueError(f"budget is a share of the training time, such as 0.05; given {budget}")
+        self.choices, self.per_layer, self.method = dict(choices), per_layer, method
+        self.every_n_steps = every_n_steps if every_n_steps == "auto" else interval(every_n_steps)
+        self.budget = budget
+        self._spent, self._trained, self._next = 0.0, 0.0, 0  # seconds, seconds, and a step
+        self._propagates = False
         self._measured_step = -1
+        self._batch_start = 0.0
+        self._recorded: Recording | None = None
         self._others: dict[str, dict[str, Tensor]] = {}
         self._own: dict[str, Tensor] = {}
         self._hooks: list[RemovableHandle] = []
         self._seconds = 0.0
         self._folder = Path()
-        self._settings = ExitStack()
+        self._settings, self._open = ExitStack(), ExitStack()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The account of the time spent, for a run that goes on."""
+        return {"spent": self._spent, "trained": self._trained, "next": self._next}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the account."""
+        self._spent, self._trained, self._next = (state_dict[k] for k in ("spent", "trained", "next"))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what cannot be measured; keep a compiled backward's graph usable more than once."""
@@ -105,11 +128,22 @@ class GradientDivergence(Callback):
             )
         if not pl_module.automatic_optimization:
             raise ValueError("GradientDivergence measures at Lightning's own backward; manual optimization has none")
+        if isinstance(pl_module, Twins):
+            raise ValueError("GradientDivergence compares the choices in one network; twins have TwinDivergence")
         in_use = [selection.jacobians for selection in selections(pl_module).values()]
-        if self.method == "propagate" and (is_compiled(pl_module) or any(j.max_pool == "random" for j in in_use)):
-            raise ValueError('method "propagate" is not for compiled models nor the "random" choice: use "subtract"')
-        if self.method == "propagate" and len(set(in_use)) > 1:
-            raise ValueError('parts patched with different choices need method "subtract"')
+        self._propagates = self.method != "subtract"
+        if self._propagates:
+            try:
+                refuse_random(*in_use, *self.choices.values())
+                if type(pl_module).backward is not LightningModule.backward:
+                    raise ValueError("a backward of the module's own cannot be told to keep the graph")
+                if is_compiled(pl_module):
+                    raise ValueError("a compiled model's ties cannot be recorded: only method='subtract' takes it")
+            except ValueError as reason:
+                if self.method == "propagate":
+                    raise
+                rank_zero_info(f"GradientDivergence subtracts gradients instead of propagating differences: {reason}")
+                self._propagates = False
         if isinstance(trainer.strategy, ParallelStrategy) and not isinstance(trainer.strategy, DDPStrategy):
             raise ValueError(
                 "GradientDivergence needs whole gradients on every process: train on one device or with "
@@ -128,22 +162,31 @@ class GradientDivergence(Callback):
         if trainer.is_global_zero:
             forget_from(self._folder / "divergence.csv", trainer.global_step)
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Start the clock."""
+        self._batch_start, self._seconds = time.perf_counter(), 0.0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep the account."""
+        self._trained += max(0.0, time.perf_counter() - self._batch_start - self._seconds)
+
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Take the other choices' gradients before the training backward frees the graph."""
+        """Take the other choices' gradients before the training backward frees the graph, or have it keep the graph."""
         step = trainer.global_step
-        if step % self.every_n_steps or step == self._measured_step:
+        due = step >= self._next if self.every_n_steps == "auto" else step % self.every_n_steps == 0
+        if not due or step == self._measured_step:
             return
         self._measured_step = step
-        start = _now(pl_module.device)
-        with undisturbed(pl_module, step):
-            if self.method == "propagate":
-                in_use = next(iter(selections(pl_module).values())).jacobians
-                self._own, self._others = differences(loss, pl_module, self.choices, in_use, retain_graph=True)
-            else:
+        if self._propagates:
+            self._recorded = self._open.enter_context(recording(pl_module))
+            self._open.enter_context(_keeping_graph(pl_module))
+        else:
+            start = _now(pl_module.device)
+            with undisturbed(pl_module, step):
                 self._others = gradients(loss, pl_module, self.choices, retain_graph=True)
-        self._seconds = _now(pl_module.device) - start
-        if self.method == "propagate":
-            return
+            self._seconds = _now(pl_module.device) - start
 
         def keep(name: str, gradient: Tensor) -> None:
             # A copy: the engine may hand this very tensor on to `grad`, where DDP and the scaler overwrite it.
@@ -158,25 +201,42 @@ class GradientDivergence(Callback):
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare with the gradients that the training backward has just produced."""
-        if not self._others:
+        if not self._hooks:
             return
         start = _now(pl_module.device)
         scale = _loss_scale(trainer)
-        others, own = self._others, self._own
+        recorded, others, own = self._recorded, self._others, self._own
         self._forget()
+        named = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
         # A parameter that the loss does not depend on got no gradient.
-        own = {
-            name: _mean(trainer, own.get(name, torch.zeros_like(p)), scale)
-            for name, p in pl_module.named_parameters()
-            if p.requires_grad
-        }
-        compare = measure_difference if self.method == "propagate" else measure
-        found = {
-            choice: compare({name: _mean(trainer, other[name], scale) for name in own}, own)
-            for choice, other in others.items()
-        }
+        own = {name: _mean(trainer, own.get(name, torch.zeros_like(p)), scale) for name, p in named.items()}
+        compare = measure
+        if recorded is not None:
+            compare, parameters = measure_difference, list(named.values())
+            with undisturbed(pl_module, trainer.global_step):
+                for choice, jacobians in self.choices.items():
+                    carried = recorded.carry(recorded.starts(jacobians), jacobians, parameters)
+                    others[choice] = dict(zip(named, carried, strict=True))
+        found = {}
+        for choice, other in others.items():
+            means = {name: _mean(trainer, other[name], scale) for name in own}
+            if recorded is not None:  # a difference may be finite where the gradients overflowed; there it is none
+                means = {name: d + (own[name] - own[name]) for name, d in means.items()}
+            found[choice] = compare(means, own)
         self._seconds += _now(pl_module.device) - start
+        self._account(trainer)
         self._record(trainer, found)
+
+    def _account(self, trainer: Trainer) -> None:
+        """Note the time spent, and when the budget allows the next measurement."""
+        self._spent += self._seconds
+        wait = _FIRST_WAIT
+        if trainer.global_step and self._trained:
+            until = (self._spent + self._seconds) / self.budget  # so long training takes to pay for another one, too
+            wait = max(1, math.ceil((until - self._trained) * trainer.global_step / self._trained))
+        self._next = trainer.global_step + wait
+        if trainer.world_size > 1:  # one clock for all processes
+            self._next = trainer.strategy.broadcast(self._next)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the figure."""
@@ -201,14 +261,16 @@ class GradientDivergence(Callback):
     def _forget(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        self._others, self._own, self._hooks = {}, {}, []
+        self._open.close()
+        self._others, self._own, self._hooks, self._recorded = {}, {}, [], None
 
     def _record(self, trainer: Trainer, found: Mapping[str, Divergence]) -> None:
         if not trainer.is_global_zero:
             return
         step = trainer.global_step
         metrics = {f"divergence/{c}/{norm}": v for c, d in found.items() for norm, v in d.norms().items()}
-        log_step(trainer, metrics | {"divergence/seconds": self._seconds})
+        share = {"divergence/share": self._spent / self._trained} if self._trained else {}
+        log_step(trainer, metrics | {"divergence/seconds": self._seconds} | share)
         rows: list[dict[str, Any]] = []
         for choice, d in found.items():
             rows.append({"step": step, "choice": choice, "parameter": "", **d.norms()})
@@ -220,6 +282,16 @@ class GradientDivergence(Callback):
                 columns = ["choice", "parameter", *NORMS]
                 data = [[row[c] for c in columns] for row in rows if row["parameter"]]
                 logger.log_table("divergence/per_layer", columns=columns, data=data, step=step)
+
+
+@contextmanager
+def _keeping_graph(module: LightningModule) -> Iterator[None]:
+    """Let the training backward keep its graph."""
+    module.backward = partial(module.backward, retain_graph=True)  # type: ignore[method-assign] # of this instance
+    try:
+        yield
+    finally:
+        del module.backward
 
 
 def _loss_scale(trainer: Trainer) -> float:
@@ -240,6 +312,35 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def checked_names(
+    callback: str, key: str, choices: Mapping[str, Jacobians], reserved: Collection[str] = ()
+) -> dict[str, Jacobians]:
+    """Check that choices can be logged under their names.
+
+    Args:
+        callback: What they were given to.
+        key: What it logs.
+        choices: The choices by name.
+        reserved: Names that it logs something else under.
+
+    Returns:
+        The choices.
+
+    Raises:
+        ValueError: If there is none, or a name cannot be part of a metric's name.
+    """
+    if not choices:
+        raise ValueError(f"{callback} takes at least one choice, such as {{'relu1': {{'relu': 1.0}}}}")
+    bad = [name for name in choices if not re.fullmatch(r"[\w.+-]+", name) or name in reserved]
+    if bad:
+        but = f", and not {' or '.join(sorted(reserved))}" if reserved else ""
+        raise ValueError(
+            f"a choice's name becomes part of {key}: letters, digits and _.+- only{but}; "
+            f"given {', '.join(map(repr, bad))}"
+        )
+    return dict(choices)
 
 
 def is_compiled(module: LightningModule) -> bool:

@@ -35,7 +35,7 @@ from nslightning import Jacobians, patch
 from nslightning.callbacks import GradientDivergence, RunRecord, StepSeed, TieMonitor
 from nslightning.callbacks import gradient_divergence as divergence_module
 from nslightning.data import Synthetic
-from nslightning.models import ImageClassifier
+from nslightning.models import ImageClassifier, Twins
 from nslightning.surgery import selections
 
 NORMS = ["l1", "l2", "linf", "relative", "cosine"]
@@ -111,7 +111,7 @@ class Module(LightningModule):
         super().__init__()
         torch.manual_seed(1)
         self.net, self.lr, self.noted = net(), lr, []
-        patch(self.net, jacobians)
+        patch(self.net, jacobians, strict=False)  # Round has a backward of its own
 
     def training_step(self, batch, batch_idx):
         self.noted.append((copy.deepcopy(self.net.state_dict()), batch))
@@ -399,9 +399,42 @@ def test_one_forward_and_one_backward_per_choice(tmp_path):
         def on_train_batch_end(self, *_):
             counts.append((Round.forwards, Round.backwards))
 
-    run = trainer(tmp_path, GradientDivergence(CHOICES, 3), TieMonitor(3), Watch())
-    run.fit(Module(Plain), data())  # which rounds twice
+    watching = GradientDivergence(CHOICES, 3, method="subtract"), TieMonitor(3), Watch()
+    trainer(tmp_path, *watching).fit(Module(Plain), data())  # which rounds twice
     assert counts == [(2, 2 * (1 + len(CHOICES))), (2, 2), (2, 2)] * 2
+
+
+def test_propagation_adds_only_what_lies_below_a_tie(tmp_path):
+    """The training backward serves as the reference's: without ties nothing is added to it."""
+    counts = []
+
+    class Watch(Callback):
+        def on_train_batch_start(self, *_):
+            Round.forwards = Round.backwards = 0
+
+        def on_train_batch_end(self, *_):
+            counts.append((Round.forwards, Round.backwards))
+
+    class Tieless(Plain):
+        def forward(self, x):
+            noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(len(counts)))
+            return super().forward(x + noise * (0 if len(counts) in (1, 3) else 1e-3))
+
+    class NoRounding(Round):
+        @staticmethod
+        def forward(ctx, x):
+            Round.forwards += 1
+            return x.clone()
+
+    module = Module(Tieless)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys.modules[__name__], "Round", NoRounding)
+        trainer(tmp_path, GradientDivergence({"relu1": CHOICES["relu1"]}, 2), Watch()).fit(module, data())
+    assert counts == [(2, 2)] * 6
+    assert (read(tmp_path)["l1"] == 0).all()
+    counts.clear()
+    trainer(tmp_path, GradientDivergence({"relu1": CHOICES["relu1"]}, 2), Watch()).fit(Module(Plain), data())
+    assert counts == [(2, 4), (2, 2)] * 3
 
 
 def test_interval_and_steps(tmp_path):
@@ -413,7 +446,8 @@ def test_interval_and_steps(tmp_path):
     assert rows["step"][rows["divergence/relu1/l1"].notna()].tolist() == [0, 4, 8]
     assert rows["step"][rows["ties/total"].notna()].tolist() == [0, 3, 6, 9]
     assert set(rows.columns) == {
-        "step", "epoch", "train/loss", "divergence/seconds", "ties/total", "ties/relu1", "ties/pool1", "ties/relu2",
+        "step", "epoch", "train/loss", "divergence/seconds", "divergence/share", "ties/total", "ties/relu1",
+        "ties/pool1", "ties/relu2",
         *(f"divergence/{choice}/{norm}" for choice in CHOICES for norm in NORMS),
     }  # fmt: skip
     logged = rows[rows["divergence/seconds"].notna()]
@@ -464,12 +498,85 @@ def test_arguments_are_checked():
     for callback in (lambda n: GradientDivergence(CHOICES, n), TieMonitor):
         with pytest.raises(ValueError, match="given 0"):
             callback(0)
+    with pytest.raises(ValueError, match="share of the training time"):
+        GradientDivergence(CHOICES, budget=0)
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+
+def adaptive(folder, monkeypatch, measuring, *callbacks, ckpt=None):
+    """The steps that an adaptive interval measures, if a step takes a second and the n-th measurement as given."""
+    clock = Clock()
+    monkeypatch.setattr(divergence_module, "time", clock)
+
+    class Slow(Module):
+        def training_step(self, batch, batch_idx):
+            clock.now += 1.0
+            return super().training_step(batch, batch_idx)
+
+    stock = divergence_module.measure_difference
+
+    def slow(*arguments):
+        clock.now += measuring(len(callback_steps(folder)))
+        return stock(*arguments)
+
+    monkeypatch.setattr(divergence_module, "measure_difference", slow)
+    callback = GradientDivergence({"relu1": CHOICES["relu1"]}, budget=2.0**-4)
+    run = trainer(folder, callback, *callbacks, max_epochs=10)
+    run.fit(Slow(Plain), data(), ckpt_path=ckpt, weights_only=True)
+    monkeypatch.undo()
+    return callback_steps(folder), callback
+
+
+def callback_steps(folder):
+    file = Path(folder, "divergence.csv")
+    return sorted(set(read(folder)["step"])) if file.exists() else []
+
+
+@pytest.mark.parametrize(
+    ("seconds", "steps"),
+    [
+        # 1/16 s may be spent for each second: four steps pay for a measurement.
+        (lambda n: 1 / 4, [0, 10, *range(12, 60, 4)]),
+        (lambda n: 1 / 64, [0, *range(10, 60)]),
+        # The first one, a warm-up, is paid off, too.
+        (lambda n: 1 / 16 if n else 1.0, [0, 10, *range(18, 60)]),
+        (lambda n: 5.0, [0, 10]),
+    ],
+)
+def test_adaptive_interval_keeps_to_its_budget(seconds, steps, tmp_path, monkeypatch):
+    found, callback = adaptive(tmp_path, monkeypatch, seconds)
+    assert found == steps
+    assert callback._trained == 60
+    assert callback._spent == sum(seconds(i) for i in range(len(steps)))
+
+
+def test_adaptive_interval_goes_on_where_it_was(tmp_path, monkeypatch):
+    saving = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
+    whole, _ = adaptive(tmp_path / "whole", monkeypatch, lambda n: 1 / 2, saving)
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "divergence.csv").write_text((tmp_path / "whole" / "divergence.csv").read_text())
+    resumed, _ = adaptive(tmp_path / "parts", monkeypatch, lambda n: 1 / 2, ckpt=tmp_path / "step=29.ckpt")
+    assert resumed == whole == [0, 10, *range(24, 60, 8)]
 
 
 class Manual(Module):
     def __init__(self, *arguments):
         super().__init__(*arguments)
         self.automatic_optimization = False
+
+
+class OwnBackward(Module):
+    def backward(self, loss):
+        loss.backward()
 
 
 def unpatched():
@@ -490,11 +597,13 @@ def compiled():
         (lambda: GradientDivergence(CHOICES), unpatched, r"patch\(model, Jacobians\(\)\)"),
         (lambda: TieMonitor(), unpatched, r"patch\(model, Jacobians\(\)\)"),
         (lambda: GradientDivergence(CHOICES), lambda: Manual(Plain), "manual optimization"),
-        (lambda: GradientDivergence(CHOICES, method="propagate"), compiled, "not for compiled models"),
+        (lambda: GradientDivergence(CHOICES, method="propagate"), compiled, "a compiled model's ties"),
+        (lambda: GradientDivergence(CHOICES, method="propagate"), lambda: OwnBackward(Plain), "of the module's own"),
+        (lambda: GradientDivergence(CHOICES), lambda: Twins({"a": NATIVE}, backbone="paper/fc"), "TwinDivergence"),
         (
             lambda: GradientDivergence(CHOICES, method="propagate"),
             lambda: Module(Plain, Jacobians(max_pool="random")),
-            'nor the "random" choice',
+            "another choice at each backward",
         ),
         (lambda: TieMonitor(), compiled, "model.compile=false"),
         (lambda: TieMonitor(), lambda: torch.compile(Module(Plain), backend="eager"), "model.compile=false"),
@@ -629,7 +738,7 @@ def test_resume_writes_every_step_once(tmp_path):
     assert equal(module.state_dict(), expected.state_dict())
     assert (parts / "divergence.csv").read_text() == (whole / "divergence.csv").read_text()
     assert "nan" in (parts / "divergence.csv").read_text()
-    seconds = ["divergence/seconds"]
+    seconds = ["divergence/seconds", "divergence/share"]
     a, b = (pd.read_csv(f / "metrics.csv", dtype=str).drop(columns=seconds) for f in (whole, parts))
     pd.testing.assert_frame_equal(a, b)
     # A run that is complete already changes nothing.
@@ -738,7 +847,8 @@ def test_wandb(tmp_path):
     parameters = [name for name, p in module.named_parameters() if p.requires_grad]
     rows = [row["divergence/per_layer/nrows"] for row in history if "divergence/per_layer/nrows" in row]
     assert rows == [len(CHOICES) * len(parameters)] * 3
-    scalars = {f"divergence/{choice}/{norm}" for choice in CHOICES for norm in NORMS} | {"divergence/seconds"}
+    scalars = {f"divergence/{choice}/{norm}" for choice in CHOICES for norm in NORMS}
+    scalars |= {"divergence/seconds", "divergence/share"}
     assert {key for key in at if key.startswith("divergence/") and "per_layer" not in key} == scalars
     assert "patch_report/nrows" in at
     run = settings["run"]

@@ -1,0 +1,129 @@
+"""How far training has moved the weights from where they were, or from another run's."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from nslightning.probes import measure
+from nslightning.runs import forget_from
+
+from .logging import append_rows, interval, log_step, run_folder
+
+__all__ = ["WeightDivergence"]
+
+
+class WeightDivergence(Callback):
+    """Measures the distance of the weights to a reference: the initial ones, a checkpoint's, or another run's.
+
+    Where the reference is a run's folder, the weights of its checkpoints are compared with the weights after as many
+    steps here, and only then: two runs that differ in their Jacobian choice alone are so compared after the fact, as
+    :class:`~nslightning.models.Twins` compares them while they train. Weights are only read. Under DDP all processes
+    hold the same ones, and the first one measures.
+
+    Logged at each measured step, of the weights before it:
+
+    ====================== =================================================================
+    ``weights/l1``         sum of the absolute differences of all weights to the reference's
+    ``weights/l2``         Euclidean norm of the difference
+    ``weights/linf``       largest absolute difference
+    ``weights/relative``   ``l2`` over the norm of the reference
+    ``weights/cosine``     cosine of the angle between the two
+    ====================== =================================================================
+
+    The run folder gets ``weights.csv``, one row per step and parameter (an empty ``parameter`` is the total), with the
+    final weights in the last rows. Checkpoints hold the initial weights where these are the reference, so that a
+    resumed run measures from the same point.
+
+    Args:
+        reference: ``"initial"``, a checkpoint file, or the folder of a run with checkpoints.
+        every_n_steps: Optimizer steps between two measurements; a run's checkpoints are compared at their own steps.
+        per_layer: Also record every parameter's difference.
+
+    Raises:
+        ValueError: If the interval is not positive, or the reference has no such weights.
+        FileNotFoundError: If the reference is no file, and no folder with checkpoints.
+    """
+
+    def __init__(self, reference: str = "initial", every_n_steps: int = 50, per_layer: bool = True) -> None:
+        self.reference, self.every_n_steps, self.per_layer = reference, interval(every_n_steps), per_layer
+        self._start: dict[str, Tensor] | None = None
+        self._fixed: dict[str, Tensor] | None = None
+        self._at_step: dict[int, Path] = {}
+        if reference == "initial":
+            return
+        path = Path(reference)
+        files = [path] if path.is_file() else sorted(Path(path, "checkpoints").glob("*.ckpt"))
+        if not files:
+            raise FileNotFoundError(
+                f"WeightDivergence: {reference} is no checkpoint, and no run folder with checkpoints/*.ckpt"
+            )
+        if path.is_file():
+            self._fixed = _read(path)["state_dict"]
+        else:
+            self._at_step = {_read(file)["global_step"]: file for file in files}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The initial weights, where they are the reference."""
+        return {"initial": self._start} if self._start is not None else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Measure from where the run began."""
+        self._start = state_dict.get("initial")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Know the folder."""
+        self._file = run_folder(trainer) / "weights.csv"
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the initial weights of a new run; drop the rows that this one will write again."""
+        if trainer.is_global_zero:
+            forget_from(self._file, trainer.global_step)
+        if self.reference == "initial" and (self._start is None or trainer.global_step == 0):
+            self._start = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Measure before the first batch of a step."""
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self._measure(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the final weights, whatever the interval."""
+        if not trainer.interrupted:
+            self._measure(trainer, pl_module, final=True)
+
+    def _measure(self, trainer: Trainer, module: LightningModule, final: bool = False) -> None:
+        step = trainer.global_step
+        due = step in self._at_step if self._at_step else final or step % self.every_n_steps == 0
+        if not due or not trainer.is_global_zero:
+            return
+        reference = self._start or self._fixed or _read(self._at_step[step])["state_dict"]
+        found = measure(*_pairs(dict(module.named_parameters()), reference, self.reference))
+        if not final:
+            log_step(trainer, {f"weights/{norm}": value for norm, value in found.norms().items()})
+        rows = [{"step": step, "parameter": "", **found.norms()}]
+        if self.per_layer:
+            rows += [{"step": step, "parameter": name, **part.norms()} for name, part in found.per_layer.items()]
+        append_rows(self._file, rows)
+
+
+def _pairs(
+    weights: Mapping[str, Tensor], reference: Mapping[str, Tensor], where: str
+) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+    """The weights and the reference's of the same names, on one device."""
+    odd = [name for name, p in weights.items() if name not in reference or reference[name].shape != p.shape]
+    if odd:
+        raise ValueError(
+            f"WeightDivergence: {where} holds no {odd[0]} of shape {tuple(weights[odd[0]].shape)}: it is the "
+            f"checkpoint of another network ({len(odd)} of {len(weights)} parameters differ)"
+        )
+    return weights, {name: reference[name].to(p.device) for name, p in weights.items()}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A checkpoint, its tensors left on disk until they are used."""
+    content: dict[str, Any] = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    return content

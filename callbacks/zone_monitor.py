@@ -1,0 +1,139 @@
+"""Whether choices give the same gradient on a training batch, another one, or another one by rounding only."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from nslightning.jacobians import Jacobians
+from nslightning.probes.zone import zone
+from nslightning.runs import forget_from
+from nslightning.surgery import selections
+
+from .gradient_divergence import checked_names, is_compiled, undisturbed
+from .logging import append_rows, interval, log_step, run_folder
+
+__all__ = ["ZoneMonitor"]
+
+_KINDS = ("regular", "bifurcation", "compensation")
+
+
+class ZoneMonitor(Callback):
+    """Tells, every so many steps, in which zone the weights lie on the training batch, for pairs of Jacobian choices.
+
+    *Regular*: both choices give the same gradient. *Bifurcation*: they give different ones. *Compensation*: they give
+    different ones in the precision trained in, and the same one over the reals (:func:`nslightning.probes.zone`, which
+    needs no threshold). The batch runs again before its training step, several times where ties matter, so this costs
+    more than :class:`GradientDivergence`, which measures on the training forward. Training is bit for bit what it is
+    without the callback. With gradient accumulation the first batch of the step is taken.
+
+    Logged every ``every_n_steps`` optimizer steps; under DDP the means over the processes, each on its own batch:
+
+    =============================== ==================================================================
+    ``zones/<choice>/bifurcation``  1 in the bifurcation zone, else 0
+    ``zones/<choice>/compensation`` 1 in the compensation zone, else 0
+    ``zones/<choice>/regular``      1 in the regular zone, else 0
+    ``zones/<choice>/observed``     Euclidean norm of the difference of the gradients as computed
+    ``zones/<choice>/difference``   the same over the reals
+    =============================== ==================================================================
+
+    The run folder gets ``zones.csv``, one row per step and choice. Where gradients are not finite there is no zone: all
+    values are NaN.
+
+    Args:
+        choices: The choices by the name they are logged under.
+        reference: What each one is compared with.
+        every_n_steps: Optimizer steps between two measurements.
+
+    Raises:
+        ValueError: If there is no choice, a name cannot be part of a metric's name, or the interval is not positive.
+    """
+
+    def __init__(
+        self,
+        choices: dict[str, Jacobians],
+        reference: Jacobians = Jacobians(),  # noqa: B008 # frozen
+        every_n_steps: int = 200,
+    ) -> None:
+        self.choices, self.reference = checked_names("ZoneMonitor", "zones/<choice>/<zone>", choices), reference
+        self.every_n_steps = interval(every_n_steps)
+        self._measured_step = -1
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what cannot be run again on the same branches."""
+        if not selections(pl_module):
+            raise ValueError("ZoneMonitor needs a patched model: call `patch(model, Jacobians())` before training")
+        if is_compiled(pl_module):
+            raise ValueError("ZoneMonitor watches activations as they are computed: train with --model.compile=false")
+        if not pl_module.automatic_optimization:
+            raise ValueError("ZoneMonitor runs the training step for its loss, and a manual one would train")
+        self._measured_step, self._file = -1, run_folder(trainer) / "zones.csv"
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Drop the rows that this run will write again."""
+        if trainer.is_global_zero:
+            forget_from(self._file, trainer.global_step)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Run the batch for its zones before it is trained on."""
+        step = trainer.global_step
+        if step % self.every_n_steps or step == self._measured_step:
+            return
+        self._measured_step = step
+        rows = []
+        for name, choice in self.choices.items():
+            values = torch.tensor(self._zone(trainer, pl_module, batch, batch_idx, choice), dtype=torch.float64)
+            if trainer.world_size > 1:
+                values = trainer.strategy.reduce(values.to(pl_module.device), reduce_op="mean")
+            row = dict(zip((*_KINDS, "observed", "difference"), values.tolist(), strict=True))
+            log_step(trainer, {f"zones/{name}/{key}": value for key, value in row.items()})
+            rows.append({"step": step, "choice": name, **row})
+        if trainer.is_global_zero:
+            append_rows(self._file, rows)
+
+    def _zone(
+        self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int, choice: Jacobians
+    ) -> list[float]:
+        """The zone as indicators, and the two norms."""
+        with (
+            undisturbed(module, trainer.global_step),
+            _silent(module),
+            trainer.precision_plugin.train_step_context(),
+        ):
+            try:
+                found = zone(_Step(module, batch_idx), _identity, (batch,), choice, self.reference)
+            except ValueError as error:
+                if "not finite" not in str(error):
+                    raise
+                return [float("nan")] * 5
+        return [*(float(found.kind == kind) for kind in _KINDS), found.observed.l2, found.difference]
+
+
+class _Step(nn.Module):
+    """The training step as a module of its batch, with the loss for output."""
+
+    def __init__(self, module: LightningModule, batch_idx: int) -> None:
+        super().__init__()
+        self.module, self.batch_idx = module, batch_idx
+
+    def forward(self, batch: Any) -> Tensor:
+        out = self.module.training_step(batch, self.batch_idx)
+        loss: Tensor = out["loss"] if isinstance(out, dict) else out
+        return loss.sum()
+
+
+def _identity(loss: Tensor) -> Tensor:
+    return loss
+
+
+@contextmanager
+def _silent(module: LightningModule) -> Iterator[None]:
+    """Let a module's training step log nothing."""
+    module.log = lambda *_, **__: None  # type: ignore[method-assign] # of this instance
+    try:
+        yield
+    finally:
+        del module.log
