@@ -396,7 +396,7 @@ def main() -> None:
     end = time.monotonic() + 60 * args.minutes
     with args.csv.open("a", newline="", encoding="utf-8") as file:
         out = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if not rows:
+        if not file.tell():
             out.writeheader()
         for family, name, build, size in (model for some in todo for model in some):
             if time.monotonic() > end:
