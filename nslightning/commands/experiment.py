@@ -1,0 +1,131 @@
+"""``nslightning experiment``: run a grid, go on with it, hold it against the papers."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["main"]
+
+_EPILOG = """\
+examples:
+  nslightning experiment configs/experiments/mnist_lenet_beta.yaml --scale smoke
+  nslightning experiment mnist_lenet_beta --scale small --workers 2 --compare
+  nslightning experiment mnist_lenet_beta --scale small --only precision=32 --only rule=exact
+  nslightning experiment mnist_lenet_beta --scale paper --set shared_lr=true --device cuda --workers 4
+
+What is finished is skipped; what failed or was interrupted is computed by the next call.
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run ``nslightning experiment``.
+
+    Args:
+        argv: The command line, from the subcommand's name on.
+
+    Returns:
+        0; 1 where cells failed; 2 where it was called wrongly; 130 after an interruption.
+    """
+    parser = argparse.ArgumentParser(
+        prog="nslightning experiment",
+        description="Run an experiment: a grid of runs, one YAML file.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("file", help="the experiment, a YAML file or the name of a packaged one")
+    parser.add_argument("--scale", default="small", help="smoke, small (default) or paper")
+    parser.add_argument("--output", default="results", help="where results are kept (default: results)")
+    parser.add_argument("--workers", type=int, help="processes side by side; by default one per core, or 4 on a GPU")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; by default a GPU where there is one")
+    parser.add_argument("--compare", action="store_true", help="print and write the table beside the published numbers")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="KEY=VALUE[|VALUE]", help="only the cells with these values"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting that wins over the file's"
+    )
+    parser.add_argument("--list", action="store_true", help="list the cells and whether they are finished; run nothing")
+    given = parser.parse_args(list(argv[1:]))
+    try:
+        return _run(given)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"nslightning experiment: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on", file=sys.stderr)
+        return 130
+
+
+def _run(given: argparse.Namespace) -> int:
+    from nslightning.experiments import Experiment, comparison, folder_of, markdown, run
+    from nslightning.experiments.engine import collect
+
+    overrides = {k: v[0] for k, v in _pairs(given.set, "--set").items()}
+    only = _pairs(given.only, "--only")
+    experiment = Experiment.read(_found(given.file), given.scale, overrides)
+    folder = folder_of(experiment, given.output)
+    if given.list:
+        cells = experiment.cells(only)
+        for planned in cells:
+            done = (folder / "cells" / f"{planned.id}.json").exists()
+            what = ", ".join(f"{k}={v}" for k, v in planned.varied.items())
+            print(f"{planned.id} {'finished' if done else 'missing '} {what}")
+        print(f"{len(cells)} cells")
+        return 0
+    device, workers = _resources(given.device, given.workers)
+    report = run(experiment, given.output, workers=workers, device=device, only=only, progress=sys.stderr)
+    failed = f", {len(report.failed)} failed (cells/*.error say why; the same command tries again)"
+    print(
+        f"{report.folder}: {report.planned} cells, {report.skipped} finished before, {report.computed} computed"
+        f"{failed if report.failed else ''}"
+    )
+    if given.compare:
+        text = markdown(experiment, compared := comparison(experiment, collect(experiment, given.output)))
+        (folder / "comparison.md").write_text(text)
+        compared.to_csv(folder / "comparison.csv", index=False, float_format="%.6g")
+        print(f"\n{text}")
+    return 1 if report.failed else 0
+
+
+def _found(file: str) -> Path:
+    """The file, or the packaged experiment of that name."""
+    from nslightning import configs
+
+    if Path(file).is_file():
+        return Path(file)
+    name = file.replace("\\", "/").removeprefix("./").removeprefix("configs/").removeprefix("experiments/")
+    try:
+        return configs.path(f"experiments/{name}")
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no file {file}. {error}") from None
+
+
+def _pairs(given: Sequence[str], option: str) -> dict[str, list[Any]]:
+    import yaml
+
+    found: dict[str, list[Any]] = {}
+    for word in given:
+        key, equals, value = word.partition("=")
+        if not equals or not key or not value:
+            raise ValueError(f"{option} takes KEY=VALUE, such as {option} precision=32; given {word!r}")
+        values = value.split("|") if option == "--only" else [value]
+        found[key] = [yaml.safe_load(v) for v in values]
+    return found
+
+
+def _resources(device: str | None, workers: int | None) -> tuple[str, int]:
+    import torch
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda"):
+        return device, workers or 4
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if (workers or cores) == 1 or workers == 1:
+        torch.set_num_threads(1)
+    return device, workers or cores

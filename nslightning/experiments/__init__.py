@@ -1,0 +1,25 @@
+"""Grids of runs, tidy results, and the published numbers they are held against."""
+
+from nslightning.experiments.cells import KINDS, Cell, Outcome, TrainCell, ZoneCell, compute, settings
+from nslightning.experiments.compare import comparison, markdown
+from nslightning.experiments.engine import Report, collect, folder_of, run
+from nslightning.experiments.grid import SCALES, Experiment, Planned
+
+__all__ = [
+    "KINDS",
+    "SCALES",
+    "Cell",
+    "Experiment",
+    "Outcome",
+    "Planned",
+    "Report",
+    "TrainCell",
+    "ZoneCell",
+    "collect",
+    "comparison",
+    "compute",
+    "folder_of",
+    "markdown",
+    "run",
+    "settings",
+]

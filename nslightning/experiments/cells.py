@@ -1,0 +1,240 @@
+"""What one run of an experiment needs to know: the settings of each kind of cell, and who computes it."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any, Literal, NamedTuple
+
+from nslightning.jacobians import Jacobians, MaxPoolChoice, Rule
+
+__all__ = ["KINDS", "Cell", "Outcome", "TrainCell", "ZoneCell", "compute", "settings"]
+
+Row = dict[str, Any]
+
+
+class Outcome(NamedTuple):
+    """What a cell found.
+
+    Args:
+        rows: Each ``{"metric": name, "value": number}`` with what it is indexed by, such as ``"epoch"`` or ``"theta"``.
+        provenance: What the numbers depend on besides the settings: data variant, device, dtype, patch fingerprint.
+    """
+
+    rows: list[Row]
+    provenance: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """What all kinds of cells share: a network under a choice, and images.
+
+    Args:
+        backbone: As for ``nslightning fit``, such as ``paper/lenet5``.
+        backbone_options: More of its options, such as ``{stem_pool: 2x2}`` or ``{norm_in_blocks: true}``.
+        batch_norm: With batch normalisation; None where the backbone has no such option.
+        width: Neurons of each hidden layer of ``paper/fc``.
+        depth: Hidden layers of ``paper/fc``.
+        relu: ReLU'(0).
+        max_pool: How max pooling shares its gradient over ties: a number beta, or a name.
+        rule: ``exact``, or ``published``: the released code's arithmetic.
+        precision: 16: all in half. 24: fp16 autocast over float32 weights. 32. 64: all in double.
+        data: A data set of :mod:`nslightning.data`.
+        data_options: Its arguments.
+        train_images: Only the first so many of the training images.
+        normalise: False leaves pixels in [0, 1], as paper A's notebooks did.
+        augment: Crop and flip where the data set has it.
+        batch_size: Images per batch.
+        seed: Seed of the weights, of the order and of the augmentation.
+    """
+
+    backbone: str
+    backbone_options: dict[str, Any] = field(default_factory=dict)
+    batch_norm: bool | None = None
+    width: int | None = None
+    depth: int | None = None
+    relu: float | Literal["random"] = 0.0
+    max_pool: float | MaxPoolChoice = 0.0
+    rule: Rule = "exact"
+    precision: Literal[16, 24, 32, 64] = 32
+    data: str = "MNIST"
+    data_options: dict[str, Any] = field(default_factory=dict)
+    train_images: int | None = None
+    normalise: bool = True
+    augment: bool = True
+    batch_size: int = 128
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.precision not in (16, 24, 32, 64):
+            raise ValueError(f"precision={self.precision} is not one of 16, 24, 32, 64 bits")
+        if (self.width is None) != (self.depth is None):
+            raise ValueError("width and depth come together: the hidden layers of paper/fc")
+        self.jacobians  # noqa: B018 # refuses what is no choice
+
+    @property
+    def jacobians(self) -> Jacobians:
+        """The choice."""
+        return Jacobians(relu=self.relu, max_pool=self.max_pool, rule=self.rule)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The backbone's options."""
+        found = dict(self.backbone_options)
+        if self.batch_norm is not None:
+            found["batch_norm"] = self.batch_norm
+        if self.width is not None and self.depth is not None:
+            found["hidden"] = [self.width] * self.depth
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainCell(Cell):
+    """A training run.
+
+    The defaults are what one should do; what the published scripts did differently is an option, off by default.
+
+    Args:
+        epochs: Passes over the training images.
+        optimizer: ``sgd`` (momentum 0.9, weight decay) or ``adam`` (PyTorch's defaults, no decay).
+        learning_rate: The first one; or ``searched``: the one that the paper's search found (published/).
+        paper: Whose search.
+        shared_lr: Published quirk (B): every value of the choice takes the rate found for 0. Off: each its own.
+        weight_decay: Of SGD.
+        schedule: ``cosine`` to zero at the end, by epoch; or ``constant``.
+        eval_batch_size: Images per test batch.
+        init: How weights are drawn; None is the backbone's own.
+        shuffle: False keeps the images in their order, as paper A's zero counts did.
+        half_loss: Published quirk (16 bits): cross-entropy in half as well. Off: from float32 logits.
+        eval_float32: Published quirk (24 bits): the test runs without autocast. Off: as the training.
+        shared_scaler: Published quirk (24 bits): one loss scaler for all runs of a process, in the order they come;
+            after one diverged run its scale may be 0. Off: each run has its own.
+        count_zeros: Count the exact zeros at ReLU inputs, per epoch.
+    """
+
+    epochs: int = 10
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    learning_rate: float | Literal["searched"] = 0.01
+    paper: Literal["A", "B"] = "B"
+    shared_lr: bool = False
+    weight_decay: float = 5e-4
+    schedule: Literal["cosine", "constant"] = "cosine"
+    eval_batch_size: int = 500
+    init: str | None = None
+    shuffle: bool = True
+    half_loss: bool = False
+    eval_float32: bool = False
+    shared_scaler: bool = False
+    count_zeros: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, allowed in (("optimizer", ("sgd", "adam")), ("schedule", ("cosine", "constant"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZoneCell(Cell):
+    """Monte Carlo over parameters: on which mini-batches do the gradients of two choices differ?
+
+    Args:
+        against: What the second choice has otherwise, such as ``{relu: 1}``.
+        thetas: How many parameter vectors are drawn, one after another.
+        init: How.
+        batches: Mini-batches per parameter vector; None goes through all training images.
+        shuffle: Whether each parameter vector meets the images in an order (and augmentation) of its own.
+        norm: ``bitwise_first_layer``: whether any bit of the first layer's weight gradient differs (paper A);
+            ``linf_sum``, ``l1_sum``: the Linf or L1 norms of the difference, summed over the parameter tensors
+            (paper B).
+        tau: A mini-batch counts where the norm is above.
+        stop_at_first: Stop a parameter vector at its first mini-batch that counts, as paper A did.
+        histogram: Report the norms by decade.
+        nan_differs: Published quirk (A): a mini-batch whose gradients are NaN under both choices counts. Off: it is
+            counted apart.
+    """
+
+    against: dict[str, Any]
+    thetas: int = 1
+    init: str = "torch"
+    batches: int | None = None
+    shuffle: bool = True
+    norm: Literal["bitwise_first_layer", "linf_sum", "l1_sum"] = "bitwise_first_layer"
+    tau: float = 0.0
+    stop_at_first: bool = False
+    histogram: bool = False
+    nan_differs: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        norms = ("bitwise_first_layer", "linf_sum", "l1_sum")
+        if self.norm not in norms:
+            raise ValueError(f"norm={self.norm!r} is not one of {', '.join(norms)}")
+        if self.precision == 24:
+            raise ValueError("zones are measured at 16, 32 or 64 bits: 24 is a training precision")
+        self.alternative  # noqa: B018 # refuses what is no choice
+
+    @property
+    def alternative(self) -> Jacobians:
+        """The second choice."""
+        return dataclasses.replace(self.jacobians, **self.against)
+
+
+#: The kinds of cells: their settings, and the function (imported when needed) that computes one on a device.
+KINDS: dict[str, tuple[type[Cell], str]] = {
+    "train": (TrainCell, "nslightning.experiments.training:train"),
+    "zones": (ZoneCell, "nslightning.experiments.zones:zones"),
+}
+
+
+def settings(kind: str, given: dict[str, Any]) -> Cell:
+    """The settings of one cell, checked.
+
+    Args:
+        kind: A key of :data:`KINDS`.
+        given: The settings by name.
+
+    Returns:
+        The cell.
+
+    Raises:
+        ValueError: If the kind, a name or a value is not known.
+
+    Example:
+        >>> settings("train", {"backbone": "paper/lenet5", "max_pool": 10}).jacobians
+        Jacobians(max_pool=10.0)
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r} is not known{_hint(kind, KINDS)} There are: {', '.join(KINDS)}")
+    made = KINDS[kind][0]
+    names = [f.name for f in dataclasses.fields(made)]
+    for name in given:
+        if name not in names:
+            raise ValueError(f"a {kind} cell has no setting {name!r}{_hint(name, names)} It has: {', '.join(names)}")
+    try:
+        return made(**given)
+    except TypeError as error:  # a setting without a default is missing
+        raise ValueError(f"a {kind} cell: {error}") from error
+
+
+def compute(kind: str, cell: Cell, device: str) -> Outcome:
+    """Compute one cell in this process.
+
+    Args:
+        kind: A key of :data:`KINDS`.
+        cell: Its settings.
+        device: Where.
+
+    Returns:
+        What it found.
+    """
+    module, _, function = KINDS[kind][1].partition(":")
+    outcome: Outcome = getattr(import_module(module), function)(cell, device)
+    return outcome
+
+
+def _hint(given: str, known: Any) -> str:
+    close = difflib.get_close_matches(given, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else "."

@@ -1,0 +1,203 @@
+"""Our numbers beside the published ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from nslightning.experiments.cells import Cell
+from nslightning.experiments.grid import Experiment, Planned
+from nslightning.experiments.published import table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["comparison", "markdown"]
+
+_KEYS = ("published", "where", "match", "metric", "at", "statistic", "drop_nan")
+_STATISTICS = ("mean", "proportion", "share")
+
+
+def comparison(experiment: Experiment, results: pd.DataFrame) -> pd.DataFrame:
+    r"""Hold an experiment against the published numbers that its file names.
+
+    Each entry of ``compare`` has ``published`` (a table of :mod:`nslightning.experiments.published`), ``where`` (the
+    rows of it that are meant), ``match`` (its columns that are our settings, ``{column: setting}``), ``metric`` (ours),
+    and ``statistic``:
+
+    - ``mean`` (default): the mean over seeds of ``metric`` at the epoch ``at``, ``last`` (default), or ``best``: each
+      run's maximum over epochs, which selects on the test images. Inside: the difference is at most two published
+      standard deviations; where none is known, nothing is said.
+    - ``proportion``: the share of parameter vectors with ``metric`` > 0.
+    - ``share``: the sum of ``metric`` over the sum of ``batches``.
+
+    A share of n draws has the standard deviation :math:`\sqrt{p(1-p)/n}`; for the last two, inside means a
+    difference of at most two standard deviations of it, those of both sides taken together, with p from both.
+
+    Runs with NaN keep the accuracy that their constant output has, as in the published tables; ``drop_nan: true``
+    leaves them out, as the published box plots did.
+
+    Args:
+        experiment: With what it is held against.
+        results: Its tidy table.
+
+    Returns:
+        One row per setting that was run: what varies (seeds aside), ``published_mean``, ``published_sd``,
+        ``published_n``, ``published_nan``, ``mean``, ``sd``, ``n``, ``nan``, ``difference``, ``inside`` (``yes``,
+        ``no``, or empty), ``data``, ``scale``. Settings that no paper ran have empty published columns.
+
+    Raises:
+        ValueError: If ``compare`` names what is not there.
+    """
+    import pandas as pd
+
+    finished = set(results["cell"]) if len(results) else set()
+    groups: dict[str, tuple[dict[str, Any], list[Planned]]] = {}
+    for planned in experiment.cells():
+        if planned.id in finished:
+            head = {k: v for k, v in planned.varied.items() if k != "seed"}
+            groups.setdefault(str(head), (head, []))[1].append(planned)
+    rows, told = [], set()
+    for must_match in (True, False):  # what no entry matches is told once, after the rest
+        for entry in experiment.compare:
+            for key, (head, cells) in groups.items():
+                theirs = _published(entry, cells[0].cell)
+                if bool(theirs) == must_match and (must_match or key not in told):
+                    ours = results[results["cell"].isin([p.id for p in cells])]
+                    rows.append(_row(head, ours, theirs, entry, experiment.scale))
+                    told.add(key)
+    return pd.DataFrame(rows)
+
+
+def _published(entry: Mapping[str, Any], cell: Cell) -> list[dict[str, Any]]:
+    """The published rows that an entry holds a cell against."""
+    for key in entry:
+        if key not in _KEYS:
+            raise ValueError(f"compare has {key!r}; known here: {', '.join(_KEYS)}")
+    published = table(entry["published"])
+    wanted = {**entry.get("where", {}), **{c: getattr(cell, s) for c, s in entry.get("match", {}).items()}}
+    for column in wanted:
+        if column not in published:
+            raise ValueError(
+                f"compare: {entry['published']} has no column {column!r}, but {', '.join(map(str, published))}"
+            )
+    found = published.to_dict("records")
+    return [{str(k): v for k, v in row.items()} for row in found if all(_equal(row[c], v) for c, v in wanted.items())]
+
+
+def _row(
+    head: Mapping[str, Any],
+    ours: pd.DataFrame,
+    theirs: list[dict[str, Any]],
+    entry: Mapping[str, Any],
+    scale: str,
+) -> dict[str, Any]:
+    statistic = entry.get("statistic", "mean")
+    if statistic not in _STATISTICS:
+        raise ValueError(f"compare.statistic={statistic!r} is not one of {', '.join(_STATISTICS)}")
+    values = ours[ours["metric"] == entry["metric"]]
+    if values.empty:
+        raise ValueError(f"compare.metric: there is no {entry['metric']!r}, but {', '.join(ours['metric'].unique())}")
+    nan = 0
+    if statistic == "mean":
+        last = values["epoch"].max()
+        diverged = set(ours.loc[(ours["metric"] == "nan") & (ours["epoch"] == last) & (ours["value"] > 0), "cell"])
+        nan = len(diverged)
+        if entry.get("drop_nan"):
+            values = values[~values["cell"].isin(diverged)]
+        best = entry.get("at", "last") == "best"
+        one = values.groupby("cell")["value"].max() if best else values[values["epoch"] == last]["value"]
+        mean, sd, n = float(one.mean()), float(one.std()), len(one)
+    elif statistic == "proportion":
+        mean, n = float((values["value"] > 0).mean()), len(values)
+        sd = _binomial(mean, n)
+    else:
+        n = int(ours.loc[ours["metric"] == "batches", "value"].sum())
+        mean = float(values["value"].sum()) / n
+        sd = _binomial(mean, n)
+    row = {
+        **head,
+        "metric": entry["metric"],
+        **{f"published_{k}": math.nan for k in ("mean", "sd", "n", "nan")},
+        "mean": mean,
+        "sd": sd,
+        "n": n,
+        "nan": nan,
+        "difference": math.nan,
+        "inside": "",
+        "data": "; ".join(dict.fromkeys(ours["data"])),
+        "scale": scale,
+    }
+    if not theirs:
+        return row
+    if len(theirs) > 1:
+        raise ValueError(f"compare: {len(theirs)} rows of {entry['published']} match {dict(head)}; add to `where`")
+    found = theirs[0]
+    there, count = float(found["mean"]), float(found.get("n", math.nan))
+    if statistic == "mean":
+        spread = limit = float(found.get("sd", math.nan))
+    else:
+        spread = _binomial(there, count)
+        pooled = (there * count + mean * n) / (count + n)
+        limit = math.sqrt(pooled * (1 - pooled) * (1 / count + 1 / n))
+    difference = mean - there
+    row |= {
+        "published_mean": there,
+        "published_sd": spread,
+        "published_n": count,
+        "published_nan": float(found.get("n_nan", 0)),
+        "difference": difference,
+        "inside": "" if math.isnan(limit) else "yes" if abs(difference) <= 2 * limit + 1e-12 else "no",
+    }
+    return row
+
+
+def _binomial(p: float, n: float) -> float:
+    return math.sqrt(p * (1 - p) / n)
+
+
+def _equal(published: Any, ours: Any) -> bool:
+    """Whether a published value and a setting are the same: numbers as numbers, networks by their own name."""
+    if isinstance(ours, bool) or str(published) in ("True", "False"):
+        return str(bool(ours)) == str(published)
+    try:
+        return math.isclose(float(published), float(ours), rel_tol=1e-9)
+    except (TypeError, ValueError):
+        return str(published) == str(ours).removeprefix("paper/")
+
+
+def markdown(experiment: Experiment, compared: pd.DataFrame) -> str:
+    """The comparison as a table to read.
+
+    Args:
+        experiment: Whose it is.
+        compared: As from :func:`comparison`.
+
+    Returns:
+        Markdown.
+    """
+    title = f"# {experiment.title or experiment.name}, {experiment.scale} scale\n"
+    if compared.empty:
+        return f"{title}\nNothing to compare: the file names no published numbers, or no cell is finished.\n"
+    numbers = ("mean", "sd", "difference")
+    names = [c for c in compared if c not in ("data", "scale", "inside")]
+    shown = compared[[*names, "inside"]].astype(object)
+    for column in shown:
+        digits = 4 if str(column).endswith(numbers) else 6
+        shown[column] = [_told(v, digits) for v in compared[column]]
+    lines = ["| " + " | ".join(map(str, shown)) + " |", "|" + "---|" * len(shown.columns)]
+    lines += ["| " + " | ".join(row) + " |" for row in shown.itertuples(index=False)]
+    notes = [
+        f"Data: {'; '.join(dict.fromkeys(compared['data']))}. Scale: {experiment.scale}.",
+        "Inside: within two standard deviations (published ones for means over runs, both sides' for shares).",
+        "Only at the paper scale do the settings equal the published ones." if experiment.scale != "paper" else "",
+        experiment.note,
+    ]
+    return "\n".join([title, *lines, "", *filter(None, notes), ""])
+
+
+def _told(value: Any, digits: int) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return "" if math.isnan(value) else f"{value:.{digits}g}"

@@ -1,0 +1,213 @@
+"""One experiment, one YAML file: what varies, what stays, and what the result is held against."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from nslightning.experiments.cells import Cell, TrainCell, settings
+from nslightning.experiments.published import searched_learning_rate
+
+__all__ = ["SCALES", "Experiment", "Planned"]
+
+#: From a check that everything runs, on the embedded data, to the published setting.
+SCALES = ("smoke", "small", "paper")
+
+_KEYS = ("kind", "title", "note", "figures", "fixed", "vary", "grids", "compare", "scales")
+
+
+class Planned(NamedTuple):
+    """A cell with its place in the grid.
+
+    Args:
+        id: Names its file; made from kind and settings, so that a grid may grow without losing what is finished.
+        varied: What distinguishes it in the grid.
+        cell: All its settings.
+    """
+
+    id: str
+    varied: dict[str, Any]
+    cell: Cell
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A grid of runs, read from YAML.
+
+    Args:
+        name: Of the folder of results.
+        kind: Of its cells: ``train`` or ``zones``.
+        scale: Which of :data:`SCALES`.
+        title: One line.
+        note: What to know when reading the result.
+        figures: The figures that are drawn from it.
+        fixed: What stays, for all cells.
+        grids: Each a mapping of settings to lists of values; the experiment is the union of their products, the first
+            setting varying slowest. ``{from: 0, count: 3}`` stands for 0, 1, 2.
+        compare: The published numbers that it is held against; see :mod:`nslightning.experiments.compare`.
+    """
+
+    name: str
+    kind: str
+    scale: str
+    title: str = ""
+    note: str = ""
+    figures: tuple[str, ...] = ()
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    grids: tuple[Mapping[str, Sequence[Any]], ...] = ({},)
+    compare: tuple[Mapping[str, Any], ...] = ()
+
+    @classmethod
+    def read(cls, file: str | Path, scale: str = "small", overrides: Mapping[str, Any] | None = None) -> Experiment:
+        """Read an experiment at one scale.
+
+        The file has ``kind``, ``fixed``, ``vary`` (one grid) or ``grids`` (several), ``compare``, and under ``scales``
+        for each scale what is otherwise there: ``fixed`` is merged, ``vary`` replaces the values of single settings in
+        every grid that has them (or adds them, where there is one grid), ``grids`` and ``compare`` replace all.
+
+        Args:
+            file: The YAML file.
+            scale: One of :data:`SCALES`.
+            overrides: Settings that win over the file's, in every cell.
+
+        Returns:
+            The experiment.
+
+        Raises:
+            ValueError: If the file is not an experiment, or has no such scale.
+        """
+        path = Path(file)
+        try:
+            content = yaml.safe_load(path.read_text())
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not YAML: {error}") from error
+        if not isinstance(content, dict) or "kind" not in content:
+            raise ValueError(f"{path} is no experiment: it names no kind. configs/experiments has examples")
+        _check_keys(path, content, _KEYS)
+        scales = content.get("scales") or {}
+        _check_keys(path, scales, SCALES)
+        if scale not in scales:
+            raise ValueError(f"{path} has no scale {scale!r}; it has {', '.join(scales) or 'none'}")
+        change = scales[scale] or {}
+        _check_keys(path, change, ("fixed", "vary", "grids", "compare"))
+        grids = content.get("grids") or [content.get("vary") or {}]
+        if "grids" in change:
+            grids = change["grids"]
+        for name, values in (change.get("vary") or {}).items():
+            having = [g for g in grids if name in g] or (grids if len(grids) == 1 else [])
+            if not having:
+                raise ValueError(f"{path}: scales.{scale}.vary.{name} is in none of the grids")
+            grids = [{**g, name: values} if g in having else g for g in grids]
+        fixed = {**(content.get("fixed") or {}), **(change.get("fixed") or {}), **(overrides or {})}
+        grids = [{k: _values(path, k, v) for k, v in g.items() if k not in (overrides or {})} for g in grids]
+        compare = change.get("compare", content.get("compare")) or []
+        return cls(
+            name=path.stem,
+            kind=content["kind"],
+            scale=scale,
+            title=content.get("title", ""),
+            note=content.get("note", ""),
+            figures=tuple(content.get("figures") or ()),
+            fixed=fixed,
+            grids=tuple(grids),
+            compare=tuple(compare if isinstance(compare, list) else [compare]),
+        )
+
+    def cells(self, only: Mapping[str, Sequence[Any]] | None = None) -> list[Planned]:
+        """Expand the grids.
+
+        Args:
+            only: Values to keep, by setting.
+
+        Returns:
+            Every cell once, in the order of the file.
+
+        Raises:
+            ValueError: If a setting is unknown, or ``only`` leaves nothing.
+        """
+        found: dict[str, Planned] = {}
+        names = {name for grid in self.grids for name in grid}
+        for grid in self.grids:
+            for values in itertools.product(*grid.values()):
+                varied = dict(zip(grid, values, strict=True))
+                cell = _with_learning_rate(settings(self.kind, {**self.fixed, **varied}))
+                varied = {name: getattr(cell, name) for name in sorted(names)}
+                planned = Planned(_identifier(self.kind, cell), varied, cell)
+                found.setdefault(planned.id, planned)
+        if not only:
+            return list(found.values())
+        unknown = [name for name in only if name not in {f.name for p in found.values() for f in _fields(p.cell)}]
+        if unknown:
+            raise ValueError(f"--only {unknown[0]}: there is no such setting{_near(unknown[0], names)}")
+        kept = [
+            p for p in found.values() if all(any(_same(getattr(p.cell, n), v) for v in vs) for n, vs in only.items())
+        ]
+        if not kept:
+            asked = ", ".join(f"{n}={'|'.join(map(str, v))}" for n, v in only.items())
+            have = "; ".join(f"{n}: {_listed(getattr(p.cell, n) for p in found.values())}" for n in only)
+            raise ValueError(f"--only {asked} leaves no cell; the grid has {have}")
+        return kept
+
+
+def _fields(cell: Cell) -> tuple[Any, ...]:
+    return dataclasses.fields(cell)
+
+
+def _with_learning_rate(cell: Cell) -> Cell:
+    if not isinstance(cell, TrainCell):
+        return cell
+    if cell.learning_rate == "searched":
+        return dataclasses.replace(cell, learning_rate=searched_learning_rate(cell))
+    return dataclasses.replace(cell, learning_rate=float(cell.learning_rate))
+
+
+def _identifier(kind: str, cell: Cell) -> str:
+    """Twelve hexadecimal digits of kind and settings that are not at their default: new settings keep old names."""
+    told = {
+        f.name: getattr(cell, f.name)
+        for f in _fields(cell)
+        if f.default is dataclasses.MISSING or getattr(cell, f.name) != f.default
+    }
+    text = json.dumps([kind, told], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _values(path: Path, name: str, given: Any) -> list[Any]:
+    if isinstance(given, dict) and set(given) == {"from", "count"}:
+        return list(range(given["from"], given["from"] + given["count"]))
+    if not isinstance(given, list) or not given:
+        raise ValueError(f"{path}: {name} varies over a list of values, or {{from: 0, count: 3}}; given {given!r}")
+    return given
+
+
+def _same(value: Any, wanted: Any) -> bool:
+    return (type(value) is type(wanted) and value == wanted) or str(value) == str(wanted) or _number(value, wanted)
+
+
+def _number(value: Any, wanted: Any) -> bool:
+    numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in (value, wanted))
+    return numbers and float(value) == float(wanted)
+
+
+def _listed(values: Iterable[Any]) -> str:
+    return ", ".join(dict.fromkeys(map(str, values)))
+
+
+def _check_keys(path: Path, content: Any, known: Sequence[str]) -> None:
+    for key in content:
+        if key not in known:
+            raise ValueError(f"{path} has {key!r}{_near(key, known)}; known here: {', '.join(known)}")
+
+
+def _near(given: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(given), list(known), n=1)
+    return f", did you mean {close[0]!r}?" if close else ""

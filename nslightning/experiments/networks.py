@@ -1,0 +1,60 @@
+"""The patched network of a cell, on its device, in its precision."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from nslightning.experiments.cells import Cell
+from nslightning.experiments.data import Loaded, load
+from nslightning.experiments.precision import PRECISIONS
+from nslightning.models.backbones import create_backbone
+from nslightning.models.paper import initialize
+from nslightning.surgery import PatchReport, patch
+
+__all__ = ["build", "loaded", "provenance"]
+
+
+def loaded(cell: Cell, device: torch.device) -> Loaded:
+    """The images of a cell."""
+    return load(
+        cell.data, tuple(sorted(cell.data_options.items())), device, cell.normalise, cell.augment, cell.train_images
+    )
+
+
+def build(cell: Cell, images: Loaded, device: torch.device, init: str | None) -> tuple[nn.Module, PatchReport]:
+    """Draw and patch a network in training mode.
+
+    The weights are drawn in float32 (float64 for 64 bits) from the cell's seed, on the CPU, then rounded.
+
+    Args:
+        cell: The settings.
+        images: What it is to classify.
+        device: Where.
+        init: How weights are drawn; None is the backbone's own.
+
+    Returns:
+        The network and what was patched.
+    """
+    torch.manual_seed(cell.seed)
+    network = create_backbone(cell.backbone, images.num_classes, images.image_shape, False, **cell.options)
+    if cell.precision == 64:
+        network.double()  # then drawn again, with all bits
+    if init is not None or cell.precision == 64:
+        initialize(network, init or "torch")  # type: ignore[arg-type] # it checks the name
+    report = patch(network, cell.jacobians, seed=cell.seed)
+    return network.to(device, PRECISIONS[cell.precision]).train(), report
+
+
+def provenance(cell: Cell, images: Loaded, report: PatchReport, device: torch.device) -> dict[str, str]:
+    """What the numbers of a cell depend on besides its settings and the code."""
+    return {
+        "data": images.variant,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "dtype": str(PRECISIONS[cell.precision]).removeprefix("torch."),
+        "arithmetic": {
+            16: "half, float32 sums" if device.type == "cpu" else "half",
+            24: "fp16 autocast, loss scaling",
+        }.get(cell.precision, "plain"),
+        "patch": report.fingerprint,
+    }

@@ -1,0 +1,165 @@
+"""How often the gradients of two choices differ: Monte Carlo over parameters and mini-batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nslightning.experiments.cells import Outcome, Row, ZoneCell
+from nslightning.experiments.data import Images, Loaded
+from nslightning.experiments.networks import build, loaded, provenance
+from nslightning.experiments.precision import PRECISIONS, computing
+from nslightning.jacobians import Jacobians
+from nslightning.models.paper import initialize
+from nslightning.models.patched import at_least_float32
+from nslightning.surgery import PatchReport, selections, using
+
+__all__ = ["difference_norm", "zones"]
+
+
+def zones(cell: ZoneCell, device: str) -> Outcome:
+    r"""Draw parameters, walk through mini-batches without updating, and count those where the gradients differ.
+
+    Paper A (section 3): theta lies in S_01 if on some mini-batch the first layer's gradient under ReLU'(0) = 0 and
+    under ReLU'(0) = 1 are not the same floats. Paper B (section 3): the share of mini-batches on which
+
+    .. math:: \sum_p \lVert \nabla_p L_{choice} - \nabla_p L_{reference} \rVert_\infty > \tau.
+
+    Both gradients are taken from one forward, in the cell's precision, and subtracted in float64. Where the choices
+    differ in ReLU'(0) alone, a forward that meets no exact zero proves that nothing differs, and no backward is taken.
+
+    Args:
+        cell: The settings.
+        device: Where.
+
+    Returns:
+        Per parameter vector: ``batches`` seen, ``differing`` ones, the first of them (``first_differing``, counted
+        from 1; NaN where there is none) and ``not_finite``; with ``histogram`` also ``norm_zero`` and
+        ``norm_1e<k>``: how many norms lie in [10^k, 10^(k+1)).
+    """
+    where = torch.device(device)
+    images = loaded(cell, where)
+    pair, report = _networks(cell, images, where)
+    # Drawn as in `build`: with all bits, then rounded.
+    drawn, _ = build(cell, images, torch.device("cpu"), None)
+    drawn.to(torch.float64 if cell.precision == 64 else torch.float32)
+    rows: list[Row] = []
+    for theta in range(cell.thetas):
+        torch.manual_seed(_theta_seed(cell, theta))
+        initialize(drawn, cell.init)  # type: ignore[arg-type] # it checks the name
+        for network in pair:
+            network.load_state_dict(drawn.state_dict())
+        found = _walk(cell, pair, images.train, theta)
+        rows += [{"theta": theta, "metric": name, "value": float(value)} for name, value in found.items()]
+    return Outcome(rows, provenance(cell, images, report, where))
+
+
+def _theta_seed(cell: ZoneCell, theta: int) -> int:
+    """Networks of other shapes are other draws; rules, precisions and batch sizes meet the same parameters."""
+    network = zlib.crc32(f"{cell.backbone} {sorted(cell.options.items())}".encode())
+    return int(np.random.SeedSequence((cell.seed, theta, network)).generate_state(1, np.uint64)[0])
+
+
+def _networks(cell: ZoneCell, images: Loaded, device: torch.device) -> tuple[tuple[nn.Module, ...], PatchReport]:
+    """One network that takes both choices; one for each where the published pooling computes another forward."""
+    network, report = build(cell, images, device, None)
+    if cell.rule == "exact" or cell.jacobians.max_pool == cell.alternative.max_pool:
+        return (network,), report
+    other = dataclasses.replace(cell, relu=cell.alternative.relu or 0.0, max_pool=cell.alternative.max_pool or 0.0)
+    return (network, build(other, images, device, None)[0]), report
+
+
+def _walk(cell: ZoneCell, pair: tuple[nn.Module, ...], images: Images, theta: int) -> dict[str, float]:
+    found: Counter[str] = Counter(batches=0, differing=0, not_finite=0)
+    first = math.nan
+    order = _theta_seed(cell, theta) if cell.shuffle else None
+    for x, y in images.batches(cell.batch_size, PRECISIONS[cell.precision], seed=order, limit=cell.batches):
+        found["batches"] += 1
+        norm = difference_norm(cell, pair, x, y)
+        found["not_finite"] += not math.isfinite(norm)
+        differs = norm > cell.tau or (cell.nan_differs and math.isnan(norm))
+        found["differing"] += differs
+        if cell.histogram and math.isfinite(norm):
+            found["norm_zero" if norm == 0 else f"norm_1e{math.floor(math.log10(norm))}"] += 1
+        if differs and math.isnan(first):
+            first = found["batches"]
+            if cell.stop_at_first:
+                break
+    return {**found, "first_differing": first}
+
+
+def difference_norm(cell: ZoneCell, pair: tuple[nn.Module, ...], x: Tensor, y: Tensor) -> float:
+    """The norm of the difference of the two choices' gradients on one mini-batch.
+
+    Args:
+        cell: The choices, the norm and the precision.
+        pair: The patched network in training mode; or one under each choice, with the same weights.
+        x: Images, in its dtype.
+        y: Labels.
+
+    Returns:
+        The norm; for ``bitwise_first_layer`` 1 where any bit differs and 0 elsewhere. NaN where a gradient is NaN under
+        both choices.
+    """
+    if cell.jacobians.max_pool == cell.alternative.max_pool and not _meets_zero(cell, pair[0], x):
+        return 0.0
+    if len(pair) == 2:
+        a, b = (_gradients(cell, network, (cell.jacobians,), x, y)[0] for network in pair)
+    else:
+        a, b = _gradients(cell, pair[0], (cell.jacobians, cell.alternative), x, y)
+    if cell.norm == "bitwise_first_layer":
+        if bool(a[0].isnan().any()) and torch.equal(a[0].isnan(), b[0].isnan()):
+            return math.nan
+        return float(not torch.equal(a[0], b[0]))
+    total = torch.zeros((), dtype=torch.float64, device=x.device)
+    for one, two in zip(a, b, strict=True):
+        change = (one.double() - two.double()).abs()
+        total += change.max() if cell.norm == "linf_sum" else change.sum()
+    return float(total)
+
+
+def _gradients(
+    cell: ZoneCell, network: nn.Module, choices: tuple[Jacobians, ...], x: Tensor, y: Tensor
+) -> list[tuple[Tensor, ...]]:
+    """What the norm looks at of the gradients under each choice, from one forward."""
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    if cell.norm == "bitwise_first_layer":
+        parameters = [next(p for p in parameters if p.dim() > 1)]
+    with computing(cell.precision, x.device):
+        loss = F.cross_entropy(at_least_float32(network(x)), y)
+    if len(choices) == 1:  # the one that the network was patched with
+        return [torch.autograd.grad(loss, parameters)]
+    found = []
+    for i, choice in enumerate(choices, 1):
+        with using(network, choice):
+            found.append(torch.autograd.grad(loss, parameters, retain_graph=i < len(choices)))
+    return found
+
+
+def _meets_zero(cell: ZoneCell, network: nn.Module, x: Tensor) -> bool:
+    """Whether any ReLU input of a forward is exactly 0 (or may be: NaN)."""
+    with torch.no_grad(), _watching(network) as met, computing(cell.precision, x.device):
+        network(x)
+    return bool(torch.stack(met).any()) if met else False
+
+
+@contextmanager
+def _watching(network: nn.Module) -> Iterator[list[Tensor]]:
+    met: list[Tensor] = []
+    (selection,) = selections(network).values()
+    selection.observer = lambda site, operation, call: (
+        met.append(~(call.x.detach().abs().min() > 0)) if operation.name == "relu" else None
+    )
+    try:
+        yield met
+    finally:
+        selection.observer = None
