@@ -36,10 +36,16 @@ METRICS: dict[str, dict[str, tuple[str, bool]]] = {
         "Tied share of evaluations, by site": (r"^ties/(?!total$).+", True),
         "Tied share of evaluations, all sites": ("ties/total", True),
     },
+    "Zones": {
+        "Bifurcation: 1 where the choices differ": (r"^zones/[^/]+/bifurcation$", False),
+        "Compensation: 1 where they differ by rounding": (r"^zones/[^/]+/compensation$", False),
+        "Difference over the reals": (r"^zones/[^/]+/difference$", True),
+    },
     "Weights of twins": {
         "L1 distance of the weights": (r"^weights/[^/]+/l1$", True),
         "Relative L2 distance of the weights": (r"^weights/[^/]+/relative$", True),
         "Relative L2 distance of the gradients": (r"^gradients/[^/]+/relative$", True),
+        "L1 distance to the reference": ("weights/l1", True),
     },
 }
 
@@ -72,7 +78,7 @@ def workspace(entity: str, project: str, name: str = "nslightning") -> Workspace
         ImportError: If the extra ``dashboard`` is not installed.
     """
     try:
-        import wandb_workspaces.reports.v2 as wr
+        import wandb_workspaces.reports.v2.interface as wr
         import wandb_workspaces.workspaces as ws
         from wandb_workspaces import expr
     except ImportError as error:

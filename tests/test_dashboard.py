@@ -12,7 +12,7 @@ pytest.importorskip("wandb_workspaces", reason="the extra `dashboard` is not ins
 
 
 @pytest.fixture(scope="module")
-def logged():
+def logged(tmp_path_factory):
     """What a short training of twins and one of a single network send to W&B: keys, and columns of tables."""
     import torch
     from lightning.pytorch import Trainer
@@ -44,12 +44,13 @@ def logged():
     options = {"backbone": "paper/lenet5", "num_classes": 10, "image_shape": (1, 28, 28)}
     beta = {"beta10": Jacobians(max_pool=10)}
     for module, callbacks in (
-        (ImageClassifier(jacobians=Jacobians(), **options), [GradientDivergence(beta), TieMonitor()]),
+        (ImageClassifier(jacobians=Jacobians(), **options), [GradientDivergence(beta, every_n_steps=1), TieMonitor()]),
         (Twins({"native": Jacobians(), **beta}, **options), [TwinDivergence()]),
     ):
         trainer = Trainer(
             max_epochs=1, accelerator="cpu", logger=Recorder(), callbacks=callbacks, enable_progress_bar=False,
             enable_checkpointing=False, enable_model_summary=False, log_every_n_steps=1,
+            default_root_dir=tmp_path_factory.mktemp("run"),
         )  # fmt: skip
         trainer.fit(module, DataLoader(images, 2), DataLoader(images, 2))
     return keys, tables

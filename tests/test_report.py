@@ -14,7 +14,7 @@ from nslightning.commands.report import main
 from nslightning.report import ReportError, chart, find_runs, page, read_run
 from nslightning.report.read import choice_label, flatten
 
-CHARTS = ("curves", "log_series", "layers", "ties")
+CHARTS = ("curves", "log_series", "layers", "ties", "zones")
 pytest.importorskip("vl_convert", reason="the extra `report` is not installed: vl-convert-python")
 
 
@@ -167,16 +167,44 @@ def test_repeats_share_a_label(tmp_path):
 
 def test_twins_have_their_own_lines(tmp_path):
     metrics = (
-        "epoch,step,train/native/loss,train/beta10/loss,weights/beta10/l1,weights/control/l1\n0,0,2.5,2.5,0.0,0.0\n"
-        "0,1,2.0,2.25,0.5,0.0\n"
+        "epoch,step,train/beta10/loss,train/control/loss,train/native/loss,weights/control/l1,weights/beta10/l1\n"
+        "0,0,2.5,2.5,2.5,0.0,0.0\n0,1,2.25,2.0,2.0,0.0,0.5\n"
     )
-    made = build(write_run(tmp_path / "twins" / "001", metrics__csv=metrics, divergence__csv=None))
+    choices = {name: {"relu": 0.0, "max_pool": beta, "rule": "exact"} for name, beta in (("native", 0), ("beta10", 10))}
+    made = build(write_run(tmp_path / "twins" / "001", metrics__csv=metrics, divergence__csv=None,
+                           config__yaml=json.dumps({"model": {"choices": choices}})))  # fmt: skip
     loss = next(f["columns"] for f in made.figures if f["spec"] == "curves")
-    assert loss["label"]["values"] == ["native", "beta10"]
+    assert loss["label"]["values"] == ["native", "beta10", "control"]  # as in the config
     distances = made.rows("log_series")
     assert list(zip(distances["series"], distances["value"], strict=True)) == [
         ("beta10", 0), ("beta10", 0.5), ("control", 0), ("control", 0),
     ]  # fmt: skip
+
+
+ZONES = """step,zones/a/regular,zones/a/bifurcation,zones/a/compensation,zones/a/observed,zones/a/difference
+0,1.0,0.0,0.0,0.0,0.0
+1,0.25,0.5,0.25,0.125,0.0625
+2,nan,nan,nan,nan,nan
+"""
+
+
+def test_zones_are_shares_of_the_processes(tmp_path):
+    made = build(write_run(tmp_path / "a" / "001", metrics__csv=ZONES))
+    zones = made.rows("zones")
+    assert set(zip(zones["step"], zones["zone"], zones["share"], strict=True)) == {
+        (0, "regular", 1), (1, "regular", 0.25), (1, "bifurcation", 0.5), (1, "compensation", 0.25),
+        (2, "not finite", 1),
+    }  # fmt: skip
+    assert " a 3 42 % 8 % 17 % 33 %" in made.text
+
+
+def test_weights_compared_with_a_reference(tmp_path):
+    config = json.dumps({"trainer": {"callbacks": [{"class_path": "x.WeightDivergence",
+                                                    "init_args": {"reference": "initial"}}]}})  # fmt: skip
+    made = build(write_run(tmp_path / "a" / "001", metrics__csv="step,weights/l1,weights/l2\n0,0,0\n1,3,2\n",
+                           divergence__csv=None, config__yaml=config))  # fmt: skip
+    rows = made.rows("log_series")
+    assert list(zip(rows["series"], rows["value"], strict=True)) == [("to initial", 0), ("to initial", 3)]
 
 
 def test_a_run_that_has_only_begun(tmp_path):
@@ -250,7 +278,7 @@ def test_specs_compile(name, version):
 
 @pytest.mark.parametrize("name", CHARTS)
 def test_specs_draw_the_columns_that_the_page_gives_them(tmp_path, name):
-    made = build(write_run(tmp_path / "a" / "001"))
+    made = build(write_run(tmp_path / "a" / "001", **({"metrics__csv": ZONES} if name == "zones" else {})))
     columns = next(set(f["columns"]) for f in made.figures if f["spec"] == name)
     spec = chart(name)
     computed = {t["as"] for t in spec["transform"]} if "transform" in spec else set()

@@ -34,7 +34,7 @@
     for (const part of [...(view.vconcat ?? []), ...(view.layer ?? [])]) settle(part, rows);
     for (const [channel, encoding] of Object.entries(view.encoding ?? {})) {
       const values = [...new Set(rows.map((row) => row[encoding.field]))];
-      if (["color", "shape"].includes(channel) && encoding.type === "nominal") encoding.scale = { domain: values };
+      if (["color", "shape"].includes(channel) && encoding.type === "nominal") encoding.scale ??= { domain: values };
       if (["strokeDash", "strokeWidth"].includes(channel) && values.length < 2) encoding.legend = null;
     }
     const colour = view.encoding?.color;
@@ -55,7 +55,7 @@
     delete spec.$schema;
     settle(spec, rows);
     vegaEmbed(place, spec, {
-      mode: "vega-lite", logLevel: 1, config: look(width, extent, longest), tooltip: { theme: dark.matches ? "dark" : "light" },
+      mode: "vega-lite", logLevel: 1, renderer: rows.length > 3000 ? "canvas" : "svg", config: look(width, extent, longest), tooltip: { theme: dark.matches ? "dark" : "light" },
       actions: { export: true, source: false, compiled: false, editor: false },
     }).catch((error) => { place.textContent = `This figure could not be drawn: ${error.message}`; });
   };

@@ -27,6 +27,7 @@ _NOT_SETTINGS = re.compile(r"(name|output|ckpt_path|trainer\.logger.*|trainer\.d
 _NOT_TOLD = re.compile(r"(seed_everything|.*seed|model\.jacobians.*|choices.*|trainer\.callbacks.*|.*T_max)")
 _CURVE = re.compile(r"(?P<part>train|val)/(?:(?P<twin>[^/]+)/)?(?P<kind>loss|acc1|perplexity)")
 _KINDS = {"loss": "Loss", "acc1": "Accuracy", "perplexity": "Perplexity"}
+_ZONES = ("regular", "compensation", "bifurcation", "not finite")
 _MISSING = "-"
 
 
@@ -34,7 +35,7 @@ def chart(name: str) -> dict[str, Any]:
     """A Vega-Lite spec of this package. Its data set is called ``wandb``, as in W&B's custom charts.
 
     Args:
-        name: ``"curves"``, ``"log_series"``, ``"layers"`` or ``"ties"``.
+        name: ``"curves"``, ``"log_series"``, ``"layers"``, ``"ties"`` or ``"zones"``.
 
     Returns:
         The spec.
@@ -123,7 +124,7 @@ def page(runs: Sequence[Run]) -> str:
         _layers(runs),
         _ties(runs),
         _zones(runs),
-        _twins(runs),
+        _weights(runs),
         _Section("Settings", tables=[_settings(runs)]),
         _Section("Provenance", tables=[_compared(runs, [_provenance(run) for run in runs])]),
         _patches(runs),
@@ -293,7 +294,15 @@ def _logged(run: Run) -> pd.DataFrame:
     """Losses and accuracies of a run with ``part``, ``twin`` (empty where there are none) and ``kind``."""
     found = run.metrics["metric"].astype(str).str.extract(_CURVE)
     whole = run.metrics["metric"].astype(str).str.fullmatch(_CURVE)
-    return run.metrics.join(found)[whole].assign(twin=lambda rows: rows["twin"].fillna(""))
+    rows = run.metrics.join(found)[whole].assign(twin=lambda rows: rows["twin"].fillna(""))
+    return rows.sort_values("twin", key=lambda twins: _place(run, twins), kind="stable")
+
+
+def _place(run: Run, twins: pd.Series) -> pd.Series:
+    """The twins' places in the config, where the first is the one to compare with; the control comes last."""
+    prefix = "model.choices."
+    named = [key.removeprefix(prefix) for key in run.config if key.startswith(prefix)]
+    return twins.map({name: i for i, name in enumerate(named)}).fillna(len(named))
 
 
 def _overview(runs: Sequence[Run]) -> _Section:
@@ -450,26 +459,63 @@ def _sites(run: Run) -> pd.DataFrame:
 
 
 def _zones(runs: Sequence[Run]) -> _Section:
-    missing = _recorded_by(runs, runs, "nslightning.callbacks.ZoneMonitor")
-    return _Section("Zones", missing=missing)
+    tables, without = _with((run, _zone_shares(run)) for run in runs)
+    missing = _recorded_by(runs, without, "nslightning.callbacks.ZoneMonitor")
+    if not tables:
+        return _Section("Zones", missing=missing)
+    note = (
+        "Regular: the two choices give the same gradient. Bifurcation: they give different ones. Compensation: they "
+        "differ in the precision trained in, and agree over the reals."
+    )
+    thinned = [_thin(t, max(10, _CELLS // len(tables) // t["choice"].nunique())) for t in tables]
+    columns = ["name", "choice", "step", "zone", "share", "observed", "difference"]
+    figure = _Figure("zones", "", pd.concat(thinned)[columns], ("name",), 8, note)
+    rows = []
+    for (name, choice), group in pd.concat(tables).groupby(["name", "choice"], sort=False):
+        steps = group["step"].nunique()
+        shares = group.groupby("zone")["share"].sum() / steps
+        rows.append([name, choice, steps, *(f"{100 * shares.get(zone, 0.0):.0f} %" for zone in _ZONES)])
+    return _Section("Zones", [figure], [_table(["run", "choice", "measured steps", *_ZONES], rows)], missing=missing)
 
 
-def _twins(runs: Sequence[Run]) -> _Section:
+def _zone_shares(run: Run) -> pd.DataFrame:
+    """One row per step, choice and zone with a share; gradients that are not finite have no zone."""
+    names = run.metrics["metric"].astype(str).str.extract(r"^zones/(?P<choice>.+)/(?P<what>[^/]+)$")
+    logged = run.metrics.join(names)[names["what"].notna()]
+    wide = logged.pivot(index=["choice", "step"], columns="what", values="value").reset_index()
+    if wide.empty:
+        return wide
+    wide["not finite"] = wide["regular"].isna().astype(float)
+    rows = wide.melt(["choice", "step", "observed", "difference"], list(_ZONES), "zone", "share")
+    order = {choice: i for i, choice in enumerate(dict.fromkeys(logged["choice"]))}
+    return rows[rows["share"] > 0].sort_values(
+        ["choice", "step"], key=lambda c: c.map(order) if c.name == "choice" else c
+    )
+
+
+def _weights(runs: Sequence[Run]) -> _Section:
     tables, _ = _with((run, _distances(run)) for run in runs)
     title = "Weights of twins"
     if not tables:
-        return _Section(title, missing="No run compared weights: <code>nslightning twins</code> does.")
+        missing = (
+            "No run compared weights: <code>nslightning twins</code> does, and so does the callback "
+            "<code>nslightning.callbacks.WeightDivergence</code>."
+        )
+        return _Section(title, missing=missing)
     note = (
         "L1 distance of all weights to those of the first twin, which started from the same weights and saw the same "
-        "batches. Bars in the strip below: exactly 0, the same to the bit. What lies at or below the control is not "
-        "the choice's doing."
+        "batches, or to the reference that is named. Bars in the strip below: exactly 0, the same to the bit. What "
+        "lies at or below the control is not the choice's doing."
     )
     return _Section(title, [_log_series("", tables, "twin", "value", note)])
 
 
 def _distances(run: Run) -> pd.DataFrame:
-    twin = run.metrics["metric"].astype(str).str.extract(r"^weights/(.+)/l1$")[0]
-    return run.metrics.assign(twin=twin)[twin.notna()]
+    """L1 distances with ``twin``, or what the weights are compared with where there are no twins."""
+    found = run.metrics["metric"].astype(str).str.extract(r"^(weights)/(?:([^/]+)/)?l1$")
+    reference = short(run.config.get("trainer.callbacks.WeightDivergence.reference", "reference"))
+    rows = run.metrics.assign(twin=found[1].fillna(f"to {reference}"))[found[0].notna()]
+    return rows.sort_values("twin", key=lambda twins: _place(run, twins), kind="stable")
 
 
 def _settings(runs: Sequence[Run]) -> str:
