@@ -23,6 +23,54 @@ _Gradients = Tensor | tuple[Tensor | None, ...]
 
 # Backward nodes of one input and one output, where a difference may die: autograd's and the operations' own.
 _GATES = frozenset({"ReluBackward0", "ThresholdBackward0", "HardtanhBackward0", "_KinkedBackward"})
+# The spellings of stock's max pooling, and a choice that moves something at each tie and lets everything through.
+_FIRST = (None, 0.0, "native", "first")
+_OPEN = Jacobians(max_pool="minimal", relu=1.0, relu6=(1.0, 1.0), leaky_relu=1.0, hardtanh=(1.0, 1.0), threshold=1.0)
+
+
+@dataclass(eq=False)
+class _Met:
+    """One backward of an operation that may have met ties.
+
+    Args:
+        node: The operation's backward node.
+        vjp: What its gradients would be under any choice.
+        in_use: The choice under which the backward ran.
+    """
+
+    node: Any
+    vjp: Callable[[Selection], _Gradients]
+    in_use: Jacobians
+    _matters: bool | None = None
+
+    def starts(self, after: Selection) -> Starts:
+        """The difference that the operation makes by itself, below the ReLUs that it meets first."""
+        found: Starts = []
+        others, own = _several(self.vjp(after)), _several(self.vjp(Selection(self.in_use)))
+        for (node, output), a, b in zip(self.node.next_functions, others, own, strict=False):
+            if node is not None and a is not None and b is not None:
+                found += _through_gates(GradientEdge(node, output), a - b)
+        return found
+
+    def ignores(self, choice: Jacobians) -> bool:
+        """Whether a choice says of this operation what the one in use says."""
+        field = getattr(self.node, "operation", "max_pool" if self.pools else None)
+        if field is None or choice.rule != "exact" or self.in_use.rule != "exact":
+            return False
+        wanted, in_use = getattr(choice, field), getattr(self.in_use, field)
+        return wanted == in_use or (self.pools and wanted in _FIRST and in_use in _FIRST)
+
+    @property
+    def pools(self) -> bool:
+        """Whether the operation is max pooling, whose ties are all found in the backward."""
+        return "MaxPool" in type(self.node).__name__
+
+    def matters(self, model: nn.Module) -> bool:
+        """Whether any choice makes a difference here: not if what is shared over tied entries dies in a ReLU below."""
+        if self._matters is None:
+            with using(model, _OPEN):
+                self._matters = not self.pools or bool(self.starts(Selection(_OPEN)))
+        return self._matters
 
 
 @dataclass(eq=False)
@@ -31,11 +79,11 @@ class Recording:
 
     Args:
         model: The patched model that ran.
+        records: One per backward of an operation.
     """
 
     model: nn.Module
-    #: Per tied operation: where its gradients go, what they would be under any choice, and the choice in use.
-    records: list[tuple[tuple[Any, ...], Callable[[Selection], _Gradients], Jacobians]] = field(default_factory=list)
+    records: list[_Met] = field(default_factory=list)
 
     def starts(self, choice: Jacobians) -> Starts:
         """The differences that each tied operation makes by itself, and where they enter the graph below it.
@@ -50,15 +98,10 @@ class Recording:
             ValueError: If the choice is random, which is another one at each evaluation.
         """
         refuse_random(choice)
-        after, before = Selection(choice), {j: Selection(j) for _, _, j in self.records}
-        found: Starts = []
+        after = Selection(choice)
+        met = [one for one in self.records if not one.ignores(choice) and one.matters(self.model)]
         with using(self.model, _linear_part(choice)):
-            for below, vjp, in_use in self.records:
-                others, own = _several(vjp(after)), _several(vjp(before[in_use]))
-                for (node, output), a, b in zip(below, others, own, strict=False):
-                    if node is not None and a is not None and b is not None:
-                        found += _through_gates(GradientEdge(node, output), a - b)
-        return found
+            return [start for one in met for start in one.starts(after)]
 
     def carry(
         self, starts: Starts, choice: Jacobians, tensors: Sequence[Tensor], *, retain_graph: bool = True
@@ -72,19 +115,20 @@ class Recording:
             retain_graph: Keep the graph for another pass.
 
         Returns:
-            The difference for each tensor; exact zeros, without any backward, where there is no start.
+            The difference for each tensor. Where nothing arrives it is one zero, expanded to the tensor's shape: it
+            takes no memory, and no backward runs for it.
         """
-        if not starts:
-            return tuple(torch.zeros_like(t) for t in tensors)
-        with using(self.model, _linear_part(choice)):
-            return torch.autograd.grad(
-                [edge for edge, _ in starts],
-                list(tensors),
-                [d for _, d in starts],
-                retain_graph=retain_graph,
-                allow_unused=True,
-                materialize_grads=True,
-            )
+        values: tuple[Tensor | None, ...] = (None,) * len(tensors)
+        if starts:
+            with using(self.model, _linear_part(choice)):
+                values = torch.autograd.grad(
+                    [edge for edge, _ in starts],
+                    list(tensors),
+                    [d for _, d in starts],
+                    retain_graph=retain_graph,
+                    allow_unused=True,
+                )
+        return tuple(t.new_zeros(()).expand_as(t) if d is None else d for t, d in zip(tensors, values, strict=True))
 
 
 @contextmanager
@@ -119,7 +163,7 @@ def recording(model: nn.Module) -> Iterator[Recording]:
 
     def recorder(selection: Selection) -> Callable[[Any, Callable[[Selection], _Gradients]], None]:
         def record(node: Any, vjp: Callable[[Selection], _Gradients]) -> None:
-            recorded.records.append((node.next_functions, vjp, selection.jacobians))
+            recorded.records.append(_Met(node, vjp, selection.jacobians))
 
         return record
 
