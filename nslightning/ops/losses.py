@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nslightning.jacobians import Jacobians
 from nslightning.ops.selection import Selection, data_dependent
-from nslightning.ops.tied import around, fixed
+from nslightning.ops.tied import around, fixed, own
 
 __all__ = [
     "HINGES",
@@ -74,6 +74,7 @@ HINGES: dict[str, Callable[..., _Hinge]] = {
 }
 
 
+@own
 def hinge(
     function: str, selection: Selection, *args: Any, margin: float, reduction: str = "mean", **kwargs: Any
 ) -> Tensor:
@@ -122,6 +123,7 @@ def tied_hinges(function: str, *args: Any, **kwargs: Any) -> tuple[int, int]:
     return int(torch.count_nonzero((u == 0) & within)), int(torch.count_nonzero(within))
 
 
+@own
 def absolute(
     x: Tensor, target: Tensor, selection: Selection, reduction: str = "mean", weight: Tensor | None = None
 ) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nslightning.jacobians import Jacobians, MaxPoolChoice
 from nslightning.ops.selection import Selection
-from nslightning.ops.tied import RULES, Rule, around, dimensions, fixed, restored, wide
+from nslightning.ops.tied import RULES, Rule, around, dimensions, fixed, own, restored, wide
 
 __all__ = [
     "amax",
@@ -89,6 +89,7 @@ def _rank(reached: Tensor, dims: tuple[int, ...]) -> Tensor:
 RULES["max"] = Rule("max", 1, _reached, _share)
 
 
+@own
 def reduction(function: str, x: Tensor, selection: Selection, dim: Any = None, keepdim: bool = False) -> Any:
     """Reduce to the maximum or the minimum with the choice that ``selection`` names at backward time.
 
@@ -168,6 +169,7 @@ def _halves(
 RULES["maximum"] = Rule("maximum", 2, _equal, _halves)
 
 
+@own
 def pair(function: str, x: Tensor, other: Tensor, selection: Selection) -> Tensor:
     """The greater or smaller of two tensors with the choice that ``selection`` names at backward time.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nslightning.jacobians import Jacobians
 from nslightning.ops.selection import Selection
-from nslightning.ops.tied import RULES, Rule, around, dimensions, fixed, restored, wide
+from nslightning.ops.tied import RULES, Rule, around, dimensions, fixed, own, restored, wide
 
 __all__ = ["chosen_norm", "norm", "norm_pool", "norm_pool2d", "normalize", "tied_norms", "unit"]
 
@@ -35,6 +35,7 @@ def _everywhere(
 RULES["norm"] = Rule("norm", 1, _zero, _everywhere, native=0.0)
 
 
+@own
 def chosen_norm(
     x: Tensor,
     selection: Selection,
@@ -63,6 +64,7 @@ def chosen_norm(
     return around("norm", selection, parameters, x, stock.detach(), stock)
 
 
+@own
 def unit(x: Tensor, selection: Selection, p: float = 2.0, dim: Any = 1, eps: float = 1e-12) -> Tensor:
     """Divide vectors by their p-norms, or by ``eps`` where these are smaller.
 

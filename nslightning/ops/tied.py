@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import Any, cast
+from functools import lru_cache, partial, wraps
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -19,7 +19,9 @@ from torch import Tensor
 from nslightning.jacobians import Jacobians
 from nslightning.ops.selection import Selection, data_dependent, read_now
 
-__all__ = ["RULES", "Rule", "around", "dimensions", "fixed", "restored", "wide"]
+__all__ = ["RULES", "Rule", "around", "dimensions", "fixed", "own", "restored", "wide"]
+
+_P, _R = ParamSpec("_P"), TypeVar("_R")
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,6 +160,24 @@ def around(rule: str, selection: Selection, parameters: tuple[Any, ...], *tensor
     if data_dependent(result) and not RULES[rule].ties(given, parameters)[0].any():
         return result
     return cast(Tensor, _Around.apply(rule, selection, parameters, *tensors))
+
+
+def own(operation: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Make an operation's calls its own: a patch of the model around it does not see what it is made of.
+
+    Args:
+        operation: A function that calls stock operations.
+
+    Returns:
+        The same.
+    """
+
+    @wraps(operation)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with torch._C.DisableTorchFunction():
+            return operation(*args, **kwargs)
+
+    return run
 
 
 def wide(t: Tensor) -> torch.dtype:
