@@ -7,6 +7,7 @@ if __name__ == "callbacks":
     )
 
 from .gradient_divergence import GradientDivergence
+from .non_finite_guard import NonFinite, NonFiniteError, NonFiniteGuard
 from .run_record import RunRecord
 from .step_seed import StepSeed
 from .tie_monitor import TieMonitor
@@ -16,6 +17,9 @@ from .zone_monitor import ZoneMonitor
 
 __all__ = [
     "GradientDivergence",
+    "NonFinite",
+    "NonFiniteError",
+    "NonFiniteGuard",
     "RunRecord",
     "StepSeed",
     "TieMonitor",

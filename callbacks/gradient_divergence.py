@@ -204,7 +204,7 @@ class GradientDivergence(Callback):
         if not self._hooks:
             return
         start = _now(pl_module.device)
-        scale = _loss_scale(trainer)
+        scale = loss_scale(trainer)
         recorded, others, own = self._recorded, self._others, self._own
         self._forget()
         named = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
@@ -294,8 +294,15 @@ def _keeping_graph(module: LightningModule) -> Iterator[None]:
         del module.backward
 
 
-def _loss_scale(trainer: Trainer) -> float:
-    """What the loss was multiplied by before its backward: fp16 scaling and gradient accumulation."""
+def loss_scale(trainer: Trainer) -> float:
+    """What the loss was multiplied by before its backward: fp16 scaling and gradient accumulation.
+
+    Args:
+        trainer: The trainer.
+
+    Returns:
+        The factor.
+    """
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return (scaler.get_scale() if scaler is not None else 1.0) / trainer.accumulate_grad_batches
 

@@ -1,20 +1,19 @@
 """Whether choices give the same gradient on a training batch, another one, or another one by rounding only."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 
 from nslightning.jacobians import Jacobians
 from nslightning.probes.zone import zone
 from nslightning.runs import forget_from
 from nslightning.surgery import selections
 
-from .gradient_divergence import checked_names, is_compiled, undisturbed
+from .gradient_divergence import checked_names, is_compiled, loss_scale, undisturbed
 from .logging import append_rows, interval, log_step, run_folder
+from .replay import ReplayedStep, silent
 
 __all__ = ["ZoneMonitor"]
 
@@ -28,7 +27,8 @@ class ZoneMonitor(Callback):
     different ones in the precision trained in, and the same one over the reals (:func:`nslightning.probes.zone`, which
     needs no threshold). The batch runs again before its training step, several times where ties matter, so this costs
     more than :class:`GradientDivergence`, which measures on the training forward. Training is bit for bit what it is
-    without the callback. With gradient accumulation the first batch of the step is taken.
+    without the callback, as long as ``training_step`` keeps nothing for later but what it logs. With gradient
+    accumulation the first batch of the step is taken.
 
     Logged every ``every_n_steps`` optimizer steps; under DDP the means over the processes, each on its own batch:
 
@@ -98,42 +98,20 @@ class ZoneMonitor(Callback):
         self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int, choice: Jacobians
     ) -> list[float]:
         """The zone as indicators, and the two norms."""
+        scale = loss_scale(trainer)  # as in training: it decides what underflows in half precision
         with (
             undisturbed(module, trainer.global_step),
-            _silent(module),
+            silent(module),
             trainer.precision_plugin.train_step_context(),
         ):
             try:
-                found = zone(_Step(module, batch_idx), _identity, (batch,), choice, self.reference)
+                found = zone(ReplayedStep(module, batch_idx, scale), _identity, (batch,), choice, self.reference)
             except ValueError as error:
                 if "not finite" not in str(error):
                     raise
                 return [float("nan")] * 5
-        return [*(float(found.kind == kind) for kind in _KINDS), found.observed.l2, found.difference]
-
-
-class _Step(nn.Module):
-    """The training step as a module of its batch, with the loss for output."""
-
-    def __init__(self, module: LightningModule, batch_idx: int) -> None:
-        super().__init__()
-        self.module, self.batch_idx = module, batch_idx
-
-    def forward(self, batch: Any) -> Tensor:
-        out = self.module.training_step(batch, self.batch_idx)
-        loss: Tensor = out["loss"] if isinstance(out, dict) else out
-        return loss.sum()
+        return [*(float(found.kind == kind) for kind in _KINDS), found.observed.l2 / scale, found.difference / scale]
 
 
 def _identity(loss: Tensor) -> Tensor:
     return loss
-
-
-@contextmanager
-def _silent(module: LightningModule) -> Iterator[None]:
-    """Let a module's training step log nothing."""
-    module.log = lambda *_, **__: None  # type: ignore[method-assign] # of this instance
-    try:
-        yield
-    finally:
-        del module.log

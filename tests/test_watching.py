@@ -1,0 +1,379 @@
+"""WeightDivergence, ZoneMonitor and NonFiniteGuard: what they find is right, and training does not notice them."""
+
+import copy
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from test_callbacks import (
+    CHOICES,
+    OPTIONS,
+    PRECISIONS,
+    Manual,
+    Module,
+    Net,
+    Plain,
+    compiled,
+    data,
+    equal,
+    fp16,
+    norms_by_hand,
+    state_after,
+    trainer,
+    unpatched,
+)
+from torch import nn
+from torch.utils.data import DataLoader
+
+from nslightning import Jacobians, patch, runs
+from nslightning.callbacks import GradientDivergence, NonFiniteError, NonFiniteGuard, WeightDivergence, ZoneMonitor
+from nslightning.probes import ties
+from nslightning.probes.zone import zone
+
+NORMS = ["l1", "l2", "linf", "relative", "cosine"]
+ONE = {"relu1": Jacobians(relu=1.0)}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_training_is_bit_identical(precision, options, tmp_path):
+    own = Jacobians(relu=0.5, max_pool="minimal")
+    without = state_after(tmp_path, precision=precision, jacobians=own, **OPTIONS[options])
+    watching = [GradientDivergence(CHOICES, 1), WeightDivergence(every_n_steps=1), NonFiniteGuard()]
+    with_ = state_after(
+        tmp_path, *watching, ZoneMonitor(ONE, own, 1), precision=precision, jacobians=own, **OPTIONS[options]
+    )
+    for what in without:
+        assert equal(without[what], with_[what]), what
+    assert set(pd.read_csv(tmp_path / "zones.csv")["bifurcation"]) == {1}
+    assert (pd.read_csv(tmp_path / "weights.csv")["l1"][1:] > 0).any()
+    assert not (tmp_path / "nonfinite.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("callback", "module", "message"),
+    [
+        (lambda: ZoneMonitor(ONE), unpatched, r"patch\(model, Jacobians\(\)\)"),
+        (lambda: ZoneMonitor(ONE), compiled, "model.compile=false"),
+        (lambda: ZoneMonitor(ONE), lambda: Manual(Plain), "manual"),
+        (lambda: NonFiniteGuard(), lambda: Manual(Plain), "manual"),
+    ],
+)
+def test_refusals(callback, module, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, callback()).fit(module(), data())
+
+
+def test_arguments_are_checked(tmp_path):
+    with pytest.raises(ValueError, match="at least one choice"):
+        ZoneMonitor({})
+    with pytest.raises(ValueError, match="zones/<choice>/<zone>"):
+        ZoneMonitor({"a/b": Jacobians()})
+    for callback in (lambda n: ZoneMonitor(ONE, every_n_steps=n), lambda n: WeightDivergence(every_n_steps=n)):
+        with pytest.raises(ValueError, match="given 0"):
+            callback(0)
+    with pytest.raises(ValueError, match="'raise', 'stop' or 'log'"):
+        NonFiniteGuard("explode")
+    with pytest.raises(FileNotFoundError, match=r"checkpoints/\*.ckpt"):
+        WeightDivergence(str(tmp_path))
+
+
+# ------------------------------------------------------------------------------------------------ WeightDivergence
+def weights_of(state):
+    return {f"net.{name}": tensor.double() for name, tensor in state.items()}
+
+
+def check(rows, step, state, reference):
+    found = rows[rows["step"] == step].set_index("parameter")
+    for parameter, values in norms_by_hand(weights_of(state), weights_of(reference)).items():
+        # The inner product of two vectors that are nearly the same says little about their angle.
+        assert found.loc[parameter, NORMS].to_dict() == pytest.approx(values, rel=1e-7, abs=1e-9)
+
+
+def read(file):
+    return pd.read_csv(file, keep_default_na=False)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_distance_to_the_initial_weights(accumulate, tmp_path):
+    module, file = Module(Plain), runs.MetricsFile(tmp_path / "run" / "001")
+    run = trainer(tmp_path, WeightDivergence(every_n_steps=2), logger=file, accumulate_grad_batches=accumulate)
+    run.fit(module, data())
+    states = [*[state for state, _ in module.noted][::accumulate], module.net.state_dict()]
+    rows = read(tmp_path / "run" / "001" / "weights.csv")
+    steps = {1: [0, 2, 4, 6], 2: [0, 2, 3]}[accumulate]
+    assert sorted(set(rows["step"])) == steps
+    assert not rows.duplicated(["step", "parameter"]).any()
+    for step in steps:
+        check(rows, step, states[step], states[0])
+    logged = pd.read_csv(tmp_path / "run" / "001" / "metrics.csv").dropna(subset="weights/l1").set_index("step")
+    assert logged["weights/l1"].to_dict() == rows[rows["parameter"] == ""].set_index("step")["l1"][steps[:-1]].to_dict()
+
+
+def test_distance_to_another_run_and_to_a_file(tmp_path):
+    saving = ModelCheckpoint(tmp_path / "a" / "checkpoints", "{step}", save_top_k=-1, every_n_train_steps=2)
+    one = Module(Plain)
+    trainer(tmp_path, saving).fit(one, data())
+    two = Module(Plain, Jacobians(relu=1.0, max_pool="minimal"))
+    watching = WeightDivergence(str(tmp_path / "a"), every_n_steps=1)
+    trainer(tmp_path / "b", watching).fit(two, data())
+    rows = read(tmp_path / "b" / "weights.csv")
+    assert sorted(set(rows["step"])) == [2, 4, 6]
+    assert (rows[rows["parameter"] == ""]["l1"] > 0).all()
+    for step in (2, 4):
+        check(rows, step, two.noted[step][0], one.noted[step][0])
+    check(rows, 6, two.net.state_dict(), one.net.state_dict())
+
+    watching = WeightDivergence(str(tmp_path / "a" / "checkpoints" / "step=4.ckpt"), 3, per_layer=False)
+    again = Module(Plain)
+    trainer(tmp_path / "c", watching).fit(again, data())
+    rows = read(tmp_path / "c" / "weights.csv")
+    assert rows["step"].tolist() == [0, 3, 6]
+    total = norms_by_hand(weights_of(again.noted[3][0]), weights_of(one.noted[4][0]))[""]
+    assert rows.iloc[1][NORMS].to_dict() == pytest.approx(total, rel=1e-7, abs=1e-9)
+
+    watching = WeightDivergence(str(tmp_path / "a" / "checkpoints" / "step=4.ckpt"))
+    with pytest.raises(ValueError, match="the checkpoint of another network"):
+        trainer(tmp_path / "d", watching).fit(Module(Net), data())
+
+
+def test_a_resumed_run_measures_from_where_it_began(tmp_path):
+    def run(folder, ckpt=None):
+        saving = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=1)
+        fit = trainer(folder, WeightDivergence(every_n_steps=1), saving, max_epochs=2)
+        fit.fit(Module(Plain), data(), ckpt_path=ckpt, weights_only=True)
+        return (folder / "weights.csv").read_text()
+
+    whole = run(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "weights.csv").write_text(whole)
+    assert run(tmp_path / "b", tmp_path / "a" / "step=4.ckpt") == whole
+
+
+# ---------------------------------------------------------------------------------------------------- ZoneMonitor
+def test_zones_are_those_of_the_weights_before_each_step(tmp_path):
+    module, file = Module(Plain), runs.MetricsFile(tmp_path / "run" / "001")
+    choices = {"relu1": Jacobians(relu=1.0), "native": Jacobians(), "beta": Jacobians(max_pool=3.0)}
+    trainer(tmp_path, ZoneMonitor(choices, every_n_steps=2), logger=file).fit(module, data())
+    rows = read(tmp_path / "run" / "001" / "zones.csv").set_index(["step", "choice"])
+    assert rows.index.is_unique
+    logged = pd.read_csv(tmp_path / "run" / "001" / "metrics.csv").set_index("step")
+    for step in (0, 2, 4):
+        state, (x, y) = before(module, step)
+        net = Plain()
+        net.load_state_dict(state)
+        patch(net, Jacobians(), strict=False)
+        for name, choice in choices.items():
+            expected = zone(net, lambda out, y=y: F.cross_entropy(out, y), (x,), choice)
+            row = rows.loc[(step, name)]
+            assert row[["regular", "bifurcation", "compensation"]].tolist() == [
+                float(expected.kind == kind) for kind in ("regular", "bifurcation", "compensation")
+            ]
+            assert row["observed"] == pytest.approx(expected.observed.l2, rel=1e-6)
+            assert row["difference"] == pytest.approx(expected.difference, rel=1e-6)
+            for key in ("regular", "bifurcation", "compensation", "observed", "difference"):
+                assert logged.loc[step, f"zones/{name}/{key}"].dropna().tolist() == [row[key]]
+    assert (rows.xs("native", level="choice")["regular"] == 1).all()
+    assert (rows.xs("relu1", level="choice")["bifurcation"] == 1).all()
+
+
+def before(module, step):
+    """Weights and batch of a step: the module notes them at the step and at each of its replays, some in float64."""
+    distinct = []
+    for state, batch in module.noted:
+        single = state["conv1.weight"].dtype == torch.float32
+        if single and not (distinct and equal(state, distinct[-1][0])):
+            distinct.append((state, batch))
+    return distinct[step]
+
+
+# -------------------------------------------------------------------------------------------------- NonFiniteGuard
+class Explode(nn.Module):
+    """Infinite for inputs above 100."""
+
+    def forward(self, x):
+        return x / (x.detach() < 100).all()
+
+
+class Roll(nn.Module):
+    """Infinite for one draw in five."""
+
+    def forward(self, x):
+        return x / (torch.rand(()) > 0.2)
+
+
+class Root(nn.Module):
+    """The identity, whose derivative is infinity times 0 for a batch of numbers above 3."""
+
+    def forward(self, x):
+        return x + ((x - x.detach()).square().sqrt() if (x.detach() > 3).all() else 0)
+
+
+class Chain(nn.Module):
+    """A chain of named parts between two linear layers; the first is the identity, with a dead unit."""
+
+    def __init__(self, middle):
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.relu = nn.ReLU()
+        self.middle = middle
+        self.act = nn.ReLU()
+        self.last = nn.Linear(4, 2)
+        with torch.no_grad():
+            self.first.weight.copy_(torch.eye(4))
+            self.first.bias.zero_()
+
+    def forward(self, x):
+        return self.last(self.act(self.middle(self.relu(self.first(x)))))
+
+
+def batches(special=None, at=3, n=6):
+    torch.manual_seed(0)
+    x = torch.rand(n, 8, 4) + 0.5
+    x[:, :, 3] = 0  # a tie at every image
+    if special is not None:
+        x[at] = special
+    y = torch.randint(0, 2, (n, 8))
+    return DataLoader(list(zip(x.flatten(0, 1), y.flatten(), strict=True)), batch_size=8)
+
+
+class Small(Module):
+    def __init__(self, middle=None, jacobians=Jacobians(), lr=1e-3):  # noqa: B008 - frozen
+        super().__init__(lambda: Chain(middle or nn.Identity()), jacobians, lr)
+
+
+def fit(folder, guard, module, loader, *callbacks, **options):
+    torch.manual_seed(11)
+    run = trainer(folder, guard, *callbacks, **options)
+    run.fit(module, loader)
+    return run
+
+
+def found_in(folder):
+    return json.loads((Path(folder) / "nonfinite.json").read_text())
+
+
+def test_finite_training_is_not_reported(tmp_path):
+    guard = NonFiniteGuard()
+    fit(tmp_path, guard, Small(), batches())
+    assert guard.found is None
+    assert not (tmp_path / "nonfinite.json").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight(value, tmp_path):
+    class Break(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 2:
+                pl_module.net.last.weight.data[0, 0] = value
+
+    with pytest.raises(NonFiniteError, match=r"step 3, batch 3: .* is the weight net.last.weight$"):
+        fit(tmp_path, NonFiniteGuard(), Small(), batches(), Break())
+    assert found_in(tmp_path)["what"] == "weight"
+
+
+def test_a_batch(tmp_path):
+    with pytest.raises(NonFiniteError, match=r"step 3, batch 3: .* is the batch$"):
+        fit(tmp_path, NonFiniteGuard(), Small(), batches(float("nan")))
+
+
+def test_an_activation_and_the_ties_above_it(tmp_path):
+    module = Small(Explode())
+    with pytest.raises(NonFiniteError, match=r"is the output of net.middle; ties fed it: 8 at relu"):
+        fit(tmp_path, NonFiniteGuard(), module, batches(torch.tensor([200.0, 1.0, 1.0, 0.0])))
+    found = found_in(tmp_path)
+    assert (found["what"], found["where"], found["step"], found["batch"]) == ("activation", "net.middle", 3, 3)
+    # A tie for each image at the dead unit; what the activation after the explosion met is not counted.
+    assert found["ties"] == {"relu": ties(module.net, torch.tensor([[200.0, 1.0, 1.0, 0.0]]))["relu"].tied * 8}
+
+
+def test_a_function_between_modules_and_the_loss(tmp_path):
+    class Functional(Chain):
+        def forward(self, x):
+            return self.last(Explode.forward(None, self.relu(self.first(x))))
+
+    module = Module(lambda: Functional(nn.Identity()), lr=1e-3)
+    with pytest.raises(NonFiniteError, match=r"a function that runs before net.last"):
+        fit(tmp_path, NonFiniteGuard(), module, batches(200.0))
+
+    class BadLoss(Small):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) / (batch[0].amax() < 100)
+
+    with pytest.raises(NonFiniteError, match="is the loss"):
+        fit(tmp_path, NonFiniteGuard(), BadLoss(), batches(200.0))
+
+
+def test_the_same_random_numbers_are_drawn_again(tmp_path):
+    guard = NonFiniteGuard("log")
+    module = Small(Roll())
+    with pytest.warns(UserWarning, match="the output of net.middle"):
+        fit(tmp_path, guard, module, batches())
+    torch.manual_seed(11)
+    assert guard.found.where == "net.middle"
+
+
+def test_a_gradient_that_no_choice_made(tmp_path):
+    """sqrt(x^2) at 0: infinity times 0."""
+    with pytest.raises(NonFiniteError, match=r"a gradient, from the backward of net.middle"):
+        fit(tmp_path, NonFiniteGuard(), Small(Root()), batches(5.0))
+    assert found_in(tmp_path)["finite_under_reference"] is False
+
+
+def test_a_gradient_that_the_choice_at_a_tie_made(tmp_path):
+    module = Small(nn.Identity(), Jacobians(relu=3e38))
+    with torch.no_grad():
+        module.net.last.weight.mul_(1e3)
+    with pytest.raises(NonFiniteError, match=r"the backward of net.act; ties fed it: 8 at act; under .* is finite"):
+        fit(tmp_path, NonFiniteGuard(), module, batches())
+    found = found_in(tmp_path)
+    assert (found["what"], found["where"], found["step"]) == ("gradient", "net.act", 0)
+    assert found["ties"] == {"act": 8}
+    assert found["finite_under_reference"] is True
+
+
+def test_actions_and_state(tmp_path):
+    file = runs.MetricsFile(tmp_path / "run" / "001")
+    guard, saving = NonFiniteGuard("log"), ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
+    with pytest.warns(UserWarning, match="the output of net.middle"):
+        fit(tmp_path, guard, Small(Explode()), batches(200.0), saving, logger=file)
+    assert guard.batches == 3  # the weights are lost from then on
+    rows = pd.read_csv(tmp_path / "run" / "001" / "metrics.csv")
+    assert rows["nonfinite/batches"].dropna().tolist() == [1, 2, 3]
+    assert guard.found.step == 3
+    again = NonFiniteGuard("log")
+    trainer(tmp_path, again).fit(Small(Explode()), batches(), ckpt_path=tmp_path / "step=6.ckpt", weights_only=True)
+    assert (again.batches, again.found) == (3, guard.found)
+
+    with pytest.warns(UserWarning, match="the output of net.middle"):
+        run = fit(tmp_path, NonFiniteGuard("stop"), Small(Explode()), batches(200.0))
+    assert run.global_step == 4
+
+
+def test_a_scaler_at_work_is_not_reported(tmp_path):
+    guard, scales = NonFiniteGuard(), []
+
+    class Scales(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            scales.append(trainer.precision_plugin.scaler.get_scale())
+
+    fit(tmp_path, guard, Module(Plain), data(), Scales(), plugins=fp16(2.0**24))
+    assert min(scales) < 2.0**24  # it did overflow
+    assert guard.found is None
+    with pytest.raises(NonFiniteError, match="the batch"):
+        fit(tmp_path, NonFiniteGuard(), Small(), batches(float("inf")), plugins=fp16(2.0**8))
+
+
+def test_compiled_code_is_run_eagerly_for_the_replay(tmp_path):
+    module = Small(Explode())
+    module.net.compile(backend="aot_eager")
+    with pytest.raises(NonFiniteError, match=r"the output of net.middle"):
+        fit(tmp_path, NonFiniteGuard(), module, batches(200.0))
+    copied = copy.deepcopy(Small())
+    copied.net.compile(backend="aot_eager")
+    fit(tmp_path, NonFiniteGuard(), copied, batches())
