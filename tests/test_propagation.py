@@ -8,25 +8,31 @@ from torch.utils.checkpoint import checkpoint
 
 from nslightning import Jacobians, patch
 from nslightning.models import create_backbone
-from nslightning.probes import differences, divergence, gradients
+from nslightning.probes import differences, divergence, gradients, recording, ties
 
 CHOICES = {
     "relu1": Jacobians(relu=1.0),
     "minimal": Jacobians(max_pool="minimal"),
-    "beta10": Jacobians(max_pool=10.0, relu=-3.0, relu6=(1.0, 1.0), leaky_relu=5.0),
+    "beta10": Jacobians(
+        max_pool=10.0, relu=-3.0, relu6=(1.0, 1.0), leaky_relu=5.0, hardswish=(-0.5, 1.5), hardsigmoid=(1.0, -1.0)
+    ),
+    "last": Jacobians(max_pool="last", relu=0.5),
     "published": Jacobians(relu=2.0, rule="published"),
     "same": Jacobians(),
 }
 
 
 def plant_ties(model):
-    """Zero one channel of every second convolution and linear layer: its ReLU inputs are then exactly 0."""
+    """Make channels of every second layer constant: exactly 0 for ReLU, exactly 3 for the hard activations."""
     layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear, nn.BatchNorm2d))][:-1]
     with torch.no_grad():
         for layer in layers[::2]:
             layer.weight[0].zero_()
             if layer.bias is not None:
                 layer.bias[0].zero_()
+            if isinstance(layer, nn.BatchNorm2d) and len(layer.weight) > 2:
+                layer.weight[1].zero_()
+                layer.bias[1] = 3.0
     return model
 
 
@@ -50,31 +56,52 @@ class Everything(nn.Module):
         return self.tied(self.head(x).relu_())
 
 
+def paper(name, **options):
+    shape = (1, 28, 28) if name in ("lenet5", "fc") else (3, 32, 32)
+    return lambda: create_backbone(f"paper/{name}", 10, shape, **options), shape
+
+
+def zoo(name, size=32, **options):
+    return lambda: create_backbone(name, 10, (3, size, size), **options), (3, size, size)
+
+
 MODELS = {
     "everything": (lambda: Everything(), (3, 16, 16)),
-    "lenet5": (lambda: create_backbone("paper/lenet5", 10, (1, 28, 28)), (1, 28, 28)),
-    "vgg11": (lambda: create_backbone("paper/vgg11", 10, (3, 32, 32), batch_norm=True), (3, 32, 32)),
-    "resnet18": (lambda: create_backbone("paper/resnet18", 10, (3, 32, 32)), (3, 32, 32)),
-    "fc": (lambda: create_backbone("paper/fc", 10, (1, 28, 28), hidden=[32, 32]), (1, 28, 28)),
-    "mobilenet": (lambda: create_backbone("torchvision/mobilenet_v2", 10, (3, 32, 32)), (3, 32, 32)),
-    "googlenet": (lambda: create_backbone("torchvision/googlenet", 10, (3, 64, 64)), (3, 64, 64)),
+    "lenet5": paper("lenet5"),
+    "vgg11": paper("vgg11", batch_norm=True),
+    "resnet18": paper("resnet18"),
+    "fc": paper("fc", hidden=[32, 32]),
+    "fc relu6": paper("fc", hidden=[32, 32], activation="relu6"),
+    "mobilenet": zoo("torchvision/mobilenet_v2"),
+    "googlenet": zoo("torchvision/googlenet", 64),
+}
+SLOW_MODELS = {
+    **{name: paper(name) for name in ("vgg13", "vgg16", "vgg19", "resnet34", "resnet50", "densenet121")},
+    "hard activations": zoo("torchvision/mobilenet_v3_small"),
+    "pools rounded up": zoo("torchvision/squeezenet1_1", 64),
+    "checkpointed": zoo("torchvision/densenet121", memory_efficient=True),
+    "channel shuffle": zoo("torchvision/shufflenet_v2_x0_5", 64),
+    "timm resnet": zoo("timm/test_resnet", 64),
+    "timm byobnet": zoo("timm/test_byobnet", 64),
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_MODELS)])
 def test_equals_subtraction_in_float64(name):
-    build, shape = MODELS[name]
+    build, shape = (MODELS | SLOW_MODELS)[name]
+    torch.manual_seed(0)
     model = plant_ties(build()).double()
-    patch(model, Jacobians())
-    x = torch.randint(-1, 2, (4, *shape)).double()
+    patch(model, Jacobians(), strict=False)
+    x = torch.randint(-1, 2, (2, *shape)).double()
     loss = model(x).logsumexp(1).sum()
     base, found = differences(loss, model, CHOICES, retain_graph=True)
     want = gradients(loss, model, {"": Jacobians(), **CHOICES})
     differing = 0
-    largest = max(g.abs().max().item() for gradient in want.values() for g in gradient.values())
     for n in base:
         assert torch.equal(base[n], want[""][n])
-        for choice in CHOICES:
+    for choice in CHOICES:
+        largest = max(g.abs().max().item() for c in ("", choice) for g in want[c].values())
+        for n in base:
             d = want[choice][n] - want[""][n]
             assert (found[choice][n] - d).abs().max() <= 1e-13 * largest, (n, choice)
             differing += bool(d.abs().max() > 1e-9 * largest)
@@ -93,15 +120,96 @@ def test_both_methods_of_divergence_agree():
             assert b[choice].norms()[norm] == pytest.approx(value, rel=1e-9, abs=1e-12), (choice, norm)
 
 
+def visits(*parameters):
+    """How many backwards come to each parameter, counted on the way."""
+    seen = [0] * len(parameters)
+
+    def count(i):
+        def hook(g):
+            seen[i] += 1
+
+        return hook
+
+    for i, p in enumerate(parameters):
+        p.register_hook(count(i))
+    return seen
+
+
 def test_no_tie_costs_no_backward():
     model = nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 1))
     patch(model, Jacobians())
     loss = model(torch.randn(8, 5)).sum()
-    passes = []
-    model[0].weight.register_hook(lambda g: passes.append(1))
-    _, found = differences(loss, model, {"relu1": Jacobians(relu=1.0), "relu2": Jacobians(relu=2.0)})
-    assert all(torch.equal(d, torch.zeros_like(d)) for choice in found.values() for d in choice.values())
-    assert len(passes) == 1  # the reference's own
+    seen = visits(model[0].weight)
+    choices = {"relu1": Jacobians(relu=1.0), "relu2": Jacobians(relu=2.0)}
+    found = divergence(loss, model, choices, method="propagate", retain_graph=True)
+    assert seen == [0]
+    assert all(d.l1 == 0 and d.relative == 0 and d.cosine == 1 for d in found.values())
+    assert list(found["relu1"].per_layer) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    assert found == divergence(loss, model, choices, retain_graph=True)
+    _, changes = differences(loss, model, choices)
+    assert all(torch.equal(d, torch.zeros_like(d)) for choice in changes.values() for d in choice.values())
+    assert seen == [1 + 3]  # one for the reference here, three in the subtraction
+
+
+def test_windows_of_zeros_behind_a_relu_cost_no_backward():
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 2, 2), nn.ReLU(), nn.MaxPool2d(2)
+    )
+    with torch.no_grad():
+        model[0].bias[:2] = -100.0  # two channels are 0 everywhere
+    patch(model, Jacobians())
+    loss = model(torch.randn(3, 1, 14, 14)).square().sum()
+    seen = visits(model[0].weight)
+    pools = {str(c): Jacobians(max_pool=c) for c in ("minimal", 10.0, "last", "sum")}
+    with recording(model) as met:
+        loss.backward(retain_graph=True)
+    assert seen == [1]
+    assert ties(model, torch.randn(3, 1, 14, 14))["2"].zero > 0
+    for choice in (*pools.values(), Jacobians(relu=1.0), Jacobians(relu=1.0, max_pool=7.0)):
+        assert met.starts(choice) == []
+    assert all(d.l1 == 0 for d in divergence(loss, model, pools, method="propagate", retain_graph=True).values())
+    assert seen == [2]  # one more for the reference of this call
+    assert all(d.l1 == 0 for d in divergence(loss, model, pools).values())
+
+
+def test_a_training_backward_serves_as_the_reference():
+    model = plant_ties(Everything()).double()
+    patch(model, Jacobians(relu=0.5))
+    loss = model(torch.randint(-1, 2, (4, 3, 16, 16)).double()).square().sum()
+    with recording(model) as met:
+        loss.backward(retain_graph=True)
+    parameters = list(model.parameters())
+    in_use = Jacobians(relu=0.5)
+    for name, choice in CHOICES.items():
+        (_, found) = differences(loss, model, {name: choice}, in_use, retain_graph=True)
+        carried = met.carry(met.starts(choice), choice, parameters)
+        assert all(torch.equal(a, b) for a, b in zip(carried, found[name].values(), strict=True))
+        assert any(d.any() for d in carried)  # also for CHOICES["same"], which is not in use here
+    assert met.starts(in_use) == []
+
+
+def test_several_choices_are_as_one_at_a_time_and_deterministic():
+    results = []
+    for together in (True, True, False):
+        torch.manual_seed(0)
+        model = plant_ties(create_backbone("paper/lenet5", 10, (1, 28, 28)))
+        patch(model, Jacobians())
+        loss = model(torch.randint(0, 2, (4, 1, 28, 28)).float()).logsumexp(1).sum()
+        groups = [CHOICES] if together else [{name: choice} for name, choice in CHOICES.items()]
+        found = {}
+        for group in groups:
+            found |= differences(loss, model, group, retain_graph=True)[1]
+        results.append([d for choice in CHOICES for d in found[choice].values()])
+    assert sum(bool(d.any()) for d in results[0]) > 4
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_a_random_choice_has_no_difference():
+    model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.MaxPool2d(2))
+    patch(model, Jacobians())
+    with pytest.raises(ValueError, match="another choice at each backward"):
+        divergence(model(torch.ones(1, 1, 2, 2)).sum(), model, {"r": Jacobians(max_pool="random")}, method="propagate")
 
 
 def test_nothing_above_the_highest_tie_is_visited():
