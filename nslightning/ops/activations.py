@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from nslightning.jacobians import Jacobians, ReluChoice, Rule
+from nslightning.ops.clamping import clamped
 from nslightning.ops.pointwise import pointwise
 from nslightning.ops.tied import fixed
 
@@ -236,23 +237,24 @@ def hardtanh(
 
 def clamp(
     x: Tensor,
-    min: float | None = None,
-    max: float | None = None,
+    min: float | Tensor | None = None,
+    max: float | Tensor | None = None,
     at_bounds: tuple[float, float] | None = None,
     inplace: bool = False,
 ) -> Tensor:
-    r"""The clamping to an interval, by bounds that are numbers, with chosen derivatives at them.
+    r"""The clamping to an interval with chosen derivatives at its bounds.
 
     .. math:: y = \min(\max(x, l), u).
 
     The Clarke Jacobian is [0, 1] at both bounds where l < u; elsewhere the function is constant and no choice is taken.
     PyTorch returns 1 up to version 2.13 and 0 in 2.15, JAX 1/2, TensorFlow 1. A NaN input passes 0, as stock; so it is
-    not :func:`hardtanh`, where it passes the gradient.
+    not :func:`hardtanh`, where it passes the gradient. At a tie with a bound that is a tensor the Clarke Jacobian in
+    (entry, bound) is (t, 1 - t) for t in [0, 1], the choice is t, and PyTorch 2.15 returns halves.
 
     Args:
         x: Input, any shape, floating dtype.
-        min: The lower bound l; ``None`` for none.
-        max: The upper bound u; ``None`` for none.
+        min: The lower bound l, a number or a tensor that broadcasts with ``x``; ``None`` for none.
+        max: The upper bound u, of the same kind; ``None`` for none.
         at_bounds: The derivatives at the two bounds; ``None`` is the reference.
         inplace: Overwrite ``x``.
 
@@ -270,10 +272,10 @@ def clamp(
         >>> x.grad
         tensor([0.2500, 1.0000, 0.7500])
     """
-    return pointwise("clamp", x, fixed(Jacobians(clamp=at_bounds)), min, max, inplace=inplace)
+    return clamped(x, fixed(Jacobians(clamp=at_bounds)), min, max, inplace=inplace)
 
 
-def clamp_min(x: Tensor, min: float, at_bound: float | None = None, inplace: bool = False) -> Tensor:
+def clamp_min(x: Tensor, min: float | Tensor, at_bound: float | None = None, inplace: bool = False) -> Tensor:
     """:func:`clamp` with a lower bound alone.
 
     Args:
@@ -291,7 +293,7 @@ def clamp_min(x: Tensor, min: float, at_bound: float | None = None, inplace: boo
     return clamp(x, min, None, None if at_bound is None else (at_bound, 0.0), inplace)
 
 
-def clamp_max(x: Tensor, max: float, at_bound: float | None = None, inplace: bool = False) -> Tensor:
+def clamp_max(x: Tensor, max: float | Tensor, at_bound: float | None = None, inplace: bool = False) -> Tensor:
     """:func:`clamp` with an upper bound alone.
 
     Args:

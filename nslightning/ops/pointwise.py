@@ -72,13 +72,16 @@ def _prepare_rrelu(x: Tensor, lower: float, upper: float, training: bool) -> tup
 
 def _clamp_references() -> tuple[float, float]:
     """The derivatives at the lower and at the upper bound in this torch: 1 up to 2.13, 0 in 2.15."""
-    with torch.enable_grad():
-        x = torch.tensor([-1.0, 1.0], requires_grad=True)
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.tensor([-1.0, 1.0], device="cpu", requires_grad=True)
         at_lower, at_upper = torch.autograd.grad(x.clamp(-1, 1).sum(), x)[0].tolist()
     return at_lower, at_upper
 
 
 _AT_LOWER, _AT_UPPER = _clamp_references()
+
+
+_Bound = float | Tensor | None
 
 
 def _clamp_backward(g: Tensor, x: Tensor, low: float | None, high: float | None) -> Tensor:
@@ -90,12 +93,15 @@ def _clamp_backward(g: Tensor, x: Tensor, low: float | None, high: float | None)
     return torch.where(inside, g, 0)
 
 
-def _clamp_kinks(low: float | None, high: float | None) -> tuple[tuple[float, float], ...]:
-    """None where the interval is empty or a point: the function is then constant."""
-    nan = float("nan")
-    if low is not None and high is not None and not low < high:
-        low = high = nan
-    return ((nan if low is None else low, _AT_LOWER), (nan if high is None else high, _AT_UPPER))
+def _clamp_kinks(low: _Bound, high: _Bound) -> tuple[tuple[Any, float], tuple[Any, float]]:
+    """None where the interval is empty or a point: the function is then constant. Bounds may be tensors."""
+    low, high = (float("nan") if bound is None else bound for bound in (low, high))
+    if isinstance(low, Tensor) or isinstance(high, Tensor):
+        none = torch.as_tensor(low >= high)
+        low, high = (torch.where(none, float("nan"), bound) for bound in (low, high))
+    elif low >= high:
+        low = high = float("nan")
+    return (low, _AT_LOWER), (high, _AT_UPPER)
 
 
 _SELU = (1.6732632423543772848170429916717, 1.0507009873554804934193349852946)  # alpha, scale

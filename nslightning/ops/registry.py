@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nslightning.ops.clamping import clamped
 from nslightning.ops.comparing import ABSOLUTE_FUNCTIONS, ABSOLUTE_MODULES, COMPARING
 from nslightning.ops.max_pool import adaptive, pool, regular, tied_windows
 from nslightning.ops.operation import Call, Operation, positional, spelled
@@ -44,7 +45,8 @@ def _pointwise_ties(name: str) -> Callable[[Call], tuple[int, int]]:
 
 
 def _apply_pool(selection: Selection, call: Call) -> Tensor | tuple[Tensor, Tensor]:
-    return cast(Tensor, pool(call.x, selection, *call.parameters, return_indices=call.return_indices))
+    (geometry,) = call.parameters
+    return cast(Tensor, pool(call.x, selection, geometry, call.return_indices))
 
 
 def _pool_ties(call: Call) -> tuple[int, int]:
@@ -110,9 +112,7 @@ def _hardtanh_call(x: Tensor, min_val: float = -1.0, max_val: float = 1.0, inpla
 def _clamp_call(
     x: Tensor, min: Any = None, max: Any = None, *, inplace: bool = False, out: Tensor | None = None
 ) -> Call | None:
-    # Between tensors, the bounds have gradients too.
-    numbers = (min, max) != (None, None) and all(b is None or isinstance(b, (int, float)) for b in (min, max))
-    return Call(x, (min, max), inplace) if numbers and out is None else None
+    return Call(x, (min, max), inplace) if (min, max) != (None, None) and out is None else None
 
 
 def _rrelu_call(
@@ -195,7 +195,7 @@ OPERATIONS: dict[str, Operation] = {
         ),
         Operation(
             "clamp",
-            _apply_pointwise("clamp"),
+            lambda selection, call: clamped(call.x, selection, *call.parameters, inplace=call.inplace),
             _pointwise_ties("clamp"),
             functions=spelled(_clamp_call, torch.clamp, torch.clip, Tensor.clamp, Tensor.clip, aten.clamp, aten.clip)
             | spelled(
