@@ -7,7 +7,7 @@ from bits import bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nslightning import Jacobians, ops
+from nslightning import Jacobians, ops, patch
 from nslightning.ops import leaky_relu, relu, relu6
 from nslightning.ops.pointwise import POINTWISE, pointwise
 from nslightning.ops.selection import Selection
@@ -349,6 +349,21 @@ def test_random_draws_once_per_tie_from_a_stream_of_its_own(layout):
         draws = torch.rand(int(tied.sum()), generator=stream)
         assert torch.equal(got.permute(order)[tied.permute(order)], g.permute(order)[tied.permute(order)] * draws)
     assert 0 <= float(draws.min()) < float(draws.max()) < 1
+
+
+@pytest.mark.parametrize("field", ["relu", "max_pool", "maximum"])
+def test_a_compiled_backward_refuses_to_draw(field):
+    torch._dynamo.reset()
+
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return torch.maximum(F.max_pool2d(F.relu(x), 2), torch.zeros(()))
+
+    model = Model()
+    patch(model, Jacobians(**{field: "random"}))
+    loss = torch.compile(model, backend="aot_eager", fullgraph=True)(torch.zeros(1, 1, 2, 2, requires_grad=True)).sum()
+    with pytest.raises(RuntimeError, match="compiled backward"):
+        loss.backward()
 
 
 def test_random_is_refused_where_ties_are_not_known():

@@ -113,15 +113,16 @@ class Selection:
         # `.data` fills without touching the version counter that autograd checks: changing the choice between
         # forward and backward is what this object is for.
         self.published.data.fill_(jacobians.rule == "published")
+        # NaN stands for the reference, infinity for a random choice, which `read_now` refuses.
         for name, values in self.kinks.items():
             for i, value in enumerate(self.at_kinks(name)):
-                # NaN stands for the reference, infinity for a random choice.
                 values.data[i] = float("nan") if value is None else float("inf") if isinstance(value, str) else value
-        self.pool.data.copy_(torch.tensor(self.pool_weights(), dtype=torch.float64))
-        for name, weights in self.shares.items():
+        weights = (float("inf"),) * 4 if jacobians.max_pool == "random" else self.pool_weights()
+        self.pool.data.copy_(torch.tensor(weights, dtype=torch.float64))
+        for name, values in self.shares.items():
             choice = getattr(jacobians, name) or 0.0
             shares = _SHARES[choice] if isinstance(choice, str) else (1 - choice, choice, 0.0, 0.0, 0.0)
-            weights.data.copy_(torch.tensor(shares, dtype=torch.float64))
+            values.data.copy_(torch.tensor(shares, dtype=torch.float64))
 
     def at_kinks(self, operation: str) -> tuple[float | str | None, ...]:
         """The derivatives at the kinks of a pointwise operation.
