@@ -295,7 +295,7 @@ def test_random_takes_one_tied_entry_each():
 
 def test_ranks_are_row_major():
     x = torch.tensor([[1.0, 0, 1], [1, 1, 0], [0, 1, 1]]).view(1, 3, 3, 1)
-    windows = Windows(x, regular(2, 3).spans((3, 3), (1, 1)), (1, 1))
+    windows = Windows(x, regular(2, 3), (1, 1))
     assert windows.count.item() == 6
     assert windows.last().item() == 8
     ranked = [windows.nth(torch.full((1, 1, 1, 1), float(r))).item() for r in range(6)]

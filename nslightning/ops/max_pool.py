@@ -251,7 +251,7 @@ def _stock(t: Tensor) -> Tensor:
 def _windows(geometry: Geometry, x: Tensor, windows: Sequence[int]) -> Windows:
     # In float32 at least: fp16 and bf16 can neither count nor hold beta / k + (1 - beta) for a large beta.
     x = x if x.dtype == torch.float64 else x.float()
-    return Windows(x, geometry.spans(x.shape[1:-1], windows), windows)
+    return Windows(x, geometry, windows)
 
 
 def _target(geometry: Geometry, selection: Selection | None, x: Tensor, indices: Tensor) -> Tensor:
@@ -284,21 +284,19 @@ def _give(geometry: Geometry, weights: _Weights, g: Tensor, x: Tensor, target: T
         return stock(g)
     share, whole, each = weights
     wide = g.to(count.dtype)
-    tied = partial(aten.threshold_backward.default, self=count, threshold=1.5)
-    untied = partial(aten.threshold_backward.default, self=-count, threshold=-1.5)
     rest = torch.div(share, count) + each
-    if geometry.disjoint(x.shape[1:-1]):  # each entry is written once, its coefficient formed before the product
-        alone = untied(wide)
+    disjoint = geometry.disjoint(x.shape[1:-1])
+    if look and whole == 0 and (disjoint or (len(windows.stages) == 1 and g.dtype == wide.dtype)) and count.amin() > 0:
+        return windows.give(wide * rest).to(g.dtype)  # untied windows too: their coefficient is 1, their order stock's
+    tied = partial(aten.threshold_backward.default, self=count, threshold=1.5)
+    alone = aten.threshold_backward.default(wide, -count, -1.5)  # the gradients of the untied windows
+    if disjoint:  # each entry is written once, its coefficient formed before the product
         gradient = windows.give(tied(wide * rest) + alone).to(g.dtype)
-        if not look or whole != 0 or count.amin() == 0:  # a NaN's window has reached nothing yet
-            value = (tied(wide * (rest + whole)) + alone).to(g.dtype)
-            gradient.flatten(1, -2).scatter_(1, target.flatten(1, -2), value.flatten(1, -2))
-        return gradient
+        value = (tied(wide * (rest + whole)) + alone).to(g.dtype)
+        return gradient.flatten(1, -2).scatter_(1, target.flatten(1, -2), value.flatten(1, -2)).view(x.shape)
     # An entry that no tied window reaches keeps the stock gradient, bit for bit.
-    alone = (
-        untied(g, self=-count.to(g.dtype)) if look and whole == 0 else (tied(wide * whole) + untied(wide)).to(g.dtype)
-    )
-    return (stock(alone).to(wide.dtype) + windows.give(tied(wide * rest))).to(g.dtype)
+    own = alone if look and whole == 0 else tied(wide * whole) + alone
+    return (stock(own.to(g.dtype)).to(wide.dtype) + windows.give(tied(wide * rest))).to(g.dtype)
 
 
 def _take(geometry: Geometry, weights: _Weights, v: Tensor, x: Tensor, target: Tensor) -> Tensor:

@@ -12,14 +12,17 @@ vectorised kernels; ``torch.where`` and boolean comparisons are not, and cost ab
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from math import gcd, prod
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+
+from nslightning.ops.selection import data_dependent
 
 __all__ = ["Adaptive", "Regular", "Span", "Windows", "select"]
 
@@ -161,14 +164,54 @@ def _span(offset: int, stride: int, size: int, windows: int) -> Span:
 
 
 @dataclass(frozen=True, eq=False)
-class _Stage:
-    """Some dimensions: which of their entries reach the maximum over them."""
+class _Plan:
+    """Some dimensions, reduced together.
+
+    ``places`` are the subscripts of the entries at one place in their windows, and of the windows that hold them;
+    None stands for all windows.
+    """
 
     axes: tuple[int, ...]
-    places: list[tuple[Any, Any]]  # subscripts of the entries, and of the windows that hold them
-    reached: list[Tensor]  # per place a mask of 0 and 1, as wide as the windows' part
-    entries: torch.Size
-    windows: torch.Size
+    places: list[tuple[Any, Any]]  # the last first: so each entry's windows come in order, as in the stock kernels
+    start: int | None  # a place that all windows have
+
+
+@dataclass(frozen=True, eq=False)
+class _Stage:
+    """One plan's entries at each place, and the maxima over them."""
+
+    plan: _Plan
+    entries: list[Tensor]
+    maxima: Tensor
+    shape: torch.Size  # before
+
+    def masks(self) -> Iterator[tuple[Any, Any, Tensor]]:
+        """Each place with the mask of its entries that reach the maximum: formed anew, in the cache, not kept."""
+        for (entry, window), values in zip(self.plan.places, self.entries, strict=True):
+            yield entry, window, _equal(values, _part(self.maxima, window))
+
+
+def _plan(geometry: Regular | Adaptive, sizes: Sequence[int], windows: Sequence[int]) -> list[_Plan]:
+    """How to reduce windows: small ones at once, large ones one dimension after the other."""
+    spans = geometry.spans(sizes, windows)
+    axes = [axis for axis, (found, n) in enumerate(zip(spans, sizes, strict=True), 1) if found != [_whole(n)]]
+    at_once = prod([len(spans[axis - 1]) for axis in axes]) <= _AT_ONCE
+    plans = []
+    for group in [axes] if at_once and axes else [[axis] for axis in axes]:
+        places = []
+        for chosen in product(*[spans[axis - 1] for axis in group]):
+            entry, window = [slice(None)] * (group[-1] + 1), [slice(None)] * (group[-1] + 1)
+            for axis, (reads, writes) in zip(group, chosen, strict=True):
+                entry[axis], window[axis] = reads, writes
+            full = all(window[axis] == slice(0, windows[axis - 1]) for axis in group)
+            places.append((tuple(entry), None if full else tuple(window)))
+        places.reverse()
+        start = next((i for i, (_, window) in enumerate(places) if window is None), None)
+        plans.append(_Plan(tuple(group), places, start))
+    return plans
+
+
+_planned = lru_cache(maxsize=256)(_plan)
 
 
 class Windows:
@@ -176,7 +219,7 @@ class Windows:
 
     Args:
         x: Input of shape (B, *spatial, I), float32 or float64.
-        spans: Per spatial dimension its spans; see :meth:`Regular.spans`.
+        geometry: The windows.
         windows: The output's spatial sizes.
 
     Attributes:
@@ -184,41 +227,38 @@ class Windows:
             maximum is NaN, more than 1 at a tie.
     """
 
-    def __init__(self, x: Tensor, spans: list[list[Span]], windows: Sequence[int]) -> None:
-        self.x, self.sizes, self.spans = x, x.shape[1:-1], spans
+    def __init__(self, x: Tensor, geometry: Regular | Adaptive, windows: Sequence[int]) -> None:
+        self.x, self.sizes, self.windows, self.geometry = x, x.shape[1:-1], windows, geometry
         self.stages: list[_Stage] = []
         count: Tensor | None = None
-        for axes in self._order():
-            shape = torch.Size([windows[d - 1] if d in axes else n for d, n in enumerate(x.shape)])
-            places, entries = [], []
-            for chosen in product(*(spans[axis - 1] for axis in axes)):
-                at = dict(zip(axes, chosen, strict=True))
-                entry, window = (
-                    tuple(at[d][i] if d in at else slice(None) for d in range(axes[-1] + 1)) for i in (0, 1)
-                )
-                places.append((entry, window))
-                # Kernels are fast along contiguous entries: those of a row with a stride are drawn together once.
-                entries.append(x[entry].contiguous() if x.shape[-1] == 1 and axes[-1] == x.dim() - 2 else x[entry])
-            top = x.new_full(shape, -torch.inf)
-            for (_, window), values in zip(places, entries, strict=True):
-                top[window].clamp_(min=values)  # NaN wins, as in the stock kernels
-            reached = [_equal(e, top[window]) for (_, window), e in zip(places, entries, strict=True)]
-            counted = torch.zeros_like(top)
-            for (entry, window), mask in zip(places, reached, strict=True):
+        plans = _plan if torch.compiler.is_compiling() else _planned
+        for planned in plans(geometry, tuple(self.sizes), tuple(windows)):
+            # Kernels are fast along contiguous entries: those of a row with a stride are drawn together once.
+            strided = x.shape[-1] == 1 and planned.axes[-1] == x.dim() - 2
+            entries = [x[entry].contiguous() if strided else x[entry] for entry, _ in planned.places]
+            if planned.start is None:
+                shape = [windows[d - 1] if d in planned.axes else n for d, n in enumerate(x.shape)]
+                top = x.new_full(shape, -torch.inf)
+            else:
+                top = entries[planned.start].clone(memory_format=torch.contiguous_format)
+            for i, ((_, window), values) in enumerate(zip(planned.places, entries, strict=True)):
+                if i != planned.start:
+                    _part(top, window).clamp_(min=values)  # NaN wins, as in the stock kernels
+            stage = _Stage(planned, entries, top, x.shape)
+            counted: Tensor | None = None
+            for entry, window, reached in stage.masks():
+                if counted is None and window is None:
+                    counted = reached if count is None else reached.mul_(count[entry])
+                    continue
+                counted = torch.zeros_like(top) if counted is None else counted
                 if count is None:
-                    counted[window].add_(mask)
+                    _part(counted, window).add_(reached)
                 else:
-                    counted[window].addcmul_(count[entry], mask)
-            self.stages.append(_Stage(axes, places, reached, x.shape, shape))
+                    _part(counted, window).addcmul_(count[entry], reached)
+            self.stages.append(stage)
             x, count = top, counted
         self.maxima = x
         self.count = _equal(x, x) if count is None else count
-
-    def _order(self) -> list[tuple[int, ...]]:
-        """The stages' axes: small windows at once, large ones one dimension after the other."""
-        axes = [a for a, (found, n) in enumerate(zip(self.spans, self.sizes, strict=True), 1) if found != [_whole(n)]]
-        at_once = axes and prod([len(self.spans[axis - 1]) for axis in axes]) <= _AT_ONCE
-        return [tuple(axes)] if at_once else [(axis,) for axis in axes]
 
     def give(self, v: Tensor) -> Tensor:
         """Add each window's value to all its entries that reach the maximum; the transpose of :meth:`take`.
@@ -227,12 +267,18 @@ class Windows:
             v: One value per window, the shape of ``count``.
 
         Returns:
-            The shape of the input; entries of several windows sum in a fixed order.
+            The shape of the input. An entry's windows are added one after the other where these are few enough to
+            be taken at once, as in the stock kernels; else dimension by dimension.
         """
+        # A product is one pass less than a selection, and the same where nothing is infinite or NaN.
+        finite = data_dependent(v) and bool(v.sum().isfinite())
         for stage in reversed(self.stages):
-            entries = v.new_zeros(stage.entries)
-            for (entry, window), reached in zip(stage.places, stage.reached, strict=True):
-                entries[entry].add_(select(v[window], reached))
+            entries = v.new_zeros(stage.shape)
+            for entry, window, reached in stage.masks():
+                if finite:
+                    entries[entry].addcmul_(_part(v, window), reached)
+                else:
+                    entries[entry].add_(select(_part(v, window), reached))
             v = entries
         return v if self.stages else select(v, self.count)
 
@@ -246,9 +292,9 @@ class Windows:
             The shape of ``count``.
         """
         for stage in self.stages:
-            windows = v.new_zeros(stage.windows)
-            for (entry, window), reached in zip(stage.places, stage.reached, strict=True):
-                windows[window].add_(select(v[entry], reached))
+            windows = torch.zeros_like(stage.maxima, dtype=v.dtype)
+            for entry, window, reached in stage.masks():
+                _part(windows, window).add_(select(v[entry], reached))
             v = windows
         return v if self.stages else select(v, self.count)
 
@@ -259,16 +305,16 @@ class Windows:
             int64, the shape of ``count``; arbitrary where ``count`` is 0.
         """
         wide = self.x.dtype if prod(self.sizes) <= 2**24 else torch.float64  # float32 holds no larger index
-        stages = {stage.axes[-1]: stage for stage in self.stages}
+        stages = {stage.plan.axes[-1]: stage for stage in self.stages}
         flat: Tensor | None = None
         for axis, size in enumerate(self.sizes, 1):
             place = torch.arange(size, dtype=wide, device=self.x.device)
             place = place.view(*(size if d == axis else 1 for d in range(self.x.dim())))
             flat = place if flat is None else flat * size + place
             if (stage := stages.get(axis)) is not None:
-                after = torch.zeros(stage.windows, dtype=wide, device=self.x.device)
-                for (entry, window), reached in zip(stage.places, stage.reached, strict=True):
-                    after[window].clamp_(min=reached * flat[entry])
+                after = torch.zeros_like(stage.maxima, dtype=wide)
+                for entry, window, reached in stage.masks():
+                    _part(after, window).clamp_(min=reached * flat[entry])
                 flat = after
         assert flat is not None
         return flat.expand(self.count.shape).long()
@@ -285,7 +331,7 @@ class Windows:
         # The one question that cannot be asked dimension by dimension: a row's tied entries may lie in two windows.
         flat = torch.arange(prod(self.sizes), device=self.x.device).view(1, *self.sizes, 1)
         seen, found = torch.zeros_like(self.count), torch.zeros(self.count.shape, dtype=torch.long, device=flat.device)
-        for place in product(*self.spans):
+        for place in product(*self.geometry.spans(self.sizes, self.windows)):
             entry = (slice(None), *(e for e, _ in place))
             window = (slice(None), *(w for _, w in place))
             reached = self.x[entry] == self.maxima[window]
@@ -297,6 +343,10 @@ class Windows:
 def _whole(n: int) -> Span:
     """Windows of one entry each."""
     return slice(0, n, 1), slice(0, n)
+
+
+def _part(t: Tensor, subscript: Any) -> Tensor:
+    return t if subscript is None else t[subscript]
 
 
 def _equal(a: Tensor, b: Tensor) -> Tensor:
