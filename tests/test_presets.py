@@ -1,87 +1,205 @@
-"""The presets against the libraries whose name they bear; needs these to be installed beside torch."""
+"""What each library returns at the kinks: the installed torch by a table, jax and tensorflow where these are."""
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
-from nslightning import Jacobians
-from nslightning.ops import leaky_relu, max_pool2d, relu, relu6
+from nslightning import Jacobians, patch
+from nslightning.jacobians import NONSMOOTH
 
-KINKS = np.array([-1.0, -0.0, 0.0, 3.0, 6.0, 7.0], dtype=np.float32)
-POOLS = [(2, 2, 0), (3, 2, 1), (3, 1, 1)]
-IMAGES = np.random.default_rng(0).integers(-2, 2, (2, 9, 9, 3)).astype(np.float32)
+NEWEST = torch.__version__.split("+")[0]
+# `clamp` and what is made of it changed: 1 at the bounds up to torch 2.13, 0 in 2.15.
+BOUND = 1.0 if tuple(map(int, NEWEST.split(".")[:2])) < (2, 14) else 0.0
 
-
-def ours(name, x, preset, pool=None):
-    choice = Jacobians.preset(preset)
-    x = torch.tensor(x, requires_grad=True)
-    y = {
-        "relu": lambda: relu(x, choice.relu),
-        "relu6": lambda: relu6(x, choice.relu6),
-        "leaky_relu": lambda: leaky_relu(x, 0.25, choice.leaky_relu),
-        "max_pool": lambda: max_pool2d(x.permute(0, 3, 1, 2), *(pool or ()), jacobian=choice.max_pool),
-    }[name]()
-    return torch.autograd.grad(y.sum(), x)[0].numpy()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["relu", "relu6", "leaky_relu"])
-def test_jax_pointwise(name):
-    jax = pytest.importorskip("jax", reason="the jax preset is compared where jax is installed")
-    functions = {"relu": jax.nn.relu, "relu6": jax.nn.relu6, "leaky_relu": lambda x: jax.nn.leaky_relu(x, 0.25)}
-    want = np.asarray(jax.grad(lambda x: functions[name](x).sum())(KINKS))
-    assert np.array_equal(ours(name, KINKS, "jax"), want)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("pool", POOLS)
-def test_jax_max_pool(pool):
-    jax = pytest.importorskip("jax", reason="the jax preset is compared where jax is installed")
-    k, s, p = pool
-
-    def f(x):
-        padding = ((0, 0), (p, p), (p, p), (0, 0))
-        return jax.lax.reduce_window(x, -np.inf, jax.lax.max, (1, k, k, 1), (1, s, s, 1), padding).sum()
-
-    assert np.array_equal(ours("max_pool", IMAGES, "jax", pool), np.asarray(jax.grad(f)(IMAGES)))
+# Inputs on every kink, as float32; the function in torch; what the installed torch returns there, entry by entry.
+ZERO = [-0.0, 0.0]
+PAIR = [[2.0, 2.0], [2.0, 2.0], [1.0, 2.0]]
+THREE = [2.0, 1.0, 2.0, 2.0]
+TABLE = {
+    "relu": (ZERO, torch.relu, [0.0, 0.0]),
+    "relu6": ([0.0, 6.0], F.relu6, [0.0, 0.0]),
+    "leaky_relu": (ZERO, lambda x: F.leaky_relu(x, 0.25), [0.25, 0.25]),
+    "prelu": (ZERO, lambda x: F.prelu(x, torch.tensor([0.25])), [0.25, 0.25]),
+    "rrelu": (ZERO, lambda x: F.rrelu(x, 0.25, 0.25), [0.25, 0.25]),
+    "hardtanh": ([-1.0, 1.0], F.hardtanh, [0.0, 0.0]),
+    "clamp": ([-1.0, 1.0], lambda x: x.clamp(-1, 1), [BOUND, BOUND]),
+    "hardswish": ([-3.0, 3.0], F.hardswish, [0.0, 1.0]),
+    "hardsigmoid": ([-3.0, 3.0], F.hardsigmoid, [0.0, 0.0]),
+    "hardshrink": ([-0.5, 0.5], F.hardshrink, [0.0, 0.0]),
+    "softshrink": ([-0.5, 0.5], F.softshrink, [0.0, 0.0]),
+    "threshold": ([0.5], lambda x: F.threshold(x, 0.5, 7.0), [0.0]),
+    "elu": (ZERO, lambda x: F.elu(x, 0.5), [0.5, 0.5]),
+    "selu": (ZERO, F.selu, [1.7580993, 1.7580993]),
+    "abs": (ZERO, torch.abs, [0.0, 0.0]),
+    "max_pool": (THREE, lambda x: F.max_pool1d(x[None], 4), [1.0, 0.0, 0.0, 0.0]),
+    "max": (THREE, lambda x: x.amax(), [1 / 3, 0.0, 1 / 3, 1 / 3]),
+    "max, dim": (THREE, lambda x: x.max(0)[0], [1.0, 0.0, 0.0, 0.0]),
+    "max, all": (THREE, lambda x: x.max(), [1 / 3, 0.0, 1 / 3, 1 / 3]),
+    "maximum": (PAIR, lambda x: torch.maximum(x[:, 0], x[:, 1]), [[0.5, 0.5], [0.5, 0.5], [0.0, 1.0]]),
+    "norm": ([0.0, 0.0], lambda x: x.norm(), [0.0, 0.0]),
+    "hinge": ([1.0], lambda x: F.hinge_embedding_loss(x, -torch.ones(1)), [-BOUND]),
+}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["relu", "relu6", "leaky_relu"])
-def test_tensorflow_pointwise(name):
-    tf = pytest.importorskip("tensorflow", reason="the tensorflow preset is compared where tensorflow is installed")
-    functions = {"relu": tf.nn.relu, "relu6": tf.nn.relu6, "leaky_relu": lambda x: tf.nn.leaky_relu(x, 0.25)}
-    x = tf.constant(KINKS)
-    with tf.GradientTape() as tape:
-        tape.watch(x)
-        y = tf.reduce_sum(functions[name](x))
-    assert np.array_equal(ours(name, KINKS, "tensorflow"), tape.gradient(y, x).numpy())
+def gradient(f, x):
+    x = torch.tensor(x, dtype=torch.float32, requires_grad=True)
+    return torch.autograd.grad(f(x).sum(), x)[0].tolist()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("pool", POOLS)
-def test_tensorflow_max_pool(pool):
-    tf = pytest.importorskip("tensorflow", reason="the tensorflow preset is compared where tensorflow is installed")
-    k, s, p = pool
-    x = tf.constant(IMAGES)
-    with tf.GradientTape() as tape:
-        tape.watch(x)
-        y = tf.reduce_sum(tf.nn.max_pool2d(x, k, s, [[0, 0], [p, p], [p, p], [0, 0]]))
-    assert np.array_equal(ours("max_pool", IMAGES, "tensorflow", pool), tape.gradient(y, x).numpy())
+def flat(values):
+    return np.asarray(values, dtype=np.float64).ravel().tolist()
 
 
-def test_pytorch_preset_is_the_installed_torch():
-    """Against stock operations, to the bit; the choice of `Jacobians()`."""
-    stock = {
-        "relu": torch.relu,
-        "relu6": torch.nn.functional.relu6,
-        "leaky_relu": lambda x: torch.nn.functional.leaky_relu(x, 0.25),
-    }
-    for name, f in stock.items():
-        x = torch.tensor(KINKS, requires_grad=True)
-        assert np.array_equal(ours(name, KINKS, "pytorch"), torch.autograd.grad(f(x).sum(), x)[0].numpy())
+@pytest.mark.parametrize("name", TABLE)
+def test_what_the_installed_torch_returns(name):
+    """When this fails torch has changed: write the version into `Kink.pytorch` in jacobians.py."""
+    x, f, want = TABLE[name]
+    assert flat(gradient(f, x)) == pytest.approx(flat(want), rel=1e-6, abs=0), f"torch {NEWEST}"
+
+
+def test_the_table_is_complete():
+    assert {name.split(",")[0] for name in TABLE} == set(NONSMOOTH)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_pytorch_preset_is_the_installed_torch(name):
+    """To the bit, through a patched model; and no other preset leaves it unreached."""
+    x, f, _ = TABLE[name]
+    assert gradient(patched(f, "pytorch"), x) == gradient(f, x)
+
+
+def patched(f, preset):
+    class Model(nn.Module):
+        def forward(self, x):
+            return f(x)
+
+    model = Model()
+    report = patch(model, Jacobians.preset(preset))
+
+    def run(x):
+        y = model(x)
+        assert report.reached
+        return y
+
+    return run
 
 
 def test_unknown_preset():
     with pytest.raises(ValueError, match="did you mean 'tensorflow'"):
         Jacobians.preset("tensorflo")
+
+
+# ------------------------------------------------------------------------------------------- the other libraries
+def jax_functions():
+    jax = pytest.importorskip("jax", reason="the jax preset is compared where jax is installed")
+    jnp, nn_ = jax.numpy, jax.nn
+
+    def pool(x):
+        return jax.lax.reduce_window(x, -np.inf, jax.lax.max, (4,), (4,), "VALID")
+
+    functions = {
+        "relu": nn_.relu,
+        "relu6": nn_.relu6,
+        "leaky_relu": lambda x: nn_.leaky_relu(x, 0.25),
+        "prelu": lambda x: jnp.where(x >= 0, x, 0.25 * x),  # as flax.linen.PReLU writes it
+        "hardtanh": nn_.hard_tanh,
+        "clamp": lambda x: jnp.clip(x, -1, 1),
+        "hardswish": nn_.hard_swish,
+        "hardsigmoid": nn_.hard_sigmoid,
+        "elu": lambda x: nn_.elu(x, 0.5),
+        "selu": nn_.selu,
+        "abs": jnp.abs,
+        "max_pool": pool,
+        "max": jnp.max,
+        "max, dim": lambda x: jnp.max(x, 0),
+        "max, all": jnp.max,
+        "maximum": lambda x: jnp.maximum(x[:, 0], x[:, 1]),
+        "hinge": lambda x: jnp.maximum(0, 1 - x),  # as optax.hinge_loss writes it
+    }
+    return functions, lambda f, x: jax.grad(lambda x: f(x).sum())(np.asarray(x, np.float32))
+
+
+def tensorflow_functions():
+    tf = pytest.importorskip("tensorflow", reason="the tensorflow preset is compared where tensorflow is installed")
+    keras = tf.keras
+
+    functions = {
+        "relu": tf.nn.relu,
+        "relu6": tf.nn.relu6,
+        "leaky_relu": lambda x: tf.nn.leaky_relu(x, 0.25),
+        "prelu": lambda x: keras.layers.PReLU(keras.initializers.Constant(0.25))(x[None])[0],
+        "hardtanh": keras.ops.hard_tanh,
+        "clamp": lambda x: tf.clip_by_value(x, -1.0, 1.0),
+        "hardswish": keras.ops.hard_swish,
+        "hardsigmoid": keras.ops.hard_sigmoid,
+        "hardshrink": keras.ops.hard_shrink,
+        "softshrink": keras.ops.soft_shrink,
+        "threshold": lambda x: keras.ops.threshold(x, 0.5, 7.0),
+        "elu": lambda x: keras.ops.elu(x, 0.5),
+        "selu": tf.nn.selu,
+        "abs": tf.abs,
+        "max_pool": lambda x: tf.nn.max_pool2d(tf.reshape(x, (1, 1, 4, 1)), (1, 4), 4, "VALID"),
+        "max": tf.reduce_max,
+        "max, dim": lambda x: tf.reduce_max(x, 0),
+        "max, all": tf.reduce_max,
+        "maximum": lambda x: tf.maximum(x[:, 0], x[:, 1]),
+        "hinge": lambda x: keras.losses.hinge(tf.ones(1), x),
+    }
+
+    def grad(f, x):
+        x = tf.constant(x, tf.float32)
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = tf.reduce_sum(f(x))
+        return tf.convert_to_tensor(tape.gradient(y, x)).numpy()
+
+    return functions, grad
+
+
+# What a choice cannot express, or the library does not have.
+WITHOUT = {
+    "jax": {"rrelu", "hardshrink", "softshrink", "threshold", "norm"},
+    "tensorflow": {"rrelu", "norm"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("library", ["jax", "tensorflow"])
+def test_preset_is_the_library(library):
+    """A patched torch function takes the other library's gradient at every kink."""
+    functions, grad = {"jax": jax_functions, "tensorflow": tensorflow_functions}[library]()
+    assert set(functions) == set(TABLE) - WITHOUT[library]
+    for name, f in functions.items():
+        x, ours, _ = TABLE[name]
+        got, want = flat(gradient(patched(ours, library), x)), flat(grad(f, x))
+        assert got == pytest.approx(want, rel=1e-6), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("library", ["jax", "tensorflow"])
+@pytest.mark.parametrize("pool", [(2, 2, 0), (3, 2, 1), (3, 1, 1)])
+def test_pools_of_images(library, pool):
+    """Overlapping windows and padding, integers with many ties."""
+    images = np.random.default_rng(0).integers(-2, 2, (2, 9, 9, 3)).astype(np.float32)
+    (k, s, p), padding = pool, [[0, 0], [pool[2]] * 2, [pool[2]] * 2, [0, 0]]
+    if library == "jax":
+        jax = pytest.importorskip("jax", reason="the jax preset is compared where jax is installed")
+        window = ((1, k, k, 1), (1, s, s, 1), padding)
+        f = lambda x: jax.lax.reduce_window(x, -np.inf, jax.lax.max, *window)  # noqa: E731 # one of two
+    else:
+        tf = pytest.importorskip("tensorflow", reason="the tensorflow preset is compared where tensorflow is installed")
+        f = lambda x: tf.nn.max_pool2d(x, k, s, padding)  # noqa: E731 # one of two
+    _, grad = {"jax": jax_functions, "tensorflow": tensorflow_functions}[library]()
+    mine = patched(lambda x: F.max_pool2d(x.permute(0, 3, 1, 2), k, s, p), library)
+    assert np.array_equal(np.asarray(gradient(mine, images)), np.asarray(grad(f, images)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("library", ["jax", "tensorflow"])
+def test_norms_have_no_gradient_at_zero(library):
+    """NaN, which is no choice of ours: the presets leave PyTorch's 0."""
+    _, grad = {"jax": jax_functions, "tensorflow": tensorflow_functions}[library]()
+    norm = __import__("jax").numpy.linalg.norm if library == "jax" else __import__("tensorflow").norm
+    assert np.isnan(grad(norm, [0.0, 0.0])).all()

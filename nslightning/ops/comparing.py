@@ -115,9 +115,13 @@ def _normalized(x: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out
     return Call(x, ("normalize", p, dim, eps))
 
 
-_NORMS = ((_norm, (torch.norm, Tensor.norm)), (_linalg_norm, (torch.linalg.norm,)))
-_NORMS += ((_vector_norm, (torch.linalg.vector_norm, aten.linalg_vector_norm)), (_distance, (torch.dist, Tensor.dist)))
-_NORMS += ((_pairwise_distance, (F.pairwise_distance, torch.pairwise_distance)),)
+_NORMS: tuple[tuple[Callable[..., Any], tuple[Any, ...]], ...] = (
+    (_norm, (torch.norm, Tensor.norm)),
+    (_linalg_norm, (torch.linalg.norm,)),
+    (_vector_norm, (torch.linalg.vector_norm, aten.linalg_vector_norm)),
+    (_distance, (torch.dist, Tensor.dist)),
+    (_pairwise_distance, (F.pairwise_distance, torch.pairwise_distance)),
+)
 
 
 def _apply_norm(selection: Selection, call: Call) -> Tensor:

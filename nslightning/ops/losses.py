@@ -139,7 +139,8 @@ def absolute(
     Returns:
         ``torch.nn.functional.l1_loss(x, target, reduction=reduction, weight=weight)``, bit for bit.
     """
-    loss = F.l1_loss(x, target, reduction=reduction, weight=weight)
+    weights: dict[str, Any] = {} if weight is None else {"weight": weight}
+    loss: Tensor = F.l1_loss(x, target, reduction=reduction, **weights)
     u = x - target
     scale = u.new_ones(()) if weight is None else weight.detach()
     if reduction == "mean":
@@ -337,7 +338,7 @@ def triplet_margin_loss(
         tensor([[-1.]])
     """
     chosen = fixed(Jacobians(hinge=at_zero))
-    rest = {"margin": margin, "p": p, "eps": eps, "swap": swap, "reduction": reduction}
+    rest: dict[str, Any] = {"margin": margin, "p": p, "eps": eps, "swap": swap, "reduction": reduction}
     return hinge("triplet_margin_loss", chosen, x, positive, negative, **rest)
 
 

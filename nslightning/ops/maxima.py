@@ -104,6 +104,7 @@ def reduction(function: str, x: Tensor, selection: Selection, dim: Any = None, k
         The stock function's result, bit for bit: a tensor, for ``max`` and ``min`` along a dimension ``(values,
         indices)``, for ``aminmax`` ``(min, max)``.
     """
+    stock: Any
     if function == "aminmax":
         stock = torch.aminmax(x, dim=dim, keepdim=keepdim)
     elif function in ("max", "min") and dim is None:

@@ -215,9 +215,12 @@ class MultiMarginLoss(_Chosen, nn.MultiMarginLoss, choice="at_zero"):
 class _Function(nn.Module):
     """What PyTorch has as a function only: its arguments beside the inputs, and the choice."""
 
-    def __init__(self, seed: int = 0, *, given: dict[str, Any], **chosen: Any) -> None:
+    fields: ClassVar[tuple[str, ...]]  # what the choice sets in Jacobians
+
+    def __init__(self, choice: Any, seed: int = 0, **given: Any) -> None:
         super().__init__()
-        self.given, self.selection = given, Selection(Jacobians(**chosen), seed)
+        self.selection = Selection(Jacobians(**dict.fromkeys(self.fields, choice)), seed)
+        self.given = given
 
     def extra_repr(self) -> str:
         """The arguments, and the choice."""
@@ -227,8 +230,10 @@ class _Function(nn.Module):
 class Abs(_Function):
     """:func:`~nslightning.ops.abs` as a module."""
 
+    fields = ("abs",)
+
     def __init__(self, inplace: bool = False, *, at_zero: float | None = None) -> None:
-        super().__init__(given={"inplace": inplace, "at_zero": at_zero}, abs=at_zero)
+        super().__init__(at_zero, inplace=inplace, at_zero=at_zero)
 
     def forward(self, x: Tensor) -> Tensor:
         """The absolute value of a tensor of any shape."""
@@ -237,6 +242,8 @@ class Abs(_Function):
 
 class Clamp(_Function):
     """:func:`~nslightning.ops.clamp` as a module."""
+
+    fields = ("clamp",)
 
     def __init__(
         self,
@@ -248,8 +255,7 @@ class Clamp(_Function):
     ) -> None:
         if min is None and max is None:
             raise ValueError("Clamp takes at least one bound: min=..., max=..., or both")
-        given = {"min": min, "max": max, "inplace": inplace, "at_bounds": at_bounds}
-        super().__init__(given=given, clamp=at_bounds)
+        super().__init__(at_bounds, min=min, max=max, inplace=inplace, at_bounds=at_bounds)
 
     def forward(self, x: Tensor) -> Tensor:
         """Clamp a tensor of any shape."""
@@ -258,6 +264,8 @@ class Clamp(_Function):
 
 
 class _Reduction(_Function):
+    fields = ("max",)
+
     def __init__(
         self,
         dim: int | tuple[int, ...] | None = None,
@@ -266,7 +274,7 @@ class _Reduction(_Function):
         jacobian: float | MaxPoolChoice | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(seed, given={"dim": dim, "keepdim": keepdim, "jacobian": jacobian}, max=jacobian)
+        super().__init__(jacobian, seed, dim=dim, keepdim=keepdim, jacobian=jacobian)
 
     def forward(self, x: Tensor) -> Any:
         """Reduce a tensor of any shape."""
@@ -274,8 +282,10 @@ class _Reduction(_Function):
 
 
 class _Pair(_Function):
+    fields = ("maximum",)
+
     def __init__(self, *, jacobian: float | MaxPoolChoice | None = None, seed: int = 0) -> None:
-        super().__init__(seed, given={"jacobian": jacobian}, maximum=jacobian)
+        super().__init__(jacobian, seed, jacobian=jacobian)
 
     def forward(self, x: Tensor, other: Tensor) -> Tensor:
         """Compare two tensors whose shapes broadcast."""
@@ -321,10 +331,12 @@ class Fmin(_Pair):
 class Norm(_Function):
     """:func:`~nslightning.ops.norm` as a module."""
 
+    fields = ("norm",)
+
     def __init__(
         self, dim: int | tuple[int, ...] | None = None, keepdim: bool = False, *, at_zero: float | None = None
     ) -> None:
-        super().__init__(given={"dim": dim, "keepdim": keepdim, "at_zero": at_zero}, norm=at_zero)
+        super().__init__(at_zero, dim=dim, keepdim=keepdim, at_zero=at_zero)
 
     def forward(self, x: Tensor) -> Tensor:
         """The norms of the vectors of a tensor of any shape."""
@@ -334,9 +346,10 @@ class Norm(_Function):
 class Normalize(_Function):
     """:func:`~nslightning.ops.normalize` as a module."""
 
+    fields = ("clamp",)
+
     def __init__(self, p: float = 2.0, dim: int = 1, eps: float = 1e-12, *, at_eps: float | None = None) -> None:
-        given = {"p": p, "dim": dim, "eps": eps, "at_eps": at_eps}
-        super().__init__(given=given, clamp=None if at_eps is None else (at_eps, at_eps))
+        super().__init__(None if at_eps is None else (at_eps, at_eps), p=p, dim=dim, eps=eps, at_eps=at_eps)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the vectors of a tensor of any shape."""
@@ -347,8 +360,10 @@ class Normalize(_Function):
 class NormPool2d(_Function):
     """:func:`~nslightning.ops.norm_pool2d` as a module: NormPool, of which version 1 is 0 and version 2 is 1."""
 
+    fields = ("norm",)
+
     def __init__(self, kernel_size: int | tuple[int, int], *, at_zero: float | None = None) -> None:
-        super().__init__(given={"kernel_size": kernel_size, "at_zero": at_zero}, norm=at_zero)
+        super().__init__(at_zero, kernel_size=kernel_size, at_zero=at_zero)
 
     def forward(self, x: Tensor) -> Tensor:
         """Pool a tensor of shape (N, C, H, W) or (C, H, W)."""

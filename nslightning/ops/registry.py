@@ -351,14 +351,16 @@ FUNCTIONS = {
 }
 
 # Nonsmooth, and without a choice of ours: found and named by the surgery, never passed over in silence.
-_SORTED = "it selects by rank: a tie is between whole orders of the entries, not between the ends of an interval"
-_POWERS = "its kinks are those of a power of an absolute value, whose derivative is infinite or 0 there"
+_RANKED = "no choice yet: equal entries are told apart by rank, and the result names the index of the one taken"
+_ROOT = "PyTorch composes it of a root, whose derivative at 0 is infinite; ops.norm_pool2d is its p = 2 with a choice"
 UNREACHED: dict[str, str] = {
-    **dict.fromkeys(("median", "nanmedian", "kthvalue", "topk"), _SORTED),
-    **dict.fromkeys(("cummax", "cummin"), "each result is a maximum of its own, and their gradients meet in one entry"),
-    **dict.fromkeys(("lp_pool1d", "lp_pool2d", "lp_pool3d"), _POWERS),
+    **dict.fromkeys(("median", "nanmedian", "kthvalue", "topk"), _RANKED),
+    **dict.fromkeys(("cummax", "cummin"), "no choice yet: each result is a maximum of its own"),
+    **dict.fromkeys(("lp_pool1d", "lp_pool2d", "lp_pool3d"), _ROOT),
     **dict.fromkeys(("clamp", "clamp_min", "clamp_max", "clip"), "reached where the bounds are numbers"),
-    **dict.fromkeys(("fractional_max_pool2d", "fractional_max_pool3d"), "their windows are drawn in the forward"),
+    **dict.fromkeys(
+        ("fractional_max_pool2d", "fractional_max_pool3d"), "no choice yet: the windows are drawn in the forward"
+    ),
     "norm": "p-norms are reached for 1 <= p < inf; with p = inf two kinks meet, and a matrix norm is a singular value",
     "normalize": "reached for 1 <= p < inf",
     **dict.fromkeys(("dist", "pairwise_distance"), "reached for 1 <= p < inf"),

@@ -21,7 +21,8 @@ from nslightning.ops.selection import Selection, data_dependent, read_now
 
 __all__ = ["RULES", "Rule", "around", "dimensions", "fixed", "own", "restored", "wide"]
 
-_P, _R = ParamSpec("_P"), TypeVar("_R")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 @dataclass(frozen=True, eq=False)
