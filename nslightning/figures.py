@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-__all__ = ["divergence_by_step", "learning_rate_search", "twins_by_step"]
+__all__ = ["divergence_by_step", "learning_rate_search", "twins_by_step", "zone_shares"]
 
 # Okabe and Ito's colours, told apart by the colour-blind; line styles tell them apart in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -169,6 +169,47 @@ def learning_rate_search(rows: pd.DataFrame, metric: str, path: str | Path) -> P
             axis.set(title=choice, xscale="log", xlabel="learning rate")
         panels[0][0].set_ylabel(metric)
         panels[0][0].legend(fontsize=8)
+        _save(figure, path)
+    return path
+
+
+def zone_shares(rows: pd.DataFrame, title: str, whose: str, path: str | Path) -> Path:
+    """Draw how often two choices differ, by precision, and what the mini-batches' zones are.
+
+    Args:
+        rows: One row per precision, with columns ``precision``, ``draws``, ``share``, ``low`` and ``high``, and the
+            shares of the mini-batches in each zone where they were told apart.
+        title: Of the figure.
+        whose: What the share is of, such as ``draws``.
+        path: The figure's file; a PNG of the same name is written beside it.
+
+    Returns:
+        The path.
+    """
+    import matplotlib.pyplot as plt
+
+    path = Path(path)
+    kinds = [k for k in ("regular", "compensation", "bifurcation") if k in rows]
+    names = [f"{p} bit\nn = {n:,}" for p, n in zip(rows["precision"], rows["draws"], strict=True)]
+    at = range(len(rows))
+    with plt.rc_context(STYLE | {"axes.grid.axis": "y"}):
+        figure, panels = plt.subplots(1, 1 + bool(kinds), figsize=(3.4 * (1 + bool(kinds)), 2.9), squeeze=False)
+        figure.set_layout_engine("constrained")
+        left = panels[0][0]
+        error = [100 * (rows["share"] - rows["low"]), 100 * (rows["high"] - rows["share"])]
+        left.bar(at, 100 * rows["share"], 0.6, color=COLOURS[0], alpha=0.85)
+        left.errorbar(at, 100 * rows["share"], error, fmt="none", ecolor="black", elinewidth=1, capsize=3)
+        left.set(ylabel=f"{whose} with different gradients (%)", xticks=at, xticklabels=names)
+        left.set_ylim(0, max(1.0, 105 * rows["high"].max()))
+        if kinds:
+            below = 0.0 * rows["share"]
+            for i, kind in enumerate(kinds):
+                look = {"color": ("0.85", COLOURS[5], COLOURS[1])[i], "hatch": ("", "//", "")[i], "edgecolor": "white"}
+                panels[0][1].bar(at, 100 * rows[kind], 0.6, bottom=below, label=kind, **look)
+                below = below + 100 * rows[kind]
+            panels[0][1].set(ylabel="mini-batches by zone (%)", xticks=at, xticklabels=names, ylim=(0, 100))
+            panels[0][1].legend(fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), columnspacing=1)
+        figure.suptitle(title, fontsize=9)
         _save(figure, path)
     return path
 

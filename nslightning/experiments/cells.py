@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from nslightning.jacobians import Jacobians, MaxPoolChoice, Rule
 
-__all__ = ["KINDS", "Cell", "Outcome", "TrainCell", "ZoneCell", "compute", "settings"]
+__all__ = ["KINDS", "Cell", "Outcome", "TrainCell", "TwinCell", "ZoneCell", "compute", "settings"]
 
 Row = dict[str, Any]
 
@@ -98,7 +98,8 @@ class TrainCell(Cell):
 
     Args:
         epochs: Passes over the training images.
-        optimizer: ``sgd`` (momentum 0.9, weight decay) or ``adam`` (PyTorch's defaults, no decay).
+        optimizer: ``sgd`` (with momentum and weight decay) or ``adam`` (PyTorch's defaults, no decay).
+        momentum: Of SGD.
         learning_rate: The first one; or ``searched``: the one that the paper's search found (published/).
         paper: Whose search.
         shared_lr: Published quirk (B): every value of the choice takes the rate found for 0. Off: each its own.
@@ -119,6 +120,7 @@ class TrainCell(Cell):
     learning_rate: float | Literal["searched"] = 0.01
     paper: Literal["A", "B"] = "B"
     shared_lr: bool = False
+    momentum: float = 0.9
     weight_decay: float = 5e-4
     schedule: Literal["cosine", "constant"] = "cosine"
     eval_batch_size: int = 500
@@ -137,6 +139,29 @@ class TrainCell(Cell):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TwinCell(TrainCell):
+    """Networks that train in lockstep.
+
+    Args:
+        choices: What each twin has otherwise, by its name, such as ``{"0": {}, "10": {max_pool: 10}}``; the distances
+            are to the first.
+        control: Train the first choice twice; the second is called ``control``.
+        steps: Measure before each of so many steps, not before each epoch.
+    """
+
+    choices: dict[str, dict[str, Any]]
+    control: bool = True
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.choices) + self.control < 2:
+            raise ValueError("twins are two at least: give more choices, or control: true")
+        for given in self.choices.values():
+            dataclasses.replace(self.jacobians, **given)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ZoneCell(Cell):
     """Monte Carlo over parameters: on which mini-batches do the gradients of two choices differ?
 
@@ -148,7 +173,8 @@ class ZoneCell(Cell):
         shuffle: Whether each parameter vector meets the images in an order (and augmentation) of its own.
         norm: ``bitwise_first_layer``: whether any bit of the first layer's weight gradient differs (paper A);
             ``linf_sum``, ``l1_sum``: the Linf or L1 norms of the difference, summed over the parameter tensors
-            (paper B).
+            (paper B). ``zone``: whether any bit of any gradient differs, and mini-batches by their zone
+            (:func:`nslightning.probes.zone`), which needs no threshold.
         tau: A mini-batch counts where the norm is above.
         stop_at_first: Stop a parameter vector at its first mini-batch that counts, as paper A did.
         histogram: Report the norms by decade.
@@ -161,7 +187,7 @@ class ZoneCell(Cell):
     init: str = "torch"
     batches: int | None = None
     shuffle: bool = True
-    norm: Literal["bitwise_first_layer", "linf_sum", "l1_sum"] = "bitwise_first_layer"
+    norm: Literal["bitwise_first_layer", "linf_sum", "l1_sum", "zone"] = "bitwise_first_layer"
     tau: float = 0.0
     stop_at_first: bool = False
     histogram: bool = False
@@ -169,11 +195,13 @@ class ZoneCell(Cell):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        norms = ("bitwise_first_layer", "linf_sum", "l1_sum")
+        norms = ("bitwise_first_layer", "linf_sum", "l1_sum", "zone")
         if self.norm not in norms:
             raise ValueError(f"norm={self.norm!r} is not one of {', '.join(norms)}")
         if self.precision == 24:
             raise ValueError("zones are measured at 16, 32 or 64 bits: 24 is a training precision")
+        if self.norm == "zone" and (self.rule == "published" or self.histogram):
+            raise ValueError("zones over the reals are of the exact rule's choices, and have no norm for a histogram")
         self.alternative  # noqa: B018 # refuses what is no choice
 
     @property
@@ -185,6 +213,7 @@ class ZoneCell(Cell):
 #: The kinds of cells: their settings, and the function (imported when needed) that computes one on a device.
 KINDS: dict[str, tuple[type[Cell], str]] = {
     "train": (TrainCell, "nslightning.experiments.training:train"),
+    "twins": (TwinCell, "nslightning.experiments.twins:twins"),
     "zones": (ZoneCell, "nslightning.experiments.zones:zones"),
 }
 

@@ -20,6 +20,7 @@ from nslightning.experiments.networks import build, loaded, provenance
 from nslightning.experiments.precision import PRECISIONS, computing
 from nslightning.jacobians import Jacobians
 from nslightning.models.paper import initialize
+from nslightning.probes import zone
 from nslightning.models.patched import at_least_float32
 from nslightning.surgery import PatchReport, selections, using
 
@@ -44,7 +45,8 @@ def zones(cell: ZoneCell, device: str) -> Outcome:
     Returns:
         Per parameter vector: ``batches`` seen, ``differing`` ones, the first of them (``first_differing``, counted
         from 1; NaN where there is none) and ``not_finite``; with ``histogram`` also ``norm_zero`` and
-        ``norm_1e<k>``: how many norms lie in [10^k, 10^(k+1)).
+        ``norm_1e<k>``: how many norms lie in [10^k, 10^(k+1)); with the norm ``zone`` also how many mini-batches lie in
+        each.
     """
     where = torch.device(device)
     images = loaded(cell, where)
@@ -80,11 +82,13 @@ def _networks(cell: ZoneCell, images: Loaded, device: torch.device) -> tuple[tup
 
 def _walk(cell: ZoneCell, pair: tuple[nn.Module, ...], images: Images, theta: int) -> dict[str, float]:
     found: Counter[str] = Counter(batches=0, differing=0, not_finite=0)
+    if cell.norm == "zone":
+        found.update(regular=0, compensation=0, bifurcation=0)
     first = math.nan
     order = _theta_seed(cell, theta) if cell.shuffle else None
     for x, y in images.batches(cell.batch_size, PRECISIONS[cell.precision], seed=order, limit=cell.batches):
         found["batches"] += 1
-        norm = difference_norm(cell, pair, x, y)
+        norm = _zone(cell, pair[0], x, y, found) if cell.norm == "zone" else difference_norm(cell, pair, x, y)
         found["not_finite"] += not math.isfinite(norm)
         differs = norm > cell.tau or (cell.nan_differs and math.isnan(norm))
         found["differing"] += differs
@@ -95,6 +99,20 @@ def _walk(cell: ZoneCell, pair: tuple[nn.Module, ...], images: Images, theta: in
             if cell.stop_at_first:
                 break
     return {**found, "first_differing": first}
+
+
+def _zone(cell: ZoneCell, network: nn.Module, x: Tensor, y: Tensor, found: Counter[str]) -> float:
+    """Count a mini-batch's zone: 1.0 where the gradients differ, NaN where they are not finite."""
+
+    def loss(output: Tensor) -> Tensor:
+        return F.cross_entropy(at_least_float32(output), y)
+
+    try:
+        kind = zone(network, loss, x, cell.alternative, cell.jacobians).kind
+    except ValueError:  # diverged parameters lie in no zone
+        return math.nan
+    found[kind] += 1
+    return float(kind != "regular")
 
 
 def difference_norm(cell: ZoneCell, pair: tuple[nn.Module, ...], x: Tensor, y: Tensor) -> float:

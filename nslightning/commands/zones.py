@@ -1,0 +1,242 @@
+"""How often the gradients of two Jacobian choices differ, over initialisations and mini-batches."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from jsonargparse import ArgumentParser
+
+    from nslightning.experiments.grid import Experiment
+
+__all__ = ["main", "zones"]
+
+_WIDEST = 10_000  # draws, where nothing else stops
+_KINDS = ("regular", "compensation", "bifurcation")
+
+
+def main(argv: list[str]) -> int:
+    """Run the command.
+
+    Args:
+        argv: The command line from the subcommand on.
+
+    Returns:
+        0; 1 where data are missing or a cell failed, 2 where the call is mistaken, 130 after an interruption.
+
+    Raises:
+        SystemExit: After ``--help`` (0) and for arguments that are not understood (2).
+    """
+    from nslightning.data.verify import DataError
+
+    given = _parser().parse_args(argv[1:]).as_dict()
+    given.pop("config")
+    try:
+        return zones(**given)
+    except (ValueError, OSError, DataError) as error:
+        print(f"nslightning zones: error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, DataError) else 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on", file=sys.stderr)
+        return 130
+
+
+def _parser() -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog="nslightning zones", description=__doc__)
+    parser.add_argument("--config", action="config", help="A YAML file with any of these arguments.")
+    parser.add_function_arguments(zones)
+    return parser
+
+
+def zones(
+    backbone: str = "paper/fc",
+    options: dict[str, Any] | None = None,
+    data: str = "MNIST",
+    data_options: dict[str, Any] | None = None,
+    choice: str = "relu1:relu=1",
+    reference: str = "pytorch",
+    precisions: list[Literal[16, 32, 64]] = [16, 32, 64],  # noqa: B006 # never changed; jsonargparse shows it
+    batch_size: int = 128,
+    batches: int | None = 8,
+    norm: Literal["zone", "bitwise_first_layer", "linf_sum", "l1_sum"] = "zone",
+    tau: float | None = None,
+    of: Literal["draws", "batches"] = "draws",
+    half_width: float = 0.05,
+    draws: int | None = None,
+    chunk: int = 10,
+    workers: int = 1,
+    device: str = "cpu",
+    seed: int = 0,
+    output: str = "runs/zones",
+) -> int:
+    """Draw initialisations, take mini-batches without training, and count where two choices give different gradients.
+
+    For each precision draws are added, a chunk at a time, until the 95 % confidence interval of the share of draws (or of
+    mini-batches) on which the gradients differ is as narrow as asked. What was computed before is not computed again: a
+    call that was interrupted goes on, a narrower interval adds draws. A folder holds one measurement.
+
+    Args:
+        backbone: As for fit, such as paper/fc, paper/lenet5 or torchvision/resnet18.
+        options: Further arguments of the backbone, as {"batch_norm":true} or {"hidden":[256,256,256]}.
+        data: A data set: MNIST, CIFAR10, SVHN, FashionMNISTSample, ...
+        data_options: Its arguments, as {"holdout":0}.
+        choice: The choice that is compared, as relu1:relu=1 or minimal:max_pool=minimal; a preset by its name, as jax.
+        reference: The one it is compared with.
+        precisions: Bits of parameters, images and arithmetic.
+        batch_size: Images in a mini-batch.
+        batches: Mini-batches per draw; null goes through all training images.
+        norm: What counts as a difference. zone: the gradients differ in any bit, and whether over the reals
+            (bifurcation) or by rounding alone (compensation) is decided in float64, without a threshold.
+            bitwise_first_layer: any bit of the first layer's gradient (the ReLU'(0) paper). linf_sum and l1_sum: the sum
+            over the parameters of the difference's norm exceeds tau (the MaxPool paper).
+        tau: The threshold of linf_sum and l1_sum; null is the MaxPool paper's for the precision.
+        of: Which share the interval is of: draws with a difference on any of their mini-batches, or mini-batches.
+        half_width: How narrow the interval is to be: half its width.
+        draws: At most that many draws per precision.
+        chunk: Draws computed together, by one process.
+        workers: Processes side by side, one thread each.
+        device: cpu, cuda, cuda:1, ...
+        seed: Of the first chunk; the following ones count on from it.
+        output: Folder of zones.csv, zones.png, zones.pdf and of what was computed.
+
+    Returns:
+        0, or 1 where a chunk failed.
+
+    Raises:
+        ValueError: If an argument is not admissible.
+        OSError: If the output cannot be written.
+    """
+    from nslightning.commands.cost import parse_choice
+    from nslightning.experiments import run
+    from nslightning.experiments.grid import Experiment
+    from nslightning.figures import zone_shares
+
+    if not 0 < half_width < 0.5:
+        raise ValueError(f"half_width is between 0 and 0.5; given {half_width}")
+    for name, value in {"chunk": chunk, "draws": draws, "batch_size": batch_size, "batches": batches}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is at least 1; given {value}")
+    if not precisions:
+        raise ValueError("precisions names at least one of 16, 32, 64")
+    if tau is not None and norm not in ("linf_sum", "l1_sum"):
+        raise ValueError(f"tau is the threshold of linf_sum and l1_sum; norm={norm} has none")
+    (name, other), (reference_name, base) = parse_choice(choice), parse_choice(reference)
+    against = {k: v for k, v in other.to_dict().items() if v != getattr(base, k)}
+    if not against:
+        raise ValueError(f"{name} and {reference_name} are the same choice")
+    fixed: dict[str, Any] = {
+        "backbone": backbone,
+        "backbone_options": options or {},
+        "data": data,
+        "data_options": data_options or {},
+        "relu": base.relu,
+        "max_pool": base.max_pool,
+        "rule": base.rule,
+        "against": against,
+        "batch_size": batch_size,
+        "batches": batches,
+        "norm": norm,
+        "thetas": chunk,
+    }
+    chunks = {bits: 1 for bits in precisions}
+    most = -(-(draws or _WIDEST) // chunk)
+    folder = Path(output)
+    while True:
+        experiment = Experiment(
+            name=folder.name,
+            kind="zones",
+            scale="zones",
+            title=f"{name} against {reference_name}: {backbone} on {data}",
+            fixed=fixed,
+            grids=tuple(
+                {"precision": [bits], "tau": [_tau(norm, tau, bits)], "seed": list(range(seed, seed + n))}
+                for bits, n in chunks.items()
+            ),
+        )
+        report = run(experiment, folder.parent, workers=workers, device=device, progress=sys.stderr)
+        if report.failed:
+            print(f"nslightning zones: {report.failed[0][1]}; {report.folder}/cells/*.error say more", file=sys.stderr)
+            return 1
+        shares = _shares(experiment, report.folder, of)
+        wide = shares[(shares["high"] - shares["low"]) / 2 > half_width]["precision"]
+        again = [bits for bits in wide if chunks[bits] < most]
+        if not again:
+            break
+        for bits in again:  # at the rate of 1 / sqrt(draws), at most twice as many at once
+            chunks[bits] = min(most, chunks[bits] * 2)
+    return _tell(shares, experiment, folder, of, zone_shares)
+
+
+def _tau(norm: str, tau: float | None, bits: int) -> float:
+    """The threshold: as given, or the MaxPool paper's."""
+    if norm not in ("linf_sum", "l1_sum"):
+        return 0.0
+    from nslightning.experiments.precision import PRECISIONS
+    from nslightning.probes import THRESHOLDS
+
+    return THRESHOLDS[PRECISIONS[bits]] if tau is None else tau
+
+
+def _shares(experiment: Experiment, folder: Path, of: str) -> pd.DataFrame:
+    """Per precision, how many draws, and the share that differs with its 95 % interval.
+
+    Draws are independent: Wilson's interval. The mini-batches of one draw are not: Student's interval of the draws'
+    own shares.
+    """
+    import pandas as pd
+    from scipy import stats
+
+    table = pd.read_csv(folder / "results.csv")
+    wide = table.pivot_table(index=["precision", "cell", "theta"], columns="metric", values="value").reset_index()
+    rows = []
+    for bits, drawn in wide.groupby("precision", sort=False):
+        n, differing = len(drawn), drawn["differing"].sum()
+        if of == "draws":
+            share = float((drawn["differing"] > 0).mean())
+            interval = stats.binomtest(int((drawn["differing"] > 0).sum()), n).proportion_ci(method="wilson")
+            low, high = interval.low, interval.high
+        else:
+            each = drawn["differing"] / drawn["batches"]
+            share = float(each.mean())
+            half = float(stats.t.ppf(0.975, n - 1) * each.std() / n**0.5) if n > 1 else 1.0
+            low, high = max(0.0, share - half), min(1.0, share + half)
+            if n > 1 and each.std() == 0:  # all alike: no better known than so many draws can tell
+                low, high = (0.0, 1 - 0.05 ** (1 / n)) if share == 0 else (0.05 ** (1 / n), 1.0)
+        kinds = {k: float(drawn[k].sum() / drawn["batches"].sum()) for k in _KINDS if k in drawn}
+        batches, odd = int(drawn["batches"].sum()), int(drawn["not_finite"].sum())
+        rows.append(
+            {"precision": bits, "draws": n, "batches": batches, "differing_batches": int(differing), "share": share}
+            | {"low": low, "high": high, "not_finite": odd}
+            | kinds
+        )
+    order = {p.varied["precision"]: i for i, p in enumerate(experiment.cells())}
+    return pd.DataFrame(rows).sort_values("precision", key=lambda column: column.map(order)).reset_index(drop=True)
+
+
+def _tell(shares: pd.DataFrame, experiment: Experiment, folder: Path, of: str, draw: Any) -> int:
+    """Print the shares, and write them as a table and a figure."""
+    from rich.console import Console
+    from rich.table import Table
+
+    whose = "draws" if of == "draws" else "mini-batches"
+    kinds = [k for k in _KINDS if k in shares]
+    table = Table(title=experiment.title, title_justify="left", box=None, header_style="bold")
+    heads = ("bits", "draws", "mini-batches", f"{whose} that differ", "95 % interval", *kinds, "not finite")
+    for head in heads:
+        table.add_column(head, justify="right")
+    for row in shares.to_dict("records"):
+        table.add_row(
+            str(row["precision"]), f"{row['draws']:,}", f"{row['batches']:,}", f"{row['share']:.1%}",
+            f"{row['low']:.1%} to {row['high']:.1%}", *(f"{row[k]:.1%}" for k in kinds), str(row["not_finite"]),
+        )  # fmt: skip
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    shares.to_csv(folder / "zones.csv", index=False, float_format="%.6g")
+    for ending in ("pdf", "png"):
+        draw(shares, experiment.title, whose, folder / f"zones.{ending}")
+    print(f"Written to {folder}: zones.csv, zones.pdf, zones.png; each draw in zones/results.csv")
+    return 0

@@ -1,0 +1,80 @@
+"""``nslightning zones`` as a user calls it."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+import pytest
+
+from nslightning.cli import main
+
+SETTING = ["--data=FashionMNISTSample", "--backbone=paper/lenet5", "--batch_size=16", "--batches=2", "--chunk=2"]
+
+
+def zones(folder, *options: str) -> int:
+    return main(["zones", *SETTING, f"--output={folder}", *options])
+
+
+def test_draws_are_added_until_the_interval_is_narrow_and_never_computed_twice(tmp_path, capsys) -> None:
+    folder = tmp_path / "zones"
+    minimal = ["--choice=minimal:max_pool=minimal", "--precisions=[32]"]
+    assert zones(folder, *minimal, "--draws=2") == 0
+    first = pd.read_csv(folder / "zones.csv").iloc[0]
+    assert (first["draws"], first["batches"]) == (2, 4)
+    said = capsys.readouterr()
+    assert "95 % interval" in said.out
+    assert "1/1" in said.err
+    assert zones(folder, *minimal, "--half_width=0.25") == 0
+    added = pd.read_csv(folder / "zones.csv").iloc[0]
+    n, share, z2 = added["draws"], added["share"], 1.959963984540054**2
+    assert n > 2
+    # Wilson's interval, by its formula.
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = math.sqrt(z2) / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    assert added["low"] == pytest.approx(max(0.0, centre - half), abs=1e-5)
+    assert added["high"] == pytest.approx(min(1.0, centre + half), abs=1e-5)
+    assert half <= 0.25
+    assert added[["regular", "compensation", "bifurcation"]].sum() == pytest.approx(1.0)
+    each = pd.read_csv(folder / "zones" / "results.csv").pivot_table(
+        index=["seed", "theta"], columns="metric", values="value"
+    )
+    assert len(each) == n
+    assert (each["differing"] > 0).mean() == pytest.approx(share)
+    # The background of an image ties everywhere, with equal upstream weights: rounding, and nothing over the reals.
+    assert added["compensation"] > 0.5
+    capsys.readouterr()
+    assert zones(folder, *minimal, "--half_width=0.25") == 0
+    assert capsys.readouterr().err == ""  # nothing left to compute
+    assert (folder / "zones.png").stat().st_size > 1000
+
+
+def test_of_mini_batches_and_with_the_papers_threshold(tmp_path) -> None:
+    options = ["--choice=minimal:max_pool=minimal", "--norm=linf_sum", "--of=batches", "--draws=4", "--half_width=0.01"]
+    assert zones(tmp_path / "z", *options, "--precisions=[32,64]") == 0
+    shares = pd.read_csv(tmp_path / "z" / "zones.csv")
+    results = pd.read_csv(tmp_path / "z" / "zones" / "results.csv")
+    assert set(results["tau"]) == {1e-7, 1e-15}
+    for bits, group in results.groupby("precision"):
+        each = group.pivot_table(index=["seed", "theta"], columns="metric", values="value")
+        row = shares[shares["precision"] == bits].iloc[0]
+        share = (each["differing"] / each["batches"]).mean()
+        assert row["share"] == pytest.approx(share)
+        assert row["low"] <= share <= row["high"]
+        assert row["low"] < row["high"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--half_width=0"], "between 0 and 0.5"),
+        (["--choice=relu0:relu=0"], "the same choice"),
+        (["--choice=a:rely=0"], "did you mean relu"),
+        (["--tau=1"], "norm=zone has none"),
+        (["--chunk=0"], "at least 1"),
+        (["--backbone=paper/lenet6", "--draws=1"], "lenet5"),
+    ],
+)
+def test_mistaken_calls(options, message, tmp_path, capsys) -> None:
+    assert zones(tmp_path / "z", *options) != 0
+    assert message in capsys.readouterr().err
