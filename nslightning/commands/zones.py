@@ -76,9 +76,9 @@ def zones(
 ) -> int:
     """Draw initialisations, take mini-batches without training, and count where two choices give different gradients.
 
-    For each precision draws are added, a chunk at a time, until the 95 % confidence interval of the share of draws (or of
-    mini-batches) on which the gradients differ is as narrow as asked. What was computed before is not computed again: a
-    call that was interrupted goes on, a narrower interval adds draws. A folder holds one measurement.
+    For each precision draws are added, a chunk at a time, until the 95 % confidence interval of the share of draws (or
+    of mini-batches) on which the gradients differ is as narrow as asked. What was computed before is not computed
+    again: a call that was interrupted goes on, a narrower interval adds draws. A folder holds one measurement.
 
     Args:
         backbone: As for fit, such as paper/fc, paper/lenet5 or torchvision/resnet18.
@@ -92,8 +92,8 @@ def zones(
         batches: Mini-batches per draw; null goes through all training images.
         norm: What counts as a difference. zone: the gradients differ in any bit, and whether over the reals
             (bifurcation) or by rounding alone (compensation) is decided in float64, without a threshold.
-            bitwise_first_layer: any bit of the first layer's gradient (the ReLU'(0) paper). linf_sum and l1_sum: the sum
-            over the parameters of the difference's norm exceeds tau (the MaxPool paper).
+            bitwise_first_layer: any bit of the first layer's gradient (the ReLU'(0) paper). linf_sum and l1_sum: the
+            sum over the parameters of the difference's norm exceeds tau (the MaxPool paper).
         tau: The threshold of linf_sum and l1_sum; null is the MaxPool paper's for the precision.
         of: Which share the interval is of: draws with a difference on any of their mini-batches, or mini-batches.
         half_width: How narrow the interval is to be: half its width.
@@ -143,7 +143,7 @@ def zones(
         "norm": norm,
         "thetas": chunk,
     }
-    chunks = {bits: 1 for bits in precisions}
+    chunks = dict.fromkeys(precisions, 1)
     most = -(-(draws or _WIDEST) // chunk)
     folder = Path(output)
     while True:
