@@ -243,6 +243,14 @@ def test_the_layouts_of_input_and_gradient_may_differ(layout, g_layout):
         assert torch.equal(got, torch.where(x == 0, g * 0.5, torch.where(x > 0, g, 0.0)))
 
 
+def test_a_default_device_does_not_matter():
+    x = torch.tensor([-1.0, 0.0, 2.0], requires_grad=True)
+    with torch.device("meta"):
+        for create_graph in (False, True):
+            (g,) = torch.autograd.grad(relu(x, 0.5), x, torch.ones_like(x), create_graph=create_graph)
+            assert g.tolist() == [0.0, 0.5, 1.0]
+
+
 def test_what_is_kept_for_the_backward():
     """Beside stock's one tensor: nothing without a tie, else at most a bit per entry of the blocks that have one."""
 

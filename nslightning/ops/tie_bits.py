@@ -9,7 +9,6 @@ sums, bitwise operations (masked ones, ``where`` and those that write ``bool`` a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -21,6 +20,10 @@ __all__ = ["TieBits", "find_ties", "overwrite", "storage_order"]
 
 _BLOCK = 1 << 16  # entries a thread takes at a time; with a few temporaries, they fit its cache
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_WEIGHTS = {
+    dtype: torch.tensor([[1], [2], [4], [8], [16], [32], [64], [128]], dtype=dtype, device="cpu")
+    for dtype in (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+}
 
 
 class TieBits(NamedTuple):
@@ -80,12 +83,13 @@ def find_ties(x: Tensor, positions: Sequence[float], order: tuple[int, ...]) -> 
                 marks[block.numel() :] = 0
                 blocks.append(number)
                 # At most 255, exact in every dtype.
-                bits.append((marks.view(8, -1) * _weights(x.dtype)).sum(0).to(torch.uint8))
+                bits.append((marks.view(8, -1) * _WEIGHTS[x.dtype]).sum(0).to(torch.uint8))
     if not any(blocks for blocks, _ in found):
         return None
     none = flat.new_empty((0, size // 8), dtype=torch.uint8)
     return [
-        TieBits(torch.tensor(blocks, dtype=torch.long), torch.stack(bits) if bits else none) for blocks, bits in found
+        TieBits(torch.tensor(blocks, dtype=torch.long, device=flat.device), torch.stack(bits) if bits else none)
+        for blocks, bits in found
     ]
 
 
@@ -127,7 +131,7 @@ def overwrite(
 def _mask(ties: TieBits, length: int) -> Tensor:
     """The ties of a tensor of so many entries, in the order in which they were found, bool."""
     size = 8 * ties.bits.shape[1]
-    mask = torch.zeros(length, dtype=torch.bool)
+    mask = torch.zeros(length, dtype=torch.bool, device=ties.bits.device)
     for number, bits in zip(ties.blocks.tolist(), ties.bits, strict=True):
         block = mask[number * size : (number + 1) * size]
         block.copy_(_unpack(bits)[: block.numel()])
@@ -136,9 +140,4 @@ def _mask(ties: TieBits, length: int) -> Tensor:
 
 def _unpack(bits: Tensor) -> Tensor:
     """One block's ties, shape (entries,), int8: -1 at a tie, else 0."""
-    return (bits & _weights(torch.uint8)).ne_(0).view(torch.int8).neg_().view(-1)
-
-
-@lru_cache
-def _weights(dtype: torch.dtype) -> Tensor:
-    return (2 ** torch.arange(8)).view(8, 1).to(dtype)
+    return (bits & _WEIGHTS[torch.uint8]).ne_(0).view(torch.int8).neg_().view(-1)
