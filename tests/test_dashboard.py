@@ -20,7 +20,7 @@ def logged(tmp_path_factory):
     from torch.utils.data import DataLoader, TensorDataset
 
     from nslightning import Jacobians
-    from nslightning.callbacks import GradientDivergence, TieMonitor, TwinDivergence
+    from nslightning.callbacks import GradientDivergence, TieMonitor, TwinDivergence, WeightDivergence, ZoneMonitor
     from nslightning.models import ImageClassifier, Twins
 
     keys, tables = set(), {}
@@ -44,7 +44,10 @@ def logged(tmp_path_factory):
     options = {"backbone": "paper/lenet5", "num_classes": 10, "image_shape": (1, 28, 28)}
     beta = {"beta10": Jacobians(max_pool=10)}
     for module, callbacks in (
-        (ImageClassifier(jacobians=Jacobians(), **options), [GradientDivergence(beta, every_n_steps=1), TieMonitor()]),
+        (
+            ImageClassifier(jacobians=Jacobians(), **options),
+            [GradientDivergence(beta, every_n_steps=1), TieMonitor(), ZoneMonitor(beta), WeightDivergence()],
+        ),
         (Twins({"native": Jacobians(), **beta}, **options), [TwinDivergence()]),
     ):
         trainer = Trainer(
@@ -72,9 +75,11 @@ def panels(definition):
 
 @pytest.mark.filterwarnings("ignore")  # Lightning's advice on loader workers
 def test_every_panel_draws_what_is_logged(made, logged):
+    from nslightning.dashboard import METRICS
+
     keys, _ = logged
     lines = [config for _, kind, config in panels(made) if kind == "Run History Line Plot"]
-    assert len(lines) == 16
+    assert len(lines) == sum(map(len, METRICS.values()))
     for config in lines:
         assert config["xAxis"] == "trainer/global_step"
         if config.get("useMetricRegex"):

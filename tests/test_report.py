@@ -112,7 +112,7 @@ def test_every_section_is_there_and_the_numbers_are_those_of_the_files(tmp_path)
     made = build(write_run(tmp_path / "runs" / "a" / "001"))
     assert made.headings == [
         "Runs", "Loss and accuracy by choice", "Divergence by choice", "Divergence by layer and step", "Ties by site",
-        "Zones", "Weights of twins", "Settings", "Provenance", "Patch report",
+        "Zones", "Weights", "Settings", "Provenance", "Patch report",
     ]  # fmt: skip
     totals = made.rows("log_series")
     assert list(totals["series"]) == ["zero", "small", "lost"] * 3

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .read import Run, short
+from .read import Run, flatten, short
 
 __all__ = ["bundle", "chart", "page"]
 
@@ -235,7 +235,8 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Any]], marked: Iterable[
             line.append(f"<td{kind}>{escape(text)}</td>")
         lines.append(f"<tr{' class=differs' * bool(marks and marks[i])}>{''.join(line)}</tr>")
     return (
-        f'<div class="scroll" tabindex="0"><table><thead><tr>{"".join(cells)}</tr></thead>'
+        '<div class="scroll" tabindex="0" role="region" aria-label="Table"><table>'
+        f"<thead><tr>{''.join(cells)}</tr></thead>"
         f"<tbody>{''.join(lines)}</tbody></table></div>"
     )
 
@@ -481,7 +482,7 @@ def _zones(runs: Sequence[Run]) -> _Section:
 def _zone_shares(run: Run) -> pd.DataFrame:
     """One row per step, choice and zone with a share; gradients that are not finite have no zone."""
     names = run.metrics["metric"].astype(str).str.extract(r"^zones/(?P<choice>.+)/(?P<what>[^/]+)$")
-    logged = run.metrics.join(names)[names["what"].notna()]
+    logged = run.metrics.join(names)[names["what"].notna()].drop_duplicates(["choice", "step", "what"], keep="last")
     wide = logged.pivot(index=["choice", "step"], columns="what", values="value").reset_index()
     if wide.empty:
         return wide
@@ -495,7 +496,7 @@ def _zone_shares(run: Run) -> pd.DataFrame:
 
 def _weights(runs: Sequence[Run]) -> _Section:
     tables, _ = _with((run, _distances(run)) for run in runs)
-    title = "Weights of twins"
+    title = "Weights"
     if not tables:
         missing = (
             "No run compared weights: <code>nslightning twins</code> does, and so does the callback "
@@ -523,8 +524,6 @@ def _settings(runs: Sequence[Run]) -> str:
 
 
 def _provenance(run: Run) -> dict[str, Any]:
-    from .read import flatten
-
     record = flatten({key: value for key, value in run.record.items() if key != "patch"})
     patch = run.record.get("patch") or {}
     return record | {"patched model": patch.get("model"), "patch fingerprint": patch.get("fingerprint")}
@@ -535,7 +534,7 @@ def _patches(runs: Sequence[Run]) -> _Section:
     groups: dict[str, list[Run]] = {}
     for run in runs:
         if run.sites is not None:
-            groups.setdefault(json.dumps([run.sites["fingerprint"], run.choice]), []).append(run)
+            groups.setdefault(json.dumps([run.sites.get("fingerprint"), run.choice]), []).append(run)
     parts = []
     for members in groups.values():
         sites = members[0].sites or {}
