@@ -3,7 +3,7 @@
 import math
 import re
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -210,7 +210,7 @@ class GradientDivergence(Callback):
         named = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
         # A parameter that the loss does not depend on got no gradient.
         own = {name: _mean(trainer, own.get(name, torch.zeros_like(p)), scale) for name, p in named.items()}
-        compare = measure
+        compare: Callable[..., Divergence] = measure
         if recorded is not None:
             compare, parameters = measure_difference, list(named.values())
             with undisturbed(pl_module, trainer.global_step):

@@ -48,6 +48,12 @@ def config(**backbone_options):
                     "init_args": {"every_n_steps": 2, "choices": {"relu1": {"relu": 1}, "half": {"relu": 0.5}}},
                 },
                 {"class_path": "nslightning.callbacks.TieMonitor", "init_args": {"every_n_steps": 2}},
+                {"class_path": "nslightning.callbacks.WeightDivergence", "init_args": {"every_n_steps": 2}},
+                {
+                    "class_path": "nslightning.callbacks.ZoneMonitor",
+                    "init_args": {"every_n_steps": 4, "choices": {"relu1": {"relu": 1}}},
+                },
+                {"class_path": "nslightning.callbacks.NonFiniteGuard"},
                 {"class_path": "ddp_helpers.Dump"},
             ],
         },
@@ -112,13 +118,14 @@ def test_two_processes_are_one_with_the_union_batch():
     pd.testing.assert_frame_equal(found, expected, rtol=1e-9, atol=1e-13)
     assert (found.xs(("relu1", ""), level=("choice", "parameter"))["relative"] > 1e-3).all()
     a, b = metrics(two), metrics(one)
-    same = [c for c in b if c.startswith(("divergence/", "ties/", "val/"))]
-    assert len(same) == 10 + 3 + 2
+    same = [c for c in b if c.startswith(("divergence/", "ties/", "val/", "weights/"))]
+    assert len(same) == 10 + 3 + 2 + 5
     pd.testing.assert_frame_equal(a[same], b[same], rtol=1e-9, atol=1e-12)
     assert a["train/loss"].notna().sum() == b["train/loss"].notna().sum() == 12
     (run,) = two.glob("wandb/offline-run-*")
     assert run.name.endswith((two / "wandb_id").read_text().strip())
     assert json.loads((two / "run.json").read_text())["processes"] == 2
+    assert (a["zones/relu1/bifurcation"].dropna() == 1).all()
     for folder in (two, one):
         assert (folder / "divergence.png").stat().st_size > 5000
 
@@ -161,6 +168,7 @@ def test_killed_in_the_middle_of_an_epoch(devices):
         found, expected = (torch.load(folder / f"weights-{rank}.pt") for folder in (two, one))
         for name, weight in expected.items():
             assert torch.equal(found[name], weight), name
-    assert (two / "divergence.csv").read_text() == (one / "divergence.csv").read_text()
+    for table in ("divergence.csv", "weights.csv", "zones.csv"):
+        assert (two / table).read_text() == (one / table).read_text()
     pd.testing.assert_frame_equal(metrics(two), metrics(one))
     assert metrics(two)["train/loss"].notna().sum() == 24
