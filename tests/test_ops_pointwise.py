@@ -447,6 +447,19 @@ def test_one_compiled_graph_serves_every_choice(backend):
         assert torch.equal(got, want), choice
 
 
+@pytest.mark.parametrize("shape", [(64,), ()])
+def test_a_compiled_half_precision_gradient_has_the_bits_of_the_eager_one(shape):
+    torch._dynamo.reset()
+    selection = Selection(Jacobians(relu=0.1))  # which no binary format holds
+    x = torch.zeros(shape, dtype=torch.float16, requires_grad=True)
+    g = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(torch.float16)
+    compiled = torch.compile(lambda x: pointwise("relu", x, selection), backend="aot_eager", fullgraph=True)
+    got, want = (torch.autograd.grad(f(x), x, g)[0] for f in (compiled, lambda x: pointwise("relu", x, selection)))
+    assert got.dtype == torch.float16
+    assert torch.equal(bits(got), bits(want))
+    assert not torch.equal(got, g * torch.tensor(0.1, dtype=torch.float16)) or not shape
+
+
 def test_introduction_example_zero_function():
     """relu(-t) + t - relu(t) is 0 everywhere; autodiff at 0 gives 1 - 2 alpha (facts of Bertoin et al. 2021)."""
     for alpha, want in ((0.0, 1.0), (0.5, 0.0), (1.0, -1.0)):

@@ -354,10 +354,10 @@ def _value(derivative: float | str, constant: bool, selection: Selection, g: Ten
 
 def _choose_compiled(op: Pointwise, selection: Selection, i: int, mask: Tensor, g: Tensor, gradient: Tensor) -> Tensor:
     """Overwrite the entries at one kink, reading the choice as tensors: one compiled backward serves every choice."""
-    derivative = read_now(selection.kinks[op.name], g)[i].to(g.dtype)
-    value = g * derivative
+    derivative = read_now(selection.kinks[op.name], g)[i]
+    value = (g * derivative).to(g.dtype)  # rounded once, as in eager mode
     if op.constant_when_published:
-        value = torch.where(read_now(selection.published, g), derivative, value)
+        value = torch.where(read_now(selection.published, g), derivative.to(g.dtype), value)
     return torch.where(mask & ~torch.isnan(derivative), value, gradient)
 
 
