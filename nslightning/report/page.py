@@ -328,7 +328,14 @@ def _overview(runs: Sequence[Run]) -> _Section:
     head = ["run", "choice", "backbone", "data", "precision", "seed", "step", "epochs", "val/loss",
             "val/acc1", "last written, UTC"]  # fmt: skip
     note = "The values logged last. A run with epochs to go is still going, or was stopped when it was last written."
-    return _Section("Runs", tables=[_table(head, rows)], note=note)
+    lost = [[run.name, *(run.nonfinite.get(key) for key in ("step", "what", "where")), _fed(run.nonfinite)]
+            for run in runs if run.nonfinite is not None]  # fmt: skip
+    found = _table(["not finite in", "from step", "first in", "of", "ties that fed it"], lost)
+    return _Section("Runs", tables=[_table(head, rows), *([found] if lost else [])], note=note)
+
+
+def _fed(nonfinite: Mapping[str, Any]) -> str:
+    return ", ".join(f"{count:,} at {site}" for site, count in (nonfinite.get("ties") or {}).items()) or "none"
 
 
 def _curves(runs: Sequence[Run]) -> _Section:

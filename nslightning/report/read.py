@@ -34,6 +34,7 @@ class Run:
         record: ``run.json``: seed, precision, device, versions, data, patch.
         config: ``config.yaml``, flat: ``{"model.optimizer.lr": 0.02}``; empty where there is none.
         sites: ``patch_report.json``; None where there is none.
+        nonfinite: ``nonfinite.json`` (:class:`~nslightning.callbacks.NonFiniteGuard`), or None.
         metrics: ``metrics.csv``, one row per logged value: ``step``, ``epoch``, ``metric``, ``value``.
         divergence: ``divergence.csv`` (:class:`~nslightning.callbacks.GradientDivergence`), or None.
         written: When the last metric was written, in seconds since the epoch; None before the first one.
@@ -44,6 +45,7 @@ class Run:
     record: dict[str, Any]
     config: dict[str, Any]
     sites: dict[str, Any] | None
+    nonfinite: dict[str, Any] | None
     metrics: pd.DataFrame
     divergence: pd.DataFrame | None
     written: float | None
@@ -193,6 +195,7 @@ def read_run(folder: str | Path) -> Run:
         record=_mapping(folder / "run.json", json.loads) or {},
         config=flatten(config),
         sites=_mapping(folder / "patch_report.json", json.loads),
+        nonfinite=_mapping(folder / "nonfinite.json", json.loads),
         metrics=_metrics(metrics),
         divergence=_divergence(folder / "divergence.csv"),
         written=metrics.stat().st_mtime if metrics.is_file() else None,
