@@ -1,6 +1,7 @@
 """Plans: which rule decides at which site, and gradients that are the ones of the choices decided."""
 
 import copy
+import doctest
 import itertools
 import json
 import pickle
@@ -255,6 +256,7 @@ def test_the_report_explains_conflicts():
     why = {(s.name, s.choice): s.decided for s in found.sites}
     assert why["layer1.1", 2.0] == "rule 3 (name='layer1.1') over rule 2 (1.0), rule 1 (0.5)"
     assert why["shared", 0.5] == ""
+    assert Plan([{"stage": "a", "relu": 1}, HALF]).explain((0, 1), "relu") == "rule 2 (everywhere) over rule 1 (1.0)"
     assert why["shared", 3.0] == "rule 4 (call=1) over rule 1 (0.5)"
     assert [s.calls for s in found.sites if s.name == "shared"] == [1, 1]
     assert "rule 3 (name='layer1.1') over rule 2 (1.0), rule 1 (0.5)" in str(found)
@@ -551,3 +553,21 @@ def test_rules_from_the_command_line(tmp_path):
 def test_mistaken_rules_on_the_command_line(rule, capfd):
     assert main(["fit", "--config=configs/quickstart.yaml", f"--model.sites=[{rule}]"]) == 2
     assert "error:" in capfd.readouterr().err
+
+
+def test_the_guide_runs(repo_root):
+    failed, tried = doctest.testfile(
+        str(repo_root / "docs" / "surgery.md"),
+        module_relative=False,
+        optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS,
+    )
+    assert (failed, tried > 15) == (0, True)
+
+
+def test_the_guides_config_patches_as_it_says(repo_root):
+    text = (repo_root / "docs" / "surgery.md").read_text()
+    given = yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])["model"]
+    model = ImageClassifier(given["backbone"], 3, (3, 32, 32), Jacobians(**given["jacobians"]), sites=given["sites"])
+    choice = {s.name: s.choice for s in model.patch_report.sites}
+    assert choice["maxpool"] == "minimal"
+    assert [choice[f"layer{i}.0.act1"] for i in (1, 2, 3, 4)] == [1, 0.5, 0.5, 0]

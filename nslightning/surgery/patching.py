@@ -73,6 +73,7 @@ class Surgery:
         )
         self.selections: dict[tuple[int, ...], Selection] = {}
         self._rows: dict[tuple[str, str, bool, tuple[int, ...]], Site] = {}
+        self._counted = any(rule.call is not None for rule in plan.rules)
         #: By operation the selection of all functional calls; None where a compiler could not tell them apart.
         self.everywhere: dict[str, Selection | None] = {}
 
@@ -114,7 +115,7 @@ class Surgery:
         Raises:
             RuntimeError: If they depend on the call's number, and that cannot be known.
         """
-        if not part.by_call(operation):
+        if not self._counted or not part.by_call(operation):
             return self.plan.covering(part.rules, operation, 0)
         where = f"{part.names[0] or 'the model'} takes its Jacobian of {operation} by the number of the call, which"
         if torch.compiler.is_compiling():
@@ -132,6 +133,9 @@ class Surgery:
         """The report's row for one module's calls of one function, made when it is first met."""
         if part.site is not None and part.site.operation == operation and (how == "unreached" or rules == part.first):
             return part.site  # what its class tells
+        key = (part.names[0], kind, inplace, rules)
+        if (known := self._rows.get(key)) is not None:
+            return known
         new = Site(
             name=part.names[0],
             operation=operation,
@@ -143,7 +147,7 @@ class Surgery:
             decided=self.plan.explain(rules, operation),
         )
         # `setdefault` is one step also when several threads run the model.
-        found = self._rows.setdefault((new.name, new.kind, new.inplace, rules), new)
+        found = self._rows.setdefault(key, new)
         if found is new:
             self.report.sites.append(new)
         return found
@@ -515,7 +519,7 @@ def choices(model: nn.Module, jacobians: Jacobians | Plan) -> dict[str, Jacobian
         raise ValueError(f"{type(model).__name__} is not patched; call `patch(model, Jacobians())` first")
     if isinstance(jacobians, Jacobians):
         return dict.fromkeys(found, jacobians)
-    wanted = {}
+    wanted: dict[int, Jacobians] = {}
     for surgery in surgeries(model).values():
         wanted |= {id(surgery.selections[rules]): choice for rules, choice in _meant(model, surgery, jacobians).items()}
     return {name: wanted[id(selection)] for name, selection in found.items()}

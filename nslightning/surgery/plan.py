@@ -287,10 +287,13 @@ class Plan:
         Returns:
             One line; empty where nothing but a rule for all sites decided, or none did.
         """
-        *others, last = [None, *(i for i in rules if operation in self.rules[i].changes)]
-        if last is None or (self.rules[last].unconditional and not any(others)):
+        deciding = [i for i in rules if operation in self.rules[i].changes]
+        if not deciding:
             return ""
-        lost = [f"rule {i + 1} ({self.rules[i].changes[operation]})" for i in reversed(others) if i is not None]
+        *others, last = deciding
+        if self.rules[last].unconditional and not others:
+            return ""
+        lost = [f"rule {i + 1} ({self.rules[i].changes[operation]})" for i in reversed(others)]
         return f"rule {last + 1} ({self.rules[last].where})" + (f" over {', '.join(lost)}" if lost else "")
 
     def to_list(self) -> list[dict[str, Any]]:
