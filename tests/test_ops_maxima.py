@@ -262,6 +262,32 @@ def test_func_transforms():
     assert torch.equal(gb, torch.zeros(2, 3))
 
 
+@pytest.mark.parametrize("choice", [None, "first", "minimal", "sum", 0.3])
+def test_forward_mode_is_the_transpose_of_the_backward(choice):
+    """<g, J t> = <J^T g, t>, by dual numbers and by `torch.func.jvp`, at ties and elsewhere."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-1, 2, (4, 5), generator=generator).double().requires_grad_()
+    t = torch.randn(4, 5, dtype=torch.float64, generator=generator)
+    c = None if choice is None else 0.25
+    for f in (
+        lambda x: ops.amax(x, jacobian=choice),
+        lambda x: ops.amax(x, 1, jacobian=choice),
+        lambda x: ops.max(x, 0, True, jacobian=choice)[0],
+        lambda x: ops.maximum(x, x.flip(0), jacobian=choice),
+        lambda x: ops.norm(x * (x > 0), 1, at_zero=c),
+        lambda x: ops.l1_loss(x, x.detach().flip(0), at_zero=c),
+        lambda x: ops.margin_ranking_loss(x, x.detach().flip(1), torch.ones_like(x), reduction="none", at_zero=c),
+    ):
+        y = f(x)
+        g = torch.randn(y.shape, dtype=torch.float64, generator=generator)
+        (gradient,) = torch.autograd.grad(y, x, g)
+        _, forward = torch.func.jvp(f, (x.detach(),), (t,))
+        assert (g * forward).sum().item() == pytest.approx((gradient * t).sum().item(), rel=1e-12)
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, t)
+            assert torch.allclose(torch.autograd.forward_ad.unpack_dual(f(dual)).tangent, forward, rtol=1e-14)
+
+
 def test_compiled_backward_serves_every_choice():
     selection = Selection(Jacobians())
 

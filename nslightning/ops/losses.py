@@ -92,9 +92,7 @@ def hinge(
         The stock function's result, bit for bit.
     """
     loss: Tensor = getattr(F, function)(*args, margin=margin, reduction=reduction, **kwargs)
-    if not (torch.is_grad_enabled() and loss.requires_grad):
-        return loss
-    if data_dependent(loss):
+    if data_dependent(loss):  # u is formed with its graph only where it is needed
         with torch.no_grad():
             u, active = HINGES[function](*args, margin=margin, **kwargs)
             if not ((u == 0) & (True if active is None else active != 0)).any():

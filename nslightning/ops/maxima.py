@@ -86,7 +86,7 @@ def _rank(reached: Tensor, dims: tuple[int, ...]) -> Tensor:
     return rank.permute([order.index(d) for d in range(reached.dim())])
 
 
-RULES["max"] = Rule("max", 1, _reached, _share)
+RULES["max"] = Rule("max", 1, _reached, _share, reduces=True)
 
 
 @own

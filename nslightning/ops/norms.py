@@ -32,7 +32,7 @@ def _everywhere(
     return (restored(each, *parameters).expand_as(tensors[0]),)
 
 
-RULES["norm"] = Rule("norm", 1, _zero, _everywhere, native=0.0)
+RULES["norm"] = Rule("norm", 1, _zero, _everywhere, native=0.0, reduces=True)
 
 
 @own

@@ -357,7 +357,6 @@ UNREACHED: dict[str, str] = {
     **dict.fromkeys(("median", "nanmedian", "kthvalue", "topk"), _RANKED),
     **dict.fromkeys(("cummax", "cummin"), "no choice yet: each result is a maximum of its own"),
     **dict.fromkeys(("lp_pool1d", "lp_pool2d", "lp_pool3d"), _ROOT),
-    **dict.fromkeys(("clamp", "clamp_min", "clamp_max", "clip"), "reached where the bounds are numbers"),
     **dict.fromkeys(
         ("fractional_max_pool2d", "fractional_max_pool3d"), "no choice yet: the windows are drawn in the forward"
     ),
@@ -368,7 +367,7 @@ UNREACHED: dict[str, str] = {
     "multilabel_margin_loss": "its hinges, one for each pair of classes, are formed inside one kernel",
     "triplet_margin_with_distance_loss": "its distances are functions of the caller's",
 }
-_NAMES = {"clip": "clamp", "vector_norm": "norm", "linalg_norm": "norm"}
+_NAMES = {"vector_norm": "norm", "linalg_norm": "norm"}
 UNSUPPORTED_MODULES: dict[type[nn.Module], str] = {
     nn.FractionalMaxPool2d: "fractional_max_pool2d", nn.FractionalMaxPool3d: "fractional_max_pool3d",
     nn.LPPool1d: "lp_pool1d", nn.LPPool2d: "lp_pool2d", nn.LPPool3d: "lp_pool3d",

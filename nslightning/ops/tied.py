@@ -15,6 +15,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from nslightning.jacobians import Jacobians
 from nslightning.ops.selection import Selection, data_dependent, read_now
@@ -40,6 +41,7 @@ class Rule:
         native: Stock's own choice, for a field that is one derivative; None for one that shares.
         added: One result may sum over ties and others: the gradients are added to the stock ones, which are 0 at
             the ties.
+        reduces: The parameters begin with the dimensions that were reduced away, and whether they are kept.
     """
 
     field: str
@@ -48,6 +50,7 @@ class Rule:
     gradients: Callable[..., tuple[Tensor, ...]]
     native: float | None = None
     added: bool = False
+    reduces: bool = False
 
 
 def _at_zero(field: str, native: float) -> Rule:
@@ -64,7 +67,7 @@ def _at_zero(field: str, native: float) -> Rule:
         g = restored(g, *parameters).to(wide(g))
         return (torch.where(tied, g * (choice[0] - native) * scale, 0).to(u.dtype),)
 
-    return Rule(field, 1, ties, gradients, native, added=True)
+    return Rule(field, 1, ties, gradients, native, added=True, reduces=True)
 
 
 def _clamp_min_at_bound() -> float:
@@ -111,6 +114,26 @@ class _Around(torch.autograd.Function):
         return (None, None, None, *gradients, *(None for _ in tensors[rule.inputs :]), rest)
 
 
+class _AroundBothWays(_Around):
+    """The same where tangents may be about: ``torch.compile`` takes no function that has a ``jvp``."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _Around.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[3:-1])
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        rule, parameters, last = RULES[ctx.rule], ctx.parameters, cast(Tensor, tangents[-1])
+        # The gradients are coefficients times g, and 0 or 1 times g is left to stock: with g = 1 these are the numbers.
+        coefficients, left = _vjp(rule, parameters, ctx.saved_tensors, torch.ones_like(last), ctx.selection)
+        if _stock(rule, _choice(rule, ctx.selection)):
+            return last.clone()
+        shape = restored(last, *parameters[:2]).shape if rule.reduces else last.shape
+        chosen = [(c * t).sum_to_size(shape) for c, t in zip(coefficients, tangents[3:], strict=False) if t is not None]
+        return left * last + sum(chosen, torch.zeros_like(last).view(shape)).view(last.shape)
+
+
 def _vjp(
     rule: Rule, parameters: tuple[Any, ...], tensors: tuple[Tensor, ...], g: Tensor, selection: Selection
 ) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -155,12 +178,17 @@ def around(rule: str, selection: Selection, parameters: tuple[Any, ...], *tensor
         The result, in the same memory.
     """
     result = tensors[-1]
-    if not (torch.is_grad_enabled() and result.requires_grad) or result.numel() == 0:
+    eager = not torch.compiler.is_compiling()
+    tangents = eager and forward_ad._current_level >= 0
+    # Inside a `torch.func` transform a tensor does not always tell that a derivative is asked for.
+    asked = tangents or (eager and torch._C._functorch.peek_interpreter_stack() is not None)
+    if not (asked or (torch.is_grad_enabled() and result.requires_grad)) or result.numel() == 0:
         return result
     given = tuple(tensor.detach() for tensor in tensors[:-1])
     if data_dependent(result) and not RULES[rule].ties(given, parameters)[0].any():
         return result
-    return cast(Tensor, _Around.apply(rule, selection, parameters, *tensors))
+    node = _AroundBothWays if tangents else _Around
+    return cast(Tensor, node.apply(rule, selection, parameters, *tensors))
 
 
 def own(operation: Callable[_P, _R]) -> Callable[_P, _R]:
