@@ -2,21 +2,38 @@
 
 import dataclasses
 import functools
+import json
 import math
+import textwrap
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Trainer
 
 from nslightning import patch
-from nslightning.data import FashionMNISTSample, Synthetic
-from nslightning.experiments import settings, training
+from nslightning.commands.experiment import main
+from nslightning.data import DataError, FashionMNISTSample, Synthetic
+from nslightning.experiments import (
+    Experiment,
+    Outcome,
+    compare,
+    comparison,
+    engine,
+    examples,
+    markdown,
+    run,
+    settings,
+    training,
+)
 from nslightning.experiments.data import Images, load
 from nslightning.experiments.networks import build
 from nslightning.experiments.precision import HalfProducts
-from nslightning.experiments.training import train
+from nslightning.experiments.published import searched_learning_rate, table
+from nslightning.experiments.training import Run, evaluate, train
+from nslightning.experiments.twins import twins
 from nslightning.experiments.zones import _networks, _theta_seed, difference_norm, zones
 from nslightning.models import ImageClassifier
 from nslightning.models.paper import lenet5
@@ -118,8 +135,7 @@ def test_the_lean_loop_takes_lightnings_steps_bit_for_bit(precision):
         network.load_state_dict(network.float().state_dict())
         network.double()
     trainer.fit(model, module)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    training._epoch(cell, network, training._optimizer(cell, network), scaler, images.train, 0)
+    Run(cell, network, CPU).epoch(images.train, 0)
     for mine, theirs in zip(network.parameters(), model.backbone.parameters(), strict=True):
         assert torch.equal(mine, theirs)
 
@@ -168,11 +184,15 @@ def test_zeros_at_relu_inputs_are_counted():
 def test_24_bits_scale_the_loss_each_run_for_itself_unless_the_quirk_is_asked_for():
     cell = settings("train", {**SMALL, "precision": 24, "epochs": 1})
     shared = dataclasses.replace(cell, shared_scaler=True)
-    own = [training._scaler(cell, CPU) for _ in range(2)]
-    assert own[0] is not own[1]
-    assert own[0].is_enabled()
-    assert training._scaler(shared, CPU) is training._scaler(shared, CPU)
-    assert not training._scaler(dataclasses.replace(cell, precision=32), CPU).is_enabled()
+    network = torch.nn.Linear(1, 1)
+
+    def scaler(cell):
+        return Run(cell, network, CPU).scaler
+
+    assert scaler(cell) is not scaler(cell)
+    assert scaler(cell).is_enabled()
+    assert scaler(shared) is scaler(shared)
+    assert not scaler(dataclasses.replace(cell, precision=32)).is_enabled()
     assert values(train(cell, "cpu"), "nan") == [0.0]
 
 
@@ -186,10 +206,10 @@ def test_evaluation_precision_and_loss_precision_are_options():
     network, _ = build(cell, images, CPU, None)
     seen = []
     network.classifier.register_forward_hook(lambda m, i, o: seen.append(o.dtype))
-    training._test(cell, network, images.test)
+    evaluate(cell, network, images.test)
     assert set(seen) == {torch.float16}
     seen.clear()
-    training._test(dataclasses.replace(cell, eval_float32=True), network, images.test)
+    evaluate(dataclasses.replace(cell, eval_float32=True), network, images.test)
     assert set(seen) == {torch.float32}
 
 
@@ -257,3 +277,453 @@ def test_parameter_vectors_are_new_draws_shared_by_rules_and_batch_sizes():
     assert len({_theta_seed(settings("zones", {**given, "seed": s}), t) for s in range(3) for t in range(3)}) == 9
     assert _theta_seed(dataclasses.replace(cell, rule="published", batch_size=7), 1) == _theta_seed(cell, 1)
     assert _theta_seed(dataclasses.replace(cell, width=9), 1) != _theta_seed(cell, 1)
+
+
+# ----------------------------------------------------------------------------------------------------------- twins
+
+
+def test_twins_start_together_and_only_another_choice_takes_them_apart():
+    given = {"backbone": "paper/lenet5", "data": "FashionMNISTSample", "train_images": 128, "batch_size": 32}
+    given |= {"choices": {"0": {}, "1": {"max_pool": 1.0}}, "epochs": 2}
+    rows = twins(settings("twins", given), "cpu").rows
+    found = {(r["twin"], r["epoch"]): r["value"] for r in rows if r["metric"] == "l1_distance"}
+    assert [found["control", e] for e in range(3)] == [0.0, 0.0, 0.0]
+    assert found["1", 0] == 0.0
+    assert found["1", 1] > 0.0
+    alone = train(settings("train", {k: v for k, v in given.items() if k != "choices"} | {"max_pool": 1.0}), "cpu")
+    together = [r["value"] for r in rows if r["metric"] == "test_accuracy" and r["twin"] == "1"]
+    assert together[1:] == values(alone, "test_accuracy")
+
+
+def test_twins_step_by_step_with_the_smallest_activation():
+    cell = settings(
+        "twins",
+        {**SMALL, "choices": {"0": {}, "1": {"relu": 1.0}}, "steps": 3, "batch_size": 16, "momentum": 0.0}
+        | {"weight_decay": 0.0, "shuffle": False, "init": "torch", "learning_rate": 0.1},
+    )
+    rows = twins(cell, "cpu").rows
+    network, _ = build(cell, load("FashionMNISTSample", (), CPU), CPU, "torch")
+    initial = [p.detach().clone() for p in network.parameters()]
+    smallest = []
+    for x, y in load("FashionMNISTSample", (), CPU).train.batches(16, torch.float32, limit=3):
+        smallest.append(float(network.fc1(x.flatten(1)).detach().abs().min()))
+        for p, g in zip(
+            network.parameters(), torch.autograd.grad(F.cross_entropy(network(x), y), network.parameters()), strict=True
+        ):
+            p.data -= 0.1 * g
+    assert [r["value"] for r in rows if r["metric"] == "min_abs_input"] == pytest.approx(smallest, rel=1e-4)
+    assert any(not torch.equal(p, q) for p, q in zip(initial, network.parameters(), strict=True))
+    assert {r["value"] for r in rows if r["metric"] == "l1_distance"} == {0.0}  # no exact zero was met
+    with pytest.raises(ValueError, match="twins are two at least"):
+        settings("twins", {**SMALL, "choices": {"0": {}}, "control": False})
+
+
+# -------------------------------------------------------------------------------------------------------- examples
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0, -3.0])
+def test_the_zero_function_has_derivative_1_minus_2_alpha(alpha):
+    t = torch.tensor([-2.0, 0.0, 3.0], requires_grad=True)
+    zero = examples.zero_of_relus(t, alpha)
+    assert torch.equal(zero, torch.zeros(3))
+    assert torch.autograd.grad(zero.sum(), t)[0].tolist() == [0.0, 1 - 2 * alpha, 0.0]
+
+
+LAST_BITS = {torch.float32: 2**-24, torch.float64: 2**-53}
+
+
+@pytest.mark.parametrize("dtype", LAST_BITS)
+@pytest.mark.parametrize("t", [0.0, 0.1, 1.0, -1e-4, -6.0])
+def test_two_programs_for_the_maximum_differ_by_rounding_where_all_entries_are_equal(dtype, t):
+    v = (1.14,) * 4
+    scan, library = examples.max_of_scan, examples.max_of_library
+    relus, other = examples.max_of_relus, functools.partial(examples.max_of_relus, at_zero=1.0)
+    assert examples.program_difference(scan, library, v, t, dtype) == LAST_BITS[dtype]  # = 5.96e-8 in float32
+    assert abs(examples.program_difference(other, relus, v, t, dtype)) == LAST_BITS[dtype]
+    # In half the last bit depends on the order of the additions: 2^-11 here, 2^-12 in another order.
+    assert 0 < abs(examples.program_difference(scan, library, v, t, torch.float16)) <= 2**-11
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_two_programs_for_the_maximum_differ_truly_where_all_entries_meet_at_0(dtype):
+    v = (1.0, 2.0, 3.0, 4.0)
+    scan, library = examples.max_of_scan, examples.max_of_library
+    relus, other = examples.max_of_relus, functools.partial(examples.max_of_relus, at_zero=1.0)
+    assert examples.program_difference(scan, library, v, 0.0, dtype) == 1.0 - 2.5
+    assert examples.program_difference(relus, other, v, 0.0, dtype) == 2.5 - 1.0
+    for t in (0.1, 1.0, -6.0):
+        assert examples.program_difference(scan, library, v, t, dtype) == 0.0
+        assert examples.program_difference(relus, other, v, t, dtype) == 0.0
+
+
+# ------------------------------------------------------------------------------------------------------------ grid
+
+
+@pytest.fixture
+def experiment_file(tmp_path):
+    file = tmp_path / "little.yaml"
+    file.write_text(
+        textwrap.dedent(
+            """
+            kind: train
+            title: A little one
+            note: Nothing to note.
+            fixed: {backbone: paper/fc, width: 4, depth: 1, data: FashionMNISTSample, train_images: 64, epochs: 1}
+            vary:
+              seed: {from: 0, count: 2}
+              relu: [0, 1]
+              rule: [exact, published]
+            compare:
+              published: training
+              where: {paper: A, data: MNIST, backbone: fc, parameter: alpha, metric: test_accuracy, batch_norm: false}
+              match: {value: relu}
+              metric: test_accuracy
+            scales:
+              smoke: {fixed: {epochs: 2}, vary: {rule: [exact]}}
+              small: {}
+              paper: {fixed: {epochs: 200}, grids: [{seed: [0]}, {seed: [0, 1], relu: [5]}]}
+            """
+        )
+    )
+    return file
+
+
+def test_a_grid_is_expanded_with_the_first_setting_slowest(experiment_file):
+    planned = Experiment.read(experiment_file, "small").cells()
+    varied = [(p.varied["seed"], p.varied["relu"], p.varied["rule"]) for p in planned]
+    assert varied == [(s, a, r) for s in (0, 1) for a in (0, 1) for r in ("exact", "published")]
+    assert len({p.id for p in planned}) == 8
+    assert all(p.cell.width == 4 for p in planned)
+
+
+def test_a_scale_changes_what_it_names(experiment_file):
+    smoke, paper = (Experiment.read(experiment_file, s) for s in ("smoke", "paper"))
+    assert [(p.cell.epochs, p.cell.rule) for p in smoke.cells()] == [(2, "exact")] * 4
+    assert [(p.cell.seed, p.cell.relu, p.cell.epochs) for p in paper.cells()] == [(0, 0, 200), (0, 5, 200), (1, 5, 200)]
+    assert paper.cells()[0].varied == {"seed": 0, "relu": 0.0}  # every cell tells all that varies in any grid
+
+
+def test_the_same_cell_has_the_same_name_whatever_the_grid(experiment_file):
+    small = {p.id for p in Experiment.read(experiment_file, "small").cells()}
+    one = Experiment.read(experiment_file, "small", {"relu": 1}).cells()
+    assert {p.id for p in one} <= small
+    assert len(one) == 4
+    other = Experiment.read(experiment_file, "small", {"epochs": 3}).cells()
+    assert not {p.id for p in other} & small
+
+
+def test_only_keeps_what_has_these_values(experiment_file):
+    experiment = Experiment.read(experiment_file, "small")
+    assert len(experiment.cells({"rule": ["exact"], "seed": [1]})) == 2
+    assert len(experiment.cells({"relu": [0, 1]})) == 8
+    with pytest.raises(ValueError, match=r"no such setting, did you mean 'rule'"):
+        experiment.cells({"rules": ["exact"]})
+    with pytest.raises(ValueError, match=r"--only seed=7 leaves no cell; the grid has seed: 0, 1"):
+        experiment.cells({"seed": [7]})
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("vary:", "varies:", r"has 'varies', did you mean 'vary'\?"),
+        ("kind: train", "kind: trian", r"kind='trian' is not known; did you mean 'train'\?"),
+        ("width: 4,", "widht: 4,", r"a train cell has no setting 'widht'; did you mean 'width'\?"),
+        ("relu: [0, 1]", "relu: 1", r"relu varies over a list of values"),
+        ("small: {}", "smal: {}", r"has 'smal', did you mean 'small'\?"),
+        ("rule: [exact, published]", "rule: [exat]", r"rule 'exat' is not known; did you mean 'exact'\?"),
+        ("epochs: 1}", "epochs: 1, precision: 8}", r"precision=8 is not one of 16, 24, 32, 64"),
+        ("backbone: paper/fc,", "", "missing 1 required keyword-only argument: 'backbone'"),
+        ("epochs: 1}", "epochs: 1, learning_rate: searched}", r"paper B has no searched learning rate for .*shared_lr"),
+    ],
+)
+def test_a_mistake_in_the_file_is_named(experiment_file, old, new, message):
+    experiment_file.write_text(experiment_file.read_text().replace(old, new))
+    with pytest.raises(ValueError, match=message):
+        Experiment.read(experiment_file, "small").cells()
+
+
+def test_the_searched_learning_rate_is_each_values_own_or_that_of_0():
+    given = {"backbone": "paper/lenet5", "batch_norm": False, "learning_rate": "searched", "max_pool": 100}
+    rows = table("learning_rates").query("paper == 'B' and backbone == 'lenet5' and optimizer == 'sgd'")
+    rows = rows.query("precision == 32 and not batch_norm").set_index("value")["learning_rate"]
+    own, shared = (
+        searched_learning_rate(settings("train", {**given, "shared_lr": shared})) for shared in (False, True)
+    )
+    assert own == rows[100.0]
+    assert shared == rows[0.0] == pytest.approx(0.03528, abs=1e-5)
+    assert own != shared
+
+
+# ---------------------------------------------------------------------------------------------------------- engine
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Count the cells that are computed; one may be told to fail."""
+    done, failing = [], set()
+
+    def compute(kind, cell, device):
+        done.append((cell.seed, cell.relu, cell.rule))
+        if done[-1] in failing:
+            raise RuntimeError("a bad day")
+        rows = [{"epoch": 0, "metric": "test_accuracy", "value": 0.5 + cell.seed / 10}]
+        rows += [{"epoch": 0, "metric": "nan", "value": 0.0}, {"epoch": 0, "metric": "train_loss", "value": math.nan}]
+        return Outcome(rows, {"data": "made up", "device": "cpu"})
+
+    monkeypatch.setattr(engine, "compute", compute)
+    return done, failing
+
+
+def test_finished_cells_are_skipped_and_the_rest_goes_on(experiment_file, tmp_path, counted):
+    done, _ = counted
+    experiment = Experiment.read(experiment_file, "small")
+    first = run(experiment, tmp_path / "out", only={"seed": [0]})
+    assert (first.planned, first.skipped, first.computed, first.failed) == (4, 0, 4, [])
+    second = run(experiment, tmp_path / "out")
+    assert (second.planned, second.skipped, second.computed) == (8, 4, 4)
+    assert len(done) == len(set(done)) == 8
+    assert run(experiment, tmp_path / "out").computed == 0
+    results = pd.read_csv(first.folder / "results.csv")
+    assert len(results) == 8 * 3
+    assert list(results.columns) == [
+        "experiment", "scale", "cell", "relu", "rule", "seed", "epoch", "metric", "value", "data", "device", "dtype",
+    ]  # fmt: skip
+    assert results.query("metric == 'train_loss'")["value"].isna().all()
+    assert sorted(set(results["seed"])) == [0, 1]
+
+
+def test_a_failed_cell_is_recorded_and_tried_again(experiment_file, tmp_path, counted):
+    done, failing = counted
+    failing.add((0, 1, "exact"))
+    experiment = Experiment.read(experiment_file, "small")
+    report = run(experiment, tmp_path / "out")
+    ((planned, error),) = report.failed
+    assert error == "RuntimeError: a bad day"
+    record = report.folder / "cells" / f"{planned.id}.error"
+    assert "a bad day" in record.read_text()
+    assert report.computed == 7
+    failing.clear()
+    again = run(experiment, tmp_path / "out")
+    assert (again.computed, again.failed) == (1, [])
+    assert not record.exists()
+    assert done.count((0, 1, "exact")) == 2
+
+
+def test_an_interruption_loses_only_what_was_being_computed(experiment_file, tmp_path, counted, monkeypatch):
+    done, _ = counted
+    through = engine.compute
+
+    def interrupted(kind, cell, device):
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        return through(kind, cell, device)
+
+    experiment = Experiment.read(experiment_file, "small")
+    monkeypatch.setattr(engine, "compute", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(experiment, tmp_path / "out")
+    folder = engine.folder_of(experiment, tmp_path / "out")
+    assert len(pd.read_csv(folder / "results.csv")["cell"].unique()) == 3
+    monkeypatch.setattr(engine, "compute", through)
+    assert run(experiment, tmp_path / "out").computed == 5
+    assert len(done) == len(set(done)) == 8
+
+
+def test_a_file_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    file = tmp_path / "cell.json"
+    engine._write(file, "old")
+    monkeypatch.setattr(engine.Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+    with pytest.raises(OSError, match="killed"):
+        engine._write(file, "new")
+    assert file.read_text() == "old"
+
+
+def test_missing_data_stop_the_grid_at_once(experiment_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("NSLIGHTNING_DATA_DIR", str(tmp_path / "nowhere"))
+    experiment = Experiment.read(experiment_file, "small", {"data": "MNIST"})
+    load.cache_clear()
+    with pytest.raises(DataError, match="missing: mnist"):
+        run(experiment, tmp_path / "out")
+
+
+def test_provenance_names_settings_code_and_data(experiment_file, tmp_path):
+    experiment = Experiment.read(experiment_file, "small")
+    report = run(experiment, tmp_path / "out", only={"seed": [0], "rule": ["exact"]})
+    record = json.loads((report.folder / "provenance.json").read_text())
+    assert record["experiment"]["title"] == "A little one"
+    (environment,) = record["environments"]
+    assert environment["versions"]["torch"] == torch.__version__
+    assert {"git", "python", "platform"} <= environment.keys()
+    assert len(record["cells"]) == 2
+    cell = next(iter(record["cells"].values()))
+    assert cell["settings"]["backbone"] == "paper/fc"
+    assert cell["provenance"]["data"] == "fashion_mnist_sample (embedded sample, first 64 training images)"
+    assert {"device", "dtype", "arithmetic", "patch", "environment"} <= cell["provenance"].keys()
+
+
+def test_processes_side_by_side_find_what_one_finds(experiment_file, tmp_path):
+    experiment = Experiment.read(experiment_file, "small")
+    one = run(experiment, tmp_path / "one")
+    two = run(experiment, tmp_path / "two", workers=2)
+    assert two.computed == 8
+    pd.testing.assert_frame_equal(*(pd.read_csv(r.folder / "results.csv") for r in (one, two)))
+
+
+# --------------------------------------------------------------------------------------------------------- compare
+
+
+def made(experiment, numbers):
+    """A tidy table with these final accuracies, by cell; None is a run that ended with NaN at 0.098."""
+    rows = []
+    for planned, value in zip(experiment.cells(), numbers, strict=True):
+        head = {"experiment": "little", "scale": "small", "cell": planned.id, **planned.varied, "data": "made up"}
+        rows += [
+            {**head, "epoch": 0, "metric": "test_accuracy", "value": 0.999},
+            {**head, "epoch": 1, "metric": "test_accuracy", "value": 0.098 if value is None else value},
+            {**head, "epoch": 1, "metric": "nan", "value": float(value is None)},
+        ]
+    return pd.DataFrame(rows)
+
+
+def test_means_over_runs_are_held_against_the_published_ones(experiment_file, monkeypatch):
+    published = pd.DataFrame(
+        [
+            {"backbone": "fc", "parameter": "alpha", "value": v, "mean": m, "sd": s, "n": 10, "n_nan": b}
+            for v, m, s, b in ((0.0, 0.95, 0.01, 0), (1.0, 0.5, 0.4, 5), (5.0, 0.1, 0.0, 10))
+        ]
+    )
+    monkeypatch.setattr(compare, "table", lambda name: published)
+    experiment = Experiment.read(experiment_file, "small")
+    entry = {"published": "training", "where": {"parameter": "alpha"}, "match": {"value": "relu"}}
+    experiment = dataclasses.replace(experiment, compare=({**entry, "metric": "test_accuracy"},))
+    # cells: seed 0: (relu 0 exact, 0 published, 1 exact, 1 published), then seed 1
+    results = made(experiment, [0.93, 0.90, 0.97, None, 0.95, 0.92, 0.99, 0.5])
+    found = comparison(experiment, results).set_index(["relu", "rule"])
+    row = found.loc[(0, "exact")]
+    assert (row["mean"], row["n"], row["nan"]) == (pytest.approx(0.94), 2, 0)
+    assert row["sd"] == pytest.approx(math.sqrt(2) * 0.01)
+    assert row["difference"] == pytest.approx(-0.01)
+    assert (row["inside"], row["published_n"], row["published_nan"]) == ("yes", 10, 0)
+    assert found.loc[(0, "published"), "inside"] == "no"  # 0.91 is four standard deviations away
+    nan = found.loc[(1, "published")]
+    assert (nan["mean"], nan["nan"]) == (pytest.approx((0.098 + 0.5) / 2), 1)
+    assert nan["inside"] == "yes"
+    dropping = dataclasses.replace(experiment, compare=({**experiment.compare[0], "drop_nan": True},))
+    row = comparison(dropping, results).set_index(["relu", "rule"]).loc[(1, "published")]
+    assert (row["mean"], row["n"], row["nan"]) == (0.5, 1, 1)
+    best = dataclasses.replace(experiment, compare=({**experiment.compare[0], "at": "best"},))
+    assert set(comparison(best, results)["mean"]) == {0.999}
+    text = markdown(experiment, comparison(experiment, results))
+    assert "Data: made up. Scale: small." in text
+    assert "Only at the paper scale" in text
+
+
+def test_shares_are_held_against_the_published_ones(experiment_file, monkeypatch):
+    experiment_file.write_text(
+        "kind: zones\n"
+        "fixed: {backbone: paper/fc, against: {relu: 1}, depth: 1, width: 8}\n"
+        "vary: {precision: [16, 32, 64]}\n"
+        "scales: {small: {}}\n"
+    )
+    published = pd.DataFrame([{"precision": 16, "n": 100, "mean": 0.5}, {"precision": 32, "n": 100, "mean": 0.1}])
+    monkeypatch.setattr(compare, "table", lambda name: published)
+    entry = {"published": "volume", "match": {"precision": "precision"}, "metric": "differing"}
+    experiment = Experiment.read(experiment_file, "small")
+    rows = []
+    for planned, differing in zip(experiment.cells(), ([0, 4, 1, 0], [1, 1, 0, 3], [0, 0, 0, 0]), strict=True):
+        for theta, value in enumerate(differing):
+            head = {"cell": planned.id, "theta": theta, "data": "made up"}
+            rows += [{**head, "metric": "differing", "value": value}, {**head, "metric": "batches", "value": 10}]
+    results = pd.DataFrame(rows)
+    proportion = dataclasses.replace(experiment, compare=({**entry, "statistic": "proportion"},))
+    found = comparison(proportion, results).set_index("precision")
+    assert list(found["mean"]) == [0.5, 0.75, 0.0]
+    assert list(found["n"]) == [4, 4, 4]
+    assert found.loc[16, "inside"] == "yes"
+    assert found.loc[32, "sd"] == pytest.approx(math.sqrt(0.75 * 0.25 / 4))
+    pooled = (0.1 * 100 + 0.75 * 4) / 104
+    assert found.loc[32, "difference"] > 2 * math.sqrt(pooled * (1 - pooled) * (1 / 100 + 1 / 4))
+    assert found.loc[32, "inside"] == "no"
+    assert math.isnan(found.loc[64, "published_mean"])  # nobody published it: it is told all the same
+    share = dataclasses.replace(experiment, compare=({**entry, "statistic": "share"},))
+    found = comparison(share, results).set_index("precision")
+    assert list(found["mean"]) == [5 / 40, 5 / 40, 0.0]
+    assert list(found["n"]) == [40, 40, 40]
+
+
+def test_published_tables_hold_what_the_papers_files_say():
+    training_rows = table("training")
+    row = training_rows.query(
+        "paper == 'B' and backbone == 'lenet5' and optimizer == 'sgd' and precision == 16 and not batch_norm "
+        "and value == 1000 and metric == 'test_accuracy'"
+    )
+    assert row[["mean", "sd", "n", "n_nan"]].to_numpy().tolist() == [[0.098, 0.0, 10, 10]]
+    volume = table("volume_relu_mnist").query("factor == 'width' and width == 1024 and precision == 32")
+    assert volume["mean"].item() == 0.873
+    pooled = table("volume_max_pool_cifar10").query("figure == 'notebook' and precision == 32")
+    assert pooled["mean"].item() == pytest.approx(216 / 391, abs=1e-4)
+    with pytest.raises(ValueError, match=r"no published table 'trainings'; there are .*training"):
+        table("trainings")
+
+
+# --------------------------------------------------------------------------------------------------------- command
+
+
+def test_the_command_runs_skips_compares_and_lists(experiment_file, capsys, tmp_path):
+    call = ["experiment", str(experiment_file), "--output", "out", "--workers", "1", "--only", "rule=exact"]
+    assert main([*call, "--scale", "small", "--compare"]) == 0
+    out, err = capsys.readouterr()
+    assert "4 cells, 0 finished before, 4 computed" in out
+    assert "| relu | rule |" in out
+    assert err.count("left] relu=") == 4
+    folder = tmp_path / "out" / "little" / "small"
+    assert {f.name for f in folder.iterdir()} >= {"results.csv", "provenance.json", "comparison.md", "comparison.csv"}
+    assert main([*call, "--scale", "small"]) == 0
+    assert "4 finished before, 0 computed" in capsys.readouterr().out
+    assert main(["experiment", str(experiment_file), "--output", "out", "--list"]) == 0
+    listed = capsys.readouterr().out
+    assert listed.count("finished") == 4
+    assert listed.count("missing") == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.yaml"], "there is no file nowhere.yaml"),
+        (["little.yaml", "--scale", "medium"], "has no scale 'medium'; it has smoke, small, paper"),
+        (["little.yaml", "--only", "rule"], "--only takes KEY=VALUE"),
+        (["little.yaml", "--set", "widht=3"], "did you mean 'width'?"),
+        (["little.yaml", "--workers", "0"], "workers=0"),
+    ],
+)
+def test_a_mistaken_call_says_what_is_wrong(experiment_file, capsys, arguments, message):
+    assert main(["experiment", *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert [f.name for f in experiment_file.parent.iterdir()] == ["little.yaml"]
+
+
+def test_every_packaged_experiment_expands_at_every_scale():
+    from nslightning import configs
+
+    files = sorted((configs.path("quickstart").parent / "experiments").glob("*.yaml"))
+    assert len(files) >= 4
+    for file in files:
+        for scale in ("smoke", "small", "paper"):
+            experiment = Experiment.read(file, scale)
+            planned = experiment.cells()
+            assert planned
+            assert experiment.title
+            for entry in experiment.compare:
+                theirs = [compare._published(entry, p.cell) for p in planned]
+                if scale == "paper":
+                    assert any(theirs), f"{file.name}: nothing published matches {entry}"
+                assert all(len(rows) <= 1 for rows in theirs), f"{file.name}: {entry} is ambiguous"
+
+
+def test_interrupting_the_command_leaves_a_table_and_status_130(experiment_file, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "compute", interrupted)
+    assert main(["experiment", str(experiment_file), "--workers", "1"]) == 130
+    assert "the same command goes on" in capsys.readouterr().err

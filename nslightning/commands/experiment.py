@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 __all__ = ["main"]
 
@@ -52,7 +54,10 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--list", action="store_true", help="list the cells and whether they are finished; run nothing")
     given = parser.parse_args(list(argv[1:]))
+    before = signal.getsignal(signal.SIGTERM)
     try:
+        with suppress(ValueError):  # outside the main thread
+            signal.signal(signal.SIGTERM, _interrupt)  # what a batch system sends before it kills
         return _run(given)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"nslightning experiment: error: {error}", file=sys.stderr)
@@ -60,6 +65,13 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on", file=sys.stderr)
         return 130
+    finally:
+        with suppress(ValueError):
+            signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def _run(given: argparse.Namespace) -> int:
@@ -123,9 +135,9 @@ def _resources(device: str | None, workers: int | None) -> tuple[str, int]:
     import torch
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda"):
-        return device, workers or 4
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if (workers or cores) == 1 or workers == 1:
-        torch.set_num_threads(1)
-    return device, workers or cores
+    if workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = 4 if device.startswith("cuda") else cores
+    if device == "cpu" and workers == 1:
+        torch.set_num_threads(1)  # as each of several processes would have
+    return device, workers

@@ -1,6 +1,6 @@
 """Grids of runs, tidy results, and the published numbers they are held against."""
 
-from nslightning.experiments.cells import KINDS, Cell, Outcome, TrainCell, ZoneCell, compute, settings
+from nslightning.experiments.cells import KINDS, Cell, Outcome, TrainCell, TwinCell, ZoneCell, compute, settings
 from nslightning.experiments.compare import comparison, markdown
 from nslightning.experiments.engine import Report, collect, folder_of, run
 from nslightning.experiments.grid import SCALES, Experiment, Planned
@@ -14,6 +14,7 @@ __all__ = [
     "Planned",
     "Report",
     "TrainCell",
+    "TwinCell",
     "ZoneCell",
     "collect",
     "comparison",

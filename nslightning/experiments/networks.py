@@ -41,6 +41,7 @@ def build(cell: Cell, images: Loaded, device: torch.device, init: str | None) ->
     if cell.precision == 64:
         network.double()  # then drawn again, with all bits
     if init is not None or cell.precision == 64:
+        torch.manual_seed(cell.seed)  # the draws of a network that is built once, as the released scripts did
         initialize(network, init or "torch")  # type: ignore[arg-type] # it checks the name
     report = patch(network, cell.jacobians, seed=cell.seed)
     return network.to(device, PRECISIONS[cell.precision]).train(), report

@@ -23,7 +23,7 @@ from nslightning.experiments.precision import PRECISIONS, computing
 from nslightning.models.patched import at_least_float32
 from nslightning.surgery import selections
 
-__all__ = ["train"]
+__all__ = ["Run", "evaluate", "train"]
 
 _CHECKED_EVERY = 50  # steps between looks for weights that are NaN
 _shared_scalers: dict[str, torch.amp.GradScaler] = {}  # of `shared_scaler`, by device
@@ -46,97 +46,136 @@ def train(cell: TrainCell, device: str) -> Outcome:
     where = torch.device(device)
     images = loaded(cell, where)
     network, report = build(cell, images, where, cell.init)
-    if not isinstance(cell.learning_rate, float):
-        raise ValueError(f"learning_rate={cell.learning_rate!r} is looked up when the grid is expanded")
-    optimizer = _optimizer(cell, network)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, cell.epochs) if cell.schedule == "cosine" else None
-    scaler = _scaler(cell, where)
+    run = Run(cell, network, where)
     splits = {"test": images.test} if images.shares_test else {"val": images.val, "test": images.test}
     rows: list[Row] = []
     tested: dict[str, float] = {}
-    alive = True
     for epoch in range(cell.epochs):
-        found: dict[str, float] = {"learning_rate": optimizer.param_groups[0]["lr"]}
-        if alive:
+        found: dict[str, float] = {"learning_rate": run.optimizer.param_groups[0]["lr"]}
+        if run.alive:
             with _counting_zeros(network, cell.count_zeros, where) as zeros:
-                trained, alive = _epoch(cell, network, optimizer, scaler, images.train, epoch)
+                found["train_loss"], found["train_accuracy"] = run.epoch(images.train, epoch)
             tested = {
                 f"{name}_{what}": value
                 for name, split in splits.items()
-                for what, value in _test(cell, network, split).items()
+                for what, value in evaluate(cell, network, split).items()
             }
-            found |= {"train_loss": trained[0], "train_accuracy": trained[1], **zeros}
+            found |= zeros
         else:
             found |= {"train_loss": math.nan, "train_accuracy": math.nan}
         found |= tested | {"nan": float(not math.isfinite(found["train_loss"]))}
         rows += [{"epoch": epoch, "metric": name, "value": value} for name, value in found.items()]
-        if schedule is not None:
-            schedule.step()
+        run.end_epoch()
     return Outcome(rows, provenance(cell, images, report, where))
 
 
-def _optimizer(cell: TrainCell, network: nn.Module) -> torch.optim.Optimizer:
-    if cell.optimizer == "adam":
-        return torch.optim.Adam(network.parameters(), lr=float(cell.learning_rate))
-    return torch.optim.SGD(
-        network.parameters(), lr=float(cell.learning_rate), momentum=0.9, weight_decay=cell.weight_decay
-    )
+class Run:
+    """A network in training, with its optimizer, schedule and loss scaler.
 
+    Args:
+        cell: The settings.
+        network: The patched network.
+        device: Where it is.
 
-def _scaler(cell: TrainCell, device: torch.device) -> torch.amp.GradScaler:
-    fresh = torch.amp.GradScaler(device.type, enabled=cell.precision == 24)
-    return _shared_scalers.setdefault(device.type, fresh) if cell.shared_scaler and cell.precision == 24 else fresh
+    Attributes:
+        alive: Whether its weights are numbers.
+    """
+
+    def __init__(self, cell: TrainCell, network: nn.Module, device: torch.device) -> None:
+        if isinstance(cell.learning_rate, str):
+            raise ValueError(f"learning_rate={cell.learning_rate!r} is looked up when the grid is expanded")
+        self.cell, self.network, self.device, self.alive = cell, network, device, True
+        self.optimizer: torch.optim.Optimizer
+        if cell.optimizer == "adam":
+            self.optimizer = torch.optim.Adam(network.parameters(), lr=cell.learning_rate)
+        else:
+            options = {"momentum": cell.momentum, "weight_decay": cell.weight_decay}
+            self.optimizer = torch.optim.SGD(network.parameters(), lr=cell.learning_rate, **options)
+        cosine = torch.optim.lr_scheduler.CosineAnnealingLR
+        self.schedule = cosine(self.optimizer, cell.epochs) if cell.schedule == "cosine" else None
+        self.scaler = torch.amp.GradScaler(device.type, enabled=cell.precision == 24)
+        if cell.shared_scaler and cell.precision == 24:
+            self.scaler = _shared_scalers.setdefault(device.type, self.scaler)
+        self._watched = next(network.parameters())
+
+    def step(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Take one step.
+
+        Args:
+            x: Images, in the network's dtype.
+            y: Labels.
+
+        Returns:
+            The loss, and how many images were classified correctly.
+        """
+        self.optimizer.zero_grad()
+        with computing(self.cell.precision, self.device):
+            logits = self.network(x)
+            loss = _loss(self.cell, logits, y)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return loss.detach(), (logits.argmax(1) == y).sum()
+
+    def epoch(self, images: Images, epoch: int) -> tuple[float, float]:
+        """Take the steps of an epoch, or those until the weights are NaN: one NaN makes them all so.
+
+        Args:
+            images: The training images.
+            epoch: Which.
+
+        Returns:
+            The mean of the batches' losses, and the accuracy; NaN if the weights became so.
+        """
+        self.network.train()
+        taken, seen = [], 0
+        order = self.cell.seed if self.cell.shuffle else None
+        batches = images.batches(self.cell.batch_size, PRECISIONS[self.cell.precision], epoch=epoch, seed=order)
+        for i, (x, y) in enumerate(batches):
+            if i % _CHECKED_EVERY == 0 and self._dead():
+                return math.nan, math.nan
+            taken.append(self.step(x, y))
+            seen += len(y)
+        self._dead()
+        losses, correct = (torch.stack(values) for values in zip(*taken, strict=True))
+        return float(losses.double().mean()), int(correct.sum()) / seen
+
+    def end_epoch(self) -> None:
+        """Step the schedule."""
+        if self.schedule is not None:
+            self.schedule.step()
+
+    def _dead(self) -> bool:
+        self.alive = self.alive and not bool(self._watched.isnan().any())
+        return not self.alive
 
 
 def _loss(cell: TrainCell, logits: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(logits if cell.half_loss else at_least_float32(logits), y)
 
 
-def _epoch(
-    cell: TrainCell,
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    images: Images,
-    epoch: int,
-) -> tuple[tuple[float, float], bool]:
-    """Take the steps of an epoch: (mean loss over batches, accuracy), and whether the weights are still numbers."""
-    network.train()
-    losses, correct, seen = [], torch.zeros((), dtype=torch.long, device=images.device), 0
-    first = next(network.parameters())
-    order = cell.seed if cell.shuffle else None
-    batches = images.batches(cell.batch_size, PRECISIONS[cell.precision], epoch=epoch, seed=order)
-    for step, (x, y) in enumerate(batches):
-        if step % _CHECKED_EVERY == 0 and bool(first.isnan().any()):
-            return (math.nan, math.nan), False
-        optimizer.zero_grad()
-        with computing(cell.precision, images.device):
-            logits = network(x)
-            loss = _loss(cell, logits, y)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        losses.append(loss.detach())
-        correct += (logits.argmax(1) == y).sum()
-        seen += len(y)
-    return (float(torch.stack(losses).double().mean()), int(correct) / seen), not bool(first.isnan().any())
-
-
 @torch.no_grad()
-def _test(cell: TrainCell, network: nn.Module, images: Images) -> dict[str, float]:
-    """Loss (mean over batches of 100, as published) and accuracy in evaluation mode."""
+def evaluate(cell: TrainCell, network: nn.Module, images: Images) -> dict[str, float]:
+    """Classify a split in evaluation mode.
+
+    Args:
+        cell: The settings.
+        network: The network.
+        images: The split.
+
+    Returns:
+        ``loss`` and ``accuracy``, means over the images.
+    """
     network.eval()
     precision = 32 if cell.precision == 24 and cell.eval_float32 else cell.precision
-    losses, correct = [], torch.zeros((), dtype=torch.long, device=images.device)
+    found = []
     for x, y in images.batches(cell.eval_batch_size, PRECISIONS[cell.precision]):
         with computing(precision, images.device):
             logits = network(x)
-            losses.append(_loss(cell, logits, y) * len(y))
-        correct += (logits.argmax(1) == y).sum()
-    return {
-        "loss": float(torch.stack(losses).double().sum()) / len(images),
-        "accuracy": int(correct) / len(images),
-    }
+            loss = _loss(cell, logits, y)
+        found.append((loss.double() * len(y), (logits.argmax(1) == y).sum()))
+    losses, correct = (torch.stack(values) for values in zip(*found, strict=True))
+    return {"loss": float(losses.sum()) / len(images), "accuracy": int(correct.sum()) / len(images)}
 
 
 @contextmanager
