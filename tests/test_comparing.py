@@ -119,6 +119,29 @@ def test_every_spelling(spelling):
     assert (found.tied > 0) == (not torch.equal(gradient(meant(x), x), stock))
 
 
+@pytest.mark.filterwarnings("ignore:size_average and reduce")
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_autocast(spelling):
+    """Stock's precision, bits and reference gradients from inputs in half precision; the chosen gradients at ties."""
+    written, _ = SPELLINGS[spelling]
+
+    def run(choice):
+        x = X.bfloat16().requires_grad_()
+        model = Model(written).bfloat16()
+        if choice is not None:
+            patch(model, choice, strict=False)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model(x)
+        return y, gradient(y.float(), x)
+
+    (want, stock), (got, mine), (_, chosen) = run(None), run(Jacobians()), run(CHOICE)
+    assert got.dtype == want.dtype
+    assert torch.equal(bits(got), bits(want))
+    assert torch.equal(bits(mine), bits(stock))
+    if spelling in ("maximum", "l1", "ranking", "norms", "amax", "triplet"):
+        assert not torch.equal(chosen, stock)
+
+
 @pytest.mark.parametrize(
     ("module", "others"),
     [

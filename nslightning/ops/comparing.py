@@ -75,21 +75,25 @@ def _norm(x: Tensor, p: Any = "fro", dim: Any = None, keepdim: bool = False, out
     p = 2.0 if p in ("fro", None) else p
     if out is not None or not isinstance(p, (int, float)) or not 1 <= p < math.inf or x.is_complex():
         return None
-    return x, p, dim, keepdim, dtype
+    return x, p, dim, keepdim, dtype, torch.norm
 
 
 def _linalg_norm(x: Tensor, ord: Any = None, dim: Any = None, keepdim: bool = False, **rest: Any) -> Any:
     dims = x.dim() if dim is None else 1 if isinstance(dim, int) else len(dim)
     if ord is not None and ord != "fro" and dims != 1:
         return None  # of a matrix: its singular values, or the greatest sum
-    return _norm(x, ord, dim, keepdim, **rest)
+    given = _norm(x, ord, dim, keepdim, **rest)
+    return given and (*given[:-1], torch.linalg.vector_norm)
 
 
 def _vector_norm(x: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, **rest: Any) -> Any:
-    return _norm(x, ord, dim, keepdim, **rest)
+    given = _norm(x, ord, dim, keepdim, **rest)
+    return given and (*given[:-1], torch.linalg.vector_norm)
 
 
 def _distance(x: Tensor, other: Tensor, p: float = 2) -> Any:
+    if torch.is_autocast_enabled(x.device.type):
+        return None  # some devices would subtract in another precision
     return _norm(x - other, p)
 
 
@@ -205,6 +209,9 @@ def _l1(x: Tensor, target: Tensor | None, how: str, weight: Tensor | None) -> Ca
 
     if target.size() != x.size():
         F.l1_loss(x.detach(), target.detach())  # warns, or raises
+    if torch.is_autocast_enabled(x.device.type):  # subtract in the precision that it would
+        precision = F.l1_loss(x.new_zeros(()), target.new_zeros(())).dtype
+        x, target = x.to(precision), target.to(precision)
     return Call(x - target, within=within)
 
 

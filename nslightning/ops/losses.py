@@ -92,6 +92,8 @@ def hinge(
         The stock function's result, bit for bit.
     """
     loss: Tensor = getattr(F, function)(*args, margin=margin, reduction=reduction, **kwargs)
+    # The arguments in the precision that autocast may have chosen for the loss.
+    args = tuple(a.to(loss.dtype) if a.is_floating_point() else a for a in args)
     if data_dependent(loss):  # u is formed with its graph only where it is needed
         with torch.no_grad():
             u, active = HINGES[function](*args, margin=margin, **kwargs)

@@ -43,6 +43,7 @@ def chosen_norm(
     dim: Any = None,
     keepdim: bool = False,
     dtype: torch.dtype | None = None,
+    stock: Callable[..., Tensor] = torch.linalg.vector_norm,
 ) -> Tensor:
     """The p-norm of vectors with the choice that ``selection`` names at backward time.
 
@@ -53,15 +54,16 @@ def chosen_norm(
         dim: The dimensions; None is all.
         keepdim: Keep the reduced dimensions with size 1.
         dtype: As in ``torch.linalg.vector_norm``.
+        stock: The function, or ``torch.norm``, which is another one to autocast.
 
     Returns:
-        ``torch.linalg.vector_norm(x, p, dim, keepdim, dtype=dtype)``, bit for bit.
+        ``stock(x, p, dim, keepdim, dtype=dtype)``, bit for bit.
     """
-    stock = torch.linalg.vector_norm(x, p, dim, keepdim, dtype=dtype)
+    norms = stock(x, p, dim, keepdim, dtype=dtype)
     parameters = (dimensions(x, dim), keepdim)
     if p == 1:
-        return around("abs", selection, parameters, x, stock.new_ones(()), stock)
-    return around("norm", selection, parameters, x, stock.detach(), stock)
+        return around("abs", selection, parameters, x, norms.new_ones(()), norms)
+    return around("norm", selection, parameters, x, norms.detach(), norms)
 
 
 @own
@@ -79,7 +81,7 @@ def unit(x: Tensor, selection: Selection, p: float = 2.0, dim: Any = 1, eps: flo
     Returns:
         ``torch.nn.functional.normalize(x, p, dim, eps)``, bit for bit.
     """
-    norms = chosen_norm(x, selection, p, dim, keepdim=True)
+    norms = chosen_norm(x, selection, p, dim, keepdim=True, stock=torch.norm)
     divisors = around("clamp_min", selection, ((), True), norms - eps, norms.new_ones(()), norms.clamp_min(eps))
     return x / divisors.expand_as(x)
 
