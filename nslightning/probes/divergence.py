@@ -64,7 +64,7 @@ def divergence(
     *,
     method: Literal["subtract", "propagate"] = "subtract",
     inputs: Mapping[str, Tensor] | None = None,
-    retain_graph: bool = False,
+    retain_graph: bool = True,
 ) -> dict[str, Divergence]:
     """How far each choice's parameter gradients are from the reference's, on one loss and one forward.
 
@@ -76,10 +76,10 @@ def divergence(
         method: ``"subtract"`` takes both gradients and subtracts them, which leaves rounding where they agree.
             ``"propagate"`` carries the difference itself down from the ties (:func:`differences`): exact zeros where no
             tie matters, elsewhere the rounding of the difference's own terms only, and the cost of the graph below the
-            ties; no backward at all where no tie was met (a gradient that is not finite is not noticed then). Not for
-            compiled models nor for random choices.
+            ties; no backward at all where no tie was met, so that a gradient that is not finite goes unnoticed there if
+            the loss is finite. Not for compiled models nor for random choices.
         inputs: Further tensors to differentiate for, by name, such as the model's input; they count in the totals.
-        retain_graph: Keep the graph after the last backward.
+        retain_graph: Keep the graph after the last backward, for whatever comes next on the same loss.
 
     Returns:
         One :class:`Divergence` per choice, with ``per_layer`` by parameter name.
@@ -101,7 +101,7 @@ def divergence(
         raise ValueError("divergence takes at least one choice, such as {'relu1': Jacobians(relu=1.0)}")
     if method == "propagate":
         refuse_compiled(model)
-        if not any(operation_nodes(loss)) and selections(model):
+        if not any(operation_nodes(loss)) and selections(model) and loss.isfinite():
             return dict.fromkeys(choices, replace(SAME, per_layer=dict.fromkeys(wanted(model, inputs), SAME)))
         base, changes = differences(loss, model, choices, reference, inputs=inputs, retain_graph=retain_graph)
         return {name: measure_difference(change, base) for name, change in changes.items()}
@@ -155,7 +155,7 @@ def measure_difference(difference: Mapping[str, Tensor], reference: Mapping[str,
         >>> measure_difference({"w": torch.tensor([1e-30])}, {"w": torch.ones(1)}).linf
         1.0000000031710769e-30
     """
-    if all(map(_is_nothing, difference.values())):
+    if all(map(_is_nothing, difference.values())) and all(g.sum().isfinite() for g in reference.values()):
         return replace(SAME, per_layer=dict.fromkeys(reference, SAME))
     return _divergences({name: _sums(None, g, difference[name]) for name, g in reference.items()})
 

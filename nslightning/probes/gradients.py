@@ -19,7 +19,7 @@ def gradients(
     choices: Mapping[str, Jacobians],
     *,
     inputs: Mapping[str, Tensor] | None = None,
-    retain_graph: bool = False,
+    retain_graph: bool = True,
 ) -> dict[str, dict[str, Tensor]]:
     """The parameter gradients of one loss under several choices: one forward, one backward per choice.
 
@@ -30,7 +30,7 @@ def gradients(
         model: A patched model, or one that contains patched ones.
         choices: The choices by name.
         inputs: Further tensors to differentiate for, by name, such as ``{"input": x}`` where ``x`` requires gradients.
-        retain_graph: Keep the graph after the last backward.
+        retain_graph: Keep the graph after the last backward, for whatever comes next on the same loss.
 
     Returns:
         For each choice ``{parameter name: gradient}``, with a zero gradient where the loss does not depend on

@@ -184,7 +184,7 @@ def differences(
     reference: Jacobians = Jacobians(),  # noqa: B008 # frozen
     *,
     inputs: Mapping[str, Tensor] | None = None,
-    retain_graph: bool = False,
+    retain_graph: bool = True,
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
     r"""The reference gradients, and for each choice what its gradients add to them.
 
@@ -205,7 +205,7 @@ def differences(
         choices: The choices by name.
         reference: The choice to compare with; stock PyTorch's by default.
         inputs: Further tensors to differentiate for, by name, such as the model's input.
-        retain_graph: Keep the graph after the last backward.
+        retain_graph: Keep the graph after the last backward, for whatever comes next on the same loss.
 
     Returns:
         ``({parameter: gradient}, {choice: {parameter: difference}})``; only parameters that require gradients appear.
