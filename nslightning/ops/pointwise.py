@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from nslightning.ops import fused
 from nslightning.ops.selection import Selection, data_dependent, read_now
 from nslightning.ops.tie_bits import TieBits, find_ties, overwrite, storage_order
 
-__all__ = ["POINTWISE", "Pointwise", "pointwise"]
+__all__ = ["POINTWISE", "Pointwise", "chosen_value", "pointwise"]
 
 aten = torch.ops.aten
 
@@ -328,7 +329,7 @@ def _vjp(
     for i, ((_, reference), derivative) in enumerate(zip(kinks, selection.at_kinks(op.name), strict=True)):
         if derivative is None or (derivative == reference and (derivative == 0 or not constant)):
             continue
-        value = partial(_value, derivative, constant, selection)
+        value = partial(chosen_value, derivative, constant, selection)
         if order is None:
             gradient = torch.where(ties[i], value(g, ties[i]), gradient)
         else:
@@ -336,8 +337,19 @@ def _vjp(
     return (gradient, *others)
 
 
-def _value(derivative: float | str, constant: bool, selection: Selection, g: Tensor, tied: Tensor) -> Tensor:
-    """What tied entries receive; for a random derivative the others receive 0."""
+def chosen_value(derivative: float | str, constant: bool, selection: Selection, g: Tensor, tied: Tensor) -> Tensor:
+    """What tied entries receive.
+
+    Args:
+        derivative: The derivative chosen at the kink, or ``"random"``.
+        constant: Whether the incoming gradient is dropped, as by the published rule.
+        selection: Whose random stream is drawn from.
+        g: The incoming gradient.
+        tied: Where the ties are.
+
+    Returns:
+        A new tensor of ``g``'s shape; for a random derivative 0 where there is no tie.
+    """
     if not isinstance(derivative, str):
         return torch.full_like(g, derivative) if constant else g * derivative
     if torch._C._functorch.peek_interpreter_stack() is not None:
@@ -384,6 +396,8 @@ def pointwise(operation: str, x: Tensor, selection: Selection, *parameters: Any,
         return (op.forward_ if inplace else op.forward)(x, *parameters)
     if inplace and operation == "leaky_relu" and parameters[0] < 0:
         raise ValueError(f"leaky_relu in place needs a negative slope >= 0, as in stock PyTorch; given {parameters[0]}")
+    if operation == "relu" and not transformed and fused.fits(x):
+        return fused.relu(x, selection, inplace)
     positions = [position for position, _ in op.kinks(*parameters)]
     order = storage_order(x) if data_dependent(x) and x.is_floating_point() else None
     if order is None:

@@ -52,16 +52,17 @@ def _relu_backward(g, y, bits, gradient, n, alpha, CONSTANT: tl.constexpr, ROWS:
     tl.store(gradient + at, found.to(gradient.dtype.element_ty), mask=inside)
 
 
-def relu_forward(x: Tensor) -> tuple[Tensor, Tensor]:
+def relu_forward(x: Tensor, *, inplace: bool = False) -> tuple[Tensor, Tensor]:
     """ReLU, and where its input is 0.
 
     Args:
         x: Input, any shape, float16, bfloat16 or float32, dense in memory (contiguous in some order of its dimensions).
+        inplace: Write the result over it.
 
     Returns:
         ``torch.relu(x)`` and the ties, eight to a byte in the order of the memory, of shape ``(ceil(numel / 8),)``.
     """
-    y = torch.empty_like(x)
+    y = x if inplace else torch.empty_like(x)
     bits = torch.empty(triton.cdiv(x.numel(), 8), dtype=torch.uint8, device=x.device)
     if x.numel():
         rows = _BLOCK // 8
