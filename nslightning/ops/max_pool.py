@@ -228,6 +228,11 @@ def _in_parts(
     I is the channels where these come last in memory, so that inner loops run over them; else it is 1, and B counts
     all channels of all images.
     """
+    if not torch.compiler.is_compiling() and any(map(torch._C._functorch.is_legacy_batchedtensor, tensors)):
+        raise RuntimeError(
+            "max pooling with a chosen Jacobian does not take the batches of is_grads_batched=True or vectorize=True, "
+            "which PyTorch makes without its vmap rule. Use torch.func: jacrev, jacfwd, or vmap over vjp."
+        )
     dims, x = geometry.dims, next(t for t in tensors if t.is_floating_point())
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     last = x.dim() == dims + 2 and not x.is_contiguous() and x.is_contiguous(memory_format=formats[x.dim()])
