@@ -75,7 +75,7 @@ def line(name: str, figure: Any) -> None:
     f, (low, high), kinks = LINES[name]
     left, right = figure.subplots(1, 2)
     edges = (low, *kinks, high)
-    slopes: list[tuple[float, float]] = []
+    slopes: list[tuple[float, ...]] = []
     jump = False
     for i, (a, b) in enumerate(pairwise(edges)):
         x = torch.linspace(a, b, 200, dtype=torch.float64)[1:-1]
@@ -84,7 +84,7 @@ def line(name: str, figure: Any) -> None:
         right.plot(x, slope, color="black", label="derivative" if i == 0 else None)
     for kink in kinks:
         near = torch.tensor([kink - 1e-9, kink + 1e-9], dtype=torch.float64)
-        slopes.append(tuple(gradient(f, near, Jacobians()).tolist()))  # type: ignore[arg-type] # two of them
+        slopes.append(tuple(gradient(f, near, Jacobians()).tolist()))
         values = f(near)
         jump |= bool((values[0] - values[1]).abs() > 1e-6)
         left.axvline(kink, color="0.7", lw=0.8, zorder=0)
@@ -114,12 +114,12 @@ def line(name: str, figure: Any) -> None:
 
 def plane(name: str, figure: Any) -> None:
     """What two equal entries receive of a gradient of 1: the Clarke Jacobian in the plane, the choices as marks."""
-    import matplotlib.pyplot as plt
+    from matplotlib.patches import Circle
 
     f, at, choices = PLANES[name]
     axis = figure.subplots()
     if name == "norm":
-        axis.add_patch(plt.Circle((0, 0), 1, color="0.85", label="Clarke Jacobian", zorder=0))
+        axis.add_patch(Circle((0, 0), 1, color="0.85", label="Clarke Jacobian", zorder=0))
     else:
         axis.plot([1, 0], [0, 1], color="0.75", lw=7, solid_capstyle="butt", label="Clarke Jacobian", zorder=1)
     x = torch.full((2,), at, dtype=torch.float64)
