@@ -119,7 +119,7 @@ def reported(report: PatchReport) -> Counter[str]:
 
 def bits(x: Tensor) -> Tensor:
     """The bytes of a tensor, so that NaN equals NaN and -0.0 differs from 0.0."""
-    return x.detach().contiguous().view(torch.uint8)
+    return x.detach().clone(memory_format=torch.contiguous_format).view(torch.uint8)  # strides of 1 at size 1 too
 
 
 def same(a: list[Tensor | None], b: list[Tensor | None]) -> bool:

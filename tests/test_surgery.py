@@ -1013,7 +1013,7 @@ class Mixed(nn.Module):
 
     def forward(self, x):
         x = self.act(self.act(self.hs(x)))
-        x = torch.maximum(torch.ones(()), x).abs() + abs(x) + x.topk(4)[0].clamp_(min=x.mean()) + x.abs().median()
+        x = torch.maximum(torch.ones(()), x).abs() + abs(x) + x.topk(4)[0].clamp_(min=0.5) + x.abs().median()
         with torch.no_grad():
             x.max()
             F.hardtanh(x)
@@ -1045,7 +1045,7 @@ def test_the_report_names_everything_once():
         ("", "topk", "topk", "unreached", False): 1,
         ("", "abs", "abs", "functional", False): 3,
         ("", "hardtanh", "hardtanh", "functional", False): 1,
-        ("", "clamp", "clamp_", "unreached", True): 1,
+        ("", "clamp", "clamp_", "functional", True): 1,
         ("", "median", "median", "unreached", False): 1,
         ("", "max", "max", "functional", False): 1,
         ("", "max", "amin", "functional", False): 1,
@@ -1056,7 +1056,7 @@ def test_the_report_names_everything_once():
     text = str(found)
     assert "NOT REACHED" in text
     assert "listed after" not in text
-    assert "4 sites keep PyTorch's own derivative" in text
+    assert "3 sites keep PyTorch's own derivative" in text
     assert text.count("(model)") == 10
     with using(model, Jacobians(relu=0.125)):
         model(x * 1)

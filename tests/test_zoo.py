@@ -220,3 +220,9 @@ def test_all_small_models_are_run_and_none_twice(tmp_path, monkeypatch):
     rows = [(r["family"], r["model"]) for r in zoo.read(file)]
     assert rows == [("torchvision", "densenet121"), ("timm/a", "small"), ("timm/b", "tiny"), ("timm/b", "densenet121")]
     assert set(built) == {"small", "tiny", "densenet121"}
+
+
+def test_bits_of_any_layout():
+    odd = torch.randn(6).as_strided((2, 1), (1, 4))  # contiguous, and yet no stride of 1 at the end
+    assert torch.equal(zoo.bits(odd), zoo.bits(odd.flatten().clone().view(2, 1)))
+    assert not torch.equal(zoo.bits(torch.zeros(2)), zoo.bits(-torch.zeros(2)))
