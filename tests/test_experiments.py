@@ -645,6 +645,10 @@ def test_shares_are_held_against_the_published_ones(experiment_file, monkeypatch
     assert found.loc[32, "difference"] > 2 * math.sqrt(pooled * (1 - pooled) * (1 / 100 + 1 / 4))
     assert found.loc[32, "inside"] == "no"
     assert math.isnan(found.loc[64, "published_mean"])  # nobody published it: it is told all the same
+    few = dataclasses.replace(experiment, compare=({**entry, "statistic": "within", "within": 1},))
+    assert list(comparison(few, results).set_index("precision")["mean"]) == [0.75, 0.75, 1.0]
+    rate = dataclasses.replace(experiment, compare=({**entry, "statistic": "rate", "over": "batches"},))
+    assert list(comparison(rate, results)["inside"]) == ["", "", ""]
     share = dataclasses.replace(experiment, compare=({**entry, "statistic": "share"},))
     found = comparison(share, results).set_index("precision")
     assert list(found["mean"]) == [5 / 40, 5 / 40, 0.0]
@@ -727,3 +731,37 @@ def test_interrupting_the_command_leaves_a_table_and_status_130(experiment_file,
     monkeypatch.setattr(engine, "compute", interrupted)
     assert main(["experiment", str(experiment_file), "--workers", "1"]) == 130
     assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_pooling_by_the_norm_takes_the_choice_at_windows_of_zeros():
+    given = {"backbone": "paper/lenet5", "pool": "norm", "against": {"norm": 1.0}, "norm": "l1_sum"}
+    cell = settings("zones", given)
+    images = load("FashionMNISTSample", (), CPU)
+    (network,), _ = _networks(cell, images, CPU)
+    x, y = next(images.train.batches(4, torch.float32))
+    by_hand = F.lp_pool2d(network.relu1(network.conv1(x)), 2.0, 2)
+    assert torch.allclose(network.pool1(network.relu1(network.conv1(x))), by_hand, rtol=1e-6)
+    with torch.no_grad():  # a channel of zeros behind the ReLU, whose derivative there is 0: nothing comes through
+        network.conv1.weight[0] = network.conv1.bias[0] = 0.0
+    assert difference_norm(cell, (network,), x, y) == 0.0
+    open_relu = dataclasses.replace(cell, relu=1.0)
+    (network,), _ = _networks(open_relu, images, CPU)
+    with torch.no_grad():
+        network.conv1.weight[0] = network.conv1.bias[0] = 0.0
+    assert difference_norm(open_relu, (network,), x, y) > 0.0
+
+
+@pytest.mark.slow  # all together a minute
+def test_every_packaged_experiment_runs_on_the_embedded_data(tmp_path, monkeypatch):
+    from nslightning import configs
+
+    monkeypatch.setenv("NSLIGHTNING_DATA_DIR", str(tmp_path / "nowhere"))
+    load.cache_clear()
+    for file in sorted((configs.path("quickstart").parent / "experiments").glob("*.yaml")):
+        experiment = Experiment.read(file, "smoke")
+        report = run(experiment, tmp_path / "out")
+        assert report.failed == []
+        results = pd.read_csv(report.folder / "results.csv")
+        assert set(results["cell"]) == {p.id for p in experiment.cells()}
+        if experiment.compare:
+            assert len(comparison(experiment, results)) > 0

@@ -37,6 +37,9 @@ class Cell:
         batch_norm: With batch normalisation; None where the backbone has no such option.
         width: Neurons of each hidden layer of ``paper/fc``.
         depth: Hidden layers of ``paper/fc``.
+        dropout: Probability of the dropout of ``paper/fc``.
+        pool: ``norm`` replaces every max pooling by the Euclidean norm of its window (paper B's NormPool); the choice
+            at windows of zeros is ``norm`` in :class:`~nslightning.Jacobians`.
         relu: ReLU'(0).
         max_pool: How max pooling shares its gradient over ties: a number beta, or a name.
         rule: ``exact``, or ``published``: the released code's arithmetic.
@@ -55,6 +58,8 @@ class Cell:
     batch_norm: bool | None = None
     width: int | None = None
     depth: int | None = None
+    dropout: float | None = None
+    pool: Literal["max", "norm"] = "max"
     relu: float | Literal["random"] = 0.0
     max_pool: float | MaxPoolChoice = 0.0
     rule: Rule = "exact"
@@ -70,6 +75,8 @@ class Cell:
     def __post_init__(self) -> None:
         if self.precision not in (16, 24, 32, 64):
             raise ValueError(f"precision={self.precision} is not one of 16, 24, 32, 64 bits")
+        if self.pool not in ("max", "norm"):
+            raise ValueError(f"pool={self.pool!r} is not one of max, norm")
         if (self.width is None) != (self.depth is None):
             raise ValueError("width and depth come together: the hidden layers of paper/fc")
         self.jacobians  # noqa: B018 # refuses what is no choice
@@ -83,8 +90,9 @@ class Cell:
     def options(self) -> dict[str, Any]:
         """The backbone's options."""
         found = dict(self.backbone_options)
-        if self.batch_norm is not None:
-            found["batch_norm"] = self.batch_norm
+        for name in ("batch_norm", "dropout"):
+            if getattr(self, name) is not None:
+                found[name] = getattr(self, name)
         if self.width is not None and self.depth is not None:
             found["hidden"] = [self.width] * self.depth
         return found

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["comparison", "markdown"]
 
-_KEYS = ("published", "where", "match", "metric", "at", "statistic", "drop_nan")
-_STATISTICS = ("mean", "proportion", "share")
+_KEYS = ("published", "where", "match", "metric", "at", "statistic", "within", "over", "drop_nan")
+_STATISTICS = ("mean", "proportion", "within", "share", "rate")
 
 
 def comparison(experiment: Experiment, results: pd.DataFrame) -> pd.DataFrame:
@@ -30,10 +30,12 @@ def comparison(experiment: Experiment, results: pd.DataFrame) -> pd.DataFrame:
       run's maximum over epochs, which selects on the test images. Inside: the difference is at most two published
       standard deviations; where none is known, nothing is said.
     - ``proportion``: the share of parameter vectors with ``metric`` > 0.
+    - ``within``: the share of parameter vectors whose ``metric`` is at most ``within``.
     - ``share``: the sum of ``metric`` over the sum of ``batches``.
+    - ``rate``: the sum of ``metric`` over the sum of the metric ``over``; what it is held against tells no spread.
 
-    A share of n draws has the standard deviation :math:`\sqrt{p(1-p)/n}`; for the last two, inside means a
-    difference of at most two standard deviations of it, those of both sides taken together, with p from both.
+    A share of n draws has the standard deviation :math:`\sqrt{p(1-p)/n}`; for shares, inside means a difference of at
+    most two standard deviations of it, those of both sides taken together, with p from both.
 
     Runs with NaN keep the accuracy that their constant output has, as in the published tables; ``drop_nan: true``
     leaves them out, as the published box plots did.
@@ -109,11 +111,12 @@ def _row(
         best = entry.get("at", "last") == "best"
         one = values.groupby("cell")["value"].max() if best else values[values["epoch"] == last]["value"]
         mean, sd, n = float(one.mean()), float(one.std()), len(one)
-    elif statistic == "proportion":
-        mean, n = float((values["value"] > 0).mean()), len(values)
+    elif statistic in ("proportion", "within"):
+        hit = values["value"] > 0 if statistic == "proportion" else values["value"] <= entry["within"]
+        mean, n = float(hit.mean()), len(values)
         sd = _binomial(mean, n)
     else:
-        n = int(ours.loc[ours["metric"] == "batches", "value"].sum())
+        n = int(ours.loc[ours["metric"] == entry.get("over", "batches"), "value"].sum())
         mean = float(values["value"].sum()) / n
         sd = _binomial(mean, n)
     row = {
@@ -135,7 +138,7 @@ def _row(
         raise ValueError(f"compare: {len(theirs)} rows of {entry['published']} match {dict(head)}; add to `where`")
     found = theirs[0]
     there, count = float(found["mean"]), float(found.get("n", math.nan))
-    if statistic == "mean":
+    if statistic in ("mean", "rate"):
         spread = limit = float(found.get("sd", math.nan))
     else:
         spread = _binomial(there, count)

@@ -8,9 +8,11 @@ from torch import nn
 from nslightning.experiments.cells import Cell
 from nslightning.experiments.data import Loaded, load
 from nslightning.experiments.precision import PRECISIONS
+from nslightning.jacobians import Jacobians
 from nslightning.models.backbones import create_backbone
 from nslightning.models.paper import initialize
-from nslightning.surgery import PatchReport, patch
+from nslightning.ops import NormPool2d
+from nslightning.surgery import PatchReport, patch, selections
 
 __all__ = ["build", "loaded", "provenance"]
 
@@ -22,7 +24,9 @@ def loaded(cell: Cell, device: torch.device) -> Loaded:
     )
 
 
-def build(cell: Cell, images: Loaded, device: torch.device, init: str | None) -> tuple[nn.Module, PatchReport]:
+def build(
+    cell: Cell, images: Loaded, device: torch.device, init: str | None, jacobians: Jacobians | None = None
+) -> tuple[nn.Module, PatchReport]:
     """Draw and patch a network in training mode.
 
     The weights are drawn in float32 (float64 for 64 bits) from the cell's seed, on the CPU, then rounded.
@@ -32,6 +36,7 @@ def build(cell: Cell, images: Loaded, device: torch.device, init: str | None) ->
         images: What it is to classify.
         device: Where.
         init: How weights are drawn; None is the backbone's own.
+        jacobians: Another choice than the cell's.
 
     Returns:
         The network and what was patched.
@@ -43,8 +48,26 @@ def build(cell: Cell, images: Loaded, device: torch.device, init: str | None) ->
     if init is not None or cell.precision == 64:
         torch.manual_seed(cell.seed)  # the draws of a network that is built once, as the released scripts did
         initialize(network, init or "torch")  # type: ignore[arg-type] # it checks the name
-    report = patch(network, cell.jacobians, seed=cell.seed)
+    pools = _pool_by_norm(network) if cell.pool == "norm" else []
+    report = patch(network, jacobians or cell.jacobians, seed=cell.seed)
+    for pool in pools:
+        (pool.selection,) = selections(network).values()
     return network.to(device, PRECISIONS[cell.precision]).train(), report
+
+
+def _pool_by_norm(network: nn.Module) -> list[NormPool2d]:
+    """Replace the max poolings of a network, and return what stands in their place."""
+    made = []
+    for parent in list(network.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.MaxPool2d):
+                if child.kernel_size != child.stride or child.padding not in (0, (0, 0)):
+                    raise ValueError(
+                        f"pool='norm' takes windows side by side, without padding; the network has {child}"
+                    )
+                setattr(parent, name, pool := NormPool2d(child.kernel_size))
+                made.append(pool)
+    return made
 
 
 def provenance(cell: Cell, images: Loaded, report: PatchReport, device: torch.device) -> dict[str, str]:

@@ -50,13 +50,10 @@ def twins(cell: TwinCell, device: str) -> Outcome:
         choices["control"] = next(iter(choices.values()))
     together: dict[str, Run] = {}
     for name, choice in choices.items():
-        own = dataclasses.replace(cell, relu=choice.relu, max_pool=choice.max_pool, rule=choice.rule)
-        network, report = build(own, images, where, cell.init)
-        if name == next(iter(choices)):
-            fingerprint = report
-        together[name] = Run(own, network, where)
+        network, report = build(cell, images, where, cell.init, choice)
+        together[name] = Run(cell, network, where)
     rows = list(_by_step(cell, together, images.train) if cell.steps else _by_epoch(cell, together, images))
-    return Outcome(rows, provenance(cell, images, fingerprint, where))
+    return Outcome(rows, provenance(cell, images, report, where))
 
 
 def _by_epoch(cell: TwinCell, together: dict[str, Run], images: Any) -> Iterator[Row]:

@@ -20,8 +20,8 @@ from nslightning.experiments.networks import build, loaded, provenance
 from nslightning.experiments.precision import PRECISIONS, computing
 from nslightning.jacobians import Jacobians
 from nslightning.models.paper import initialize
-from nslightning.probes import zone
 from nslightning.models.patched import at_least_float32
+from nslightning.probes import zone
 from nslightning.surgery import PatchReport, selections, using
 
 __all__ = ["difference_norm", "zones"]
@@ -76,8 +76,7 @@ def _networks(cell: ZoneCell, images: Loaded, device: torch.device) -> tuple[tup
     network, report = build(cell, images, device, None)
     if cell.rule == "exact" or cell.jacobians.max_pool == cell.alternative.max_pool:
         return (network,), report
-    other = dataclasses.replace(cell, relu=cell.alternative.relu or 0.0, max_pool=cell.alternative.max_pool or 0.0)
-    return (network, build(other, images, device, None)[0]), report
+    return (network, build(cell, images, device, None, cell.alternative)[0]), report
 
 
 def _walk(cell: ZoneCell, pair: tuple[nn.Module, ...], images: Images, theta: int) -> dict[str, float]:
@@ -128,7 +127,8 @@ def difference_norm(cell: ZoneCell, pair: tuple[nn.Module, ...], x: Tensor, y: T
         The norm; for ``bitwise_first_layer`` 1 where any bit differs and 0 elsewhere. NaN where a gradient is NaN under
         both choices.
     """
-    if cell.jacobians.max_pool == cell.alternative.max_pool and not _meets_zero(cell, pair[0], x):
+    only_relu = dataclasses.replace(cell.alternative, relu=cell.jacobians.relu) == cell.jacobians
+    if only_relu and not _meets_zero(cell, pair[0], x):
         return 0.0
     if len(pair) == 2:
         a, b = (_gradients(cell, network, (cell.jacobians,), x, y)[0] for network in pair)
