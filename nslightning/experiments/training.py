@@ -89,8 +89,9 @@ class Run:
         if cell.optimizer == "adam":
             self.optimizer = torch.optim.Adam(network.parameters(), lr=cell.learning_rate)
         else:
-            options = {"momentum": cell.momentum, "weight_decay": cell.weight_decay}
-            self.optimizer = torch.optim.SGD(network.parameters(), lr=cell.learning_rate, **options)
+            self.optimizer = torch.optim.SGD(
+                network.parameters(), lr=cell.learning_rate, momentum=cell.momentum, weight_decay=cell.weight_decay
+            )
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR
         self.schedule = cosine(self.optimizer, cell.epochs) if cell.schedule == "cosine" else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=cell.precision == 24)
