@@ -279,7 +279,7 @@ class GradientDivergence(Callback):
         append_rows(self._folder / "divergence.csv", rows)
         for logger in trainer.loggers if self.per_layer else []:
             if isinstance(logger, WandbLogger):
-                columns = ["choice", "parameter", *NORMS]
+                columns = ["step", "choice", "parameter", *NORMS]
                 data = [[row[c] for c in columns] for row in rows if row["parameter"]]
                 logger.log_table("divergence/per_layer", columns=columns, data=data, step=step)
 

@@ -7,14 +7,28 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nslightning.jacobians import Jacobians
-    from nslightning.surgery import PatchReport, PatchWarning, patch, unpatch, using
+    from nslightning.surgery import PatchReport, PatchWarning, Plan, Rule, UnreachedError, patch, unpatch, using
 
-__all__ = ["Jacobians", "PatchReport", "PatchWarning", "__version__", "patch", "unpatch", "using"]
+__all__ = [
+    "Jacobians",
+    "PatchReport",
+    "PatchWarning",
+    "Plan",
+    "Rule",
+    "UnreachedError",
+    "__version__",
+    "patch",
+    "unpatch",
+    "using",
+]
 
 _HOME = {
     "Jacobians": "nslightning.jacobians",
     "PatchReport": "nslightning.surgery",
     "PatchWarning": "nslightning.surgery",
+    "Plan": "nslightning.surgery",
+    "Rule": "nslightning.surgery",
+    "UnreachedError": "nslightning.surgery",
     "patch": "nslightning.surgery",
     "unpatch": "nslightning.surgery",
     "using": "nslightning.surgery",

@@ -95,7 +95,7 @@ NONSMOOTH: dict[str, Nonsmooth] = {
         ),
         jax=(0.5, 0.5),
         tensorflow=(1.0, 1.0),
-        note="Bounds that are numbers; clamp_min and clamp_max have one of them.",
+        note="clamp_min and clamp_max have one bound. Bounds may be tensors: at a tie the bound receives the rest.",
     ),
     "hardswish": Nonsmooth(
         "x min(max(x + 3, 0), 6) / 6", (Kink("x = -3", "[-1/2, 0]", "0"), Kink("x = 3", "[1, 3/2]", "1"))

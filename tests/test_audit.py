@@ -194,7 +194,7 @@ def test_advice_tells_the_ties_of_rounding_from_those_of_the_network(few):
 
 
 def test_operations_that_are_not_measured_are_named(few):
-    net = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Hardswish(), nn.AdaptiveMaxPool2d(1), nn.Flatten())
+    net = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Hardswish(), nn.LPPool2d(2, 1), nn.Flatten())
     with torch.no_grad():
         net[0].weight.zero_()
         net[0].bias.fill_(3.0)

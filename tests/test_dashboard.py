@@ -112,7 +112,6 @@ def test_the_regular_expressions_take_no_other_metric():
     assert not drawn("Loss and accuracy by choice", "Twins: validation accuracy", "val/acc1")
 
 
-@pytest.mark.xfail(strict=True, reason="GradientDivergence's W&B table has no column `step` yet")
 def test_the_heat_map_draws_columns_of_the_table_that_is_logged(made, logged):
     (config,) = (config for _, kind, config in panels(made) if kind == "Vega2")
     (run_sets,) = config["userQuery"]["queryFields"]

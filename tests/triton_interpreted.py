@@ -98,3 +98,97 @@ def test_max_pool_in_half_precision(dtype) -> None:
     g = torch.randint(-12, 13, y.shape, generator=generator).to(dtype) * 12  # divided by 1 to 4 without rounding
     found = pool_backward(g, mask, geometry, (8, 8), (1, 0, 0, 0))
     assert torch.equal(found.double(), naive_pool(x, g, geometry, (1, 0, 0, 0), None))
+
+
+@pytest.fixture
+def on_cpu(monkeypatch) -> None:
+    """The operations take the kernels for tensors on the CPU, too."""
+    monkeypatch.setattr("nslightning.ops.fused._has_kernels", lambda device: True)
+
+
+def both_ways(operation, x, g, monkeypatch) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Output, gradient and second derivative of an operation, by the kernels and composed."""
+    found = []
+    for kernels in (True, False):
+        with monkeypatch.context() as patched:
+            patched.setattr("nslightning.ops.fused._has_kernels", lambda device, used=kernels: used)
+            given, incoming = x.clone().requires_grad_(), g.clone().requires_grad_()
+            y = operation(given)
+            assert ("_ReLU" in str(y.grad_fn) or "_MaxPool2d" in str(y.grad_fn)) == kernels
+            (gradient,) = torch.autograd.grad(y, given, incoming.detach(), retain_graph=True)
+            (again,) = torch.autograd.grad(y, given, incoming, create_graph=True)
+            (second,) = torch.autograd.grad(again.square().sum(), incoming)
+            found.append([y.detach(), gradient, again.detach(), second])
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("choice", [{}, {"relu": 0.5}, {"relu": -2.0, "rule": "published"}], ids=str)
+def test_relu_takes_the_kernels(choice, layout, monkeypatch) -> None:
+    from nslightning import Jacobians
+    from nslightning.ops.pointwise import pointwise
+    from nslightning.ops.selection import Selection
+
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randint(-1, 2, (2, 3, 5, 7), generator=generator).float().contiguous(memory_format=layout)
+    g, selection = torch.randn(x.shape, generator=generator), Selection(Jacobians(**choice))
+    fused, composed = both_ways(lambda x: pointwise("relu", x, selection), x, g, monkeypatch)
+    for one, other in zip(fused, composed, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_relu_in_place_and_random(on_cpu) -> None:
+    from nslightning import Jacobians
+    from nslightning.ops.pointwise import pointwise
+    from nslightning.ops.selection import Selection
+
+    x = torch.tensor([-1.0, 0.0, 2.0, 0.0], requires_grad=True)
+    selection = Selection(Jacobians(relu=1.0))
+    h = x * 1
+    y = pointwise("relu", h, selection, inplace=True)
+    assert y.data_ptr() == h.data_ptr()
+    (gradient,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    assert torch.equal(gradient, torch.tensor([0.0, 1.0, 1.0, 1.0]))
+    selection.set(Jacobians(relu=0.25))  # read when the backward runs
+    assert torch.equal(torch.autograd.grad(y.sum(), x, retain_graph=True)[0], torch.tensor([0.0, 0.25, 1.0, 0.25]))
+    selection.set(Jacobians(relu="random"))
+    (drawn,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(drawn[[0, 2]], torch.tensor([0.0, 1.0]))
+    expected = torch.rand(2, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(drawn[[1, 3]], expected)
+
+
+@pytest.mark.parametrize("jacobian", ["native", "minimal", "last", "sum", 10.0, "random"])
+@pytest.mark.parametrize("geometry", [(2, 2, 0, 1, False), (3, 2, 1, 1, False), (2, 3, 0, 2, True)], ids=str)
+def test_max_pool_takes_the_kernels(geometry, jacobian, monkeypatch) -> None:
+    from nslightning.ops import max_pool2d
+
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randint(0, 3, (2, 3, 8, 10), generator=generator).float()
+    g = torch.randn(F.max_pool2d(x, *geometry).shape, generator=generator)
+    fused, composed = both_ways(lambda x: max_pool2d(x, *geometry, jacobian=jacobian), x, g, monkeypatch)
+    assert torch.equal(fused[0], composed[0])
+    if jacobian != "random":  # else each draws anew
+        for one, other in zip(fused[1:], composed[1:], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+    if jacobian == "native":
+        assert torch.equal(fused[1], composed[1])
+
+
+def test_differences_are_carried_through_the_kernels(on_cpu) -> None:
+    from nslightning import Jacobians, patch
+    from nslightning.probes import divergence
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(inplace=True), torch.nn.MaxPool2d(2), torch.nn.Flatten(),
+        torch.nn.Linear(36, 3), torch.nn.ReLU(),
+    )  # fmt: skip
+    torch.nn.init.zeros_(model[0].bias[:2])
+    model[0].weight.data[:2] = 0
+    patch(model, Jacobians())
+    loss = model(torch.randn(4, 1, 8, 8)).square().sum()
+    choices = {"both": Jacobians(relu=1.0, max_pool="minimal")}
+    found = [divergence(loss, model, choices, method=m, retain_graph=True)["both"] for m in ("subtract", "propagate")]
+    assert found[0].l2 > 0
+    assert found[1].l2 == pytest.approx(found[0].l2, rel=1e-4)

@@ -98,7 +98,7 @@ def _relu_vjp(y: Tensor, bits: Tensor, g: Tensor, selection: Selection) -> Tenso
     (derivative,) = selection.at_kinks("relu")
     constant = selection.jacobians.rule == "published"
     if derivative is None or (derivative == 0 and not constant):
-        return torch.ops.aten.threshold_backward.default(g, y, 0)
+        return cast(Tensor, torch.ops.aten.threshold_backward.default(g, y, 0))
     transformed = torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None
     if isinstance(derivative, str) or transformed:
         tied = _unpacked(bits, y)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from nslightning.jacobians import Jacobians, MaxPoolChoice, Rule
+from nslightning.ops import fused
 from nslightning.ops.selection import Selection, data_dependent, read_now
 from nslightning.ops.tied import fixed
 from nslightning.ops.windows import Adaptive, Regular, Windows
@@ -203,6 +204,11 @@ def _vjp(x: Tensor, indices: Tensor, g: Tensor, geometry: Geometry, selection: S
     return cast(Tensor, _Give.apply(g, x, target, geometry, weights))
 
 
+def _composed(geometry: Geometry, x: Tensor, g: Tensor, selection: Selection) -> Tensor:
+    """The gradient, where the forward kept no indices."""
+    return _vjp(x, geometry.forward(x.detach())[1], g, geometry, selection)
+
+
 def _chosen(x: Tensor, indices: Tensor, geometry: Geometry, selection: Selection) -> tuple[Tensor, _Weights]:
     """The entry of each window that receives ``whole``, and the weights."""
     share, whole, each, last = selection.pool_weights()
@@ -347,8 +353,15 @@ def pool(x: Tensor, selection: Selection, geometry: Geometry, return_indices: bo
     x = _autocast(x, geometry, return_indices)
     if isinstance(geometry, Regular):
         _refuse_empty_windows(x, geometry)
+    transformed = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
     if not _differentiable(x):
         output, indices = geometry.forward(x)
+    elif (
+        isinstance(geometry, Regular)
+        and not (return_indices or published or transformed or _forward_mode())
+        and fused.pool_fits(x, geometry)
+    ):
+        return fused.max_pool2d(x, geometry, selection, partial(_composed, geometry))
     else:
         function = _MaxPool if torch.compiler.is_compiling() else _TransformableMaxPool
         output, indices = function.apply(x, geometry, selection)
