@@ -119,8 +119,8 @@ def table(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
     lines = [
         "# Counting zones",
         "",
-        f"{machine['cpu']}, {machine['cores']} thread(s), torch {machine['torch']}, commit {machine['commit']}; medians",
-        "of interleaved turns, per mini-batch. The papers' procedure: two networks, two forwards, two backwards.",
+        f"{machine['cpu']}, {machine['cores']} thread(s), torch {machine['torch']}, commit {machine['commit']};",
+        "medians of interleaved turns, per mini-batch. The papers' procedure: two networks, forwards and backwards.",
         "",
         "| case | mini-batches that differ | ours (ms) | papers' procedure (ms) | faster by [quartiles] |",
         "|---|---|---|---|---|",
