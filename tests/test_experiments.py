@@ -690,6 +690,20 @@ def test_the_command_runs_skips_compares_and_lists(experiment_file, capsys, tmp_
     assert listed.count("missing") == 4
 
 
+def test_several_experiments_in_one_call_and_settings_in_the_name(experiment_file, counted, capsys):
+    again = experiment_file.with_name("again.yaml")
+    again.write_text(experiment_file.read_text())
+    call = ["experiment", "little.yaml", "again.yaml", "--output", "out", "--workers", "1"]
+    assert main(call) == 0
+    assert main([*call, "--set", "epochs=3", "--set", "data=FashionMNISTSample"]) == 0
+    folders = {f.name for f in (experiment_file.parent / "out").iterdir()}
+    more = "+epochs=3+data=FashionMNISTSample"
+    assert folders == {"little", "again", f"little{more}", f"again{more}"}
+    assert len(counted[0]) == 4 * 8
+    assert main(["experiment", "little.yaml", "nowhere.yaml", "--output", "new"]) == 2
+    assert not (experiment_file.parent / "new").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from nslightning.experiments import Experiment, collect, comparison, folder_of, markdown, run
+
 __all__ = ["main"]
 
 _EPILOG = """\
@@ -18,6 +20,7 @@ examples:
   nslightning experiment configs/experiments/mnist_lenet_beta.yaml --scale smoke
   nslightning experiment mnist_lenet_beta --scale small --workers 2 --compare
   nslightning experiment mnist_lenet_beta --scale small --only precision=32 --only rule=exact
+  nslightning experiment configs/experiments/*.yaml --scale smoke --workers 1  # all of them, in a minute
   nslightning experiment mnist_lenet_beta --scale paper --set shared_lr=true --device cuda --workers 4
 
 What is finished is skipped; what failed or was interrupted is computed by the next call.
@@ -40,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("file", help="the experiment, a YAML file or the name of a packaged one")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="a YAML file, or the name of a packaged experiment")
     parser.add_argument("--scale", default="small", help="smoke, small (default) or paper")
     parser.add_argument("--output", default="results", help="where results are kept (default: results)")
     parser.add_argument("--workers", type=int, help="processes side by side; by default one per core, or 4 on a GPU")
@@ -58,7 +61,9 @@ def main(argv: Sequence[str]) -> int:
     try:
         with suppress(ValueError):  # outside the main thread
             signal.signal(signal.SIGTERM, _interrupt)  # what a batch system sends before it kills
-        return _run(given)
+        overrides = {k: v[0] for k, v in _pairs(given.set, "--set").items()}
+        experiments = [Experiment.read(_found(file), given.scale, overrides) for file in given.files]
+        return max(_run(experiment, given) for experiment in experiments)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"nslightning experiment: error: {error}", file=sys.stderr)
         return 2
@@ -74,13 +79,8 @@ def _interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _run(given: argparse.Namespace) -> int:
-    from nslightning.experiments import Experiment, comparison, folder_of, markdown, run
-    from nslightning.experiments.engine import collect
-
-    overrides = {k: v[0] for k, v in _pairs(given.set, "--set").items()}
+def _run(experiment: Experiment, given: argparse.Namespace) -> int:
     only = _pairs(given.only, "--only")
-    experiment = Experiment.read(_found(given.file), given.scale, overrides)
     folder = folder_of(experiment, given.output)
     if given.list:
         cells = experiment.cells(only)

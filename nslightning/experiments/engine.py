@@ -21,7 +21,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
-from nslightning.data.verify import DataError
 from nslightning.experiments.cells import Cell, compute
 from nslightning.experiments.grid import Experiment, Planned
 
@@ -161,6 +160,8 @@ def _computed(
     kind: str, missing: list[Planned], folder: Path, workers: int, device: str
 ) -> Iterator[tuple[Planned, float, str | None]]:
     """Compute cells, yielding each when it is done: (cell, seconds, error)."""
+    from nslightning.data import DataError
+
     if workers == 1 or len(missing) < 2:
         for planned in missing:
             yield planned, *_compute(kind, planned.id, planned.cell, folder, device)
@@ -199,6 +200,8 @@ def _prepare(threads: int) -> None:
 
 def _compute(kind: str, name: str, cell: Cell, folder: Path, device: str) -> tuple[float, str | None]:
     """Compute one cell and write it, or why not: (seconds, error)."""
+    from nslightning.data import DataError
+
     started = time.monotonic()
     failure = folder / f"{name}.error"
     try:

@@ -77,7 +77,8 @@ class Experiment:
         Args:
             file: The YAML file.
             scale: One of :data:`SCALES`.
-            overrides: Settings that win over the file's, in every cell.
+            overrides: Settings that win over the file's, in every cell. They become part of the name, so that the
+                results have a folder of their own.
 
         Returns:
             The experiment.
@@ -111,7 +112,7 @@ class Experiment:
         grids = [{k: _values(path, k, v) for k, v in g.items() if k not in (overrides or {})} for g in grids]
         compare = change.get("compare", content.get("compare")) or []
         return cls(
-            name=path.stem,
+            name=path.stem + "".join(f"+{k}={v}".replace("/", "-") for k, v in (overrides or {}).items()),
             kind=content["kind"],
             scale=scale,
             title=content.get("title", ""),

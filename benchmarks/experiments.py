@@ -1,0 +1,124 @@
+"""Grids of small runs: the engine against the way of the released scripts, both from a cold start.
+
+The released way: one process, one run after another, images decoded one by one by the two workers of a DataLoader, loss
+and accuracy fetched after every step. The engine: several processes of one thread, images in memory. Both train the
+same patched networks on the same images; one way after the other, the least time of each is told.
+
+python -m benchmarks.experiments [--device cuda] writes benchmarks/results/experiments_<device>.json.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from benchmarks.machine import describe
+from nslightning.experiments import Experiment, Planned, run
+from nslightning.experiments.data import load
+from nslightning.experiments.networks import build, loaded
+
+RESULTS = Path(__file__).parent / "results"
+GRIDS = {
+    "LeNet-5": {"backbone": "paper/lenet5", "grid": {"max_pool": [0, 10], "seed": [0, 1]}},
+    "MLP 3x256": {"backbone": "paper/fc", "width": 256, "depth": 3, "grid": {"relu": [0, 1], "seed": [0, 1]}},
+}
+
+
+class OneByOne(Dataset):
+    """Images as torchvision's data sets serve them: a PIL image each, transformed when it is asked for."""
+
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+        self.images, self.labels = images.numpy(), labels
+        self.transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5,), (0.5,))])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.transform(Image.fromarray(self.images[index, 0], mode="L")), int(self.labels[index])
+
+
+def released(cells: list[Planned], device: str) -> float:
+    """Train the cells one after another: the mean of their final accuracies."""
+    where, accuracies = torch.device(device), []
+    for planned in cells:
+        cell = planned.cell
+        images = loaded(cell, torch.device("cpu"))
+        network, _ = build(cell, images, where, None)
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+        parts = (images.train, images.test)
+        train, test = (
+            DataLoader(OneByOne(part._pixels, part.labels), size, shuffle=first, num_workers=2)
+            for part, size, first in ((parts[0], 128, True), (parts[1], 100, False))
+        )
+        for _ in range(cell.epochs):
+            network.train()
+            correct = total = 0
+            for x, y in train:
+                x, y = x.to(where), y.to(where)
+                optimizer.zero_grad()
+                outputs = network(x)
+                loss = F.cross_entropy(outputs, y)
+                loss.backward()
+                optimizer.step()
+                loss.item()
+                total += y.size(0)
+                correct += outputs.max(1)[1].eq(y).sum().item()
+            network.eval()
+            correct = total = 0
+            with torch.no_grad():
+                for x, y in test:
+                    x, y = x.to(where), y.to(where)
+                    outputs = network(x)
+                    F.cross_entropy(outputs, y).item()
+                    total += y.size(0)
+                    correct += outputs.max(1)[1].eq(y).sum().item()
+        accuracies.append(correct / total)
+    return sum(accuracies) / len(accuracies)
+
+
+def main() -> None:
+    """Time both ways in turn."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--data", default="FashionMNISTSample", help="MNIST for the papers' own")
+    parser.add_argument("--train-images", type=int, help="only the first so many")
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=2 if not torch.cuda.is_available() else 4)
+    parser.add_argument("--rounds", type=int, default=3)
+    given = parser.parse_args()
+    found = {}
+    for name, spec in GRIDS.items():
+        options = {k: v for k, v in spec.items() if k != "grid"}
+        fixed = {**options, "data": given.data, "train_images": given.train_images, "epochs": given.epochs}
+        fixed |= {"schedule": "constant"} | ({"data_options": {"holdout": 0}} if given.data == "MNIST" else {})
+        experiment = Experiment("benchmark", "train", "small", fixed=fixed, grids=(spec["grid"],))
+        cells = experiment.cells()
+        seconds: dict[str, list[float]] = {"released": [], "engine": []}
+        load.cache_clear()
+        for _ in range(given.rounds):
+            start = time.perf_counter()
+            accuracy = released(cells, given.device)
+            seconds["released"].append(time.perf_counter() - start)
+            with tempfile.TemporaryDirectory() as folder:
+                start = time.perf_counter()
+                report = run(experiment, folder, workers=given.workers, device=given.device)
+                seconds["engine"].append(time.perf_counter() - start)
+                assert report.computed == len(cells)
+        least = {way: min(times) for way, times in seconds.items()}
+        ratio = least["released"] / least["engine"]
+        found[name] = {"seconds": seconds, "ratio": round(ratio, 2), "runs": len(cells), "accuracy": accuracy}
+        print(f"{name}: {least['released']:.1f} s as released, {least['engine']:.1f} s here: {ratio:.1f} times faster")
+    record = {"machine": describe(given.device), "arguments": vars(given), "grids": found}
+    (RESULTS / f"experiments_{given.device}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
