@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import builtins
 import inspect
+import operator
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
     from nslightning.surgery.patching import Part, Surgery
     from nslightning.surgery.report import Site
 
-__all__ = ["FunctionalCalls", "active", "custom_functions", "in_checkpoint"]
+__all__ = ["FunctionalCalls", "active", "custom_functions", "in_checkpoint", "teach_the_compiler"]
 
 # Linear in what gradients pass through: the boxes have none.
 _SMOOTH = ("torchvision_roi_align_default", "torchvision_ps_roi_align_default")
@@ -71,6 +74,8 @@ class FunctionalCalls(TorchFunctionMode):
         self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is Tensor.norm:  # a method written in Python, which a compiler hands over as a key of no dictionary
+            func = Tensor.norm
         for operation in FUNCTIONS.get(func, ()):
             call = operation.functions[func](*args, **positional(kwargs))
             if call is not None and call.x.is_floating_point():
@@ -141,6 +146,29 @@ class FunctionalCalls(TorchFunctionMode):
             frame = frame.f_back
         assert caller is not None  # at the latest, the module whose method entered the mode
         return (*caller, checkpointed)
+
+
+@cache
+def teach_the_compiler() -> None:
+    """Make ``torch.compile`` hand to the mode what eager mode hands to it.
+
+    In torch 2.15 Dynamo lets a mode see the methods of tensors, and of the functions those that ``torch.overrides``
+    lists. That passes over functions that end with an underscore, ``torch.relu_`` or ``F.elu_``, over ``F.hardswish``
+    and ``F.hardsigmoid``, and over ``abs(x)``: these kept PyTorch's own derivative, in silence.
+    """
+    from torch._dynamo.variables.torch import get_overridable_functions
+
+    get_overridable_functions().update(f for f in (*FUNCTIONS, *UNSUPPORTED_FUNCTIONS) if not _overload(f))
+    for absolute in (builtins.abs, operator.abs):
+        torch.compiler.substitute_in_graph(absolute, skip_signature_check=True)(_absolute)
+
+
+def _overload(func: Callable) -> bool:
+    return isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket))
+
+
+def _absolute(x: Any, /) -> Any:
+    return x.abs() if isinstance(x, Tensor) else x.__abs__()
 
 
 def active(surgery: Surgery) -> FunctionalCalls | None:

@@ -18,7 +18,7 @@ from torch import nn
 from nslightning.jacobians import Jacobians
 from nslightning.ops.registry import MODULES, OPERATIONS, UNSUPPORTED_MODULES, Operation, positional
 from nslightning.ops.selection import Selection
-from nslightning.surgery.functional import FunctionalCalls, active, custom_functions, in_checkpoint
+from nslightning.surgery.functional import FunctionalCalls, active, custom_functions, in_checkpoint, teach_the_compiler
 from nslightning.surgery.plan import Plan, Selector, matches, selectors, text
 from nslightning.surgery.report import PatchReport, Site, UnreachedError
 
@@ -384,6 +384,7 @@ def patch(
         Patched Sequential: 1 relu, 1 max_pool with Jacobians(relu=1.0, max_pool='minimal') [...]
     """
     _refuse(model)
+    teach_the_compiler()
     surgery = Surgery(model, Plan.of(jacobians), only, skip, seed, strict)
     found = list(_find(model, surgery))
     surgery.begin([part for _, part, _ in found])

@@ -1,0 +1,137 @@
+"""Every spelling of every operation keeps its chosen derivative under torch.compile."""
+
+import operator
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from nslightning import Jacobians, patch
+from nslightning.ops.registry import FUNCTIONS
+
+aten = torch.ops.aten
+TWO = (0.3, 0.6)
+CHOICE = Jacobians(
+    relu=0.3, relu6=TWO, leaky_relu=0.3, prelu=0.3, rrelu=0.3, hardtanh=TWO, clamp=TWO, hardswish=TWO,
+    hardsigmoid=TWO, hardshrink=TWO, softshrink=TWO, threshold=0.3, elu=0.3, selu=0.3, abs=0.3, norm=0.3, hinge=0.3,
+    max="last", maximum="last", max_pool="last",
+)  # fmt: skip
+X = torch.tensor([[0.0, -1, 1, 0, 3, -3, 0.5, -0.5], [0.0] * 8, [6.0] * 8, [-3.0] * 8])
+Y = X.roll(1, 0)
+EPS = torch.full_like(X, 1e-6)  # a pairwise distance is that of x1 - x2 + 1e-6
+FAR = EPS - 2 * torch.eye(4, 8)
+# What each function is given beside x, so that X holds its kinks.
+ARGUMENTS = {
+    "hardtanh": (-1.0, 1.0), "clamp": (0.0, 6.0), "clip": (0.0, 6.0), "clamp_min": (0.0,), "clamp_max": (6.0,),
+    "prelu": (torch.tensor([0.25]),), "hardshrink": (0.5,), "threshold": (0.0, 0.0), "_threshold": (0.0, 0.0),
+    "elu": (0.5,), "amax": (1,), "amin": (1,), "l1_loss": (Y,), "smooth_l1_loss": (Y, None, None, "mean", 0.0),
+    **dict.fromkeys(("maximum", "minimum", "fmax", "fmin"), (Y,)),
+    **dict.fromkeys(("norm", "linalg_norm", "linalg_vector_norm"), (2, 1)),
+    "dist": (X,), "pairwise_distance": (X + EPS,), "normalize": (2.0, 1, X[2].norm().item()),
+    "hinge_embedding_loss": (-torch.ones_like(X),), "margin_ranking_loss": (Y, torch.ones_like(X)),
+    "cosine_embedding_loss": (X, -torch.ones(4), 1.0), "multi_margin_loss": (torch.zeros(4, dtype=torch.long),),
+    "triplet_margin_loss": (EPS, FAR, F.pairwise_distance(X[1:2], FAR[1:2]).item()),
+}  # fmt: skip
+
+# By dimension: the input, the windows and their size.
+POOLED = {1: ((4, 8), (4,), (2,)), 2: ((4, 2, 4), (2, 2), (1, 2)), 3: ((4, 2, 2, 2), (2, 2, 1), (1, 1, 2))}
+
+
+def spellings():
+    """By operation, and for pools by dimension: the name of each function of the registry, and a call of it."""
+    found = {}
+    for function, operations in FUNCTIONS.items():
+        if isinstance(function, torch._ops.OpOverload):  # its packet is there too
+            continue
+        name, operation = function.__name__, operations[0].name
+        dims = re.search(r"max_pool(\d)d", name)
+        given, shape = ARGUMENTS.get(name, ARGUMENTS.get(name.rstrip("_"), ())), X.shape
+        if dims:  # two entries a window, for a graph holds each place of a window by itself
+            shape, windows, kernel = POOLED[int(dims[1])]
+            given = (windows if "adaptive" in name else kernel,)
+
+        def call(x, function=function, given=given, shape=shape):
+            return function((x * 1.0).view(shape), *given)
+
+        where = function.__module__ if hasattr(function, "__module__") else "Tensor"
+        found.setdefault(f"{operation}{dims[1] if dims else ''}", {})[f"{where}.{name}, {len(found)}"] = call
+    found["abs"] |= {"abs(x)": lambda x: abs(x * 1.0), "operator.abs": lambda x: operator.abs(x * 1.0)}
+    found["abs"]["x.__abs__()"] = lambda x: (x * 1.0).__abs__()
+    found["abs"]["x.norm(1)"] = lambda x: (x * 1.0).norm(1, 1)
+    found["norm"]["x.norm()"] = lambda x: (x * 1.0).norm(dim=1)
+    found["relu"]["x.relu_()"] = lambda x: (x * 1.0).relu_()
+    found["relu"]["aten.relu_.default"] = lambda x: aten.relu_.default(x * 1.0)
+    return found
+
+
+SPELLINGS = spellings()
+
+
+class Calls(nn.Module):
+    def __init__(self, functions):
+        super().__init__()
+        self.functions = functions
+
+    def forward(self, x):
+        return [f(x) for f in self.functions]
+
+
+def gradients(model):
+    """By call, the gradient of the sum of what it returns."""
+    x = X.clone().requires_grad_()
+    torch.manual_seed(0)
+    totals = [sum(t.sum() for t in tree_leaves(y) if t.is_floating_point()) for y in model(x)]
+    return [torch.autograd.grad(total, x, retain_graph=True)[0] for total in totals]
+
+
+@pytest.mark.parametrize("group", SPELLINGS)
+def test_every_spelling_takes_its_choice_when_compiled(group):
+    torch._dynamo.reset()
+    model = Calls(list(SPELLINGS[group].values()))
+    stock = gradients(model)
+    patch(model, CHOICE)
+    want = gradients(model)
+    got = gradients(torch.compile(model, backend="aot_eager", fullgraph=True))
+    for name, a, b, c in zip(SPELLINGS[group], stock, want, got, strict=True):
+        assert not torch.equal(a, b), f"{name}: eager mode does not reach it"
+        torch.testing.assert_close(c, b, rtol=1e-6, atol=0, equal_nan=True, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_abs_of_numbers_stays_what_it_is():
+    """What the compiler is taught of abs holds for all that is compiled in the process."""
+    patch(nn.ReLU(), Jacobians())
+    torch._dynamo.reset()
+
+    def f(x):
+        return x * abs(-3) + abs(-x.shape[0]) * abs(1 - 2.5) + operator.abs(-x.shape[0]) + abs(True)
+
+    for n in (2, 3, 5):
+        x = torch.ones(n)
+        assert torch.equal(torch.compile(f, backend="aot_eager", dynamic=True)(x), f(x))
+
+
+SEEN = []
+
+
+class Watch(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        SEEN.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_mode_of_somebody_else_sees_what_it_sees_in_eager_mode():
+    patch(nn.ReLU(), Jacobians())
+    torch._dynamo.reset()
+
+    def f(x):
+        with Watch():
+            return abs(torch.relu_(x * 1.0))
+
+    f(X)
+    eager = list(SEEN)
+    SEEN.clear()
+    torch.compile(f, backend="eager", fullgraph=True)(X)
+    assert eager == SEEN == [torch.Tensor.mul, torch.relu_, torch.Tensor.abs]
