@@ -147,9 +147,13 @@ def test_compiled_backbone_trains_as_the_eager_one():
         torch.testing.assert_close(compiled[name], p, rtol=1e-4, atol=1e-6)
 
 
-def test_random_choice_is_not_compiled():
-    with pytest.raises(ValueError, match="compile=False"):
-        ImageClassifier(jacobians=Jacobians(max_pool="random"), compile=True)
+@pytest.mark.parametrize("field", ["relu", "max_pool", "max", "maximum"])
+@pytest.mark.parametrize("where", ["everywhere", "at one site"])
+def test_random_choice_is_not_compiled(field, where):
+    given = {field: "random"}
+    options = {"jacobians": Jacobians(**given)} if where == "everywhere" else {"sites": [{"name": "*", **given}]}
+    with pytest.raises(ValueError, match=f'{field}="random" .* compile=False'):
+        ImageClassifier(compile=True, **options)
 
 
 @pytest.mark.parametrize(

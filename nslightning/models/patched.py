@@ -69,8 +69,10 @@ class PatchedModule(LightningModule):
                 raise ValueError(f"{rule!r} in sites is for all sites: put it into jacobians, or say for which it is")
         if on_mismatch not in ("warn", "refuse"):
             raise ValueError(f"on_mismatch is 'warn' or 'refuse'; given {on_mismatch!r}")
-        if compile and any(rule.changes.get("max_pool") == "random" for rule in self.plan.rules):
-            raise ValueError('max_pool="random" draws inside the backward and cannot be compiled; use compile=False')
+        drawn = {field for rule in self.plan.rules for field, value in rule.changes.items() if value == "random"}
+        if compile and drawn:
+            what = ", ".join(f'{field}="random"' for field in sorted(drawn))
+            raise ValueError(f"{what} is drawn inside the backward, which cannot be compiled; use compile=False")
         frame = inspect.currentframe()
         assert frame is not None  # CPython has frames
         # As plain data, so that checkpoints load with `weights_only`; Lightning's instantiator makes objects of it.
