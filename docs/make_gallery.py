@@ -33,10 +33,10 @@ class Entry(NamedTuple):
 
 
 def sources(name: str, results: Path) -> list[Path]:
-    """Of every experiment that feeds a figure, the results at the largest scale there is."""
+    """Of every experiment that feeds a figure, the results at the largest scale there is; smoke is no result."""
     found = []
     for experiment in figures.feeding(name):
-        scales = [s for s in reversed(SCALES) if (results / experiment / s / "results.csv").is_file()]
+        scales = [s for s in reversed(SCALES[1:]) if (results / experiment / s / "results.csv").is_file()]
         found += [results / experiment / s for s in scales[:1]]
     return found
 
@@ -82,8 +82,8 @@ def page(made: list[Entry]) -> str:
 
 Written by `python docs/make_gallery.py` from the results in `results/`; do not edit. Under each picture stand the
 command that draws it, and of each experiment the command, the scale and the copy of the data that made its numbers. At
-the scales `smoke` and `small` the settings are not the published ones: hollow grey diamonds, which are published
-numbers, show then what a paper found under its own settings. The numbering of fig3 is inferred.
+the scale `small` the settings are not the published ones: hollow grey diamonds, which are published numbers, show then
+what a paper found under its own settings. The numbering of fig3 is inferred.
 """
     drawn = [section(e) for e in made if not e.missing]
     lines = [
@@ -101,16 +101,18 @@ numbers, show then what a paper found under its own settings. The numbering of f
 
 
 def picture(entry: Entry) -> bytes:
-    """A figure as PNG, of as many colours as fit."""
+    """A figure as PNG, as sharp as fits."""
     from matplotlib import rc_context
     from PIL import Image
 
     figure = figures.make(entry.name, figures.read(entry.sources))
-    for dpi, colours in ((130, 128), (110, 64), (90, 32), (70, 16)):
+    for dpi in (140, 120, 100, 80, 60):
         raw, small = io.BytesIO(), io.BytesIO()
         with rc_context({"savefig.bbox": "tight"}):
             figure.savefig(raw, format="png", dpi=dpi)
-        Image.open(raw).convert("RGB").quantize(colours, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+        # The palette with the widest span: rare colours, such as those of crosses, stay what they are.
+        flat = Image.open(raw).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        flat.save(small, "PNG", optimize=True)
         if small.tell() <= LARGEST:
             break
     return small.getvalue()

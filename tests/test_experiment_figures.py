@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import math
 import random
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -118,7 +119,9 @@ def test_every_figure_is_drawn_at_smoke_scale(name, results, monkeypatch, tmp_pa
     monkeypatch.setenv("NSLIGHTNING_DATA_DIR", str(tmp_path))
     folders = [results / e / "smoke" for e in f.feeding(name)] if f.FIGURES[name].needs_results else []
     figure = f.make(name, f.read(folders))
-    figure.draw_without_rendering()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # such as axes that found no room
+        figure.draw_without_rendering()
     assert any(artist.get_gid() for axis in figure.axes for artist in (*axis.lines, *axis.patches))
     if folders:
         told = figure.get_supxlabel().replace("\n", " ")
@@ -393,6 +396,21 @@ def test_what_is_wrong_is_told_and_nothing_is_written(results, tmp_path, capsys)
         assert command.main(["figure", *argv, "--out", str(tmp_path / "out")]) == 2
         assert told in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_run_makes_the_results_first(results, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(engine, "compute", made_up)
+    monkeypatch.setattr(engine, "_environment", dict)
+    argv = ["figure", "fig3", "--run", "smoke", "--output", str(tmp_path / "results"), "--out", str(tmp_path / "out")]
+    assert command.main([*argv, "--workers", "1", "--device", "cpu"]) == 0
+    assert sorted(p.name for p in (tmp_path / "results").iterdir()) == ["cifar10_vgg_alpha", "cifar10_vgg_beta"]
+    assert (tmp_path / "out" / "fig3.pdf").is_file()
+    assert "computed" in capsys.readouterr().out
+    assert command.main(argv) == 0
+    assert "0 computed" in capsys.readouterr().out
+    for wrong in (["figure", "all"], [*argv, "--from", str(results)], ["figure"]):
+        with pytest.raises(SystemExit):
+            command.main(wrong)
 
 
 def test_the_list_tells_every_figure(capsys):

@@ -14,10 +14,13 @@ examples:
   nslightning figure --list
   nslightning figure volume-mnist --from results/mnist_volume_relu/small
   nslightning figure fig3 --from results/cifar10_vgg_alpha/small results/cifar10_vgg_beta/small --out figures
+  nslightning figure fig3 --run smoke       # first the experiments that feed it; what is finished is skipped
+  nslightning figure all --run small
   nslightning figure pool-ties
 
 RESULTS is what `nslightning experiment NAME` wrote: <output>/<name>/<scale>, or the results.csv in it.
-exit status: 0 done; 2 the command was called wrongly, or the results are not what the figure is drawn from.
+exit status: 0 done; 1 cells of an experiment failed; 2 the command was called wrongly, or the results are not what the
+figure is drawn from; 130 after an interruption.
 """
 
 
@@ -28,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
         argv: The command line, from the subcommand's name on.
 
     Returns:
-        0; 2 where it was called wrongly or the results do not fit.
+        0; 1 where cells failed; 2 where it was called wrongly or results do not fit; 130 after an interruption.
 
     Raises:
         SystemExit: After ``--help`` (0) and for options that are not understood (2).
@@ -40,10 +43,14 @@ def main(argv: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("name", nargs="?", help="the figure; --list tells all")
+    parser.add_argument("name", nargs="?", help="the figure, or all; --list tells every name")
     parser.add_argument(
         "--from", dest="results", nargs="+", type=Path, default=[], metavar="RESULTS", help="results of experiments"
     )
+    parser.add_argument("--run", metavar="SCALE", help="run the experiments that feed it: smoke, small or paper")
+    parser.add_argument("--output", default="results", help="where --run keeps results (default: results)")
+    parser.add_argument("--workers", help="for --run, as of `nslightning experiment`")
+    parser.add_argument("--device", help="for --run, as of `nslightning experiment`")
     parser.add_argument(
         "--out", type=Path, default=Path("figures"), metavar="FOLDER", help="where to (default: figures)"
     )
@@ -51,18 +58,60 @@ def main(argv: Sequence[str]) -> int:
     given = parser.parse_args(list(argv[1:]))
     if given.name is None and not given.list:
         parser.error("name a figure, or --list them")
+    if given.run and given.results:
+        parser.error("--from draws results that are there, --run makes them: give one of the two")
+    if given.name == "all" and not given.run:
+        parser.error("all needs --run SCALE; what is finished is skipped")
     try:
-        from nslightning.experiments.figures import FIGURES, draw, feeding, find
+        from nslightning.experiments.figures import FIGURES, feeding, find
 
+        names = list(FIGURES) if given.name in (None, "all") else [given.name]
+        for name in names:
+            find(name)
         if given.list:
-            for name in FIGURES if given.name is None else (given.name,):
-                drawing = find(name)
+            for name in names:
+                drawing = FIGURES[name]
                 fed = ", ".join(feeding(name)) if drawing.needs_results else "no results needed"
                 print(f"{name}\n    {drawing.title}\n    from: {fed}\n    paper: {drawing.paper}")
             return 0
-        for file in draw(given.name, given.results, given.out):
-            print(file)
-    except (ImportError, ValueError, OSError) as error:
+    except (ImportError, ValueError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
-    return 0
+    return max(_run(given, names) if given.run else 0, _draw(given, names))
+
+
+def _run(given: argparse.Namespace, names: Sequence[str]) -> int:
+    """Run the experiments that feed the figures: the worst of their exit statuses."""
+    from nslightning.commands import experiment
+    from nslightning.experiments.figures import FIGURES, feeding
+
+    options = ["--scale", given.run, "--output", given.output, "--compare"]
+    for option in ("workers", "device"):
+        if getattr(given, option) is not None:
+            options += [f"--{option}", getattr(given, option)]
+    worst = 0
+    for one in dict.fromkeys(e for name in names if FIGURES[name].needs_results for e in feeding(name)):
+        status = experiment.main(["experiment", one, *options])
+        if status == 130:
+            raise SystemExit(130)
+        worst = max(worst, status)
+    return worst
+
+
+def _draw(given: argparse.Namespace, names: Sequence[str]) -> int:
+    """Draw the figures; one that cannot be drawn does not keep the others."""
+    from nslightning.experiments.figures import draw, feeding
+
+    worst = 0
+    for name in names:
+        results = given.results
+        if given.run:
+            found = [Path(given.output) / e / given.run for e in feeding(name)]
+            results = [f for f in found if (f / "results.csv").is_file()]
+        try:
+            for file in draw(name, results, given.out):
+                print(file)
+        except (ValueError, OSError) as error:
+            print(f"nslightning figure: error: {error}", file=sys.stderr)
+            worst = 2
+    return worst

@@ -32,15 +32,7 @@ __all__ = [
 #: Of each choice: the name of its axis.
 AXIS = {"relu": r"$\alpha$ = ReLU$'(0)$", "max_pool": r"$\beta$ of MaxPool"}
 #: How published numbers look, everywhere: hollow and grey, behind ours.
-PAPER: dict[str, Any] = {
-    "color": "0.45",
-    "mfc": "white",
-    "mec": "0.45",
-    "marker": "D",
-    "ms": 4.5,
-    "zorder": 1.5,
-    "clip_on": False,
-}
+PAPER: dict[str, Any] = {"color": "0.45", "mfc": "white", "mec": "0.45", "marker": "D", "ms": 4.5, "zorder": 1.5}
 
 _BACKBONES = {"fc": "MLP", "lenet5": "LeNet-5", "resnet": "ResNet", "densenet": "DenseNet", "vgg": "VGG"}
 _DATA = {
@@ -104,7 +96,8 @@ def canvas(rows: int, columns: int, width: float, height: float, **options: Any)
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    size = (max(4.5, width * columns), height * rows + 0.8)  # legend and caption want their place too
+    figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
@@ -151,7 +144,7 @@ def counts_below(axis: Axes, at: Sequence[float], counts: Mapping[str, Sequence[
             **place | {"xycoords": "axes fraction"},
         )
         for x, number in zip(at, numbers, strict=True):
-            lost = name.endswith("NaN") and number not in ("", 0)
+            lost = name.endswith(("NaN", "below")) and number not in ("", 0)
             look: dict[str, Any] = {"color": COLOURS[1], "weight": "bold"} if lost else {"color": "0.35"}
             text = axis.annotate(str(number), (x, 0), xytext=(0, y), fontsize=5.5, ha="center", **place, **look)
             text.set_gid(where(count=name, at=round(float(x), 3)))

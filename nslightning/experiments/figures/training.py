@@ -73,7 +73,7 @@ def training(rows: pd.DataFrame, *, show: Sequence[str] = ("test", "train"), pla
                 axis.set_ylabel("")
         _share_y(line, what)
     _legends(figure, rows, plan)
-    caption(figure, rows, *_notes(show), _borrowed_note(rows))
+    caption(figure, rows, *_notes(show, _has_paper(figure)), _borrowed_note(rows))
     return figure
 
 
@@ -137,18 +137,21 @@ def _title(key: tuple[Any, ...], rows: pd.DataFrame) -> list[str]:
     return found
 
 
-def _notes(show: Sequence[str]) -> Iterator[str]:
+def _notes(show: Sequence[str], paper: bool) -> Iterator[str]:
     if "test" in show:
         yield (
             "Test accuracy at the last epoch. Dots: runs; boxes: quartiles of those whose loss stayed finite, "
-            "whiskers: all of them; crosses: runs that diverged; triangles: means or runs below the axis. Hollow "
-            "diamonds: the paper's mean and standard deviation (or a median read from its figure), made with the "
-            "published rule."
+            "whiskers: all of them; crosses: runs that diverged; triangles: means or runs below the axis."
         )
     if "train" in show:
         yield (
             "Lines: means over the runs that are finite at that epoch, bands: standard deviation; a curve ends in a "
-            "cross where its last run diverges. Hollow marks: the paper's means, published rule."
+            "cross where its last run diverges."
+        )
+    if paper:
+        yield (
+            "Hollow diamonds: the paper's means and standard deviations (or medians read from its figure), made with "
+            "the published rule."
         )
 
 
@@ -171,7 +174,8 @@ def _legends(figure: Figure, rows: pd.DataFrame, plan: Sequence[Any]) -> None:
         for norm in _norms(rows):
             name = "ours" + ("" if norm is None else ", with batch norm" if norm else ", no batch norm")
             handles.append(Patch(**_box_look(norm), label=name))
-        handles.append(Line2D([], [], ls="", label="paper", **PAPER))
+        if _has_paper(figure):
+            handles.append(Line2D([], [], ls="", label="paper", **PAPER))
         handles.append(Line2D([], [], ls="", marker="x", color="0.3", ms=5, label="diverged run"))
     if any(what == "train" for what, *_ in plan):
         for parameter in dict.fromkeys(key[0] for what, key, _ in plan if what == "train"):
@@ -187,6 +191,11 @@ def _legend_of(rows: pd.DataFrame) -> dict[str, Any]:
     return {
         "loc": "outside upper left", "fontsize": 7, "title": _subject(rows), "title_fontsize": 9, "alignment": "left"
     }  # fmt: skip
+
+
+def _has_paper(figure: Figure) -> bool:
+    """Whether any published number is drawn."""
+    return any("paper" in str(line.get_gid()) for axis in figure.axes for line in axis.lines)
 
 
 def _box_look(hue: Any) -> dict[str, Any]:
@@ -255,7 +264,7 @@ def accuracy_by_choice(axis: Axes, runs: pd.DataFrame, x: str, hue: str, publish
     spread = [*alive["value"], *(theirs["mean"] - theirs["sd"].fillna(0)), *(theirs["mean"] + theirs["sd"].fillna(0))]
     inside = [v for v in spread if floor <= v <= 1]
     low, high = min(inside, default=0.0), max(inside, default=1.0)
-    margin = max(high - low, 1e-3)
+    margin = max(high - low, 0.005)
     axis.set_ylim(low - 0.14 * margin, high + 0.06 * margin)
     axis.set_xlim(-0.6, len(levels) - 0.4)
     axis.set_xticks(range(len(levels)), [tell_choice(v) for v in levels], fontsize=7 if len(levels) > 8 else 8)
@@ -330,7 +339,8 @@ def loss_by_epoch(axis: Axes, rows: pd.DataFrame, published: pd.DataFrame) -> No
         axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.xaxis.set_minor_locator(NullLocator())
     else:
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axis.set_xlim(0.5, last + 0.5)
     axis.yaxis.set_minor_formatter(NullFormatter())
     per_choice = loss.groupby("choice")["cell"].nunique()
     told = f"n = {' to '.join(map(str, dict.fromkeys((per_choice.min(), per_choice.max()))))} per choice"
@@ -374,7 +384,7 @@ def accuracy_by_dropout(rows: pd.DataFrame) -> Figure:
     handles.append(Line2D([], [], ls="", label=r"paper, $\alpha$ = 0", **PAPER))
     axes[0][-1].set_ylabel("test accuracy" if len(rules) == 1 else "")
     figure.legend(handles=handles, ncols=4, **_legend_of(rows))
-    caption(figure, rows, *_notes(("test",)))
+    caption(figure, rows, *_notes(("test",), _has_paper(figure)))
     return figure
 
 
@@ -434,8 +444,14 @@ def rule_effect(rows: pd.DataFrame) -> Figure:
             )  # fmt: skip
             for bar, (choice, line) in zip(bars, share.iterrows(), strict=True):
                 bar.set_gid(where(rule=rule, choice=choice))
-                told = f"{line['sum']:.0f}/{line['size']:.0f}"
-                bottom.text(bar.get_x() + 0.18, bar.get_height() + 3, told, ha="center", fontsize=5, color=colour)
+                if line["sum"]:
+                    told = f"{line['sum']:.0f} of {line['size']:.0f}"
+                    bottom.text(bar.get_x() + 0.18, bar.get_height() + 3, told, ha="center", fontsize=5, color=colour)
+            numbers = " to ".join(f"{n:.0f}" for n in sorted({share["size"].min(), share["size"].max()}))
+            bottom.text(
+                0.02 + 0.5 * j, 0.97, f"n = {numbers} ({rule})", transform=bottom.transAxes, va="top", fontsize=5,
+                color=colour,
+            )  # fmt: skip
         top.axhline(0, color="black", lw=0.6, zorder=1)
         title = [f"{tell(key[2])}/{tell(key[1])}", f"{key[4]} bit"]
         title += ["Adam"] if key[3] == "adam" else []
@@ -448,10 +464,10 @@ def rule_effect(rows: pd.DataFrame) -> Figure:
             axis.grid(visible=False, axis="x")
         _percentage_points(top)
         top.tick_params(labelbottom=False)
-        bottom.set(ylim=(0, 130), yticks=[0, 50, 100], xlabel=AXIS[key[0]])
+        bottom.set(ylim=(0, 150), yticks=[0, 50, 100], xlabel=AXIS[key[0]])
         if column == 0:
             top.set_ylabel("accuracy change\n(percentage points)", fontsize=8)
-            bottom.set_ylabel("diverged (%)", fontsize=8)
+            bottom.set_ylabel("NaN (%)", fontsize=8)
     drawn = pd.concat([block for _, block in same])
     handles, names = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper left", ncols=2, fontsize=7)

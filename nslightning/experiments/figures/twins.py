@@ -41,6 +41,7 @@ def weight_difference(rows: pd.DataFrame) -> Figure:
     figure, axes = canvas(len(lines), len(rules) * (1 + accuracy), 3.5 if len(rules) + accuracy > 1 else 5.0, 2.2)
     names: dict[str, Any] = {}
     for line, (key, block) in zip(axes, lines, strict=True):
+        scale = _scale(block[block["metric"] == "l1_distance"]["value"])
         for i, rule in enumerate(rules):
             part = block[block["rule"] == rule]
             panels = [(line[i], _distances), *([(line[len(rules) + i], _accuracies)] if accuracy else [])]
@@ -49,6 +50,8 @@ def weight_difference(rows: pd.DataFrame) -> Figure:
                     axis.set_visible(False)
                     continue
                 draw(axis, part, _looks(block), (*key, rule))
+                if draw is _distances:
+                    _rescale(axis, scale)
                 axis.set_title(_title((*key, rule)), fontsize=8)
                 axis.xaxis.set_major_locator(MaxNLocator(integer=True))
                 for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
@@ -92,10 +95,7 @@ def _distances(axis: Axes, block: pd.DataFrame, looks: dict[str, Any], key: tupl
     x = _index(block)
     rows = block[block["metric"] == "l1_distance"]
     first = next(iter(looks))
-    values = rows["value"].to_numpy(float)
-    positive = values[np.isfinite(values) & (values > 0)]
-    low = 10.0 ** np.floor(np.log10(positive.min())) if len(positive) else 1.0
-    top = positive.max() * 4 if len(positive) else 1.0
+    _, top = _scale(rows["value"])
     theirs = _published(key, "L1_weight_difference") if x == "epoch" else _published(key, "")
     same = []
     for twin, look in looks.items():
@@ -114,15 +114,32 @@ def _distances(axis: Axes, block: pd.DataFrame, looks: dict[str, Any], key: tupl
         if len(paper):
             style = PAPER | {"mec": look["color"], "ms": 3.5}
             axis.plot(paper["epoch"], paper["value"].clip(lower=0), ls="", gid=where(twin=twin, paper=1), **style)
-            top = max(top, paper["value"].max() * 3)
     if same:
         axis.text(0.02, 0.95, "always exactly 0: " + ", ".join(same), transform=axis.transAxes, va="top", fontsize=6.5)
-    axis.set_yscale("symlog", linthresh=low, linscale=0.5)
-    axis.set_ylim(-0.15 * low, top)
-    if not len(positive):
-        axis.set_yticks([0])
-    axis.set_yticks([t for t in axis.get_yticks() if 0 <= t <= top])
     axis.set(xlabel="optimizer step" if x == "step" else "epoch", ylabel="L1 distance")
+
+
+def _scale(values: pd.Series[float]) -> tuple[float, float]:
+    """The power of ten below the least positive distance, and a bit more than the greatest one."""
+    positive = values[(values > 0) & (values < math.inf)]
+    if positive.empty:
+        return 1.0, 1.0
+    return 10.0 ** math.floor(math.log10(positive.min())), 4 * float(positive.max())
+
+
+def _rescale(axis: Axes, scale: tuple[float, float]) -> None:
+    """The same scale for both rules: linear up to its first power of ten, logarithmic from there."""
+    import numpy as np
+
+    low, top = scale
+    theirs = [np.asarray(line.get_ydata()) for line in axis.lines if "paper" in str(line.get_gid())]
+    top = max([top, *(3 * float(y.max()) for y in theirs)])
+    decades = round(math.log10(top / low))
+    ticks = [0.0, *(low * 10.0**k for k in range(0, decades + 1, 1 + decades // 5))]
+    axis.set_yscale("symlog", linthresh=low, linscale=0.5)
+    axis.set_yticks(ticks if decades else [0.0])
+    axis.minorticks_off()
+    axis.set_ylim(-0.15 * low, top)
 
 
 def _number(twin: str) -> str:
@@ -241,8 +258,10 @@ def zeros_by_architecture(rows: pd.DataFrame) -> Figure:
         axis.set_title(f"{bits} bit", fontsize=8)
     axes[0][0].set_ylabel("exact zeros per ReLU input")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    handles.append(Line2D([], [], ls=":", label="paper", **PAPER))
-    figure.legend(handles, [*labels, "paper"], loc="outside upper left", ncols=3, fontsize=7)
+    if len(theirs):
+        handles.append(Line2D([], [], ls=":", **PAPER))
+        labels.append("paper")
+    figure.legend(handles, labels, loc="outside upper left", ncols=3, fontsize=7)
     caption(
         figure, rows, "Numbers: zeros that were met, over all epochs and runs; triangles: none. Hollow diamonds: the "
         "paper, 100 epochs.",

@@ -65,7 +65,7 @@ def volume_mnist(rows: pd.DataFrame) -> Figure:
         ),
         strict=True,
     ):
-        theirs = table("volume_relu_mnist")
+        theirs = _of_data(table("volume_relu_mnist"), own, "MNIST")
         shares = _vectors(own[_matches(own, panel.base, but=panel.column)])
         _bars(axis, shares, panel.column, theirs[theirs["factor"] == panel.column])
         axis.set_xlabel(panel.label)
@@ -91,6 +91,7 @@ def impact_factors(rows: pd.DataFrame) -> Figure:
     """
     theirs = table("volume_max_pool_cifar10")
     theirs = theirs[theirs["figure"] == "impactfactors"].assign(backbone="paper/" + theirs["backbone"])
+    theirs = _of_data(theirs, rows, "CIFAR10")
     figure, axes = canvas(1, 3, 3.0, 2.7, sharey=True)
     panels = (
         ("network", _Panel("backbone", "network", _VGG_BASE)),
@@ -109,6 +110,11 @@ def impact_factors(rows: pd.DataFrame) -> Figure:
         "do not cover other vectors. Diamonds: the paper, one parameter vector each.",
     )  # fmt: skip
     return figure
+
+
+def _of_data(published: pd.DataFrame, rows: pd.DataFrame, data: str) -> pd.DataFrame:
+    """Published rows, where ours are of the same data."""
+    return published if set(rows["data"]) == {data} else published[:0]
 
 
 def _matches(rows: pd.DataFrame, base: Mapping[str, Any], but: str = "") -> pd.Series[bool]:
@@ -166,7 +172,7 @@ def _bars(axis: Axes, shares: pd.DataFrame, column: str, published: pd.DataFrame
             theirs = published[(published[column] == level) & (published["precision"] == bits)]
             if len(theirs) and len(own):
                 gid = f"{where(level=level, precision=bits)};paper"
-                axis.plot(x, 100 * theirs["mean"].iloc[0], ls="", gid=gid, **{**PAPER, "zorder": 3.5})
+                axis.plot(x, 100 * theirs["mean"].iloc[0], ls="", gid=gid, **{**PAPER, "zorder": 3.5, "clip_on": False})
     _levels(axis, column, levels, at, counts)
 
 
@@ -196,7 +202,8 @@ def _finish(figure: Figure, rows: pd.DataFrame, note: str) -> None:
 
     bits = sorted(set(rows["precision"]))
     handles: list[Any] = [Patch(**precision_look(p), label=f"{p} bit") for p in bits]
-    handles.append(Line2D([], [], ls="", label="paper", **PAPER))
+    if any("paper" in str(line.get_gid()) for axis in figure.axes for line in axis.lines):
+        handles.append(Line2D([], [], ls="", label="paper", **PAPER))
     if "published" in set(rows["rule"]):
         handles.append(Line2D([], [], ls="", marker="x", color="black", ms=5, label="published rule"))
     figure.legend(handles=handles, loc="outside upper left", ncols=5, fontsize=8)
@@ -319,6 +326,7 @@ def norms_by_decade(rows: pd.DataFrame, *, published: Mapping[int, str]) -> Figu
         total = float(block.loc[block["metric"] == "batches", "value"].sum())
         lost = int(_not_finite(block).sum())
         theirs = everywhere[(everywhere["figure"] == published.get(bits, "")) & (json.loads(against) != {"relu": 1})]
+        theirs = theirs if data in _PAPERS_DATA else theirs[:0]
         at = _decades(rows[rows["precision"] == bits], theirs)
         ours: dict[int | None, float] = {}
         for k in at:
@@ -366,4 +374,5 @@ def _decades(rows: pd.DataFrame, published: pd.DataFrame) -> dict[int | None, fl
     return {None: low - 1.6} | {k: float(k) for k in range(low, high + 1)}
 
 
+_PAPERS_DATA = ("MNIST", "CIFAR10", "CIFAR100", "SVHN")
 _SYMBOLS = {"relu": r"$\alpha$", "max_pool": r"$\beta$", "norm": "norm$'(0)$"}
