@@ -12,7 +12,7 @@ biases of half the channels, in each layer that feeds a ReLU, are 0, and with th
 import argparse
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ def peak(step: Callable[[], None], before: int, device: str) -> int:
         step()
     assert profile.profiler is not None
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    changes = (e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    changes: Iterator[int] = (e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
     return before + max(itertools.accumulate(changes))
 
 

@@ -1,5 +1,6 @@
 """Every spelling of every operation keeps its chosen derivative under torch.compile."""
 
+import math
 import operator
 import re
 
@@ -52,9 +53,14 @@ def spellings():
         if dims:  # two entries a window, for a graph holds each place of a window by itself
             shape, windows, kernel = POOLED[int(dims[1])]
             given = (windows if "adaptive" in name else kernel,)
+            if "fractional" in name:
+                shape, samples = (3,) * (int(dims[1]) + 1), torch.rand(1, 3, int(dims[1]))
+                given = (
+                    (kernel, windows) if function.__module__ == "torch.nn.functional" else (kernel, windows, samples)
+                )
 
         def call(x, function=function, given=given, shape=shape):
-            return function((x * 1.0).view(shape), *given)
+            return function((x * 1.0).flatten().repeat(3)[: math.prod(shape)].view(shape), *given)
 
         where = function.__module__ if hasattr(function, "__module__") else "Tensor"
         found.setdefault(f"{operation}{dims[1] if dims else ''}", {})[f"{where}.{name}, {len(found)}"] = call

@@ -64,6 +64,16 @@ CASES = {
         lambda x: ops.adaptive_max_pool3d(x, 1, jacobian="minimal"),
         IMAGE.expand(1, 2, 4, 4),
     ),
+    "FractionalMaxPool2d": (
+        ops.FractionalMaxPool2d(2, output_size=1, _random_samples=torch.zeros(1, 2, 2), jacobian="sum"),
+        lambda x: ops.fractional_max_pool2d(x, 2, 1, _random_samples=torch.zeros(1, 2, 2), jacobian="sum"),
+        torch.zeros(1, 2, 3, 3),
+    ),
+    "FractionalMaxPool3d": (
+        ops.FractionalMaxPool3d(2, output_size=1, _random_samples=torch.zeros(1, 2, 3), jacobian="minimal"),
+        lambda x: ops.fractional_max_pool3d(x, 2, 1, _random_samples=torch.zeros(1, 2, 3), jacobian="minimal"),
+        torch.zeros(1, 2, 3, 3, 3),
+    ),
     "Max": (ops.Max(jacobian="last"), lambda x: ops.max(x, jacobian="last"), T),
     "Min": (ops.Min(2, jacobian="last"), lambda x: ops.min(x, 2, jacobian="last"), T),
     "Amax": (ops.Amax((0, 1), jacobian="sum"), lambda x: ops.amax(x, (0, 1), jacobian="sum"), Y),

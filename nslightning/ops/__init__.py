@@ -19,6 +19,7 @@ from nslightning.ops.activations import (
     softshrink,
     threshold,
 )
+from nslightning.ops.fractional import fractional_max_pool2d, fractional_max_pool3d
 from nslightning.ops.losses import (
     cosine_embedding_loss,
     hinge_embedding_loss,
@@ -50,6 +51,8 @@ from nslightning.ops.modules import (
     CosineEmbeddingLoss,
     Fmax,
     Fmin,
+    FractionalMaxPool2d,
+    FractionalMaxPool3d,
     Hardshrink,
     Hardsigmoid,
     Hardswish,
@@ -93,6 +96,8 @@ __all__ = [
     "CosineEmbeddingLoss",
     "Fmax",
     "Fmin",
+    "FractionalMaxPool2d",
+    "FractionalMaxPool3d",
     "Hardshrink",
     "Hardsigmoid",
     "Hardswish",
@@ -133,6 +138,8 @@ __all__ = [
     "elu",
     "fmax",
     "fmin",
+    "fractional_max_pool2d",
+    "fractional_max_pool3d",
     "hardshrink",
     "hardsigmoid",
     "hardswish",

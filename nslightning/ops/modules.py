@@ -42,6 +42,8 @@ __all__ = [
     "CosineEmbeddingLoss",
     "Fmax",
     "Fmin",
+    "FractionalMaxPool2d",
+    "FractionalMaxPool3d",
     "Hardshrink",
     "Hardsigmoid",
     "Hardswish",
@@ -186,6 +188,14 @@ class AdaptiveMaxPool2d(_Chosen, nn.AdaptiveMaxPool2d, choice="jacobian"):
 
 class AdaptiveMaxPool3d(_Chosen, nn.AdaptiveMaxPool3d, choice="jacobian"):
     """:func:`~nslightning.ops.adaptive_max_pool3d` as a module."""
+
+
+class FractionalMaxPool2d(_Chosen, nn.FractionalMaxPool2d, choice="jacobian"):
+    """:func:`~nslightning.ops.fractional_max_pool2d` as a module."""
+
+
+class FractionalMaxPool3d(_Chosen, nn.FractionalMaxPool3d, choice="jacobian"):
+    """:func:`~nslightning.ops.fractional_max_pool3d` as a module."""
 
 
 class L1Loss(_Chosen, nn.L1Loss, choice="at_zero"):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nslightning.ops.clamping import clamped
 from nslightning.ops.comparing import ABSOLUTE_FUNCTIONS, ABSOLUTE_MODULES, COMPARING
+from nslightning.ops.fractional import Fractional, pool_fractional, tied_fractional
 from nslightning.ops.max_pool import adaptive, pool, regular, tied_windows
 from nslightning.ops.operation import Call, Operation, positional, spelled
 from nslightning.ops.pointwise import POINTWISE, pointwise
@@ -46,11 +47,15 @@ def _pointwise_ties(name: str) -> Callable[[Call], tuple[int, int]]:
 
 def _apply_pool(selection: Selection, call: Call) -> Tensor | tuple[Tensor, Tensor]:
     (geometry,) = call.parameters
-    return cast(Tensor, pool(call.x, selection, geometry, call.return_indices))
+    pooled = pool_fractional if isinstance(geometry, Fractional) else pool
+    return cast(Tensor, pooled(call.x, selection, geometry, call.return_indices))
 
 
 def _pool_ties(call: Call) -> tuple[int, int]:
-    count = tied_windows(call.x, *call.parameters)
+    (geometry,) = call.parameters
+    if isinstance(geometry, Fractional):
+        return tied_fractional(call.x, geometry)
+    count = tied_windows(call.x, geometry)
     return int(torch.count_nonzero(count > 1)), count.numel()
 
 
@@ -72,8 +77,25 @@ def _adaptive_pool(dims: int, x: Tensor, output_size: Any, return_indices: bool 
     return Call(x, (adaptive(dims, x, output_size),), return_indices=return_indices)
 
 
+def _fractional_pool(
+    dims: int,
+    x: Tensor,
+    kernel_size: Any,
+    output_size: Any = None,
+    output_ratio: Any = None,
+    return_indices: bool = False,
+    _random_samples: Tensor | None = None,
+) -> Call:
+    windows = Fractional(dims, x, kernel_size, output_size, output_ratio, _random_samples)
+    return Call(x, (windows,), return_indices=return_indices)
+
+
+def _fractional_kernel(dims: int, x: Tensor, kernel_size: Any, output_size: Any, random_samples: Tensor) -> Call:
+    return _fractional_pool(dims, x, kernel_size, output_size, None, True, random_samples)
+
+
 def _pool_modules() -> dict[type[nn.Module], Callable[..., Call | None]]:
-    """Max pooling of every dimension, and adaptive."""
+    """Max pooling of every dimension, adaptive and fractional."""
     modules: dict[type[nn.Module], Callable[..., Call | None]] = {}
     for dims in (1, 2, 3):
         modules[getattr(nn, f"MaxPool{dims}d")] = lambda m, x, dims=dims: _regular_pool(
@@ -81,6 +103,10 @@ def _pool_modules() -> dict[type[nn.Module], Callable[..., Call | None]]:
         )
         modules[getattr(nn, f"AdaptiveMaxPool{dims}d")] = lambda m, x, dims=dims: _adaptive_pool(
             dims, x, m.output_size, m.return_indices
+        )
+    for dims in (2, 3):
+        modules[getattr(nn, f"FractionalMaxPool{dims}d")] = lambda m, x, dims=dims: _fractional_pool(
+            dims, x, m.kernel_size, m.output_size, m.output_ratio, m.return_indices, m._random_samples
         )
     return modules
 
@@ -98,6 +124,11 @@ def _pool_functions() -> dict[Callable, Callable[..., Call | None]]:
             with_indices = f"{name}_with_indices"
             homes = [home for home in (F, torch, aten) if hasattr(home, with_indices)]
             functions |= spelled(indexed, *(getattr(home, with_indices) for home in homes))
+    for dims in (2, 3):
+        name, plain = f"fractional_max_pool{dims}d", partial(_fractional_pool, dims)
+        indexed = lambda *args, plain=plain, **kwargs: plain(*args, **kwargs)._replace(return_indices=True)  # noqa: E731 # one for each dimension
+        functions |= spelled(plain, getattr(F, name)) | spelled(indexed, getattr(F, f"{name}_with_indices"))
+        functions |= spelled(partial(_fractional_kernel, dims), getattr(torch._C._nn, name), getattr(aten, name))
     return functions
 
 
@@ -357,9 +388,6 @@ UNREACHED: dict[str, str] = {
     **dict.fromkeys(("median", "nanmedian", "kthvalue", "topk"), _RANKED),
     **dict.fromkeys(("cummax", "cummin"), "no choice yet: each result is a maximum of its own"),
     **dict.fromkeys(("lp_pool1d", "lp_pool2d", "lp_pool3d"), _ROOT),
-    **dict.fromkeys(
-        ("fractional_max_pool2d", "fractional_max_pool3d"), "no choice yet: the windows are drawn in the forward"
-    ),
     "norm": "p-norms are reached for 1 <= p < inf; with p = inf two kinks meet, and a matrix norm is a singular value",
     "normalize": "reached for 1 <= p < inf",
     "dist": "reached for 1 <= p < inf without autocast",
@@ -370,16 +398,14 @@ UNREACHED: dict[str, str] = {
 }
 _NAMES = {"vector_norm": "norm", "linalg_norm": "norm"}
 UNSUPPORTED_MODULES: dict[type[nn.Module], str] = {
-    nn.FractionalMaxPool2d: "fractional_max_pool2d", nn.FractionalMaxPool3d: "fractional_max_pool3d",
     nn.LPPool1d: "lp_pool1d", nn.LPPool2d: "lp_pool2d", nn.LPPool3d: "lp_pool3d",
     nn.MultiLabelMarginLoss: "multilabel_margin_loss", nn.PairwiseDistance: "pairwise_distance",
     nn.TripletMarginWithDistanceLoss: "triplet_margin_with_distance_loss",
 }  # fmt: skip
 UNSUPPORTED_FUNCTIONS: dict[Callable, str] = {
-    f: _NAMES.get(name, name.removesuffix("_with_indices"))
+    f: _NAMES.get(name, name)
     for name in (
         *UNREACHED, *UNSUPPORTED_MODULES.values(), "vector_norm",
-        *(f"{name}_with_indices" for name in UNSUPPORTED_MODULES.values() if "max_pool" in name),
     )
     for home in (F, torch, Tensor, torch.linalg)
     for spelling in (name, f"{name}_")

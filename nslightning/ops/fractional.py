@@ -1,0 +1,224 @@
+"""Fractional max pooling with a chosen way to share the gradient over the tied entries of a window.
+
+Each channel of each image has windows of its own, drawn at random: Graham, *Fractional Max-Pooling*, 2014. Where some
+are tied, the entries of all are gathered side by side, which makes the windows disjoint and regular, and
+:mod:`~nslightning.ops.max_pool` does the rest. On CUDA devices the gradients of overlapping windows are added in no
+fixed order, as in the stock kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from nslightning.jacobians import Jacobians, MaxPoolChoice
+from nslightning.ops.max_pool import pool, tied_windows
+from nslightning.ops.selection import Selection, data_dependent
+from nslightning.ops.tied import fixed, own
+from nslightning.ops.windows import Regular
+
+__all__ = ["Fractional", "fractional_max_pool2d", "fractional_max_pool3d", "pool_fractional", "tied_fractional"]
+
+aten = torch.ops.aten
+
+
+class Fractional:
+    """The windows of one evaluation; they are drawn when they are first asked for, as stock draws them.
+
+    Args:
+        dims: Two or three.
+        x: The input, shape (N, C, *spatial) or (C, *spatial).
+        kernel_size: The window's size, a number or one each.
+        output_size: The number of windows, a number or one each; or None.
+        output_ratio: Where it is None: their number as a share of the input's size.
+        samples: What places the windows, shape (N, C, dims), in [0, 1); None draws them.
+
+    Raises:
+        ValueError: If neither ``output_size`` nor ``output_ratio`` is given.
+    """
+
+    def __init__(
+        self, dims: int, x: Tensor, kernel_size: Any, output_size: Any, output_ratio: Any, samples: Tensor | None
+    ) -> None:
+        if output_size is None and output_ratio is None:
+            raise ValueError(f"fractional_max_pool{dims}d takes an output_size or an output_ratio")
+        self.kernel = _each(dims, kernel_size)
+        if output_size is None:
+            shares = zip(x.shape[-dims:], _each(dims, output_ratio), strict=True)
+            output_size = [int(size * share) for size, share in shares]
+        self.output, self.samples = _each(dims, output_size), samples
+
+    @property
+    def dims(self) -> int:
+        """The number of spatial dimensions."""
+        return len(self.kernel)
+
+    @property
+    def gathered(self) -> Regular:
+        """The windows once their entries lie side by side."""
+        return Regular(self.kernel, self.kernel, (0,) * self.dims, (1,) * self.dims)
+
+    def stock(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The stock kernel: maxima and flat indices, within each channel, of the entries that PyTorch picks."""
+        if self.samples is None:
+            images = x.shape[0] if x.dim() == self.dims + 2 else 1
+            self.samples = torch.rand(images, x.shape[-self.dims - 1], self.dims, dtype=x.dtype, device=x.device)
+        kernel = getattr(aten, f"fractional_max_pool{self.dims}d")
+        return cast(tuple[Tensor, Tensor], kernel(x, self.kernel, self.output, self.samples))
+
+    def entries(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The entries of all windows side by side, and their flat indices within each channel.
+
+        Args:
+            x: The input.
+
+        Returns:
+            Two tensors of shape (N, C, windows times the kernel's size in each dimension), or without N.
+        """
+        dims, sizes = self.dims, x.shape[-self.dims :]
+        zeros, corners = self.stock(torch.zeros_like(x))  # among equals stock picks the first: the window's corner
+        offsets = torch.zeros((), dtype=corners.dtype, device=x.device)
+        for kernel, size in zip(self.kernel, sizes, strict=True):
+            offsets = offsets.unsqueeze(-1) * size + torch.arange(kernel, device=x.device)
+        ahead = corners.shape[:-dims]
+        places = corners.view(*ahead, *(n for size in self.output for n in (size, 1)))
+        places = places + offsets.view([n for kernel in self.kernel for n in (1, kernel)])
+        shape = (*ahead, *(n * k for n, k in zip(self.output, self.kernel, strict=True)))
+        places = places.reshape(shape)
+        flat = x.to(zeros.dtype).flatten(-dims)  # autocast widens
+        return flat.gather(-1, places.flatten(-dims)).view(shape), places
+
+
+def _each(dims: int, given: Any) -> tuple[Any, ...]:
+    given = tuple(given) if isinstance(given, Sequence) else (given,)
+    return tuple(given * dims if len(given) == 1 else given)
+
+
+@own
+def pool_fractional(x: Tensor, selection: Selection, windows: Fractional, return_indices: bool = False) -> Any:
+    """Fractional max pooling with the choice that ``selection`` names at backward time.
+
+    Args:
+        x: Input of shape (N, C, *spatial) or (C, *spatial), floating dtype.
+        selection: The choice, read when the backward runs.
+        windows: The windows.
+        return_indices: Also return the flat index of the entry that PyTorch picks.
+
+    Returns:
+        The stock result, bit for bit; with ``return_indices`` a tuple of it and of the indices.
+
+    Raises:
+        ValueError: If the choice is another than the reference under the published rule.
+    """
+    if data_dependent(x) and forward_ad._current_level < 0 and tied_fractional(x, windows)[0] == 0:
+        output, indices = windows.stock(x)
+        return (output, indices) if return_indices else output
+    entries, places = windows.entries(x)
+    output, found = pool(entries, selection, windows.gathered, True)
+    indices = places.flatten(-windows.dims).gather(-1, found.flatten(-windows.dims)).view(found.shape)
+    return (output, indices) if return_indices else output
+
+
+def tied_fractional(x: Tensor, windows: Fractional) -> tuple[int, int]:
+    """How many windows reach their maximum more than once.
+
+    Args:
+        x: Input of shape (N, C, *spatial) or (C, *spatial), floating dtype.
+        windows: The windows.
+
+    Returns:
+        ``(tied windows, windows)``.
+    """
+    with torch.no_grad():
+        count = tied_windows(windows.entries(x)[0], windows.gathered)
+    return int(torch.count_nonzero(count > 1)), count.numel()
+
+
+def _selection(jacobian: float | MaxPoolChoice | None, seed: int) -> Selection:
+    return fixed(Jacobians(max_pool=jacobian), seed)
+
+
+def fractional_max_pool2d(
+    x: Tensor,
+    kernel_size: int | tuple[int, int],
+    output_size: int | tuple[int, int] | None = None,
+    output_ratio: float | tuple[float, float] | None = None,
+    return_indices: bool = False,
+    _random_samples: Tensor | None = None,
+    *,
+    jacobian: float | MaxPoolChoice | None = None,
+    seed: int = 0,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""2-d fractional max pooling with a chosen element of its generalised Jacobian.
+
+    The Clarke Jacobian at ties and the choices are those of :func:`max_pool2d`; PyTorch takes the first tied entry in
+    row-major order. Windows may overlap, and an entry receives the sum over its windows. JAX has no such operation.
+
+    Args:
+        x: Input of shape (N, C, H, W) or (C, H, W), floating dtype.
+        kernel_size: Window height and width.
+        output_size: The number of windows, one for both dimensions or one each.
+        output_ratio: Their number as a share of the input's size, where ``output_size`` is None.
+        return_indices: Also return the flat index, within each channel, of the entry that PyTorch picks.
+        _random_samples: What places the windows, shape (N, C, 2); None draws from PyTorch's stream, as stock does.
+        jacobian: As in :func:`max_pool2d`.
+        seed: Seeds the private random stream of ``jacobian="random"``.
+
+    Returns:
+        ``torch.nn.functional.fractional_max_pool2d(...)``, bit for bit.
+
+    Raises:
+        ValueError: If the choice is unknown; if neither size nor ratio is given.
+
+    Example:
+        >>> x = torch.zeros(1, 2, 2, requires_grad=True)
+        >>> fractional_max_pool2d(x, 2, 1, jacobian="minimal").sum().backward()
+        >>> x.grad
+        tensor([[[0.2500, 0.2500],
+                 [0.2500, 0.2500]]])
+    """
+    windows = Fractional(2, x, kernel_size, output_size, output_ratio, _random_samples)
+    return cast(Tensor, pool_fractional(x, _selection(jacobian, seed), windows, return_indices))
+
+
+def fractional_max_pool3d(
+    x: Tensor,
+    kernel_size: int | tuple[int, int, int],
+    output_size: int | tuple[int, int, int] | None = None,
+    output_ratio: float | tuple[float, float, float] | None = None,
+    return_indices: bool = False,
+    _random_samples: Tensor | None = None,
+    *,
+    jacobian: float | MaxPoolChoice | None = None,
+    seed: int = 0,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""3-d fractional max pooling with a chosen element of its generalised Jacobian; see :func:`fractional_max_pool2d`.
+
+    Args:
+        x: Input of shape (N, C, D, H, W) or (C, D, H, W), floating dtype.
+        kernel_size: Window depth, height and width.
+        output_size: The number of windows, one for all dimensions or one each.
+        output_ratio: Their number as a share of the input's size, where ``output_size`` is None.
+        return_indices: Also return the flat index, within each channel, of the entry that PyTorch picks.
+        _random_samples: What places the windows, shape (N, C, 3); None draws from PyTorch's stream, as stock does.
+        jacobian: As in :func:`max_pool2d`.
+        seed: Seeds the private random stream of ``jacobian="random"``.
+
+    Returns:
+        ``torch.nn.functional.fractional_max_pool3d(...)``, bit for bit.
+
+    Raises:
+        ValueError: If the choice is unknown; if neither size nor ratio is given.
+
+    Example:
+        >>> x = torch.zeros(1, 3, 3, 3, requires_grad=True)
+        >>> fractional_max_pool3d(x, 2, 1, jacobian="sum").sum().backward()
+        >>> x.grad.sum()
+        tensor(8.)
+    """
+    windows = Fractional(3, x, kernel_size, output_size, output_ratio, _random_samples)
+    return cast(Tensor, pool_fractional(x, _selection(jacobian, seed), windows, return_indices))
