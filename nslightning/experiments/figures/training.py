@@ -140,8 +140,9 @@ def _title(key: tuple[Any, ...], rows: pd.DataFrame) -> list[str]:
 def _notes(show: Sequence[str], paper: bool) -> Iterator[str]:
     if "test" in show:
         yield (
-            "Test accuracy at the last epoch. Dots: runs; boxes: quartiles of those on the axis, whiskers: all of these; "
-            "crosses: runs that diverged; triangles: runs or means below the axis, which leaves out what is under half of the best run."
+            "Test accuracy at the last epoch. Dots: runs; boxes: quartiles of those on the axis, whiskers: all of "
+            "these; crosses: runs that diverged; triangles: runs or means below the axis, which leaves out what is "
+            "under half of the best run."
         )
     if "train" in show:
         yield (
