@@ -24,7 +24,7 @@ COMPILE = $(UV) pip compile --quiet --universal --generate-hashes pyproject.toml
 .PHONY: help
 help: ## Show every target
 	@awk -F ':.*## ' '/^##@ / {print "\n" substr($$0, 5)} \
-		/^[a-z0-9-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' Makefile
+		/^[a-z0-9-]+:.*## / {printf "  \033[1m%-15s\033[0m %s\n", $$1, $$2}' Makefile
 
 ##@ Environment
 
@@ -65,6 +65,24 @@ lock-check: $(LOCAL_UV) ## Check that requirements.lock is what pyproject.toml a
 .PHONY: demo
 demo: setup ## Train on the embedded Fashion-MNIST sample and watch what the Jacobian choice changes (under 3 min)
 	$(BIN)/nslightning fit --config configs/quickstart.yaml
+
+##@ The papers
+
+SCALE ?= small
+# Smoke results are a check, no results: they stay out of results/.
+RESULTS ?= $(if $(filter smoke,$(SCALE)),build/results,results)
+REPRODUCE = $(BIN)/nslightning figure $(1) --run $(SCALE) --output $(RESULTS) --out build/figures/$(SCALE)
+
+.PHONY: reproduce-fig3
+reproduce-fig3: setup ## VGG11 on CIFAR-10, alpha and beta, exact and published rule (SCALE=smoke|small|paper)
+	$(call REPRODUCE,fig3)
+
+.PHONY: reproduce-all
+reproduce-all: setup ## Every experiment and figure; one figure: make reproduce-NAME (nslightning figure --list)
+	$(call REPRODUCE,all)
+
+reproduce-%: setup
+	$(call REPRODUCE,$*)
 
 ##@ Checks
 

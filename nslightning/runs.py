@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -188,8 +189,9 @@ def environment() -> dict[str, Any]:
         except PackageNotFoundError:
             versions[package] = None
     versions["torch"] = torch.__version__  # which also says for which device it was built
+    program = Path(sys.argv[0]).name  # not where it is installed
     return {
-        "command": " ".join(sys.argv),
+        "command": shlex.join(["nslightning" if program == "__main__.py" else program, *sys.argv[1:]]),
         "git": _commit(Path(__file__).parent) or _commit(Path.cwd()),
         "python": platform.python_version(),
         "platform": platform.platform(),
