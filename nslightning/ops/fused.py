@@ -36,9 +36,9 @@ def fits(x: Tensor) -> bool:
         True in eager mode for a dense float16, bfloat16 or float32 tensor on a CUDA device, where Triton is installed.
     """
     return (
-        _has_kernels(x.device)
+        not torch.compiler.is_compiling()
+        and _has_kernels(x.device)
         and x.dtype in _DTYPES
-        and not torch.compiler.is_compiling()
         and x.permute(storage_order(x)).is_contiguous()
     )
 
