@@ -313,5 +313,5 @@ def _number(name: str, value: Any) -> float:
 def _known(what: str, given: str, allowed: tuple[str, ...]) -> None:
     if given not in allowed:
         close = difflib.get_close_matches(str(given), allowed, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = f"; did you mean {close[0]!r}?" if close else "."
         raise ValueError(f"{what} {given!r} is not known{hint} Allowed: {', '.join(map(str, allowed))}")
