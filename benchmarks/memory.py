@@ -12,7 +12,7 @@ biases of half the channels, in each layer that feeds a ReLU, are 0, and with th
 import argparse
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,9 @@ def kill_half(model: nn.Module) -> None:
                 p.data[::2] = 0
 
 
-def kept(model: nn.Module, x: Tensor) -> int:
+def kept(f: Callable[[Tensor], Any], x: Tensor, parameters: Iterable[Tensor] = ()) -> int:
     """Bytes of the distinct storages that a forward keeps for the backward, beside the parameters and the input."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), x)}
+    own = {t.untyped_storage().data_ptr() for t in (*parameters, x)}
     found: dict[int, int] = {}
     alive = []  # so that no address is used twice
 
@@ -57,7 +57,7 @@ def kept(model: nn.Module, x: Tensor) -> int:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        output = model(x)
+        output = f(x)
     del output
     return sum(found.values())
 
@@ -95,7 +95,7 @@ def measure(name: str, batch: int, size: int, dead: bool, choice: Jacobians | No
 
     tensors = (*model.parameters(), *model.buffers(), x, y)
     before = sum(t.numel() * t.element_size() for t in tensors)
-    return {"kept": kept(model, x), "peak": peak(step, before, device)}
+    return {"kept": kept(model, x, model.parameters()), "peak": peak(step, before, device)}
 
 
 def table(result: dict[str, Any]) -> str:

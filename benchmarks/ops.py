@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.machine import describe, interleaved
+from benchmarks.memory import kept
 from benchmarks.naive import naive_beta_pool, naive_relu
 from nslightning import ops
 
@@ -91,7 +92,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     print(
         f"{'operation':<17}{'shape':<18}{'layout':<15}{'ties':<8}{'variant':<10}"
-        f"{'ms':>9}{'vs stock':>10}{'GB/s':>8}{'of copy':>9}"
+        f"{'ms':>9}{'vs stock':>10}{'GB/s':>8}{'of copy':>9}{'kept MB':>9}"
     )
     for shape in SHAPES[a.shapes]:
         for layout in ("contiguous", "channels_last"):
@@ -105,16 +106,19 @@ def main() -> None:
                     for variant, t in times.items():
                         median = float(np.median(t))
                         rate = traffic(name, x) / median
+                        held = kept(variants[variant], x)  # beside the input
                         row = {
                             "operation": name, "shape": shape, "layout": layout, "dtype": a.dtype, "ties": ties,
                             "variant": variant, "ms": median * 1e3,
                             "quartiles_ms": (np.quantile(t, [0.25, 0.75]) * 1e3).tolist(),
                             "ratio": median / stock, "GB/s": rate / 1e9, "of_copy": rate / speed, "turns": len(t),
+                            "kept_bytes": held,
                         }  # fmt: skip
                         rows.append(row)
                         print(
                             f"{name:<17}{'x'.join(map(str, shape)):<18}{layout:<15}{ties:<8g}{variant:<10}"
-                            f"{row['ms']:>9.2f}{row['ratio']:>10.2f}{row['GB/s']:>8.1f}{row['of_copy']:>9.0%}",
+                            f"{row['ms']:>9.2f}{row['ratio']:>10.2f}{row['GB/s']:>8.1f}{row['of_copy']:>9.0%}"
+                            f"{held / 1e6:>9.1f}",
                             flush=True,
                         )
     if a.out:

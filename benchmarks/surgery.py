@@ -1,7 +1,8 @@
 """What reaching functional calls costs: training steps of a patched network against the stock one.
 
 ``python -m benchmarks.surgery --batch=32`` times one forward and backward of ResNet-50 (modules only), Inception-v3 and
-GoogLeNet (functional calls), all in training mode with two-class labels on random images, in turn as
+GoogLeNet (functional calls), and the papers' VGG11 and ResNet-18 on images of CIFAR's size, all in training mode with
+two-class labels on random images, in turn as
 
 - ``stock``: the network as torchvision makes it;
 - ``mode``: with a `TorchFunctionMode` that does nothing but call, entered once around the forward: what watching calls
@@ -20,6 +21,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +29,9 @@ import torchvision
 from torch import Tensor, nn
 from torch.overrides import BaseTorchFunctionMode
 
+from benchmarks.machine import describe
 from nslightning import Jacobians, patch
+from nslightning.models.backbones import create_backbone
 
 NETWORKS = {
     "resnet50": (lambda: torchvision.models.resnet50(num_classes=10), 224),
@@ -35,6 +39,8 @@ NETWORKS = {
         lambda: torchvision.models.inception_v3(num_classes=10, init_weights=False, aux_logits=False),
         299,
     ),
+    "vgg11, 32x32": (lambda: create_backbone("paper/vgg11", 10, (3, 32, 32)), 32),
+    "resnet18, 32x32": (lambda: create_backbone("paper/resnet18", 10, (3, 32, 32)), 32),
     "googlenet": (lambda: torchvision.models.googlenet(num_classes=10, init_weights=False, aux_logits=False), 224),
 }
 
@@ -94,17 +100,27 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path, help="Markdown file to write")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads, batch {args.batch}")
-    print("| network | treatment | fastest step (s) | over stock, fastest | over stock, median of rounds |")
-    print("|---|---|--:|--:|--:|")
+    machine = describe(args.device.type)
+    lines = [
+        f"{machine['gpu'] or machine['cpu']}, {machine['cores']} thread(s), torch {machine['torch']}, commit "
+        f"{machine['commit']}, batch {args.batch}, {args.rounds} rounds",
+        "",
+        "| network | treatment | fastest step (s) | over stock, fastest | over stock, median of rounds |",
+        "|---|---|--:|--:|--:|",
+    ]
+    print("\n".join(lines))
     for name in args.networks:
         seconds = measure(name, args.batch, args.rounds, args.device)
         for treatment, taken in seconds.items():
             fastest = min(taken) / min(seconds["stock"]) - 1
             median = statistics.median(a / b for a, b in zip(taken, seconds["stock"], strict=True)) - 1
-            print(f"| {name} | {treatment} | {min(taken):.4f} | {fastest:+.1%} | {median:+.1%} |", flush=True)
+            lines.append(f"| {name} | {treatment} | {min(taken):.4f} | {fastest:+.1%} | {median:+.1%} |")
+            print(lines[-1], flush=True)
+    if args.out:
+        args.out.write_text("\n".join(["# Training steps of patched networks", "", *lines]) + "\n")
 
 
 if __name__ == "__main__":
