@@ -28,7 +28,7 @@ def test_kept_is_what_stock_pytorch_saves():
     """The input is the caller's; ReLU's outputs are the pools' inputs, and the pools' outputs those of the layers."""
     first, second = 8 * 16 * 32 * 32, 8 * 32 * 16 * 16
     values = first + first // 4 + second + second // 4
-    assert memory.kept(network(), X) == 4 * values + 8 * (first // 4 + second // 4)
+    assert memory.kept(model := network(), X, model.parameters()) == 4 * values + 8 * (first // 4 + second // 4)
 
 
 def test_peak_is_what_lives_at_once():
@@ -54,7 +54,7 @@ def test_within_three_percent_of_stock(choice, dead):
             assert (model[:1](X) == 0).float().mean() == 0.5  # ties, and many
         if jacobians is not None:
             patch(model, jacobians)
-        kept.append(memory.kept(model, X))
+        kept.append(memory.kept(model, X, model.parameters()))
     assert kept[1] <= 1.03 * kept[0]
     if not dead:
         assert kept[1] == kept[0]
