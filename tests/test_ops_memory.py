@@ -28,7 +28,8 @@ def test_kept_is_what_stock_pytorch_saves():
     """The input is the caller's; ReLU's outputs are the pools' inputs, and the pools' outputs those of the layers."""
     first, second = 8 * 16 * 32 * 32, 8 * 32 * 16 * 16
     values = first + first // 4 + second + second // 4
-    assert memory.kept(model := network(), X, model.parameters()) == 4 * values + 8 * (first // 4 + second // 4)
+    model = network()
+    assert memory.kept(model, X, model.parameters()) == 4 * values + 8 * (first // 4 + second // 4)
 
 
 def test_peak_is_what_lives_at_once():
