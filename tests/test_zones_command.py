@@ -73,8 +73,10 @@ def test_of_mini_batches_and_with_the_papers_threshold(tmp_path) -> None:
         (["--tau=1"], "norm=zone has none"),
         (["--chunk=0"], "at least 1"),
         (["--backbone=paper/lenet6", "--draws=1"], "lenet5"),
+        (["--data=MNST", "--draws=1"], "'MNST' is no data set"),
     ],
 )
 def test_mistaken_calls(options, message, tmp_path, capsys) -> None:
     assert zones(tmp_path / "z", *options) != 0
     assert message in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())

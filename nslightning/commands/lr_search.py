@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import logging
 import math
@@ -39,7 +40,14 @@ def main(argv: list[str]) -> int:
     Raises:
         SystemExit: After ``--help`` (0) and for arguments that are not understood (2).
     """
-    given, fit = _parser().parse_known_args(argv[1:])
+    parser = _parser()
+    given, fit = parser.parse_known_args(argv[1:])
+    own = [option for option in parser._option_string_actions if option.startswith("--")]
+    for word in fit:
+        close = difflib.get_close_matches(word.partition("=")[0], own, n=1, cutoff=0.8)
+        if close and "." not in word.partition("=")[0]:
+            print(f"nslightning lr-search: error: not understood: {word}; did you mean {close[0]}?", file=sys.stderr)
+            return 2
     try:
         return _search(given, fit)
     except (ValueError, ImportError) as error:

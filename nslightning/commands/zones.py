@@ -45,9 +45,9 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> ArgumentParser:
-    from jsonargparse import ArgumentParser
+    from nslightning.commands.parsing import HelpfulErrors
 
-    parser = ArgumentParser(prog="nslightning zones", description=__doc__)
+    parser = HelpfulErrors(prog="nslightning zones", description=__doc__)
     parser.add_argument("--config", action="config", help="A YAML file with any of these arguments.")
     parser.add_function_arguments(zones)
     return parser
@@ -143,6 +143,7 @@ def zones(
         "norm": norm,
         "thetas": chunk,
     }
+    _try(fixed | {"precision": precisions[0]})
     chunks = dict.fromkeys(precisions, 1)
     most = -(-(draws or _WIDEST) // chunk)
     folder = Path(output)
@@ -170,6 +171,18 @@ def zones(
         for bits in again:  # at the rate of 1 / sqrt(draws), at most twice as many at once
             chunks[bits] = min(most, chunks[bits] * 2)
     return _tell(shares, experiment, folder, of, zone_shares)
+
+
+def _try(given: dict[str, Any]) -> None:
+    """Load the data and build the network once: what is missing or mistaken is said before anything is written."""
+    import torch
+
+    from nslightning.experiments.cells import settings
+    from nslightning.experiments.networks import build, loaded
+
+    cell, cpu = settings("zones", given), torch.device("cpu")
+    with torch.random.fork_rng():
+        build(cell, loaded(cell, cpu), cpu, None)
 
 
 def _tau(norm: str, tau: float | None, bits: int) -> float:

@@ -106,12 +106,12 @@ class Twins(LightningModule):
         scaler = getattr(plugin, "scaler", None)
         if stage == "fit" and scaler is not None:
             self._scaler = scaler
-            plugin.scaler = _Scalers(scaler, list(self.twins))  # type: ignore[attr-defined]
+            plugin.scaler = _Scalers(scaler, list(self.twins))  # type: ignore[attr-defined] # of fp16 plugins
 
     def teardown(self, stage: str) -> None:
         """Give the trainer back its own scaler."""
         if (scaler := self.__dict__.pop("_scaler", None)) is not None:
-            self.trainer.precision_plugin.scaler = scaler  # type: ignore[attr-defined]
+            self.trainer.precision_plugin.scaler = scaler  # type: ignore[attr-defined] # of fp16 plugins
 
     def configure_optimizers(self) -> Any:
         """One optimizer with parameter groups for each twin, and its scheduler.

@@ -507,7 +507,7 @@ def max_pool1d(
         tensor([[0.7500, 0.2500, 0.0000, 1.0000]])
     """
     geometry = regular(1, kernel_size, stride, padding, dilation, ceil_mode)
-    return pool(x, _jacobian(jacobian, "exact", seed), geometry, return_indices)  # type: ignore[no-any-return]
+    return pool(x, _jacobian(jacobian, "exact", seed), geometry, return_indices)  # type: ignore[no-any-return] # one tensor or two
 
 
 def max_pool2d(
@@ -564,7 +564,7 @@ def max_pool2d(
                   [0.2500, 0.2500]]]])
     """
     geometry = regular(2, kernel_size, stride, padding, dilation, ceil_mode)
-    return pool(x, _jacobian(jacobian, rule, seed), geometry, return_indices)  # type: ignore[no-any-return]
+    return pool(x, _jacobian(jacobian, rule, seed), geometry, return_indices)  # type: ignore[no-any-return] # one tensor or two
 
 
 def max_pool3d(
@@ -608,7 +608,7 @@ def max_pool3d(
         tensor([0.1250])
     """
     geometry = regular(3, kernel_size, stride, padding, dilation, ceil_mode)
-    return pool(x, _jacobian(jacobian, "exact", seed), geometry, return_indices)  # type: ignore[no-any-return]
+    return pool(x, _jacobian(jacobian, "exact", seed), geometry, return_indices)  # type: ignore[no-any-return] # one tensor or two
 
 
 def adaptive_max_pool1d(
@@ -640,7 +640,7 @@ def adaptive_max_pool1d(
         >>> x.grad
         tensor([[0., 1., 0., 0.]])
     """
-    return pool(x, _jacobian(jacobian, "exact", seed), adaptive(1, x, output_size), return_indices)  # type: ignore[no-any-return]
+    return pool(x, _jacobian(jacobian, "exact", seed), adaptive(1, x, output_size), return_indices)  # type: ignore[no-any-return] # one tensor or two
 
 
 def adaptive_max_pool2d(
@@ -678,7 +678,7 @@ def adaptive_max_pool2d(
         tensor([[[0.2500, 0.2500],
                  [0.2500, 0.2500]]])
     """
-    return pool(x, _jacobian(jacobian, "exact", seed), adaptive(2, x, output_size), return_indices)  # type: ignore[no-any-return]
+    return pool(x, _jacobian(jacobian, "exact", seed), adaptive(2, x, output_size), return_indices)  # type: ignore[no-any-return] # one tensor or two
 
 
 def adaptive_max_pool3d(
@@ -710,4 +710,4 @@ def adaptive_max_pool3d(
         >>> x.grad.unique()
         tensor([1.])
     """
-    return pool(x, _jacobian(jacobian, "exact", seed), adaptive(3, x, output_size), return_indices)  # type: ignore[no-any-return]
+    return pool(x, _jacobian(jacobian, "exact", seed), adaptive(3, x, output_size), return_indices)  # type: ignore[no-any-return] # one tensor or two
