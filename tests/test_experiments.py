@@ -572,6 +572,9 @@ def test_processes_side_by_side_find_what_one_finds(experiment_file, tmp_path):
 # --------------------------------------------------------------------------------------------------------- compare
 
 
+SAMPLE = "FashionMNISTSample"
+
+
 def made(experiment, numbers):
     """A tidy table with these final accuracies, by cell; None is a run that ended with NaN at 0.098."""
     rows = []
@@ -588,7 +591,7 @@ def made(experiment, numbers):
 def test_means_over_runs_are_held_against_the_published_ones(experiment_file, monkeypatch):
     published = pd.DataFrame(
         [
-            {"backbone": "fc", "parameter": "alpha", "value": v, "mean": m, "sd": s, "n": 10, "n_nan": b}
+            {"parameter": "alpha", "data": SAMPLE, "value": v, "mean": m, "sd": s, "n": 10, "n_nan": b}
             for v, m, s, b in ((0.0, 0.95, 0.01, 0), (1.0, 0.5, 0.4, 5), (5.0, 0.1, 0.0, 10))
         ]
     )
@@ -616,6 +619,49 @@ def test_means_over_runs_are_held_against_the_published_ones(experiment_file, mo
     text = markdown(experiment, comparison(experiment, results))
     assert "Data: made up. Scale: small." in text
     assert "Only at the paper scale" in text
+    assert "published_mean" in text
+    assert "Inside:" in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "fixed", "entry"),
+    [
+        (
+            "train",
+            {"width": 256, "depth": 3},
+            {"published": "training", "where": {"paper": "A", "backbone": "fc", "parameter": "alpha",
+             "batch_norm": False, "metric": "test_accuracy"}, "match": {"value": "relu"}, "metric": "test_accuracy"},
+        ),
+        (
+            "zones",
+            {"width": 256, "depth": 3, "batch_size": 256, "against": {"relu": 1}},
+            {"published": "volume_relu_mnist", "where": {"factor": "depth"}, "statistic": "proportion",
+             "match": {"depth": "depth", "precision": "precision"}, "metric": "test_accuracy"},
+        ),
+        (
+            "train",
+            {"width": 256, "depth": 3},
+            {"published": "zeros", "match": {"depth": "depth", "width": "width", "precision": "precision"},
+             "metric": "test_accuracy"},
+        ),
+    ],
+)  # fmt: skip
+def test_published_numbers_stand_beside_their_own_data_only(experiment_file, kind, fixed, entry):
+    grid = {"data": ["MNIST", SAMPLE], "seed": [0]}
+    both = Experiment("little", kind, "small", fixed={"backbone": "paper/fc", **fixed}, grids=(grid,), compare=(entry,))
+    results = made(both, [0.9, 0.5])
+    found = comparison(both, results).set_axis(grid["data"])
+    assert not math.isnan(found.loc["MNIST", "published_mean"])
+    assert found.loc[SAMPLE, ["published_mean", "published_n", "difference"]].isna().all()
+    assert found.loc[SAMPLE, "inside"] == ""
+    told = "Nothing is published for FashionMNISTSample; MNIST has published numbers."
+    assert told in markdown(both, comparison(both, results))
+    for data in grid["data"]:
+        one = dataclasses.replace(both, grids=({**grid, "data": [data]},))
+        text = markdown(one, comparison(one, made(one, [0.9])))
+        assert (told in text) == (data == SAMPLE)
+        assert ("| published_mean |" in text) == (data == "MNIST")
+        assert ("Inside:" in text) == (data == "MNIST")
 
 
 def test_shares_are_held_against_the_published_ones(experiment_file, monkeypatch):
@@ -625,7 +671,7 @@ def test_shares_are_held_against_the_published_ones(experiment_file, monkeypatch
         "vary: {precision: [16, 32, 64]}\n"
         "scales: {small: {}}\n"
     )
-    published = pd.DataFrame([{"precision": 16, "n": 100, "mean": 0.5}, {"precision": 32, "n": 100, "mean": 0.1}])
+    published = pd.DataFrame({"data": "MNIST", "precision": [16, 32], "n": 100, "mean": [0.5, 0.1]})
     monkeypatch.setattr(compare, "table", lambda name: published)
     entry = {"published": "volume", "match": {"precision": "precision"}, "metric": "differing"}
     experiment = Experiment.read(experiment_file, "small")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from nslightning.experiments.cells import Cell
@@ -36,6 +36,8 @@ def comparison(experiment: Experiment, results: pd.DataFrame) -> pd.DataFrame:
 
     A share of n draws has the standard deviation :math:`\sqrt{p(1-p)/n}`; for shares, inside means a difference of at
     most two standard deviations of it, those of both sides taken together, with p from both.
+
+    Published rows of another data set than the one that ran stand beside nothing.
 
     Runs with NaN keep the accuracy that their constant output has, as in the published tables; ``drop_nan: true``
     leaves them out, as the published box plots did.
@@ -77,15 +79,30 @@ def _published(entry: Mapping[str, Any], cell: Cell) -> list[dict[str, Any]]:
     for key in entry:
         if key not in _KEYS:
             raise ValueError(f"compare has {key!r}; known here: {', '.join(_KEYS)}")
-    published = table(entry["published"])
-    wanted = {**entry.get("where", {}), **{c: getattr(cell, s) for c, s in entry.get("match", {}).items()}}
-    for column in wanted:
+    ours = {column: getattr(cell, setting) for column, setting in {"data": "data", **entry.get("match", {})}.items()}
+    return [row for row in _meant(entry, ours) if all(_equal(row[c], v) for c, v in ours.items())]
+
+
+def _meant(entry: Mapping[str, Any], columns: Iterable[str] = ("data",)) -> list[dict[str, Any]]:
+    """The published rows that an entry means, whatever was run; they have these columns."""
+    published, where = table(entry["published"]), entry.get("where", {})
+    for column in (*where, *columns):
         if column not in published:
             raise ValueError(
                 f"compare: {entry['published']} has no column {column!r}, but {', '.join(map(str, published))}"
             )
     found = published.to_dict("records")
-    return [{str(k): v for k, v in row.items()} for row in found if all(_equal(row[c], v) for c, v in wanted.items())]
+    return [{str(k): v for k, v in row.items()} for row in found if all(_equal(row[c], v) for c, v in where.items())]
+
+
+def _nothing_published(experiment: Experiment) -> str:
+    """Which data no published number is of, and which data would have some."""
+    theirs = dict.fromkeys(str(row["data"]) for entry in experiment.compare for row in _meant(entry))
+    without = [data for data in dict.fromkeys(p.cell.data for p in experiment.cells()) if data not in theirs]
+    if not without or not theirs:
+        return ""
+    have = f"{', '.join(theirs)} {'has' if len(theirs) == 1 else 'have'}"
+    return f"Nothing is published for {', '.join(without)}; {have} published numbers."
 
 
 def _row(
@@ -184,19 +201,24 @@ def markdown(experiment: Experiment, compared: pd.DataFrame) -> str:
     if compared.empty:
         return f"{title}\nNothing to compare: the file names no published numbers, or no cell is finished.\n"
     numbers = ("mean", "sd", "difference")
-    names = [c for c in compared if c not in ("data", "scale", "inside")]
-    shown = compared[[*names, "inside"]].astype(object)
+    some = compared["published_mean"].notna().any()
+    theirs = () if some else ("difference", *(c for c in compared if str(c).startswith("published_")))
+    names = [c for c in compared if c not in ("data", "scale", "inside", *theirs)]
+    shown = compared[[*names, "inside"] if some else names].astype(object)
     for column in shown:
         digits = 4 if str(column).endswith(numbers) else 6
         shown[column] = [_told(v, digits) for v in compared[column]]
     lines = ["| " + " | ".join(map(str, shown)) + " |", "|" + "---|" * len(shown.columns)]
     lines += ["| " + " | ".join(row) + " |" for row in shown.itertuples(index=False)]
-    notes = [
-        f"Data: {'; '.join(dict.fromkeys(compared['data']))}. Scale: {experiment.scale}.",
-        "Inside: within two standard deviations (published ones for means over runs, both sides' for shares).",
-        "Only at the paper scale do the settings equal the published ones." if experiment.scale != "paper" else "",
-        experiment.note,
-    ]
+    notes = [f"Data: {'; '.join(dict.fromkeys(compared['data']))}. Scale: {experiment.scale}."]
+    notes.append(_nothing_published(experiment))
+    if some:
+        notes.append(
+            "Inside: within two standard deviations (published ones for means over runs, both sides' for shares)."
+        )
+        if experiment.scale != "paper":
+            notes.append("Only at the paper scale do the settings equal the published ones.")
+    notes.append(experiment.note)
     return "\n".join([title, *lines, "", *filter(None, notes), ""])
 
 

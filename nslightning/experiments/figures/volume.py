@@ -65,7 +65,7 @@ def volume_mnist(rows: pd.DataFrame) -> Figure:
         ),
         strict=True,
     ):
-        theirs = _of_data(table("volume_relu_mnist"), own, "MNIST")
+        theirs = _of_data(table("volume_relu_mnist"), own)
         shares = _vectors(own[_matches(own, panel.base, but=panel.column)])
         _bars(axis, shares, panel.column, theirs[theirs["factor"] == panel.column])
         axis.set_xlabel(panel.label)
@@ -91,7 +91,7 @@ def impact_factors(rows: pd.DataFrame) -> Figure:
     """
     theirs = table("volume_max_pool_cifar10")
     theirs = theirs[theirs["figure"] == "impactfactors"].assign(backbone="paper/" + theirs["backbone"])
-    theirs = _of_data(theirs, rows, "CIFAR10")
+    theirs = _of_data(theirs, rows)
     figure, axes = canvas(1, 3, 3.0, 2.7, sharey=True)
     panels = (
         ("network", _Panel("backbone", "network", _VGG_BASE)),
@@ -112,9 +112,9 @@ def impact_factors(rows: pd.DataFrame) -> Figure:
     return figure
 
 
-def _of_data(published: pd.DataFrame, rows: pd.DataFrame, data: str) -> pd.DataFrame:
-    """Published rows, where ours are of the same data."""
-    return published if set(rows["data"]) == {data} else published[:0]
+def _of_data(published: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """The published rows of our data, where that is one data set."""
+    return published[published["data"].isin(rows["data"])] if rows["data"].nunique() == 1 else published[:0]
 
 
 def _matches(rows: pd.DataFrame, base: Mapping[str, Any], but: str = "") -> pd.Series[bool]:
