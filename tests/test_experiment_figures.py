@@ -388,6 +388,7 @@ def test_what_is_wrong_is_told_and_nothing_is_written(results, tmp_path, capsys)
     lenet = str(results / "mnist_lenet_beta" / "smoke")
     for argv, told in (
         (["fig33", "--from", lenet], "did you mean 'fig3'?"),
+        (["nothing", "--from", lenet], "there is no figure 'nothing'. `nslightning figure --list` tells all: fig3,"),
         (["fig3"], "give --from with those of cifar10_vgg_alpha or cifar10_vgg_beta"),
         (["fig3", "--from", lenet], "fig3 is not drawn from mnist_lenet_beta, but from cifar10_vgg_alpha"),
         (["fig3", "--from", str(tmp_path)], "holds no results"),
@@ -408,9 +409,18 @@ def test_run_makes_the_results_first(results, tmp_path, monkeypatch, capsys):
     assert "computed" in capsys.readouterr().out
     assert command.main(argv) == 0
     assert "0 computed" in capsys.readouterr().out
-    for wrong in (["figure", "all"], [*argv, "--from", str(results)], ["figure"]):
-        with pytest.raises(SystemExit):
+    for wrong, told in (
+        (["figure", "all"], "all needs --run SCALE"),
+        ([*argv, "--from", str(results)], "give one of the two"),
+        (["figure"], "name a figure, or --list them"),
+        (["figure", "fig3", "--run", "smal"], "did you mean 'small'? There are: smoke, small, paper"),
+        (["figure", "fig3", "--frm", "x"], "did you mean '--from'?"),
+        (["figure", "pool-ties", "--out", str(tmp_path / "out" / "fig3.pdf")], "is a file, and is to be a folder"),
+    ):
+        with pytest.raises(SystemExit) as stop:
             command.main(wrong)
+        assert stop.value.code == 2
+        assert told in capsys.readouterr().err
 
 
 def test_the_list_tells_every_figure(capsys):

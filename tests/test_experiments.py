@@ -416,7 +416,7 @@ def test_only_keeps_what_has_these_values(experiment_file):
     experiment = Experiment.read(experiment_file, "small")
     assert len(experiment.cells({"rule": ["exact"], "seed": [1]})) == 2
     assert len(experiment.cells({"relu": [0, 1]})) == 8
-    with pytest.raises(ValueError, match=r"no such setting, did you mean 'rule'"):
+    with pytest.raises(ValueError, match=r"no such setting; did you mean 'rule'"):
         experiment.cells({"rules": ["exact"]})
     with pytest.raises(ValueError, match=r"--only seed=7 leaves no cell; the grid has seed: 0, 1"):
         experiment.cells({"seed": [7]})
@@ -425,11 +425,11 @@ def test_only_keeps_what_has_these_values(experiment_file):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("vary:", "varies:", r"has 'varies', did you mean 'vary'\?"),
+        ("vary:", "varies:", r"has 'varies'; did you mean 'vary'\?"),
         ("kind: train", "kind: trian", r"kind='trian' is not known; did you mean 'train'\?"),
         ("width: 4,", "widht: 4,", r"a train cell has no setting 'widht'; did you mean 'width'\?"),
         ("relu: [0, 1]", "relu: 1", r"relu varies over a list of values"),
-        ("small: {}", "smal: {}", r"has 'smal', did you mean 'small'\?"),
+        ("small: {}", "smal: {}", r"has 'smal'; did you mean 'small'\?"),
         ("rule: [exact, published]", "rule: [exat]", r"rule 'exat' is not known; did you mean 'exact'\?"),
         ("epochs: 1}", "epochs: 1, precision: 8}", r"precision=8 is not one of 16, 24, 32, 64"),
         ("backbone: paper/fc,", "", "missing 1 required keyword-only argument: 'backbone'"),
@@ -753,17 +753,59 @@ def test_several_experiments_in_one_call_and_settings_in_the_name(experiment_fil
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere.yaml"], "there is no file nowhere.yaml"),
+        (
+            ["nowhere.yaml"],
+            "there is no file nowhere.yaml, and no packaged experiment of that name. There are: cifar10_",
+        ),
+        (["mnist_lenet_bta"], "no packaged experiment of that name; did you mean 'mnist_lenet_beta'?"),
         (["little.yaml", "--scale", "medium"], "has no scale 'medium'; it has smoke, small, paper"),
         (["little.yaml", "--only", "rule"], "--only takes KEY=VALUE"),
+        (["little.yaml", "--only", "rule=["], "--only rule=[: the value is no YAML"),
+        (
+            ["little.yaml", "--only", "relux=1"],
+            "mean 'relu'? The grid varies relu, rule, seed, and has backbone,",
+        ),
+        (
+            ["little.yaml", "--only", "xyzzy=1"],
+            "xyzzy: there is no such setting. The grid varies relu, rule, seed",
+        ),
         (["little.yaml", "--set", "widht=3"], "did you mean 'width'?"),
+        (["little.yaml", "--set", "xyzzy=3"], "has no setting 'xyzzy'. It has: backbone,"),
+        (["little.yaml", "--set", "epochs=two"], "epochs='two' is not an integer"),
+        (["little.yaml", "--set", "epochs=0"], "epochs=0: at least 1 is needed"),
+        (["little.yaml", "--set", "learning_rate=fast"], "learning_rate='fast' is not a number or one of searched"),
+        (["little.yaml", "--set", "train_images=1.5"], "train_images=1.5 is not an integer or null"),
+        (["little.yaml", "--set", "data_options=3"], "data_options=3 is not a mapping"),
+        (["little.yaml", "--set", "shuffle=1"], "shuffle=1 is not true or false"),
+        (
+            ["little.yaml", "--set", "data=MNISTT"],
+            "is no data set; did you mean 'MNIST'? There are: CIFAR10,",
+        ),
+        (["little.yaml", "--set", "backbone=paper/cf"], "there is no backbone 'paper/cf'; did you mean paper/fc"),
         (["little.yaml", "--workers", "0"], "workers=0"),
+        (["little.yaml", "--workers", "two"], "invalid int value: 'two'\n  nslightning experiment --help"),
+        (["little.yaml", "--output", "little.yaml"], "little.yaml is no folder that may be written to"),
+        (["mnist_volume_relu", "--scale", "smoke", "--set", "against=relu"], "against='relu' is not a mapping"),
+        (["little.yaml", "--device", "gpu"], "--device=gpu is not here; there is cpu"),
+        (["little.yaml", "--comapre"], "did you mean '--compare'?"),
     ],
 )
 def test_a_mistaken_call_says_what_is_wrong(experiment_file, capsys, arguments, message):
-    assert main(["experiment", *arguments]) == 2
+    try:
+        status = main(["experiment", *arguments])
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2
     assert message in capsys.readouterr().err
     assert [f.name for f in experiment_file.parent.iterdir()] == ["little.yaml"]
+
+
+def test_words_that_are_numbers_and_options_given_twice(experiment_file, capsys):
+    """YAML reads 1e-3 as a word."""
+    assert settings("train", {"backbone": "paper/fc", "learning_rate": "1e-3"}).learning_rate == 1e-3
+    call = ["experiment", "little.yaml", "--list", "--only", "rule=exact"]
+    assert main([*call, "--only", "relu=0", "--only", "relu=1"]) == 0
+    assert "4 cells" in capsys.readouterr().out
 
 
 def test_every_packaged_experiment_expands_at_every_scale():

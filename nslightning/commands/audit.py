@@ -12,7 +12,9 @@ from collections.abc import Iterable
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
+
+from nslightning.commands.arguments import Arguments
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -36,15 +38,6 @@ exit status: 0 done; 1 the data or the model is at fault; 2 the command was call
 
 class CallError(ValueError):
     """The command was called wrongly: exit status 2."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        known = [option for option in self._option_string_actions if option.startswith("--")]
-        given = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
-        near = [n for word in given if word not in known for n in difflib.get_close_matches(word, known, 1)]
-        hint = f"\n  did you mean {near[0]!r}?" if near else ""
-        self.exit(2, f"{self.prog}: error: {message}{hint}\n  {self.prog} --help lists all options\n")
 
 
 def main(argv: list[str]) -> int:
@@ -74,8 +67,8 @@ def main(argv: list[str]) -> int:
         return 1
 
 
-def _parser(prog: str) -> _Parser:
-    parser = _Parser(
+def _parser(prog: str) -> Arguments:
+    parser = Arguments(
         prog=prog,
         description=__doc__,
         epilog=_EPILOG,

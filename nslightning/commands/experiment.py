@@ -11,7 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from nslightning.commands.arguments import Arguments
 from nslightning.experiments import Experiment, collect, comparison, folder_of, markdown, run
+from nslightning.experiments.cells import hint
 
 __all__ = ["main"]
 
@@ -36,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         0; 1 where cells failed; 2 where it was called wrongly; 130 after an interruption.
     """
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="nslightning experiment",
         description="Run an experiment: a grid of runs, one YAML file.",
         epilog=_EPILOG,
@@ -61,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         with suppress(ValueError):  # outside the main thread
             signal.signal(signal.SIGTERM, _interrupt)  # what a batch system sends before it kills
-        overrides = {k: v[0] for k, v in _pairs(given.set, "--set").items()}
+        overrides = {k: v[-1] for k, v in _pairs(given.set, "--set").items()}
         experiments = [Experiment.read(_found(file), given.scale, overrides) for file in given.files]
         return max(_run(experiment, given) for experiment in experiments)
     except (ValueError, OSError, RuntimeError) as error:
@@ -112,10 +114,15 @@ def _found(file: str) -> Path:
     if Path(file).is_file():
         return Path(file)
     name = file.replace("\\", "/").removeprefix("./").removeprefix("configs/").removeprefix("experiments/")
-    try:
-        return configs.path(f"experiments/{name}")
-    except FileNotFoundError as error:
-        raise ValueError(f"there is no file {file}. {error}") from None
+    folder = Path(configs.__file__).parent / "experiments"
+    packaged = {f.stem: f for f in sorted(folder.glob("*.yaml"))}
+    name = name.removesuffix(".yaml")
+    if name not in packaged:
+        raise ValueError(
+            f"there is no file {file}, and no packaged experiment of that name{hint(name, packaged)} "
+            f"There are: {', '.join(packaged)}"
+        )
+    return packaged[name]
 
 
 def _pairs(given: Sequence[str], option: str) -> dict[str, list[Any]]:
@@ -127,7 +134,10 @@ def _pairs(given: Sequence[str], option: str) -> dict[str, list[Any]]:
         if not equals or not key or not value:
             raise ValueError(f"{option} takes KEY=VALUE, such as {option} precision=32; given {word!r}")
         values = value.split("|") if option == "--only" else [value]
-        found[key] = [yaml.safe_load(v) for v in values]
+        try:
+            found.setdefault(key, []).extend(yaml.safe_load(v) for v in values)
+        except yaml.YAMLError:
+            raise ValueError(f"{option} {word}: the value is no YAML, such as 32, exact or {{a: 1}}") from None
     return found
 
 
@@ -135,6 +145,11 @@ def _resources(device: str | None, workers: int | None) -> tuple[str, int]:
     import torch
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):  # no such kind, none of it here, or PyTorch without it
+        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise ValueError(f"--device={device} is not here; there is {', '.join(there)}") from None
     if workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         workers = 4 if device.startswith("cuda") else cores

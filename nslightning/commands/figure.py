@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from nslightning.commands.arguments import Arguments
+
 __all__ = ["main"]
 
 _EPILOG = """\
@@ -36,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         SystemExit: After ``--help`` (0) and for options that are not understood (2).
     """
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="nslightning figure",
         description="Draw a figure from the results of experiments, as PDF and PNG.",
         epilog=_EPILOG,
@@ -56,10 +58,17 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--list", action="store_true", help="tell every figure, what feeds it and its published one")
     given = parser.parse_args(list(argv[1:]))
+    from nslightning.experiments.cells import hint
+    from nslightning.experiments.grid import SCALES
+
     if given.name is None and not given.list:
         parser.error("name a figure, or --list them")
     if given.run and given.results:
         parser.error("--from draws results that are there, --run makes them: give one of the two")
+    if given.run and given.run not in SCALES:
+        parser.error(f"--run {given.run} is no scale{hint(given.run, SCALES)} There are: {', '.join(SCALES)}")
+    if given.out.exists() and not given.out.is_dir():
+        parser.error(f"--out {given.out} is a file, and is to be a folder")
     if given.name == "all" and not given.run:
         parser.error("all needs --run SCALE; what is finished is skipped")
     try:
@@ -77,7 +86,8 @@ def main(argv: Sequence[str]) -> int:
     except (ImportError, ValueError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
-    return max(_run(given, names) if given.run else 0, _draw(given, names))
+    status = _run(given, names) if given.run else 0
+    return status if status == 2 else max(status, _draw(given, names))
 
 
 def _run(given: argparse.Namespace, names: Sequence[str]) -> int:
@@ -94,6 +104,8 @@ def _run(given: argparse.Namespace, names: Sequence[str]) -> int:
         status = experiment.main(["experiment", one, *options])
         if status == 130:
             raise SystemExit(130)
+        if status == 2:
+            return 2
         worst = max(worst, status)
     return worst
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from nslightning.jacobians import Jacobians, MaxPoolChoice, Rule
 
-__all__ = ["KINDS", "Cell", "Outcome", "TrainCell", "TwinCell", "ZoneCell", "compute", "settings"]
+__all__ = ["KINDS", "Cell", "Outcome", "TrainCell", "TwinCell", "ZoneCell", "compute", "hint", "settings"]
 
 Row = dict[str, Any]
 
@@ -244,16 +246,68 @@ def settings(kind: str, given: dict[str, Any]) -> Cell:
         Jacobians(max_pool=10.0)
     """
     if kind not in KINDS:
-        raise ValueError(f"kind={kind!r} is not known{_hint(kind, KINDS)} There are: {', '.join(KINDS)}")
+        raise ValueError(f"kind={kind!r} is not known{hint(kind, KINDS)} There are: {', '.join(KINDS)}")
     made = KINDS[kind][0]
     names = [f.name for f in dataclasses.fields(made)]
     for name in given:
         if name not in names:
-            raise ValueError(f"a {kind} cell has no setting {name!r}{_hint(name, names)} It has: {', '.join(names)}")
+            raise ValueError(f"a {kind} cell has no setting {name!r}{hint(name, names)} It has: {', '.join(names)}")
+    types = get_type_hints(made)
+    read = {name: _read(value, types[name]) for name, value in given.items()}
     try:
-        return made(**given)
+        cell = made(**read)
     except TypeError as error:  # a setting without a default is missing
-        raise ValueError(f"a {kind} cell: {error}") from error
+        raise ValueError(_misfit(read, types) or f"a {kind} cell: {error}") from error
+    if wrong := _misfit(read, types):
+        raise ValueError(wrong)
+    return cell
+
+
+#: Settings that count something.
+_COUNTS = ("width", "depth", "train_images", "batch_size", "epochs", "eval_batch_size", "steps", "thetas", "batches")
+
+
+def _read(value: Any, allowed: Any) -> Any:
+    """A number that YAML takes for a word, such as 1e-3, as a number."""
+    if isinstance(value, str) and not _fits(value, allowed) and _fits(0.0, allowed):
+        with suppress(ValueError):
+            return float(value)
+    return value
+
+
+def _misfit(given: Mapping[str, Any], types: Mapping[str, Any]) -> str:
+    """The first value that is not of its setting's type, in words; empty where all are."""
+    for name, value in given.items():
+        if not _fits(value, types[name]):
+            return f"{name}={value!r} is not {_told(types[name])}"
+        if name in _COUNTS and value is not None and value < 1:
+            return f"{name}={value}: at least 1 is needed"
+    return ""
+
+
+def _fits(value: Any, allowed: Any) -> bool:
+    """Whether a value is of a setting's type."""
+    choices = get_args(allowed)
+    if get_origin(allowed) is Literal:
+        return any(type(value) is type(c) and value == c for c in choices)
+    if get_origin(allowed) is dict:
+        return isinstance(value, dict)
+    if choices:  # a union
+        return any(_fits(value, one) for one in choices)
+    if isinstance(value, bool):
+        return allowed is bool
+    return isinstance(value, (int, float) if allowed is float else allowed)
+
+
+def _told(allowed: Any) -> str:
+    """A setting's type in words."""
+    choices = get_args(allowed)
+    if get_origin(allowed) is Literal:
+        return f"one of {', '.join(map(str, choices))}"
+    if choices and get_origin(allowed) is not dict:
+        return " or ".join(map(_told, choices))
+    words = {float: "a number", int: "an integer", bool: "true or false", str: "a name", type(None): "null"}
+    return words.get(allowed, "a mapping")
 
 
 def compute(kind: str, cell: Cell, device: str) -> Outcome:
@@ -272,6 +326,19 @@ def compute(kind: str, cell: Cell, device: str) -> Outcome:
     return outcome
 
 
-def _hint(given: str, known: Any) -> str:
-    close = difflib.get_close_matches(given, list(known), n=1)
+def hint(given: str, known: Iterable[str]) -> str:
+    """What follows a name that is none: the one that was probably meant, where one is near.
+
+    Args:
+        given: The name.
+        known: Those that exist.
+
+    Returns:
+        A question, or a full stop.
+
+    Example:
+        >>> hint("smal", ["smoke", "small"]), hint("huge", ["smoke", "small"])
+        ("; did you mean 'small'?", '.')
+    """
+    close = difflib.get_close_matches(str(given), list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else "."

@@ -15,6 +15,7 @@ from nslightning.data import ImageDataModule
 from nslightning.data.images import TensorImages
 from nslightning.data.sampler import AUGMENT, TrainSampler, generator
 from nslightning.data.small import DownloadedImages
+from nslightning.experiments.cells import hint
 
 __all__ = ["Images", "load"]
 
@@ -191,8 +192,9 @@ def load(
     """
     kind = getattr(data, name, None)
     if not (isinstance(kind, type) and issubclass(kind, ImageDataModule)):
-        known = [n for n in data.__all__ if isinstance(k := getattr(data, n), type) and issubclass(k, ImageDataModule)]
-        raise ValueError(f"data={name!r} is no data set; there are {', '.join(known)}")
+        classes = {n: k for n in data.__all__ if isinstance(k := getattr(data, n), type) and k is not ImageDataModule}
+        known = [n for n, k in classes.items() if issubclass(k, ImageDataModule)]
+        raise ValueError(f"data={name!r} is no data set{hint(name, known)} There are: {', '.join(known)}")
     given = dict(options)
     if issubclass(kind, DownloadedImages):
         given = {"verify": False, **given}

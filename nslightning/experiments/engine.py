@@ -87,8 +87,8 @@ def run(
     planned = experiment.cells(only)
     folder = folder_of(experiment, output)
     cells = folder / "cells"
-    cells.mkdir(parents=True, exist_ok=True)
     missing = [p for p in planned if not (cells / f"{p.id}.json").exists()]
+    _check(missing, folder)
     failed: list[tuple[Planned, str]] = []
     started = time.monotonic()
     try:
@@ -104,6 +104,25 @@ def run(
         if any(cells.glob("*.json")):
             collect(experiment, output)
     return Report(folder, len(planned), len(planned) - len(missing), len(missing) - len(failed), failed)
+
+
+def _check(missing: Sequence[Planned], folder: Path) -> None:
+    """Say that there is no such data set or network, or no place for results, before anything is computed."""
+    import torch
+
+    from nslightning.experiments.networks import loaded
+    from nslightning.models.backbones import create_backbone
+
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"{folder} cannot be made: {there} is no folder that may be written to")
+    seen = set()
+    for _, _, cell in missing:
+        key = str((cell.data, cell.data_options, cell.backbone, cell.options))
+        if key not in seen:
+            seen.add(key)
+            images = loaded(cell, torch.device("cpu"))
+            create_backbone(cell.backbone, images.num_classes, images.image_shape, False, **cell.options)
 
 
 def collect(experiment: Experiment, output: str | Path) -> pd.DataFrame:
@@ -244,6 +263,7 @@ def _restored(row: Mapping[str, Any]) -> dict[str, Any]:
 def _write(file: Path, text: str) -> None:
     """Write a file at once: whoever is killed meanwhile leaves the old one, or none."""
     partial = file.with_name(f".{file.name}.{os.getpid()}")
+    file.parent.mkdir(parents=True, exist_ok=True)
     partial.write_text(text)
     partial.replace(file)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import itertools
 import json
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from nslightning.experiments.cells import Cell, TrainCell, settings
+from nslightning.experiments.cells import Cell, TrainCell, hint, settings
 from nslightning.experiments.published import searched_learning_rate
 
 __all__ = ["SCALES", "Experiment", "Planned"]
@@ -146,9 +145,13 @@ class Experiment:
                 found.setdefault(planned.id, planned)
         if not only:
             return list(found.values())
-        unknown = [name for name in only if name not in {f.name for p in found.values() for f in _fields(p.cell)}]
+        known = list(dict.fromkeys(f.name for p in found.values() for f in _fields(p.cell)))
+        unknown = [name for name in only if name not in known]
         if unknown:
-            raise ValueError(f"--only {unknown[0]}: there is no such setting{_near(unknown[0], names)}")
+            raise ValueError(
+                f"--only {unknown[0]}: there is no such setting{hint(unknown[0], known)} "
+                f"The grid varies {', '.join(sorted(names))}, and has {', '.join(k for k in known if k not in names)}"
+            )
         kept = [
             p for p in found.values() if all(any(_same(getattr(p.cell, n), v) for v in vs) for n, vs in only.items())
         ]
@@ -206,9 +209,4 @@ def _listed(values: Iterable[Any]) -> str:
 def _check_keys(path: Path, content: Any, known: Sequence[str]) -> None:
     for key in content:
         if key not in known:
-            raise ValueError(f"{path} has {key!r}{_near(key, known)}; known here: {', '.join(known)}")
-
-
-def _near(given: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(given), list(known), n=1)
-    return f", did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"{path} has {key!r}{hint(key, known)} Known here: {', '.join(known)}")

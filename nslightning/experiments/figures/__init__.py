@@ -5,13 +5,13 @@ A function takes the rows of :func:`read` and returns a matplotlib figure; :func
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from nslightning.experiments.cells import hint
 from nslightning.experiments.figures import others, twins, volume
 from nslightning.experiments.figures import training as train
 from nslightning.experiments.figures.results import read
@@ -170,9 +170,9 @@ def find(name: str) -> Drawing:
     """
     if name in FIGURES:
         return FIGURES[name]
-    close = difflib.get_close_matches(name, FIGURES, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else "."
-    raise ValueError(f"there is no figure {name!r}{hint} `nslightning figure --list` tells all: {', '.join(FIGURES)}")
+    raise ValueError(
+        f"there is no figure {name!r}{hint(name, FIGURES)} `nslightning figure --list` tells all: {', '.join(FIGURES)}"
+    )
 
 
 @lru_cache

@@ -30,7 +30,7 @@ def read(paths: Sequence[str | Path]) -> pd.DataFrame:
     import pandas as pd
 
     parts = []
-    for given in map(Path, paths):
+    for given in dict.fromkeys(map(Path, paths)):
         file = given / "results.csv" if given.is_dir() else given
         record = file.with_name("provenance.json")
         if file.name != "results.csv" or not file.is_file() or not record.is_file():
