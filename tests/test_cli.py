@@ -358,6 +358,34 @@ def test_resume_goes_on_in_the_same_folder(trained, tmp_path, capfd):
     assert "ckpt_path: last" in Path("runs/quickstart/001/config.yaml").read_text()
 
 
+@pytest.mark.parametrize("which", ["last", "runs/quickstart/001/checkpoints/best.ckpt"])
+def test_a_checkpoint_of_another_choice_is_refused_before_anything_is_written(trained, tmp_path, capfd, which):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    before = {f: f.read_bytes() for f in Path("runs").rglob("*") if f.is_file()}
+    args = ["--config", "configs/quickstart.yaml", "--model.jacobians.relu=1", "--model.on_mismatch=refuse"]
+    status, text = run(capfd, "fit", *args, f"--ckpt_path={which}")
+    assert status == 2
+    assert "error: the checkpoint was made under relu=0.0, and this run has relu=1.0; give the choice" in text
+    assert {f: f.read_bytes() for f in Path("runs").rglob("*") if f.is_file()} == before
+
+
+def test_a_run_that_cannot_go_on_overwrites_nothing(trained, tmp_path, capfd, monkeypatch):
+    """Whatever refuses before the first step."""
+    from nslightning.models import ImageClassifier
+
+    def refuses(*_):
+        raise ValueError("another order of the images")
+
+    monkeypatch.setattr(ImageClassifier, "on_fit_start", refuses)
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    before = {f: f.read_bytes() for f in Path("runs").rglob("*") if f.is_file()}
+    args = ["--config", "configs/quickstart.yaml", "--trainer.max_epochs=2", "--ckpt_path=last", NO_LOGGER]
+    status, text = run(capfd, "fit", *args)
+    assert status == 2
+    assert "error: another order of the images" in text
+    assert {f: f.read_bytes() for f in before} == before
+
+
 @pytest.mark.parametrize(
     ("config", "name"),
     [

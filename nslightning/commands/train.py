@@ -23,7 +23,7 @@ import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, WandbLogger
@@ -233,7 +233,7 @@ class TrainCLI(LightningCLI):
             raise ValueError(str(error)) from error
 
     def after_instantiate_classes(self) -> None:
-        """Refuse a checkpoint of another network in words, where torch would list all its parameters."""
+        """Refuse a checkpoint of another network, in words and not as a list of all its parameters, or choice."""
         if self._content is None:
             return
         stored = {name: tuple(v.shape) for name, v in self._content["state_dict"].items()}
@@ -250,6 +250,9 @@ class TrainCLI(LightningCLI):
                 f"--ckpt_path: {self.checkpoint} holds {made_as}, and this is {now}: {len(odd)} parameters differ, "
                 f"as {name}: {then_shape} there, {now_shape} here. Give the config that made it, by --config"
             )
+        with warnings.catch_warnings():  # which the run itself gives, when it loads the checkpoint
+            warnings.simplefilter("ignore")
+            self.model.on_load_checkpoint(self._content)
         self._content = None
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
@@ -308,6 +311,16 @@ class TrainCLI(LightningCLI):
         for parent in list(self._made.parents)[:2]:  # <output>/<name>, <output>
             if parent.is_dir() and not any(parent.iterdir()):
                 parent.rmdir()
+
+
+class _SaveConfig(SaveConfigCallback):
+    """Saves the config when the first step is about to be taken: a run that cannot go on has overwritten nothing."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        pass
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().setup(trainer, pl_module, "fit")
 
 
 class _Trained(Callback):
@@ -378,7 +391,7 @@ def main(argv: list[str], cli_class: type[TrainCLI] = TrainCLI) -> int:
             cli.__init__(  # type: ignore[misc] # so that `forget` has it when this raises
                 *cli.tasks[cli.task][:2],
                 subclass_mode_data=True,
-                save_config_callback=SaveConfigCallback if subcommand == "fit" else None,
+                save_config_callback=_SaveConfig if subcommand == "fit" else None,
                 save_config_kwargs={"overwrite": True},
                 parser_class=Parser,
                 parser_kwargs={"prog": "nslightning", subcommand: {"usage": usage}},
