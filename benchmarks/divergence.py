@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from benchmarks.machine import describe, interleaved
 from nslightning import Jacobians, patch, using
 from nslightning.models import create_backbone
-from nslightning.probes import Divergence, measure, measure_difference, recording
+from nslightning.probes import Divergence, measure, measure_differences, recording
 
 RELUS = {f"alpha={alpha:g}": Jacobians(relu=alpha) for alpha in (0.25, 0.5, 1.0, -1.0, 2.0)}
 POOLS = {str(beta): Jacobians(max_pool=beta) for beta in ("minimal", "last", 10.0, 100.0, -1.0)}
@@ -62,12 +62,10 @@ class Training:
         """A training step whose forward and backward serve every choice."""
         loss = self.loss()
         with recording(self.network) as met:
-            loss.backward(retain_graph=True)
+            met.backward(loss)
         own = {name: p.grad for name, p in self.named.items() if p.grad is not None}
-        parameters = [self.named[name] for name in own]
-        for name, choice in self.choices.items():
-            carried = met.carry(met.starts(choice), choice, parameters)
-            self.found[name] = measure_difference(dict(zip(own, carried, strict=True)), own)
+        carried = met.carried(self.choices, {name: self.named[name] for name in own}, retain_graph=False)
+        self.found = measure_differences(carried, own)
         self.optimizer.step()
 
     def naive(self) -> None:

@@ -3,9 +3,9 @@
 import math
 import re
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from nslightning.jacobians import Jacobians
 from nslightning.models import Twins
-from nslightning.probes import NORMS, Divergence, gradients, measure, measure_difference
+from nslightning.probes import NORMS, Divergence, gradients, measure, measure_differences
 from nslightning.probes.propagation import Recording, recording, refuse_random
 from nslightning.runs import forget_from
 from nslightning.surgery import selections
@@ -181,7 +181,7 @@ class GradientDivergence(Callback):
         self._measured_step = step
         if self._propagates:
             self._recorded = self._open.enter_context(recording(pl_module))
-            self._open.enter_context(_keeping_graph(pl_module))
+            self._open.enter_context(_keeping_graph(pl_module, self._recorded))
         else:
             start = _now(pl_module.device)
             with undisturbed(pl_module, step):
@@ -209,20 +209,14 @@ class GradientDivergence(Callback):
         self._forget()
         named = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
         # A parameter that the loss does not depend on got no gradient.
-        own = {name: _mean(trainer, own.get(name, torch.zeros_like(p)), scale) for name, p in named.items()}
-        compare: Callable[..., Divergence] = measure
+        own = _means(trainer, {name: own.get(name, torch.zeros_like(p)) for name, p in named.items()})
         if recorded is not None:
-            compare, parameters = measure_difference, list(named.values())
             with undisturbed(pl_module, trainer.global_step):
-                for choice, jacobians in self.choices.items():
-                    carried = recorded.carry(recorded.starts(jacobians), jacobians, parameters)
-                    others[choice] = dict(zip(named, carried, strict=True))
-        found = {}
-        for choice, other in others.items():
-            means = {name: _mean(trainer, other[name], scale) for name in own}
-            if recorded is not None:  # a difference may be finite where the gradients overflowed; there it is none
-                means = {name: d + (own[name] - own[name]) for name, d in means.items()}
-            found[choice] = compare(means, own)
+                carried = recorded.carried(self.choices, named, retain_graph=False)
+                found = measure_differences(((choice, _means(trainer, d)) for choice, d in carried), own)
+        else:
+            found = {choice: measure(_means(trainer, other), own) for choice, other in others.items()}
+        found = {choice: _unscaled(d, scale) for choice, d in found.items()}
         self._seconds += _now(pl_module.device) - start
         self._account(trainer)
         self._record(trainer, found)
@@ -285,9 +279,9 @@ class GradientDivergence(Callback):
 
 
 @contextmanager
-def _keeping_graph(module: LightningModule) -> Iterator[None]:
-    """Let the training backward keep its graph."""
-    module.backward = partial(module.backward, retain_graph=True)  # type: ignore[method-assign] # of this instance
+def _keeping_graph(module: LightningModule, recorded: Recording) -> Iterator[None]:
+    """Let the training backward keep of its graph what differences are carried through."""
+    module.backward = recorded.backward  # type: ignore[method-assign] # of this instance
     try:
         yield
     finally:
@@ -307,11 +301,18 @@ def loss_scale(trainer: Trainer) -> float:
     return (scaler.get_scale() if scaler is not None else 1.0) / trainer.accumulate_grad_batches
 
 
-def _mean(trainer: Trainer, gradient: Tensor, scale: float) -> Tensor:
-    """Unscale a gradient of this process and average it over all processes."""
-    wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
-    gradient = gradient.to(wide) / scale
-    return trainer.strategy.reduce(gradient, reduce_op="mean") if trainer.world_size > 1 else gradient
+def _means(trainer: Trainer, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Average gradients of this process over all processes."""
+    if trainer.world_size == 1:
+        return gradients
+    wide = {name: g if g.dtype == torch.float64 else g.float() for name, g in gradients.items()}
+    return {name: trainer.strategy.reduce(g.contiguous(), reduce_op="mean") for name, g in wide.items()}
+
+
+def _unscaled(d: Divergence, scale: float) -> Divergence:
+    """A divergence of gradients that had not been multiplied by the loss scale."""
+    layers = {name: _unscaled(layer, scale) for name, layer in d.per_layer.items()}
+    return replace(d, l1=d.l1 / scale, l2=d.l2 / scale, linf=d.linf / scale, per_layer=layers)
 
 
 def _now(device: torch.device) -> float:

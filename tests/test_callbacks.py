@@ -522,13 +522,13 @@ def adaptive(folder, monkeypatch, measuring, *callbacks, ckpt=None):
             clock.now += 1.0
             return super().training_step(batch, batch_idx)
 
-    stock = divergence_module.measure_difference
+    stock = divergence_module.measure_differences
 
     def slow(*arguments):
         clock.now += measuring(len(callback_steps(folder)))
         return stock(*arguments)
 
-    monkeypatch.setattr(divergence_module, "measure_difference", slow)
+    monkeypatch.setattr(divergence_module, "measure_differences", slow)
     callback = GradientDivergence({"relu1": CHOICES["relu1"]}, budget=2.0**-4)
     run = trainer(folder, callback, *callbacks, max_epochs=10)
     run.fit(Slow(Plain), data(), ckpt_path=ckpt, weights_only=True)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +11,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from nslightning import Jacobians, patch, unpatch
-from nslightning.probes import NORMS, Ties, counting, divergence, gradients, measure, ties
+from nslightning.probes import (
+    NORMS,
+    Ties,
+    counting,
+    divergence,
+    gradients,
+    measure,
+    measure_difference,
+    measure_differences,
+    ties,
+)
 from nslightning.surgery import report, selections
 
 RELU1 = Jacobians(relu=1.0)
@@ -217,6 +228,57 @@ def test_measure_refuses_other_names_and_shapes():
         measure({"a": torch.ones(1)}, {"b": torch.ones(1)})
     with pytest.raises(ValueError, match=r"w have shapes \(1,\) and \(3,\)"):
         measure({"w": torch.ones(1)}, {"w": torch.ones(3)})
+
+
+def test_differences_are_measured_as_subtractions_are(monkeypatch):
+    monkeypatch.setattr(sys.modules["nslightning.probes.divergence"], "_BLOCK", 8)  # several blocks, the last one short
+    g = torch.Generator().manual_seed(0)
+    reference = {n: torch.randn(k, generator=g).double() for n, k in (("a", (5, 5)), ("b", (3,)), ("none", (0, 2)))}
+    differing = {n: torch.randn(t.shape, generator=g).double() for n, t in reference.items()}
+    partly = {n: d if n == "a" else torch.zeros((), dtype=d.dtype).expand_as(d) for n, d in differing.items()}
+    opposite = {n: -t for n, t in reference.items()}
+    given = {
+        "differing": differing,
+        "partly": partly,
+        "opposite": opposite,
+        "same": {n: 0 * t for n, t in partly.items()},
+    }
+    found = measure_differences(given.items(), reference)
+    for choice, d in given.items():
+        by_hand = measure({n: t + d[n] for n, t in reference.items()}, reference)
+        for got, want in [(found[choice], by_hand), *((found[choice].per_layer[n], by_hand.per_layer[n]) for n in d)]:
+            assert got.norms() == pytest.approx(want.norms(), rel=1e-12, abs=1e-13)
+        wide = [[(t + s * d[n]).numpy() for n, t in reference.items()] for s in (1, 0)]
+        if choice != "opposite":
+            assert found[choice].norms() == pytest.approx(numbers(*wide), rel=1e-12, abs=1e-13)
+    assert found["opposite"].cosine == 0
+    assert found["same"].norms() == {"l1": 0, "l2": 0, "linf": 0, "relative": 0, "cosine": 1}
+
+
+def test_the_reference_is_looked_at_once_and_only_where_something_differs(monkeypatch):
+    module, squared = sys.modules["nslightning.probes.divergence"], []
+    square = module._square
+    monkeypatch.setattr(module, "_square", lambda g: squared.append(g.shape) or square(g))
+    reference = {"a": torch.ones(3), "b": torch.ones(4)}
+    nothing = {n: torch.zeros(()).expand_as(t) for n, t in reference.items()}
+    same = measure_differences([("x", nothing), ("y", nothing)], reference)
+    assert [d.norms() for d in same.values()] == [{"l1": 0, "l2": 0, "linf": 0, "relative": 0, "cosine": 1}] * 2
+    assert squared == []
+    found = measure_differences([(name, nothing | {"a": torch.ones(3)}) for name in "xyz"], reference)
+    assert squared == [(3,), (4,)]
+    assert found["z"].l1 == 3
+    assert found["z"].per_layer["b"].norms() == {"l1": 0, "l2": 0, "linf": 0, "relative": 0, "cosine": 1}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_differences_to_what_is_not_finite_are_not_finite(bad):
+    reference = {"v": torch.ones(1), "w": torch.tensor([1.0, bad])}
+    nothing = {n: torch.zeros(()).expand_as(t) for n, t in reference.items()}
+    for d in (nothing, {n: torch.ones_like(t) for n, t in reference.items()}):
+        found = measure_difference(d, reference)
+        assert all(math.isnan(v) for v in found.norms().values())
+        assert all(math.isnan(v) for v in found.per_layer["w"].norms().values())
+        assert math.isfinite(found.per_layer["v"].l1)
 
 
 # -------------------------------------------------------------------------------------------------------- tie

@@ -263,3 +263,53 @@ def test_recorders_are_removed_after_an_exception():
     from nslightning.surgery import selections
 
     assert all(s.recorder is None for s in selections(model).values())
+
+
+def test_a_training_backward_keeps_only_what_differences_go_through():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(2, 2, 2), nn.Softplus())
+    with torch.no_grad():
+        model[0].bias[0] = -100.0  # zeros for the first windows, and ones for the others: all tie
+        model[0].weight[1], model[0].bias[1] = 0.0, 1.0
+    patch(model, Jacobians())
+    x, choice = torch.randn(3, 1, 12, 12), Jacobians(max_pool="minimal")
+    parameters = list(model.parameters())
+
+    def carried(backward):
+        model.zero_grad()
+        loss = model(x).square().sum()
+        with recording(model) as met:
+            backward(loss, met)
+        return loss, [p.grad.clone() for p in parameters], met.carry(met.starts(choice), choice, parameters)
+
+    _, grads, want = carried(lambda loss, met: loss.backward(retain_graph=True))
+    loss, same, found = carried(lambda loss, met: met.backward(loss))
+    assert all(torch.equal(a, b) for a, b in zip(grads, same, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(want, found, strict=True))
+    assert found[0].any()
+    with pytest.raises(RuntimeError, match=r"loss.backward\(retain_graph=True\) instead"):
+        loss.backward()
+
+
+def test_a_training_backward_keeps_nothing_where_no_tie_was_met():
+    model = nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 1))
+    patch(model, Jacobians())
+    loss = model(torch.randn(8, 5)).sum()
+    with recording(model) as met:
+        met.backward(loss)
+    choice = Jacobians(relu=1.0)
+    assert not any(d.any() for d in met.carry(met.starts(choice), choice, list(model.parameters())))
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_a_training_backward_through_a_checkpoint_above_the_ties():
+    model = nn.Sequential(nn.MaxPool2d(2), nn.Flatten(), nn.Linear(4, 4), nn.Linear(4, 1))
+    patch(model, Jacobians())
+    x = torch.ones(1, 1, 4, 4, requires_grad=True)
+    loss = checkpoint(model[3], checkpoint(model[2], model[1](model[0](x)), use_reentrant=False), use_reentrant=False)
+    with recording(model) as met:
+        met.backward(loss.sum())
+    choice = Jacobians(max_pool="minimal")
+    (found,) = met.carry(met.starts(choice), choice, [x])
+    assert found.any()
+    assert torch.equal(found[0, 0, 0, 0] * -1 / 3, found[0, 0, 0, 1])

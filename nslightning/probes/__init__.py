@@ -1,7 +1,14 @@
 """Measuring what a Jacobian choice changes, without Lightning."""
 
 from nslightning.probes.cost import cost_ratio, cost_scaling
-from nslightning.probes.divergence import NORMS, Divergence, divergence, measure, measure_difference
+from nslightning.probes.divergence import (
+    NORMS,
+    Divergence,
+    divergence,
+    measure,
+    measure_difference,
+    measure_differences,
+)
 from nslightning.probes.gradients import gradients
 from nslightning.probes.propagation import Recording, differences, recording
 from nslightning.probes.ties import Ties, counting, ties
@@ -27,6 +34,7 @@ __all__ = [
     "linf_sum",
     "measure",
     "measure_difference",
+    "measure_differences",
     "recording",
     "ties",
     "worst_choice",

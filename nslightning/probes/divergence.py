@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -12,10 +13,10 @@ from torch import Tensor, nn
 
 from nslightning.jacobians import Jacobians
 from nslightning.probes.gradients import gradients, wanted
-from nslightning.probes.propagation import differences, operation_nodes, refuse_compiled
+from nslightning.probes.propagation import operation_nodes, recording, refuse_compiled
 from nslightning.surgery import selections
 
-__all__ = ["NORMS", "SAME", "Divergence", "divergence", "measure", "measure_difference"]
+__all__ = ["NORMS", "SAME", "Divergence", "divergence", "measure", "measure_difference", "measure_differences"]
 
 NORMS = ("l1", "l2", "linf", "relative", "cosine")
 
@@ -50,7 +51,7 @@ class Divergence:
         return {name: getattr(self, name) for name in NORMS}
 
 
-_BLOCK = 1 << 16
+_BLOCK = 1 << 17
 
 #: The divergence of equal gradients.
 SAME = Divergence(0.0, 0.0, 0.0, 0.0, 1.0)
@@ -74,10 +75,10 @@ def divergence(
         choices: The choices by name.
         reference: The choice to compare with; stock PyTorch's by default.
         method: ``"subtract"`` takes both gradients and subtracts them, which leaves rounding where they agree.
-            ``"propagate"`` carries the difference itself down from the ties (:func:`differences`): exact zeros where no
-            tie matters, elsewhere the rounding of the difference's own terms only, and the cost of the graph below the
-            ties; no backward at all where no tie was met, so that a gradient that is not finite goes unnoticed there if
-            the loss is finite. Not for compiled models nor for random choices.
+            ``"propagate"`` carries the difference itself down from the ties (:func:`nslightning.probes.differences`):
+            exact zeros where no tie matters, elsewhere the rounding of the difference's own terms only, and the cost
+            of the graph below the ties; no backward at all where no tie was met, so that a gradient that is not finite
+            goes unnoticed there if the loss is finite. Not for compiled models nor for random choices.
         inputs: Further tensors to differentiate for, by name, such as the model's input; they count in the totals.
         retain_graph: Keep the graph after the last backward, for whatever comes next on the same loss.
 
@@ -103,8 +104,9 @@ def divergence(
         refuse_compiled(model)
         if not any(operation_nodes(loss)) and selections(model) and loss.isfinite():
             return dict.fromkeys(choices, replace(SAME, per_layer=dict.fromkeys(wanted(model, inputs), SAME)))
-        base, changes = differences(loss, model, choices, reference, inputs=inputs, retain_graph=retain_graph)
-        return {name: measure_difference(change, base) for name, change in changes.items()}
+        with recording(model) as met:
+            (base,) = gradients(loss, model, {"": reference}, inputs=inputs, retain_graph=True).values()
+        return measure_differences(met.carried(choices, wanted(model, inputs), retain_graph=retain_graph), base)
     (base,) = gradients(loss, model, {"": reference}, inputs=inputs, retain_graph=True).values()
     found = {}
     for i, (name, jacobians) in enumerate(choices.items()):  # one at a time: two sets of gradients in memory
@@ -138,7 +140,7 @@ def measure(choice: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Di
     for name, b in reference.items():
         if choice[name].shape != b.shape:
             raise ValueError(f"gradients of {name} have shapes {tuple(choice[name].shape)} and {tuple(b.shape)}")
-    return _divergences({name: _sums(choice[name], b) for name, b in reference.items()})
+    return _divergences({name: _row(_sums(choice[name], b), _square(b)) for name, b in reference.items()})
 
 
 def measure_difference(difference: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Divergence:
@@ -155,9 +157,77 @@ def measure_difference(difference: Mapping[str, Tensor], reference: Mapping[str,
         >>> measure_difference({"w": torch.tensor([1e-30])}, {"w": torch.ones(1)}).linf
         1.0000000031710769e-30
     """
-    if all(map(_is_nothing, difference.values())) and all(g.sum().isfinite() for g in reference.values()):
-        return replace(SAME, per_layer=dict.fromkeys(reference, SAME))
-    return _divergences({name: _sums(None, g, difference[name]) for name, g in reference.items()})
+    return measure_differences([("", difference)], reference)[""]
+
+
+def measure_differences(
+    differences: Iterable[tuple[str, Mapping[str, Tensor]]], reference: Mapping[str, Tensor]
+) -> dict[str, Divergence]:
+    """The divergence of each of several sets of gradients from one reference, of which the differences are known.
+
+    What the norms need of the reference is found once for all, and of parameters that no difference reaches nothing
+    but the squares.
+
+    Args:
+        differences: What each choice adds to the reference's gradients, by parameter name, with the choice's name:
+            one after the other, so that one at a time is in memory if they come from
+            :meth:`nslightning.probes.Recording.carried`.
+        reference: Gradients of the same names and shapes.
+
+    Returns:
+        The divergences by the choices' names. Where the reference is not finite, neither is any difference to it.
+
+    Example:
+        >>> reference = {"w": torch.tensor([3.0, 4.0])}
+        >>> pairs = [("none", {"w": torch.zeros(2)}), ("double", reference)]
+        >>> [d.relative for d in measure_differences(pairs, reference).values()]
+        [0.0, 1.0]
+    """
+    known, found = _Reference(reference), {}
+    nothing: Mapping[str, Tensor] | None = None  # one for all choices that make no difference, if carried
+    for name, difference in differences:
+        found[name] = known.same if difference is nothing else known.divergence(difference)
+        if found[name] is known.same:
+            nothing = difference
+    return found
+
+
+class _Reference:
+    """What divergences from one set of gradients need of it, found when the first one does."""
+
+    def __init__(self, gradients: Mapping[str, Tensor]) -> None:
+        self.gradients = gradients
+
+    @cached_property
+    def finite(self) -> bool:
+        """Whether all entries are."""
+        return all(g.sum().isfinite() for g in self.gradients.values())
+
+    @cached_property
+    def same(self) -> Divergence:
+        """That of gradients which are equal to them."""
+        return replace(SAME, per_layer=dict.fromkeys(self.gradients, SAME))
+
+    @cached_property
+    def squares(self) -> dict[str, Tensor]:
+        """The squared length of each."""
+        return {name: _square(g) for name, g in self.gradients.items()}
+
+    def divergence(self, difference: Mapping[str, Tensor]) -> Divergence:
+        """That of gradients which differ by so much."""
+        nothing = {name: _is_nothing(d) for name, d in difference.items()}
+        if all(nothing.values()) and self.finite:
+            return self.same
+        rows = {}
+        for name, g in self.gradients.items():
+            b = self.squares[name]
+            if nothing[name]:
+                rows[name] = torch.stack([b * 0, b * 0, b * 0, b, b, b])
+            else:
+                rows[name] = _row(_sums(difference[name], g, carried=True), b)
+                if not self.finite:
+                    rows[name] += b - b
+        return _divergences(rows)
 
 
 def _is_nothing(difference: Tensor) -> bool:
@@ -177,20 +247,40 @@ def _divergences(sums: Mapping[str, Tensor]) -> Divergence:
     return Divergence(**_divergence(total.tolist()).norms(), per_layer=per_layer)
 
 
-def _sums(a: Tensor | None, b: Tensor, difference: Tensor | None = None) -> Tensor:
-    """The sums that the norms are made of, in float64: of a and b, or of b and a - b."""
-    given = [t.detach().flatten() for t in (a, b, difference) if t is not None]
-    # On a CPU in blocks that stay in its cache: the copies in float64 would cost more than the sums.
-    blocks = zip(*(t.split(_BLOCK) if t.device.type == "cpu" else [t] for t in given), strict=True)
-    total = torch.zeros(6, dtype=torch.float64, device=b.device)
-    for block in blocks:
-        x, y = (t.double() for t in block)
-        a, b, d = (x, y, x - y) if difference is None else (x + y, x, y)
-        size = d.abs()
-        largest = torch.maximum(total[2], size.max()) if len(size) else total[2]
-        total = total + torch.stack([size.sum(), d.dot(d), torch.zeros_like(largest), a.dot(a), b.dot(b), a.dot(b)])
+def _row(sums: Tensor, square: Tensor) -> Tensor:
+    return torch.cat([sums[:4], square.view(1), sums[4:]])
+
+
+def _sums(given: Tensor, reference: Tensor, *, carried: bool = False) -> Tensor:
+    """(l1, l2^2, linf, |a|^2, a.b) of a choice's gradient a = b + d; given is a, or d if it was carried."""
+    total = torch.zeros(5, dtype=torch.float64, device=reference.device)
+    for one, b, other in _blocks(given, reference, given):
+        a, d = (other.add_(b), one) if carried else (one, other.sub_(b))
+        squares = [d.dot(d), a.dot(a), a.dot(b)]
+        size = d.abs_()
+        largest = torch.maximum(total[2], size.aminmax().max)
+        total = total + torch.stack([size.sum(), squares[0], torch.zeros_like(largest), *squares[1:]])
         total[2] = largest
     return total
+
+
+def _square(g: Tensor) -> Tensor:
+    """The squared length, 0-d float64."""
+    total = torch.zeros((), dtype=torch.float64, device=g.device)
+    for (block,) in _blocks(g):
+        total += block.dot(block)
+    return total
+
+
+def _blocks(*given: Tensor) -> Iterator[list[Tensor]]:
+    """Copies of tensors of one size in float64; on a CPU in blocks that stay in its cache, each in the last's place."""
+    flat = [t.detach().flatten() for t in given]
+    size = min(_BLOCK, len(flat[0])) if flat[0].device.type == "cpu" else len(flat[0])
+    if not size:
+        return
+    memory = [torch.empty(size, dtype=torch.float64, device=t.device) for t in flat]
+    for blocks in zip(*(t.split(size) for t in flat), strict=True):
+        yield [into[: len(block)].copy_(block) for into, block in zip(memory, blocks, strict=True)]
 
 
 def _divergence(sums: list[float]) -> Divergence:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,9 +23,8 @@ _Gradients = Tensor | tuple[Tensor | None, ...]
 
 # Backward nodes of one input and one output, where a difference may die: autograd's and the operations' own.
 _GATES = frozenset({"ReluBackward0", "ThresholdBackward0", "HardtanhBackward0", "_KinkedBackward"})
-# The spellings of stock's max pooling, and a choice that moves something at each tie and lets everything through.
+# The spellings of stock's max pooling.
 _FIRST = (None, 0.0, "native", "first")
-_OPEN = Jacobians(max_pool="minimal", relu=1.0, relu6=(1.0, 1.0), leaky_relu=1.0, hardtanh=(1.0, 1.0), threshold=1.0)
 
 
 @dataclass(eq=False)
@@ -41,19 +40,24 @@ class _Met:
     node: Any
     vjp: Callable[[Selection], _Gradients]
     in_use: Jacobians
-    _matters: bool | None = None
+    _dead: list[Jacobians] = field(default_factory=list)
 
-    def starts(self, after: Selection) -> Starts:
+    def starts(self, choice: Jacobians) -> Starts:
         """The difference that the operation makes by itself, below the ReLUs that it meets first."""
         found: Starts = []
-        others, own = _several(self.vjp(after)), _several(self.vjp(Selection(self.in_use)))
+        others, own = _several(self.vjp(Selection(choice))), _several(self.vjp(Selection(self.in_use)))
         for (node, output), a, b in zip(self.node.next_functions, others, own, strict=False):
             if node is not None and a is not None and b is not None:
-                found += _through_gates(GradientEdge(node, output), a - b)
+                # A pooling's gradient is a large tensor of its own: mapping memory for one more costs most of all.
+                found += _through_gates(GradientEdge(node, output), a.sub_(b) if self.pools else a - b)
+        if not found and self.pools and (choice.max_pool == "minimal" or isinstance(choice.max_pool, float | int)):
+            self._dead.append(replace(choice, max_pool=None))  # what is shared over tied entries dies in a ReLU below
         return found
 
     def ignores(self, choice: Jacobians) -> bool:
-        """Whether a choice says of this operation what the one in use says."""
+        """Whether a choice is known to make no difference here: it says what the one in use says, or cannot matter."""
+        if replace(choice, max_pool=None) in self._dead:
+            return True
         field = getattr(self.node, "operation", "max_pool" if self.pools else None)
         if field is None or choice.rule != "exact" or self.in_use.rule != "exact":
             return False
@@ -64,13 +68,6 @@ class _Met:
     def pools(self) -> bool:
         """Whether the operation is max pooling, whose ties are all found in the backward."""
         return "MaxPool" in type(self.node).__name__
-
-    def matters(self, model: nn.Module) -> bool:
-        """Whether any choice makes a difference here: not if what is shared over tied entries dies in a ReLU below."""
-        if self._matters is None:
-            with using(model, _OPEN):
-                self._matters = not self.pools or bool(self.starts(Selection(_OPEN)))
-        return self._matters
 
 
 @dataclass(eq=False)
@@ -85,6 +82,26 @@ class Recording:
     model: nn.Module
     records: list[_Met] = field(default_factory=list)
 
+    def backward(self, loss: Tensor, *given: Any, **settings: Any) -> None:
+        """``loss.backward()``, of whose graph only the part is kept that differences are carried through.
+
+        What lies above the highest operation that met ties is freed while the backward runs, as without
+        ``retain_graph``: the memory serves the gradients that follow, instead of more being mapped for them.
+
+        Args:
+            loss: A tensor computed by an eager forward of the model.
+            *given: What ``loss.backward`` takes.
+            **settings: The same, but for ``retain_graph``.
+        """
+        kept = set(_reachable(list(operation_nodes(loss))))
+        above = [node for node in _reachable([loss.grad_fn]) if node not in kept] if kept else []
+        handles = [node.register_hook(_release(node)) for node in above if _saved(node)]
+        try:
+            loss.backward(*given, **settings, retain_graph=bool(kept))
+        finally:
+            for handle in handles:
+                handle.remove()
+
     def starts(self, choice: Jacobians) -> Starts:
         """The differences that each tied operation makes by itself, and where they enter the graph below it.
 
@@ -98,10 +115,11 @@ class Recording:
             ValueError: If the choice is random, which is another one at each evaluation.
         """
         refuse_random(choice)
-        after = Selection(choice)
-        met = [one for one in self.records if not one.ignores(choice) and one.matters(self.model)]
-        with using(self.model, _linear_part(choice)):
-            return [start for one in met for start in one.starts(after)]
+        met = [one for one in self.records if not one.ignores(choice)]
+        if not met:
+            return []
+        with torch.no_grad(), using(self.model, _linear_part(choice)):
+            return [start for one in met for start in one.starts(choice)]
 
     def carry(
         self, starts: Starts, choice: Jacobians, tensors: Sequence[Tensor], *, retain_graph: bool = True
@@ -130,13 +148,37 @@ class Recording:
                 )
         return tuple(t.new_zeros(()).expand_as(t) if d is None else d for t, d in zip(tensors, values, strict=True))
 
+    def carried(
+        self, choices: Mapping[str, Jacobians], named: Mapping[str, Tensor], *, retain_graph: bool = True
+    ) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """What each of several choices adds to the gradients, one choice at a time.
+
+        Args:
+            choices: The choices by name.
+            named: Parameters or inputs by name.
+            retain_graph: Keep the graph after the last choice.
+
+        Yields:
+            A choice's name and ``{name: difference}``, as :meth:`carry` returns them; one and the same dictionary for
+            all choices that make no difference.
+        """
+        tensors = list(named.values())
+        nothing = dict(zip(named, self.carry([], Jacobians(), tensors), strict=True))
+        for i, (choice, jacobians) in enumerate(choices.items(), 1):
+            starts = self.starts(jacobians)
+            if starts:
+                values = self.carry(starts, jacobians, tensors, retain_graph=retain_graph or i < len(choices))
+                yield choice, dict(zip(named, values, strict=True))
+            else:
+                yield choice, nothing
+
 
 @contextmanager
 def recording(model: nn.Module) -> Iterator[Recording]:
     """Record what the backwards inside the block meet at ties.
 
-    The backward may be any: ``loss.backward(retain_graph=True)`` of a training step serves, and spares the one that
-    :func:`differences` runs for the reference.
+    The backward may be any: that of a training step serves, by ``loss.backward(retain_graph=True)`` or cheaper by
+    :meth:`Recording.backward`, and spares the one that :func:`differences` runs for the reference.
 
     Args:
         model: A patched model, or one that contains patched ones, in eager mode.
@@ -153,7 +195,7 @@ def recording(model: nn.Module) -> Iterator[Recording]:
         >>> _ = nn.init.zeros_(model[0].weight), nn.init.zeros_(model[0].bias)
         >>> report = nslightning.patch(model, Jacobians())
         >>> with recording(model) as met:
-        ...     model(torch.ones(1, 2)).sum().backward(retain_graph=True)
+        ...     met.backward(model(torch.ones(1, 2)).sum())
         >>> choice = Jacobians(relu=0.5)
         >>> met.carry(met.starts(choice), choice, list(model.parameters()))
         (tensor([[0.5000, 0.5000]]), tensor([0.5000]))
@@ -216,12 +258,7 @@ def differences(
     named = wanted(model, inputs)
     with recording(model) as met:
         (base,) = gradients(loss, model, {"": reference}, inputs=inputs, retain_graph=True).values()
-    found = {}
-    for i, (name, choice) in enumerate(choices.items()):
-        keep = retain_graph or i + 1 < len(choices)
-        values = met.carry(met.starts(choice), choice, list(named.values()), retain_graph=keep)
-        found[name] = dict(zip(named, values, strict=True))
-    return base, found
+    return base, {name: dict(d) for name, d in met.carried(choices, named, retain_graph=retain_graph)}
 
 
 def operation_nodes(loss: Tensor) -> Iterator[Any]:
@@ -234,15 +271,51 @@ def operation_nodes(loss: Tensor) -> Iterator[Any]:
         Each node once. None means that no tie was met, and that the gradients under all choices are the same. Max
         pooling is always among them: its ties are looked for in the backward.
     """
-    seen, stack = set(), [loss.grad_fn]
+    for node in _reachable([loss.grad_fn]):
+        if getattr(getattr(node, "_forward_cls", None), "__module__", "").startswith("nslightning.ops."):
+            yield node
+
+
+def _reachable(nodes: list[Any]) -> Iterator[Any]:
+    """Backward nodes and all that lie below them, each once."""
+    seen, stack = set(), nodes
     while stack:
         node = stack.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        if getattr(getattr(node, "_forward_cls", None), "__module__", "").startswith("nslightning.ops."):
-            yield node
+        yield node
         stack += [below for below, _ in node.next_functions]
+
+
+def _saved(node: Any) -> list[str]:
+    """The names under which one of PyTorch's own backward nodes gives access to the tensors that it saved."""
+    return [name for name in vars(type(node)) if name.startswith("_raw_saved_")]
+
+
+def _release(node: Any) -> Callable[..., None]:
+    """What drops a node's saved tensors once its backward has run, though the graph as a whole is kept."""
+
+    def drop(*_: Any) -> None:
+        for name in _saved(node):
+            held = getattr(node, name)
+            for one in held if isinstance(held, tuple | list) else (held,):
+                # Nothing was saved, or hooks of somebody else's (a checkpoint's) have it.
+                with suppress(RuntimeError):
+                    one.register_hooks(_nothing, _released)
+
+    return drop
+
+
+def _nothing(saved: Tensor) -> None:
+    """Keep nothing of a saved tensor."""
+
+
+def _released(_: None) -> Tensor:
+    raise RuntimeError(
+        "Recording.backward keeps the graph below the operations that met ties only, and this backward goes through "
+        "what lies above: use loss.backward(retain_graph=True) instead"
+    )
 
 
 def refuse_compiled(model: nn.Module) -> None:
