@@ -19,6 +19,7 @@ from nslightning.commands import figure as command
 from nslightning.experiments import Experiment, engine
 from nslightning.experiments import figures as f
 from nslightning.experiments.cells import Outcome
+from nslightning.experiments.figures.look import plain_log
 from nslightning.experiments.figures.others import tied_entries
 from nslightning.experiments.figures.results import runs_at_end, share_interval, sorted_choices
 from nslightning.experiments.published import table
@@ -193,7 +194,7 @@ def test_loss_curves_are_means_over_the_finite_runs_and_end_in_a_cross(results):
         if rule == "published" and choice == 10000:
             last = max(e for e in range(4) if math.isfinite(mean[e]))
             assert (ends[0].get_xdata(), ends[0].get_ydata()) == ([last + 1], [pytest.approx(mean[last])])
-            assert any("$10^{4}$: 3 of 3" in t.get_text() for t in axis.texts)
+            assert any("3 of 3 at $10^{4}$" in t.get_text() for t in axis.texts)
         else:
             assert ends == []
     theirs = table("curves").query(
@@ -208,7 +209,7 @@ def test_loss_curves_are_means_over_the_finite_runs_and_end_in_a_cross(results):
 def test_rule_effect_pairs_seeds_and_counts_what_diverged(results):
     rows = rows_of(results, "mnist_lenet_beta", "small")
     figure = f.make("rule-effect", rows)
-    top = panel(figure, "LeNet-5/MNIST, 32 bit, no BN")
+    top = panel(figure, "LeNet-5/MNIST\n32 bit, no BN")
     bottom = figure.axes[figure.axes.index(top) + 4]  # below it
     end = rows[(rows["metric"] == "test_accuracy") & (rows["epoch"] == 3) & (rows["precision"] == 32)]
     end = end[end["batch_norm"].isin([False]) & (end["rule"] == "exact")]
@@ -284,7 +285,7 @@ def test_volume_curves_count_the_vectors_affected_so_far(results):
 def test_histograms_are_shares_of_all_mini_batches(results):
     rows = rows_of(results, "mnist_lenet_threshold")
     figure = f.make("threshold-histograms", rows)
-    title = r"LeNet-5/Fashion-MNIST sample, $\beta$ = 1, 16 bit"
+    title = "LeNet-5/Fashion-MNIST sample\n$\\beta$ = 1, 16 bit"
     part = rows[(rows["precision"] == 16) & (rows["against"] == '{"max_pool": 1}')]
     total = part.groupby("metric")["value"].sum()
     for decade, metric in ((None, "norm_zero"), (-5, "norm_1e-5")):
@@ -298,7 +299,7 @@ def test_twins_always_come_with_their_control(results):
     rows = f.read([results / "cifar10_vgg_twins_beta" / "paper"])
     figure = f.make("weight-difference", rows)
     for rule in ("exact", "published"):
-        axes = [a for a in figure.axes if a.get_title() == f"VGG11, CIFAR-10, 32 bit, {rule} rule"]
+        axes = [a for a in figure.axes if a.get_title() == f"VGG11, CIFAR-10\n32 bit, {rule} rule"]
         distance = next(a for a in axes if a.get_ylabel() == "L1 distance")
         part = rows[(rows["rule"] == rule) & (rows["metric"] == "l1_distance")]
         for twin in ("1", "10", "10000", "control"):
@@ -421,6 +422,40 @@ def test_run_makes_the_results_first(results, tmp_path, monkeypatch, capsys):
             command.main(wrong)
         assert stop.value.code == 2
         assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("scale", ["smoke", "small", "paper"])
+@pytest.mark.parametrize("name", [name for name, drawing in f.FIGURES.items() if drawing.needs_results])
+def test_the_paper_is_told_of_where_it_is_drawn(name, scale, results):
+    """In the legend and in the caption, and nowhere else."""
+    folders = [p for e in f.feeding(name) if (p := results / e / scale).is_dir()]
+    if not folders:
+        return  # the larger scales are made up for some experiments
+    figure = f.make(name, f.read(folders))
+    legends = [*figure.legends, *(axis.get_legend() for axis in figure.axes if axis.get_legend())]
+    told = [t.get_text() for legend in legends for t in legend.get_texts()] + [figure.get_supxlabel()]
+    of_paper = [text for text in told if "paper" in text.replace("paper scale", "")]
+    assert bool(of_paper) == any_paper(figure), of_paper
+
+
+def any_paper(figure):
+    marks = [mark for axis in figure.axes for mark in (*axis.lines, *axis.patches)]
+    return any(part.startswith("paper") for mark in marks for part in str(mark.get_gid()).split(";"))
+
+
+@pytest.mark.parametrize(("low", "high"), [(2.3036, 2.3036001), (2.3, 2.4), (1.0, 9.0), (0.03, 0.9), (1e-5, 1.0)])
+def test_a_logarithmic_axis_has_labels_that_differ(low, high):
+    from matplotlib.figure import Figure
+
+    axis = Figure().subplots()
+    axis.plot([0, 1], [low, high])
+    axis.set_yscale("log")
+    plain_log(axis.yaxis)
+    axis.figure.canvas.draw()
+    bottom, top = axis.get_ylim()
+    shown = [t.get_text() for t in axis.get_yticklabels() if bottom <= t.get_position()[1] <= top and t.get_text()]
+    assert len(shown) >= 2
+    assert len(set(shown)) == len(shown)
 
 
 def test_the_list_tells_every_figure(capsys):

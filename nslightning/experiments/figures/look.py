@@ -22,6 +22,9 @@ __all__ = [
     "canvas",
     "caption",
     "counts_below",
+    "drawn",
+    "head",
+    "plain_log",
     "precision_look",
     "shades",
     "tell",
@@ -119,8 +122,55 @@ def caption(figure: Figure, rows: pd.DataFrame, *notes: str) -> None:
         devices = "; ".join(dict.fromkeys(rows["device"].dropna()))
         lines.append(f"Ours: {made}; data: {images}; computed on {devices}.")
     width = int(figure.get_figwidth() * 22)
-    text = "\n".join(textwrap.wrap(" ".join([*lines, *filter(None, notes)]), width))
+    text = "\n".join(textwrap.wrap(" ".join([*lines, *(n.strip() for n in notes if n)]), width))
     figure.supxlabel(text, fontsize=6, color="0.3", x=0.01, ha="left", ma="left", linespacing=1.3)
+
+
+def head(axis: Axes, title: str, told: str = "") -> None:
+    """Write a title above an axis, and between the two how many runs there are: no curve or bar comes there.
+
+    Args:
+        axis: The axis.
+        title: Of the axis.
+        told: Smaller lines.
+    """
+    if told:
+        axis.annotate(
+            told, (0.5, 1.0), xytext=(0, 3), xycoords="axes fraction", textcoords="offset points", ha="center",
+            va="bottom", fontsize=6, color="0.25", linespacing=1.3,
+        )  # fmt: skip
+    axis.set_title(title, fontsize=8, pad=5 + 8 * len(told.splitlines()))
+
+
+def plain_log(axis: Any) -> None:
+    """Label a logarithmic axis also where it spans less than two decades: with plain numbers, at 1, 2 and 5 or closer.
+
+    Args:
+        axis: An ``XAxis`` or ``YAxis`` whose limits are final.
+    """
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
+
+    low, high = axis.get_view_interval()
+    if high / low < 1.01:  # all the same: closer, the labels would be so too
+        axis.set_view_interval(low := low / 1.01, high := high * 1.01, ignore=True)
+    if high / low < 100:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high / low > 8 else MaxNLocator(4, steps=[1, 2, 5, 10]))
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.set_minor_locator(NullLocator())
+
+
+def drawn(figure: Figure, what: str) -> bool:
+    """Whether a figure has a mark of that kind.
+
+    Args:
+        figure: The figure.
+        what: How a part of its id begins, such as ``paper`` or ``diverged``.
+
+    Returns:
+        Whether it has one.
+    """
+    marks = [mark for axis in figure.axes for mark in (*axis.lines, *axis.patches)]
+    return any(part.startswith(what) for mark in marks for part in str(mark.get_gid()).split(";"))
 
 
 def counts_below(axis: Axes, at: Sequence[float], counts: Mapping[str, Sequence[Any]]) -> None:

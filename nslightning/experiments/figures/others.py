@@ -63,7 +63,7 @@ def pool_ties(rows: pd.DataFrame) -> Figure:
         images, _ = next(loaded.train.batches(1, torch.float32))
     image = images[0, 0]
     tied = tied_entries(image)
-    figure, axes = canvas(1, 2, 3.0, 3.0)
+    figure, axes = canvas(1, 2, 3.0, 2.65)
     for axis, dots, title in zip(axes[0], (tied, tied & (image > 0)), ("all ties", "ties above 0"), strict=True):
         axis.imshow(image.numpy(), cmap="gray", interpolation="nearest")
         y, x = dots.numpy().nonzero()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,9 @@ from nslightning.experiments.figures.look import (
     canvas,
     caption,
     counts_below,
+    drawn,
+    head,
+    plain_log,
     shades,
     tell,
     tell_choice,
@@ -60,20 +64,20 @@ def training(rows: pd.DataFrame, *, show: Sequence[str] = ("test", "train"), pla
     figure, axes = canvas(len(plan), len(rules), 3.6, 2.4)
     for line, (what, key, block) in zip(axes, plan, strict=True):
         for axis, rule in zip(line, rules, strict=True):
-            part = _under(block, rule, key[0])
+            part, told = _under(block, rule, key[0]), ""
             if what == "test":
                 runs = runs_at_end(part, "test_accuracy")
                 accuracy_by_choice(axis, runs, "choice", "batch_norm", _published("training", key, "test_accuracy"))
                 axis.set_xlabel(AXIS[key[0]])
             else:
                 theirs = _published("curves", key, "train_loss")
-                loss_by_epoch(axis, part, theirs[theirs["batch_norm"].isin([key[-1]])])
-            axis.set_title(", ".join([_RULES[rule], *_title(key, rows)]), fontsize=8)
+                told = loss_by_epoch(axis, part, theirs[theirs["batch_norm"].isin([key[-1]])])
+            head(axis, ", ".join([_RULES[rule], *_title(key, rows)]), told)
             if axis is not line[0]:
                 axis.set_ylabel("")
         _share_y(line, what)
     _legends(figure, rows, plan)
-    caption(figure, rows, *_notes(show, _has_paper(figure)), _borrowed_note(rows))
+    caption(figure, rows, *_notes(show, drawn(figure, "paper")), _borrowed_note(rows))
     return figure
 
 
@@ -163,6 +167,7 @@ def _share_y(axes: Sequence[Axes], what: str) -> None:
         if what == "train":
             left, right = min(a.get_xlim()[0] for a in axes), max(a.get_xlim()[1] for a in axes)
             axis.set_xlim(left, right)
+            plain_log(axis.yaxis)
 
 
 def _legends(figure: Figure, rows: pd.DataFrame, plan: Sequence[Any]) -> None:
@@ -175,15 +180,17 @@ def _legends(figure: Figure, rows: pd.DataFrame, plan: Sequence[Any]) -> None:
         for norm in _norms(rows):
             name = "ours" + ("" if norm is None else ", with batch norm" if norm else ", no batch norm")
             handles.append(Patch(**_box_look(norm), label=name))
-        if _has_paper(figure):
+        if drawn(figure, "paper"):
             handles.append(Line2D([], [], ls="", label="paper", **PAPER))
-        handles.append(Line2D([], [], ls="", marker="x", color="0.3", ms=5, label="diverged run"))
+        if drawn(figure, "diverged"):
+            handles.append(Line2D([], [], ls="", marker="x", color="0.3", ms=5, label="diverged run"))
     if any(what == "train" for what, *_ in plan):
         for parameter in dict.fromkeys(key[0] for what, key, _ in plan if what == "train"):
             for choice, look in _choice_looks(rows[rows["parameter"] == parameter]).items():
                 symbol = {"relu": r"$\alpha$", "max_pool": r"$\beta$"}[parameter]
                 handles.append(Line2D([], [], label=f"{symbol} = {tell_choice(choice)}", **look))
     columns = min(len(handles), max(3, int(figure.get_figwidth() / 1.35)))
+    columns = -(-len(handles) // -(-len(handles) // columns))  # rows of the same length
     figure.legend(handles=handles, ncols=columns, handlelength=2.2, **_legend_of(rows))
 
 
@@ -192,11 +199,6 @@ def _legend_of(rows: pd.DataFrame) -> dict[str, Any]:
     return {
         "loc": "outside upper left", "fontsize": 7, "title": _subject(rows), "title_fontsize": 9, "alignment": "left"
     }  # fmt: skip
-
-
-def _has_paper(figure: Figure) -> bool:
-    """Whether any published number is drawn."""
-    return any("paper" in str(line.get_gid()) for axis in figure.axes for line in axis.lines)
 
 
 def _box_look(hue: Any) -> dict[str, Any]:
@@ -268,7 +270,8 @@ def accuracy_by_choice(axis: Axes, runs: pd.DataFrame, x: str, hue: str, publish
     margin = max(high - low, 0.005)
     axis.set_ylim(low - 0.14 * margin, high + 0.06 * margin)
     axis.set_xlim(-0.6, len(levels) - 0.4)
-    axis.set_xticks(range(len(levels)), [tell_choice(v) for v in levels], fontsize=7 if len(levels) > 8 else 8)
+    size = 7 if len(levels) > 8 else 8
+    axis.set_xticks(range(len(levels)), [tell_choice(v) for v in levels], fontsize=size)
     axis.set_ylabel("test accuracy")
     axis.grid(visible=False, axis="x")
     counts_below(axis, at, counts)
@@ -293,13 +296,16 @@ def _paper_point(axis: Axes, paper: pd.DataFrame, place: float, floor: float, gi
     drawn.lines[0].set_gid(f"{gid};paper")
 
 
-def loss_by_epoch(axis: Axes, rows: pd.DataFrame, published: pd.DataFrame) -> None:
+def loss_by_epoch(axis: Axes, rows: pd.DataFrame, published: pd.DataFrame) -> str:
     """Draw the training loss of each choice, mean and spread over runs, and the published means as hollow marks.
 
     Args:
         axis: Where.
         rows: Of training runs under one rule.
         published: Published rows with ``choice``, ``epoch`` and ``mean``; may be empty.
+
+    Returns:
+        How many runs there are, and how many diverged.
     """
     import numpy as np
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator, StrMethodFormatter
@@ -320,7 +326,7 @@ def loss_by_epoch(axis: Axes, rows: pd.DataFrame, published: pd.DataFrame) -> No
         axis.fill_between(at, np.maximum(mean - sd, mean / 20), mean + sd, color=look["color"], alpha=0.15, lw=0)
         dead = runs.shape[1] - int(n[-1])
         if dead:
-            lost.append(f"{tell_choice(choice)}: {dead} of {runs.shape[1]}")
+            lost.append(f"{dead} of {runs.shape[1]} at {tell_choice(choice)}")
         if dead and n[0] and n[-1] == 0:
             end = int(np.flatnonzero(n)[-1])
             axis.plot(at[end], mean[end], "x", color=look["color"], ms=6, mew=1.5, gid=where(choice=choice, ends=1))
@@ -345,11 +351,7 @@ def loss_by_epoch(axis: Axes, rows: pd.DataFrame, published: pd.DataFrame) -> No
     axis.yaxis.set_minor_formatter(NullFormatter())
     per_choice = loss.groupby("choice")["cell"].nunique()
     told = f"n = {' to '.join(map(str, dict.fromkeys((per_choice.min(), per_choice.max()))))} per choice"
-    told += f"\nNaN: {', '.join(lost)}" if lost else ""
-    axis.text(
-        0.98, 0.97, told, transform=axis.transAxes, ha="right", va="top", fontsize=6, color="0.25", linespacing=1.4,
-        bbox={"facecolor": "white", "alpha": 0.7, "lw": 0, "pad": 1},
-    )  # fmt: skip
+    return "\n".join([told, *textwrap.wrap(f"NaN: {', '.join(lost)}", 76)] if lost else [told])
 
 
 def accuracy_by_dropout(rows: pd.DataFrame) -> Figure:
@@ -382,10 +384,11 @@ def accuracy_by_dropout(rows: pd.DataFrame) -> Figure:
     handles: list[Any] = [
         Patch(**_hue_look(a, "choice", alphas), label=rf"ours, $\alpha$ = {tell_choice(a)}") for a in alphas
     ]
-    handles.append(Line2D([], [], ls="", label=r"paper, $\alpha$ = 0", **PAPER))
+    if drawn(figure, "paper"):
+        handles.append(Line2D([], [], ls="", label=r"paper, $\alpha$ = 0", **PAPER))
     axes[0][-1].set_ylabel("test accuracy" if len(rules) == 1 else "")
     figure.legend(handles=handles, ncols=4, **_legend_of(rows))
-    caption(figure, rows, *_notes(("test",), _has_paper(figure)))
+    caption(figure, rows, *_notes(("test",), drawn(figure, "paper")))
     return figure
 
 
@@ -416,7 +419,7 @@ def rule_effect(rows: pd.DataFrame) -> Figure:
         raise ValueError("rule-effect needs runs of both rules, exact and published, and of choice 0; there are none")
     columns = min(4, len(same))
     bands = -(-len(same) // columns)
-    figure, axes = canvas(2 * bands, columns, 2.5, 1.75, height_ratios=[2, 1] * bands)
+    figure, axes = canvas(2 * bands, columns, 2.5, 1.85, height_ratios=[2, 1] * bands)
     for axis in axes.flat[:]:
         axis.set_visible(False)
     for i, (key, block) in enumerate(same):
@@ -425,6 +428,7 @@ def rule_effect(rows: pd.DataFrame) -> Figure:
         norm = key[-2]
         levels = sorted_choices(set(block["choice"]))
         at = {c: k for k, c in enumerate(levels)}
+        drawn_nan = False
         for j, rule in enumerate(_RULES):
             runs = runs_at_end(_under(block, rule, key[0]), "test_accuracy")
             base = runs[(runs["choice"] == 0) & ~runs["diverged"]].set_index("seed")["value"]
@@ -446,6 +450,7 @@ def rule_effect(rows: pd.DataFrame) -> Figure:
             for bar, (choice, line) in zip(bars, share.iterrows(), strict=True):
                 bar.set_gid(where(rule=rule, choice=choice))
                 if line["sum"]:
+                    drawn_nan = True
                     told = f"{line['sum']:.0f} of {line['size']:.0f}"
                     bottom.text(bar.get_x() + 0.18, bar.get_height() + 3, told, ha="center", fontsize=5, color=colour)
             numbers = " to ".join(f"{n:.0f}" for n in sorted({share["size"].min(), share["size"].max()}))
@@ -454,10 +459,12 @@ def rule_effect(rows: pd.DataFrame) -> Figure:
                 color=colour,
             )  # fmt: skip
         top.axhline(0, color="black", lw=0.6, zorder=1)
-        title = [f"{tell(key[2])}/{tell(key[1])}", f"{key[4]} bit"]
+        title = [f"{key[4]} bit"]
         title += ["Adam"] if key[3] == "adam" else []
         title += [] if norm is None or norm != norm else ["BN" if norm else "no BN"]
-        top.set_title(", ".join(title), fontsize=8)
+        top.set_title(f"{tell(key[2])}/{tell(key[1])}\n{', '.join(title)}", fontsize=8)
+        if not drawn_nan:
+            bottom.text(0.5, 0.4, "no run diverged", transform=bottom.transAxes, ha="center", fontsize=6, color="0.35")
         for axis in (top, bottom):
             axis.set_visible(True)
             axis.set_xlim(-0.6, len(levels) - 0.4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from nslightning.experiments.figures.look import PAPER, canvas, caption, shades, tell, tell_choice, where
+from nslightning.experiments.figures.look import PAPER, canvas, caption, drawn, head, shades, tell, tell_choice, where
 from nslightning.experiments.figures.results import blocks
 from nslightning.experiments.published import table
 from nslightning.figures import COLOURS, DASHES
@@ -49,10 +49,10 @@ def weight_difference(rows: pd.DataFrame) -> Figure:
                 if part.empty:
                     axis.set_visible(False)
                     continue
-                draw(axis, part, _looks(block), (*key, rule))
+                told = draw(axis, part, _looks(block), (*key, rule))
                 if draw is _distances:
                     _rescale(axis, scale)
-                axis.set_title(_title((*key, rule)), fontsize=8)
+                head(axis, _title((*key, rule)), told)
                 axis.xaxis.set_major_locator(MaxNLocator(integer=True))
                 for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
                     names.setdefault(name, handle)
@@ -60,7 +60,8 @@ def weight_difference(rows: pd.DataFrame) -> Figure:
     caption(
         figure, rows, "Distance: L1 over all parameters, to the first choice's network. Dotted black: the control, the "
         "first choice once more. The axis is linear below its first power of ten, so that 0 has a place. A cross marks "
-        "where a curve stops being finite. n = 1 run a curve. Hollow diamonds: the paper's curves, published rule.",
+        "where a curve stops being finite. n = 1 run a curve.",
+        "Hollow diamonds: the paper's curves, published rule." if drawn(figure, "paper") else "",
     )  # fmt: skip
     return figure
 
@@ -78,7 +79,7 @@ def _index(rows: pd.DataFrame) -> str:
 def _title(key: tuple[Any, ...]) -> str:
     _, backbone, options, data, bits, *rule = key
     network = tell(backbone) + (" with ReLU6" if '"relu6"' in options else "")
-    return ", ".join([network, tell(data), f"{bits} bit", *(f"{r} rule" for r in rule)])
+    return f"{network}, {tell(data)}\n" + ", ".join([f"{bits} bit", *(f"{r} rule" for r in rule)])
 
 
 def _published(key: tuple[Any, ...], quantity: str) -> pd.DataFrame:
@@ -89,7 +90,8 @@ def _published(key: tuple[Any, ...], quantity: str) -> pd.DataFrame:
     return found[there] if same else found[:0]
 
 
-def _distances(axis: Axes, block: pd.DataFrame, looks: dict[str, Any], key: tuple[Any, ...]) -> None:
+def _distances(axis: Axes, block: pd.DataFrame, looks: dict[str, Any], key: tuple[Any, ...]) -> str:
+    """Draw the distances, and tell which of them are always 0."""
     import numpy as np
 
     x = _index(block)
@@ -114,9 +116,8 @@ def _distances(axis: Axes, block: pd.DataFrame, looks: dict[str, Any], key: tupl
         if len(paper):
             style = PAPER | {"mec": look["color"], "ms": 3.5}
             axis.plot(paper["epoch"], paper["value"].clip(lower=0), ls="", gid=where(twin=twin, paper=1), **style)
-    if same:
-        axis.text(0.02, 0.95, "always exactly 0: " + ", ".join(same), transform=axis.transAxes, va="top", fontsize=6.5)
     axis.set(xlabel="optimizer step" if x == "step" else "epoch", ylabel="L1 distance")
+    return f"always exactly 0: {', '.join(same)}" if same else ""
 
 
 def _scale(values: pd.Series[float]) -> tuple[float, float]:
@@ -149,7 +150,8 @@ def _number(twin: str) -> str:
         return twin
 
 
-def _accuracies(axis: Axes, block: pd.DataFrame, looks: dict[str, Any], key: tuple[Any, ...]) -> None:
+def _accuracies(axis: Axes, block: pd.DataFrame, looks: dict[str, Any], key: tuple[Any, ...]) -> str:
+    """Draw the accuracies; there is nothing to tell."""
     rows = block[block["metric"] == "test_accuracy"]
     theirs = _published(key, "test_accuracy")
     for twin, look in looks.items():
@@ -158,6 +160,7 @@ def _accuracies(axis: Axes, block: pd.DataFrame, looks: dict[str, Any], key: tup
         paper = theirs[theirs["curve"] == f"beta={twin}"]
         axis.plot(paper["epoch"], paper["value"], ls="", **PAPER | {"mec": look["color"], "ms": 3.5})
     axis.set(xlabel="epoch", ylabel="test accuracy")
+    return ""
 
 
 def closest_inputs(rows: pd.DataFrame) -> Figure:
@@ -173,6 +176,7 @@ def closest_inputs(rows: pd.DataFrame) -> Figure:
         ValueError: If no experiment measured it.
     """
     import numpy as np
+    from matplotlib.ticker import MaxNLocator
 
     rows = rows[rows["metric"].isin(["min_abs_input", "min_abs_input_6"])]
     if rows.empty:
@@ -195,8 +199,9 @@ def closest_inputs(rows: pd.DataFrame) -> Figure:
             axis.plot(zero, [0.04] * len(zero), "v", color=COLOURS[1], ms=5, transform=edge, gid=where(zeros=metric))
         axis.set_yscale("log")
         axis.set_ylim(low, max(positive.max() * 100, 10 * low))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set(xlabel="optimizer step", ylabel="distance to a kink")
-        axis.set_title(_title(key), fontsize=8)
+        axis.set_title(_title(key).replace("\n", ", "), fontsize=8)
         axis.legend(fontsize=6.5, loc="upper right")
     caption(figure, rows, "Over the inputs of the first activation in the step's mini-batch, first twin. n = 1 run.")
     return figure
@@ -229,31 +234,30 @@ def zeros_by_architecture(rows: pd.DataFrame) -> Figure:
     low = 10.0 ** math.floor(math.log10(min(positive, default=1e-9)) - 0.3)
     for axis, (bits, block) in zip(axes[0], sums.groupby("precision"), strict=True):
         depths = sorted(set(sums["depth"]))
-        for depth, look in zip(depths, shades(depths).values(), strict=True):
+        for i, (depth, look) in enumerate(zip(depths, shades(depths).values(), strict=True)):
+            aside = 1.06 ** (i - (len(depths) - 1) / 2)  # zeros of all depths stand side by side, not on each other
             group = block[block["depth"] == depth]
             seen = group[group["share"] > 0]
             label = f"{depth:g} hidden layer{'s' * (depth > 1)}"
             gid = where(precision=bits, depth=f"{depth:g}")
             axis.plot(seen["width"], seen["share"], marker="o", ms=3.5, label=label, gid=gid, **look)
             for _, line in group.iterrows():
-                at = (line["width"], line["share"] or low * 1.4)
-                axis.annotate(
-                    f"{line['zeros']:.0f}",
-                    at,
-                    xytext=(4, -2),
-                    textcoords="offset points",
-                    fontsize=5,
-                    color=look["color"],
-                )
-            none = group[group["share"] == 0]["width"]
+                if line["share"] > 0:
+                    axis.annotate(
+                        f"{line['zeros']:.0f}", (line["width"], line["share"]), xytext=(4, -2),
+                        textcoords="offset points", fontsize=5, color=look["color"],
+                    )  # fmt: skip
+            none = group[group["share"] == 0]["width"] * aside
             axis.plot(none, [low * 1.4] * len(none), "v", color=look["color"], ms=4)
             paper = theirs[(theirs["precision"] == bits) & (theirs["depth"] == depth) & (theirs["mean"] > 0)]
             style = PAPER | {"mec": look["color"], "color": look["color"], "ms": 3.5}
-            axis.plot(paper["width"], paper["mean"], ls=":", lw=0.5, gid=f"{gid};paper", **style)
+            if len(paper):
+                axis.plot(paper["width"], paper["mean"], ls=":", lw=0.5, gid=f"{gid};paper", **style)
         axis.set(xscale="log", yscale="log", xlabel="neurons per layer")
         widths = sorted({*sums["width"], *theirs["width"]})
         axis.set_xticks(widths, [f"{w:g}" for w in widths])
         axis.minorticks_off()
+        axis.set_xlim(min(widths) / 1.5, max(widths) * 1.5)
         axis.set_ylim(bottom=low)
         axis.set_title(f"{bits} bit", fontsize=8)
     axes[0][0].set_ylabel("exact zeros per ReLU input")
@@ -263,7 +267,7 @@ def zeros_by_architecture(rows: pd.DataFrame) -> Figure:
         labels.append("paper")
     figure.legend(handles, labels, loc="outside upper left", ncols=3, fontsize=7)
     caption(
-        figure, rows, "Numbers: zeros that were met, over all epochs and runs; triangles: none. Hollow diamonds: the "
-        "paper, 100 epochs.",
+        figure, rows, "Numbers: zeros that were met, over all epochs and runs; triangles: none.",
+        "Hollow diamonds: the paper, 100 epochs." if len(theirs) else "",
     )  # fmt: skip
     return figure

@@ -12,6 +12,9 @@ from nslightning.experiments.figures.look import (
     canvas,
     caption,
     counts_below,
+    drawn,
+    head,
+    plain_log,
     precision_look,
     tell,
     tell_choice,
@@ -73,9 +76,8 @@ def volume_mnist(rows: pd.DataFrame) -> Figure:
         line[0].set_ylabel("affected vectors (%)")
     _finish(
         figure, rows, "Affected: on some mini-batch, the first layer's gradients under ReLU'(0) = 0 and 1 differ in "
-        f"any bit. n: parameter vectors; NaN: mini-batches whose gradients are not finite. {_SHARES}Crosses: the "
-        "published rule, where it was run. Diamonds: the paper (its 64-bit zeros were set, not measured); 64 bit "
-        "stands here at its true value.",
+        f"any bit. n: parameter vectors; NaN: mini-batches whose gradients are not finite. {_SHARES}",
+        "Diamonds: the paper (its 64-bit zeros were set, not measured)." if drawn(figure, "paper") else "",
     )  # fmt: skip
     return figure
 
@@ -107,7 +109,8 @@ def impact_factors(rows: pd.DataFrame) -> Figure:
     _finish(
         figure, rows, f"n: mini-batches. They differ where the Linf norms of the difference, summed over the parameter "
         f"tensors, exceed {tau}. {_SHARES}The mini-batches of one parameter vector are not independent: the intervals "
-        "do not cover other vectors. Diamonds: the paper, one parameter vector each.",
+        "do not cover other vectors.",
+        "Diamonds: the paper, one parameter vector each." if drawn(figure, "paper") else "",
     )  # fmt: skip
     return figure
 
@@ -182,7 +185,7 @@ def _bar(axis: Axes, x: float, width: float, hits: float, n: float, bits: int, g
     bar.set_gid(gid)
     axis.vlines([x], [100 * low], [100 * high], color="black", lw=0.9, zorder=3)
     if hits == 0:
-        axis.annotate("0", (x, 0), xytext=(0, 2), textcoords="offset points", ha="center", fontsize=6, zorder=5)
+        axis.annotate("0", (x, 0), xytext=(2, 2), textcoords="offset points", ha="left", fontsize=6, zorder=5)
 
 
 def _levels(axis: Axes, column: str, levels: Sequence[Any], at: Sequence[float], counts: Mapping[str, Any]) -> None:
@@ -196,18 +199,18 @@ def _levels(axis: Axes, column: str, levels: Sequence[Any], at: Sequence[float],
         counts_below(axis, at, counts)
 
 
-def _finish(figure: Figure, rows: pd.DataFrame, note: str) -> None:
+def _finish(figure: Figure, rows: pd.DataFrame, *notes: str) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     bits = sorted(set(rows["precision"]))
     handles: list[Any] = [Patch(**precision_look(p), label=f"{p} bit") for p in bits]
-    if any("paper" in str(line.get_gid()) for axis in figure.axes for line in axis.lines):
+    if drawn(figure, "paper"):
         handles.append(Line2D([], [], ls="", label="paper", **PAPER))
     if "published" in set(rows["rule"]):
         handles.append(Line2D([], [], ls="", marker="x", color="black", ms=5, label="published rule"))
     figure.legend(handles=handles, loc="outside upper left", ncols=5, fontsize=8)
-    caption(figure, rows, note)
+    caption(figure, rows, *notes)
 
 
 def _by_sample_size(axis: Axes, rows: pd.DataFrame) -> None:
@@ -289,21 +292,21 @@ def volume_curves(rows: pd.DataFrame) -> Figure:
         title = [tell(backbone), tell(data)]
         if norm is not None and norm == norm:
             title.append("batch norm" if norm else "no batch norm")
-        axis.set_title(", ".join(title), fontsize=8)
+        head(axis, ", ".join(title), "\n".join(told))
         axis.set(xscale="log", xlabel="images met", ylim=(-3, 103))
-        axis.text(0.97, 0.03, "\n".join(told), transform=axis.transAxes, ha="right", va="bottom", fontsize=5.5,
-                  color="0.25", bbox={"facecolor": "white", "alpha": 0.7, "lw": 0, "pad": 1})  # fmt: skip
+        plain_log(axis.xaxis)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for line in axes:
         line[0].set_ylabel("affected vectors (%)")
     handles = [Line2D([], [], label=f"{bits} bit, {rule} rule", **look) for (rule, bits), look in shown.items()]
-    handles.append(Line2D([], [], ls=":", label="paper", **PAPER))
+    if drawn(figure, "paper"):
+        handles.append(Line2D([], [], ls=":", label="paper", **PAPER))
     figure.legend(handles=handles, loc="outside upper left", ncols=min(5, columns * 2), fontsize=7)
     caption(
         figure, rows, "Affected: on some mini-batch met so far, the first layer's gradients under ReLU'(0) = 0 and 1 "
-        "differ in any bit. Curves end where the walks did. Diamonds: the paper, 1000 vectors, published rule, "
-        "mini-batches of 128.",
+        "differ in any bit. Curves end where the walks did.",
+        "Diamonds: the paper, 1000 vectors, published rule, mini-batches of 128." if drawn(figure, "paper") else "",
     )  # fmt: skip
     return figure
 
@@ -332,7 +335,8 @@ def norms_by_decade(rows: pd.DataFrame, *, published: Mapping[int, str]) -> Figu
         for k in at:
             metric = "norm_zero" if k is None else f"norm_1e{k}"
             ours[k] = 100 * float(block.loc[block["metric"] == metric, "value"].sum()) / total
-        bars = axis.bar([at[k] - 0.2 for k in ours], ours.values(), 0.4, **precision_look(bits))
+        aside = 0.2 if len(theirs) else 0.0
+        bars = axis.bar([at[k] - aside for k in ours], ours.values(), 0.4, **precision_look(bits))
         for bar, k in zip(bars, ours, strict=True):
             bar.set_gid(where(decade=k))
         places = [at.get(None if math.isnan(v) else round(math.log10(v))) for v in theirs["bin_low"]]
@@ -340,38 +344,40 @@ def norms_by_decade(rows: pd.DataFrame, *, published: Mapping[int, str]) -> Figu
         if kept:
             xs, ys = zip(*kept, strict=True)
             hollow = {"color": "white", "edgecolor": PAPER["color"], "linewidth": 0.8}
-            axis.bar([x + 0.2 for x in xs], ys, 0.4, zorder=1.5, **hollow)
+            for bar in axis.bar([x + 0.2 for x in xs], ys, 0.4, zorder=1.5, **hollow):
+                bar.set_gid("paper")
         alternative = " and ".join(f"{_SYMBOLS.get(k, k)} = {tell_choice(v)}" for k, v in json.loads(against).items())
-        axis.set_title(f"{tell(backbone)}/{tell(data)}, {alternative}, {bits} bit", fontsize=7.5)
         axis.set_yscale("symlog", linthresh=0.1, linscale=0.3)
         axis.set_ylim(0, 150)
         axis.set_yticks([0, 0.1, 1, 10, 100], ["0", "0.1", "1", "10", "100"])
-        shown = [None, *[k for k in at if k is not None][:: 1 if len(at) < 11 else 2]]
-        axis.set_xticks([at[k] for k in shown], ["0" if k is None else f"$10^{{{k}}}$" for k in shown], fontsize=7)
-        told = f"n = {total:.0f}" + (f"\nNaN: {lost}" if lost else "")
-        axis.text(0.97, 0.97, told, transform=axis.transAxes, ha="right", va="top", fontsize=6, color="0.25")
+        edges = range(min(k for k in at if k is not None), max(k for k in at if k is not None) + 2)
+        shown = edges[:: 1 if len(at) < 11 else 2]
+        axis.set_xticks([at[None], *shown], ["0", *(f"$10^{{{k}}}$" for k in shown)], fontsize=7)
+        told = f"n = {total:.0f} mini-batches" + (f", NaN: {lost}" if lost else "")
+        head(axis, f"{tell(backbone)}/{tell(data)}\n{alternative}, {bits} bit", told)
         axis.grid(visible=False, axis="x")
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for line in axes:
         line[0].set_ylabel("mini-batches (%)")
     for axis in axes.flat:
-        axis.set_xlabel("norm of the gradient difference, decade from", fontsize=7)
+        axis.set_xlabel("norm of the gradient difference", fontsize=7)
     caption(
         figure, rows, "0: exactly 0, in every bit. L1 norm of the difference, summed over the parameter tensors; the "
-        "reference is ReLU'(0) = 0 with native pooling. Filled: ours. Hollow: the paper's histogram of that precision "
-        f"({', '.join(dict.fromkeys(published.values()))}), whatever its network.",
+        "reference is ReLU'(0) = 0 with native pooling.",
+        f"Filled: ours. Hollow: the paper's histogram of that precision ({', '.join(dict.fromkeys(published.values()))}"
+        "), whatever its network." if drawn(figure, "paper") else "",
     )  # fmt: skip
     return figure
 
 
 def _decades(rows: pd.DataFrame, published: pd.DataFrame) -> dict[int | None, float]:
-    """Where the bars of each decade stand, that of exact zeros (None) apart from the others."""
+    """Where the bars of each decade stand, in its middle, that of exact zeros (None) apart from the others."""
     found = [int(m.removeprefix("norm_1e")) for m in rows["metric"].unique() if m.startswith("norm_1e")]
     found += [round(math.log10(v)) for v in published.loc[published["percent"] > 0, "bin_low"].dropna()]
     low, high = min(found, default=-8), max(found, default=-1)
     low = min(low, high - 4)  # a few decades at least
-    return {None: low - 1.6} | {k: float(k) for k in range(low, high + 1)}
+    return {None: low - 1.1} | {k: k + 0.5 for k in range(low, high + 1)}
 
 
 _PAPERS_DATA = ("MNIST", "CIFAR10", "CIFAR100", "SVHN")
