@@ -73,8 +73,11 @@ def draw(rows: pd.DataFrame) -> None:
         loss.set(yscale="log", xlabel="optimizer step", ylabel=f"training loss, means over {BIN} steps")
         for epoch in (1, 2):
             loss.axvline(epoch * STEPS, color="0.6", lw=0.6, zorder=0)
+        loss.annotate("epochs", (STEPS, 1), (2, -2), va="top", xycoords=loss.get_xaxis_transform(),
+                      textcoords="offset points", fontsize=7, color="0.4")  # fmt: skip
         accuracy.set(xlabel="epoch", ylabel="accuracy on 6,000 held-out images (%)", xticks=[1, 2, 3])
-        loss.legend(fontsize=8, frameon=True, framealpha=1, edgecolor="none")
+        handles, names = loss.get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside upper center", ncols=4, fontsize=8)
         FIGURE.parent.mkdir(exist_ok=True)
         figure.savefig(FIGURE)
         plt.close(figure)
