@@ -51,7 +51,7 @@ class Divergence:
         return {name: getattr(self, name) for name in NORMS}
 
 
-_BLOCK = 1 << 17
+_BLOCK = 1 << 18
 
 #: The divergence of equal gradients.
 SAME = Divergence(0.0, 0.0, 0.0, 0.0, 1.0)
@@ -201,7 +201,8 @@ class _Reference:
     @cached_property
     def finite(self) -> bool:
         """Whether all entries are."""
-        return all(g.sum().isfinite() for g in self.gradients.values())
+        found = [g.sum().isfinite() for g in self.gradients.values()]
+        return not found or bool(torch.stack([f.to(found[0].device) for f in found]).all())  # one transfer
 
     @cached_property
     def same(self) -> Divergence:
