@@ -22,7 +22,7 @@ Starts = list[tuple[GradientEdge, Tensor]]
 _Gradients = Tensor | tuple[Tensor | None, ...]
 
 # Backward nodes of one input and one output, where a difference may die: autograd's and the operations' own.
-_GATES = frozenset({"ReluBackward0", "ThresholdBackward0", "HardtanhBackward0", "_KinkedBackward"})
+_GATES = frozenset({"ReluBackward0", "ThresholdBackward0", "HardtanhBackward0", "_KinkedBackward", "_ReLUBackward"})
 # The spellings of stock's max pooling.
 _FIRST = (None, 0.0, "native", "first")
 
@@ -58,7 +58,8 @@ class _Met:
         """Whether a choice is known to make no difference here: it says what the one in use says, or cannot matter."""
         if replace(choice, max_pool=None) in self._dead:
             return True
-        field = getattr(self.node, "operation", "max_pool" if self.pools else None)
+        own = "max_pool" if self.pools else "relu" if _fused_relu(self.node) else None
+        field = getattr(self.node, "operation", own)
         if field is None or choice.rule != "exact" or self.in_use.rule != "exact":
             return False
         wanted, in_use = getattr(choice, field), getattr(self.in_use, field)
@@ -97,7 +98,7 @@ class Recording:
         above = [node for node in _reachable([loss.grad_fn]) if node not in kept] if kept else []
         handles = [node.register_hook(_release(node)) for node in above if _saved(node)]
         try:
-            loss.backward(*given, **settings, retain_graph=bool(kept))
+            loss.backward(*given, **settings | {"retain_graph": bool(kept)})
         finally:
             for handle in handles:
                 handle.remove()
@@ -272,8 +273,14 @@ def operation_nodes(loss: Tensor) -> Iterator[Any]:
         pooling is always among them: its ties are looked for in the backward.
     """
     for node in _reachable([loss.grad_fn]):
-        if getattr(getattr(node, "_forward_cls", None), "__module__", "").startswith("nslightning.ops."):
+        ours = getattr(getattr(node, "_forward_cls", None), "__module__", "").startswith("nslightning.ops.")
+        if ours and not (_fused_relu(node) and node.saved_tensors[1] is None):
             yield node
+
+
+def _fused_relu(node: Any) -> bool:
+    """Whether a node is the fused ReLU's, which keeps the output, and a bit per entry unless it met no tie."""
+    return type(node).__name__ == "_ReLUBackward"
 
 
 def _reachable(nodes: list[Any]) -> Iterator[Any]:
