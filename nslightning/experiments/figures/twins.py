@@ -53,10 +53,18 @@ def weight_difference(rows: pd.DataFrame) -> Figure:
                 if draw is _distances:
                     _rescale(axis, scale)
                 head(axis, _title((*key, rule)), told)
-                axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+                last = axis.dataLim.x1
+                if last > 2 * block[_index(block)].max():  # the paper trained for longer
+                    axis.set_xscale("symlog", linthresh=1, linscale=0.3)
+                    axis.set_xticks(ticks := [t for t in (0, 1, 2, 5, 10, 20, 50, 100, 200) if t <= last], ticks)
+                    axis.set_xlim(-0.2, 1.2 * last)
+                    axis.minorticks_off()
+                else:
+                    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
                 for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
                     names.setdefault(name, handle)
-    figure.legend(names.values(), names.keys(), loc="outside upper left", ncols=5, fontsize=7)
+    columns = -(-len(names) // -(-len(names) // 5))  # rows of the same length
+    figure.legend(names.values(), names.keys(), loc="outside upper left", ncols=columns, fontsize=7)
     caption(
         figure, rows, "Distance: L1 over all parameters, to the first choice's network. Dotted black: the control, the "
         "first choice once more. The axis is linear below its first power of ten, so that 0 has a place. A cross marks "
