@@ -1,12 +1,14 @@
-"""Callbacks that the tests of whole runs put into a run's config; imported by its processes."""
+"""Whole runs in processes of their own, and the callbacks that they put into a run's config."""
 
 import os
+import signal
+import subprocess
 import sys
 import time
-from importlib import import_module
 from pathlib import Path
 
 import torch
+import yaml
 from lightning.pytorch import Callback
 
 
@@ -37,5 +39,24 @@ class Slow(Callback):
         time.sleep(float(os.environ.get("SECONDS_PER_STEP", "0")))
 
 
-if __name__ == "__main__":  # python -m ddp_helpers twins ...: a command whose further processes start likewise
-    sys.exit(import_module(f"nslightning.commands.{sys.argv[1]}").main(sys.argv[1:]))
+def start(command, options, output, *flags, **environment):
+    """``nslightning COMMAND`` in a process group of its own."""
+    file = Path(f"{output}.yaml")
+    file.write_text(yaml.safe_dump(options))
+    here = str(Path(__file__).parent)
+    return subprocess.Popen(
+        [sys.executable, "-m", "nslightning", command, f"--config={file}", f"--output={output}", *flags],
+        env={**os.environ, "PYTHONPATH": here, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **environment},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(*processes):
+    """Wait for processes, which are to end well."""
+    for process in processes:
+        try:
+            said, _ = process.communicate(timeout=240)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        assert process.returncode == 0, said

@@ -3,15 +3,13 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
-import yaml
+from ddp_helpers import finish, start
 
 NORMS = ["l1", "l2", "linf", "relative", "cosine"]
 
@@ -60,28 +58,6 @@ def config(**backbone_options):
     }
 
 
-def start(options, output, *flags, **environment):
-    """``nslightning fit`` in a process group of its own."""
-    file = Path(f"{output}.yaml")
-    file.write_text(yaml.safe_dump(options))
-    here = str(Path(__file__).parent)
-    return subprocess.Popen(
-        [sys.executable, "-m", "nslightning", "fit", f"--config={file}", f"--output={output}", *flags],
-        env={**os.environ, "PYTHONPATH": here, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **environment},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
-
-
-def finish(*processes):
-    for process in processes:
-        try:
-            said, _ = process.communicate(timeout=240)
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-        assert process.returncode == 0, said
-
-
 def totals(folder):
     rows = pd.read_csv(folder / "divergence.csv", keep_default_na=False)
     return rows.set_index(["step", "choice", "parameter"]).sort_index()
@@ -101,8 +77,8 @@ def test_two_processes_are_one_with_the_union_batch():
     both["data"]["init_args"] |= {"batch_size": 8, "constant": 0.5}
     alone["data"]["init_args"] |= {"batch_size": 16, "constant": 0.5}
     finish(
-        start(both, "both", "--trainer.devices=2", "--trainer.strategy=ddp"),
-        start(alone, "alone", "--trainer.devices=1"),
+        start("fit", both, "both", "--trainer.devices=2", "--trainer.strategy=ddp"),
+        start("fit", alone, "alone", "--trainer.devices=1"),
     )
     assert os.listdir("both/run") == os.listdir("alone/run") == ["001"]  # noqa: PTH208 - names are wanted
     two, one = Path("both/run/001"), Path("alone/run/001")
@@ -140,8 +116,8 @@ def test_killed_in_the_middle_of_an_epoch(devices):
     options["trainer"]["callbacks"].append(
         {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": checkpoint}
     )
-    whole = start(options, "whole")
-    killed = start(options, "killed", SECONDS_PER_STEP="0.5")
+    whole = start("fit", options, "whole")
+    killed = start("fit", options, "killed", SECONDS_PER_STEP="0.5")
     two, one = Path("killed/run/001"), Path("whole/run/001")
     for _ in range(1200):
         file = two / "metrics.csv"
@@ -156,7 +132,7 @@ def test_killed_in_the_middle_of_an_epoch(devices):
     state = torch.load(two / "checkpoints" / "last.ckpt", weights_only=False)
     assert (state["global_step"], state["epoch"]) == (5, 0)
     identity = (two / "wandb_id").read_text()
-    finish(whole, start(options, "killed", "--ckpt_path=last"))
+    finish(whole, start("fit", options, "killed", "--ckpt_path=last"))
 
     assert [f.name for f in Path("killed/run").iterdir()] == ["001"]
     assert (two / "wandb_id").read_text() == identity

@@ -4,8 +4,6 @@ import copy
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -14,8 +12,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import yaml
 from bits import bits
+from ddp_helpers import finish, start
 from fake_data import write_all
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -365,30 +363,6 @@ def config(**trainer_options):
             **trainer_options,
         },
     }  # fmt: skip
-
-
-def start(what, options, output, *flags, **environment):
-    file = Path(f"{output}.yaml")
-    file.write_text(yaml.safe_dump(options))
-    program = ["ddp_helpers", "twins"] if what == "twins" else ["nslightning", what]
-    return subprocess.Popen(
-        [sys.executable, "-m", *program, f"--config={file}", f"--output={output}", *flags],
-        env={
-            **os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
-            "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **environment,
-        },
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
-
-
-def finish(*processes):
-    for process in processes:
-        try:
-            said, _ = process.communicate(timeout=240)
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-        assert process.returncode == 0, said
 
 
 FLAGS = ["--model.choices.native={}", "--model.choices.relu1.relu=1", "--divergence.every_n_steps=2"]
