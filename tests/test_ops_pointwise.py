@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nslightning import Jacobians, ops, patch
-from nslightning.ops import leaky_relu, relu, relu6
+from nslightning.ops import cpu_kernels, leaky_relu, relu, relu6
 from nslightning.ops.pointwise import POINTWISE, pointwise
 from nslightning.ops.selection import Selection
 
@@ -155,11 +155,16 @@ def test_the_reference_derivatives_of_the_table_are_those_of_the_installed_torch
     assert torch.equal(torch.tensor(table, dtype=torch.float64), torch.stack([x.detach(), g], 1))
 
 
-def test_no_tie_leaves_the_stock_operation_in_the_graph():
+@pytest.mark.parametrize("compiled", [False, True], ids=["composed", "kernels"])
+def test_no_tie_leaves_the_stock_operation_in_the_graph(compiled, monkeypatch):
+    if compiled and not cpu_kernels.available():
+        pytest.skip("there was no C++ compiler when the package was installed")
+    if not compiled:
+        monkeypatch.setattr("nslightning.ops.fused._kernels", lambda device: None)
     x = torch.tensor([1.0, -2.0], requires_grad=True)
     assert type(relu(x, 7.0).grad_fn).__name__ == "ReluBackward0"
     x = torch.tensor([1.0, 0.0], requires_grad=True)
-    assert type(relu(x, 7.0).grad_fn).__name__ == "_KinkedBackward"
+    assert type(relu(x, 7.0).grad_fn).__name__ == ("_ReLUBackward" if compiled else "_KinkedBackward")
 
 
 @pytest.mark.parametrize("many", [False, True], ids=["few ties", "many ties"])
@@ -251,8 +256,8 @@ def test_a_default_device_does_not_matter():
             assert g.tolist() == [0.0, 0.5, 1.0]
 
 
-def test_what_is_kept_for_the_backward():
-    """Beside stock's one tensor: nothing without a tie, else at most a bit per entry of the blocks that have one."""
+def test_what_is_kept_for_the_backward(monkeypatch):
+    """Beside stock's one tensor: nothing without a tie, else at most a bit per entry (composed: of some)."""
 
     def kept(x):
         sizes = []
@@ -270,6 +275,8 @@ def test_what_is_kept_for_the_backward():
     assert kept(x.clone()) == 0
     assert kept(torch.zeros(1 << 20)) <= (1 << 20) // 8 + 8 * 8  # 3.1 % of the activation, and the blocks' numbers
     x[12345] = 0.0
+    assert kept(x) <= (1 << 20) // 8
+    monkeypatch.setattr("nslightning.ops.fused._kernels", lambda device: None)
     assert kept(x) <= (1 << 20) // 64 + 8
 
 

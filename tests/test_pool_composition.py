@@ -7,6 +7,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from nslightning import Jacobians, ops
+from nslightning.ops import cpu_kernels
 from nslightning.ops.max_pool import adaptive, pool, regular
 from nslightning.ops.selection import Selection
 
@@ -172,7 +173,7 @@ def test_one_compiled_graph_serves_every_choice(backend, shape, geometry):
         assert torch.equal(got, want) if choice != 10.0 else torch.allclose(got, want, rtol=1e-6), choice
 
 
-def test_nothing_is_kept_that_stock_does_not_keep():
+def test_nothing_is_kept_that_stock_does_not_keep(monkeypatch):
     x = tied((2, 3, 8, 8)).requires_grad_()
 
     def kept(f):
@@ -181,4 +182,10 @@ def test_nothing_is_kept_that_stock_does_not_keep():
             f(x)
         return sorted(found, key=str)
 
-    assert kept(lambda x: ops.max_pool2d(x, 2, jacobian="minimal")) == kept(lambda x: F.max_pool2d(x, 2))
+    stock = kept(lambda x: F.max_pool2d(x, 2))
+    if cpu_kernels.available():
+        indices = (torch.Size([2, 3, 4, 4]), torch.int64)
+        masks = [(shape, torch.int16) if (shape, dtype) == indices else (shape, dtype) for shape, dtype in stock]
+        assert kept(lambda x: ops.max_pool2d(x, 2, jacobian="minimal")) == sorted(masks, key=str)
+    monkeypatch.setattr("nslightning.ops.fused._kernels", lambda device: None)
+    assert kept(lambda x: ops.max_pool2d(x, 2, jacobian="minimal")) == stock

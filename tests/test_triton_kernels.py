@@ -40,7 +40,7 @@ def test_compiles_without_a_device(dtype, capability, tmp_path, monkeypatch) -> 
         (kernels._relu_forward, [values, values, "*u8", "i32"], {"ROWS": 128}),
         (kernels._relu_backward, [values, values, "*u8", values, "i32", "fp32"], {"CONSTANT": False, "ROWS": 128}),
         (kernels._pool_forward, [values, values, "*i16", "i32"], geometry),
-        (kernels._pool_backward, [values, *["*i16"] * 2, "*fp32", values, "i32"], {**geometry, "TO": "given"}),
+        (kernels._pool_backward, [values, "*i16", "*fp32", values, "i32"], {**geometry, "LAST_TIED": True}),
     ]
     for kernel, types, constants in sources:
         signature = dict(zip(kernel.arg_names, types, strict=False)) | dict.fromkeys(constants, "constexpr")

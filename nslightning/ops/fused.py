@@ -1,7 +1,8 @@
-"""ReLU and 2-d max pooling on CUDA devices through fused kernels; all else, and all that they do not fit, is composed.
+"""ReLU and 2-d max pooling through fused kernels; all else, and all that these do not fit, is composed.
 
-A kernel runs where it computes the same bits as the composition it stands for. What differentiates the backward again,
-draws at random or is transformed goes the composed way, from the same saved tensors.
+The kernels are C++ on a CPU (:mod:`~nslightning.ops.cpu_kernels`) and Triton on a CUDA device
+(:mod:`~nslightning.ops.triton_kernels`). What differentiates the backward again, draws at random or is transformed goes
+the composed way, from the same saved tensors.
 """
 
 from __future__ import annotations
@@ -9,21 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache, partial
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, cast
+from math import prod
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from nslightning.ops.selection import Selection
-from nslightning.ops.tie_bits import storage_order
-
-if TYPE_CHECKING:
-    from nslightning.ops.windows import Regular
+from nslightning.ops.layouts import storage_order
+from nslightning.ops.selection import Selection, concrete
+from nslightning.ops.windows import AT_ONCE, Regular
 
 __all__ = ["fits", "max_pool2d", "pool_fits", "relu"]
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_POSITIONS = 16  # of a window, at most: the bits of an int16
 
 
 def fits(x: Tensor) -> bool:
@@ -33,19 +30,27 @@ def fits(x: Tensor) -> bool:
         x: An operation's input.
 
     Returns:
-        True in eager mode for a dense float16, bfloat16 or float32 tensor on a CUDA device, where Triton is installed.
+        True in eager mode for a tensor that is dense in memory, on a CPU (float32, float64; where the kernels were
+        compiled) or a CUDA device (float16, bfloat16, float32; where Triton is installed).
     """
-    return (
-        not torch.compiler.is_compiling()
-        and _has_kernels(x.device)
-        and x.dtype in _DTYPES
-        and x.permute(storage_order(x)).is_contiguous()
-    )
+    if not concrete(x):
+        return False
+    kernels = _kernels(x.device.type)
+    return kernels is not None and x.dtype in kernels.DTYPES and x.permute(storage_order(x)).is_contiguous()
 
 
 @cache
-def _has_kernels(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.version.hip is None and find_spec("triton") is not None
+def _kernels(device: str) -> Any:
+    """The module that has the kernels for a type of device, if one does."""
+    if device == "cpu":
+        from nslightning.ops import cpu_kernels
+
+        return cpu_kernels if cpu_kernels.available() else None
+    if device == "cuda" and torch.version.hip is None and find_spec("triton") is not None:
+        from nslightning.ops import triton_kernels
+
+        return triton_kernels
+    return None
 
 
 def pool_fits(x: Tensor, geometry: Regular) -> bool:
@@ -56,13 +61,13 @@ def pool_fits(x: Tensor, geometry: Regular) -> bool:
         geometry: Its windows.
 
     Returns:
-        True where :func:`fits` is, for four dimensions, contiguous or channels_last, and windows of up to 16 entries.
+        True where :func:`fits` is, for four dimensions, contiguous or channels_last, and small windows.
     """
     layouts = (torch.contiguous_format, torch.channels_last)
     return (
         x.dim() == 4
         and geometry.dims == 2
-        and geometry.kernel[0] * geometry.kernel[1] <= _POSITIONS
+        and prod(geometry.kernel) <= AT_ONCE  # which the composition sums up in the same order
         and fits(x)
         and any(x.is_contiguous(memory_format=layout) for layout in layouts)
     )
@@ -73,14 +78,12 @@ class _ReLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, selection: Selection, inplace: bool) -> Tensor:
-        from nslightning.ops.triton_kernels import relu_forward
-
-        y, bits = relu_forward(x, inplace=inplace)
+        y, bits = _kernels(x.device.type).relu_forward(x, inplace=inplace)
         if inplace:
             ctx.mark_dirty(x)
-        ctx.selection = selection
+        ctx.operation, ctx.selection = "relu", selection
         ctx.save_for_backward(y, bits)
-        return y
+        return cast(Tensor, y)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -92,19 +95,25 @@ class _ReLU(torch.autograd.Function):
 
 
 def _relu_vjp(y: Tensor, bits: Tensor, g: Tensor, selection: Selection) -> Tensor:
-    from nslightning.ops.pointwise import chosen_value
-    from nslightning.ops.triton_kernels import relu_backward
-
     (derivative,) = selection.at_kinks("relu")
     constant = selection.jacobians.rule == "published"
     if derivative is None or (derivative == 0 and not constant):
         return cast(Tensor, torch.ops.aten.threshold_backward.default(g, y, 0))
-    transformed = torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None
-    if isinstance(derivative, str) or transformed:
-        tied = _unpacked(bits, y)
-        value = chosen_value(derivative, constant, selection, g, tied)
-        return torch.where(tied, value, torch.ops.aten.threshold_backward.default(g, y, 0))
-    return relu_backward(g, y, bits, derivative, constant=constant)
+    if isinstance(derivative, str) or not _final(g):
+        from nslightning.ops.pointwise import chosen_value
+
+        # In the order of the memory, in which random choices are drawn.
+        order = storage_order(y)
+        back = sorted(range(len(order)), key=order.__getitem__)
+        tied = _unpacked(bits, y).permute(order)
+        value = chosen_value(derivative, constant, selection, g.permute(order), tied).permute(back)
+        return torch.where(tied.permute(back), value, torch.ops.aten.threshold_backward.default(g, y, 0))
+    return cast(Tensor, _kernels(y.device.type).relu_backward(g, y, bits, derivative, constant=constant))
+
+
+def _final(g: Tensor) -> bool:
+    """Whether a backward is a number's, not one that is transformed or differentiated again."""
+    return concrete(g) and not torch.is_grad_enabled()
 
 
 def _unpacked(bits: Tensor, y: Tensor) -> Tensor:
@@ -123,8 +132,10 @@ def relu(x: Tensor, selection: Selection, inplace: bool = False) -> Tensor:
         inplace: Overwrite ``x``.
 
     Returns:
-        The stock result, bit for bit.
+        The stock result, bit for bit; by the stock operation itself where it is known that no entry is tied.
     """
+    if not _kernels(x.device.type).any_zero(x):
+        return torch.relu_(x) if inplace else torch.relu(x)
     return cast(Tensor, _ReLU.apply(x, selection, inplace))
 
 
@@ -133,18 +144,18 @@ class _MaxPool2d(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, geometry: Regular, selection: Selection, composed: Any) -> Tensor:
-        from nslightning.ops.triton_kernels import pool_forward
-
-        y, reached = pool_forward(x, _numbers(geometry), _size(x, geometry))
+        y, reached, ctx.tied = _kernels(x.device.type).pool_forward(
+            x, _numbers(geometry), _size(geometry, *x.shape[2:])
+        )
         ctx.geometry, ctx.selection, ctx.composed = geometry, selection, composed
         ctx.save_for_backward(x, reached)
-        return y
+        return cast(Tensor, y)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, reached = ctx.saved_tensors
         vjp = partial(_pool_vjp, x, reached, g, ctx.geometry, ctx.composed)
-        if ctx.selection.recorder is not None:
+        if ctx.tied and ctx.selection.recorder is not None:
             ctx.selection.recorder(ctx, vjp)
         return vjp(ctx.selection), None, None, None
 
@@ -157,12 +168,10 @@ def _pool_vjp(
     composed: Callable[[Tensor, Tensor, Selection], Tensor],
     selection: Selection,
 ) -> Tensor:
-    from nslightning.ops.triton_kernels import pool_backward
-
-    transformed = torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None
-    if transformed or selection.jacobians.max_pool == "random":
+    if selection.jacobians.max_pool == "random" or not _final(g):
         return composed(x, g, selection)
-    return pool_backward(g, reached, _numbers(geometry), (x.shape[2], x.shape[3]), selection.pool_weights())
+    size, weights = (x.shape[2], x.shape[3]), selection.pool_weights()
+    return cast(Tensor, _kernels(x.device.type).pool_backward(g, reached, _numbers(geometry), size, weights))
 
 
 def _numbers(geometry: Regular) -> tuple[tuple[int, int], ...]:
@@ -170,9 +179,10 @@ def _numbers(geometry: Regular) -> tuple[tuple[int, int], ...]:
     return cast(tuple[tuple[int, int], ...], found)
 
 
-def _size(x: Tensor, geometry: Regular) -> tuple[int, int]:
+@cache
+def _size(geometry: Regular, height: int, width: int) -> tuple[int, int]:
     """The output's height and width, as stock finds them."""
-    shape = geometry.forward(x.new_empty((1, 1, *x.shape[2:]), device="meta"))[0].shape
+    shape = geometry.forward(torch.empty((1, 1, height, width), device="meta"))[0].shape
     return shape[2], shape[3]
 
 

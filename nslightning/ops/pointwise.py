@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from nslightning.ops import fused
+from nslightning.ops.layouts import storage_order
 from nslightning.ops.selection import Selection, data_dependent, read_now
-from nslightning.ops.tie_bits import TieBits, find_ties, overwrite, storage_order
+from nslightning.ops.tie_bits import TieBits, find_ties, overwrite
 
 __all__ = ["POINTWISE", "Pointwise", "chosen_value", "pointwise"]
 

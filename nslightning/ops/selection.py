@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from nslightning.jacobians import NONSMOOTH, Jacobians
 
-__all__ = ["Selection", "data_dependent", "read_now"]
+__all__ = ["Selection", "concrete", "data_dependent", "pool_coefficients", "read_now"]
 
 # The named ways to share a pooling window's gradient g over its k tied entries, as (share, whole, each, last): an
 # entry receives g * (share / k + each), and one target entry g * whole more: the first tied one, or the last.
@@ -205,6 +206,60 @@ class Selection:
         return f"Selection({self.jacobians!r})"
 
 
+@lru_cache(maxsize=256)
+def pool_coefficients(
+    share: float,
+    whole: float,
+    each: float,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    *,
+    apart: bool = False,
+) -> Tensor:
+    """The weights of max pooling, by how many entries of a window are tied.
+
+    Args:
+        share: As in :meth:`Selection.pool_weights`, like the next two.
+        whole: See there.
+        each: See there.
+        dtype: In which they are formed.
+        device: Where they are wanted.
+        apart: Count what every tied entry receives and what the target receives beside it apart.
+
+    Returns:
+        Shape (2, 17): the coefficients of the gradient of a window with column-many tied entries, for these and for
+        the target.
+
+    Example:
+        >>> pool_coefficients(0.0, 1.0, 0.0, torch.float32)[:, 2]  # the reference: all to the target
+        tensor([0., 1.])
+    """
+    rest = torch.div(share, torch.arange(17, dtype=dtype, device="cpu").clamp_(min=1)) + each
+    rows = torch.stack([rest, torch.full_like(rest, whole) if apart else rest + whole])
+    rows[:, :2] = torch.tensor([[0.0], [1.0]]) if apart else 1.0  # no tie: all to the target, which is the only one
+    return rows.to(device)
+
+
+def concrete(x: Tensor) -> bool:
+    """Whether an operation has the values of its input before it, in memory.
+
+    Args:
+        x: The operation's input, any shape and dtype.
+
+    Returns:
+        True in eager mode. Not while compiling or tracing or under ``torch.func`` transforms, nor for a tensor's
+        subclass or a batch of gradients (``is_grads_batched``).
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._len_torch_dispatch_stack() == 0
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and not torch._C._functorch.is_legacy_batchedtensor(x)
+    )
+
+
 def data_dependent(x: Tensor) -> bool:
     """Whether an operation may look at its values to choose its path.
 
@@ -212,15 +267,6 @@ def data_dependent(x: Tensor) -> bool:
         x: The operation's input, any shape and dtype.
 
     Returns:
-        True in eager mode on a CPU. Not while compiling or tracing or under ``torch.func`` transforms, where values
-        are not known, and not on an accelerator, where looking would wait for the device.
+        True on a CPU for a :func:`concrete` tensor. Not on an accelerator, where looking would wait for the device.
     """
-    if torch.compiler.is_compiling():
-        return False
-    return (
-        x.device.type == "cpu"
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._len_torch_dispatch_stack() == 0
-        and type(x) in (Tensor, torch.nn.Parameter)
-        and not torch._C._functorch.is_legacy_batchedtensor(x)  # what is_grads_batched makes
-    )
+    return x.device.type == "cpu" and concrete(x)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nslightning.ops.selection import data_dependent
 
-__all__ = ["TieBits", "find_ties", "overwrite", "storage_order"]
+__all__ = ["TieBits", "find_ties", "overwrite"]
 
 _BLOCK = 1 << 16  # entries a thread takes at a time; with a few temporaries, they fit its cache
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -39,30 +39,13 @@ class TieBits(NamedTuple):
     bits: Tensor
 
 
-def storage_order(x: Tensor) -> tuple[int, ...]:
-    """The dimensions from the slowest to the fastest in memory.
-
-    Args:
-        x: Any shape and layout.
-
-    Returns:
-        A permutation that makes ``x`` contiguous, if one does; else the identity.
-
-    Example:
-        >>> storage_order(torch.empty(2, 3, 4, 5).to(memory_format=torch.channels_last))
-        (0, 2, 3, 1)
-    """
-    order = tuple(sorted(range(x.dim()), key=x.stride, reverse=True))
-    return order if x.permute(order).is_contiguous() else tuple(range(x.dim()))
-
-
 def find_ties(x: Tensor, positions: Sequence[float], order: tuple[int, ...]) -> list[TieBits] | None:
     """Find where a tensor equals each of some numbers, in one pass.
 
     Args:
         x: Any shape, floating dtype, on a CPU.
         positions: The numbers.
-        order: The order of the dimensions in which to read, such as :func:`storage_order`.
+        order: The order of the dimensions in which to read, such as :func:`~nslightning.ops.layouts.storage_order`.
 
     Returns:
         One entry per position, with no block where there is no tie; None where there is none at all.

@@ -8,17 +8,18 @@ bytes per window, where stock keeps its input and an eight-byte index. No atomic
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["MAX_POSITIONS", "pool_backward", "pool_forward", "relu_backward", "relu_forward"]
+from nslightning.ops.layouts import image_layout, laid_out_as
+from nslightning.ops.selection import pool_coefficients
 
-#: The largest pooling window whose tied positions fit the bits of one int16.
-MAX_POSITIONS = 16
+__all__ = ["DTYPES", "any_zero", "pool_backward", "pool_forward", "relu_backward", "relu_forward"]
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _BLOCK = 1024
 
 
@@ -52,6 +53,18 @@ def _relu_backward(g, y, bits, gradient, n, alpha, CONSTANT: tl.constexpr, ROWS:
     tl.store(gradient + at, found.to(gradient.dtype.element_ty), mask=inside)
 
 
+def any_zero(x: Tensor) -> bool:
+    """Whether ReLU may meet a tie.
+
+    Args:
+        x: ReLU's input.
+
+    Returns:
+        True, since asking the device would mean to wait for it.
+    """
+    return True
+
+
 def relu_forward(x: Tensor, *, inplace: bool = False) -> tuple[Tensor, Tensor]:
     """ReLU, and where its input is 0.
 
@@ -83,7 +96,7 @@ def relu_backward(g: Tensor, y: Tensor, bits: Tensor, alpha: float, *, constant:
     Returns:
         The gradient with respect to the input; ``alpha * g`` is formed in float32 and rounded once.
     """
-    g = _laid_out_as(g, y)
+    g = laid_out_as(g, y)
     gradient = torch.empty_like(y)
     if y.numel():
         rows = _BLOCK // 8
@@ -159,10 +172,10 @@ def _ones(m):
 
 @triton.jit
 def _pool_backward(
-    g, mask, target, weights, gradient, n,
+    g, mask, weights, gradient, n,
     C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    DH: tl.constexpr, DW: tl.constexpr, LAST: tl.constexpr, TO: tl.constexpr, WIDE: tl.constexpr,
+    DH: tl.constexpr, DW: tl.constexpr, LAST: tl.constexpr, LAST_TIED: tl.constexpr, WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = _mine(BLOCK, WIDE)
@@ -181,41 +194,31 @@ def _pool_backward(
         q = tl.where(inside, (i // DH) * KW + j // DW, 0)
         window = _where(image, channel, row, column, C, OH, OW, LAST)
         reached = tl.load(mask + window, mask=inside, other=0).to(tl.int32) & 0xFFFF
-        if TO == "first":
-            chosen = (reached & ((1 << q) - 1)) == 0
-        elif TO == "last":
+        if LAST_TIED:
             chosen = (reached >> q) == 1
         else:
-            rank = _ones(reached & ((1 << q) - 1))  # of this entry among the tied ones
-            chosen = rank == tl.load(target + window, mask=inside, other=0).to(tl.int32)
+            chosen = (reached & ((1 << q) - 1)) == 0
         incoming = tl.load(g + window, mask=inside, other=0.0).to(tl.float32)
         weight = tl.load(weights + _ones(reached) + tl.where(chosen, 17, 0))
-        total = tl.where(((reached >> q) & 1) != 0, total + incoming * weight, total)
+        given = (((reached >> q) & 1) != 0) & (weight != 0)  # an infinite gradient times 0 is NaN
+        total = tl.where(given, total + incoming * weight, total)
     tl.store(gradient + at, total.to(gradient.dtype.element_ty), mask=at < n)
 
 
-@lru_cache(maxsize=256)
-def _weights(share: float, whole: float, each: float, device: torch.device) -> Tensor:
-    """What an entry of a window with 0 to 16 tied entries receives of its gradient; then the same for the target."""
-    rest = [share / max(k, 1) + each for k in range(MAX_POSITIONS + 1)]
-    rows = torch.tensor([rest, [r + whole for r in rest]])
-    rows[:, :2] = 1.0  # no tie
-    return rows.flatten().to(device)
-
-
-def pool_forward(x: Tensor, geometry: Sequence[tuple[int, int]], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def pool_forward(x: Tensor, geometry: Sequence[tuple[int, int]], size: tuple[int, int]) -> tuple[Tensor, Tensor, bool]:
     """2-d max pooling, and which entries of each window reach its maximum.
 
     Args:
         x: Input of shape (N, C, H, W), float16, bfloat16 or float32, contiguous or channels_last.
-        geometry: Kernel, stride, padding and dilation; at most :data:`MAX_POSITIONS` positions in a window.
+        geometry: Kernel, stride, padding and dilation; at most 16 positions in a window.
         size: The output's height and width.
 
     Returns:
-        The stock output, and int16 masks of its shape: bit q is set where the window's q-th entry, in row-major order,
-        reaches the maximum. Where that is NaN, the entry that PyTorch picks alone.
+        The stock output; int16 masks of its shape: bit q is set where the window's q-th entry, in row-major order,
+        reaches the maximum, and where that is NaN, the entry that PyTorch picks alone; and whether a window may be
+        tied: True, since asking the device would mean to wait for it.
     """
-    layout = _layout(x)
+    layout = image_layout(x)
     y = torch.empty((*x.shape[:2], *size), dtype=x.dtype, device=x.device, memory_format=layout)
     mask = torch.empty_like(y, dtype=torch.int16)
     if y.numel():
@@ -223,7 +226,7 @@ def pool_forward(x: Tensor, geometry: Sequence[tuple[int, int]], size: tuple[int
             x, y, mask, y.numel(), *x.shape[1:], *size, *sum(geometry, ()), LAST=layout == torch.channels_last,
             WIDE=x.numel() >= 2**31, BLOCK=_BLOCK,
         )  # fmt: skip
-    return y, mask
+    return y, mask, True
 
 
 def pool_backward(
@@ -232,7 +235,6 @@ def pool_backward(
     geometry: Sequence[tuple[int, int]],
     size: tuple[int, int],
     weights: tuple[float, float, float, float],
-    target: Tensor | None = None,
 ) -> Tensor:
     """The gradient of 2-d max pooling.
 
@@ -242,32 +244,18 @@ def pool_backward(
         geometry: As there.
         size: The input's height and width.
         weights: ``(share, whole, each, last)`` of :meth:`~nslightning.ops.selection.Selection.pool_weights`.
-        target: The rank, among a window's tied entries, of the one that receives ``whole``, of ``mask``'s shape and
-            layout; None is the first, or the last if ``last``.
 
     Returns:
         The gradient with respect to the input; sums are formed in float32 and rounded once.
     """
-    layout = _layout(mask)
-    g = _laid_out_as(g, mask)
+    layout = image_layout(mask)
+    g = laid_out_as(g, mask)
     share, whole, each, last = weights
     gradient = torch.empty((*mask.shape[:2], *size), dtype=g.dtype, device=g.device, memory_format=layout)
     if gradient.numel():
-        to = "given" if target is not None else "last" if last else "first"
         _pool_backward[(triton.cdiv(gradient.numel(), _BLOCK),)](
-            g, mask, mask if target is None else target, _weights(share, whole, each, g.device), gradient,
-            gradient.numel(), mask.shape[1], *size, *mask.shape[2:], *sum(geometry, ()),
-            LAST=layout == torch.channels_last, TO=to, WIDE=gradient.numel() >= 2**31, BLOCK=_BLOCK,
+            g, mask, pool_coefficients(share, whole, each, torch.float32, g.device), gradient, gradient.numel(),
+            mask.shape[1], *size, *mask.shape[2:], *sum(geometry, ()),
+            LAST=layout == torch.channels_last, LAST_TIED=bool(last), WIDE=gradient.numel() >= 2**31, BLOCK=_BLOCK,
         )  # fmt: skip
     return gradient
-
-
-def _layout(x: Tensor) -> torch.memory_format:
-    return torch.contiguous_format if x.is_contiguous() else torch.channels_last
-
-
-def _laid_out_as(g: Tensor, other: Tensor) -> Tensor:
-    """The same values in the memory order of another tensor of the same shape."""
-    if g.stride() == other.stride():
-        return g
-    return torch.empty_like(other, dtype=g.dtype).copy_(g)

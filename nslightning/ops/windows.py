@@ -24,11 +24,11 @@ from torch import Tensor
 
 from nslightning.ops.selection import data_dependent
 
-__all__ = ["Adaptive", "Regular", "Span", "Windows", "select"]
+__all__ = ["AT_ONCE", "Adaptive", "Regular", "Span", "Windows", "select"]
 
 aten = torch.ops.aten
 Span = tuple[slice, slice]  # of the entries, and of the windows that hold them
-_AT_ONCE = 12  # places that cost less at once than one dimension after the other
+AT_ONCE = 12  # places that cost less at once than one dimension after the other
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def _plan(geometry: Regular | Adaptive, sizes: Sequence[int], windows: Sequence[
     """How to reduce windows: small ones at once, large ones one dimension after the other."""
     spans = geometry.spans(sizes, windows)
     axes = [axis for axis, (found, n) in enumerate(zip(spans, sizes, strict=True), 1) if found != [_whole(n)]]
-    at_once = prod([len(spans[axis - 1]) for axis in axes]) <= _AT_ONCE
+    at_once = prod([len(spans[axis - 1]) for axis in axes]) <= AT_ONCE
     plans = []
     for group in [axes] if at_once and axes else [[axis] for axis in axes]:
         places = []

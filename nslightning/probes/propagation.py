@@ -58,7 +58,7 @@ class _Met:
         """Whether a choice is known to make no difference here: it says what the one in use says, or cannot matter."""
         if replace(choice, max_pool=None) in self._dead:
             return True
-        own = "max_pool" if self.pools else "relu" if _fused_relu(self.node) else None
+        own = "max_pool" if self.pools else None
         field = getattr(self.node, "operation", own)
         if field is None or choice.rule != "exact" or self.in_use.rule != "exact":
             return False
@@ -270,17 +270,12 @@ def operation_nodes(loss: Tensor) -> Iterator[Any]:
 
     Yields:
         Each node once. None means that no tie was met, and that the gradients under all choices are the same. Max
-        pooling is always among them: its ties are looked for in the backward.
+        pooling whose ties are looked for in the backward is always among them.
     """
     for node in _reachable([loss.grad_fn]):
         ours = getattr(getattr(node, "_forward_cls", None), "__module__", "").startswith("nslightning.ops.")
-        if ours and not (_fused_relu(node) and node.saved_tensors[1] is None):
+        if ours and getattr(node, "tied", True):
             yield node
-
-
-def _fused_relu(node: Any) -> bool:
-    """Whether a node is the fused ReLU's, which keeps the output, and a bit per entry unless it met no tie."""
-    return type(node).__name__ == "_ReLUBackward"
 
 
 def _reachable(nodes: list[Any]) -> Iterator[Any]:
@@ -296,8 +291,8 @@ def _reachable(nodes: list[Any]) -> Iterator[Any]:
 
 
 def _saved(node: Any) -> list[str]:
-    """The names under which one of PyTorch's own backward nodes gives access to the tensors that it saved."""
-    return [name for name in vars(type(node)) if name.startswith("_raw_saved_")]
+    """The names under which a backward node gives access to the tensors that it saved."""
+    return [name for name in dir(type(node)) if name.startswith("_raw_saved_")]
 
 
 def _release(node: Any) -> Callable[..., None]:

@@ -1,0 +1,511 @@
+// ReLU and 2-d max pooling with a chosen derivative at ties: one pass over the memory each way.
+//
+// Plain C functions on raw memory, called by cpu_kernels.py: neither Python's nor PyTorch's headers are needed, so one
+// build serves every version of both. They compute what triton_kernels.py computes on CUDA devices, and keep the same
+// for the backward: of ReLU one bit per entry, of a pooling window the bits of the entries that reach its maximum.
+// Every result is written by one thread, and sums run in the order of the windows in memory, as PyTorch's kernel adds
+// them up: the same bits for any number of threads.
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+#if defined(__linux__)
+#include <dlfcn.h>
+#endif
+
+#if defined(_WIN32)
+#define EXPORT extern "C" __declspec(dllexport)
+#else
+#define EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+// Loops are compiled twice where the linker can choose between the two when the library is loaded.
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
+#define VECTORISED __attribute__((flatten, target_clones("arch=x86-64-v3", "default")))
+#else
+#define VECTORISED
+#endif
+
+namespace {
+
+using std::int16_t;
+using std::int64_t;
+using std::uint16_t;
+using std::uint64_t;
+using std::uint8_t;
+
+constexpr int64_t BLOCK = 1024;        // entries of ReLU at a time, in the first-level cache
+constexpr int64_t GRAIN = 1 << 15;     // entries below which a thread is not worth its start, as in PyTorch
+constexpr int64_t PARTS = 8;           // of the work, per thread
+constexpr int64_t ANY = -1;            // a stride not known when this is compiled
+constexpr int COUNTS = 17;             // a window's tied entries are 0 to 16
+
+template <typename T>
+using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;  // as wide as T, so that loops vectorise
+
+// `a` where `first`, else `b`, without a branch: what is tied where cannot be predicted.
+template <typename T>
+T select(bool first, T a, T b) {
+  Bits<T> one, other;
+  std::memcpy(&one, &a, sizeof(T));
+  std::memcpy(&other, &b, sizeof(T));
+  const Bits<T> mask = -static_cast<Bits<T>>(first);
+  one = (one & mask) | (other & ~mask);
+  std::memcpy(&a, &one, sizeof(T));
+  return a;
+}
+
+// Call call(data) on so many threads at once, the calling one among them.
+void together(int64_t threads, void (*call)(void*), void* data) {
+#if defined(__linux__)
+  // PyTorch's own threads, which are awake already: its OpenMP library is loaded for all to see.
+  using Team = void (*)(void (*)(void*), void*, unsigned, unsigned);
+  static const auto team = reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  if (team) return team(call, data, static_cast<unsigned>(threads), 0);
+#endif
+  std::vector<std::thread> others;
+  for (int64_t t = 1; t < threads; ++t) others.emplace_back(call, data);
+  call(data);
+  for (auto& other : others) other.join();
+}
+
+// Call work(begin, end) on parts of [0, units), over threads that each take the next part when they are free: one that
+// starts late or is held up takes fewer.
+template <typename Work>
+void share(int64_t units, int64_t entries, int64_t threads, Work work) {
+  threads = std::max<int64_t>(1, std::min({threads, units, entries / GRAIN}));
+  if (threads == 1) return work(0, units);
+  const int64_t parts = std::min(units, threads * PARTS);
+  std::atomic<int64_t> next{0};
+  auto take = [&] {
+    for (int64_t part = next++; part < parts; part = next++) {
+      work(units * part / parts, units * (part + 1) / parts);
+    }
+  };
+  together(threads, [](void* given) { (*static_cast<decltype(take)*>(given))(); }, &take);
+}
+
+// ---------------------------------------------------------------------------------------------------------------- ReLU
+
+// Whether an entry of some blocks is 0: up to the first that is, or until another thread has found one.
+template <typename T>
+bool any_zero_blocks(const T* x, int64_t n, const std::atomic<bool>& found, int64_t first, int64_t last) {
+  for (int64_t block = first; block < last && !found.load(std::memory_order_relaxed); ++block) {
+    const int64_t start = block * BLOCK, size = std::min(BLOCK, n - start);
+    Bits<T> any = 0;
+    for (int64_t i = 0; i < size; ++i) any |= x[start + i] == 0;
+    if (any) return true;
+  }
+  return false;
+}
+
+template <typename T>
+void relu_forward_blocks(const T* x, T* y, uint8_t* bits, int64_t n, int64_t first, int64_t last) {
+  for (int64_t block = first; block < last; ++block) {
+    const int64_t start = block * BLOCK, size = std::min(BLOCK, n - start);
+    const T* from = x + start;
+    Bits<T> any = 0;
+    for (int64_t i = 0; i < size; ++i) any |= from[i] == 0;
+    uint8_t* into = bits + start / 8;
+    std::fill(into, into + (size + 7) / 8, 0);
+    if (any) {
+      uint8_t tied[BLOCK] = {};
+      for (int64_t i = 0; i < size; ++i) tied[i] = from[i] == 0;
+      for (int64_t k = 0; k < (size + 7) / 8; ++k) {
+        for (int j = 0; j < 8; ++j) into[k] |= tied[8 * k + j] << j;
+      }
+    }
+    for (int64_t i = 0; i < size; ++i) y[start + i] = from[i] < 0 ? T(0) : from[i];  // NaN and -0.0 stay, as in stock
+  }
+}
+
+template <typename T>
+void relu_backward_blocks(const T* g, const T* y, const uint8_t* bits, T* gradient, int64_t n, T alpha, bool constant,
+                          int64_t first, int64_t last) {
+  for (int64_t block = first; block < last; ++block) {
+    const int64_t start = block * BLOCK, size = std::min(BLOCK, n - start);
+    const T *incoming = g + start, *output = y + start;
+    T* into = gradient + start;
+    uint8_t any = 0;
+    for (int64_t k = 0; k < (size + 7) / 8; ++k) any |= bits[start / 8 + k];
+    if (!any) {
+      for (int64_t i = 0; i < size; ++i) into[i] = output[i] <= 0 ? T(0) : incoming[i];
+      continue;
+    }
+    uint8_t tied[BLOCK];
+    for (int64_t k = 0; k < (size + 7) / 8; ++k) {
+      for (int j = 0; j < 8; ++j) tied[8 * k + j] = (bits[start / 8 + k] >> j) & 1;
+    }
+    for (int64_t i = 0; i < size; ++i) {
+      const T through = incoming[i], chosen = constant ? alpha : through * alpha, below = tied[i] ? chosen : T(0);
+      into[i] = output[i] <= 0 ? below : through;
+    }
+  }
+}
+
+// --------------------------------------------------------------------------------------------------------- max pooling
+
+struct Geometry {
+  int64_t images, channels, height, width, rows, columns;  // of the input; of the windows
+  int64_t kernel[2], stride[2], padding[2], dilation[2];
+  int64_t last;  // whether the channels come last in memory
+};
+
+// Take the entries of one place of the windows into account: bit `bit` of those that reach the maximum so far.
+template <int64_t STRIDE, typename T>
+void compare(const T* x, int64_t stride, int64_t n, Bits<T> bit, T* best, Bits<T>* reached) {
+  if (STRIDE != ANY) stride = STRIDE;
+  for (int64_t i = 0; i < n; ++i) {
+    const T value = x[i * stride], old = best[i];
+    const bool better = (value > old) | (value != value);  // the last NaN wins, as in stock
+    const Bits<T> before = reached[i], with = before | bit;
+    reached[i] = select(better, bit, select(value == old, with, before));
+    best[i] = select(better, value, old);
+  }
+}
+
+// n windows in a row that lie inside the input, of the most frequent kinds: KERNEL x KERNEL entries, not dilated.
+template <int KERNEL, int STRIDE, typename T>
+void windows_of(const T* x, int64_t width, int64_t n, T* best, Bits<T>* reached) {
+  for (int64_t c = 0; c < n; ++c) {
+    T most = -std::numeric_limits<T>::infinity();
+    Bits<T> bits = 0;
+    for (int i = 0; i < KERNEL; ++i) {
+      for (int j = 0; j < KERNEL; ++j) {
+        const T value = x[i * width + c * STRIDE + j];
+        const Bits<T> bit = Bits<T>(1) << (i * KERNEL + j), with = bits | bit;
+        const bool better = (value > most) | (value != value);
+        bits = select(better, bit, select(value == most, with, bits));
+        most = select(better, value, most);
+      }
+    }
+    best[c] = most;
+    reached[c] = bits;
+  }
+}
+
+// Whether they were of such a kind.
+template <typename T>
+bool windows_inside(const Geometry& at, const T* x, int64_t n, T* best, Bits<T>* reached) {
+  if (at.kernel[0] != at.kernel[1] || at.dilation[0] != 1 || at.dilation[1] != 1) return false;
+  if (at.kernel[0] == 2 && at.stride[1] == 2) windows_of<2, 2>(x, at.width, n, best, reached);
+  else if (at.kernel[0] == 3 && at.stride[1] == 2) windows_of<3, 2>(x, at.width, n, best, reached);
+  else if (at.kernel[0] == 3 && at.stride[1] == 1) windows_of<3, 1>(x, at.width, n, best, reached);
+  else return false;
+  return true;
+}
+
+// Windows begin, ..., end - 1 of a row, which starts at height `top` of a plane: place by place, inside the input.
+template <typename T>
+void windows_at(const Geometry& at, const T* x, int64_t top, int64_t begin, int64_t end, T* best, Bits<T>* reached) {
+  const int64_t inner = at.last ? at.channels : 1, stride = at.stride[1];
+  std::fill(best + begin * inner, best + end * inner, -std::numeric_limits<T>::infinity());
+  std::fill(reached + begin * inner, reached + end * inner, 0);
+  for (int64_t i = 0; i < at.kernel[0]; ++i) {
+    const int64_t h = top + i * at.dilation[0];
+    if (h < 0 || h >= at.height) continue;
+    const T* row = x + h * at.width * inner;
+    const auto bit = [&](int64_t j) { return Bits<T>(1) << (i * at.kernel[1] + j); };
+    const auto shift = [&](int64_t j) { return j * at.dilation[1] - at.padding[1]; };
+    if (at.last) {
+      for (int64_t c = begin; c < end; ++c) {
+        for (int64_t j = 0; j < at.kernel[1]; ++j) {
+          const int64_t w = c * stride + shift(j);
+          if (w < 0 || w >= at.width) continue;
+          compare<1>(row + w * inner, 1, inner, bit(j), best + c * inner, reached + c * inner);
+        }
+      }
+      continue;
+    }
+    for (int64_t j = 0; j < at.kernel[1]; ++j) {  // 0 <= c * stride + shift < width
+      const int64_t low = std::max(begin, shift(j) < 0 ? (-shift(j) + stride - 1) / stride : 0);
+      const int64_t high = std::min(end, (at.width - shift(j) + stride - 1) / stride);
+      const T* from = row + low * stride + shift(j);
+      if (stride == 1) compare<1>(from, stride, high - low, bit(j), best + low, reached + low);
+      else if (stride == 2) compare<2>(from, stride, high - low, bit(j), best + low, reached + low);
+      else compare<ANY>(from, stride, high - low, bit(j), best + low, reached + low);
+    }
+  }
+}
+
+// Of [begin, end): rows of windows; returns whether a window is tied.
+template <typename T>
+bool pool_forward_rows(const T* x, T* y, uint16_t* masks, const Geometry& at, int64_t begin, int64_t end) {
+  const int64_t inner = at.last ? at.channels : 1, line = at.columns * inner, stride = at.stride[1];
+  // The windows that lie inside a row of the input.
+  const int64_t left = std::min(at.columns, (at.padding[1] + stride - 1) / stride);
+  const int64_t space = at.width + at.padding[1] - (at.kernel[1] - 1) * at.dilation[1] - 1;
+  const int64_t right = std::max(left, std::min(at.columns, space < 0 ? 0 : space / stride + 1));
+  std::vector<Bits<T>> reached(line);
+  Bits<T> several = 0;
+  for (int64_t row = begin; row < end; ++row) {
+    const T* plane = x + row / at.rows * at.height * at.width * inner;
+    const int64_t top = row % at.rows * at.stride[0] - at.padding[0];
+    T* best = y + row * line;
+    Bits<T>* bits = reached.data();
+    const bool inside = !at.last && top >= 0 && top + (at.kernel[0] - 1) * at.dilation[0] < at.height;
+    const T* corner = plane + top * at.width + left * stride - at.padding[1];
+    if (inside && windows_inside(at, corner, right - left, best + left, bits + left)) {
+      windows_at(at, plane, top, 0, left, best, bits);
+      windows_at(at, plane, top, right, at.columns, best, bits);
+    } else {
+      windows_at(at, plane, top, 0, at.columns, best, bits);
+    }
+    uint16_t* mask = masks + row * line;
+    for (int64_t i = 0; i < line; ++i) {
+      several |= bits[i] & (bits[i] - 1);
+      mask[i] = static_cast<uint16_t>(bits[i]);
+    }
+  }
+  return several != 0;
+}
+
+int ones(uint16_t m) {
+  m = m - ((m >> 1) & 0x5555);
+  m = (m & 0x3333) + ((m >> 2) & 0x3333);
+  m = (m + (m >> 4)) & 0x0F0F;
+  return (m + (m >> 8)) & 0x1F;
+}
+
+// How windows with 0 to 16 tied entries share their gradient. The target receives `target`, the others `rest`; or, if
+// these are summed apart, all receive `rest` and the target `target` more.
+template <typename T>
+struct Weights {
+  const T *rest, *target;
+  bool last, apart;  // whether the target is the last tied entry, else the first
+};
+
+// What the entries of one row of windows receive; where none is tied, the row itself says it.
+template <typename T>
+struct Shares {
+  int64_t row = -1;
+  bool tied = false;
+  const T* g = nullptr;
+  const uint16_t* masks = nullptr;
+  std::vector<T> rest, target;
+  std::vector<uint16_t> which;  // of the entries is the target
+
+  void form(int64_t number, const T* of, const uint16_t* reached, int64_t n, const Weights<T>& weights) {
+    row = number, g = of, masks = reached;
+    uint16_t several = 0;
+    for (int64_t i = 0; i < n; ++i) several |= masks[i] & (masks[i] - 1);
+    tied = several != 0;
+    if (!tied) return;
+    rest.resize(n), target.resize(n), which.resize(n);
+    for (int64_t i = 0; i < n; ++i) {
+      const int count = ones(masks[i]);
+      rest[i] = weights.rest[count] == 0 ? T(0) : g[i] * weights.rest[count];  // an infinite gradient times 0 is NaN
+      target[i] = g[i] * weights.target[count];
+      uint16_t m = masks[i];
+      if (weights.last) {
+        m |= m >> 1, m |= m >> 2, m |= m >> 4, m |= m >> 8;
+        which[i] = m ^ (m >> 1);
+      } else {
+        which[i] = m & -m;
+      }
+    }
+  }
+
+  // Add to the entries at one place of the windows first, ..., first + n - 1.
+  void give(uint16_t bit, int64_t first, int64_t n, T* into) const {
+    if (!tied) return add(bit, masks + first, g + first, n, into);
+    const T *others = rest.data() + first, *one = target.data() + first;
+    const uint16_t *all = masks + first, *at = which.data() + first;
+    for (int64_t i = 0; i < n; ++i) {
+      into[i] += select(at[i] & bit, one[i], select(all[i] & bit, others[i], T(0)));
+    }
+  }
+
+  // The same in two sums.
+  void give(uint16_t bit, int64_t first, int64_t n, T* into, T* more) const {
+    if (!tied) return add(bit, masks + first, g + first, n, into);
+    add(bit, which.data() + first, target.data() + first, n, into);
+    add(bit, masks + first, rest.data() + first, n, more);
+  }
+
+  static void add(uint16_t bit, const uint16_t* where, const T* values, int64_t n, T* into) {
+    for (int64_t i = 0; i < n; ++i) {
+      into[i] += select(where[i] & bit, values[i], T(0));
+    }
+  }
+};
+
+// Entry w of a row is entry (w + padding) / stride of phase (w + padding) % stride.
+template <typename T>
+void interleave(const T* phases, int64_t length, int64_t padding, int64_t stride, int64_t width, T* into) {
+  const auto from = [&](int64_t w) { return phases + (w + padding) % stride * length + (w + padding) / stride; };
+  if (stride == 1) {
+    std::copy(from(0), from(0) + width, into);
+  } else if (stride == 2) {
+    const T *even = from(0), *odd = from(1);
+    for (int64_t i = 0; i < width / 2; ++i) into[2 * i] = even[i], into[2 * i + 1] = odd[i];
+    if (width % 2) into[width - 1] = even[width / 2];
+  } else {
+    for (int64_t w = 0; w < width; ++w) into[w] = *from(w);
+  }
+}
+
+// Of [begin, end): rows of the input.
+template <typename T>
+void pool_backward_rows(const T* g, const uint16_t* masks, const Weights<T>& weights, T* gradient, const Geometry& at,
+                        int64_t begin, int64_t end) {
+  const int64_t inner = at.last ? at.channels : 1, line = at.columns * inner, stride = at.stride[1];
+  const int64_t reach = (at.kernel[0] - 1) * at.dilation[0];
+  std::vector<Shares<T>> ring(reach / at.stride[0] + 1);  // of the rows of windows that an entry may lie in
+  // One row of windows gives to every stride-th entry of a row. So that these lie side by side, each such phase is summed
+  // up by itself; where the channels come last, they lie side by side already.
+  const int64_t length = std::max(at.columns, (at.width + 2 * at.padding[1]) / stride + 1) +
+                         (at.kernel[1] - 1) * at.dilation[1] / stride + 1;
+  const int64_t size = at.last ? at.width * inner : stride * length;
+  std::vector<T> sums(size), more(weights.apart ? size : 0);
+  int64_t plane = -1;
+  for (int64_t number = begin; number < end; ++number) {
+    if (number / at.height != plane) {
+      plane = number / at.height;
+      for (auto& shares : ring) shares.row = -1;
+    }
+    const int64_t h = number % at.height, from = h + at.padding[0] - reach;
+    const int64_t first = from > 0 ? (from + at.stride[0] - 1) / at.stride[0] : 0;
+    const int64_t final = std::min(at.rows - 1, (h + at.padding[0]) / at.stride[0]);
+    T* out = gradient + number * at.width * inner;
+    T* into = at.last ? out : sums.data();
+    std::fill(into, into + size, T(0));
+    bool tied = false;
+    for (int64_t row = first; row <= final; ++row) {
+      const int64_t below = h + at.padding[0] - row * at.stride[0], i = below / at.dilation[0];
+      if (below % at.dilation[0]) continue;
+      auto& shares = ring[row % ring.size()];
+      const int64_t start = (plane * at.rows + row) * line;
+      if (shares.row != row) shares.form(row, g + start, masks + start, line, weights);
+      if (weights.apart && shares.tied && !tied) {
+        tied = true;
+        std::fill(more.begin(), more.end(), T(0));
+      }
+      const auto give = [&](int64_t j, int64_t begin, int64_t n, int64_t to) {
+        const uint16_t bit = 1 << (i * at.kernel[1] + j);
+        if (weights.apart) shares.give(bit, begin, n, into + to, more.data() + to);
+        else shares.give(bit, begin, n, into + to);
+      };
+      if (!at.last) {
+        for (int64_t j = at.kernel[1] - 1; j >= 0; --j) {  // the window to the left gives first
+          const int64_t place = j * at.dilation[1];
+          give(j, 0, line, place % stride * length + place / stride);
+        }
+        continue;
+      }
+      for (int64_t column = 0; column < at.columns; ++column) {
+        for (int64_t j = 0; j < at.kernel[1]; ++j) {
+          const int64_t w = column * stride - at.padding[1] + j * at.dilation[1];
+          if (w >= 0 && w < at.width) give(j, column * inner, inner, w * inner);
+        }
+      }
+    }
+    if (tied) {
+      for (int64_t k = 0; k < size; ++k) into[k] += more[k];
+    }
+    if (!at.last) interleave(into, length, at.padding[1], stride, at.width, out);
+  }
+}
+
+// Each compiled for the processors that there are.
+#define INSTANCES(T)                                                                                              \
+  VECTORISED bool any_zero(const T* x, int64_t n, const std::atomic<bool>& found, int64_t begin, int64_t end) {   \
+    return any_zero_blocks(x, n, found, begin, end);                                                              \
+  }                                                                                                               \
+  VECTORISED void relu_forward(const T* x, T* y, uint8_t* bits, int64_t n, int64_t begin, int64_t end) {          \
+    relu_forward_blocks(x, y, bits, n, begin, end);                                                               \
+  }                                                                                                               \
+  VECTORISED void relu_backward(const T* g, const T* y, const uint8_t* bits, T* gradient, int64_t n, T alpha,     \
+                                bool constant, int64_t begin, int64_t end) {                                      \
+    relu_backward_blocks(g, y, bits, gradient, n, alpha, constant, begin, end);                                   \
+  }                                                                                                               \
+  VECTORISED bool pool_forward(const T* x, T* y, uint16_t* masks, const Geometry& at, int64_t begin,              \
+                               int64_t end) {                                                                     \
+    return pool_forward_rows(x, y, masks, at, begin, end);                                                        \
+  }                                                                                                               \
+  VECTORISED void pool_backward(const T* g, const uint16_t* masks, const Weights<T>& weights, T* gradient,        \
+                                const Geometry& at, int64_t begin, int64_t end) {                                 \
+    pool_backward_rows(g, masks, weights, gradient, at, begin, end);                                              \
+  }
+
+INSTANCES(float)
+INSTANCES(double)
+#undef INSTANCES
+
+// Over `threads` threads.
+template <typename T>
+bool any_zero_all(const T* x, int64_t n, int64_t threads) {
+  std::atomic<bool> found{false};
+  share((n + BLOCK - 1) / BLOCK, n, threads, [&](int64_t begin, int64_t end) {
+    if (any_zero(x, n, found, begin, end)) found = true;
+  });
+  return found;
+}
+
+template <typename T>
+void relu_forward_all(const T* x, T* y, uint8_t* bits, int64_t n, int64_t threads) {
+  share((n + BLOCK - 1) / BLOCK, n, threads, [=](int64_t begin, int64_t end) {
+    relu_forward(x, y, bits, n, begin, end);
+  });
+}
+
+template <typename T>
+void relu_backward_all(const T* g, const T* y, const uint8_t* bits, T* gradient, int64_t n, double alpha, bool constant,
+                       int64_t threads) {
+  share((n + BLOCK - 1) / BLOCK, n, threads, [=](int64_t begin, int64_t end) {
+    relu_backward(g, y, bits, gradient, n, static_cast<T>(alpha), constant, begin, end);
+  });
+}
+
+template <typename T>
+bool pool_forward_all(const T* x, T* y, uint16_t* masks, const Geometry& at, int64_t threads) {
+  std::atomic<bool> tied{false};
+  const int64_t planes = at.images * (at.last ? 1 : at.channels);
+  const int64_t entries = at.images * at.channels * at.height * at.width;
+  share(planes * at.rows, entries, threads, [&](int64_t begin, int64_t end) {
+    if (pool_forward(x, y, masks, at, begin, end)) tied = true;
+  });
+  return tied;
+}
+
+template <typename T>
+void pool_backward_all(const T* g, const uint16_t* masks, const Weights<T>& weights, T* gradient, const Geometry& at,
+                       int64_t threads) {
+  const int64_t planes = at.images * (at.last ? 1 : at.channels);
+  const int64_t entries = at.images * at.channels * at.height * at.width;
+  share(planes * at.height, entries, threads, [&](int64_t begin, int64_t end) {
+    pool_backward(g, masks, weights, gradient, at, begin, end);
+  });
+}
+
+}  // namespace
+
+// Of the arguments below, as in cpu_kernels.py.
+EXPORT const int64_t version = 1;
+
+// The names end in the bytes of an entry: 4 is float, 8 double.
+#define ENTRIES(T, BYTES)                                                                                            \
+  EXPORT bool any_zero_##BYTES(const T* x, int64_t n, int64_t threads) { return any_zero_all(x, n, threads); }       \
+  EXPORT void relu_forward_##BYTES(const T* x, T* y, uint8_t* bits, int64_t n, int64_t threads) {                    \
+    relu_forward_all(x, y, bits, n, threads);                                                                        \
+  }                                                                                                                  \
+  EXPORT void relu_backward_##BYTES(const T* g, const T* y, const uint8_t* bits, T* gradient, int64_t n,             \
+                                    double alpha, bool constant, int64_t threads) {                                  \
+    relu_backward_all(g, y, bits, gradient, n, alpha, constant, threads);                                            \
+  }                                                                                                                  \
+  EXPORT bool pool_forward_##BYTES(const T* x, T* y, uint16_t* masks, const Geometry* at, int64_t threads) {         \
+    return pool_forward_all(x, y, masks, *at, threads);                                                              \
+  }                                                                                                                  \
+  EXPORT void pool_backward_##BYTES(const T* g, const uint16_t* masks, const T* weights, T* gradient,                \
+                                    const Geometry* at, bool last, bool apart, int64_t threads) {                    \
+    pool_backward_all(g, masks, Weights<T>{weights, weights + COUNTS, last, apart}, gradient, *at, threads);         \
+  }
+
+ENTRIES(float, 4)
+ENTRIES(double, 8)

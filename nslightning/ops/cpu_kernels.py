@@ -1,0 +1,158 @@
+"""Fused CPU kernels, in C++, for the operations whose ATen composition passes over the memory most often.
+
+What :mod:`~nslightning.ops.triton_kernels` does on CUDA devices, in float32 and float64; here it is known, too, whether
+a tie was met. The kernels (``cpu_kernels.cpp``) are compiled when the package is installed. Where that was not
+possible, :func:`available` is false, and the composition is used.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from nslightning.ops.layouts import image_layout, laid_out_as
+from nslightning.ops.selection import pool_coefficients
+
+__all__ = ["DTYPES", "any_zero", "available", "pool_backward", "pool_forward", "relu_backward", "relu_forward"]
+
+DTYPES = (torch.float32, torch.float64)
+_VERSION = 1  # of the functions' arguments, as in cpu_kernels.cpp
+
+
+def available() -> bool:
+    """Whether the kernels were compiled, from this version's source."""
+    return _library() is not None
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    found = find_spec("nslightning.ops._cpu_kernels")
+    if found is None or found.origin is None:
+        return None
+    library = ctypes.CDLL(found.origin)
+    if ctypes.c_int64.in_dll(library, "version").value != _VERSION:
+        return None
+    memory, number = ctypes.c_void_p, ctypes.c_int64
+    for name, result, arguments in (
+        ("any_zero", ctypes.c_bool, [memory, number, number]),
+        ("relu_forward", None, [memory, memory, memory, number, number]),
+        ("relu_backward", None, [*[memory] * 4, number, ctypes.c_double, ctypes.c_bool, number]),
+        ("pool_forward", ctypes.c_bool, [*[memory] * 4, number]),
+        ("pool_backward", None, [*[memory] * 5, ctypes.c_bool, ctypes.c_bool, number]),
+    ):
+        for size in (4, 8):
+            function = getattr(library, f"{name}_{size}")
+            function.argtypes, function.restype = arguments, result
+    return library
+
+
+def _run(name: str, dtype: torch.dtype, *arguments: Tensor | float | ctypes.Array[ctypes.c_int64]) -> bool | None:
+    """Call a kernel on the memory of the tensors among its arguments."""
+    given = (a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
+    result: bool | None = getattr(_library(), f"{name}_{dtype.itemsize}")(*given, torch.get_num_threads())
+    return result
+
+
+def any_zero(x: Tensor) -> bool:
+    """Whether ReLU meets a tie.
+
+    Args:
+        x: ReLU's input, as in :func:`relu_forward`.
+
+    Returns:
+        Whether an entry is 0; nothing is read behind the first one found.
+    """
+    return bool(_run("any_zero", x.dtype, x, x.numel()))
+
+
+def relu_forward(x: Tensor, *, inplace: bool = False) -> tuple[Tensor, Tensor]:
+    """ReLU, and where its input is 0.
+
+    Args:
+        x: Input, any shape, float32 or float64, dense in memory (contiguous in some order of its dimensions).
+        inplace: Write the result over it.
+
+    Returns:
+        ``torch.relu(x)``, bit for bit, and the ties, eight to a byte in the order of the memory, of shape
+        ``(ceil(numel / 8),)``.
+    """
+    y = x if inplace else torch.empty_like(x)
+    bits = torch.empty(-(-x.numel() // 8), dtype=torch.uint8, device=x.device)
+    _run("relu_forward", x.dtype, x, y, bits, x.numel())
+    return y, bits
+
+
+def relu_backward(g: Tensor, y: Tensor, bits: Tensor, alpha: float, *, constant: bool = False) -> Tensor:
+    """The gradient of ReLU with the derivative ``alpha`` at 0.
+
+    Args:
+        g: Incoming gradient, of ``y``'s shape and dtype.
+        y: The output of :func:`relu_forward`.
+        bits: The ties from there.
+        alpha: ReLU'(0).
+        constant: Write ``alpha`` itself at ties, the published rule.
+
+    Returns:
+        The gradient with respect to the input.
+    """
+    gradient = torch.empty_like(y)
+    _run("relu_backward", y.dtype, laid_out_as(g, y), y, bits, gradient, y.numel(), alpha, constant)
+    return gradient
+
+
+def pool_forward(x: Tensor, geometry: Sequence[tuple[int, int]], size: tuple[int, int]) -> tuple[Tensor, Tensor, bool]:
+    """2-d max pooling, and which entries of each window reach its maximum.
+
+    Args:
+        x: Input of shape (N, C, H, W), float32 or float64, contiguous or channels_last.
+        geometry: Kernel, stride, padding and dilation; at most 16 positions in a window.
+        size: The output's height and width.
+
+    Returns:
+        The stock output; int16 masks of its shape: bit q is set where the window's q-th entry, in row-major order,
+        reaches the maximum, and where that is NaN, the entry that PyTorch picks alone; and whether a window is tied.
+    """
+    y = torch.empty((*x.shape[:2], *size), dtype=x.dtype, device=x.device, memory_format=image_layout(x))
+    mask = torch.empty_like(y, dtype=torch.int16)
+    return y, mask, bool(_run("pool_forward", x.dtype, x, y, mask, _numbers(x, y, geometry)))
+
+
+def pool_backward(
+    g: Tensor,
+    mask: Tensor,
+    geometry: Sequence[tuple[int, int]],
+    size: tuple[int, int],
+    weights: tuple[float, float, float, float],
+) -> Tensor:
+    """The gradient of 2-d max pooling.
+
+    Args:
+        g: Incoming gradient, of the output's shape.
+        mask: The masks of :func:`pool_forward`.
+        geometry: As there.
+        size: The input's height and width.
+        weights: ``(share, whole, each, last)`` of :meth:`~nslightning.ops.selection.Selection.pool_weights`.
+
+    Returns:
+        The gradient with respect to the input.
+    """
+    share, whole, each, last = weights
+    disjoint = all(s > d * (k - 1) for k, s, _, d in zip(*geometry, strict=True))
+    # As the composition sums up: what the target receives beside its share, apart from the shares.
+    apart = not disjoint and whole != 0 and (share, each) != (0, 0)
+    gradient = torch.empty((*mask.shape[:2], *size), dtype=g.dtype, device=g.device, memory_format=image_layout(mask))
+    coefficients = pool_coefficients(share, whole, each, g.dtype, apart=apart)
+    numbers = _numbers(gradient, mask, geometry)
+    _run("pool_backward", g.dtype, laid_out_as(g, mask), mask, coefficients, gradient, numbers, bool(last), apart)
+    return gradient
+
+
+def _numbers(x: Tensor, y: Tensor, geometry: Sequence[tuple[int, int]]) -> ctypes.Array[ctypes.c_int64]:
+    """A ``Geometry`` of cpu_kernels.cpp."""
+    numbers = (*x.shape, *y.shape[2:], *sum(geometry, ()), image_layout(x) == torch.channels_last)
+    return (ctypes.c_int64 * len(numbers))(*numbers)

@@ -1,0 +1,143 @@
+"""The compiled CPU kernels: against naive references, and bit for bit against the composition they stand for."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_checks import GEOMETRIES, LAYOUTS, WEIGHTS, both_ways, check_max_pool, check_relu
+
+from nslightning import Jacobians, ops
+from nslightning.ops import cpu_kernels, fused
+from nslightning.ops.max_pool import pool, regular
+from nslightning.ops.pointwise import pointwise
+from nslightning.ops.selection import Selection
+
+pytestmark = pytest.mark.skipif(
+    not cpu_kernels.available(), reason="there was no C++ compiler when the package was installed"
+)
+layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels_last"])
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+
+
+@layouts
+@dtypes
+@pytest.mark.parametrize("constant", [False, True], ids=["exact", "published"])
+def test_relu(dtype, layout, constant):
+    check_relu(cpu_kernels, dtype, layout, constant)
+
+
+@layouts
+@dtypes
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
+def test_max_pool(geometry, weights, layout, dtype):
+    check_max_pool(cpu_kernels, geometry, weights, layout, dtype)
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 1023, 1024, 1025, 300_001])
+def test_relu_of_any_size_on_any_number_of_threads(size):
+    x = torch.randint(-1, 2, (size,), generator=torch.Generator().manual_seed(size)).double()
+    g = torch.randn(size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    before = torch.get_num_threads()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        try:
+            y, bits = cpu_kernels.relu_forward(x)
+            assert torch.equal(y, torch.relu(x))
+            found = cpu_kernels.relu_backward(g, y, bits, 0.1)
+            assert torch.equal(found, torch.where(x == 0, 0.1 * g, torch.where(x < 0, 0.0, g)))
+            for position in {0, size // 2, size - 1} if size else ():  # wherever the only one is
+                lonely = torch.ones_like(x)
+                assert not cpu_kernels.any_zero(lonely)
+                lonely[position] = -0.0
+                assert cpu_kernels.any_zero(lonely)
+        finally:
+            torch.set_num_threads(before)
+
+
+def test_signs_of_zeros_and_payloads_of_nans_are_stock():
+    x = torch.tensor([-0.0, 0.0, float("nan"), -1.0, 1e-45, -1e-45] * 30)
+    x.view(torch.int32)[2] += 5
+    y, _ = cpu_kernels.relu_forward(x)
+    assert torch.equal(y.view(torch.int32), torch.relu(x).view(torch.int32))
+
+
+def test_whether_a_window_is_tied():
+    geometry = ((2, 2), (2, 2), (0, 0), (1, 1))
+    x = torch.arange(16.0).view(1, 1, 4, 4)
+    assert cpu_kernels.pool_forward(x, geometry, (2, 2))[2] is False
+    x[0, 0, 2, 2:] = 15.0
+    assert cpu_kernels.pool_forward(x, geometry, (2, 2))[2] is True
+
+
+@layouts
+@pytest.mark.parametrize(
+    "choice", [{}, {"relu": 0.3}, {"relu": -2.0, "rule": "published"}, {"relu": "random"}], ids=str
+)
+@dtypes
+def test_relu_is_the_composition(choice, layout, dtype, monkeypatch):
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randint(-1, 2, (2, 3, 5, 7), generator=generator).to(dtype).contiguous(memory_format=layout)
+    g = torch.randn(x.shape, generator=generator, dtype=dtype)
+    found = both_ways(lambda x: pointwise("relu", x, Selection(Jacobians(**choice))), x, g, monkeypatch, cpu_kernels)
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+@layouts
+@pytest.mark.parametrize("jacobian", ["native", "minimal", "last", "sum", 10.0, 0.3, "random"])
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_max_pool_is_the_composition(jacobian, layout, data):
+    kernel = data.draw(st.sampled_from([(2, 2), (3, 3), (3, 2), (1, 4), (3, 4)]), label="kernel")
+    stride = data.draw(st.tuples(*[st.integers(1, 4)] * 2), label="stride")
+    padding = tuple(data.draw(st.integers(0, k // 2)) for k in kernel)
+    dilation = data.draw(st.sampled_from([(1, 1), (2, 1)]), label="dilation") if padding == (0, 0) else (1, 1)
+    shape = (2, 3, data.draw(st.integers(5, 11)), data.draw(st.integers(5, 11)))
+    geometry = regular(2, kernel, stride, padding, dilation, data.draw(st.booleans(), label="ceil_mode"))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    x = torch.randint(0, data.draw(st.integers(1, 4)), shape, generator=generator).to(dtype)
+    x = x.contiguous(memory_format=layout)
+    g = torch.randn(geometry.forward(x)[0].shape, generator=generator, dtype=dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        found = both_ways(
+            lambda x: pool(x, Selection(Jacobians(max_pool=jacobian)), geometry), x, g, patch, cpu_kernels
+        )
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_what_the_kernels_do_not_take_is_composed():
+    x = torch.zeros(2, 3, 4, 4)
+    assert fused.fits(x)
+    assert not fused.fits(x.half())
+    assert not fused.fits(x[:, :, ::2])  # not dense
+    assert not fused.fits(torch.zeros(2, device="meta"))
+    five = regular(2, 5, 1, 2, 1, False)
+    assert not fused.pool_fits(x, five)  # 25 entries in a window
+    assert fused.pool_fits(x, regular(2, 3, 1, 1, 1, False))
+    with torch._subclasses.FakeTensorMode() as mode:
+        assert not fused.fits(mode.from_tensor(x))
+    batched = torch.autograd.grad(  # is_grads_batched: batches of gradients have no memory of their own
+        ops.relu(x.requires_grad_(), 0.5), x, torch.ones(5, *x.shape), is_grads_batched=True
+    )[0]
+    assert torch.equal(batched, torch.full((5, *x.shape), 0.5))
+
+
+def test_the_source_compiles_without_a_warning(repo_root, tmp_path):
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    library = tmp_path / "kernels.so"
+    source = repo_root / "nslightning" / "ops" / "cpu_kernels.cpp"
+    flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+    done = subprocess.run([compiler, *flags, str(source), "-o", str(library)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert ctypes.c_int64.in_dll(ctypes.CDLL(str(library)), "version").value == cpu_kernels._VERSION
