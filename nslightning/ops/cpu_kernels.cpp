@@ -42,7 +42,6 @@ using std::uint8_t;
 
 constexpr int64_t BLOCK = 1024;        // entries of ReLU at a time, in the first-level cache
 constexpr int64_t GRAIN = 1 << 15;     // entries below which a thread is not worth its start, as in PyTorch
-constexpr int64_t PARTS = 8;           // of the work, per thread
 constexpr int64_t ANY = -1;            // a stride not known when this is compiled
 constexpr int COUNTS = 17;             // a window's tied entries are 0 to 16
 
@@ -75,17 +74,16 @@ void together(int64_t threads, void (*call)(void*), void* data) {
   for (auto& other : others) other.join();
 }
 
-// Call work(begin, end) on parts of [0, units), over threads that each take the next part when they are free: one that
-// starts late or is held up takes fewer.
+// Call work(begin, end) on one part of [0, units) for each thread. Smaller parts would balance better, but threads that
+// write close to each other wait for each other's new pages.
 template <typename Work>
 void share(int64_t units, int64_t entries, int64_t threads, Work work) {
   threads = std::max<int64_t>(1, std::min({threads, units, entries / GRAIN}));
   if (threads == 1) return work(0, units);
-  const int64_t parts = std::min(units, threads * PARTS);
-  std::atomic<int64_t> next{0};
+  std::atomic<int64_t> next{0};  // with fewer threads than asked for, one takes several parts
   auto take = [&] {
-    for (int64_t part = next++; part < parts; part = next++) {
-      work(units * part / parts, units * (part + 1) / parts);
+    for (int64_t part = next++; part < threads; part = next++) {
+      work(units * part / threads, units * (part + 1) / threads);
     }
   };
   together(threads, [](void* given) { (*static_cast<decltype(take)*>(given))(); }, &take);
