@@ -1,7 +1,9 @@
 """What a figure must say of the machine and of how it was timed."""
 
+import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +28,17 @@ def describe(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "commit": _commit(),
     }
+
+
+def keep_memory() -> None:
+    """Start the program again with an allocator that keeps what is freed.
+
+    Otherwise a large tensor lies in pages that are mapped anew or in recycled ones, by chance and by what ran before;
+    on a CPU mapping costs more than the operations that are timed. glibc's allocator reads these when a program starts.
+    """
+    keep = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+    if sys.platform == "linux" and not keep.items() <= os.environ.items():
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, **keep})
 
 
 def _read(path: str) -> str:

@@ -114,6 +114,39 @@ def test_max_pool_is_the_composition(jacobian, layout, data):
         assert torch.equal(one, other)
 
 
+OPERATIONS = {
+    "relu6": ({"relu6": (0.3, -2.0)}, ()), "published": ({"relu6": (0.3, 1.0), "rule": "published"}, ()),
+    "leaky_relu": ({"leaky_relu": 0.7}, (0.1,)), "hardtanh": ({"hardtanh": (5.0, 0.0)}, (-1.0, 1.0)),
+    "hardswish": ({"hardswish": (1.0, 0.5)}, ()), "abs": ({"abs": 0.25}, ()),
+}  # fmt: skip
+
+
+@layouts
+@dtypes
+@pytest.mark.parametrize(("choice", "parameters"), OPERATIONS.values(), ids=OPERATIONS)
+@pytest.mark.parametrize("spread", [4, 2000])  # of the entries, every second or one in many tied
+def test_marked_ties_are_the_composition(choice, parameters, spread, dtype, layout, monkeypatch):
+    name = next(iter(choice))
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randint(-spread, spread, (5, 8, 50, 31), generator=generator).to(dtype).contiguous(memory_format=layout)
+    g = torch.randn(x.shape, generator=generator, dtype=dtype)
+    g.view(-1)[:2] = torch.tensor([float("inf"), float("nan")])
+
+    def both(x, g):
+        found = []
+        for used in (True, False):
+            monkeypatch.setattr(cpu_kernels, "available", lambda used=used: used)
+            leaf = x.clone().requires_grad_()
+            y = pointwise(name, leaf, Selection(Jacobians(**choice)), *parameters)
+            found += [torch.autograd.grad(y, leaf, g)[0].view({4: torch.int32, 8: torch.int64}[dtype.itemsize])]
+        return found
+
+    assert torch.equal(*both(x, g))
+    assert torch.equal(*both(x[:1, :1, :3, :2], g[:1, :1, :3, :2]))  # a fraction of a block
+    assert torch.equal(*both(x[:, :, ::2], g[:, :, ::2]))  # not dense
+    assert torch.equal(*both(x, g[0, 0, 0, 5].expand(x.shape)))
+
+
 def test_what_the_kernels_do_not_take_is_composed():
     x = torch.zeros(2, 3, 4, 4)
     assert fused.fits(x)

@@ -1,4 +1,5 @@
-// ReLU and 2-d max pooling with a chosen derivative at ties: one pass over the memory each way.
+// ReLU and 2-d max pooling with a chosen derivative at ties, in one pass over the memory each way; and for all other
+// pointwise operations, where the ties are, and what they receive.
 //
 // Plain C functions on raw memory, called by cpu_kernels.py: neither Python's nor PyTorch's headers are needed, so one
 // build serves every version of both. They compute what triton_kernels.py computes on CUDA devices, and keep the same
@@ -143,6 +144,47 @@ void relu_backward_blocks(const T* g, const T* y, const uint8_t* bits, T* gradie
     for (int64_t i = 0; i < size; ++i) {
       const T through = incoming[i], chosen = constant ? alpha : through * alpha, below = tied[i] ? chosen : T(0);
       into[i] = output[i] <= 0 ? below : through;
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------- ties of any pointwise operation
+
+// Of blocks of `size` entries: which are equal to `position`, as in tie_bits.py: bit k of byte j is entry k * size / 8 + j
+// of its block. A block without any is told in `met`, and its bits are left alone.
+template <typename T>
+void mark_blocks(const T* x, int64_t n, int64_t size, T position, uint8_t* bits, bool* met, int64_t first,
+                 int64_t last) {
+  const int64_t row = size / 8;
+  for (int64_t block = first; block < last; ++block) {
+    const int64_t start = block * size, end = std::min(n, start + size);
+    Bits<T> any = 0;
+    for (int64_t i = start; i < end; ++i) any |= x[i] == position;
+    met[block] = any;
+    if (!any) continue;
+    uint8_t* into = bits + block * row;
+    std::fill(into, into + row, 0);
+    for (int k = 0; k < 8; ++k) {
+      const int64_t begin = start + k * row, entries = std::min(row, end - begin);
+      for (int64_t j = 0; j < entries; ++j) into[j] |= static_cast<uint8_t>(x[begin + j] == position) << k;
+    }
+  }
+}
+
+// What tied entries receive, written over their gradient, in the blocks numbers[first], ..., numbers[last - 1].
+template <typename T>
+void overwrite_blocks(T* gradient, const T* g, const int64_t* numbers, const uint8_t* bits, int64_t n, int64_t size,
+                      T alpha, bool constant, int64_t first, int64_t last) {
+  const int64_t row = size / 8;
+  for (int64_t block = first; block < last; ++block) {
+    const int64_t start = numbers[block] * size, end = std::min(n, start + size);
+    for (int k = 0; k < 8; ++k) {
+      const int64_t begin = start + k * row, entries = std::min(row, end - begin);
+      const uint8_t* tied = bits + block * row;
+      for (int64_t j = 0; j < entries; ++j) {
+        const T chosen = constant ? alpha : g[begin + j] * alpha;
+        gradient[begin + j] = select((tied[j] >> k) & 1, chosen, gradient[begin + j]);
+      }
     }
   }
 }
@@ -298,7 +340,8 @@ struct Shares {
     rest.resize(n), target.resize(n), which.resize(n);
     for (int64_t i = 0; i < n; ++i) {
       const int count = ones(masks[i]);
-      rest[i] = weights.rest[count] == 0 ? T(0) : g[i] * weights.rest[count];  // an infinite gradient times 0 is NaN
+      const T part = weights.rest[count];
+      rest[i] = select(part == 0, T(0), g[i] * part);  // an infinite gradient times 0 is NaN
       target[i] = g[i] * weights.target[count];
       uint16_t m = masks[i];
       if (weights.last) {
@@ -423,6 +466,14 @@ void pool_backward_rows(const T* g, const uint16_t* masks, const Weights<T>& wei
                                 bool constant, int64_t begin, int64_t end) {                                      \
     relu_backward_blocks(g, y, bits, gradient, n, alpha, constant, begin, end);                                   \
   }                                                                                                               \
+  VECTORISED void mark(const T* x, int64_t n, int64_t size, T position, uint8_t* bits, bool* met, int64_t begin,  \
+                       int64_t end) {                                                                             \
+    mark_blocks(x, n, size, position, bits, met, begin, end);                                                     \
+  }                                                                                                               \
+  VECTORISED void overwrite(T* gradient, const T* g, const int64_t* numbers, const uint8_t* bits, int64_t n,      \
+                            int64_t size, T alpha, bool constant, int64_t begin, int64_t end) {                   \
+    overwrite_blocks(gradient, g, numbers, bits, n, size, alpha, constant, begin, end);                           \
+  }                                                                                                               \
   VECTORISED bool pool_forward(const T* x, T* y, uint16_t* masks, const Geometry& at, int64_t begin,              \
                                int64_t end) {                                                                     \
     return pool_forward_rows(x, y, masks, at, begin, end);                                                        \
@@ -462,6 +513,21 @@ void relu_backward_all(const T* g, const T* y, const uint8_t* bits, T* gradient,
 }
 
 template <typename T>
+void mark_all(const T* x, int64_t n, int64_t size, double position, uint8_t* bits, bool* met, int64_t threads) {
+  share((n + size - 1) / size, n, threads, [=](int64_t begin, int64_t end) {
+    mark(x, n, size, static_cast<T>(position), bits, met, begin, end);
+  });
+}
+
+template <typename T>
+void overwrite_all(T* gradient, const T* g, const int64_t* numbers, const uint8_t* bits, int64_t blocks, int64_t n,
+                   int64_t size, double alpha, bool constant, int64_t threads) {
+  share(blocks, blocks * size, threads, [=](int64_t begin, int64_t end) {
+    overwrite(gradient, g, numbers, bits, n, size, static_cast<T>(alpha), constant, begin, end);
+  });
+}
+
+template <typename T>
 bool pool_forward_all(const T* x, T* y, uint16_t* masks, const Geometry& at, int64_t threads) {
   std::atomic<bool> tied{false};
   const int64_t planes = at.images * (at.last ? 1 : at.channels);
@@ -485,7 +551,7 @@ void pool_backward_all(const T* g, const uint16_t* masks, const Weights<T>& weig
 }  // namespace
 
 // Of the arguments below, as in cpu_kernels.py.
-EXPORT const int64_t version = 1;
+EXPORT const int64_t version = 2;
 
 // The names end in the bytes of an entry: 4 is float, 8 double.
 #define ENTRIES(T, BYTES)                                                                                            \
@@ -496,6 +562,15 @@ EXPORT const int64_t version = 1;
   EXPORT void relu_backward_##BYTES(const T* g, const T* y, const uint8_t* bits, T* gradient, int64_t n,             \
                                     double alpha, bool constant, int64_t threads) {                                  \
     relu_backward_all(g, y, bits, gradient, n, alpha, constant, threads);                                            \
+  }                                                                                                                  \
+  EXPORT void mark_##BYTES(const T* x, int64_t n, int64_t size, double position, uint8_t* bits, bool* met,           \
+                           int64_t threads) {                                                                        \
+    mark_all(x, n, size, position, bits, met, threads);                                                              \
+  }                                                                                                                  \
+  EXPORT void overwrite_##BYTES(T* gradient, const T* g, const int64_t* numbers, const uint8_t* bits,                \
+                                int64_t blocks, int64_t n, int64_t size, double alpha, bool constant,                \
+                                int64_t threads) {                                                                   \
+    overwrite_all(gradient, g, numbers, bits, blocks, n, size, alpha, constant, threads);                            \
   }                                                                                                                  \
   EXPORT bool pool_forward_##BYTES(const T* x, T* y, uint16_t* masks, const Geometry* at, int64_t threads) {         \
     return pool_forward_all(x, y, masks, *at, threads);                                                              \

@@ -18,10 +18,20 @@ from torch import Tensor
 from nslightning.ops.layouts import image_layout, laid_out_as
 from nslightning.ops.selection import pool_coefficients
 
-__all__ = ["DTYPES", "any_zero", "available", "pool_backward", "pool_forward", "relu_backward", "relu_forward"]
+__all__ = [
+    "DTYPES",
+    "any_zero",
+    "available",
+    "mark",
+    "overwrite",
+    "pool_backward",
+    "pool_forward",
+    "relu_backward",
+    "relu_forward",
+]
 
 DTYPES = (torch.float32, torch.float64)
-_VERSION = 1  # of the functions' arguments, as in cpu_kernels.cpp
+_VERSION = 2  # of the functions' arguments, as in cpu_kernels.cpp
 
 
 def available() -> bool:
@@ -42,6 +52,8 @@ def _library() -> ctypes.CDLL | None:
         ("any_zero", ctypes.c_bool, [memory, number, number]),
         ("relu_forward", None, [memory, memory, memory, number, number]),
         ("relu_backward", None, [*[memory] * 4, number, ctypes.c_double, ctypes.c_bool, number]),
+        ("mark", None, [memory, number, number, ctypes.c_double, memory, memory, number]),
+        ("overwrite", None, [*[memory] * 4, *[number] * 3, ctypes.c_double, ctypes.c_bool, number]),
         ("pool_forward", ctypes.c_bool, [*[memory] * 4, number]),
         ("pool_backward", None, [*[memory] * 5, ctypes.c_bool, ctypes.c_bool, number]),
     ):
@@ -103,6 +115,40 @@ def relu_backward(g: Tensor, y: Tensor, bits: Tensor, alpha: float, *, constant:
     gradient = torch.empty_like(y)
     _run("relu_backward", y.dtype, laid_out_as(g, y), y, bits, gradient, y.numel(), alpha, constant)
     return gradient
+
+
+def mark(x: Tensor, position: float, size: int) -> tuple[Tensor, Tensor]:
+    """Where a tensor is equal to a number.
+
+    Args:
+        x: Shape (n,), contiguous, float32 or float64.
+        position: The number.
+        size: The entries of a block, a multiple of 8.
+
+    Returns:
+        The numbers of the blocks that have any and their bits, as in :class:`~nslightning.ops.tie_bits.TieBits`.
+    """
+    blocks = -(-x.numel() // size)
+    bits = torch.empty((blocks, size // 8), dtype=torch.uint8, device=x.device)
+    met = torch.empty(blocks, dtype=torch.bool, device=x.device)
+    _run("mark", x.dtype, x, x.numel(), size, position, bits, met)
+    numbers = met.nonzero().squeeze(1)
+    return numbers, bits if len(numbers) == blocks else bits[numbers]
+
+
+def overwrite(gradient: Tensor, g: Tensor, ties: tuple[Tensor, Tensor], derivative: float, *, constant: bool) -> None:
+    """Write what tied entries receive over their gradient.
+
+    Args:
+        gradient: Shape (n,), contiguous, float32 or float64.
+        g: Incoming gradient, likewise.
+        ties: What :func:`mark` found.
+        derivative: The derivative at the ties.
+        constant: Write it itself, not its product with ``g``.
+    """
+    numbers, bits = ties
+    sizes = len(numbers), g.numel(), 8 * bits.shape[1]
+    _run("overwrite", g.dtype, gradient, g, numbers, bits, *sizes, derivative, constant)
 
 
 def pool_forward(x: Tensor, geometry: Sequence[tuple[int, int]], size: tuple[int, int]) -> tuple[Tensor, Tensor, bool]:

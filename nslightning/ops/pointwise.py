@@ -334,7 +334,9 @@ def _vjp(
         if order is None:
             gradient = torch.where(ties[i], value(g, ties[i]), gradient)
         else:
-            gradient = overwrite(gradient, g, TieBits(*ties[2 * i : 2 * i + 2]), order, value)
+            number = None if isinstance(derivative, str) else derivative
+            bits = TieBits(*ties[2 * i : 2 * i + 2])
+            gradient = overwrite(gradient, g, bits, order, value, number, constant=constant)
     return (gradient, *others)
 
 

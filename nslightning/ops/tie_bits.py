@@ -14,11 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nslightning.ops import cpu_kernels
 from nslightning.ops.selection import data_dependent
 
 __all__ = ["TieBits", "find_ties", "overwrite"]
 
 _BLOCK = 1 << 16  # entries a thread takes at a time; with a few temporaries, they fit its cache
+_COMPILED_BLOCK = 1 << 13  # and where the loops are compiled, which are split over the threads by blocks
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _WEIGHTS = {
     dtype: torch.tensor([[1], [2], [4], [8], [16], [32], [64], [128]], dtype=dtype, device="cpu")
@@ -56,6 +58,10 @@ def find_ties(x: Tensor, positions: Sequence[float], order: tuple[int, ...]) -> 
         tensor([[6]], dtype=torch.uint8)
     """
     flat = x.permute(order).reshape(-1)
+    if cpu_kernels.available() and x.dtype in cpu_kernels.DTYPES:
+        size = min(_COMPILED_BLOCK, max(1, -(-flat.numel() // 8)) * 8)
+        ties = [TieBits(*cpu_kernels.mark(flat.contiguous(), float(position), size)) for position in positions]
+        return ties if any(len(blocks) for blocks, _ in ties) else None
     size = min(_BLOCK * max(2, torch.get_num_threads()), max(1, -(-flat.numel() // 8)) * 8)
     marks = flat.new_empty(size)
     found: list[tuple[list[int], list[Tensor]]] = [([], []) for _ in positions]
@@ -77,7 +83,14 @@ def find_ties(x: Tensor, positions: Sequence[float], order: tuple[int, ...]) -> 
 
 
 def overwrite(
-    gradient: Tensor, g: Tensor, ties: TieBits, order: tuple[int, ...], value: Callable[[Tensor, Tensor], Tensor]
+    gradient: Tensor,
+    g: Tensor,
+    ties: TieBits,
+    order: tuple[int, ...],
+    value: Callable[[Tensor, Tensor], Tensor],
+    derivative: float | None = None,
+    *,
+    constant: bool = False,
 ) -> Tensor:
     """Write new values over a gradient's tied entries and leave the bits of all others alone.
 
@@ -91,6 +104,8 @@ def overwrite(
         order: The order in which these were found.
         value: Takes a block of ``g`` and the block's ties (not 0 where there is one); returns a new tensor, the
             block's values if all its entries were tied.
+        derivative: With which ``value`` multiplies the incoming gradient, where it is one number.
+        constant: It does not multiply, but returns the derivative.
 
     Returns:
         The gradient.
@@ -101,6 +116,10 @@ def overwrite(
         mask = _mask(ties, g.numel()).view(g.shape)
         return torch.where(mask, value(g, mask), gradient.permute(order)).permute(inverse)
     ordered = gradient.permute(order).contiguous()
+    if derivative is not None and cpu_kernels.available() and g.dtype in cpu_kernels.DTYPES:
+        flat = g.permute(order).reshape(-1).contiguous()
+        cpu_kernels.overwrite(ordered.view(-1), flat, ties, derivative, constant=constant)
+        return ordered.permute(inverse)
     size, integer = 8 * ties.bits.shape[1], _INTEGERS[g.element_size()]
     blocks, blocks_g = ordered.view(-1).split(size), g.permute(order).reshape(-1).split(size)
     for number, bits in zip(ties.blocks.tolist(), ties.bits, strict=True):
