@@ -319,6 +319,7 @@ template <typename T>
 struct Weights {
   const T *rest, *target;
   bool last, apart;  // whether the target is the last tied entry, else the first
+  bool vertex;       // whether the target receives all
 };
 
 // What the entries of one row of windows receive; where none is tied, the row itself says it.
@@ -337,12 +338,8 @@ struct Shares {
     for (int64_t i = 0; i < n; ++i) several |= masks[i] & (masks[i] - 1);
     tied = several != 0;
     if (!tied) return;
-    rest.resize(n), target.resize(n), which.resize(n);
+    which.resize(n);
     for (int64_t i = 0; i < n; ++i) {
-      const int count = ones(masks[i]);
-      const T part = weights.rest[count];
-      rest[i] = select(part == 0, T(0), g[i] * part);  // an infinite gradient times 0 is NaN
-      target[i] = g[i] * weights.target[count];
       uint16_t m = masks[i];
       if (weights.last) {
         m |= m >> 1, m |= m >> 2, m |= m >> 4, m |= m >> 8;
@@ -350,6 +347,16 @@ struct Shares {
       } else {
         which[i] = m & -m;
       }
+    }
+    if (weights.vertex) {  // as if the target were the only one
+      masks = which.data(), tied = false;
+      return;
+    }
+    rest.resize(n), target.resize(n);
+    for (int64_t i = 0; i < n; ++i) {
+      const int count = ones(masks[i]);
+      rest[i] = g[i] * weights.rest[count];
+      target[i] = g[i] * weights.target[count];
     }
   }
 
@@ -363,7 +370,18 @@ struct Shares {
     }
   }
 
-  // The same in two sums.
+  // Write entries 2 c and 2 c + 1, at two places next to each other, of windows c = 0, ..., n - 1 that share none.
+  void write_pairs(uint16_t bit, int64_t n, T* into) const {
+    const T *others = tied ? rest.data() : g, *one = tied ? target.data() : g;
+    const uint16_t *all = masks, *at = tied ? which.data() : masks;
+    for (int64_t c = 0; c < n; ++c) {
+      const T left = select(all[c] & bit, others[c], T(0)), right = select(all[c] & (bit << 1), others[c], T(0));
+      into[2 * c] = select(at[c] & bit, one[c], left);
+      into[2 * c + 1] = select(at[c] & (bit << 1), one[c], right);
+    }
+  }
+
+  // The same as `give` in two sums.
   void give(uint16_t bit, int64_t first, int64_t n, T* into, T* more) const {
     if (!tied) return add(bit, masks + first, g + first, n, into);
     add(bit, which.data() + first, target.data() + first, n, into);
@@ -399,6 +417,8 @@ void pool_backward_rows(const T* g, const uint16_t* masks, const Weights<T>& wei
   const int64_t inner = at.last ? at.channels : 1, line = at.columns * inner, stride = at.stride[1];
   const int64_t reach = (at.kernel[0] - 1) * at.dilation[0];
   std::vector<Shares<T>> ring(reach / at.stride[0] + 1);  // of the rows of windows that an entry may lie in
+  const bool pairs = !at.last && at.kernel[1] == 2 && stride == 2 && at.dilation[1] == 1 && at.padding[1] == 0 &&
+                     2 * at.columns <= at.width && ring.size() == 1;
   // One row of windows gives to every stride-th entry of a row. So that these lie side by side, each such phase is summed
   // up by itself; where the channels come last, they lie side by side already.
   const int64_t length = std::max(at.columns, (at.width + 2 * at.padding[1]) / stride + 1) +
@@ -415,8 +435,17 @@ void pool_backward_rows(const T* g, const uint16_t* masks, const Weights<T>& wei
     const int64_t first = from > 0 ? (from + at.stride[0] - 1) / at.stride[0] : 0;
     const int64_t final = std::min(at.rows - 1, (h + at.padding[0]) / at.stride[0]);
     T* out = gradient + number * at.width * inner;
-    T* into = at.last ? out : sums.data();
-    std::fill(into, into + size, T(0));
+    T* into = at.last || pairs ? out : sums.data();
+    if (pairs && first == final && (h + at.padding[0] - first * at.stride[0]) % at.dilation[0] == 0) {
+      const int64_t start = (plane * at.rows + first) * line;
+      if (ring[0].row != first) ring[0].form(first, g + start, masks + start, line, weights);
+      const int64_t i = (h + at.padding[0] - first * at.stride[0]) / at.dilation[0];
+      ring[0].write_pairs(1 << 2 * i, at.columns, out);
+      std::fill(out + 2 * at.columns, out + at.width, T(0));
+      continue;
+    }
+    std::fill(into, into + (pairs ? at.width : size), T(0));
+    if (pairs) continue;  // no window lies over this row
     bool tied = false;
     for (int64_t row = first; row <= final; ++row) {
       const int64_t below = h + at.padding[0] - row * at.stride[0], i = below / at.dilation[0];
@@ -551,7 +580,7 @@ void pool_backward_all(const T* g, const uint16_t* masks, const Weights<T>& weig
 }  // namespace
 
 // Of the arguments below, as in cpu_kernels.py.
-EXPORT const int64_t version = 2;
+EXPORT const int64_t version = 3;
 
 // The names end in the bytes of an entry: 4 is float, 8 double.
 #define ENTRIES(T, BYTES)                                                                                            \
@@ -576,8 +605,8 @@ EXPORT const int64_t version = 2;
     return pool_forward_all(x, y, masks, *at, threads);                                                              \
   }                                                                                                                  \
   EXPORT void pool_backward_##BYTES(const T* g, const uint16_t* masks, const T* weights, T* gradient,                \
-                                    const Geometry* at, bool last, bool apart, int64_t threads) {                    \
-    pool_backward_all(g, masks, Weights<T>{weights, weights + COUNTS, last, apart}, gradient, *at, threads);         \
+                                    const Geometry* at, bool last, bool apart, bool vertex, int64_t threads) {       \
+    pool_backward_all(g, masks, Weights<T>{weights, weights + COUNTS, last, apart, vertex}, gradient, *at, threads); \
   }
 
 ENTRIES(float, 4)

@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 DTYPES = (torch.float32, torch.float64)
-_VERSION = 2  # of the functions' arguments, as in cpu_kernels.cpp
+_VERSION = 3  # of the functions' arguments, as in cpu_kernels.cpp
 
 
 def available() -> bool:
@@ -55,7 +55,7 @@ def _library() -> ctypes.CDLL | None:
         ("mark", None, [memory, number, number, ctypes.c_double, memory, memory, number]),
         ("overwrite", None, [*[memory] * 4, *[number] * 3, ctypes.c_double, ctypes.c_bool, number]),
         ("pool_forward", ctypes.c_bool, [*[memory] * 4, number]),
-        ("pool_backward", None, [*[memory] * 5, ctypes.c_bool, ctypes.c_bool, number]),
+        ("pool_backward", None, [*[memory] * 5, *[ctypes.c_bool] * 3, number]),
     ):
         for size in (4, 8):
             function = getattr(library, f"{name}_{size}")
@@ -190,11 +190,13 @@ def pool_backward(
     share, whole, each, last = weights
     disjoint = all(s > d * (k - 1) for k, s, _, d in zip(*geometry, strict=True))
     # As the composition sums up: what the target receives beside its share, apart from the shares.
-    apart = not disjoint and whole != 0 and (share, each) != (0, 0)
+    vertex = (share, whole, each) == (0, 1, 0)
+    apart = not (disjoint or vertex or whole == 0)
     gradient = torch.empty((*mask.shape[:2], *size), dtype=g.dtype, device=g.device, memory_format=image_layout(mask))
     coefficients = pool_coefficients(share, whole, each, g.dtype, apart=apart)
     numbers = _numbers(gradient, mask, geometry)
-    _run("pool_backward", g.dtype, laid_out_as(g, mask), mask, coefficients, gradient, numbers, bool(last), apart)
+    how = bool(last), apart, vertex
+    _run("pool_backward", g.dtype, laid_out_as(g, mask), mask, coefficients, gradient, numbers, *how)
     return gradient
 
 
