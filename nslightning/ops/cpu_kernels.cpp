@@ -376,8 +376,8 @@ struct Shares {
     const uint16_t *all = masks, *at = tied ? which.data() : masks;
     for (int64_t c = 0; c < n; ++c) {
       const T left = select(all[c] & bit, others[c], T(0)), right = select(all[c] & (bit << 1), others[c], T(0));
-      into[2 * c] = select(at[c] & bit, one[c], left);
-      into[2 * c + 1] = select(at[c] & (bit << 1), one[c], right);
+      into[2 * c] = T(0) + select(at[c] & bit, one[c], left);  // a sum as elsewhere: 0 + -0.0 is 0
+      into[2 * c + 1] = T(0) + select(at[c] & (bit << 1), one[c], right);
     }
   }
 
@@ -435,17 +435,20 @@ void pool_backward_rows(const T* g, const uint16_t* masks, const Weights<T>& wei
     const int64_t first = from > 0 ? (from + at.stride[0] - 1) / at.stride[0] : 0;
     const int64_t final = std::min(at.rows - 1, (h + at.padding[0]) / at.stride[0]);
     T* out = gradient + number * at.width * inner;
-    T* into = at.last || pairs ? out : sums.data();
-    if (pairs && first == final && (h + at.padding[0] - first * at.stride[0]) % at.dilation[0] == 0) {
+    if (pairs) {
+      const int64_t below = h + at.padding[0] - first * at.stride[0];
+      if (first > final || below % at.dilation[0]) {  // no window lies over this row
+        std::fill(out, out + at.width, T(0));
+        continue;
+      }
       const int64_t start = (plane * at.rows + first) * line;
       if (ring[0].row != first) ring[0].form(first, g + start, masks + start, line, weights);
-      const int64_t i = (h + at.padding[0] - first * at.stride[0]) / at.dilation[0];
-      ring[0].write_pairs(1 << 2 * i, at.columns, out);
+      ring[0].write_pairs(1 << 2 * (below / at.dilation[0]), at.columns, out);
       std::fill(out + 2 * at.columns, out + at.width, T(0));
       continue;
     }
-    std::fill(into, into + (pairs ? at.width : size), T(0));
-    if (pairs) continue;  // no window lies over this row
+    T* into = at.last ? out : sums.data();
+    std::fill(into, into + size, T(0));
     bool tied = false;
     for (int64_t row = first; row <= final; ++row) {
       const int64_t below = h + at.padding[0] - row * at.stride[0], i = below / at.dilation[0];
