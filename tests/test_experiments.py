@@ -72,7 +72,7 @@ def test_images_in_their_order_and_not_normalised():
 
 
 def test_an_unknown_data_set_is_named():
-    with pytest.raises(ValueError, match=r"data='MINST' is no data set; there are .*MNIST"):
+    with pytest.raises(ValueError, match=r"data='MINST' is no data set; did you mean 'MNIST'\? There are: .*SVHN"):
         load("MINST", (), CPU)
 
 
