@@ -21,7 +21,8 @@ from benchmarks.memory import kept
 from benchmarks.naive import naive_beta_pool, naive_relu
 from nslightning import ops
 
-SHAPES = {"small": [(128, 64, 32, 32)], "full": [(128, 64, 32, 32), (64, 256, 56, 56), (256, 64, 112, 112)]}
+_SHAPES = [(128, 64, 32, 32), (64, 256, 56, 56), (256, 64, 112, 112)]
+SHAPES = {"small": _SHAPES[:1], "medium": _SHAPES[:2], "full": _SHAPES}
 
 
 def step(f: Callable[[Tensor], Tensor], x: Tensor, g: Tensor) -> Callable[[], None]:
