@@ -265,6 +265,22 @@ def test_recorders_are_removed_after_an_exception():
     assert all(s.recorder is None for s in selections(model).values())
 
 
+def test_a_choice_that_says_the_same_in_other_words_hides_no_other():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(18, 1))
+    with torch.no_grad():
+        model[0].weight[0] = 0  # its windows tie over different images
+    minimal = Jacobians(max_pool="minimal")
+    patch(model, minimal)
+    loss = model(torch.randn(3, 1, 8, 8)).square().sum()
+    choices = {"one": Jacobians(max_pool=1.0), "native": Jacobians(), "nearly": Jacobians(max_pool=1 + 1e-6)}
+    found, wanted = (
+        divergence(loss, model, choices, minimal, method=m, retain_graph=True) for m in ("propagate", "subtract")
+    )
+    assert found["one"].l2 == 0
+    assert found["native"].l2 == pytest.approx(wanted["native"].l2, rel=1e-5)
+    assert found["nearly"].l2 == pytest.approx(1e-6 * found["native"].l2, rel=0.1)
+
+
 def test_a_training_backward_keeps_only_what_differences_go_through():
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(2, 2, 2), nn.Softplus())
     with torch.no_grad():

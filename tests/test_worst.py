@@ -79,7 +79,7 @@ def test_all_corners_of_pooling_windows(kernel):
     assert sum(len(t) > 1 for t in tied) >= 2
     g = torch.arange(1.0, len(tied) + 1, dtype=torch.float64)
     patches = F.unfold(x, 2)[0].T  # the convolution's gradient at each of its outputs
-    gradient = lambda chosen: sum(g[w] * patches[p] for w, p in enumerate(chosen))  # noqa: E731
+    gradient = lambda chosen: sum(g[w] * patches[p] for w, p in enumerate(chosen))  # noqa: E731 # local
     base = gradient([t[0] for t in tied])
     largest = max(float((gradient(chosen) - base).norm()) for chosen in product(*tied))
     patch(model, Jacobians())

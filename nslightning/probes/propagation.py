@@ -40,7 +40,6 @@ class _Met:
     node: Any
     vjp: Callable[[Selection], _Gradients]
     in_use: Jacobians
-    _dead: list[Jacobians] = field(default_factory=list)
 
     def starts(self, choice: Jacobians) -> Starts:
         """The difference that the operation makes by itself, below the ReLUs that it meets first."""
@@ -50,16 +49,11 @@ class _Met:
             if node is not None and a is not None and b is not None:
                 # A pooling's gradient is a large tensor of its own: mapping memory for one more costs most of all.
                 found += _through_gates(GradientEdge(node, output), a.sub_(b) if self.pools else a - b)
-        if not found and self.pools and (choice.max_pool == "minimal" or isinstance(choice.max_pool, float | int)):
-            self._dead.append(replace(choice, max_pool=None))  # what is shared over tied entries dies in a ReLU below
         return found
 
     def ignores(self, choice: Jacobians) -> bool:
-        """Whether a choice is known to make no difference here: it says what the one in use says, or cannot matter."""
-        if replace(choice, max_pool=None) in self._dead:
-            return True
-        own = "max_pool" if self.pools else None
-        field = getattr(self.node, "operation", own)
+        """Whether a choice says of this operation what the one in use says."""
+        field = getattr(self.node, "operation", "max_pool" if self.pools else None)
         if field is None or choice.rule != "exact" or self.in_use.rule != "exact":
             return False
         wanted, in_use = getattr(choice, field), getattr(self.in_use, field)
