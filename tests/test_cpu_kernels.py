@@ -8,6 +8,7 @@ import subprocess
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import GEOMETRIES, LAYOUTS, WEIGHTS, both_ways, check_max_pool, check_relu
@@ -145,6 +146,42 @@ def test_marked_ties_are_the_composition(choice, parameters, spread, dtype, layo
     assert torch.equal(*both(x[:1, :1, :3, :2], g[:1, :1, :3, :2]))  # a fraction of a block
     assert torch.equal(*both(x[:, :, ::2], g[:, :, ::2]))  # not dense
     assert torch.equal(*both(x, g[0, 0, 0, 5].expand(x.shape)))
+
+
+@layouts
+@pytest.mark.parametrize("jacobian", ["minimal", 10.0])
+@pytest.mark.parametrize("geometry", [(2, 2, 0), (3, 2, 1), (3, 1, 1)], ids=str)
+def test_pooling_on_any_number_of_threads(geometry, jacobian, layout):
+    """Parts begin and end within planes and images, and windows lie over several rows."""
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randint(0, 4, (3, 5, 121, 77), generator=generator).float().contiguous(memory_format=layout)
+    g = torch.randn(F.max_pool2d(x, *geometry).shape, generator=generator)
+    found, before = [], torch.get_num_threads()
+    for threads in (1, 3, 4):
+        torch.set_num_threads(threads)
+        try:
+            leaf = x.clone().requires_grad_()
+            y = ops.max_pool2d(leaf, *geometry, jacobian=jacobian)
+            assert "_MaxPool2d" in str(y.grad_fn)
+            found.append((y.detach(), *torch.autograd.grad(y, leaf, g)))
+        finally:
+            torch.set_num_threads(before)
+    assert torch.equal(found[0][0], F.max_pool2d(x, *geometry))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_random_draws_are_those_of_the_composition(monkeypatch):
+    x = torch.randint(-1, 2, (300_001,), generator=torch.Generator().manual_seed(0)).float()  # several blocks
+    found = both_ways(
+        lambda x: pointwise("relu", x, Selection(Jacobians(relu="random"))),
+        x,
+        torch.ones_like(x),
+        monkeypatch,
+        cpu_kernels,
+    )
+    assert torch.equal(found[0][1], found[1][1])
+    assert 0.49 < found[0][1][x == 0].mean() < 0.51
 
 
 def test_what_the_kernels_do_not_take_is_composed():

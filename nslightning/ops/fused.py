@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nslightning.ops.layouts import storage_order
 from nslightning.ops.selection import Selection, concrete
+from nslightning.ops.tie_bits import chosen_value
 from nslightning.ops.windows import AT_ONCE, Regular
 
 __all__ = ["fits", "max_pool2d", "pool_fits", "relu"]
@@ -100,8 +101,6 @@ def _relu_vjp(y: Tensor, bits: Tensor, g: Tensor, selection: Selection) -> Tenso
     if derivative is None or (derivative == 0 and not constant):
         return cast(Tensor, torch.ops.aten.threshold_backward.default(g, y, 0))
     if isinstance(derivative, str) or not _final(g):
-        from nslightning.ops.pointwise import chosen_value
-
         # In the order of the memory, in which random choices are drawn.
         order = storage_order(y)
         back = sorted(range(len(order)), key=order.__getitem__)

@@ -20,9 +20,9 @@ from torch.autograd import forward_ad
 from nslightning.ops import fused
 from nslightning.ops.layouts import storage_order
 from nslightning.ops.selection import Selection, data_dependent, read_now
-from nslightning.ops.tie_bits import TieBits, find_ties, overwrite
+from nslightning.ops.tie_bits import TieBits, chosen_value, find_ties, overwrite
 
-__all__ = ["POINTWISE", "Pointwise", "chosen_value", "pointwise"]
+__all__ = ["POINTWISE", "Pointwise", "pointwise"]
 
 aten = torch.ops.aten
 
@@ -330,41 +330,12 @@ def _vjp(
     for i, ((_, reference), derivative) in enumerate(zip(kinks, selection.at_kinks(op.name), strict=True)):
         if derivative is None or (derivative == reference and (derivative == 0 or not constant)):
             continue
-        value = partial(chosen_value, derivative, constant, selection)
         if order is None:
-            gradient = torch.where(ties[i], value(g, ties[i]), gradient)
+            gradient = torch.where(ties[i], chosen_value(derivative, constant, selection, g, ties[i]), gradient)
         else:
-            number = None if isinstance(derivative, str) else derivative
             bits = TieBits(*ties[2 * i : 2 * i + 2])
-            gradient = overwrite(gradient, g, bits, order, value, number, constant=constant)
+            gradient = overwrite(gradient, g, bits, order, derivative, constant, selection)
     return (gradient, *others)
-
-
-def chosen_value(derivative: float | str, constant: bool, selection: Selection, g: Tensor, tied: Tensor) -> Tensor:
-    """What tied entries receive.
-
-    Args:
-        derivative: The derivative chosen at the kink, or ``"random"``.
-        constant: Whether the incoming gradient is dropped, as by the published rule.
-        selection: Whose random stream is drawn from.
-        g: The incoming gradient.
-        tied: Where the ties are.
-
-    Returns:
-        A new tensor of ``g``'s shape; for a random derivative 0 where there is no tie.
-    """
-    if not isinstance(derivative, str):
-        return torch.full_like(g, derivative) if constant else g * derivative
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        raise RuntimeError(
-            'relu="random" draws once per tie, and under torch.func transforms the ties are not known. '
-            "Choose a number there, or take the gradient with torch.autograd."
-        )
-    at = (tied.reshape(-1).nonzero().squeeze(1),)
-    wide = torch.float64 if g.dtype == torch.float64 else torch.float32
-    drawn = torch.rand(at[0].shape, dtype=wide, device=g.device, generator=selection.generator(g.device))
-    values = drawn if constant else g.reshape(-1)[at] * drawn
-    return g.new_zeros(g.numel()).index_put(at, values.to(g.dtype)).view(g.shape)
 
 
 def _choose_compiled(op: Pointwise, selection: Selection, i: int, mask: Tensor, g: Tensor, gradient: Tensor) -> Tensor:

@@ -8,16 +8,16 @@ sums, bitwise operations (masked ones, ``where`` and those that write ``bool`` a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from nslightning.ops import cpu_kernels
-from nslightning.ops.selection import data_dependent
+from nslightning.ops.selection import Selection, data_dependent
 
-__all__ = ["TieBits", "find_ties", "overwrite"]
+__all__ = ["TieBits", "chosen_value", "find_ties", "overwrite"]
 
 _BLOCK = 1 << 16  # entries a thread takes at a time; with a few temporaries, they fit its cache
 _COMPILED_BLOCK = 1 << 13  # and where the loops are compiled, which are split over the threads by blocks
@@ -58,7 +58,7 @@ def find_ties(x: Tensor, positions: Sequence[float], order: tuple[int, ...]) -> 
         tensor([[6]], dtype=torch.uint8)
     """
     flat = x.permute(order).reshape(-1)
-    if cpu_kernels.available() and x.dtype in cpu_kernels.DTYPES:
+    if _compiled(x):
         size = min(_COMPILED_BLOCK, max(1, -(-flat.numel() // 8)) * 8)
         ties = [TieBits(*cpu_kernels.mark(flat.contiguous(), float(position), size)) for position in positions]
         return ties if any(len(blocks) for blocks, _ in ties) else None
@@ -82,17 +82,47 @@ def find_ties(x: Tensor, positions: Sequence[float], order: tuple[int, ...]) -> 
     ]
 
 
+def chosen_value(derivative: float | str, constant: bool, selection: Selection, g: Tensor, tied: Tensor) -> Tensor:
+    """What tied entries receive.
+
+    Args:
+        derivative: The derivative chosen at the kink, or ``"random"``.
+        constant: Whether the incoming gradient is dropped, as by the published rule.
+        selection: Whose random stream is drawn from.
+        g: The incoming gradient.
+        tied: Where the ties are, not 0 there; of ``g``'s shape.
+
+    Returns:
+        A new tensor of ``g``'s shape and dtype, what its entries would receive if all were tied; for a random
+        derivative 0 where there is no tie.
+
+    Raises:
+        RuntimeError: If a random derivative is asked for under a ``torch.func`` transform.
+    """
+    if not isinstance(derivative, str):
+        return torch.full_like(g, derivative) if constant else g * derivative
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(
+            'relu="random" draws once per tie, and under torch.func transforms the ties are not known. '
+            "Choose a number there, or take the gradient with torch.autograd."
+        )
+    at = (tied.reshape(-1).nonzero().squeeze(1),)
+    wide = torch.float64 if g.dtype == torch.float64 else torch.float32
+    drawn = torch.rand(at[0].shape, dtype=wide, device=g.device, generator=selection.generator(g.device))
+    values = drawn if constant else g.reshape(-1)[at] * drawn
+    return g.new_zeros(g.numel()).index_put(at, values.to(g.dtype)).view(g.shape)
+
+
 def overwrite(
     gradient: Tensor,
     g: Tensor,
     ties: TieBits,
     order: tuple[int, ...],
-    value: Callable[[Tensor, Tensor], Tensor],
-    derivative: float | None = None,
-    *,
-    constant: bool = False,
+    derivative: float | str,
+    constant: bool,
+    selection: Selection,
 ) -> Tensor:
-    """Write new values over a gradient's tied entries and leave the bits of all others alone.
+    """Write what tied entries receive over their gradient, and leave the bits of all others alone.
 
     Where the result is to be differentiated again, or ``g`` is a batch of gradients (``is_grads_batched``), it is made
     of operations that take this.
@@ -102,10 +132,9 @@ def overwrite(
         g: The incoming gradient, of the same shape and dtype.
         ties: The ties of the input.
         order: The order in which these were found.
-        value: Takes a block of ``g`` and the block's ties (not 0 where there is one); returns a new tensor, the
-            block's values if all its entries were tied.
-        derivative: With which ``value`` multiplies the incoming gradient, where it is one number.
-        constant: It does not multiply, but returns the derivative.
+        derivative: As in :func:`chosen_value`, like the next two.
+        constant: See there.
+        selection: See there.
 
     Returns:
         The gradient.
@@ -114,20 +143,25 @@ def overwrite(
     if torch.is_grad_enabled() or not data_dependent(g):
         g = g.permute(order)
         mask = _mask(ties, g.numel()).view(g.shape)
-        return torch.where(mask, value(g, mask), gradient.permute(order)).permute(inverse)
-    ordered = gradient.permute(order).contiguous()
-    if derivative is not None and cpu_kernels.available() and g.dtype in cpu_kernels.DTYPES:
-        flat = g.permute(order).reshape(-1).contiguous()
-        cpu_kernels.overwrite(ordered.view(-1), flat, ties, derivative, constant=constant)
+        value = chosen_value(derivative, constant, selection, g, mask)
+        return torch.where(mask, value, gradient.permute(order)).permute(inverse)
+    ordered, flat = gradient.permute(order).contiguous(), g.permute(order).reshape(-1)
+    if not isinstance(derivative, str) and _compiled(g):
+        cpu_kernels.overwrite(ordered.view(-1), flat.contiguous(), ties, derivative, constant=constant)
         return ordered.permute(inverse)
     size, integer = 8 * ties.bits.shape[1], _INTEGERS[g.element_size()]
-    blocks, blocks_g = ordered.view(-1).split(size), g.permute(order).reshape(-1).split(size)
+    blocks, blocks_g = ordered.view(-1).split(size), flat.split(size)
     for number, bits in zip(ties.blocks.tolist(), ties.bits, strict=True):
         old, block_g = blocks[number].view(integer), blocks_g[number]
         tied = _unpack(bits)[: old.numel()]
-        new = value(block_g, tied).view(integer)
+        new = chosen_value(derivative, constant, selection, block_g, tied).view(integer)
         old.bitwise_xor_(new.bitwise_xor_(old).bitwise_and_(tied.to(integer)))
     return ordered.permute(inverse)
+
+
+def _compiled(x: Tensor) -> bool:
+    """Whether there are compiled loops for a tensor on a CPU."""
+    return x.dtype in cpu_kernels.DTYPES and cpu_kernels.available()
 
 
 def _mask(ties: TieBits, length: int) -> Tensor:
