@@ -825,6 +825,21 @@ def test_a_copied_part_stays_patched():
     assert len(pickle.dumps(part)) < len(pickle.dumps(model))
 
 
+def test_a_slice_and_a_new_object_of_a_patched_class():
+    model = nn.Sequential(nn.Linear(1, 1), nn.ReLU(), nn.ReLU())
+    nn.init.zeros_(model[0].weight), nn.init.zeros_(model[0].bias)
+    patch(model, Jacobians(relu=0.5))
+    part, made = model[:2], type(model[1])()
+    part(torch.ones(1, 1)).sum().backward()
+    assert model[0].bias.grad.item() == 0.5  # its modules are the patched ones
+    with using(model, Jacobians(relu=3.0)):
+        assert torch.autograd.grad(part(torch.ones(1, 1)).sum(), model[0].bias)[0].item() == 3.0
+    zero = torch.zeros(1, requires_grad=True)
+    assert torch.autograd.grad(made(zero).sum(), zero)[0].item() == 0.0  # a new one is not
+    assert repr(made) == "ReLU()"
+    assert "jacobian=0.5" in repr(part)
+
+
 def test_a_later_subclass_of_the_swapped_class_still_runs():
     # FSDP2 and parametrize put a subclass on top of whatever class a module has.
     model = Net()

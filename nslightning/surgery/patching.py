@@ -249,9 +249,13 @@ def _swapped_class(cls: type[nn.Module], role: _Role) -> type[nn.Module]:
     return _swapped[key]
 
 
+# Where an object has no part, something made it of a patched one's class later on, as slicing an nn.Sequential does: it
+# is no more and no less patched than the modules in it.
 def _forward_site(stock: Callable[[nn.Module, str], Any]) -> Callable[..., Any]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        part: Part = self.__dict__[_PART]
+        part: Part | None = self.__dict__.get(_PART)
+        if part is None:
+            return stock(self, "forward")(*args, **kwargs)
         surgery, (_, operation, cls) = part.surgery, part.reached
         with torch._C.DisableTorchFunction():  # what the operation calls itself is not the model's
             call = operation.modules[cls](self, *args, **positional(kwargs))
@@ -271,8 +275,10 @@ def _forward_site(stock: Callable[[nn.Module, str], Any]) -> Callable[..., Any]:
 
 def _extra_repr(stock: Callable[[nn.Module, str], Any]) -> Callable[[nn.Module], str]:
     def extra_repr(self: nn.Module) -> str:
-        part: Part = self.__dict__[_PART]
+        part: Part | None = self.__dict__.get(_PART)
         base = stock(self, "extra_repr")()
+        if part is None:
+            return str(base)
         selection = part.surgery.selections[part.first or ()]
         value = getattr(selection.jacobians, part.reached[1].name)
         return f"{base}{', ' if base else ''}jacobian={'native' if value is None else value}"
@@ -290,7 +296,9 @@ def _forward_left_alone(stock: Callable[[nn.Module, str], Any]) -> Callable[...,
 
 def _entrance(stock: Callable[[nn.Module, str], Any], name: str) -> Callable[..., Any]:
     def enter(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        part: Part = self.__dict__[_PART]
+        part: Part | None = self.__dict__.get(_PART)
+        if part is None:
+            return stock(self, name)(*args, **kwargs)
         surgery = part.surgery
         # Without gradients there is nothing to choose, but somebody may be watching, and the published rule's
         # forward differs from the stock one.
