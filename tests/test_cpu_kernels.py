@@ -75,6 +75,34 @@ def test_whether_a_window_is_tied():
     assert cpu_kernels.pool_forward(x, geometry, (2, 2))[2] is False
     x[0, 0, 2, 2:] = 15.0
     assert cpu_kernels.pool_forward(x, geometry, (2, 2))[2] is True
+    assert cpu_kernels.pool_forward(x, geometry, (2, 2), zeros=False)[2] is True
+    for zero in (0.0, -0.0):
+        x[0, 0, 2:, 2:] = zero
+        assert cpu_kernels.pool_forward(x, geometry, (2, 2))[2] is True
+        assert cpu_kernels.pool_forward(x, geometry, (2, 2), zeros=False)[2] is False
+    x[0, 0, 2:, 2:] = -1.0
+    assert cpu_kernels.pool_forward(x, geometry, (2, 2), zeros=False)[2] is True
+
+
+@layouts
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_what_one_choice_adds_to_another_is_the_subtraction(geometry, layout, monkeypatch):
+    x = torch.randint(0, 3, (5, 3, 9, 8)).float().contiguous(memory_format=layout).requires_grad_()
+    monkeypatch.setattr(fused, "_PART", 2 * x[0].numel())  # two images at a time, and one that is left
+    found = []
+    pair = Selection(Jacobians(max_pool=10.0)), Selection(Jacobians(max_pool="last"))
+
+    def record(_, vjp, difference):
+        found.append((difference(*pair), vjp(pair[0]) - vjp(pair[1])))
+
+    selection = Selection(Jacobians())
+    selection.recorder = record
+    kernel, stride, padding, dilation = geometry
+    y = pool(x, selection, regular(2, kernel, stride, padding, dilation, False))
+    y.backward(torch.randn_like(y))
+    ((difference, subtracted),) = found
+    assert difference.any()
+    assert torch.equal(difference, subtracted)
 
 
 @layouts

@@ -1,5 +1,8 @@
 """Differences carried down from the ties equal the subtraction of two backward passes."""
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 from nslightning import Jacobians, patch
 from nslightning.models import create_backbone
+from nslightning.ops import cpu_kernels, fused
 from nslightning.probes import differences, divergence, gradients, recording, ties
+from nslightning.probes.propagation import operation_nodes
 
 CHOICES = {
     "relu1": Jacobians(relu=1.0),
@@ -151,7 +156,12 @@ def test_no_tie_costs_no_backward():
     assert seen == [1 + 3]  # one for the reference here, three in the subtraction
 
 
-def test_windows_of_zeros_behind_a_relu_cost_no_backward():
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "composed"])
+def test_windows_of_zeros_behind_a_relu_cost_no_backward(kernels, monkeypatch):
+    if not kernels:
+        monkeypatch.setattr(fused, "_kernels", lambda device: None)
+    elif not cpu_kernels.available():
+        pytest.skip("there was no C++ compiler when the package was installed")
     model = nn.Sequential(
         nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 2, 2), nn.ReLU(), nn.MaxPool2d(2)
     )
@@ -168,8 +178,50 @@ def test_windows_of_zeros_behind_a_relu_cost_no_backward():
     for choice in (*pools.values(), Jacobians(relu=1.0), Jacobians(relu=1.0, max_pool=7.0)):
         assert met.starts(choice) == []
     assert all(d.l1 == 0 for d in divergence(loss, model, pools, method="propagate", retain_graph=True).values())
-    assert seen == [2]  # one more for the reference of this call
+    # The kernels saw in the forward that nothing matters; otherwise the reference's backward of this call must tell.
+    assert any(operation_nodes(loss)) is not kernels
+    assert seen == [1 if kernels else 2]
     assert all(d.l1 == 0 for d in divergence(loss, model, pools).values())
+
+
+@pytest.mark.parametrize("reference", [Jacobians(), Jacobians(relu=1.0)], ids=["relu0", "relu1"])
+def test_windows_of_zeros_behind_a_relu_that_ties_matter(reference):
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(18, 1))
+    with torch.no_grad():
+        model[0].weight[0] = 0.0
+        model[0].bias[0] = 0.0
+    patch(model, reference)
+    loss = model(torch.randn(3, 1, 8, 8)).square().sum()
+    choices = {"both": Jacobians(relu=1.0, max_pool="minimal"), "pool": replace(reference, max_pool="minimal")}
+    found, wanted = (
+        divergence(loss, model, choices, reference, method=m, retain_graph=True) for m in ("propagate", "subtract")
+    )
+    assert found["both"].l2 > 0
+    assert (found["pool"].l2 > 0) is (reference.relu == 1)
+    for name in choices:
+        assert found[name].l2 == pytest.approx(wanted[name].l2, rel=1e-5)
+
+
+def test_windows_tied_above_zero_behind_a_relu_matter():
+    model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU(), nn.MaxPool2d(2))
+    patch(model, Jacobians())
+    with torch.no_grad():
+        model[0].weight.fill_(1.0), model[0].bias.fill_(1.0)
+    x = torch.zeros(1, 1, 4, 4, requires_grad=True)
+    loss = model(x).sum()
+    _, found = differences(loss, model, {"minimal": Jacobians(max_pool="minimal")}, inputs={"x": x})
+    assert torch.equal(found["minimal"]["x"][0, 0, :2, :2], torch.tensor([[-0.75, 0.25], [0.25, 0.25]]))
+
+
+def test_refuses_what_was_computed():
+    model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU(), nn.MaxPool2d(2))
+    patch(model, Jacobians())
+    inner = model[:2](torch.zeros(1, 1, 4, 4))
+    loss, choices = model[2](inner).sum(), {"minimal": Jacobians(max_pool="minimal")}
+    for propagated in (differences, partial(divergence, method="propagate")):
+        with pytest.raises(ValueError, match="input 'inner' was computed"):
+            propagated(loss, model, choices, inputs={"inner": inner})
+    assert divergence(loss, model, choices, inputs={"inner": inner}).keys() == {"minimal"}
 
 
 def test_a_training_backward_serves_as_the_reference():

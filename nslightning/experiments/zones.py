@@ -18,10 +18,10 @@ from nslightning.experiments.cells import Outcome, Row, ZoneCell
 from nslightning.experiments.data import Images, Loaded
 from nslightning.experiments.networks import build, loaded, provenance
 from nslightning.experiments.precision import PRECISIONS, computing
-from nslightning.jacobians import Jacobians
 from nslightning.models.paper import initialize
 from nslightning.models.patched import at_least_float32
 from nslightning.probes import zone
+from nslightning.probes.propagation import operation_nodes
 from nslightning.surgery import PatchReport, selections, using
 
 __all__ = ["difference_norm", "zones"]
@@ -35,8 +35,8 @@ def zones(cell: ZoneCell, device: str) -> Outcome:
 
     .. math:: \sum_p \lVert \nabla_p L_{choice} - \nabla_p L_{reference} \rVert_\infty > \tau.
 
-    Both gradients are taken from one forward, in the cell's precision, and subtracted in float64. Where the choices
-    differ in ReLU'(0) alone, a forward that meets no exact zero proves that nothing differs, and no backward is taken.
+    Both gradients are taken from one forward, in the cell's precision, and subtracted in float64. A forward that meets
+    no tie that may matter proves that nothing differs, and no backward is taken.
 
     Args:
         cell: The settings.
@@ -130,10 +130,17 @@ def difference_norm(cell: ZoneCell, pair: tuple[nn.Module, ...], x: Tensor, y: T
     only_relu = dataclasses.replace(cell.alternative, relu=cell.jacobians.relu) == cell.jacobians
     if only_relu and not _meets_zero(cell, pair[0], x):
         return 0.0
-    if len(pair) == 2:
-        a, b = (_gradients(cell, network, (cell.jacobians,), x, y)[0] for network in pair)
+    if len(pair) == 2:  # each was patched with its choice
+        a, b = (torch.autograd.grad(_loss(cell, network, x, y), _parameters(cell, network)) for network in pair)
     else:
-        a, b = _gradients(cell, pair[0], (cell.jacobians, cell.alternative), x, y)
+        (network,) = pair
+        loss, parameters = _loss(cell, network, x, y), _parameters(cell, network)
+        if loss.isfinite() and not any(operation_nodes(loss)):
+            return 0.0
+        with using(network, cell.jacobians):
+            a = torch.autograd.grad(loss, parameters, retain_graph=True)
+        with using(network, cell.alternative):
+            b = torch.autograd.grad(loss, parameters)
     if cell.norm == "bitwise_first_layer":
         if bool(a[0].isnan().any()) and torch.equal(a[0].isnan(), b[0].isnan()):
             return math.nan
@@ -145,22 +152,18 @@ def difference_norm(cell: ZoneCell, pair: tuple[nn.Module, ...], x: Tensor, y: T
     return float(total)
 
 
-def _gradients(
-    cell: ZoneCell, network: nn.Module, choices: tuple[Jacobians, ...], x: Tensor, y: Tensor
-) -> list[tuple[Tensor, ...]]:
-    """What the norm looks at of the gradients under each choice, from one forward."""
+def _loss(cell: ZoneCell, network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """In the cell's precision."""
+    with computing(cell.precision, x.device):
+        return F.cross_entropy(at_least_float32(network(x)), y)
+
+
+def _parameters(cell: ZoneCell, network: nn.Module) -> list[nn.Parameter]:
+    """Those whose gradients the norm looks at."""
     parameters = [p for p in network.parameters() if p.requires_grad]
     if cell.norm == "bitwise_first_layer":
-        parameters = [next(p for p in parameters if p.dim() > 1)]
-    with computing(cell.precision, x.device):
-        loss = F.cross_entropy(at_least_float32(network(x)), y)
-    if len(choices) == 1:  # the one that the network was patched with
-        return [torch.autograd.grad(loss, parameters)]
-    found = []
-    for i, choice in enumerate(choices, 1):
-        with using(network, choice):
-            found.append(torch.autograd.grad(loss, parameters, retain_graph=i < len(choices)))
-    return found
+        return [next(p for p in parameters if p.dim() > 1)]
+    return parameters
 
 
 def _meets_zero(cell: ZoneCell, network: nn.Module, x: Tensor) -> bool:

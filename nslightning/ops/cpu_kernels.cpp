@@ -274,9 +274,9 @@ void windows_at(const Geometry& at, const T* x, int64_t top, int64_t begin, int6
   }
 }
 
-// Of [begin, end): rows of windows; returns whether a window is tied.
+// Of [begin, end): rows of windows; returns whether a window is tied, of those whose maximum is 0 only if `zeros`.
 template <typename T>
-bool pool_forward_rows(const T* x, T* y, uint16_t* masks, const Geometry& at, int64_t begin, int64_t end) {
+bool pool_forward_rows(const T* x, T* y, uint16_t* masks, const Geometry& at, bool zeros, int64_t begin, int64_t end) {
   const int64_t inner = at.last ? at.channels : 1, line = at.columns * inner, stride = at.stride[1];
   // The windows that lie inside a row of the input.
   const int64_t left = std::min(at.columns, (at.padding[1] + stride - 1) / stride);
@@ -299,7 +299,7 @@ bool pool_forward_rows(const T* x, T* y, uint16_t* masks, const Geometry& at, in
     }
     uint16_t* mask = masks + row * line;
     for (int64_t i = 0; i < line; ++i) {
-      several |= bits[i] & (bits[i] - 1);
+      several |= bits[i] & (bits[i] - 1) & -Bits<T>(zeros | (best[i] != 0));
       mask[i] = static_cast<uint16_t>(bits[i]);
     }
   }
@@ -506,9 +506,9 @@ void pool_backward_rows(const T* g, const uint16_t* masks, const Weights<T>& wei
                             int64_t size, T alpha, bool constant, int64_t begin, int64_t end) {                   \
     overwrite_blocks(gradient, g, numbers, bits, n, size, alpha, constant, begin, end);                           \
   }                                                                                                               \
-  VECTORISED bool pool_forward(const T* x, T* y, uint16_t* masks, const Geometry& at, int64_t begin,              \
+  VECTORISED bool pool_forward(const T* x, T* y, uint16_t* masks, const Geometry& at, bool zeros, int64_t begin,  \
                                int64_t end) {                                                                     \
-    return pool_forward_rows(x, y, masks, at, begin, end);                                                        \
+    return pool_forward_rows(x, y, masks, at, zeros, begin, end);                                                 \
   }                                                                                                               \
   VECTORISED void pool_backward(const T* g, const uint16_t* masks, const Weights<T>& weights, T* gradient,        \
                                 const Geometry& at, int64_t begin, int64_t end) {                                 \
@@ -560,12 +560,12 @@ void overwrite_all(T* gradient, const T* g, const int64_t* numbers, const uint8_
 }
 
 template <typename T>
-bool pool_forward_all(const T* x, T* y, uint16_t* masks, const Geometry& at, int64_t threads) {
+bool pool_forward_all(const T* x, T* y, uint16_t* masks, const Geometry& at, bool zeros, int64_t threads) {
   std::atomic<bool> tied{false};
   const int64_t planes = at.images * (at.last ? 1 : at.channels);
   const int64_t entries = at.images * at.channels * at.height * at.width;
   share(planes * at.rows, entries, threads, [&](int64_t begin, int64_t end) {
-    if (pool_forward(x, y, masks, at, begin, end)) tied = true;
+    if (pool_forward(x, y, masks, at, zeros, begin, end)) tied = true;
   });
   return tied;
 }
@@ -583,7 +583,7 @@ void pool_backward_all(const T* g, const uint16_t* masks, const Weights<T>& weig
 }  // namespace
 
 // Of the arguments below, as in cpu_kernels.py.
-EXPORT const int64_t version = 3;
+EXPORT const int64_t version = 4;
 
 // The names end in the bytes of an entry: 4 is float, 8 double.
 #define ENTRIES(T, BYTES)                                                                                            \
@@ -604,8 +604,9 @@ EXPORT const int64_t version = 3;
                                 int64_t threads) {                                                                   \
     overwrite_all(gradient, g, numbers, bits, blocks, n, size, alpha, constant, threads);                            \
   }                                                                                                                  \
-  EXPORT bool pool_forward_##BYTES(const T* x, T* y, uint16_t* masks, const Geometry* at, int64_t threads) {         \
-    return pool_forward_all(x, y, masks, *at, threads);                                                              \
+  EXPORT bool pool_forward_##BYTES(const T* x, T* y, uint16_t* masks, const Geometry* at, bool zeros,                \
+                                   int64_t threads) {                                                                \
+    return pool_forward_all(x, y, masks, *at, zeros, threads);                                                       \
   }                                                                                                                  \
   EXPORT void pool_backward_##BYTES(const T* g, const uint16_t* masks, const T* weights, T* gradient,                \
                                     const Geometry* at, bool last, bool apart, bool vertex, int64_t threads) {       \

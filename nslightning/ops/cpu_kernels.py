@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 DTYPES = (torch.float32, torch.float64)
-_VERSION = 3  # of the functions' arguments, as in cpu_kernels.cpp
+_VERSION = 4  # of the functions' arguments, as in cpu_kernels.cpp
 
 
 def available() -> bool:
@@ -54,7 +54,7 @@ def _library() -> ctypes.CDLL | None:
         ("relu_backward", None, [*[memory] * 4, number, ctypes.c_double, ctypes.c_bool, number]),
         ("mark", None, [memory, number, number, ctypes.c_double, memory, memory, number]),
         ("overwrite", None, [*[memory] * 4, *[number] * 3, ctypes.c_double, ctypes.c_bool, number]),
-        ("pool_forward", ctypes.c_bool, [*[memory] * 4, number]),
+        ("pool_forward", ctypes.c_bool, [*[memory] * 4, ctypes.c_bool, number]),
         ("pool_backward", None, [*[memory] * 5, *[ctypes.c_bool] * 3, number]),
     ):
         for size in (4, 8):
@@ -151,13 +151,16 @@ def overwrite(gradient: Tensor, g: Tensor, ties: tuple[Tensor, Tensor], derivati
     _run("overwrite", g.dtype, gradient, g, numbers, bits, *sizes, derivative, constant)
 
 
-def pool_forward(x: Tensor, geometry: Sequence[tuple[int, int]], size: tuple[int, int]) -> tuple[Tensor, Tensor, bool]:
+def pool_forward(
+    x: Tensor, geometry: Sequence[tuple[int, int]], size: tuple[int, int], *, zeros: bool = True
+) -> tuple[Tensor, Tensor, bool]:
     """2-d max pooling, and which entries of each window reach its maximum.
 
     Args:
         x: Input of shape (N, C, H, W), float32 or float64, contiguous or channels_last.
         geometry: Kernel, stride, padding and dilation; at most 16 positions in a window.
         size: The output's height and width.
+        zeros: Count a tied window as one even where its maximum is 0.
 
     Returns:
         The stock output; int16 masks of its shape: bit q is set where the window's q-th entry, in row-major order,
@@ -165,7 +168,7 @@ def pool_forward(x: Tensor, geometry: Sequence[tuple[int, int]], size: tuple[int
     """
     y = torch.empty((*x.shape[:2], *size), dtype=x.dtype, device=x.device, memory_format=image_layout(x))
     mask = torch.empty_like(y, dtype=torch.int16)
-    return y, mask, bool(_run("pool_forward", x.dtype, x, y, mask, _numbers(x, y, geometry)))
+    return y, mask, bool(_run("pool_forward", x.dtype, x, y, mask, _numbers(x, y, geometry), zeros))
 
 
 def pool_backward(

@@ -23,6 +23,8 @@ from nslightning.ops.windows import AT_ONCE, Regular
 
 __all__ = ["fits", "max_pool2d", "pool_fits", "relu"]
 
+_PART = 2**19  # entries, that stay in the cache
+
 
 def fits(x: Tensor) -> bool:
     """Whether a fused kernel takes this input.
@@ -139,12 +141,18 @@ def relu(x: Tensor, selection: Selection, inplace: bool = False) -> Tensor:
 
 
 class _MaxPool2d(torch.autograd.Function):
-    """Keeps the input, as stock, and two bytes per window, where stock keeps an eight-byte index."""
+    """Keeps the input, as stock, and two bytes per window, where stock keeps an eight-byte index.
+
+    Its node is ``tied`` where a choice may matter.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, geometry: Regular, selection: Selection, composed: Any) -> Tensor:
+        # What a window of zeros shares out ends in the ReLU right below, which is 0 there whatever the choice: the
+        # stock operation's node says that none of its own entries tied.
+        dies = x.grad_fn is not None and x.grad_fn.name() == "ReluBackward0"
         y, reached, ctx.tied = _kernels(x.device.type).pool_forward(
-            x, _numbers(geometry), _size(geometry, *x.shape[2:])
+            x, _numbers(geometry), _size(geometry, *x.shape[2:]), zeros=not dies
         )
         ctx.geometry, ctx.selection, ctx.composed = geometry, selection, composed
         ctx.save_for_backward(x, reached)
@@ -155,7 +163,8 @@ class _MaxPool2d(torch.autograd.Function):
         x, reached = ctx.saved_tensors
         vjp = partial(_pool_vjp, x, reached, g, ctx.geometry, ctx.composed)
         if ctx.tied and ctx.selection.recorder is not None:
-            ctx.selection.recorder(ctx, vjp)
+            difference = partial(_pool_difference, x, reached, g, ctx.geometry, ctx.composed)
+            ctx.selection.recorder(ctx, vjp, difference)
         return vjp(ctx.selection), None, None, None
 
 
@@ -171,6 +180,27 @@ def _pool_vjp(
         return composed(x, g, selection)
     size, weights = (x.shape[2], x.shape[3]), selection.pool_weights()
     return cast(Tensor, _kernels(x.device.type).pool_backward(g, reached, _numbers(geometry), size, weights))
+
+
+def _pool_difference(
+    x: Tensor,
+    reached: Tensor,
+    g: Tensor,
+    geometry: Regular,
+    composed: Callable[[Tensor, Tensor, Selection], Tensor],
+    selection: Selection,
+    less: Selection,
+) -> Tensor:
+    """The gradient under one choice less that under another, on a CPU some images at a time.
+
+    To map memory for another tensor as large as the input costs more than to fill it.
+    """
+    d = torch.empty_like(x)
+    images = max(1, _PART // max(1, x[:1].numel())) if x.device.type == "cpu" else len(x)
+    for *given, into in zip(*(t.split(images) for t in (x, reached, g, d)), strict=True):
+        one, other = (_pool_vjp(*given, geometry, composed, choice) for choice in (selection, less))
+        torch.sub(one, other, out=into)
+    return d
 
 
 def _numbers(geometry: Regular) -> tuple[tuple[int, int], ...]:

@@ -90,8 +90,9 @@ class Selection:
         # Called with (site name, operation, call) before each evaluation at a patched site, in eager mode.
         self.observer: Callable[[str, Any, Any], None] | None = None
         # Called in eager mode by each backward that met ties, with its autograd node and what it would have returned
-        # under any choice, `Selection -> gradient`.
-        self.recorder: Callable[[Any, Callable[[Selection], Tensor]], None] | None = None
+        # under any choice, `Selection -> gradient`; and where there is a better way to it than to subtract, with what
+        # one choice adds to another, `(Selection, Selection) -> gradient`.
+        self.recorder: Callable[..., None] | None = None
         self._generators: dict[torch.device, torch.Generator] = {}
         # float64 0-d and 1-d CPU tensors never promote the gradients they multiply.
         self.published = torch.zeros((), dtype=torch.bool)

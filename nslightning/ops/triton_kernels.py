@@ -205,13 +205,16 @@ def _pool_backward(
     tl.store(gradient + at, total.to(gradient.dtype.element_ty), mask=at < n)
 
 
-def pool_forward(x: Tensor, geometry: Sequence[tuple[int, int]], size: tuple[int, int]) -> tuple[Tensor, Tensor, bool]:
+def pool_forward(
+    x: Tensor, geometry: Sequence[tuple[int, int]], size: tuple[int, int], *, zeros: bool = True
+) -> tuple[Tensor, Tensor, bool]:
     """2-d max pooling, and which entries of each window reach its maximum.
 
     Args:
         x: Input of shape (N, C, H, W), float16, bfloat16 or float32, contiguous or channels_last.
         geometry: Kernel, stride, padding and dilation; at most 16 positions in a window.
         size: The output's height and width.
+        zeros: Of no effect here: see below.
 
     Returns:
         The stock output; int16 masks of its shape: bit q is set where the window's q-th entry, in row-major order,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nslightning.jacobians import Jacobians
 from nslightning.probes.gradients import gradients, wanted
-from nslightning.probes.propagation import operation_nodes, recording, refuse_compiled
+from nslightning.probes.propagation import operation_nodes, recording, refuse_compiled, refuse_computed
 from nslightning.surgery import selections
 
 __all__ = ["NORMS", "SAME", "Divergence", "divergence", "measure", "measure_difference", "measure_differences"]
@@ -80,6 +80,7 @@ def divergence(
             of the graph below the ties; no backward at all where no tie was met, so that a gradient that is not finite
             goes unnoticed there if the loss is finite. Not for compiled models nor for random choices.
         inputs: Further tensors to differentiate for, by name, such as the model's input; they count in the totals.
+            Leaves of the graph, if the difference is to be propagated.
         retain_graph: Keep the graph after the last backward, for whatever comes next on the same loss.
 
     Returns:
@@ -87,7 +88,7 @@ def divergence(
 
     Raises:
         ValueError: If the model is not patched, no parameter requires gradients, no choice is given, or the difference
-            of a compiled model or of a random choice is to be propagated.
+            of a compiled model, of a random choice or for an input that was computed is to be propagated.
 
     Example:
         >>> import nslightning
@@ -102,6 +103,7 @@ def divergence(
         raise ValueError("divergence takes at least one choice, such as {'relu1': Jacobians(relu=1.0)}")
     if method == "propagate":
         refuse_compiled(model)
+        refuse_computed(inputs)
         if not any(operation_nodes(loss)) and selections(model) and loss.isfinite():
             return dict.fromkeys(choices, replace(SAME, per_layer=dict.fromkeys(wanted(model, inputs), SAME)))
         with recording(model) as met:
@@ -201,8 +203,7 @@ class _Reference:
     @cached_property
     def finite(self) -> bool:
         """Whether all entries are."""
-        found = [g.sum().isfinite() for g in self.gradients.values()]
-        return not found or bool(torch.stack([f.to(found[0].device) for f in found]).all())  # one transfer
+        return _finite([g.sum() for g in self.gradients.values()])
 
     @cached_property
     def same(self) -> Divergence:
@@ -219,6 +220,8 @@ class _Reference:
         nothing = {name: _is_nothing(d) for name, d in difference.items()}
         if all(nothing.values()) and self.finite:
             return self.same
+        # In nearly all cases the squares tell it as well.
+        finite = _finite(list(self.squares.values())) or self.finite
         rows = {}
         for name, g in self.gradients.items():
             b = self.squares[name]
@@ -226,9 +229,14 @@ class _Reference:
                 rows[name] = torch.stack([b * 0, b * 0, b * 0, b, b, b])
             else:
                 rows[name] = _row(_sums(difference[name], g, carried=True), b)
-                if not self.finite:
+                if not finite:
                     rows[name] += b - b
         return _divergences(rows)
+
+
+def _finite(values: list[Tensor]) -> bool:
+    """Whether all of some 0-d tensors are, by one transfer from the device."""
+    return not values or bool(torch.stack([v.to(values[0].device) for v in values]).isfinite().all())
 
 
 def _is_nothing(difference: Tensor) -> bool:

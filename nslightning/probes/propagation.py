@@ -16,7 +16,15 @@ from nslightning.ops.selection import Selection
 from nslightning.probes.gradients import gradients, wanted
 from nslightning.surgery import selections, using
 
-__all__ = ["Recording", "differences", "operation_nodes", "recording", "refuse_compiled", "refuse_random"]
+__all__ = [
+    "Recording",
+    "differences",
+    "operation_nodes",
+    "recording",
+    "refuse_compiled",
+    "refuse_computed",
+    "refuse_random",
+]
 
 Starts = list[tuple[GradientEdge, Tensor]]
 _Gradients = Tensor | tuple[Tensor | None, ...]
@@ -33,22 +41,29 @@ class _Met:
 
     Args:
         node: The operation's backward node.
-        vjp: What its gradients would be under any choice.
         in_use: The choice under which the backward ran.
+        vjp: What its gradients would be under any choice.
+        difference: What those under one choice add to those under another, if the operation knows a way of its own.
     """
 
     node: Any
-    vjp: Callable[[Selection], _Gradients]
     in_use: Jacobians
+    vjp: Callable[[Selection], _Gradients]
+    difference: Callable[[Selection, Selection], Tensor] | None = None
 
     def starts(self, choice: Jacobians) -> Starts:
         """The difference that the operation makes by itself, below the ReLUs that it meets first."""
+        pair = Selection(choice), Selection(self.in_use)
+        changes: list[Tensor | None]
+        if self.difference is not None:
+            changes = [self.difference(*pair)]
+        else:
+            both = zip(*(_several(self.vjp(one)) for one in pair), strict=True)
+            changes = [None if a is None or b is None else a - b for a, b in both]
         found: Starts = []
-        others, own = _several(self.vjp(Selection(choice))), _several(self.vjp(Selection(self.in_use)))
-        for (node, output), a, b in zip(self.node.next_functions, others, own, strict=False):
-            if node is not None and a is not None and b is not None:
-                # A pooling's gradient is a large tensor of its own: mapping memory for one more costs most of all.
-                found += _through_gates(GradientEdge(node, output), a.sub_(b) if self.pools else a - b)
+        for (node, output), d in zip(self.node.next_functions, changes, strict=False):
+            if node is not None and d is not None:
+                found += _through_gates(GradientEdge(node, output), d)
         return found
 
     def ignores(self, choice: Jacobians) -> bool:
@@ -198,9 +213,9 @@ def recording(model: nn.Module) -> Iterator[Recording]:
     refuse_compiled(model)
     recorded = Recording(model)
 
-    def recorder(selection: Selection) -> Callable[[Any, Callable[[Selection], _Gradients]], None]:
-        def record(node: Any, vjp: Callable[[Selection], _Gradients]) -> None:
-            recorded.records.append(_Met(node, vjp, selection.jacobians))
+    def recorder(selection: Selection) -> Callable[..., None]:
+        def record(node: Any, *given: Any) -> None:
+            recorded.records.append(_Met(node, selection.jacobians, *given))
 
         return record
 
@@ -241,15 +256,17 @@ def differences(
         model: A patched model, or one that contains patched ones.
         choices: The choices by name.
         reference: The choice to compare with; stock PyTorch's by default.
-        inputs: Further tensors to differentiate for, by name, such as the model's input.
+        inputs: Further tensors to differentiate for, by name, such as the model's input; leaves of the graph.
         retain_graph: Keep the graph after the last backward, for whatever comes next on the same loss.
 
     Returns:
         ``({parameter: gradient}, {choice: {parameter: difference}})``; only parameters that require gradients appear.
 
     Raises:
-        ValueError: If the model is not patched, no parameter requires gradients, or the model is compiled.
+        ValueError: If the model is not patched, no parameter requires gradients, the model is compiled, or an input was
+            computed.
     """
+    refuse_computed(inputs)
     named = wanted(model, inputs)
     with recording(model) as met:
         (base,) = gradients(loss, model, {"": reference}, inputs=inputs, retain_graph=True).values()
@@ -325,6 +342,23 @@ def refuse_compiled(model: nn.Module) -> None:
     """
     if any(isinstance(m, torch._dynamo.OptimizedModule) or m._compiled_call_impl is not None for m in model.modules()):
         raise ValueError("a compiled model's ties cannot be recorded: use method='subtract', or the eager model")
+
+
+def refuse_computed(inputs: Mapping[str, Tensor] | None) -> None:
+    """Raise if a tensor lies inside the graph, where a difference may be known to end before it reaches one.
+
+    Args:
+        inputs: Tensors by name.
+
+    Raises:
+        ValueError: If one is not a leaf.
+    """
+    for name, tensor in (inputs or {}).items():
+        if not tensor.is_leaf:
+            raise ValueError(
+                f"input {name!r} was computed: a difference is propagated to leaves of the graph only; use "
+                f"method='subtract', or nslightning.probes.gradients"
+            )
 
 
 def refuse_random(*choices: Jacobians) -> None:
