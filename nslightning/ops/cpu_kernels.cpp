@@ -195,6 +195,19 @@ struct Geometry {
   int64_t images, channels, height, width, rows, columns;  // of the input; of the windows
   int64_t kernel[2], stride[2], padding[2], dilation[2];
   int64_t last;  // whether the channels come last in memory
+
+  // Whether windows are the pairs of two rows: 2 x 2 entries side by side, without padding.
+  bool pairs() const {
+    const auto are = [](const int64_t (&two)[2], int64_t value) { return two[0] == value && two[1] == value; };
+    return !last && are(kernel, 2) && are(stride, 2) && are(padding, 0) && are(dilation, 1) && 2 * rows <= height &&
+           2 * columns <= width;  // not those that are rounded up
+  }
+
+  // How many of their rows are worked on at once: loops over short rows take longer than the copies that spare them.
+  int64_t at_once() const { return std::max<int64_t>(1, BLOCK / 2 / columns); }
+
+  // Where a row of windows begins in the input.
+  int64_t corner(int64_t row) const { return row / rows * height * width + row % rows * 2 * width; }
 };
 
 // Take the entries of one place of the windows into account: bit `bit` of those that reach the maximum so far.
@@ -274,16 +287,49 @@ void windows_at(const Geometry& at, const T* x, int64_t top, int64_t begin, int6
   }
 }
 
+// The masks of n windows; returns whether one is tied, of those whose maximum is 0 only if `zeros`.
+template <typename T>
+bool keep(const Bits<T>* reached, const T* best, int64_t n, bool zeros, uint16_t* masks) {
+  Bits<T> several = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    several |= reached[i] & (reached[i] - 1) & -Bits<T>(zeros | (best[i] != 0));
+    masks[i] = static_cast<uint16_t>(reached[i]);
+  }
+  return several != 0;
+}
+
+// The same as below for pairs.
+template <typename T>
+bool pool_forward_pairs(const T* x, T* y, uint16_t* masks, const Geometry& at, bool zeros, int64_t begin, int64_t end) {
+  const int64_t most = at.at_once(), line = 2 * at.columns;
+  std::vector<T> both(2 * most * line);
+  std::vector<Bits<T>> reached(most * at.columns);
+  bool tied = false;
+  for (int64_t row = begin; row < end; row += most) {
+    const int64_t rows = std::min(most, end - row), n = rows * at.columns;
+    for (int64_t k = 0; k < rows; ++k) {
+      const T* from = x + at.corner(row + k);
+      std::copy(from, from + line, both.data() + k * line);
+      std::copy(from + at.width, from + at.width + line, both.data() + (most + k) * line);
+    }
+    T* best = y + row * at.columns;
+    windows_of<2, 2>(both.data(), most * line, n, best, reached.data());
+    tied |= keep(reached.data(), best, n, zeros, masks + row * at.columns);
+  }
+  return tied;
+}
+
 // Of [begin, end): rows of windows; returns whether a window is tied, of those whose maximum is 0 only if `zeros`.
 template <typename T>
 bool pool_forward_rows(const T* x, T* y, uint16_t* masks, const Geometry& at, bool zeros, int64_t begin, int64_t end) {
+  if (at.pairs()) return pool_forward_pairs(x, y, masks, at, zeros, begin, end);
   const int64_t inner = at.last ? at.channels : 1, line = at.columns * inner, stride = at.stride[1];
   // The windows that lie inside a row of the input.
   const int64_t left = std::min(at.columns, (at.padding[1] + stride - 1) / stride);
   const int64_t space = at.width + at.padding[1] - (at.kernel[1] - 1) * at.dilation[1] - 1;
   const int64_t right = std::max(left, std::min(at.columns, space < 0 ? 0 : space / stride + 1));
   std::vector<Bits<T>> reached(line);
-  Bits<T> several = 0;
+  bool tied = false;
   for (int64_t row = begin; row < end; ++row) {
     const T* plane = x + row / at.rows * at.height * at.width * inner;
     const int64_t top = row % at.rows * at.stride[0] - at.padding[0];
@@ -297,13 +343,9 @@ bool pool_forward_rows(const T* x, T* y, uint16_t* masks, const Geometry& at, bo
     } else {
       windows_at(at, plane, top, 0, at.columns, best, bits);
     }
-    uint16_t* mask = masks + row * line;
-    for (int64_t i = 0; i < line; ++i) {
-      several |= bits[i] & (bits[i] - 1) & -Bits<T>(zeros | (best[i] != 0));
-      mask[i] = static_cast<uint16_t>(bits[i]);
-    }
+    tied |= keep(bits, best, line, zeros, masks + row * line);
   }
-  return several != 0;
+  return tied;
 }
 
 int ones(uint16_t m) {
@@ -370,13 +412,22 @@ struct Shares {
     }
   }
 
-  // Write entries 2 c and 2 c + 1, at two places next to each other, of windows c = 0, ..., n - 1 that share none.
-  void write_pairs(uint16_t bit, int64_t n, T* into) const {
-    const T *others = tied ? rest.data() : g, *one = tied ? target.data() : g;
-    const uint16_t *all = masks, *at = tied ? which.data() : masks;
+  // Write a row of two entries, at the places `bit` and after it, of pairs first, ..., first + n - 1.
+  void write_pairs(uint16_t bit, int64_t first, int64_t n, T* into) const {
+    const uint16_t* all = masks + first;
+    if (!tied) {
+      const T* one = g + first;
+      for (int64_t c = 0; c < n; ++c) {
+        into[2 * c] = T(0) + select(all[c] & bit, one[c], T(0));  // a sum as elsewhere: 0 + -0.0 is 0
+        into[2 * c + 1] = T(0) + select(all[c] & (bit << 1), one[c], T(0));
+      }
+      return;
+    }
+    const T *others = rest.data() + first, *one = target.data() + first;
+    const uint16_t* at = which.data() + first;
     for (int64_t c = 0; c < n; ++c) {
       const T left = select(all[c] & bit, others[c], T(0)), right = select(all[c] & (bit << 1), others[c], T(0));
-      into[2 * c] = T(0) + select(at[c] & bit, one[c], left);  // a sum as elsewhere: 0 + -0.0 is 0
+      into[2 * c] = T(0) + select(at[c] & bit, one[c], left);
       into[2 * c + 1] = T(0) + select(at[c] & (bit << 1), one[c], right);
     }
   }
@@ -410,6 +461,25 @@ void interleave(const T* phases, int64_t length, int64_t padding, int64_t stride
   }
 }
 
+// Of [begin, end): rows of windows, of pairs.
+template <typename T>
+void pool_backward_pairs(const T* g, const uint16_t* masks, const Weights<T>& weights, T* gradient, const Geometry& at,
+                         int64_t begin, int64_t end) {
+  const int64_t most = at.at_once(), line = 2 * at.columns;
+  Shares<T> shares;
+  for (int64_t row = begin; row < end; row += most) {
+    const int64_t rows = std::min(most, end - row), n = rows * at.columns, start = row * at.columns;
+    shares.form(row, g + start, masks + start, n, weights);
+    for (int64_t k = 0; k < rows; ++k) {
+      T* into = gradient + at.corner(row + k);
+      for (int64_t i = 0; i < 2; ++i) shares.write_pairs(1 << 2 * i, k * at.columns, at.columns, into + i * at.width);
+      for (int64_t w = line; w < at.width; ++w) into[w] = into[at.width + w] = T(0);  // an odd column, like an odd row
+      const int64_t left = (row + k + 1) % at.rows ? 0 : at.height - 2 * at.rows;
+      if (left) std::fill(into + 2 * at.width, into + (2 + left) * at.width, T(0));
+    }
+  }
+}
+
 // Of [begin, end): rows of the input.
 template <typename T>
 void pool_backward_rows(const T* g, const uint16_t* masks, const Weights<T>& weights, T* gradient, const Geometry& at,
@@ -417,8 +487,6 @@ void pool_backward_rows(const T* g, const uint16_t* masks, const Weights<T>& wei
   const int64_t inner = at.last ? at.channels : 1, line = at.columns * inner, stride = at.stride[1];
   const int64_t reach = (at.kernel[0] - 1) * at.dilation[0];
   std::vector<Shares<T>> ring(reach / at.stride[0] + 1);  // of the rows of windows that an entry may lie in
-  const bool pairs = !at.last && at.kernel[1] == 2 && stride == 2 && at.dilation[1] == 1 && at.padding[1] == 0 &&
-                     2 * at.columns <= at.width && ring.size() == 1;
   // One row of windows gives to every stride-th entry of a row. So that these lie side by side, each such phase is summed
   // up by itself; where the channels come last, they lie side by side already.
   const int64_t length = std::max(at.columns, (at.width + 2 * at.padding[1]) / stride + 1) +
@@ -435,18 +503,6 @@ void pool_backward_rows(const T* g, const uint16_t* masks, const Weights<T>& wei
     const int64_t first = from > 0 ? (from + at.stride[0] - 1) / at.stride[0] : 0;
     const int64_t final = std::min(at.rows - 1, (h + at.padding[0]) / at.stride[0]);
     T* out = gradient + number * at.width * inner;
-    if (pairs) {
-      const int64_t below = h + at.padding[0] - first * at.stride[0];
-      if (first > final || below % at.dilation[0]) {  // no window lies over this row
-        std::fill(out, out + at.width, T(0));
-        continue;
-      }
-      const int64_t start = (plane * at.rows + first) * line;
-      if (ring[0].row != first) ring[0].form(first, g + start, masks + start, line, weights);
-      ring[0].write_pairs(1 << 2 * (below / at.dilation[0]), at.columns, out);
-      std::fill(out + 2 * at.columns, out + at.width, T(0));
-      continue;
-    }
     T* into = at.last ? out : sums.data();
     std::fill(into, into + size, T(0));
     bool tied = false;
@@ -512,7 +568,8 @@ void pool_backward_rows(const T* g, const uint16_t* masks, const Weights<T>& wei
   }                                                                                                               \
   VECTORISED void pool_backward(const T* g, const uint16_t* masks, const Weights<T>& weights, T* gradient,        \
                                 const Geometry& at, int64_t begin, int64_t end) {                                 \
-    pool_backward_rows(g, masks, weights, gradient, at, begin, end);                                              \
+    if (at.pairs()) pool_backward_pairs(g, masks, weights, gradient, at, begin, end);                             \
+    else pool_backward_rows(g, masks, weights, gradient, at, begin, end);                                         \
   }
 
 INSTANCES(float)
@@ -575,7 +632,7 @@ void pool_backward_all(const T* g, const uint16_t* masks, const Weights<T>& weig
                        int64_t threads) {
   const int64_t planes = at.images * (at.last ? 1 : at.channels);
   const int64_t entries = at.images * at.channels * at.height * at.width;
-  share(planes * at.height, entries, threads, [&](int64_t begin, int64_t end) {
+  share(planes * (at.pairs() ? at.rows : at.height), entries, threads, [&](int64_t begin, int64_t end) {
     pool_backward(g, masks, weights, gradient, at, begin, end);
   });
 }
