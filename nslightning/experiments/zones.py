@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import zlib
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -22,7 +19,7 @@ from nslightning.models.paper import initialize
 from nslightning.models.patched import at_least_float32
 from nslightning.probes import zone
 from nslightning.probes.propagation import operation_nodes
-from nslightning.surgery import PatchReport, selections, using
+from nslightning.surgery import PatchReport, using
 
 __all__ = ["difference_norm", "zones"]
 
@@ -127,15 +124,12 @@ def difference_norm(cell: ZoneCell, pair: tuple[nn.Module, ...], x: Tensor, y: T
         The norm; for ``bitwise_first_layer`` 1 where any bit differs and 0 elsewhere. NaN where a gradient is NaN under
         both choices.
     """
-    only_relu = dataclasses.replace(cell.alternative, relu=cell.jacobians.relu) == cell.jacobians
-    if only_relu and not _meets_zero(cell, pair[0], x):
-        return 0.0
     if len(pair) == 2:  # each was patched with its choice
         a, b = (torch.autograd.grad(_loss(cell, network, x, y), _parameters(cell, network)) for network in pair)
     else:
         (network,) = pair
         loss, parameters = _loss(cell, network, x, y), _parameters(cell, network)
-        if loss.isfinite() and not any(operation_nodes(loss)):
+        if loss.isfinite() and not any(operation_nodes(loss, (cell.jacobians, cell.alternative))):
             return 0.0
         with using(network, cell.jacobians):
             a = torch.autograd.grad(loss, parameters, retain_graph=True)
@@ -147,7 +141,7 @@ def difference_norm(cell: ZoneCell, pair: tuple[nn.Module, ...], x: Tensor, y: T
         return float(not torch.equal(a[0], b[0]))
     total = torch.zeros((), dtype=torch.float64, device=x.device)
     for one, two in zip(a, b, strict=True):
-        change = (one.double() - two.double()).abs()
+        change = (one.double() - two).abs()
         total += change.max() if cell.norm == "linf_sum" else change.sum()
     return float(total)
 
@@ -164,23 +158,3 @@ def _parameters(cell: ZoneCell, network: nn.Module) -> list[nn.Parameter]:
     if cell.norm == "bitwise_first_layer":
         return [next(p for p in parameters if p.dim() > 1)]
     return parameters
-
-
-def _meets_zero(cell: ZoneCell, network: nn.Module, x: Tensor) -> bool:
-    """Whether any ReLU input of a forward is exactly 0 (or may be: NaN)."""
-    with torch.no_grad(), _watching(network) as met, computing(cell.precision, x.device):
-        network(x)
-    return bool(torch.stack(met).any()) if met else False
-
-
-@contextmanager
-def _watching(network: nn.Module) -> Iterator[list[Tensor]]:
-    met: list[Tensor] = []
-    (selection,) = selections(network).values()
-    selection.observer = lambda site, operation, call: (
-        met.append(~(call.x.detach().abs().min() > 0)) if operation.name == "relu" else None
-    )
-    try:
-        yield met
-    finally:
-        selection.observer = None

@@ -66,19 +66,6 @@ class _Met:
                 found += _through_gates(GradientEdge(node, output), d)
         return found
 
-    def ignores(self, choice: Jacobians) -> bool:
-        """Whether a choice says of this operation what the one in use says."""
-        field = getattr(self.node, "operation", "max_pool" if self.pools else None)
-        if field is None or choice.rule != "exact" or self.in_use.rule != "exact":
-            return False
-        wanted, in_use = getattr(choice, field), getattr(self.in_use, field)
-        return wanted == in_use or (self.pools and wanted in _FIRST and in_use in _FIRST)
-
-    @property
-    def pools(self) -> bool:
-        """Whether the operation is max pooling, whose ties are all found in the backward."""
-        return "MaxPool" in type(self.node).__name__
-
 
 @dataclass(eq=False)
 class Recording:
@@ -125,7 +112,7 @@ class Recording:
             ValueError: If the choice is random, which is another one at each evaluation.
         """
         refuse_random(choice)
-        met = [one for one in self.records if not one.ignores(choice)]
+        met = [one for one in self.records if not _agree(one.node, choice, one.in_use)]
         if not met:
             return []
         with torch.no_grad(), using(self.model, _linear_part(choice)):
@@ -273,20 +260,31 @@ def differences(
     return base, {name: dict(d) for name, d in met.carried(choices, named, retain_graph=retain_graph)}
 
 
-def operation_nodes(loss: Tensor) -> Iterator[Any]:
+def operation_nodes(loss: Tensor, between: tuple[Jacobians, Jacobians] | None = None) -> Iterator[Any]:
     """The backward nodes of patched operations at which a choice may matter; nothing is evaluated.
 
     Args:
         loss: A tensor computed by an eager forward.
+        between: Two choices: without the operations of which both say the same.
 
     Yields:
-        Each node once. None means that no tie was met, and that the gradients under all choices are the same. Max
-        pooling whose ties are looked for in the backward is always among them.
+        Each node once. None means that no tie was met, and that the gradients under all choices, or both of them, are
+        the same. Max pooling whose ties are looked for in the backward is among them even if it will find none.
     """
     for node in _reachable([loss.grad_fn]):
         ours = getattr(getattr(node, "_forward_cls", None), "__module__", "").startswith("nslightning.ops.")
-        if ours and getattr(node, "tied", True):
+        if ours and getattr(node, "tied", True) and not (between and _agree(node, *between)):
             yield node
+
+
+def _agree(node: Any, one: Jacobians, other: Jacobians) -> bool:
+    """Whether two choices say the same of the operation that a backward node belongs to."""
+    pools = "MaxPool" in type(node).__name__
+    field = getattr(node, "operation", "max_pool" if pools else None)
+    if field is None or one.rule != other.rule:
+        return False
+    a, b = getattr(one, field), getattr(other, field)
+    return a == b or (pools and one.rule == "exact" and a in _FIRST and b in _FIRST)
 
 
 def _reachable(nodes: list[Any]) -> Iterator[Any]:
