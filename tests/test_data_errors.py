@@ -15,7 +15,9 @@ import torch
 from torchvision import datasets
 
 import nslightning.data as data
+from nslightning.cli import main
 from nslightning.data.small import _ArraysOnly
+from nslightning.experiments.data import load
 
 IMAGES = "MNIST/raw/train-images-idx3-ubyte"
 LABELS = "MNIST/raw/train-labels-idx1-ubyte"
@@ -240,7 +242,9 @@ def server(tmp_path):
         server.shutdown()
 
 
-def test_download_checks_and_then_reads(server, tmp_path, monkeypatch):
+@pytest.fixture
+def published(server, tmp_path, monkeypatch):
+    """A small MNIST, as if that were the published one; the folder it is sent from."""
     www, url = server
     fake_data.write_mnist(tmp_path / "made", suffix=".gz")
     resources = []
@@ -250,13 +254,17 @@ def test_download_checks_and_then_reads(server, tmp_path, monkeypatch):
         monkeypatch.setitem(data.MNIST.md5, file.stem, hashlib.md5(gzip.decompress(file.read_bytes())).hexdigest())
     monkeypatch.setattr(datasets.MNIST, "mirrors", [url])
     monkeypatch.setattr(datasets.MNIST, "resources", resources)
+    return www
+
+
+def test_download_checks_and_then_reads(published, tmp_path):
     module = data.MNIST(str(tmp_path / "new"), download=True)
     module.prepare_data()
     module.setup("fit")
     assert module.provenance["verified"] is True
     assert module.provenance["counts"] == {"train": 72, "val": 8}
     # A server that sends something else is found out.
-    fake_data.write_idx(www / "train-labels-idx1-ubyte.gz", torch.zeros(80, dtype=torch.uint8).numpy())
+    fake_data.write_idx(published / "train-labels-idx1-ubyte.gz", torch.zeros(80, dtype=torch.uint8).numpy())
     module = data.MNIST(str(tmp_path / "newer"), download=True)
     with pytest.raises(data.DataError, match="newer: mnist could not be downloaded"):
         module.prepare_data()
@@ -279,3 +287,22 @@ def test_svhn_download(server, tmp_path, monkeypatch):
 def test_nothing_is_downloaded_unasked(tmp_path):
     data.CIFAR10(str(tmp_path / "new")).prepare_data()
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("command", ["experiment", "zones"])
+def test_commands_download_where_asked_to(command, published, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NSLIGHTNING_DATA_DIR", str(tmp_path / "fetched"))
+    (tmp_path / "little.yaml").write_text(
+        "{kind: zones, fixed: {data: MNIST, backbone: paper/fc, against: {relu: 1}, width: 8, depth: 1, batch_size: 8},"
+        " grids: [{seed: [0]}], scales: {small: {}}}"
+    )
+    call = {
+        "experiment": ["experiment", "little.yaml", "--workers=1"],
+        "zones": ["zones", "--data=MNIST", "--backbone=paper/lenet5", "--precisions=[32]", "--draws=2", "--chunk=2"],
+    }[command]
+    load.cache_clear()
+    assert main(call) != 0
+    assert "for experiment and zones, --download=true" in capsys.readouterr().err
+    assert main([*call, "--download=true"]) == 0
+    assert (tmp_path / "fetched" / IMAGES).is_file()

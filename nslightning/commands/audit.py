@@ -206,7 +206,7 @@ def _known_backbone(name: str) -> None:
     if family not in FAMILIES or not network:
         close = difflib.get_close_matches(family, FAMILIES, 1) if network else []
         names = [f"{close[0]}/{network}"] if close else []
-        hint = f"; did you mean {names[0]}?" if names else ""
+        hint = f"; did you mean {names[0]}?" if names else "."
         raise CallError(
             f"there is no model {name!r}{hint} A model is timm/NAME, torchvision/NAME, paper/NAME, or "
             "package.module:factory of your own"
@@ -216,7 +216,7 @@ def _known_backbone(name: str) -> None:
     known = list_backbones(f"{family}/*")
     if name.partition(".")[0] not in known:
         near = difflib.get_close_matches(name, known, 3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        hint = f"; did you mean {' or '.join(near)}?" if near else "."
         raise CallError(f"there is no model {name!r}{hint} `nslightning audit --help` says how models are named")
 
 

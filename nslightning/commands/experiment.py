@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from nslightning.commands.arguments import Arguments
 from nslightning.experiments import Experiment, collect, comparison, folder_of, markdown, run
 from nslightning.experiments.cells import hint
+from nslightning.experiments.data import download
 
 __all__ = ["main"]
 
@@ -50,6 +51,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--output", default="results", help="where results are kept (default: results)")
     parser.add_argument("--workers", type=int, help="processes side by side; by default one per core, or 4 on a GPU")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; by default a GPU where there is one")
+    parser.add_argument("--download", choices=("true", "false"), default="false", help="fetch data that are not there")
     parser.add_argument("--compare", action="store_true", help="print and write the table beside the published numbers")
     parser.add_argument(
         "--only", action="append", default=[], metavar="KEY=VALUE[|VALUE]", help="only the cells with these values"
@@ -93,6 +95,10 @@ def _run(experiment: Experiment, given: argparse.Namespace) -> int:
         print(f"{len(cells)} cells")
         return 0
     device, workers = _resources(given.device, given.workers)
+    if given.download == "true":
+        cells = [planned.cell for planned in experiment.cells(only)]
+        for data, options in {(cell.data, tuple(sorted(cell.data_options.items()))) for cell in cells}:
+            download(data, options)
     report = run(experiment, given.output, workers=workers, device=device, only=only, progress=sys.stderr)
     failed = f", {len(report.failed)} failed (cells/*.error say why; the same command tries again)"
     print(

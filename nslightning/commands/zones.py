@@ -58,6 +58,7 @@ def zones(
     options: dict[str, Any] | None = None,
     data: str = "MNIST",
     data_options: dict[str, Any] | None = None,
+    download: bool = False,
     choice: str = "relu1:relu=1",
     reference: str = "pytorch",
     precisions: list[Literal[16, 32, 64]] = [16, 32, 64],  # noqa: B006 # never changed; jsonargparse shows it
@@ -85,6 +86,7 @@ def zones(
         options: Further arguments of the backbone, as {"batch_norm":true} or {"hidden":[256,256,256]}.
         data: A data set: MNIST, CIFAR10, SVHN, FashionMNISTSample, ...
         data_options: Its arguments, as {"holdout":0}.
+        download: Fetch the data that are not there.
         choice: The choice that is compared, as relu1:relu=1 or minimal:max_pool=minimal; a preset by its name, as jax.
         reference: The one it is compared with.
         precisions: Bits of parameters, images and arithmetic.
@@ -113,6 +115,7 @@ def zones(
     """
     from nslightning.commands.cost import parse_choice
     from nslightning.experiments import run
+    from nslightning.experiments.data import download as fetch
     from nslightning.experiments.grid import Experiment
     from nslightning.figures import zone_shares
 
@@ -143,6 +146,8 @@ def zones(
         "norm": norm,
         "thetas": chunk,
     }
+    if download:
+        fetch(data, tuple(sorted((data_options or {}).items())))
     _try(fixed | {"precision": precisions[0]})
     chunks = dict.fromkeys(precisions, 1)
     most = -(-(draws or _WIDEST) // chunk)

@@ -190,6 +190,27 @@ def load(
     Raises:
         ValueError: If there is no such data set.
     """
+    return Loaded(_module(name, options), device, normalise, augment, train_images)
+
+
+def download(name: str, options: tuple[tuple[str, Any], ...]) -> None:
+    """Fetch a data set into the folder that it is read from; what is there already stays.
+
+    Args:
+        name: The class; nothing is done for one that is not downloaded.
+        options: Its arguments, as sorted pairs.
+
+    Raises:
+        ValueError: If there is no such data set.
+        DataError: If it cannot be fetched.
+    """
+    module = _module(name, options)
+    if isinstance(module, DownloadedImages):
+        module.download = True
+        module.prepare_data()
+
+
+def _module(name: str, options: tuple[tuple[str, Any], ...]) -> ImageDataModule:
     kind = getattr(data, name, None)
     if not (isinstance(kind, type) and issubclass(kind, ImageDataModule)):
         classes = {n: k for n in data.__all__ if isinstance(k := getattr(data, n), type) and k is not ImageDataModule}
@@ -198,4 +219,4 @@ def load(
     given = dict(options)
     if issubclass(kind, DownloadedImages):
         given = {"verify": False, **given}
-    return Loaded(kind(**given), device, normalise, augment, train_images)
+    return kind(**given)
