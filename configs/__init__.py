@@ -31,6 +31,6 @@ def path(name: str) -> Path:
     raise FileNotFoundError(
         f"No packaged configuration is called {name!r}."
         + (f" Did you mean {close[0]!r}?" if close else "")
-        + f" There are: {', '.join(sorted(packaged))}."
+        + f" There are: {', '.join(sorted(name for name in packaged if not name.startswith('experiments/')))}."
         + " A file of your own is given by its path: --config ./mine.yaml"
     )

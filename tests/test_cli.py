@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import lightning.pytorch  # noqa: F401 # its messages go to the standard error of its import: not to a test's
 import pandas as pd
 import pytest
 import torch

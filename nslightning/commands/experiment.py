@@ -96,8 +96,8 @@ def _run(experiment: Experiment, given: argparse.Namespace) -> int:
         return 0
     device, workers = _resources(given.device, given.workers)
     if given.download == "true":
-        cells = [planned.cell for planned in experiment.cells(only)]
-        for data, options in {(cell.data, tuple(sorted(cell.data_options.items()))) for cell in cells}:
+        wanted = [planned.cell for planned in experiment.cells(only)]
+        for data, options in {(cell.data, tuple(sorted(cell.data_options.items()))) for cell in wanted}:
             download(data, options)
     report = run(experiment, given.output, workers=workers, device=device, only=only, progress=sys.stderr)
     failed = f", {len(report.failed)} failed (cells/*.error say why; the same command tries again)"

@@ -197,8 +197,8 @@ def _pool_difference(
     """
     d = torch.empty_like(x)
     images = max(1, _PART // max(1, x[:1].numel())) if x.device.type == "cpu" else len(x)
-    for *given, into in zip(*(t.split(images) for t in (x, reached, g, d)), strict=True):
-        one, other = (_pool_vjp(*given, geometry, composed, choice) for choice in (selection, less))
+    for x_, r_, g_, into in zip(*(t.split(images) for t in (x, reached, g, d)), strict=True):
+        one, other = (_pool_vjp(x_, r_, g_, geometry, composed, choice) for choice in (selection, less))
         torch.sub(one, other, out=into)
     return d
 
