@@ -362,9 +362,12 @@ struct Weights {
   const T *rest, *target;
   bool last, apart;  // whether the target is the last tied entry, else the first
   bool vertex;       // whether the target receives all
+
+  // Whether the target receives what the others do.
+  bool even() const { return !apart && std::equal(rest, rest + COUNTS, target); }
 };
 
-// What the entries of one row of windows receive; where none is tied, the row itself says it.
+// What the entries of one row of windows receive: all that reach the maximum `g`, unless some are `tied`.
 template <typename T>
 struct Shares {
   int64_t row = -1;
@@ -380,6 +383,12 @@ struct Shares {
     for (int64_t i = 0; i < n; ++i) several |= masks[i] & (masks[i] - 1);
     tied = several != 0;
     if (!tied) return;
+    rest.resize(n);
+    if (weights.even()) {
+      for (int64_t i = 0; i < n; ++i) rest[i] = of[i] * weights.rest[ones(reached[i])];
+      g = rest.data(), tied = false;
+      return;
+    }
     which.resize(n);
     for (int64_t i = 0; i < n; ++i) {
       uint16_t m = masks[i];
@@ -394,7 +403,7 @@ struct Shares {
       masks = which.data(), tied = false;
       return;
     }
-    rest.resize(n), target.resize(n);
+    target.resize(n);
     for (int64_t i = 0; i < n; ++i) {
       const int count = ones(masks[i]);
       rest[i] = g[i] * weights.rest[count];
