@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -92,7 +93,7 @@ class Recording:
         """
         kept = set(_reachable(list(operation_nodes(loss))))
         above = [node for node in _reachable([loss.grad_fn]) if node not in kept] if kept else []
-        handles = [node.register_hook(_release(node)) for node in above if _saved(node)]
+        handles = [node.register_hook(_release(node)) for node in above if _saved(node.__class__)]
         try:
             loss.backward(*given, **settings | {"retain_graph": bool(kept)})
         finally:
@@ -299,16 +300,17 @@ def _reachable(nodes: list[Any]) -> Iterator[Any]:
         stack += [below for below, _ in node.next_functions]
 
 
-def _saved(node: Any) -> list[str]:
-    """The names under which a backward node gives access to the tensors that it saved."""
-    return [name for name in dir(type(node)) if name.startswith("_raw_saved_")]
+@cache
+def _saved(kind: type) -> list[str]:
+    """The names under which backward nodes of a kind give access to the tensors that they saved."""
+    return [name for name in dir(kind) if name.startswith("_raw_saved_")]
 
 
 def _release(node: Any) -> Callable[..., None]:
     """What drops a node's saved tensors once its backward has run, though the graph as a whole is kept."""
 
     def drop(*_: Any) -> None:
-        for name in _saved(node):
+        for name in _saved(node.__class__):
             held = getattr(node, name)
             for one in held if isinstance(held, tuple | list) else (held,):
                 # Nothing was saved, or hooks of somebody else's (a checkpoint's) have it.
