@@ -85,6 +85,32 @@ def test_whether_a_window_is_tied():
 
 
 @layouts
+@dtypes
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_windows_tied_at_zero_are_left_out_of_every_geometry(geometry, dtype, layout):
+    (kernel, stride, padding, dilation), zero = geometry, torch.zeros(2, 3, 9, 8, dtype=dtype)
+    size = tuple(F.max_pool2d(zero, kernel, stride, padding, dilation).shape[2:])
+    for value, met in ((0.0, False), (-0.0, False), (0.5, True), (-0.5, True)):
+        x = (zero + value).contiguous(memory_format=layout)
+        assert cpu_kernels.pool_forward(x, geometry, size)[2] is True
+        assert cpu_kernels.pool_forward(x, geometry, size, zeros=False)[2] is met
+
+
+@pytest.mark.parametrize("jacobian", ["native", "minimal", "last", 10.0])
+@pytest.mark.parametrize("shape", [(3, 50, 6, 7), (2, 30, 7, 40), (1, 2, 6, 1300)], ids=str)
+def test_rows_worked_on_at_once_are_the_composition(shape, jacobian, monkeypatch):
+    """Several blocks of short rows, the last one not full, some of it another plane's; and rows longer than a block."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 4, shape, generator=generator).float()
+    g = torch.randn((*shape[:2], shape[2] // 2, shape[3] // 2), generator=generator)
+    selection, geometry = Selection(Jacobians(max_pool=jacobian)), regular(2, 2, 2, 0, 1, False)
+    found = both_ways(lambda x: pool(x, selection, geometry), x, g, monkeypatch, cpu_kernels)
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(found[0][0], F.max_pool2d(x, 2))
+
+
+@layouts
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 def test_what_one_choice_adds_to_another_is_the_subtraction(geometry, layout, monkeypatch):
     x = torch.randint(0, 3, (5, 3, 9, 8)).float().contiguous(memory_format=layout).requires_grad_()

@@ -161,10 +161,10 @@ class _MaxPool2d(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, reached = ctx.saved_tensors
-        vjp = partial(_pool_vjp, x, reached, g, ctx.geometry, ctx.composed)
+        of_part = partial(_pool_vjp, geometry=ctx.geometry, composed=ctx.composed)
+        vjp = partial(of_part, x, reached, g)
         if ctx.tied and ctx.selection.recorder is not None:
-            difference = partial(_pool_difference, x, reached, g, ctx.geometry, ctx.composed)
-            ctx.selection.recorder(ctx, vjp, difference)
+            ctx.selection.recorder(ctx, vjp, partial(_pool_difference, of_part, (x, reached, g)))
         return vjp(ctx.selection), None, None, None
 
 
@@ -172,9 +172,9 @@ def _pool_vjp(
     x: Tensor,
     reached: Tensor,
     g: Tensor,
+    selection: Selection,
     geometry: Regular,
     composed: Callable[[Tensor, Tensor, Selection], Tensor],
-    selection: Selection,
 ) -> Tensor:
     if selection.jacobians.max_pool == "random" or not _final(g):
         return composed(x, g, selection)
@@ -183,23 +183,17 @@ def _pool_vjp(
 
 
 def _pool_difference(
-    x: Tensor,
-    reached: Tensor,
-    g: Tensor,
-    geometry: Regular,
-    composed: Callable[[Tensor, Tensor, Selection], Tensor],
-    selection: Selection,
-    less: Selection,
+    vjp: Callable[..., Tensor], given: tuple[Tensor, Tensor, Tensor], selection: Selection, less: Selection
 ) -> Tensor:
     """The gradient under one choice less that under another, on a CPU some images at a time.
 
     To map memory for another tensor as large as the input costs more than to fill it.
     """
+    x = given[0]
     d = torch.empty_like(x)
     images = max(1, _PART // max(1, x[:1].numel())) if x.device.type == "cpu" else len(x)
-    for x_, r_, g_, into in zip(*(t.split(images) for t in (x, reached, g, d)), strict=True):
-        one, other = (_pool_vjp(x_, r_, g_, geometry, composed, choice) for choice in (selection, less))
-        torch.sub(one, other, out=into)
+    for into, *part in zip(*(t.split(images) for t in (d, *given)), strict=True):
+        torch.sub(vjp(*part, selection), vjp(*part, less), out=into)
     return d
 
 
