@@ -18,8 +18,9 @@ from nslightning.experiments.precision import PRECISIONS, computing
 from nslightning.models.paper import initialize
 from nslightning.models.patched import at_least_float32
 from nslightning.probes import zone
-from nslightning.probes.propagation import operation_nodes
-from nslightning.surgery import PatchReport, using
+from nslightning.probes.gradients import gradients_in_turn, wanted
+from nslightning.probes.graph import operation_nodes
+from nslightning.surgery import PatchReport
 
 __all__ = ["difference_norm", "zones"]
 
@@ -125,22 +126,23 @@ def difference_norm(cell: ZoneCell, pair: tuple[nn.Module, ...], x: Tensor, y: T
         both choices.
     """
     if len(pair) == 2:  # each was patched with its choice
-        a, b = (torch.autograd.grad(_loss(cell, network, x, y), _parameters(cell, network)) for network in pair)
+        a, b = (torch.autograd.grad(_loss(cell, n, x, y), list(_parameters(cell, n).values())) for n in pair)
     else:
         (network,) = pair
-        loss, parameters = _loss(cell, network, x, y), _parameters(cell, network)
+        loss = _loss(cell, network, x, y)
         if loss.isfinite() and not any(operation_nodes(loss, (cell.jacobians, cell.alternative))):
             return 0.0
-        with using(network, cell.jacobians):
-            a = torch.autograd.grad(loss, parameters, retain_graph=True)
-        with using(network, cell.alternative):
-            b = torch.autograd.grad(loss, parameters)
+        choices, named = [cell.jacobians, cell.alternative], _parameters(cell, network)
+        turns = gradients_in_turn(loss, network, choices, named, retain_graph=False)
+        a, b = (tuple(found.values()) for found in turns)
     if cell.norm == "bitwise_first_layer":
         if bool(a[0].isnan().any()) and torch.equal(a[0].isnan(), b[0].isnan()):
             return math.nan
         return float(not torch.equal(a[0], b[0]))
     total = torch.zeros((), dtype=torch.float64, device=x.device)
     for one, two in zip(a, b, strict=True):
+        if one is two and one.isfinite().all():
+            continue
         change = (one.double() - two).abs()
         total += change.max() if cell.norm == "linf_sum" else change.sum()
     return float(total)
@@ -152,9 +154,10 @@ def _loss(cell: ZoneCell, network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(at_least_float32(network(x)), y)
 
 
-def _parameters(cell: ZoneCell, network: nn.Module) -> list[nn.Parameter]:
-    """Those whose gradients the norm looks at."""
-    parameters = [p for p in network.parameters() if p.requires_grad]
+def _parameters(cell: ZoneCell, network: nn.Module) -> dict[str, Tensor]:
+    """Those whose gradients the norm looks at, by name."""
+    named = wanted(network)
     if cell.norm == "bitwise_first_layer":
-        return [next(p for p in parameters if p.dim() > 1)]
-    return parameters
+        first = next(name for name, p in named.items() if p.dim() > 1)
+        return {first: named[first]}
+    return named

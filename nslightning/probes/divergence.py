@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from nslightning.jacobians import Jacobians
-from nslightning.probes.gradients import gradients, wanted
-from nslightning.probes.propagation import operation_nodes, recording, refuse_compiled, refuse_computed
+from nslightning.probes.gradients import gradients, gradients_in_turn, wanted
+from nslightning.probes.graph import operation_nodes
+from nslightning.probes.propagation import recording, refuse_compiled, refuse_computed
 from nslightning.surgery import selections
 
 __all__ = ["NORMS", "SAME", "Divergence", "divergence", "measure", "measure_difference", "measure_differences"]
@@ -109,13 +110,10 @@ def divergence(
         with recording(model) as met:
             (base,) = gradients(loss, model, {"": reference}, inputs=inputs, retain_graph=True).values()
         return measure_differences(met.carried(choices, wanted(model, inputs), retain_graph=retain_graph), base)
-    (base,) = gradients(loss, model, {"": reference}, inputs=inputs, retain_graph=True).values()
-    found = {}
-    for i, (name, jacobians) in enumerate(choices.items()):  # one at a time: two sets of gradients in memory
-        keep = retain_graph or i + 1 < len(choices)
-        (other,) = gradients(loss, model, {name: jacobians}, inputs=inputs, retain_graph=keep).values()
-        found[name] = measure(other, base)
-    return found
+    every = [reference, *choices.values()]
+    turns = gradients_in_turn(loss, model, every, wanted(model, inputs), retain_graph=retain_graph)
+    base = next(turns)  # two sets of gradients in memory, however many choices
+    return {name: measure(other, base) for name, other in zip(choices, turns, strict=True)}
 
 
 def measure(choice: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Divergence:
@@ -142,7 +140,11 @@ def measure(choice: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Di
     for name, b in reference.items():
         if choice[name].shape != b.shape:
             raise ValueError(f"gradients of {name} have shapes {tuple(choice[name].shape)} and {tuple(b.shape)}")
-    return _divergences({name: _row(_sums(choice[name], b), _square(b)) for name, b in reference.items()})
+    rows = {}
+    for name, b in reference.items():
+        square = _square(b)
+        rows[name] = _row_of_same(square) if choice[name] is b else _row(_sums(choice[name], b), square)
+    return _divergences(rows)
 
 
 def measure_difference(difference: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Divergence:
@@ -226,7 +228,7 @@ class _Reference:
         for name, g in self.gradients.items():
             b = self.squares[name]
             if nothing[name]:
-                rows[name] = torch.stack([b * 0, b * 0, b * 0, b, b, b])
+                rows[name] = _row_of_same(b)
             else:
                 rows[name] = _row(_sums(difference[name], g, carried=True), b)
                 if not finite:
@@ -254,6 +256,12 @@ def _divergences(sums: Mapping[str, Tensor]) -> Divergence:
     if len(rows):
         total[2] = rows[:, 2].max()
     return Divergence(**_divergence(total.tolist()).norms(), per_layer=per_layer)
+
+
+def _row_of_same(square: Tensor) -> Tensor:
+    """That of gradients which are equal: NaN where they are not finite, and nothing can be told."""
+    nothing = square - square
+    return torch.stack([nothing, nothing, nothing, square, square, square])
 
 
 def _row(sums: Tensor, square: Tensor) -> Tensor:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from nslightning.jacobians import Jacobians
+from nslightning.probes.graph import bottleneck, freeing, operation_nodes, reachable, unseen_nodes
 from nslightning.surgery import using
 
-__all__ = ["gradients", "wanted"]
+__all__ = ["gradients", "gradients_in_turn", "wanted"]
 
 
 def gradients(
@@ -23,7 +25,8 @@ def gradients(
 ) -> dict[str, dict[str, Tensor]]:
     """The parameter gradients of one loss under several choices: one forward, one backward per choice.
 
-    The parameters' ``grad`` fields are left alone.
+    The backward of the second and further choices starts where the choices part: above, the gradients are the first
+    one's. The parameters' ``grad`` fields are left alone.
 
     Args:
         loss: A 0-d tensor computed by a forward of the patched ``model``, its graph not yet freed.
@@ -51,16 +54,64 @@ def gradients(
     """
     if not choices:
         raise ValueError("gradients takes at least one choice, such as {'relu1': Jacobians(relu=1.0)}")
-    named = wanted(model, inputs)
-    found = {}
-    for i, (choice, jacobians) in enumerate(choices.items()):
-        keep = retain_graph or i + 1 < len(choices)
-        with using(model, jacobians):
-            values = torch.autograd.grad(
-                loss, list(named.values()), retain_graph=keep, allow_unused=True, materialize_grads=True
-            )
-        found[choice] = dict(zip(named, values, strict=True))
-    return found
+    turns = gradients_in_turn(loss, model, choices.values(), wanted(model, inputs), retain_graph=retain_graph)
+    return dict(zip(choices, turns, strict=True))
+
+
+def gradients_in_turn(
+    loss: Tensor,
+    model: nn.Module,
+    choices: Iterable[Jacobians],
+    named: Mapping[str, Tensor],
+    *,
+    retain_graph: bool = True,
+) -> Iterator[dict[str, Tensor]]:
+    """What :func:`gradients` returns, one choice at a time, so that not all need be in memory.
+
+    Args:
+        loss: A 0-d tensor computed by a forward of the patched ``model``, its graph not yet freed.
+        model: A patched model, or one that contains patched ones.
+        choices: The choices.
+        named: What to differentiate for, by name.
+        retain_graph: Keep the graph after the last backward. If not, what choices cannot matter to is freed after the
+            first.
+
+    Yields:
+        ``{name: gradient}`` for each choice; one and the same tensor wherever the choices cannot matter.
+
+    Raises:
+        ValueError: If the model is not patched.
+    """
+    every = list(choices)
+    parting = {*operation_nodes(loss, every), *unseen_nodes(loss)} if len(every) > 1 else set()
+    start: Tensor | GradientEdge = bottleneck(loss, parting) or loss
+    top = loss.grad_fn if isinstance(start, Tensor) else start.node
+    kept = set(reachable([top]))
+    lower = {n: t for n, t in named.items() if parting and get_gradient_edge(t).node in kept - {top}}
+    freed = [] if retain_graph or not lower else [node for node in reachable([loss.grad_fn]) if node not in kept]
+    with using(model, every[0]), freeing(freed):
+        goals = [*named.values(), start]
+        *values, passing = torch.autograd.grad(
+            loss,
+            goals,  # type: ignore[arg-type] # its annotation takes no mixture
+            retain_graph=retain_graph or bool(lower),
+            allow_unused=True,
+        )
+    first = {n: torch.zeros_like(t) if g is None else g for (n, t), g in zip(named.items(), values, strict=True)}
+    yield first
+    for i, jacobians in enumerate(every[1:], 2):
+        found: Sequence[Tensor] = ()
+        if lower and passing is not None:
+            with using(model, jacobians):
+                found = torch.autograd.grad(
+                    start,
+                    list(lower.values()),
+                    passing,
+                    retain_graph=retain_graph or i < len(every),
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+        yield first | dict(zip(lower, found, strict=False))
 
 
 def wanted(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

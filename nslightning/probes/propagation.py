@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -15,12 +14,12 @@ from torch.autograd.graph import GradientEdge
 from nslightning.jacobians import Jacobians
 from nslightning.ops.selection import Selection
 from nslightning.probes.gradients import gradients, wanted
+from nslightning.probes.graph import agree, freeing, operation_nodes, reachable
 from nslightning.surgery import selections, using
 
 __all__ = [
     "Recording",
     "differences",
-    "operation_nodes",
     "recording",
     "refuse_compiled",
     "refuse_computed",
@@ -32,8 +31,6 @@ _Gradients = Tensor | tuple[Tensor | None, ...]
 
 # Backward nodes of one input and one output, where a difference may die: autograd's and the operations' own.
 _GATES = frozenset({"ReluBackward0", "ThresholdBackward0", "HardtanhBackward0", "_KinkedBackward", "_ReLUBackward"})
-# The spellings of stock's max pooling.
-_FIRST = (None, 0.0, "native", "first")
 
 
 @dataclass(eq=False)
@@ -84,21 +81,16 @@ class Recording:
         """``loss.backward()``, of whose graph only the part is kept that differences are carried through.
 
         What lies above the highest operation that met ties is freed while the backward runs, as without
-        ``retain_graph``: the memory serves the gradients that follow, instead of more being mapped for them.
+        ``retain_graph``.
 
         Args:
             loss: A tensor computed by an eager forward of the model.
             *given: What ``loss.backward`` takes.
             **settings: The same, but for ``retain_graph``.
         """
-        kept = set(_reachable(list(operation_nodes(loss))))
-        above = [node for node in _reachable([loss.grad_fn]) if node not in kept] if kept else []
-        handles = [node.register_hook(_release(node)) for node in above if _saved(node.__class__)]
-        try:
+        kept = set(reachable(operation_nodes(loss)))
+        with freeing([node for node in reachable([loss.grad_fn]) if node not in kept] if kept else []):
             loss.backward(*given, **settings | {"retain_graph": bool(kept)})
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def starts(self, choice: Jacobians) -> Starts:
         """The differences that each tied operation makes by itself, and where they enter the graph below it.
@@ -113,7 +105,7 @@ class Recording:
             ValueError: If the choice is random, which is another one at each evaluation.
         """
         refuse_random(choice)
-        met = [one for one in self.records if not _agree(one.node, choice, one.in_use)]
+        met = [one for one in self.records if not agree(one.node, choice, one.in_use)]
         if not met:
             return []
         with torch.no_grad(), using(self.model, _linear_part(choice)):
@@ -259,76 +251,6 @@ def differences(
     with recording(model) as met:
         (base,) = gradients(loss, model, {"": reference}, inputs=inputs, retain_graph=True).values()
     return base, {name: dict(d) for name, d in met.carried(choices, named, retain_graph=retain_graph)}
-
-
-def operation_nodes(loss: Tensor, between: tuple[Jacobians, Jacobians] | None = None) -> Iterator[Any]:
-    """The backward nodes of patched operations at which a choice may matter; nothing is evaluated.
-
-    Args:
-        loss: A tensor computed by an eager forward.
-        between: Two choices: without the operations of which both say the same.
-
-    Yields:
-        Each node once. None means that no tie was met, and that the gradients under all choices, or both of them, are
-        the same. Max pooling whose ties are looked for in the backward is among them even if it will find none.
-    """
-    for node in _reachable([loss.grad_fn]):
-        ours = getattr(getattr(node, "_forward_cls", None), "__module__", "").startswith("nslightning.ops.")
-        if ours and getattr(node, "tied", True) and not (between and _agree(node, *between)):
-            yield node
-
-
-def _agree(node: Any, one: Jacobians, other: Jacobians) -> bool:
-    """Whether two choices say the same of the operation that a backward node belongs to."""
-    pools = "MaxPool" in type(node).__name__
-    field = getattr(node, "operation", "max_pool" if pools else None)
-    if field is None or one.rule != other.rule:
-        return False
-    a, b = getattr(one, field), getattr(other, field)
-    return a == b or (pools and one.rule == "exact" and a in _FIRST and b in _FIRST)
-
-
-def _reachable(nodes: list[Any]) -> Iterator[Any]:
-    """Backward nodes and all that lie below them, each once."""
-    seen, stack = set(), nodes
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        yield node
-        stack += [below for below, _ in node.next_functions]
-
-
-@cache
-def _saved(kind: type) -> list[str]:
-    """The names under which backward nodes of a kind give access to the tensors that they saved."""
-    return [name for name in dir(kind) if name.startswith("_raw_saved_")]
-
-
-def _release(node: Any) -> Callable[..., None]:
-    """What drops a node's saved tensors once its backward has run, though the graph as a whole is kept."""
-
-    def drop(*_: Any) -> None:
-        for name in _saved(node.__class__):
-            held = getattr(node, name)
-            for one in held if isinstance(held, tuple | list) else (held,):
-                # Nothing was saved, or hooks of somebody else's (a checkpoint's) have it.
-                with suppress(RuntimeError):
-                    one.register_hooks(_nothing, _released)
-
-    return drop
-
-
-def _nothing(saved: Tensor) -> None:
-    """Keep nothing of a saved tensor."""
-
-
-def _released(_: None) -> Tensor:
-    raise RuntimeError(
-        "Recording.backward keeps the graph below the operations that met ties only, and this backward goes through "
-        "what lies above: use loss.backward(retain_graph=True) instead"
-    )
 
 
 def refuse_compiled(model: nn.Module) -> None:

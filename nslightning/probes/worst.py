@@ -16,7 +16,8 @@ from torch.utils.checkpoint import CheckpointError
 from nslightning.jacobians import Jacobians
 from nslightning.ops.registry import Call, Operation
 from nslightning.probes.gradients import gradients, wanted
-from nslightning.probes.propagation import operation_nodes, refuse_compiled
+from nslightning.probes.graph import operation_nodes
+from nslightning.probes.propagation import refuse_compiled
 from nslightning.probes.run import Run
 from nslightning.probes.ties import observing
 from nslightning.surgery import using

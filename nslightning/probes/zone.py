@@ -17,7 +17,8 @@ from nslightning.ops.registry import Call, Operation
 from nslightning.ops.selection import Selection
 from nslightning.probes.divergence import SAME, Divergence, measure
 from nslightning.probes.gradients import gradients, wanted
-from nslightning.probes.propagation import Starts, operation_nodes, recording, refuse_compiled, refuse_random
+from nslightning.probes.graph import operation_nodes
+from nslightning.probes.propagation import Starts, recording, refuse_compiled, refuse_random
 from nslightning.probes.run import Run
 from nslightning.probes.ties import observing
 from nslightning.surgery import using

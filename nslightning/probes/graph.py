@@ -1,0 +1,196 @@
+"""The backward graph of a loss: where in it a choice may matter, and what lies above."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from nslightning.jacobians import Jacobians
+
+__all__ = ["agree", "bottleneck", "freeing", "operation_nodes", "reachable", "unseen_nodes"]
+
+# The spellings of stock's max pooling.
+_FIRST = (None, 0.0, "native", "first")
+
+
+def operation_nodes(loss: Tensor, among: Iterable[Jacobians] = ()) -> Iterator[Any]:
+    """The backward nodes of patched operations at which a choice may matter; nothing is evaluated.
+
+    Args:
+        loss: A tensor computed by an eager forward.
+        among: The choices of interest: without the operations of which all of them say the same.
+
+    Yields:
+        Each node once. None means that no tie was met, and that the gradients under all choices, or all of those, are
+        the same. Max pooling whose ties are looked for in the backward is among them even if it will find none.
+    """
+    choices = list(among)
+    for node in reachable([loss.grad_fn]):
+        if _ours(node) and _matters(node, choices):
+            yield node
+
+
+def unseen_nodes(loss: Tensor) -> Iterator[Any]:
+    """The backward nodes of other functions written in Python: what runs inside is not to be seen, as in compiled ones.
+
+    Args:
+        loss: A tensor computed by a forward.
+
+    Yields:
+        Each node once.
+    """
+    return (node for node in reachable([loss.grad_fn]) if hasattr(node, "_forward_cls") and not _ours(node))
+
+
+def bottleneck(loss: Tensor, goals: Collection[Any]) -> GradientEdge | None:
+    """The last place that everything has to pass on its way down to some nodes.
+
+    All that lies below it gets its gradient through it alone: a backward may start there, with the gradient that was
+    caught there.
+
+    Args:
+        loss: A tensor computed by a forward.
+        goals: Backward nodes below it.
+
+    Returns:
+        The place; None where there is none but the loss itself.
+    """
+    above: dict[Any, list[Any]] = {loss.grad_fn: []}  # as often as there are edges
+    single: dict[Any, bool] = {}  # whether gradients come to a node's first output only
+    for node in reachable([loss.grad_fn]):
+        for below, output in node.next_functions:
+            if below is not None:
+                above.setdefault(below, []).append(node)
+                single[below] = single.get(below, True) and output == 0
+    leading, up = set(), list(goals)
+    while up:
+        node = up.pop()
+        if node not in leading:
+            leading.add(node)
+            up += above[node]
+    # In topological order, first always to what leads to no goal. All that is left passes a node where no other node
+    # is ready and no edge has been met that leads to one which is not.
+    found, open_edges = None, 0
+    missing = {node: len(edges) for node, edges in above.items()}
+    ready: list[Any] = [loss.grad_fn]
+    aside: list[Any] = []
+    while ready or aside:
+        node = aside.pop() if aside else ready.pop()
+        if node in leading and not ready and not open_edges and single.get(node, False):
+            found = GradientEdge(node, 0)
+        if node in goals:
+            break
+        for below, _ in node.next_functions:
+            if below is not None:
+                missing[below] -= 1
+                open_edges += 1
+                if not missing[below]:
+                    open_edges -= len(above[below])
+                    (ready if below in leading else aside).append(below)
+    return found
+
+
+def _ours(node: Any) -> bool:
+    """Whether a backward node belongs to one of the package's operations."""
+    return getattr(getattr(node, "_forward_cls", None), "__module__", "").startswith("nslightning.ops.")
+
+
+def _matters(node: Any, choices: list[Jacobians]) -> bool:
+    """Whether the choice may matter at an operation's backward node: among all choices if none is given."""
+    return getattr(node, "tied", True) and not (choices and all(agree(node, choices[0], one) for one in choices[1:]))
+
+
+def agree(node: Any, one: Jacobians, other: Jacobians) -> bool:
+    """Whether two choices say the same of the operation that a backward node belongs to.
+
+    Args:
+        node: The backward node of one of the package's operations.
+        one: A choice.
+        other: Another.
+
+    Returns:
+        Whether they do; False where it cannot be told.
+    """
+    pools = "MaxPool" in type(node).__name__
+    field = getattr(node, "operation", "max_pool" if pools else None)
+    if field is None or one.rule != other.rule:
+        return False
+    a, b = getattr(one, field), getattr(other, field)
+    if a == "random":  # another one each time
+        return False
+    return a == b or (pools and one.rule == "exact" and a in _FIRST and b in _FIRST)
+
+
+def reachable(nodes: Iterable[Any]) -> Iterator[Any]:
+    """Backward nodes and all that lie below them.
+
+    Args:
+        nodes: Where to begin.
+
+    Yields:
+        Each node once.
+    """
+    seen, stack = set(), list(nodes)
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        stack += [below for below, _ in node.next_functions]
+
+
+@contextmanager
+def freeing(nodes: Iterable[Any]) -> Iterator[None]:
+    """Free what nodes saved as soon as a backward inside the block has passed them, though the graph is kept.
+
+    The memory serves the gradients that follow, instead of more being mapped for them.
+
+    Args:
+        nodes: Backward nodes.
+
+    Yields:
+        Nothing.
+    """
+    handles = [node.register_hook(_release(node)) for node in nodes if _saved(node.__class__)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@cache
+def _saved(kind: type) -> list[str]:
+    """The names under which backward nodes of a kind give access to the tensors that they saved."""
+    return [name for name in dir(kind) if name.startswith("_raw_saved_")]
+
+
+def _release(node: Any) -> Callable[..., None]:
+    """What drops a node's saved tensors once its backward has run, though the graph as a whole is kept."""
+
+    def drop(*_: Any) -> None:
+        for name in _saved(node.__class__):
+            held = getattr(node, name)
+            for one in held if isinstance(held, tuple | list) else (held,):
+                # Nothing was saved, or hooks of somebody else's (a checkpoint's) have it.
+                with suppress(RuntimeError):
+                    one.register_hooks(_nothing, _released)
+
+    return drop
+
+
+def _nothing(saved: Tensor) -> None:
+    """Keep nothing of a saved tensor."""
+
+
+def _released(_: None) -> Tensor:
+    raise RuntimeError(
+        "of this graph only the part below the operations that met ties was kept, and this backward goes through what "
+        "lies above: keep it whole by loss.backward(retain_graph=True) or by retain_graph=True"
+    )

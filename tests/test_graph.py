@@ -1,0 +1,158 @@
+"""Where in a graph the gradients of two choices part, and that a backward may start there."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from nslightning import Jacobians, patch
+from nslightning.probes import gradients
+from nslightning.probes.graph import bottleneck, operation_nodes, unseen_nodes
+
+CHOICES = {"a": Jacobians(), "b": Jacobians(relu=1.0), "c": Jacobians(relu=-0.5)}
+
+
+class Net(nn.Module):
+    """A ReLU that ties between layers, and a way for gradients around it."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.low, self.mid, self.high = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.act = nn.ReLU()
+        for p in self.low.parameters():
+            nn.init.zeros_(p.data[:2])
+
+    def forward(self, x):
+        x = self.low(x)
+        tied = F.relu(x)
+        if self.kind == "residual":  # the tied ReLU alone carries not all that comes to low
+            tied = tied + x
+        if self.kind == "shared weight":
+            return self.high(self.low(self.mid(tied)).tanh())
+        if self.kind == "branches":  # ties in both; all of it passes the sum
+            tied = self.mid(tied) + F.relu(x[:, :1])
+            return self.high(tied.tanh())
+        if self.kind == "several outputs":
+            one, two = tied.split(2, 1)
+            return self.high(torch.cat([two, one], 1))
+        if self.kind == "checkpoint":
+            return self.high(checkpoint(lambda t: self.mid(self.act(t)).tanh(), x, use_reentrant=False))
+        return self.high(self.mid(tied).tanh())
+
+
+#: What the place's node is called, and how many backwards of three reach `high` and `low`.
+KINDS = {
+    "chain": ("ReLU", 1, 3),
+    "residual": ("AddBackward0", 1, 3),
+    "shared weight": (None, 3, 3),
+    "branches": ("AddBackward0", 1, 3),
+    "several outputs": ("ReLU", 1, 3),
+    "checkpoint": ("ReLU", 1, 3),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_second_backward_starts_where_choices_part(kind):
+    torch.manual_seed(0)
+    model = Net(kind)
+    patch(model, Jacobians())
+    loss = model(torch.randn(3, 4)).square().sum()
+    name, *times = KINDS[kind]
+    place = bottleneck(loss, set(operation_nodes(loss)))
+    if name is None:  # only the loss itself and what follows the last layer
+        assert place is None or place.node in {loss.grad_fn, loss.grad_fn.next_functions[0][0]} or "Addmm" in str(place)
+    else:
+        assert name in place.node.name()
+    seen = [0, 0]
+    model.high.bias.register_hook(lambda g: seen.__setitem__(0, seen[0] + 1))
+    model.low.bias.register_hook(lambda g: seen.__setitem__(1, seen[1] + 1))
+    found = gradients(loss, model, CHOICES)
+    if name is not None:
+        assert seen == times
+    for choice, jacobians in CHOICES.items():
+        (alone,) = gradients(loss, model, {choice: jacobians}).values()
+        assert all(torch.equal(alone[n], g) for n, g in found[choice].items())
+    assert not torch.equal(found["a"]["low.weight"], found["b"]["low.weight"])
+    assert found["a"]["high.weight"] is found["b"]["high.weight"] or name is None
+
+
+def test_hooks_at_the_place_run_once_for_each_choice():
+    model = Net("chain")
+    patch(model, Jacobians())
+    kept = []
+    model.mid.register_forward_pre_hook(lambda m, given: kept.append(given[0]))
+    loss = model(torch.randn(3, 4)).square().sum()
+    kept[0].register_hook(lambda g: 2 * g)
+    found = gradients(loss, model, CHOICES)
+    for choice, jacobians in CHOICES.items():
+        (alone,) = gradients(loss, model, {choice: jacobians}).values()
+        assert all(torch.equal(alone[n], g) for n, g in found[choice].items())
+
+
+def test_choices_that_cannot_matter_cost_one_backward():
+    model = Net("chain")
+    for p in model.low.parameters():
+        nn.init.ones_(p)
+    patch(model, Jacobians())
+    loss = model(torch.ones(3, 4)).sum()
+    seen = []
+    model.low.bias.register_hook(seen.append)
+    found = gradients(loss, model, CHOICES, retain_graph=False)
+    assert len(seen) == 1
+    assert found["a"]["low.bias"] is found["c"]["low.bias"]
+    with pytest.raises(RuntimeError, match="second time"):  # freed all the same
+        loss.backward()
+
+
+def test_random_choices_are_not_the_same_choice():
+    model = nn.Sequential(nn.Linear(40, 40), nn.ReLU())
+    nn.init.zeros_(model[0].weight), nn.init.zeros_(model[0].bias)
+    patch(model, Jacobians())
+    loss = model(torch.ones(1, 40)).sum()
+    found = gradients(loss, model, {"a": Jacobians(relu="random"), "b": Jacobians(relu="random")})
+    assert not torch.equal(found["a"]["0.bias"], found["b"]["0.bias"])
+
+
+class Inside(torch.autograd.Function):
+    """Differentiates by itself, as compiled functions do."""
+
+    @staticmethod
+    def forward(ctx, x, model):
+        ctx.model = model
+        ctx.save_for_backward(x)
+        return model(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(ctx.model(x), x, g)[0], None
+
+
+def test_what_is_not_to_be_seen_may_matter():
+    inner = nn.Sequential(nn.ReLU())
+    patch(inner, Jacobians())
+    lower = nn.Linear(2, 2)
+    nn.init.zeros_(lower.weight), nn.init.zeros_(lower.bias)
+    loss = Inside.apply(lower(torch.ones(1, 2)), inner).sum()
+    assert not any(operation_nodes(loss))
+    assert [node.name() for node in unseen_nodes(loss)] == ["InsideBackward"]
+    model = nn.ModuleDict({"lower": lower, "inner": inner})
+    found = gradients(loss, model, CHOICES)
+    assert [found[c]["lower.bias"].tolist() for c in CHOICES] == [[0, 0], [1, 1], [-0.5, -0.5]]
+
+
+@pytest.mark.parametrize("retain", [True, False])
+def test_what_lies_above_is_freed_or_kept(retain):
+    model = Net("chain")
+    patch(model, Jacobians())
+    loss = model(torch.randn(3, 4)).square().sum()
+    gradients(loss, model, CHOICES, retain_graph=retain)
+    if retain:
+        loss.backward()
+    else:
+        with pytest.raises(RuntimeError, match="retain_graph=True"):
+            loss.backward()
