@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -91,6 +91,22 @@ class Recording:
         kept = set(reachable(operation_nodes(loss)))
         with freeing([node for node in reachable([loss.grad_fn]) if node not in kept] if kept else []):
             loss.backward(*given, **settings | {"retain_graph": bool(kept)})
+
+    def meet(self, loss: Tensor, among: Iterable[Jacobians] = ()) -> None:
+        """Run the backward only as far as to the operations that met ties: no parameter gets a gradient.
+
+        Args:
+            loss: A tensor computed by an eager forward of the model.
+            among: The choices of interest: no further than to where they may say different things.
+        """
+        below = [
+            GradientEdge(node, output)
+            for tied in operation_nodes(loss, among)
+            for node, output in tied.next_functions
+            if node is not None
+        ]
+        if below:
+            torch.autograd.grad(loss, below, retain_graph=True, allow_unused=True)
 
     def starts(self, choice: Jacobians) -> Starts:
         """The differences that each tied operation makes by itself, and where they enter the graph below it.

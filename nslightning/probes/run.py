@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = ["Run"]
 
@@ -32,6 +32,19 @@ class Run(nn.Module):
     def forward(self, body: Callable[[], Any]) -> Any:
         """Call a function; here the model's tensors are those of the run."""
         return body()
+
+    def is_in(self, dtype: torch.dtype) -> bool:
+        """Whether the model runs in a precision as it is, so that casting it would change nothing.
+
+        Args:
+            dtype: The precision.
+
+        Returns:
+            Whether its tensors and inputs are of it, and autocast is off.
+        """
+        tensors = [t for t in (*self.parameters(), *self.buffers(), *tree_leaves(self.inputs)) if isinstance(t, Tensor)]
+        autocast = any(torch.is_autocast_enabled(t.device.type) for t in tensors)
+        return not autocast and all(t.dtype == dtype for t in tensors if t.is_floating_point())
 
     def at(self, dtype: torch.dtype | None, work: Callable[[Tensor], _T]) -> _T:
         """Do something with the loss, backwards included, while the model's tensors are those of the run.

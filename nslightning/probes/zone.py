@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,9 @@ from nslightning.ops.pointwise import POINTWISE
 from nslightning.ops.registry import Call, Operation
 from nslightning.ops.selection import Selection
 from nslightning.probes.divergence import SAME, Divergence, measure
-from nslightning.probes.gradients import gradients, wanted
+from nslightning.probes.gradients import gradients_in_turn, wanted
 from nslightning.probes.graph import operation_nodes
-from nslightning.probes.propagation import Starts, recording, refuse_compiled, refuse_random
+from nslightning.probes.propagation import Recording, Starts, recording, refuse_compiled, refuse_random
 from nslightning.probes.run import Run
 from nslightning.probes.ties import observing
 from nslightning.surgery import using
@@ -34,6 +34,7 @@ THRESHOLDS: dict[torch.dtype, float] = {
     torch.float64: 1e-15,
 }
 
+_T = TypeVar("_T")
 _SHRINK = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps  # 2^-29
 
 
@@ -129,19 +130,19 @@ def zone(
         found = run.at(None, lambda loss: _compare(model, loss, a, b))
     if found is None:
         return Zone("regular", _nothing(model), None)
-    observed, noise, differs = found
-    if not differs:
+    observed, noise, met = found
+    if met is None:
         return Zone("regular", observed, noise)
     branches = _Branches()
     with observing(model, branches.record):
         run.at(None, lambda loss: None)
-    exact, terms = _replay(run, torch.float64, branches, a, b)
-    coarse, _ = _replay(run, torch.float32, branches, a, b)
+    coarse, terms = met if run.is_in(torch.float32) else _replay(run, torch.float32, branches, a, b, _with_terms)
+    exact = _replay(run, torch.float64, branches, a, b, _carried)
     difference = _norm(exact)
     if not math.isfinite(difference):
         raise ValueError("the gradients are not finite in float64 either: parameters that diverged lie in no zone")
-    left = _norm([c.double() - e for c, e in zip(coarse, exact, strict=True)])
-    rounding = max(_SHRINK * left if math.isfinite(left) else 0.0, _norm(terms) * 2.0**-53)
+    left = _norm(c.double() - e for c, e in zip(coarse, exact, strict=True))
+    rounding = max(_SHRINK * left if math.isfinite(left) else 0.0, terms * 2.0**-53)
     real = difference > rounding / math.sqrt(_SHRINK)
     return Zone("bifurcation" if real else "compensation", observed, noise, difference, rounding)
 
@@ -159,7 +160,8 @@ def differs_bitwise(a: Mapping[str, Tensor], b: Mapping[str, Tensor], first: boo
         Whether they differ.
     """
     names = list(a)[:1] if first else list(a)
-    return not all(bool(((a[n] == b[n]) | (a[n].isnan() & b[n].isnan())).all()) for n in names)
+    pairs = [(a[n], b[n]) for n in names if a[n] is not b[n]]
+    return not all(bool(((x == y) | (x.isnan() & y.isnan())).all()) for x, y in pairs)
 
 
 def linf_sum(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
@@ -191,40 +193,43 @@ def l1_sum(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
 
 
 # ------------------------------------------------------------------------------------------ the model as it is
-def _compare(model: nn.Module, loss: Tensor, a: Jacobians, b: Jacobians) -> tuple[Divergence, Divergence, bool] | None:
-    """The difference of the two gradients as computed, the noise, and whether any bit differs; None if no tie matters.
+def _compare(
+    model: nn.Module, loss: Tensor, a: Jacobians, b: Jacobians
+) -> tuple[Divergence, Divergence, _WithTerms | None] | None:
+    """The difference of the two gradients as computed, the noise, and where a bit differs what was carried down.
 
-    The noise of kernels that add up in no fixed order does not pass for a difference: what ties make of the choices is
-    carried down first, with weights that keep it from cancelling.
+    None if no tie matters. The noise of kernels that add up in no fixed order does not pass for a difference: what the
+    ties make of the choices has to arrive, with weights that keep it from cancelling.
     """
-    tensors = list(wanted(model).values())
-    if not any(operation_nodes(loss)):
+    if not any(operation_nodes(loss, (a, b))):
         return None
+    named = wanted(model)
+    turns = gradients_in_turn(loss, model, (b, a, b), named)
     with recording(model) as met:
-        (one,) = gradients(loss, model, {"": b}, retain_graph=True).values()
-    reached = met.carry(_scattered(met.starts(a)), a, tensors)
-    if not any(torch.count_nonzero(t) for t in reached):
-        return None
-    (other,) = gradients(loss, model, {"": a}, retain_graph=True).values()
-    (again,) = gradients(loss, model, {"": b}).values()
-    return measure(other, one), measure(again, one), differs_bitwise(other, one)
+        one = next(turns)
+    other, again = turns
+    observed, noise = measure(other, one), measure(again, one)
+    if not differs_bitwise(other, one):
+        return observed, noise, None
+    carried = _with_terms(met, a, list(named.values()))
+    return (observed, noise, carried) if carried.terms else None
 
 
 def _nothing(model: nn.Module) -> Divergence:
     return replace(SAME, per_layer=dict.fromkeys(wanted(model), SAME))
 
 
-def _scattered(starts: Starts) -> Starts:
-    """Every term of a difference with a random sign and, brought to a size that no precision loses, a random size."""
+def _scattered(starts: Starts) -> tuple[Starts, float]:
+    """Every term of a difference with a random sign and size, by a factor that no precision loses; and the factor."""
     generator = torch.Generator().manual_seed(0)
     largest = max((float(d.detach().abs().max()) for _, d in starts), default=0.0)
     scale = 256.0 / largest if math.isfinite(largest) and largest > 0 else 1.0
 
     def weights(d: Tensor) -> Tensor:
-        uniform = torch.rand(d.shape, generator=generator, dtype=torch.float64) * 2 - 1
-        return (uniform + uniform.sgn()).to(d)
+        uniform = torch.empty(d.shape).uniform_(-1, 1, generator=generator)
+        return uniform.add_(uniform.sgn()).to(d)
 
-    return [(edge, (d * scale * weights(d)).detach()) for edge, d in starts]
+    return [(edge, (d * scale * weights(d)).detach()) for edge, d in starts], scale
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:
@@ -232,23 +237,42 @@ def _norm(tensors: Iterable[Tensor]) -> float:
 
 
 # ------------------------------------------------------------------------------------- the model over the reals
-def _replay(
-    run: Run, dtype: torch.dtype, branches: _Branches, a: Jacobians, b: Jacobians
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """The difference in another precision on the recorded branches, and the same with its terms scattered."""
+class _WithTerms(NamedTuple):
+    """A difference, and the Euclidean norm that its terms have where they do not cancel."""
 
-    def carried(loss: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    difference: tuple[Tensor, ...]
+    terms: float
+
+
+def _carried(met: Recording, a: Jacobians, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return met.carry(met.starts(a), a, tensors)
+
+
+def _with_terms(met: Recording, a: Jacobians, tensors: Sequence[Tensor]) -> _WithTerms:
+    starts = met.starts(a)
+    scattered, scale = _scattered(starts)
+    return _WithTerms(met.carry(starts, a, tensors), _norm(met.carry(scattered, a, tensors)) / scale)
+
+
+def _replay(
+    run: Run,
+    dtype: torch.dtype,
+    branches: _Branches,
+    a: Jacobians,
+    b: Jacobians,
+    work: Callable[[Recording, Jacobians, Sequence[Tensor]], _T],
+) -> _T:
+    """Do something with what ties meet in another precision on the recorded branches."""
+
+    def body(loss: Tensor) -> _T:
         branches.again = True
-        with recording(run.model) as met:
-            gradients(loss, run.model, {"": b}, retain_graph=True)
-        starts, tensors = met.starts(a), list(wanted(run.model).values())
-        size = max((float(d.detach().abs().max()) for _, d in starts), default=0.0)
-        scattered = met.carry(_scattered(starts), a, tensors)
-        return met.carry(starts, a, tensors), tuple(t * size / 256 for t in scattered)
+        with recording(run.model) as met, using(run.model, b):
+            met.meet(loss, (a, b))
+        return work(met, a, list(wanted(run.model).values()))
 
     branches.again, branches.met = False, {}
     with observing(run.model, branches.impose):
-        return run.at(dtype, carried)
+        return run.at(dtype, body)
 
 
 @dataclass
@@ -289,27 +313,32 @@ class _Branches:
             raise RuntimeError(f"in another precision the forward evaluates {site or 'the model'} otherwise")
         with torch.no_grad():
             for x, before in zip(operands, seen, strict=True):
-                x.data.copy_(_on_branch(operation, call, x.detach(), before))
+                if (moved := _on_branch(operation, call, x.detach(), before)) is not None:
+                    x.data.copy_(moved)
 
 
 def _operands(call: Call) -> list[Tensor]:
     return [t for t in tree_leaves(tuple(call)) if isinstance(t, Tensor) and t.is_floating_point()]
 
 
-def _on_branch(operation: Operation, call: Call, x: Tensor, seen: Tensor) -> Tensor:
-    """``x`` where it leads to the branch that ``seen`` took, else ``seen``."""
+def _on_branch(operation: Operation, call: Call, x: Tensor, seen: Tensor) -> Tensor | None:
+    """``x`` where it leads to the branch that ``seen`` took, else ``seen``; None where all of it does."""
     other = seen.to(x.dtype)
     if operation.name in POINTWISE:
-        for position, _ in POINTWISE[operation.name].kinks(*call.parameters):
-            side, before = (x - position).sign(), (seen > position).to(x.dtype) - (seen < position).to(x.dtype)
-            x = torch.where(seen == position, position, torch.where((side == before) | seen.isnan(), x, other))
-        return x
+        moved, kinks = x, [position for position, _ in POINTWISE[operation.name].kinks(*call.parameters)]
+        for kink in kinks:
+            off = ((x > kink) != (seen > kink)) | ((x < kink) != (seen < kink))
+            if off.any():
+                moved = torch.where(off & ~seen.isnan(), other, moved)
+        for kink in kinks:  # which may not be a number of the lower precision
+            if (tied := seen == kink).any():
+                moved = moved.masked_fill(tied, kink)
+        return None if moved is x else moved
     if operation.name == "max_pool":  # plane by plane: windows overlap
         planes = x.dim() - call.parameters[0].dims
         same = (_winners(operation, call, x) == _winners(operation, call, other)) | seen.isnan()
-        return torch.where(
-            same.flatten(planes).all(planes).reshape(x.shape[:planes] + (1,) * (x.dim() - planes)), x, other
-        )
+        same = same.flatten(planes).all(planes)
+        return None if same.all() else torch.where(same.reshape(x.shape[:planes] + (1,) * (x.dim() - planes)), x, other)
     return other
 
 
