@@ -265,3 +265,20 @@ def test_the_source_compiles_without_a_warning(repo_root, tmp_path):
     done = subprocess.run([compiler, *flags, str(source), "-o", str(library)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert ctypes.c_int64.in_dll(ctypes.CDLL(str(library)), "version").value == cpu_kernels._VERSION
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_pooling_without_a_gradient_takes_the_kernel_where_it_is_the_faster_one(mode, monkeypatch):
+    calls = []
+    kernel = cpu_kernels.pool_forward
+    monkeypatch.setattr(cpu_kernels, "pool_forward", lambda *given, **more: calls.append(1) or kernel(*given, **more))
+    x = torch.randint(-1, 2, (2, 3, 9, 9), generator=torch.Generator().manual_seed(0)).float()
+    x[0, 0, 0, :2], x[1, 1, 3] = float("nan"), -0.0
+    with mode():
+        for given, taken in ((x, 1), (x.contiguous(memory_format=torch.channels_last), 0)):
+            calls.clear()
+            y = pool(given, Selection(Jacobians(max_pool="minimal")), regular(2, 3, 2, 1))
+            want = F.max_pool2d(given, 3, 2, 1)
+            assert torch.equal(y.view(torch.int32), want.view(torch.int32))
+            assert y.stride() == want.stride()
+            assert len(calls) == taken

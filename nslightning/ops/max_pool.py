@@ -354,14 +354,15 @@ def pool(x: Tensor, selection: Selection, geometry: Geometry, return_indices: bo
     if isinstance(geometry, Regular):
         _refuse_empty_windows(x, geometry)
     transformed = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
-    if not _differentiable(x):
-        output, indices = geometry.forward(x)
-    elif (
+    if (
         isinstance(geometry, Regular)
         and not (return_indices or published or transformed or _forward_mode())
+        and (_differentiable(x) or (x.device.type == "cpu" and x.is_contiguous()))  # there stock's forward is slow
         and fused.pool_fits(x, geometry)
     ):
         return fused.max_pool2d(x, geometry, selection, partial(_composed, geometry))
+    if not _differentiable(x):
+        output, indices = geometry.forward(x)
     else:
         function = _MaxPool if torch.compiler.is_compiling() else _TransformableMaxPool
         output, indices = function.apply(x, geometry, selection)
