@@ -81,6 +81,29 @@ def check_max_pool(kernels, geometry, weights, layout, dtype=torch.float32) -> N
             assert torch.equal(found.view(bits), torch.autograd.grad(stock, x, incoming, True)[0].view(bits))
 
 
+def check_pool_difference(kernels, geometry, layout, dtype=torch.float32) -> None:
+    """What every choice adds to every other against the naive gradients' difference; exact zeros where none ties."""
+    x = tied_images(layout, dtype)
+    x[:, 2] = torch.arange(9 * 8).view(9, 8).to(dtype)  # no two are the same
+    size = tuple(F.max_pool2d(x, *geometry).shape[2:])
+    _, mask, _ = kernels.pool_forward(x, geometry, size)
+    g = torch.randn(mask.shape, generator=torch.Generator().manual_seed(2), dtype=dtype)
+    g[:, 2, 0, 0] = float("inf")  # arrives at no tie
+    naive = {name: naive_pool(x, g.nan_to_num(posinf=7.0), geometry, w) for name, w in WEIGHTS.items()}
+    refused = []
+    for name, weights in WEIGHTS.items():
+        for other, less in WEIGHTS.items():
+            found = kernels.pool_difference(g, mask, geometry, tuple(x.shape[2:]), weights, less)
+            if found is None:
+                refused.append({name, other})
+                continue
+            torch.testing.assert_close(found.double(), naive[name] - naive[other], rtol=1e-5, atol=1e-5)
+            assert not found[:, 2].any()
+            assert found.any() == (name != other)
+    assert refused
+    assert all("last" in pair and pair & {"native", "beta10"} for pair in refused)
+
+
 def both_ways(operation, x, g, monkeypatch, kernels) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Output, gradient and second derivative of an operation, by the kernels and composed."""
     found = []

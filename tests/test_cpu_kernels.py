@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import shutil
 import subprocess
 
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import GEOMETRIES, LAYOUTS, WEIGHTS, both_ways, check_max_pool, check_relu
+from kernel_checks import GEOMETRIES, LAYOUTS, WEIGHTS, both_ways, check_max_pool, check_pool_difference, check_relu
 
 from nslightning import Jacobians, ops
 from nslightning.ops import cpu_kernels, fused
@@ -60,6 +61,48 @@ def test_relu_of_any_size_on_any_number_of_threads(size):
                 assert cpu_kernels.any_zero(lonely)
         finally:
             torch.set_num_threads(before)
+
+
+@dtypes
+@pytest.mark.parametrize("size", [0, 1, 7, 2**14, 2**14 + 1, 300_001])
+@pytest.mark.parametrize("carried", [False, True], ids=["subtracted", "carried"])
+def test_compare_of_any_size_on_any_number_of_threads(size, carried, dtype):
+    generator = torch.Generator().manual_seed(size)
+    given, b = (torch.randn(size, generator=generator).to(dtype) for _ in range(2))
+    x, y = given.double(), b.double()
+    d, a = (x, x + y) if carried else (x - y, x)
+    largest = d.abs().max() if size else torch.zeros((), dtype=torch.float64)
+    want = [math.fsum(d.abs().tolist()), math.fsum((d * d).tolist()), float(largest)]
+    want += [math.fsum((a * a).tolist()), math.fsum((a * y).tolist())]
+    found, before = [], torch.get_num_threads()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        try:
+            found.append(cpu_kernels.compare(given, b, carried=carried))
+        finally:
+            torch.set_num_threads(before)
+    assert torch.equal(*found)
+    assert found[0].tolist() == pytest.approx(want, rel=1e-13, abs=1e-11)
+    assert found[0][2] == largest
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("at", [0, 2**14 + 3, 40_000])
+def test_compare_does_not_hide_what_is_not_finite(bad, at):
+    given, b = torch.ones(50_000), torch.ones(50_000)
+    given[at] = bad
+    found = cpu_kernels.compare(given, b, carried=False)
+    if math.isnan(bad):
+        assert found.isnan().all()
+    else:
+        assert found.tolist() == [math.inf, math.inf, math.inf, math.inf, bad]
+
+
+@layouts
+@dtypes
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_difference_of_two_poolings_in_one_pass(geometry, layout, dtype):
+    check_pool_difference(cpu_kernels, geometry, layout, dtype)
 
 
 def test_signs_of_zeros_and_payloads_of_nans_are_stock():
@@ -261,7 +304,7 @@ def test_the_source_compiles_without_a_warning(repo_root, tmp_path):
         pytest.skip("no C++ compiler")
     library = tmp_path / "kernels.so"
     source = repo_root / "nslightning" / "ops" / "cpu_kernels.cpp"
-    flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+    flags = ["-std=c++17", "-O2", "-fopenmp-simd", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
     done = subprocess.run([compiler, *flags, str(source), "-o", str(library)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert ctypes.c_int64.in_dll(ctypes.CDLL(str(library)), "version").value == cpu_kernels._VERSION

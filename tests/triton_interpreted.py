@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_checks import GEOMETRIES, LAYOUTS, WEIGHTS, both_ways, check_max_pool, check_relu, naive_pool
+from kernel_checks import (
+    GEOMETRIES,
+    LAYOUTS,
+    WEIGHTS,
+    both_ways,
+    check_max_pool,
+    check_pool_difference,
+    check_relu,
+    naive_pool,
+)
 
 from nslightning.ops import triton_kernels
 from nslightning.ops.triton_kernels import pool_backward, pool_forward
@@ -24,6 +33,11 @@ def test_relu(dtype, layout, constant) -> None:
 @pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
 def test_max_pool(geometry, weights, layout) -> None:
     check_max_pool(triton_kernels, geometry, weights, layout)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES[:2], ids=str)
+def test_difference_of_two_poolings_in_one_pass(geometry) -> None:
+    check_pool_difference(triton_kernels, geometry, torch.contiguous_format)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

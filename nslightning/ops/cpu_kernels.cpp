@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -88,6 +89,28 @@ void share(int64_t units, int64_t entries, int64_t threads, Work work) {
     }
   };
   together(threads, [](void* given) { (*static_cast<decltype(take)*>(given))(); }, &take);
+}
+
+// ---------------------------------------------------------------------------------------------------------- comparing
+
+// Of blocks of two tensors b and a = b + d, of which `given` is d if it was carried, else a: the sums of |d|, d^2, a^2
+// and a b, and the largest |d|, in double; NaN where a difference is.
+template <typename T, bool carried>
+void compare_blocks(const T* given, const T* reference, int64_t n, int64_t block, double* found, int64_t first,
+                    int64_t last) {
+  for (int64_t number = first; number < last; ++number) {
+    const int64_t begin = number * block, end = std::min(begin + block, n);
+    double l1 = 0, dd = 0, aa = 0, ab = 0, most = 0;
+#pragma omp simd reduction(+ : l1, dd, aa, ab) reduction(max : most)  // may add up in lanes
+    for (int64_t i = begin; i < end; ++i) {
+      const double x = given[i], b = reference[i], d = carried ? x : x - b, a = carried ? b + x : x;
+      const double size = std::abs(d);
+      l1 += size, dd += d * d, aa += a * a, ab += a * b;
+      most = size > most ? size : most;
+    }
+    double* sums = found + 5 * number;
+    sums[0] = l1, sums[1] = dd, sums[2] = std::isnan(l1) ? l1 : most, sums[3] = aa, sums[4] = ab;
+  }
 }
 
 // ---------------------------------------------------------------------------------------------------------------- ReLU
@@ -365,13 +388,16 @@ struct Weights {
 
   // Whether the target receives what the others do.
   bool even() const { return !apart && std::equal(rest, rest + COUNTS, target); }
+
+  // Whether windows that are not tied give nothing: the weights are the difference of two choices'.
+  bool difference() const { return !apart && target[1] == 0; }
 };
 
-// What the entries of one row of windows receive: all that reach the maximum `g`, unless some are `tied`.
+// What the entries of one row of windows receive: all that reach the maximum `g`, unless some are `tied`, or `nothing`.
 template <typename T>
 struct Shares {
   int64_t row = -1;
-  bool tied = false;
+  bool tied = false, nothing = false;
   const T* g = nullptr;
   const uint16_t* masks = nullptr;
   std::vector<T> rest, target;
@@ -382,10 +408,11 @@ struct Shares {
     uint16_t several = 0;
     for (int64_t i = 0; i < n; ++i) several |= masks[i] & (masks[i] - 1);
     tied = several != 0;
+    nothing = !tied && weights.difference();
     if (!tied) return;
     rest.resize(n);
     if (weights.even()) {
-      for (int64_t i = 0; i < n; ++i) rest[i] = of[i] * weights.rest[ones(reached[i])];
+      for (int64_t i = 0; i < n; ++i) rest[i] = product(of[i], weights.rest[ones(reached[i])]);
       g = rest.data(), tied = false;
       return;
     }
@@ -406,10 +433,13 @@ struct Shares {
     target.resize(n);
     for (int64_t i = 0; i < n; ++i) {
       const int count = ones(masks[i]);
-      rest[i] = g[i] * weights.rest[count];
-      target[i] = g[i] * weights.target[count];
+      rest[i] = product(g[i], weights.rest[count]);
+      target[i] = product(g[i], weights.target[count]);
     }
   }
+
+  // An infinite gradient of which nothing is given is nothing.
+  static T product(T g, T weight) { return select(weight != 0, g * weight, T(0)); }
 
   // Add to the entries at one place of the windows first, ..., first + n - 1.
   void give(uint16_t bit, int64_t first, int64_t n, T* into) const {
@@ -424,6 +454,10 @@ struct Shares {
   // Write a row of two entries, at the places `bit` and after it, of pairs first, ..., first + n - 1.
   void write_pairs(uint16_t bit, int64_t first, int64_t n, T* into) const {
     const uint16_t* all = masks + first;
+    if (nothing) {
+      std::fill(into, into + 2 * n, T(0));
+      return;
+    }
     if (!tied) {
       const T* one = g + first;
       for (int64_t c = 0; c < n; ++c) {
@@ -521,6 +555,7 @@ void pool_backward_rows(const T* g, const uint16_t* masks, const Weights<T>& wei
       auto& shares = ring[row % ring.size()];
       const int64_t start = (plane * at.rows + row) * line;
       if (shares.row != row) shares.form(row, g + start, masks + start, line, weights);
+      if (shares.nothing) continue;
       if (weights.apart && shares.tied && !tied) {
         tied = true;
         std::fill(more.begin(), more.end(), T(0));
@@ -553,6 +588,11 @@ void pool_backward_rows(const T* g, const uint16_t* masks, const Weights<T>& wei
 
 // Each compiled for the processors that there are.
 #define INSTANCES(T)                                                                                              \
+  VECTORISED void compare(const T* given, const T* b, int64_t n, int64_t block, bool carried, double* found,      \
+                          int64_t begin, int64_t end) {                                                           \
+    if (carried) compare_blocks<T, true>(given, b, n, block, found, begin, end);                                  \
+    else compare_blocks<T, false>(given, b, n, block, found, begin, end);                                         \
+  }                                                                                                               \
   VECTORISED bool any_zero(const T* x, int64_t n, const std::atomic<bool>& found, int64_t begin, int64_t end) {   \
     return any_zero_blocks(x, n, found, begin, end);                                                              \
   }                                                                                                               \
@@ -586,6 +626,13 @@ INSTANCES(double)
 #undef INSTANCES
 
 // Over `threads` threads.
+template <typename T>
+void compare_all(const T* given, const T* b, int64_t n, int64_t block, bool carried, double* found, int64_t threads) {
+  share((n + block - 1) / block, n, threads, [=](int64_t begin, int64_t end) {
+    compare(given, b, n, block, carried, found, begin, end);
+  });
+}
+
 template <typename T>
 bool any_zero_all(const T* x, int64_t n, int64_t threads) {
   std::atomic<bool> found{false};
@@ -649,10 +696,14 @@ void pool_backward_all(const T* g, const uint16_t* masks, const Weights<T>& weig
 }  // namespace
 
 // Of the arguments below, as in cpu_kernels.py.
-EXPORT const int64_t version = 4;
+EXPORT const int64_t version = 5;
 
 // The names end in the bytes of an entry: 4 is float, 8 double.
 #define ENTRIES(T, BYTES)                                                                                            \
+  EXPORT void compare_##BYTES(const T* given, const T* b, int64_t n, int64_t block, bool carried, double* found,     \
+                              int64_t threads) {                                                                     \
+    compare_all(given, b, n, block, carried, found, threads);                                                        \
+  }                                                                                                                  \
   EXPORT bool any_zero_##BYTES(const T* x, int64_t n, int64_t threads) { return any_zero_all(x, n, threads); }       \
   EXPORT void relu_forward_##BYTES(const T* x, T* y, uint8_t* bits, int64_t n, int64_t threads) {                    \
     relu_forward_all(x, y, bits, n, threads);                                                                        \

@@ -16,22 +16,24 @@ import torch
 from torch import Tensor
 
 from nslightning.ops.layouts import image_layout, laid_out_as
-from nslightning.ops.selection import pool_coefficients
+from nslightning.ops.selection import pool_coefficients, pool_difference_coefficients
 
 __all__ = [
     "DTYPES",
     "any_zero",
     "available",
+    "compare",
     "mark",
     "overwrite",
     "pool_backward",
+    "pool_difference",
     "pool_forward",
     "relu_backward",
     "relu_forward",
 ]
 
 DTYPES = (torch.float32, torch.float64)
-_VERSION = 4  # of the functions' arguments, as in cpu_kernels.cpp
+_VERSION = 5  # of the functions' arguments, as in cpu_kernels.cpp
 
 
 def available() -> bool:
@@ -49,6 +51,7 @@ def _library() -> ctypes.CDLL | None:
         return None
     memory, number = ctypes.c_void_p, ctypes.c_int64
     for name, result, arguments in (
+        ("compare", None, [memory, memory, number, number, ctypes.c_bool, memory, number]),
         ("any_zero", ctypes.c_bool, [memory, number, number]),
         ("relu_forward", None, [memory, memory, memory, number, number]),
         ("relu_backward", None, [*[memory] * 4, number, ctypes.c_double, ctypes.c_bool, number]),
@@ -68,6 +71,27 @@ def _run(name: str, dtype: torch.dtype, *arguments: Tensor | float | ctypes.Arra
     given = (a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
     result: bool | None = getattr(_library(), f"{name}_{dtype.itemsize}")(*given, torch.get_num_threads())
     return result
+
+
+def compare(given: Tensor, reference: Tensor, *, carried: bool) -> Tensor:
+    """How far a tensor is from another one, by sums that do not depend on the number of threads.
+
+    Args:
+        given: The difference d if it was carried, else the tensor a = b + d; contiguous, float32 or float64.
+        reference: The tensor b, likewise.
+        carried: Which of the two is given.
+
+    Returns:
+        Shape (5,), float64: the sum of ``|d|``, that of ``d^2``, the largest ``|d|``, the sum of ``a^2`` and that of
+        ``a b``, formed in float64.
+    """
+    size = 1 << 14
+    sums = torch.empty((-(-given.numel() // size), 5), dtype=torch.float64)
+    _run("compare", given.dtype, given, reference, given.numel(), size, carried, sums)
+    total = sums.sum(0)
+    if len(sums) > 1:
+        total[2] = sums[:, 2].max()
+    return total
 
 
 def any_zero(x: Tensor) -> bool:
@@ -195,10 +219,45 @@ def pool_backward(
     # As the composition sums up: what the target receives beside its share, apart from the shares.
     vertex = (share, whole, each) == (0, 1, 0)
     apart = not (disjoint or vertex or whole == 0)
-    gradient = torch.empty((*mask.shape[:2], *size), dtype=g.dtype, device=g.device, memory_format=image_layout(mask))
     coefficients = pool_coefficients(share, whole, each, g.dtype, apart=apart)
+    return _share(g, mask, geometry, size, coefficients, bool(last), apart, vertex)
+
+
+def pool_difference(
+    g: Tensor,
+    mask: Tensor,
+    geometry: Sequence[tuple[int, int]],
+    size: tuple[int, int],
+    weights: tuple[float, float, float, float],
+    less: tuple[float, float, float, float],
+) -> Tensor | None:
+    """What one choice adds to the gradient of 2-d max pooling under another, in one pass.
+
+    Args:
+        g: As in :func:`pool_backward`, and all but the last.
+        mask: See there.
+        geometry: See there.
+        size: See there.
+        weights: See there.
+        less: The weights of the other choice.
+
+    Returns:
+        The difference, 0 wherever no window is tied; None where the two choices have targets of their own.
+    """
+    found = pool_difference_coefficients(weights, less, g.dtype)
+    return found and _share(g, mask, geometry, size, *found, False, False)
+
+
+def _share(
+    g: Tensor,
+    mask: Tensor,
+    geometry: Sequence[tuple[int, int]],
+    size: tuple[int, int],
+    coefficients: Tensor,
+    *how: bool,
+) -> Tensor:
+    gradient = torch.empty((*mask.shape[:2], *size), dtype=g.dtype, device=g.device, memory_format=image_layout(mask))
     numbers = _numbers(gradient, mask, geometry)
-    how = bool(last), apart, vertex
     _run("pool_backward", g.dtype, laid_out_as(g, mask), mask, coefficients, gradient, numbers, *how)
     return gradient
 

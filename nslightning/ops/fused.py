@@ -164,7 +164,7 @@ class _MaxPool2d(torch.autograd.Function):
         of_part = partial(_pool_vjp, geometry=ctx.geometry, composed=ctx.composed)
         vjp = partial(of_part, x, reached, g)
         if ctx.tied and ctx.selection.recorder is not None:
-            ctx.selection.recorder(ctx, vjp, partial(_pool_difference, of_part, (x, reached, g)))
+            ctx.selection.recorder(ctx, vjp, partial(_pool_difference, of_part, (x, reached, g), ctx.geometry))
         return vjp(ctx.selection), None, None, None
 
 
@@ -183,13 +183,23 @@ def _pool_vjp(
 
 
 def _pool_difference(
-    vjp: Callable[..., Tensor], given: tuple[Tensor, Tensor, Tensor], selection: Selection, less: Selection
+    vjp: Callable[..., Tensor],
+    given: tuple[Tensor, Tensor, Tensor],
+    geometry: Regular,
+    selection: Selection,
+    less: Selection,
 ) -> Tensor:
-    """The gradient under one choice less that under another, on a CPU some images at a time.
+    """The gradient under one choice less that under another: in one pass, or by subtraction.
 
-    To map memory for another tensor as large as the input costs more than to fill it.
+    On a CPU some images are subtracted at a time. To map memory for another tensor as large as the input costs more
+    than to fill it.
     """
-    x = given[0]
+    x, reached, g = given
+    if _final(g) and "random" not in (selection.jacobians.max_pool, less.jacobians.max_pool):
+        size, weights = (x.shape[2], x.shape[3]), (selection.pool_weights(), less.pool_weights())
+        found = _kernels(x.device.type).pool_difference(g, reached, _numbers(geometry), size, *weights)
+        if found is not None:
+            return cast(Tensor, found)
     d = torch.empty_like(x)
     images = max(1, _PART // max(1, x[:1].numel())) if x.device.type == "cpu" else len(x)
     for into, *part in zip(*(t.split(images) for t in (d, *given)), strict=True):

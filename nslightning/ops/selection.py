@@ -12,7 +12,14 @@ from torch import Tensor
 
 from nslightning.jacobians import NONSMOOTH, Jacobians
 
-__all__ = ["Selection", "concrete", "data_dependent", "pool_coefficients", "read_now"]
+__all__ = [
+    "Selection",
+    "concrete",
+    "data_dependent",
+    "pool_coefficients",
+    "pool_difference_coefficients",
+    "read_now",
+]
 
 # The named ways to share a pooling window's gradient g over its k tied entries, as (share, whole, each, last): an
 # entry receives g * (share / k + each), and one target entry g * whole more: the first tied one, or the last.
@@ -239,6 +246,37 @@ def pool_coefficients(
     rows = torch.stack([rest, torch.full_like(rest, whole) if apart else rest + whole])
     rows[:, :2] = torch.tensor([[0.0], [1.0]]) if apart else 1.0  # no tie: all to the target, which is the only one
     return rows.to(device)
+
+
+def pool_difference_coefficients(
+    weights: tuple[float, float, float, float],
+    less: tuple[float, float, float, float],
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, bool] | None:
+    """What one choice's coefficients add to another's, which is nothing where no entry ties.
+
+    Args:
+        weights: Of :meth:`Selection.pool_weights`.
+        less: The other choice's.
+        dtype: In which they are wanted; they are formed in float64.
+        device: Where they are wanted.
+
+    Returns:
+        Coefficients as :func:`pool_coefficients` has them, and whether the target is the last tied entry. None where
+        the two choices have targets of their own.
+
+    Example:
+        >>> table, last = pool_difference_coefficients((1, 0, 0, 0), (0, 1, 0, 0), torch.float32)  # minimal, reference
+        >>> table[:, 1:3]
+        tensor([[ 0.0000,  0.5000],
+                [ 0.0000, -0.5000]])
+    """
+    (*one, last), (*other, other_last) = weights, less
+    if one[1] and other[1] and last != other_last:
+        return None
+    table = pool_coefficients(*one, torch.float64) - pool_coefficients(*other, torch.float64)
+    return table.to(device, dtype), bool(last if one[1] else other_last)
 
 
 def concrete(x: Tensor) -> bool:

@@ -15,9 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from nslightning.ops.layouts import image_layout, laid_out_as
-from nslightning.ops.selection import pool_coefficients
+from nslightning.ops.selection import pool_coefficients, pool_difference_coefficients
 
-__all__ = ["DTYPES", "any_zero", "pool_backward", "pool_forward", "relu_backward", "relu_forward"]
+__all__ = ["DTYPES", "any_zero", "pool_backward", "pool_difference", "pool_forward", "relu_backward", "relu_forward"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _BLOCK = 1024
@@ -251,14 +251,50 @@ def pool_backward(
     Returns:
         The gradient with respect to the input; sums are formed in float32 and rounded once.
     """
+    share, whole, each, last = weights
+    return _share(g, mask, geometry, size, pool_coefficients(share, whole, each, torch.float32, g.device), bool(last))
+
+
+def pool_difference(
+    g: Tensor,
+    mask: Tensor,
+    geometry: Sequence[tuple[int, int]],
+    size: tuple[int, int],
+    weights: tuple[float, float, float, float],
+    less: tuple[float, float, float, float],
+) -> Tensor | None:
+    """What one choice adds to the gradient of 2-d max pooling under another, in one pass.
+
+    Args:
+        g: As in :func:`pool_backward`, and all but the last.
+        mask: See there.
+        geometry: See there.
+        size: See there.
+        weights: See there.
+        less: The weights of the other choice.
+
+    Returns:
+        The difference, 0 wherever no window is tied; None where the two choices have targets of their own.
+    """
+    found = pool_difference_coefficients(weights, less, torch.float32, g.device)
+    return found and _share(g, mask, geometry, size, *found)
+
+
+def _share(
+    g: Tensor,
+    mask: Tensor,
+    geometry: Sequence[tuple[int, int]],
+    size: tuple[int, int],
+    coefficients: Tensor,
+    last: bool,
+) -> Tensor:
     layout = image_layout(mask)
     g = laid_out_as(g, mask)
-    share, whole, each, last = weights
     gradient = torch.empty((*mask.shape[:2], *size), dtype=g.dtype, device=g.device, memory_format=layout)
     if gradient.numel():
         _pool_backward[(triton.cdiv(gradient.numel(), _BLOCK),)](
-            g, mask, pool_coefficients(share, whole, each, torch.float32, g.device), gradient, gradient.numel(),
+            g, mask, coefficients, gradient, gradient.numel(),
             mask.shape[1], *size, *mask.shape[2:], *sum(geometry, ()),
-            LAST=layout == torch.channels_last, LAST_TIED=bool(last), WIDE=gradient.numel() >= 2**31, BLOCK=_BLOCK,
+            LAST=layout == torch.channels_last, LAST_TIED=last, WIDE=gradient.numel() >= 2**31, BLOCK=_BLOCK,
         )  # fmt: skip
     return gradient

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nslightning.jacobians import Jacobians
+from nslightning.ops import cpu_kernels
 from nslightning.probes.gradients import gradients, gradients_in_turn, wanted
 from nslightning.probes.graph import operation_nodes
 from nslightning.probes.propagation import recording, refuse_compiled, refuse_computed
@@ -270,6 +271,10 @@ def _row(sums: Tensor, square: Tensor) -> Tensor:
 
 def _sums(given: Tensor, reference: Tensor, *, carried: bool = False) -> Tensor:
     """(l1, l2^2, linf, |a|^2, a.b) of a choice's gradient a = b + d; given is a, or d if it was carried."""
+    pair = given, reference
+    dense = all(t.device.type == "cpu" and t.dtype in cpu_kernels.DTYPES and t.is_contiguous() for t in pair)
+    if dense and given.dtype == reference.dtype and cpu_kernels.available():
+        return cpu_kernels.compare(given.detach(), reference.detach(), carried=carried)
     total = torch.zeros(5, dtype=torch.float64, device=reference.device)
     for one, b, other in _blocks(given, reference, given):
         a, d = (other.add_(b), one) if carried else (one, other.sub_(b))
