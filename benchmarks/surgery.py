@@ -11,8 +11,9 @@ two-class labels on random images, in turn as
 - ``native``: patched under the reference choice: all of it, and the search for ties;
 - ``minimal``: patched with ReLU'(0) = 1 and equal shares in max pooling.
 
-The order changes from round to round. Printed are the fastest steps and the median over the rounds of the ratio to the
-stock step of the same round, which a busy machine disturbs less.
+The order changes from round to round. ``--evaluation`` times a forward without gradients instead. Printed are the
+fastest steps and the median over the rounds of the ratio to the stock step of the same round, which a busy machine
+disturbs less.
 """
 
 import argparse
@@ -68,20 +69,24 @@ def variants(network: nn.Module) -> dict[str, nn.Module]:
 
 
 def step(network: nn.Module, x: Tensor, y: Tensor, synchronize: Callable[[], None]) -> float:
-    """The seconds of one forward and backward."""
+    """The seconds of one forward and, of a network in training, backward."""
     network.zero_grad()
     synchronize()
     start = time.perf_counter()
-    F.cross_entropy(network(x), y).backward()
+    if network.training:
+        F.cross_entropy(network(x), y).backward()
+    else:
+        with torch.inference_mode():
+            network(x)
     synchronize()
     return time.perf_counter() - start
 
 
-def measure(name: str, batch: int, rounds: int, device: torch.device) -> dict[str, list[float]]:
+def measure(name: str, batch: int, rounds: int, device: torch.device, training: bool) -> dict[str, list[float]]:
     """The seconds of every round by treatment."""
     build, size = NETWORKS[name]
     torch.manual_seed(0)
-    models = variants(build().to(device).train())
+    models = {treatment: model.train(training) for treatment, model in variants(build().to(device)).items()}
     x, y = torch.randn(batch, 3, size, size, device=device), torch.arange(batch, device=device) % 10
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     seconds: dict[str, list[float]] = {treatment: [] for treatment in models}
@@ -100,6 +105,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--evaluation", action="store_true", help="time forwards in evaluation, without gradients")
     parser.add_argument("--out", type=Path, help="Markdown file to write")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -113,14 +119,17 @@ def main() -> None:
     ]
     print("\n".join(lines))
     for name in args.networks:
-        seconds = measure(name, args.batch, args.rounds, args.device)
+        seconds = measure(name, args.batch, args.rounds, args.device, not args.evaluation)
         for treatment, taken in seconds.items():
             fastest = min(taken) / min(seconds["stock"]) - 1
             median = statistics.median(a / b for a, b in zip(taken, seconds["stock"], strict=True)) - 1
             lines.append(f"| {name} | {treatment} | {min(taken):.4f} | {fastest:+.1%} | {median:+.1%} |")
             print(lines[-1], flush=True)
     if args.out:
-        args.out.write_text("\n".join(["# Training steps of patched networks", "", *lines]) + "\n")
+        args.out.write_text(
+            "\n".join([f"# {'Evaluation' if args.evaluation else 'Training steps'} of patched networks", "", *lines])
+            + "\n"
+        )
 
 
 if __name__ == "__main__":
