@@ -412,7 +412,8 @@ struct Shares {
     if (!tied) return;
     rest.resize(n);
     if (weights.even()) {
-      for (int64_t i = 0; i < n; ++i) rest[i] = product(of[i], weights.rest[ones(reached[i])]);
+      for (int64_t i = 0; i < n; ++i) rest[i] = of[i] * weights.rest[ones(reached[i])];
+      if (weights.difference()) clear(weights.rest, rest.data(), n);
       g = rest.data(), tied = false;
       return;
     }
@@ -433,13 +434,19 @@ struct Shares {
     target.resize(n);
     for (int64_t i = 0; i < n; ++i) {
       const int count = ones(masks[i]);
-      rest[i] = product(g[i], weights.rest[count]);
-      target[i] = product(g[i], weights.target[count]);
+      rest[i] = g[i] * weights.rest[count];
+      target[i] = g[i] * weights.target[count];
+    }
+    if (weights.difference()) {
+      clear(weights.rest, rest.data(), n);
+      clear(weights.target, target.data(), n);
     }
   }
 
-  // An infinite gradient of which nothing is given is nothing.
-  static T product(T g, T weight) { return select(weight != 0, g * weight, T(0)); }
+  // Nothing of an infinite gradient is nothing.
+  void clear(const T* by_count, T* products, int64_t n) const {
+    for (int64_t i = 0; i < n; ++i) products[i] = select(by_count[ones(masks[i])] != 0, products[i], T(0));
+  }
 
   // Add to the entries at one place of the windows first, ..., first + n - 1.
   void give(uint16_t bit, int64_t first, int64_t n, T* into) const {

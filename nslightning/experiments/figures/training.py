@@ -452,7 +452,9 @@ def rule_effect(rows: pd.DataFrame) -> Figure:
                 if line["sum"]:
                     drawn_nan = True
                     told = f"{line['sum']:.0f} of {line['size']:.0f}"
-                    bottom.text(bar.get_x() + 0.18, bar.get_height() + 3, told, ha="center", fontsize=5, color=colour)
+                    inner = bar.get_x() + (0.36, 0.0)[j]  # away from the bar beside it
+                    height = bar.get_height() + 3
+                    bottom.text(inner, height, told, ha=("right", "left")[j], fontsize=5, color=colour)
             numbers = " to ".join(f"{n:.0f}" for n in sorted({share["size"].min(), share["size"].max()}))
             bottom.text(
                 0.02 + 0.5 * j, 0.97, f"n = {numbers} ({rule})", transform=bottom.transAxes, va="top", fontsize=5,
