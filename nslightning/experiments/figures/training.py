@@ -417,8 +417,8 @@ def rule_effect(rows: pd.DataFrame) -> Figure:
     ]
     if not same:
         raise ValueError("rule-effect needs runs of both rules, exact and published, and of choice 0; there are none")
-    columns = min(4, len(same))
-    bands = -(-len(same) // columns)
+    bands = -(-len(same) // 4)
+    columns = -(-len(same) // bands)
     figure, axes = canvas(2 * bands, columns, 2.5, 1.85, height_ratios=[2, 1] * bands)
     for axis in axes.flat[:]:
         axis.set_visible(False)
