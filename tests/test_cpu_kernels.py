@@ -12,7 +12,16 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import GEOMETRIES, LAYOUTS, WEIGHTS, both_ways, check_max_pool, check_pool_difference, check_relu
+from kernel_checks import (
+    GEOMETRIES,
+    LAYOUTS,
+    WEIGHTS,
+    bits_of,
+    both_ways,
+    check_max_pool,
+    check_pool_difference,
+    check_relu,
+)
 
 from nslightning import Jacobians, ops
 from nslightning.ops import cpu_kernels, fused
@@ -24,7 +33,7 @@ pytestmark = pytest.mark.skipif(
     not cpu_kernels.available(), reason="there was no C++ compiler when the package was installed"
 )
 layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels_last"])
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+dtypes = pytest.mark.parametrize("dtype", cpu_kernels.DTYPES, ids=str)
 
 
 @layouts
@@ -66,7 +75,7 @@ def test_relu_of_any_size_on_any_number_of_threads(size):
 @dtypes
 @pytest.mark.parametrize("size", [0, 1, 7, 2**14, 2**14 + 1, 300_001])
 @pytest.mark.parametrize("carried", [False, True], ids=["subtracted", "carried"])
-def test_compare_of_any_size_on_any_number_of_threads(size, carried, dtype):
+def test_sums_of_any_size_on_any_number_of_threads(size, carried, dtype):
     generator = torch.Generator().manual_seed(size)
     given, b = (torch.randn(size, generator=generator).to(dtype) for _ in range(2))
     x, y = given.double(), b.double()
@@ -78,7 +87,7 @@ def test_compare_of_any_size_on_any_number_of_threads(size, carried, dtype):
     for threads in (1, 3):
         torch.set_num_threads(threads)
         try:
-            found.append(cpu_kernels.compare(given, b, carried=carried))
+            found.append(cpu_kernels.sums(given, b, carried=carried))
         finally:
             torch.set_num_threads(before)
     assert torch.equal(*found)
@@ -88,10 +97,10 @@ def test_compare_of_any_size_on_any_number_of_threads(size, carried, dtype):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("at", [0, 2**14 + 3, 40_000])
-def test_compare_does_not_hide_what_is_not_finite(bad, at):
+def test_sums_does_not_hide_what_is_not_finite(bad, at):
     given, b = torch.ones(50_000), torch.ones(50_000)
     given[at] = bad
-    found = cpu_kernels.compare(given, b, carried=False)
+    found = cpu_kernels.sums(given, b, carried=False)
     if math.isnan(bad):
         assert found.isnan().all()
     else:
@@ -199,7 +208,8 @@ def test_max_pool_is_the_composition(jacobian, layout, data):
     dilation = data.draw(st.sampled_from([(1, 1), (2, 1)]), label="dilation") if padding == (0, 0) else (1, 1)
     shape = (2, 3, data.draw(st.integers(5, 11)), data.draw(st.integers(5, 11)))
     geometry = regular(2, kernel, stride, padding, dilation, data.draw(st.booleans(), label="ceil_mode"))
-    dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
+    taken = [d for d in cpu_kernels.DTYPES if cpu_kernels.pools(d, (kernel, geometry.stride, padding, dilation))]
+    dtype = data.draw(st.sampled_from(taken))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
     x = torch.randint(0, data.draw(st.integers(1, 4)), shape, generator=generator).to(dtype)
     x = x.contiguous(memory_format=layout)
@@ -236,7 +246,7 @@ def test_marked_ties_are_the_composition(choice, parameters, spread, dtype, layo
             monkeypatch.setattr(cpu_kernels, "available", lambda used=used: used)
             leaf = x.clone().requires_grad_()
             y = pointwise(name, leaf, Selection(Jacobians(**choice)), *parameters)
-            found += [torch.autograd.grad(y, leaf, g)[0].view({4: torch.int32, 8: torch.int64}[dtype.itemsize])]
+            found += [bits_of(torch.autograd.grad(y, leaf, g)[0])]
         return found
 
     assert torch.equal(*both(x, g))
@@ -284,12 +294,15 @@ def test_random_draws_are_those_of_the_composition(monkeypatch):
 def test_what_the_kernels_do_not_take_is_composed():
     x = torch.zeros(2, 3, 4, 4)
     assert fused.fits(x)
-    assert not fused.fits(x.half())
+    assert not fused.fits(x.int())
     assert not fused.fits(x[:, :, ::2])  # not dense
     assert not fused.fits(torch.zeros(2, device="meta"))
     five = regular(2, 5, 1, 2, 1, False)
     assert not fused.pool_fits(x, five)  # 25 entries in a window
     assert fused.pool_fits(x, regular(2, 3, 1, 1, 1, False))
+    assert fused.pool_fits(x.half(), regular(2, 2))
+    assert not fused.pool_fits(x.half(), regular(2, 3, 2))  # windows overlap: stock rounds every sum
+    assert not fused.fits(torch._neg_view(x))
     with torch._subclasses.FakeTensorMode() as mode:
         assert not fused.fits(mode.from_tensor(x))
     batched = torch.autograd.grad(  # is_grads_batched: batches of gradients have no memory of their own

@@ -1,5 +1,7 @@
 """Where in a graph the gradients of two choices part, and that a backward may start there."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from nslightning import Jacobians, patch
-from nslightning.probes import gradients
+from nslightning.probes import differences, divergence, gradients, zone
 from nslightning.probes.graph import bottleneck, operation_nodes, unseen_nodes
 
 CHOICES = {"a": Jacobians(), "b": Jacobians(relu=1.0), "c": Jacobians(relu=-0.5)}
@@ -156,3 +158,98 @@ def test_what_lies_above_is_freed_or_kept(retain):
     else:
         with pytest.raises(RuntimeError, match="retain_graph=True"):
             loss.backward()
+
+
+def same_as_alone(loss, model, choices, **inputs):
+    found = gradients(loss, model, choices, **inputs)
+    for choice, jacobians in choices.items():
+        (alone,) = gradients(loss, model, {choice: jacobians}, **inputs).values()
+        if not all(torch.equal(alone[n], g) for n, g in found[choice].items()):
+            return False
+    return True
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(inplace=True), nn.ReLU6(inplace=True)], ids=["relu", "relu6"])
+def test_in_place_on_a_view_hides_no_operation(activation):
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), activation, nn.Linear(8, 2))
+    nn.init.zeros_(model[0].weight), nn.init.zeros_(model[0].bias)
+    stock = copy.deepcopy(model)
+    patch(model, Jacobians())
+    x, other = torch.randn(2, 1, 4, 4), Jacobians(relu=1.0, relu6=(1.0, 1.0))
+    assert torch.equal(model(x), stock(x))
+    loss = model(x).square().sum()
+    assert same_as_alone(loss, model, {"a": Jacobians(), "b": other})
+    subtracted, carried = (
+        divergence(loss, model, {"b": other}, method=m, retain_graph=True)["b"] for m in ("subtract", "propagate")
+    )
+    assert subtracted.l2 > 0
+    assert carried.l2 == pytest.approx(subtracted.l2)
+    assert zone(model, lambda y: y.square().sum(), x, other).kind == "bifurcation"
+
+
+def test_a_tensor_between_a_relu_and_a_pooling_sees_what_dies_below():
+    conv = nn.Conv2d(1, 2, 3, padding=1)
+    nn.init.zeros_(conv.weight), nn.init.constant_(conv.bias, -1.0)
+    model = nn.ModuleList([conv, nn.ReLU(), nn.MaxPool2d(2), nn.Linear(8, 2)])
+    patch(model, Jacobians())
+    h = model[1](model[0](torch.randn(2, 1, 4, 4)))
+    loss = model[3](model[2](h).flatten(1)).square().sum()
+    choices = {"a": Jacobians(), "b": Jacobians(max_pool="last")}
+    assert same_as_alone(loss, model, choices, inputs={"h": h})
+    found = gradients(loss, model, choices, inputs={"h": h})
+    assert not torch.equal(found["a"]["h"], found["b"]["h"])
+    assert found["a"]["0.bias"].equal(found["b"]["0.bias"])
+
+
+def test_a_loss_that_nothing_was_computed_for():
+    model = nn.Sequential(nn.Linear(1, 1), nn.ReLU())
+    patch(model, Jacobians())
+    found = gradients(torch.ones((), requires_grad=True), model, CHOICES)
+    assert all(not g.any() for choice in found.values() for g in choice.values())
+    with torch.no_grad():
+        loss = model(torch.ones(1, 1)).sum()
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        gradients(loss, model, CHOICES)
+
+
+class Mapped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.relu = nn.Linear(2, 2), nn.ReLU()
+        nn.init.zeros_(self.linear.weight), nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x):
+        return torch.vmap(self.relu)(self.linear(x))
+
+
+def test_operations_under_vmap_are_refused_where_their_ties_are_asked_for():
+    model, x, one = Mapped(), torch.ones(3, 2), Jacobians(relu=1.0)
+    patch(model, Jacobians())
+    loss = model(x).sum()
+    assert same_as_alone(loss, model, CHOICES)
+    assert divergence(loss, model, {"one": one})["one"].l2 > 0
+    for call in (
+        lambda: divergence(loss, model, {"one": one}, method="propagate"),
+        lambda: differences(loss, model, {"one": one}),
+        lambda: zone(model, torch.sum, x, one),
+    ):
+        with pytest.raises(ValueError, match="subtract"):
+            call()
+
+
+def test_sparse_gradients_are_measured():
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words = nn.Embedding(6, 3, sparse=True)
+            nn.init.zeros_(self.words.weight)
+
+        def forward(self, x):
+            return F.relu(self.words(x)).sum()
+
+    model = Words()
+    patch(model, Jacobians())
+    loss = model(torch.tensor([0, 2, 2]))
+    for method in ("subtract", "propagate"):
+        found = divergence(loss, model, {"one": Jacobians(relu=1.0)}, method=method, retain_graph=True)["one"]
+        assert (found.l1, found.linf) == (9.0, 2.0)

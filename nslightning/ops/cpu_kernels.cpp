@@ -50,6 +50,22 @@ constexpr int COUNTS = 17;             // a window's tied entries are 0 to 16
 template <typename T>
 using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;  // as wide as T, so that loops vectorise
 
+// Numbers of 16 bits, which are only kept: all arithmetic is float's. A NaN keeps as many bits as there is room for.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+// What a type's entries are computed in, and templates for the one kind of types or the other.
+template <typename T>
+using Wide = std::conditional_t<sizeof(T) == 2, float, T>;
+template <typename T>
+using Half = std::enable_if_t<sizeof(T) == 2, int>;
+template <typename T>
+using Whole = std::enable_if_t<sizeof(T) != 2, int>;
+
 // `a` where `first`, else `b`, without a branch: what is tied where cannot be predicted.
 template <typename T>
 T select(bool first, T a, T b) {
@@ -60,6 +76,44 @@ T select(bool first, T a, T b) {
   one = (one & mask) | (other & ~mask);
   std::memcpy(&a, &one, sizeof(T));
   return a;
+}
+
+uint32_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+float float_of(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+float widened(BFloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
+
+float widened(Float16 x) {
+  const uint32_t bits = x.bits, sign = (bits & 0x8000) << 16, rest = (bits & 0x7FFF) << 13;
+  const uint32_t exponent = rest & 0x0F800000;
+  const uint32_t normal = rest + (112u << 23), special = rest + (224u << 23);  // the other bias; infinity and NaN
+  const uint32_t small = bits_of(float_of(rest + (113u << 23)) - float_of(113u << 23));  // a subnormal number
+  return float_of(sign | (exponent == 0x0F800000 ? special : exponent == 0 ? small : normal));
+}
+
+// To the nearest, of two to the even one.
+void narrowed(float x, BFloat16& into) {
+  const uint32_t bits = bits_of(x), top = bits >> 16;
+  const uint32_t nan = top | ((top & 0x7F) == 0);  // its bits may all be below
+  into.bits = static_cast<uint16_t>(x != x ? nan : (bits + 0x7FFF + (top & 1)) >> 16);
+}
+
+void narrowed(float x, Float16& into) {
+  const uint32_t all = bits_of(x), sign = (all >> 16) & 0x8000, bits = all & 0x7FFFFFFF;
+  const uint32_t nan = 0x7E00 | ((bits >> 13) & 0x3FF), large = 0x7C00;
+  const uint32_t small = bits_of(float_of(bits) + 0.5f) - bits_of(0.5f);  // whose last bit is the least number's
+  const uint32_t normal = (bits - (112u << 23) + 0xFFF + ((bits >> 13) & 1)) >> 13;
+  const uint32_t number = bits >= 0x47800000 ? large : bits < (113u << 23) ? small : normal;
+  into.bits = static_cast<uint16_t>(sign | (x != x ? nan : number));
 }
 
 // Call call(data) on so many threads at once, the calling one among them.
@@ -96,7 +150,7 @@ void share(int64_t units, int64_t entries, int64_t threads, Work work) {
 // Of blocks of two tensors b and a = b + d, of which `given` is d if it was carried, else a: the sums of |d|, d^2, a^2
 // and a b, and the largest |d|, in double; NaN where a difference is.
 template <typename T, bool carried>
-void compare_blocks(const T* given, const T* reference, int64_t n, int64_t block, double* found, int64_t first,
+void sum_blocks(const T* given, const T* reference, int64_t n, int64_t block, double* found, int64_t first,
                     int64_t last) {
   for (int64_t number = first; number < last; ++number) {
     const int64_t begin = number * block, end = std::min(begin + block, n);
@@ -127,6 +181,13 @@ bool any_zero_blocks(const T* x, int64_t n, const std::atomic<bool>& found, int6
   return false;
 }
 
+// From a byte to a bit for each of a block's entries.
+void pack(const uint8_t* tied, int64_t size, uint8_t* into) {
+  for (int64_t k = 0; k < (size + 7) / 8; ++k) {
+    for (int j = 0; j < 8; ++j) into[k] |= tied[8 * k + j] << j;
+  }
+}
+
 template <typename T>
 void relu_forward_blocks(const T* x, T* y, uint8_t* bits, int64_t n, int64_t first, int64_t last) {
   for (int64_t block = first; block < last; ++block) {
@@ -139,9 +200,7 @@ void relu_forward_blocks(const T* x, T* y, uint8_t* bits, int64_t n, int64_t fir
     if (any) {
       uint8_t tied[BLOCK] = {};
       for (int64_t i = 0; i < size; ++i) tied[i] = from[i] == 0;
-      for (int64_t k = 0; k < (size + 7) / 8; ++k) {
-        for (int j = 0; j < 8; ++j) into[k] |= tied[8 * k + j] << j;
-      }
+      pack(tied, size, into);
     }
     for (int64_t i = 0; i < size; ++i) y[start + i] = from[i] < 0 ? T(0) : from[i];  // NaN and -0.0 stay, as in stock
   }
@@ -173,7 +232,7 @@ void relu_backward_blocks(const T* g, const T* y, const uint8_t* bits, T* gradie
 
 // ------------------------------------------------------------------------------------- ties of any pointwise operation
 
-// Of blocks of `size` entries: which are equal to `position`, as in tie_bits.py: bit k of byte j is entry k * size / 8 + j
+// Of blocks of `size` entries: which equal `position`, as in tie_bits.py: bit k of byte j is entry k * size / 8 + j
 // of its block. A block without any is told in `met`, and its bits are left alone.
 template <typename T>
 void mark_blocks(const T* x, int64_t n, int64_t size, T position, uint8_t* bits, bool* met, int64_t first,
@@ -537,8 +596,8 @@ void pool_backward_rows(const T* g, const uint16_t* masks, const Weights<T>& wei
   const int64_t inner = at.last ? at.channels : 1, line = at.columns * inner, stride = at.stride[1];
   const int64_t reach = (at.kernel[0] - 1) * at.dilation[0];
   std::vector<Shares<T>> ring(reach / at.stride[0] + 1);  // of the rows of windows that an entry may lie in
-  // One row of windows gives to every stride-th entry of a row. So that these lie side by side, each such phase is summed
-  // up by itself; where the channels come last, they lie side by side already.
+  // One row of windows gives to every stride-th entry of a row. So that these lie side by side, each such phase is
+  // summed up by itself; where the channels come last, they lie side by side already.
   const int64_t length = std::max(at.columns, (at.width + 2 * at.padding[1]) / stride + 1) +
                          (at.kernel[1] - 1) * at.dilation[1] / stride + 1;
   const int64_t size = at.last ? at.width * inner : stride * length;
@@ -594,53 +653,88 @@ void pool_backward_rows(const T* g, const uint16_t* masks, const Weights<T>& wei
 }
 
 // Each compiled for the processors that there are.
-#define INSTANCES(T)                                                                                              \
-  VECTORISED void compare(const T* given, const T* b, int64_t n, int64_t block, bool carried, double* found,      \
-                          int64_t begin, int64_t end) {                                                           \
-    if (carried) compare_blocks<T, true>(given, b, n, block, found, begin, end);                                  \
-    else compare_blocks<T, false>(given, b, n, block, found, begin, end);                                         \
-  }                                                                                                               \
-  VECTORISED bool any_zero(const T* x, int64_t n, const std::atomic<bool>& found, int64_t begin, int64_t end) {   \
-    return any_zero_blocks(x, n, found, begin, end);                                                              \
-  }                                                                                                               \
-  VECTORISED void relu_forward(const T* x, T* y, uint8_t* bits, int64_t n, int64_t begin, int64_t end) {          \
-    relu_forward_blocks(x, y, bits, n, begin, end);                                                               \
-  }                                                                                                               \
-  VECTORISED void relu_backward(const T* g, const T* y, const uint8_t* bits, T* gradient, int64_t n, T alpha,     \
-                                bool constant, int64_t begin, int64_t end) {                                      \
-    relu_backward_blocks(g, y, bits, gradient, n, alpha, constant, begin, end);                                   \
-  }                                                                                                               \
-  VECTORISED void mark(const T* x, int64_t n, int64_t size, T position, uint8_t* bits, bool* met, int64_t begin,  \
-                       int64_t end) {                                                                             \
-    mark_blocks(x, n, size, position, bits, met, begin, end);                                                     \
-  }                                                                                                               \
-  VECTORISED void overwrite(T* gradient, const T* g, const int64_t* numbers, const uint8_t* bits, int64_t n,      \
-                            int64_t size, T alpha, bool constant, int64_t begin, int64_t end) {                   \
-    overwrite_blocks(gradient, g, numbers, bits, n, size, alpha, constant, begin, end);                           \
-  }                                                                                                               \
-  VECTORISED bool pool_forward(const T* x, T* y, uint16_t* masks, const Geometry& at, bool zeros, int64_t begin,  \
-                               int64_t end) {                                                                     \
-    return pool_forward_rows(x, y, masks, at, zeros, begin, end);                                                 \
-  }                                                                                                               \
-  VECTORISED void pool_backward(const T* g, const uint16_t* masks, const Weights<T>& weights, T* gradient,        \
-                                const Geometry& at, int64_t begin, int64_t end) {                                 \
-    if (at.pairs()) pool_backward_pairs(g, masks, weights, gradient, at, begin, end);                             \
-    else pool_backward_rows(g, masks, weights, gradient, at, begin, end);                                         \
+#define INSTANCES(T)                                                                                                   \
+  VECTORISED void sums(const T* given, const T* b, int64_t n, int64_t block, bool carried, double* found,              \
+                       int64_t begin, int64_t end) {                                                                   \
+    if (carried) sum_blocks<T, true>(given, b, n, block, found, begin, end);                                           \
+    else sum_blocks<T, false>(given, b, n, block, found, begin, end);                                                  \
+  }                                                                                                                    \
+  VECTORISED bool any_zero(const T* x, int64_t n, const std::atomic<bool>& found, int64_t begin, int64_t end) {        \
+    return any_zero_blocks(x, n, found, begin, end);                                                                   \
+  }                                                                                                                    \
+  VECTORISED void relu_forward(const T* x, T* y, uint8_t* bits, int64_t n, int64_t begin, int64_t end) {               \
+    relu_forward_blocks(x, y, bits, n, begin, end);                                                                    \
+  }                                                                                                                    \
+  VECTORISED void relu_backward(const T* g, const T* y, const uint8_t* bits, T* gradient, int64_t n, T alpha,          \
+                                bool constant, int64_t begin, int64_t end) {                                           \
+    relu_backward_blocks(g, y, bits, gradient, n, alpha, constant, begin, end);                                        \
+  }                                                                                                                    \
+  VECTORISED void mark(const T* x, int64_t n, int64_t size, T position, uint8_t* bits, bool* met, int64_t begin,       \
+                       int64_t end) {                                                                                  \
+    mark_blocks(x, n, size, position, bits, met, begin, end);                                                          \
+  }                                                                                                                    \
+  VECTORISED void overwrite(T* gradient, const T* g, const int64_t* numbers, const uint8_t* bits, int64_t n,           \
+                            int64_t size, T alpha, bool constant, int64_t begin, int64_t end) {                        \
+    overwrite_blocks(gradient, g, numbers, bits, n, size, alpha, constant, begin, end);                                \
+  }                                                                                                                    \
+  VECTORISED bool pool_forward(const T* x, T* y, uint16_t* masks, const Geometry& at, bool zeros, int64_t begin,       \
+                               int64_t end) {                                                                          \
+    return pool_forward_rows(x, y, masks, at, zeros, begin, end);                                                      \
+  }                                                                                                                    \
+  VECTORISED void pool_backward(const T* g, const uint16_t* masks, const Weights<T>& weights, T* gradient,             \
+                                const Geometry& at, int64_t begin, int64_t end) {                                      \
+    if (at.pairs()) pool_backward_pairs(g, masks, weights, gradient, at, begin, end);                                  \
+    else pool_backward_rows(g, masks, weights, gradient, at, begin, end);                                              \
   }
 
 INSTANCES(float)
 INSTANCES(double)
 #undef INSTANCES
 
+// Of these, signs and zeros are seen in the bits. A number below 0 is between -0.0 and a NaN with a sign.
+#define HALVES(T, INFINITE)                                                                    \
+  VECTORISED void widen(const T* from, float* into, int64_t n) {                               \
+    for (int64_t i = 0; i < n; ++i) into[i] = widened(from[i]);                                \
+  }                                                                                            \
+  VECTORISED void narrow(const float* from, T* into, int64_t n) {                              \
+    for (int64_t i = 0; i < n; ++i) narrowed(from[i], into[i]);                                \
+  }                                                                                            \
+  VECTORISED bool which_are_zero(const T* x, uint8_t* zero, int64_t n) {                       \
+    uint16_t any = 0;                                                                          \
+    for (int64_t i = 0; i < n; ++i) any |= static_cast<uint16_t>((x[i].bits & 0x7FFF) == 0);   \
+    if (any && zero) {                                                                         \
+      for (int64_t i = 0; i < n; ++i) zero[i] = (x[i].bits & 0x7FFF) == 0;                     \
+    }                                                                                          \
+    return any;                                                                                \
+  }                                                                                            \
+  VECTORISED void relu_bits(const T* x, T* y, int64_t n) {                                     \
+    for (int64_t i = 0; i < n; ++i) {                                                          \
+      const uint16_t bits = x[i].bits;                                                         \
+      const bool negative = (bits > 0x8000) & (bits <= 0x8000 + INFINITE);                     \
+      y[i].bits = negative ? 0 : bits;                                                         \
+    }                                                                                          \
+  }                                                                                            \
+  VECTORISED void gate_bits(const T* g, const T* y, T* into, int64_t n) {                      \
+    for (int64_t i = 0; i < n; ++i) {                                                          \
+      const uint16_t bits = y[i].bits;                                                         \
+      const bool dead = (bits == 0) | ((bits >= 0x8000) & (bits <= 0x8000 + INFINITE));        \
+      into[i].bits = g[i].bits & static_cast<uint16_t>(dead - 1);                              \
+    }                                                                                          \
+  }
+
+HALVES(BFloat16, 0x7F80)
+HALVES(Float16, 0x7C00)
+#undef HALVES
+
 // Over `threads` threads.
-template <typename T>
-void compare_all(const T* given, const T* b, int64_t n, int64_t block, bool carried, double* found, int64_t threads) {
+template <typename T, Whole<T> = 0>
+void sums_all(const T* given, const T* b, int64_t n, int64_t block, bool carried, double* found, int64_t threads) {
   share((n + block - 1) / block, n, threads, [=](int64_t begin, int64_t end) {
-    compare(given, b, n, block, carried, found, begin, end);
+    sums(given, b, n, block, carried, found, begin, end);
   });
 }
 
-template <typename T>
+template <typename T, Whole<T> = 0>
 bool any_zero_all(const T* x, int64_t n, int64_t threads) {
   std::atomic<bool> found{false};
   share((n + BLOCK - 1) / BLOCK, n, threads, [&](int64_t begin, int64_t end) {
@@ -649,14 +743,14 @@ bool any_zero_all(const T* x, int64_t n, int64_t threads) {
   return found;
 }
 
-template <typename T>
+template <typename T, Whole<T> = 0>
 void relu_forward_all(const T* x, T* y, uint8_t* bits, int64_t n, int64_t threads) {
   share((n + BLOCK - 1) / BLOCK, n, threads, [=](int64_t begin, int64_t end) {
     relu_forward(x, y, bits, n, begin, end);
   });
 }
 
-template <typename T>
+template <typename T, Whole<T> = 0>
 void relu_backward_all(const T* g, const T* y, const uint8_t* bits, T* gradient, int64_t n, double alpha, bool constant,
                        int64_t threads) {
   share((n + BLOCK - 1) / BLOCK, n, threads, [=](int64_t begin, int64_t end) {
@@ -664,14 +758,14 @@ void relu_backward_all(const T* g, const T* y, const uint8_t* bits, T* gradient,
   });
 }
 
-template <typename T>
+template <typename T, Whole<T> = 0>
 void mark_all(const T* x, int64_t n, int64_t size, double position, uint8_t* bits, bool* met, int64_t threads) {
   share((n + size - 1) / size, n, threads, [=](int64_t begin, int64_t end) {
     mark(x, n, size, static_cast<T>(position), bits, met, begin, end);
   });
 }
 
-template <typename T>
+template <typename T, Whole<T> = 0>
 void overwrite_all(T* gradient, const T* g, const int64_t* numbers, const uint8_t* bits, int64_t blocks, int64_t n,
                    int64_t size, double alpha, bool constant, int64_t threads) {
   share(blocks, blocks * size, threads, [=](int64_t begin, int64_t end) {
@@ -679,7 +773,7 @@ void overwrite_all(T* gradient, const T* g, const int64_t* numbers, const uint8_
   });
 }
 
-template <typename T>
+template <typename T, Whole<T> = 0>
 bool pool_forward_all(const T* x, T* y, uint16_t* masks, const Geometry& at, bool zeros, int64_t threads) {
   std::atomic<bool> tied{false};
   const int64_t planes = at.images * (at.last ? 1 : at.channels);
@@ -690,7 +784,7 @@ bool pool_forward_all(const T* x, T* y, uint16_t* masks, const Geometry& at, boo
   return tied;
 }
 
-template <typename T>
+template <typename T, Whole<T> = 0>
 void pool_backward_all(const T* g, const uint16_t* masks, const Weights<T>& weights, T* gradient, const Geometry& at,
                        int64_t threads) {
   const int64_t planes = at.images * (at.last ? 1 : at.channels);
@@ -700,42 +794,169 @@ void pool_backward_all(const T* g, const uint16_t* masks, const Weights<T>& weig
   });
 }
 
+// ------------------------------------------------------------------------------------------------- entries of 16 bits
+// A part at a time is widened, worked on as float, and rounded once.
+
+// Call work(start, size) for every block of so many entries.
+template <typename Work>
+void over_blocks(int64_t n, int64_t block, int64_t threads, Work work) {
+  share((n + block - 1) / block, n, threads, [=](int64_t begin, int64_t end) {
+    for (int64_t number = begin; number < end; ++number) work(number * block, std::min(block, n - number * block));
+  });
+}
+
+template <typename H, Half<H> = 0>
+void sums_all(const H* given, const H* b, int64_t n, int64_t block, bool carried, double* found, int64_t threads) {
+  over_blocks(n, block, threads, [=](int64_t start, int64_t size) {
+    std::vector<float> one(size), other(size);
+    widen(given + start, one.data(), size);
+    widen(b + start, other.data(), size);
+    sums(one.data(), other.data(), size, size, carried, found + start / block * 5, 0, 1);
+  });
+}
+
+template <typename H, Half<H> = 0>
+bool any_zero_all(const H* x, int64_t n, int64_t threads) {
+  std::atomic<bool> found{false};
+  over_blocks(n, BLOCK, threads, [&](int64_t start, int64_t size) {
+    if (!found.load(std::memory_order_relaxed) && which_are_zero(x + start, nullptr, size)) found = true;
+  });
+  return found;
+}
+
+template <typename H, Half<H> = 0>
+void relu_forward_all(const H* x, H* y, uint8_t* bits, int64_t n, int64_t threads) {
+  over_blocks(n, BLOCK, threads, [=](int64_t start, int64_t size) {
+    uint8_t tied[BLOCK] = {};
+    uint8_t* into = bits + start / 8;
+    std::fill(into, into + (size + 7) / 8, 0);
+    if (which_are_zero(x + start, tied, size)) pack(tied, size, into);
+    relu_bits(x + start, y + start, size);
+  });
+}
+
+template <typename H, Half<H> = 0>
+void relu_backward_all(const H* g, const H* y, const uint8_t* bits, H* gradient, int64_t n, double alpha, bool constant,
+                       int64_t threads) {
+  over_blocks(n, BLOCK, threads, [=](int64_t start, int64_t size) {
+    const uint8_t *ties = bits + start / 8, *end = ties + (size + 7) / 8;
+    if (std::all_of(ties, end, [](uint8_t byte) { return byte == 0; })) {
+      return gate_bits(g + start, y + start, gradient + start, size);
+    }
+    float incoming[BLOCK], output[BLOCK], out[BLOCK];
+    widen(g + start, incoming, size);
+    widen(y + start, output, size);
+    relu_backward(incoming, output, ties, out, size, static_cast<float>(alpha), constant, 0, 1);
+    narrow(out, gradient + start, size);
+  });
+}
+
+template <typename H, Half<H> = 0>
+void mark_all(const H* x, int64_t n, int64_t size, double position, uint8_t* bits, bool* met, int64_t threads) {
+  H rounded;
+  narrowed(static_cast<float>(position), rounded);
+  const float at = widened(rounded);
+  over_blocks(n, size, threads, [=](int64_t start, int64_t entries) {
+    std::vector<float> in(entries);
+    widen(x + start, in.data(), entries);
+    mark(in.data(), entries, size, at, bits + start / 8, met + start / size, 0, 1);
+  });
+}
+
+template <typename H, Half<H> = 0>
+void overwrite_all(H* gradient, const H* g, const int64_t* numbers, const uint8_t* bits, int64_t blocks, int64_t n,
+                   int64_t size, double alpha, bool constant, int64_t threads) {
+  share(blocks, blocks * size, threads, [=](int64_t begin, int64_t end) {
+    std::vector<float> incoming(size), out(size);
+    const int64_t first = 0;
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t start = numbers[block] * size, entries = std::min(size, n - start);
+      widen(g + start, incoming.data(), entries);
+      widen(gradient + start, out.data(), entries);
+      overwrite(out.data(), incoming.data(), &first, bits + block * size / 8, entries, size, static_cast<float>(alpha),
+                constant, 0, 1);
+      narrow(out.data(), gradient + start, entries);
+    }
+  });
+}
+
+// Call work(number, image) for every plane, or where the channels come last for every image: a geometry of its own.
+template <typename Work>
+void over_images(const Geometry& at, int64_t threads, Work work) {
+  Geometry one = at;
+  one.images = 1;
+  if (!at.last) one.channels = 1;
+  const int64_t entries = at.images * at.channels * at.height * at.width;
+  share(at.images * at.channels / one.channels, entries, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t number = begin; number < end; ++number) work(number, one);
+  });
+}
+
+template <typename H, Half<H> = 0>
+bool pool_forward_all(const H* x, H* y, uint16_t* masks, const Geometry& at, bool zeros, int64_t threads) {
+  std::atomic<bool> tied{false};
+  over_images(at, threads, [&](int64_t number, const Geometry& one) {
+    const int64_t size = one.channels * one.height * one.width, windows = one.channels * one.rows * one.columns;
+    std::vector<float> in(size), out(windows);
+    widen(x + number * size, in.data(), size);
+    if (pool_forward(in.data(), out.data(), masks + number * windows, one, zeros, 0, one.rows)) tied = true;
+    narrow(out.data(), y + number * windows, windows);
+  });
+  return tied;
+}
+
+template <typename H, Half<H> = 0>
+void pool_backward_all(const H* g, const uint16_t* masks, const Weights<float>& weights, H* gradient,
+                       const Geometry& at, int64_t threads) {
+  over_images(at, threads, [&](int64_t number, const Geometry& one) {
+    const int64_t size = one.channels * one.height * one.width, windows = one.channels * one.rows * one.columns;
+    std::vector<float> in(windows), out(size);
+    widen(g + number * windows, in.data(), windows);
+    const int64_t units = one.pairs() ? one.rows : one.height;
+    pool_backward(in.data(), masks + number * windows, weights, out.data(), one, 0, units);
+    narrow(out.data(), gradient + number * size, size);
+  });
+}
+
 }  // namespace
 
 // Of the arguments below, as in cpu_kernels.py.
-EXPORT const int64_t version = 5;
+EXPORT const int64_t version = 6;
 
-// The names end in the bytes of an entry: 4 is float, 8 double.
-#define ENTRIES(T, BYTES)                                                                                            \
-  EXPORT void compare_##BYTES(const T* given, const T* b, int64_t n, int64_t block, bool carried, double* found,     \
-                              int64_t threads) {                                                                     \
-    compare_all(given, b, n, block, carried, found, threads);                                                        \
-  }                                                                                                                  \
-  EXPORT bool any_zero_##BYTES(const T* x, int64_t n, int64_t threads) { return any_zero_all(x, n, threads); }       \
-  EXPORT void relu_forward_##BYTES(const T* x, T* y, uint8_t* bits, int64_t n, int64_t threads) {                    \
-    relu_forward_all(x, y, bits, n, threads);                                                                        \
-  }                                                                                                                  \
-  EXPORT void relu_backward_##BYTES(const T* g, const T* y, const uint8_t* bits, T* gradient, int64_t n,             \
-                                    double alpha, bool constant, int64_t threads) {                                  \
-    relu_backward_all(g, y, bits, gradient, n, alpha, constant, threads);                                            \
-  }                                                                                                                  \
-  EXPORT void mark_##BYTES(const T* x, int64_t n, int64_t size, double position, uint8_t* bits, bool* met,           \
-                           int64_t threads) {                                                                        \
-    mark_all(x, n, size, position, bits, met, threads);                                                              \
-  }                                                                                                                  \
-  EXPORT void overwrite_##BYTES(T* gradient, const T* g, const int64_t* numbers, const uint8_t* bits,                \
-                                int64_t blocks, int64_t n, int64_t size, double alpha, bool constant,                \
-                                int64_t threads) {                                                                   \
-    overwrite_all(gradient, g, numbers, bits, blocks, n, size, alpha, constant, threads);                            \
-  }                                                                                                                  \
-  EXPORT bool pool_forward_##BYTES(const T* x, T* y, uint16_t* masks, const Geometry* at, bool zeros,                \
-                                   int64_t threads) {                                                                \
-    return pool_forward_all(x, y, masks, *at, zeros, threads);                                                       \
-  }                                                                                                                  \
-  EXPORT void pool_backward_##BYTES(const T* g, const uint16_t* masks, const T* weights, T* gradient,                \
-                                    const Geometry* at, bool last, bool apart, bool vertex, int64_t threads) {       \
-    pool_backward_all(g, masks, Weights<T>{weights, weights + COUNTS, last, apart, vertex}, gradient, *at, threads); \
+// The names end in the entries' dtype.
+#define ENTRIES(T, NAME)                                                                                               \
+  EXPORT void sums_##NAME(const T* given, const T* b, int64_t n, int64_t block, bool carried, double* found,           \
+                              int64_t threads) {                                                                       \
+    sums_all(given, b, n, block, carried, found, threads);                                                             \
+  }                                                                                                                    \
+  EXPORT bool any_zero_##NAME(const T* x, int64_t n, int64_t threads) { return any_zero_all(x, n, threads); }          \
+  EXPORT void relu_forward_##NAME(const T* x, T* y, uint8_t* bits, int64_t n, int64_t threads) {                       \
+    relu_forward_all(x, y, bits, n, threads);                                                                          \
+  }                                                                                                                    \
+  EXPORT void relu_backward_##NAME(const T* g, const T* y, const uint8_t* bits, T* gradient, int64_t n,                \
+                                    double alpha, bool constant, int64_t threads) {                                    \
+    relu_backward_all(g, y, bits, gradient, n, alpha, constant, threads);                                              \
+  }                                                                                                                    \
+  EXPORT void mark_##NAME(const T* x, int64_t n, int64_t size, double position, uint8_t* bits, bool* met,              \
+                           int64_t threads) {                                                                          \
+    mark_all(x, n, size, position, bits, met, threads);                                                                \
+  }                                                                                                                    \
+  EXPORT void overwrite_##NAME(T* gradient, const T* g, const int64_t* numbers, const uint8_t* bits,                   \
+                                int64_t blocks, int64_t n, int64_t size, double alpha, bool constant,                  \
+                                int64_t threads) {                                                                     \
+    overwrite_all(gradient, g, numbers, bits, blocks, n, size, alpha, constant, threads);                              \
+  }                                                                                                                    \
+  EXPORT bool pool_forward_##NAME(const T* x, T* y, uint16_t* masks, const Geometry* at, bool zeros,                   \
+                                   int64_t threads) {                                                                  \
+    return pool_forward_all(x, y, masks, *at, zeros, threads);                                                         \
+  }                                                                                                                    \
+  EXPORT void pool_backward_##NAME(const T* g, const uint16_t* masks, const Wide<T>* weights, T* gradient,             \
+                                    const Geometry* at, bool last, bool apart, bool vertex, int64_t threads) {         \
+    const Weights<Wide<T>> given{weights, weights + COUNTS, last, apart, vertex};                                      \
+    pool_backward_all(g, masks, given, gradient, *at, threads);                                                        \
   }
 
-ENTRIES(float, 4)
-ENTRIES(double, 8)
+ENTRIES(float, float32)
+ENTRIES(double, float64)
+ENTRIES(BFloat16, bfloat16)
+ENTRIES(Float16, float16)

@@ -1,8 +1,8 @@
 """Fused CPU kernels, in C++, for the operations whose ATen composition passes over the memory most often.
 
-What :mod:`~nslightning.ops.triton_kernels` does on CUDA devices, in float32 and float64; here it is known, too, whether
-a tie was met. The kernels (``cpu_kernels.cpp``) are compiled when the package is installed. Where that was not
-possible, :func:`available` is false, and the composition is used.
+What :mod:`~nslightning.ops.triton_kernels` does on CUDA devices; here it is known, too, whether a tie was met. Half
+precisions are computed in float32 and rounded once. The kernels (``cpu_kernels.cpp``) are compiled when the package is
+installed. Where that was not possible, :func:`available` is false, and the composition is used.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ __all__ = [
     "DTYPES",
     "any_zero",
     "available",
-    "compare",
     "mark",
     "overwrite",
     "pool_backward",
     "pool_difference",
     "pool_forward",
+    "pools",
     "relu_backward",
     "relu_forward",
+    "sums",
 ]
 
-DTYPES = (torch.float32, torch.float64)
-_VERSION = 5  # of the functions' arguments, as in cpu_kernels.cpp
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_VERSION = 6  # of the functions' arguments, as in cpu_kernels.cpp
 
 
 def available() -> bool:
@@ -51,7 +52,7 @@ def _library() -> ctypes.CDLL | None:
         return None
     memory, number = ctypes.c_void_p, ctypes.c_int64
     for name, result, arguments in (
-        ("compare", None, [memory, memory, number, number, ctypes.c_bool, memory, number]),
+        ("sums", None, [memory, memory, number, number, ctypes.c_bool, memory, number]),
         ("any_zero", ctypes.c_bool, [memory, number, number]),
         ("relu_forward", None, [memory, memory, memory, number, number]),
         ("relu_backward", None, [*[memory] * 4, number, ctypes.c_double, ctypes.c_bool, number]),
@@ -60,24 +61,29 @@ def _library() -> ctypes.CDLL | None:
         ("pool_forward", ctypes.c_bool, [*[memory] * 4, ctypes.c_bool, number]),
         ("pool_backward", None, [*[memory] * 5, *[ctypes.c_bool] * 3, number]),
     ):
-        for size in (4, 8):
-            function = getattr(library, f"{name}_{size}")
+        for dtype in DTYPES:
+            function = getattr(library, _named(name, dtype))
             function.argtypes, function.restype = arguments, result
     return library
+
+
+def _named(name: str, dtype: torch.dtype) -> str:
+    """What a kernel is called in the library, such as relu_forward_float32."""
+    return f"{name}_{str(dtype).removeprefix('torch.')}"
 
 
 def _run(name: str, dtype: torch.dtype, *arguments: Tensor | float | ctypes.Array[ctypes.c_int64]) -> bool | None:
     """Call a kernel on the memory of the tensors among its arguments."""
     given = (a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
-    result: bool | None = getattr(_library(), f"{name}_{dtype.itemsize}")(*given, torch.get_num_threads())
+    result: bool | None = getattr(_library(), _named(name, dtype))(*given, torch.get_num_threads())
     return result
 
 
-def compare(given: Tensor, reference: Tensor, *, carried: bool) -> Tensor:
+def sums(given: Tensor, reference: Tensor, *, carried: bool) -> Tensor:
     """How far a tensor is from another one, by sums that do not depend on the number of threads.
 
     Args:
-        given: The difference d if it was carried, else the tensor a = b + d; contiguous, float32 or float64.
+        given: The difference d if it was carried, else the tensor a = b + d; contiguous.
         reference: The tensor b, likewise.
         carried: Which of the two is given.
 
@@ -86,11 +92,11 @@ def compare(given: Tensor, reference: Tensor, *, carried: bool) -> Tensor:
         ``a b``, formed in float64.
     """
     size = 1 << 14
-    sums = torch.empty((-(-given.numel() // size), 5), dtype=torch.float64)
-    _run("compare", given.dtype, given, reference, given.numel(), size, carried, sums)
-    total = sums.sum(0)
-    if len(sums) > 1:
-        total[2] = sums[:, 2].max()
+    found = torch.empty((-(-given.numel() // size), 5), dtype=torch.float64)
+    _run("sums", given.dtype, given, reference, given.numel(), size, carried, found)
+    total = found.sum(0)
+    if len(found) > 1:
+        total[2] = found[:, 2].max()
     return total
 
 
@@ -110,7 +116,7 @@ def relu_forward(x: Tensor, *, inplace: bool = False) -> tuple[Tensor, Tensor]:
     """ReLU, and where its input is 0.
 
     Args:
-        x: Input, any shape, float32 or float64, dense in memory (contiguous in some order of its dimensions).
+        x: Input, any shape, dense in memory (contiguous in some order of its dimensions).
         inplace: Write the result over it.
 
     Returns:
@@ -145,7 +151,7 @@ def mark(x: Tensor, position: float, size: int) -> tuple[Tensor, Tensor]:
     """Where a tensor is equal to a number.
 
     Args:
-        x: Shape (n,), contiguous, float32 or float64.
+        x: Shape (n,), contiguous.
         position: The number.
         size: The entries of a block, a multiple of 8.
 
@@ -164,7 +170,7 @@ def overwrite(gradient: Tensor, g: Tensor, ties: tuple[Tensor, Tensor], derivati
     """Write what tied entries receive over their gradient.
 
     Args:
-        gradient: Shape (n,), contiguous, float32 or float64.
+        gradient: Shape (n,), contiguous.
         g: Incoming gradient, likewise.
         ties: What :func:`mark` found.
         derivative: The derivative at the ties.
@@ -181,7 +187,7 @@ def pool_forward(
     """2-d max pooling, and which entries of each window reach its maximum.
 
     Args:
-        x: Input of shape (N, C, H, W), float32 or float64, contiguous or channels_last.
+        x: Input of shape (N, C, H, W), contiguous or channels_last.
         geometry: Kernel, stride, padding and dilation; at most 16 positions in a window.
         size: The output's height and width.
         zeros: Count a tied window as one even where its maximum is 0.
@@ -193,6 +199,28 @@ def pool_forward(
     y = torch.empty((*x.shape[:2], *size), dtype=x.dtype, device=x.device, memory_format=image_layout(x))
     mask = torch.empty_like(y, dtype=torch.int16)
     return y, mask, bool(_run("pool_forward", x.dtype, x, y, mask, _numbers(x, y, geometry), zeros))
+
+
+def pools(dtype: torch.dtype, geometry: Sequence[tuple[int, int]]) -> bool:
+    """Whether the pooling kernels take a dtype with such windows.
+
+    Args:
+        dtype: The input's.
+        geometry: As in :func:`pool_forward`.
+
+    Returns:
+        False for half precisions where windows overlap: stock rounds each sum there, in an order of its own.
+    """
+    return dtype in DTYPES and (dtype.itemsize > 2 or _disjoint(geometry))
+
+
+def _disjoint(geometry: Sequence[tuple[int, int]]) -> bool:
+    return all(s > d * (k - 1) for k, s, _, d in zip(*geometry, strict=True))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which there is arithmetic."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def pool_backward(
@@ -215,11 +243,10 @@ def pool_backward(
         The gradient with respect to the input.
     """
     share, whole, each, last = weights
-    disjoint = all(s > d * (k - 1) for k, s, _, d in zip(*geometry, strict=True))
     # As the composition sums up: what the target receives beside its share, apart from the shares.
     vertex = (share, whole, each) == (0, 1, 0)
-    apart = not (disjoint or vertex or whole == 0)
-    coefficients = pool_coefficients(share, whole, each, g.dtype, apart=apart)
+    apart = not (_disjoint(geometry) or vertex or whole == 0)
+    coefficients = pool_coefficients(share, whole, each, _wide(g.dtype), apart=apart)
     return _share(g, mask, geometry, size, coefficients, bool(last), apart, vertex)
 
 
@@ -244,7 +271,7 @@ def pool_difference(
     Returns:
         The difference, 0 wherever no window is tied; None where the two choices have targets of their own.
     """
-    found = pool_difference_coefficients(weights, less, g.dtype)
+    found = pool_difference_coefficients(weights, less, _wide(g.dtype))
     return found and _share(g, mask, geometry, size, *found, False, False)
 
 

@@ -33,8 +33,8 @@ def fits(x: Tensor) -> bool:
         x: An operation's input.
 
     Returns:
-        True in eager mode for a tensor that is dense in memory, on a CPU (float32, float64; where the kernels were
-        compiled) or a CUDA device (float16, bfloat16, float32; where Triton is installed).
+        True in eager mode for a tensor that is dense in memory, on a CPU (where the kernels were compiled) or a CUDA
+        device (float16, bfloat16, float32; where Triton is installed).
     """
     if not concrete(x):
         return False
@@ -67,11 +67,13 @@ def pool_fits(x: Tensor, geometry: Regular) -> bool:
         True where :func:`fits` is, for four dimensions, contiguous or channels_last, and small windows.
     """
     layouts = (torch.contiguous_format, torch.channels_last)
+    kernels = _kernels(x.device.type)
     return (
         x.dim() == 4
         and geometry.dims == 2
         and prod(geometry.kernel) <= AT_ONCE  # which the composition sums up in the same order
         and fits(x)
+        and kernels.pools(x.dtype, _numbers(geometry))
         and any(x.is_contiguous(memory_format=layout) for layout in layouts)
     )
 
@@ -137,6 +139,8 @@ def relu(x: Tensor, selection: Selection, inplace: bool = False) -> Tensor:
     """
     if not _kernels(x.device.type).any_zero(x):
         return torch.relu_(x) if inplace else torch.relu(x)
+    if inplace and x._is_view():  # autograd would put the node inside another one, where nobody can ask it
+        return x.copy_(_ReLU.apply(x, selection, False))
     return cast(Tensor, _ReLU.apply(x, selection, inplace))
 
 
@@ -152,7 +156,7 @@ class _MaxPool2d(torch.autograd.Function):
         # stock operation's node says that none of its own entries tied.
         dies = x.grad_fn is not None and x.grad_fn.name() == "ReluBackward0"
         y, reached, ctx.tied = _kernels(x.device.type).pool_forward(
-            x, _numbers(geometry), _size(geometry, *x.shape[2:]), zeros=not dies
+            x, _numbers(geometry), _size(geometry, *x.shape[1:]), zeros=not dies
         )
         ctx.geometry, ctx.selection, ctx.composed = geometry, selection, composed
         ctx.save_for_backward(x, reached)
@@ -213,9 +217,9 @@ def _numbers(geometry: Regular) -> tuple[tuple[int, int], ...]:
 
 
 @cache
-def _size(geometry: Regular, height: int, width: int) -> tuple[int, int]:
-    """The output's height and width, as stock finds them."""
-    shape = geometry.forward(torch.empty((1, 1, height, width), device="meta"))[0].shape
+def _size(geometry: Regular, channels: int, height: int, width: int) -> tuple[int, int]:
+    """The output's height and width, as stock finds them, or raises."""
+    shape = geometry.forward(torch.empty((1, channels, height, width), device="meta"))[0].shape
     return shape[2], shape[3]
 
 

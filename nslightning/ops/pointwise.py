@@ -385,7 +385,8 @@ def pointwise(operation: str, x: Tensor, selection: Selection, *parameters: Any,
     settings = operation, selection
     rest = tuple(parameters[len(given) :]), order, len(given), *given, *ties
     function = _Transformable if transformed else _Kinked
-    if inplace and (transformed or op.saves == "input"):
+    # In place on a view, autograd would put the node inside another one, where nobody can ask it for its ties.
+    if inplace and (transformed or op.saves == "input" or (not torch.compiler.is_compiling() and x._is_view())):
         return x.copy_(function.apply(x.clone(), *settings, False, *rest))
     return cast(Tensor, function.apply(x, *settings, inplace, *rest))
 

@@ -287,15 +287,16 @@ def concrete(x: Tensor) -> bool:
 
     Returns:
         True in eager mode. Not while compiling or tracing or under ``torch.func`` transforms, nor for a tensor's
-        subclass or a batch of gradients (``is_grads_batched``).
+        subclass, a batch of gradients (``is_grads_batched``) or one whose negation is put off.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
     return (
         torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._len_torch_dispatch_stack() == 0
         and type(x) in (Tensor, torch.nn.Parameter)
         and not torch._C._functorch.is_legacy_batchedtensor(x)
+        and not x.is_neg()
     )
 
 

@@ -17,7 +17,16 @@ from torch import Tensor
 from nslightning.ops.layouts import image_layout, laid_out_as
 from nslightning.ops.selection import pool_coefficients, pool_difference_coefficients
 
-__all__ = ["DTYPES", "any_zero", "pool_backward", "pool_difference", "pool_forward", "relu_backward", "relu_forward"]
+__all__ = [
+    "DTYPES",
+    "any_zero",
+    "pool_backward",
+    "pool_difference",
+    "pool_forward",
+    "pools",
+    "relu_backward",
+    "relu_forward",
+]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _BLOCK = 1024
@@ -230,6 +239,19 @@ def pool_forward(
             WIDE=x.numel() >= 2**31, BLOCK=_BLOCK,
         )  # fmt: skip
     return y, mask, True
+
+
+def pools(dtype: torch.dtype, geometry: Sequence[tuple[int, int]]) -> bool:
+    """Whether the pooling kernels take a dtype with such windows: all, as sums are float32's in stock's kernel, too.
+
+    Args:
+        dtype: The input's.
+        geometry: As in :func:`pool_forward`.
+
+    Returns:
+        Whether the dtype is among :data:`DTYPES`.
+    """
+    return dtype in DTYPES
 
 
 def pool_backward(

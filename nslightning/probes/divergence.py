@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from nslightning.jacobians import Jacobians
 from nslightning.ops import cpu_kernels
+from nslightning.ops.selection import concrete
 from nslightning.probes.gradients import gradients, gradients_in_turn, wanted
-from nslightning.probes.graph import operation_nodes
+from nslightning.probes.graph import operation_nodes, refuse_hidden
 from nslightning.probes.propagation import recording, refuse_compiled, refuse_computed
 from nslightning.surgery import selections
 
@@ -90,7 +91,8 @@ def divergence(
 
     Raises:
         ValueError: If the model is not patched, no parameter requires gradients, no choice is given, or the difference
-            of a compiled model, of a random choice or for an input that was computed is to be propagated.
+            of a compiled model, of operations under ``torch.vmap``, of a random choice or for an input that was
+            computed is to be propagated.
 
     Example:
         >>> import nslightning
@@ -106,6 +108,7 @@ def divergence(
     if method == "propagate":
         refuse_compiled(model)
         refuse_computed(inputs)
+        refuse_hidden(loss)
         if not any(operation_nodes(loss)) and selections(model) and loss.isfinite():
             return dict.fromkeys(choices, replace(SAME, per_layer=dict.fromkeys(wanted(model, inputs), SAME)))
         with recording(model) as met:
@@ -143,8 +146,9 @@ def measure(choice: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Di
             raise ValueError(f"gradients of {name} have shapes {tuple(choice[name].shape)} and {tuple(b.shape)}")
     rows = {}
     for name, b in reference.items():
-        square = _square(b)
-        rows[name] = _row_of_same(square) if choice[name] is b else _row(_sums(choice[name], b), square)
+        square = _square(_dense(b))
+        same = choice[name] is b
+        rows[name] = _row_of_same(square) if same else _row(_sums(_dense(choice[name]), _dense(b)), square)
     return _divergences(rows)
 
 
@@ -201,7 +205,7 @@ class _Reference:
     """What divergences from one set of gradients need of it, found when the first one does."""
 
     def __init__(self, gradients: Mapping[str, Tensor]) -> None:
-        self.gradients = gradients
+        self.gradients = {name: _dense(g) for name, g in gradients.items()}
 
     @cached_property
     def finite(self) -> bool:
@@ -231,7 +235,7 @@ class _Reference:
             if nothing[name]:
                 rows[name] = _row_of_same(b)
             else:
-                rows[name] = _row(_sums(difference[name], g, carried=True), b)
+                rows[name] = _row(_sums(_dense(difference[name]), g, carried=True), b)
                 if not finite:
                     rows[name] += b - b
         return _divergences(rows)
@@ -244,7 +248,13 @@ def _finite(values: list[Tensor]) -> bool:
 
 def _is_nothing(difference: Tensor) -> bool:
     """Whether a difference is the expanded zero by which :meth:`Recording.carry` says that nothing arrived."""
-    return difference.numel() > 0 and not any(difference.stride()) and not difference[(0,) * difference.dim()].any()
+    strided = difference.layout == torch.strided
+    return (
+        strided
+        and difference.numel() > 0
+        and not any(difference.stride())
+        and not difference[(0,) * difference.dim()].any()
+    )
 
 
 def _divergences(sums: Mapping[str, Tensor]) -> Divergence:
@@ -259,8 +269,13 @@ def _divergences(sums: Mapping[str, Tensor]) -> Divergence:
     return Divergence(**_divergence(total.tolist()).norms(), per_layer=per_layer)
 
 
+def _dense(gradient: Tensor) -> Tensor:
+    """A gradient with all its entries: those of embeddings may be sparse."""
+    return gradient.to_dense() if gradient.layout != torch.strided else gradient
+
+
 def _row_of_same(square: Tensor) -> Tensor:
-    """That of gradients which are equal: NaN where they are not finite, and nothing can be told."""
+    """That of gradients which are equal: NaN where the square is not finite, and nothing can be told."""
     nothing = square - square
     return torch.stack([nothing, nothing, nothing, square, square, square])
 
@@ -272,9 +287,9 @@ def _row(sums: Tensor, square: Tensor) -> Tensor:
 def _sums(given: Tensor, reference: Tensor, *, carried: bool = False) -> Tensor:
     """(l1, l2^2, linf, |a|^2, a.b) of a choice's gradient a = b + d; given is a, or d if it was carried."""
     pair = given, reference
-    dense = all(t.device.type == "cpu" and t.dtype in cpu_kernels.DTYPES and t.is_contiguous() for t in pair)
-    if dense and given.dtype == reference.dtype and cpu_kernels.available():
-        return cpu_kernels.compare(given.detach(), reference.detach(), carried=carried)
+    dense = all(concrete(t) and t.device.type == "cpu" and t.is_contiguous() for t in pair)
+    if dense and given.dtype == reference.dtype in cpu_kernels.DTYPES and cpu_kernels.available():
+        return cpu_kernels.sums(given.detach(), reference.detach(), carried=carried)
     total = torch.zeros(5, dtype=torch.float64, device=reference.device)
     for one, b, other in _blocks(given, reference, given):
         a, d = (other.add_(b), one) if carried else (one, other.sub_(b))

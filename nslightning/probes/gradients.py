@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,25 +84,25 @@ def gradients_in_turn(
         ValueError: If the model is not patched.
     """
     every = list(choices)
-    parting = {*operation_nodes(loss, every), *unseen_nodes(loss)} if len(every) > 1 else set()
-    start: Tensor | GradientEdge = bottleneck(loss, parting) or loss
-    top = loss.grad_fn if isinstance(start, Tensor) else start.node
-    kept = set(reachable([top]))
-    lower = {n: t for n, t in named.items() if parting and get_gradient_edge(t).node in kept - {top}}
-    freed = [] if retain_graph or not lower else [node for node in reachable([loss.grad_fn]) if node not in kept]
+    start, lower = _start(loss, every, named) if len(every) > 1 else (loss, {})
+    freed: list[Any] = []
+    if lower and not retain_graph:
+        kept = set(reachable([loss.grad_fn if isinstance(start, Tensor) else start.node]))
+        freed = [node for node in reachable([loss.grad_fn]) if node not in kept]
     with using(model, every[0]), freeing(freed):
         goals = [*named.values(), start]
-        *values, passing = torch.autograd.grad(
+        values: Sequence[Tensor | None] = torch.autograd.grad(
             loss,
             goals,  # type: ignore[arg-type] # its annotation takes no mixture
             retain_graph=retain_graph or bool(lower),
             allow_unused=True,
         )
+    *values, passing = values
     first = {n: torch.zeros_like(t) if g is None else g for (n, t), g in zip(named.items(), values, strict=True)}
     yield first
     for i, jacobians in enumerate(every[1:], 2):
         found: Sequence[Tensor] = ()
-        if lower and passing is not None:
+        if lower and passing is not None:  # else nothing came down
             with using(model, jacobians):
                 found = torch.autograd.grad(
                     start,
@@ -112,6 +113,21 @@ def gradients_in_turn(
                     materialize_grads=True,
                 )
         yield first | dict(zip(lower, found, strict=False))
+
+
+def _start(
+    loss: Tensor, choices: list[Jacobians], named: Mapping[str, Tensor]
+) -> tuple[Tensor | GradientEdge, dict[str, Tensor]]:
+    """Where the backwards under all choices but the first may start, and the tensors that they have to reach."""
+    if not all(t.is_leaf for t in named.values()):  # a choice may matter to what is computed, and to nothing below
+        return loss, dict(named)
+    goals = {*operation_nodes(loss, choices), *unseen_nodes(loss)}
+    start = bottleneck(loss, goals)
+    if start is None:
+        return loss, dict(named) if goals else {}
+    below = set(reachable([start.node])) - {start.node}
+    lower = {n: t for n, t in named.items() if get_gradient_edge(t).node in below}
+    return start if lower else loss, lower
 
 
 def wanted(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

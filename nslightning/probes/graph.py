@@ -12,7 +12,7 @@ from torch.autograd.graph import GradientEdge
 
 from nslightning.jacobians import Jacobians
 
-__all__ = ["agree", "bottleneck", "freeing", "operation_nodes", "reachable", "unseen_nodes"]
+__all__ = ["agree", "bottleneck", "freeing", "operation_nodes", "reachable", "refuse_hidden", "unseen_nodes"]
 
 # The spellings of stock's max pooling.
 _FIRST = (None, 0.0, "native", "first")
@@ -47,6 +47,23 @@ def unseen_nodes(loss: Tensor) -> Iterator[Any]:
     return (node for node in reachable([loss.grad_fn]) if hasattr(node, "_forward_cls") and not _ours(node))
 
 
+def refuse_hidden(loss: Tensor) -> None:
+    """Raise if operations ran under ``torch.vmap``, which leaves nodes that do not say what they met.
+
+    Args:
+        loss: A tensor computed by a forward.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    for node in unseen_nodes(loss):
+        if node.name().startswith("Vmapped"):
+            raise ValueError(
+                f"{node.name()}: an operation under torch.vmap cannot be asked for its ties: use method='subtract', or "
+                "nslightning.probes.gradients"
+            )
+
+
 def bottleneck(loss: Tensor, goals: Collection[Any]) -> GradientEdge | None:
     """The last place that everything has to pass on its way down to some nodes.
 
@@ -60,6 +77,8 @@ def bottleneck(loss: Tensor, goals: Collection[Any]) -> GradientEdge | None:
     Returns:
         The place; None where there is none but the loss itself.
     """
+    if not goals:
+        return None
     above: dict[Any, list[Any]] = {loss.grad_fn: []}  # as often as there are edges
     single: dict[Any, bool] = {}  # whether gradients come to a node's first output only
     for node in reachable([loss.grad_fn]):
@@ -73,8 +92,8 @@ def bottleneck(loss: Tensor, goals: Collection[Any]) -> GradientEdge | None:
         if node not in leading:
             leading.add(node)
             up += above[node]
-    # In topological order, first always to what leads to no goal. All that is left passes a node where no other node
-    # is ready and no edge has been met that leads to one which is not.
+    # In topological order. What leads to no goal goes first, so that parameters above do not stand in the way. All that
+    # is left passes a node where no other node is ready and no edge has been met that leads to one which is not.
     found, open_edges = None, 0
     missing = {node: len(edges) for node, edges in above.items()}
     ready: list[Any] = [loss.grad_fn]

@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge
 from nslightning.jacobians import Jacobians
 from nslightning.ops.selection import Selection
 from nslightning.probes.gradients import gradients, wanted
-from nslightning.probes.graph import agree, freeing, operation_nodes, reachable
+from nslightning.probes.graph import agree, freeing, operation_nodes, reachable, refuse_hidden
 from nslightning.surgery import selections, using
 
 __all__ = [
@@ -99,14 +99,15 @@ class Recording:
             loss: A tensor computed by an eager forward of the model.
             among: The choices of interest: no further than to where they may say different things.
         """
+        nodes = operation_nodes(loss, among)
         below = [
-            GradientEdge(node, output)
-            for tied in operation_nodes(loss, among)
-            for node, output in tied.next_functions
-            if node is not None
+            GradientEdge(node, output) for tied in nodes for node, output in tied.next_functions if node is not None
         ]
+        # What PyTorch does in place on a view cannot be asked for the gradient of a place.
+        parts = any(node.name().endswith("::CopySlices") for node in reachable([loss.grad_fn]))
+        goals = list(wanted(self.model).values()) if parts else below
         if below:
-            torch.autograd.grad(loss, below, retain_graph=True, allow_unused=True)
+            torch.autograd.grad(loss, goals, retain_graph=True, allow_unused=True)
 
     def starts(self, choice: Jacobians) -> Starts:
         """The differences that each tied operation makes by itself, and where they enter the graph below it.
@@ -259,10 +260,11 @@ def differences(
         ``({parameter: gradient}, {choice: {parameter: difference}})``; only parameters that require gradients appear.
 
     Raises:
-        ValueError: If the model is not patched, no parameter requires gradients, the model is compiled, or an input was
-            computed.
+        ValueError: If the model is not patched, no parameter requires gradients, the model is compiled, an
+            operation ran under ``torch.vmap``, or an input was computed.
     """
     refuse_computed(inputs)
+    refuse_hidden(loss)
     named = wanted(model, inputs)
     with recording(model) as met:
         (base,) = gradients(loss, model, {"": reference}, inputs=inputs, retain_graph=True).values()

@@ -16,8 +16,8 @@ from nslightning.ops.pointwise import POINTWISE
 from nslightning.ops.registry import Call, Operation
 from nslightning.ops.selection import Selection
 from nslightning.probes.divergence import SAME, Divergence, measure
-from nslightning.probes.gradients import gradients_in_turn, wanted
-from nslightning.probes.graph import operation_nodes
+from nslightning.probes.gradients import gradients, gradients_in_turn, wanted
+from nslightning.probes.graph import operation_nodes, refuse_hidden
 from nslightning.probes.propagation import Recording, Starts, recording, refuse_compiled, refuse_random
 from nslightning.probes.run import Run
 from nslightning.probes.ties import observing
@@ -110,8 +110,8 @@ def zone(
         The zone with its evidence.
 
     Raises:
-        ValueError: If the model is not patched or compiled, no parameter requires gradients, a choice is random, or
-            gradients are not finite even in float64.
+        ValueError: If the model is not patched or compiled, an operation runs under ``torch.vmap``, no parameter
+            requires gradients, a choice is random, or gradients are not finite even in float64.
         RuntimeError: If the forward evaluates other operations in float64 than in the model's precision.
 
     Example:
@@ -201,18 +201,21 @@ def _compare(
     None if no tie matters. The noise of kernels that add up in no fixed order does not pass for a difference: what the
     ties make of the choices has to arrive, with weights that keep it from cancelling.
     """
+    refuse_hidden(loss)
     if not any(operation_nodes(loss, (a, b))):
         return None
     named = wanted(model)
-    turns = gradients_in_turn(loss, model, (b, a, b), named)
+    turns = gradients_in_turn(loss, model, (b, a), named)
     with recording(model) as met:
         one = next(turns)
-    other, again = turns
+    if not (terms := _terms(met, a, list(named.values()))):
+        return None
+    (other,) = turns
+    (again,) = gradients(loss, model, {"": b}).values()
     observed, noise = measure(other, one), measure(again, one)
     if not differs_bitwise(other, one):
         return observed, noise, None
-    carried = _with_terms(met, a, list(named.values()))
-    return (observed, noise, carried) if carried.terms else None
+    return observed, noise, _WithTerms(_carried(met, a, list(named.values())), terms)
 
 
 def _nothing(model: nn.Module) -> Divergence:
@@ -248,10 +251,13 @@ def _carried(met: Recording, a: Jacobians, tensors: Sequence[Tensor]) -> tuple[T
     return met.carry(met.starts(a), a, tensors)
 
 
+def _terms(met: Recording, a: Jacobians, tensors: Sequence[Tensor]) -> float:
+    scattered, scale = _scattered(met.starts(a))
+    return _norm(met.carry(scattered, a, tensors)) / scale
+
+
 def _with_terms(met: Recording, a: Jacobians, tensors: Sequence[Tensor]) -> _WithTerms:
-    starts = met.starts(a)
-    scattered, scale = _scattered(starts)
-    return _WithTerms(met.carry(starts, a, tensors), _norm(met.carry(scattered, a, tensors)) / scale)
+    return _WithTerms(_carried(met, a, tensors), _terms(met, a, tensors))
 
 
 def _replay(
@@ -332,7 +338,7 @@ def _on_branch(operation: Operation, call: Call, x: Tensor, seen: Tensor) -> Ten
                 moved = torch.where(off & ~seen.isnan(), other, moved)
         for kink in kinks:  # which may not be a number of the lower precision
             if (tied := seen == kink).any():
-                moved = moved.masked_fill(tied, kink)
+                moved = torch.where(tied, kink, moved)
         return None if moved is x else moved
     if operation.name == "max_pool":  # plane by plane: windows overlap
         planes = x.dim() - call.parameters[0].dims
@@ -344,9 +350,14 @@ def _on_branch(operation: Operation, call: Call, x: Tensor, seen: Tensor) -> Ten
 
 def _winners(operation: Operation, call: Call, x: Tensor) -> Tensor:
     """Which entries reach the maximum of which pooling windows: each window has a random number, each entry a sum."""
-    with torch.enable_grad():
+    apart = torch.autograd.graph.saved_tensors_hooks(_itself, _itself)  # not a checkpoint's, which would run it again
+    with torch.enable_grad(), apart:
         leaf = x.detach().requires_grad_()
         pooled = operation.apply(Selection(Jacobians(max_pool="sum")), call._replace(x=leaf, return_indices=False))
         numbers = torch.rand(pooled.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         (sums,) = torch.autograd.grad(pooled, leaf, numbers.to(pooled))
     return sums
+
+
+def _itself(saved: Tensor) -> Tensor:
+    return saved
