@@ -707,13 +707,6 @@ INSTANCES(double)
     }                                                                                          \
     return any;                                                                                \
   }                                                                                            \
-  VECTORISED void relu_bits(const T* x, T* y, int64_t n) {                                     \
-    for (int64_t i = 0; i < n; ++i) {                                                          \
-      const uint16_t bits = x[i].bits;                                                         \
-      const bool negative = (bits > 0x8000) & (bits <= 0x8000 + INFINITE);                     \
-      y[i].bits = negative ? 0 : bits;                                                         \
-    }                                                                                          \
-  }                                                                                            \
   VECTORISED void gate_bits(const T* g, const T* y, T* into, int64_t n) {                      \
     for (int64_t i = 0; i < n; ++i) {                                                          \
       const uint16_t bits = y[i].bits;                                                         \
@@ -824,14 +817,14 @@ bool any_zero_all(const H* x, int64_t n, int64_t threads) {
   return found;
 }
 
+// The output is left to stock: what it makes of a NaN depends on the place where that lies.
 template <typename H, Half<H> = 0>
-void relu_forward_all(const H* x, H* y, uint8_t* bits, int64_t n, int64_t threads) {
+void relu_forward_all(const H* x, H*, uint8_t* bits, int64_t n, int64_t threads) {
   over_blocks(n, BLOCK, threads, [=](int64_t start, int64_t size) {
     uint8_t tied[BLOCK] = {};
     uint8_t* into = bits + start / 8;
     std::fill(into, into + (size + 7) / 8, 0);
     if (which_are_zero(x + start, tied, size)) pack(tied, size, into);
-    relu_bits(x + start, y + start, size);
   });
 }
 

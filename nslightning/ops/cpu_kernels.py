@@ -123,9 +123,12 @@ def relu_forward(x: Tensor, *, inplace: bool = False) -> tuple[Tensor, Tensor]:
         ``torch.relu(x)``, bit for bit, and the ties, eight to a byte in the order of the memory, of shape
         ``(ceil(numel / 8),)``.
     """
-    y = x if inplace else torch.empty_like(x)
+    half = x.dtype.itemsize == 2  # whose output is stock's, written after the ties are known
+    y = x if inplace or half else torch.empty_like(x)
     bits = torch.empty(-(-x.numel() // 8), dtype=torch.uint8, device=x.device)
     _run("relu_forward", x.dtype, x, y, bits, x.numel())
+    if half:
+        y = torch.relu_(x) if inplace else torch.relu(x)
     return y, bits
 
 

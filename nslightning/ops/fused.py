@@ -67,13 +67,12 @@ def pool_fits(x: Tensor, geometry: Regular) -> bool:
         True where :func:`fits` is, for four dimensions, contiguous or channels_last, and small windows.
     """
     layouts = (torch.contiguous_format, torch.channels_last)
-    kernels = _kernels(x.device.type)
     return (
         x.dim() == 4
         and geometry.dims == 2
         and prod(geometry.kernel) <= AT_ONCE  # which the composition sums up in the same order
         and fits(x)
-        and kernels.pools(x.dtype, _numbers(geometry))
+        and _kernels(x.device.type).pools(x.dtype, _numbers(geometry))
         and any(x.is_contiguous(memory_format=layout) for layout in layouts)
     )
 
