@@ -186,6 +186,8 @@ def test_divergence_between_a_plan_and_other_choices():
     assert moved == {f"layer2.0.{bn}.{p}" for bn in ("bn1", "bn2", "downsample.1") for p in ("weight", "bias")}
     back = divergence(loss, model, {"reference": Jacobians()}, reference=plan)
     assert back["reference"].l1 == found["plan"].l1
+    with pytest.raises(ValueError, match="a choice for each site: only method='subtract'"):
+        divergence(loss, model, {"plan": plan}, method="propagate")
 
 
 def test_selections_have_names_of_their_own_and_share_observers():

@@ -16,8 +16,8 @@ from nslightning.ops import cpu_kernels
 from nslightning.ops.selection import concrete
 from nslightning.probes.gradients import gradients, gradients_in_turn, wanted
 from nslightning.probes.graph import operation_nodes, refuse_hidden
-from nslightning.probes.propagation import recording, refuse_compiled, refuse_computed
-from nslightning.surgery import selections
+from nslightning.probes.propagation import recording, refuse_compiled, refuse_computed, refuse_random
+from nslightning.surgery import Plan, selections
 
 __all__ = ["NORMS", "SAME", "Divergence", "divergence", "measure", "measure_difference", "measure_differences"]
 
@@ -63,8 +63,8 @@ SAME = Divergence(0.0, 0.0, 0.0, 0.0, 1.0)
 def divergence(
     loss: Tensor,
     model: nn.Module,
-    choices: Mapping[str, Jacobians],
-    reference: Jacobians = Jacobians(),  # noqa: B008 # frozen
+    choices: Mapping[str, Jacobians | Plan],
+    reference: Jacobians | Plan = Jacobians(),  # noqa: B008 # frozen
     *,
     method: Literal["subtract", "propagate"] = "subtract",
     inputs: Mapping[str, Tensor] | None = None,
@@ -75,7 +75,7 @@ def divergence(
     Args:
         loss: A 0-d tensor computed by a forward of the patched ``model``, its graph not yet freed.
         model: A patched model, or one that contains patched ones.
-        choices: The choices by name.
+        choices: The choices by name; to subtract, one may be a plan with a choice for each site, like the reference.
         reference: The choice to compare with; stock PyTorch's by default.
         method: ``"subtract"`` takes both gradients and subtracts them, which leaves rounding where they agree.
             ``"propagate"`` carries the difference itself down from the ties (:func:`nslightning.probes.differences`):
@@ -109,11 +109,13 @@ def divergence(
         refuse_compiled(model)
         refuse_computed(inputs)
         refuse_hidden(loss)
+        refuse_random(*choices.values())
+        alike = {name: choice for name, choice in choices.items() if isinstance(choice, Jacobians)}
         if not any(operation_nodes(loss)) and selections(model) and loss.isfinite():
             return dict.fromkeys(choices, replace(SAME, per_layer=dict.fromkeys(wanted(model, inputs), SAME)))
         with recording(model) as met:
             (base,) = gradients(loss, model, {"": reference}, inputs=inputs, retain_graph=True).values()
-        return measure_differences(met.carried(choices, wanted(model, inputs), retain_graph=retain_graph), base)
+        return measure_differences(met.carried(alike, wanted(model, inputs), retain_graph=retain_graph), base)
     every = [reference, *choices.values()]
     turns = gradients_in_turn(loss, model, every, wanted(model, inputs), retain_graph=retain_graph)
     base = next(turns)  # two sets of gradients in memory, however many choices

@@ -11,7 +11,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from nslightning.jacobians import Jacobians
 from nslightning.probes.graph import bottleneck, freeing, operation_nodes, reachable, unseen_nodes
-from nslightning.surgery import using
+from nslightning.surgery import Plan, using
 
 __all__ = ["gradients", "gradients_in_turn", "wanted"]
 
@@ -19,7 +19,7 @@ __all__ = ["gradients", "gradients_in_turn", "wanted"]
 def gradients(
     loss: Tensor,
     model: nn.Module,
-    choices: Mapping[str, Jacobians],
+    choices: Mapping[str, Jacobians | Plan],
     *,
     inputs: Mapping[str, Tensor] | None = None,
     retain_graph: bool = True,
@@ -32,7 +32,7 @@ def gradients(
     Args:
         loss: A 0-d tensor computed by a forward of the patched ``model``, its graph not yet freed.
         model: A patched model, or one that contains patched ones.
-        choices: The choices by name.
+        choices: The choices by name; one may be a plan with a choice for each site.
         inputs: Further tensors to differentiate for, by name, such as ``{"input": x}`` where ``x`` requires gradients.
         retain_graph: Keep the graph after the last backward, for whatever comes next on the same loss.
 
@@ -62,7 +62,7 @@ def gradients(
 def gradients_in_turn(
     loss: Tensor,
     model: nn.Module,
-    choices: Iterable[Jacobians],
+    choices: Iterable[Jacobians | Plan],
     named: Mapping[str, Tensor],
     *,
     retain_graph: bool = True,
@@ -116,7 +116,7 @@ def gradients_in_turn(
 
 
 def _start(
-    loss: Tensor, choices: list[Jacobians], named: Mapping[str, Tensor]
+    loss: Tensor, choices: list[Jacobians | Plan], named: Mapping[str, Tensor]
 ) -> tuple[Tensor | GradientEdge, dict[str, Tensor]]:
     """Where the backwards under all choices but the first may start, and the tensors that they have to reach."""
     if not all(t.is_leaf for t in named.values()):  # a choice may matter to what is computed, and to nothing below

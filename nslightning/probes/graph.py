@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from nslightning.jacobians import Jacobians
+from nslightning.surgery import Plan
 
 __all__ = ["agree", "bottleneck", "freeing", "operation_nodes", "reachable", "refuse_hidden", "unseen_nodes"]
 
@@ -18,7 +19,7 @@ __all__ = ["agree", "bottleneck", "freeing", "operation_nodes", "reachable", "re
 _FIRST = (None, 0.0, "native", "first")
 
 
-def operation_nodes(loss: Tensor, among: Iterable[Jacobians] = ()) -> Iterator[Any]:
+def operation_nodes(loss: Tensor, among: Iterable[Jacobians | Plan] = ()) -> Iterator[Any]:
     """The backward nodes of patched operations at which a choice may matter; nothing is evaluated.
 
     Args:
@@ -119,12 +120,12 @@ def _ours(node: Any) -> bool:
     return getattr(getattr(node, "_forward_cls", None), "__module__", "").startswith("nslightning.ops.")
 
 
-def _matters(node: Any, choices: list[Jacobians]) -> bool:
+def _matters(node: Any, choices: list[Jacobians | Plan]) -> bool:
     """Whether the choice may matter at an operation's backward node: among all choices if none is given."""
     return getattr(node, "tied", True) and not (choices and all(agree(node, choices[0], one) for one in choices[1:]))
 
 
-def agree(node: Any, one: Jacobians, other: Jacobians) -> bool:
+def agree(node: Any, one: Jacobians | Plan, other: Jacobians | Plan) -> bool:
     """Whether two choices say the same of the operation that a backward node belongs to.
 
     Args:
@@ -137,7 +138,7 @@ def agree(node: Any, one: Jacobians, other: Jacobians) -> bool:
     """
     pools = "MaxPool" in type(node).__name__
     field = getattr(node, "operation", "max_pool" if pools else None)
-    if field is None or one.rule != other.rule:
+    if field is None or isinstance(one, Plan) or isinstance(other, Plan) or one.rule != other.rule:
         return False
     a, b = getattr(one, field), getattr(other, field)
     if a == "random":  # another one each time

@@ -15,7 +15,7 @@ from nslightning.jacobians import Jacobians
 from nslightning.ops.selection import Selection
 from nslightning.probes.gradients import gradients, wanted
 from nslightning.probes.graph import agree, freeing, operation_nodes, reachable, refuse_hidden
-from nslightning.surgery import selections, using
+from nslightning.surgery import Plan, selections, using
 
 __all__ = [
     "Recording",
@@ -301,16 +301,18 @@ def refuse_computed(inputs: Mapping[str, Tensor] | None) -> None:
             )
 
 
-def refuse_random(*choices: Jacobians) -> None:
+def refuse_random(*choices: Jacobians | Plan) -> None:
     """Raise if a choice is another one each time it is evaluated, so that no difference between two can be told.
 
     Args:
         *choices: Choices.
 
     Raises:
-        ValueError: If one is random.
+        ValueError: If one is random, or a plan with a choice for each site.
     """
     for choice in choices:
+        if isinstance(choice, Plan):
+            raise ValueError(f"{choice!r} has a choice for each site: only method='subtract' takes it")
         if "random" in choice.to_dict().values():
             raise ValueError(f"{choice!r} is another choice at each backward: only method='subtract' takes it")
 
