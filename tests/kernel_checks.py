@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from nslightning.ops.selection import pool_difference_coefficients
+
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 GEOMETRIES = [
     ((2, 2), (2, 2), (0, 0), (1, 1)),
@@ -105,10 +107,12 @@ def check_pool_difference(kernels, geometry, layout, dtype=torch.float32) -> Non
     refused = []
     for name, weights in WEIGHTS.items():
         for other, less in WEIGHTS.items():
-            found = kernels.pool_difference(g, mask, geometry, tuple(x.shape[2:]), weights, less)
-            if found is None:
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            coefficients = pool_difference_coefficients(weights, less, wide)
+            if coefficients is None:
                 refused.append({name, other})
                 continue
+            found = kernels.pool_shares(g, mask, geometry, tuple(x.shape[2:]), *coefficients)
             torch.testing.assert_close(found.double(), naive[name] - naive[other], **close(dtype))
             assert not found[:, 2].any()
             assert found.any() == (name != other)

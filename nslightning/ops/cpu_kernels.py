@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nslightning.ops.layouts import image_layout, laid_out_as
-from nslightning.ops.selection import pool_coefficients, pool_difference_coefficients
+from nslightning.ops.selection import pool_coefficients
 
 __all__ = [
     "DTYPES",
@@ -25,8 +25,8 @@ __all__ = [
     "mark",
     "overwrite",
     "pool_backward",
-    "pool_difference",
     "pool_forward",
+    "pool_shares",
     "pools",
     "relu_backward",
     "relu_forward",
@@ -253,29 +253,29 @@ def pool_backward(
     return _share(g, mask, geometry, size, coefficients, bool(last), apart, vertex)
 
 
-def pool_difference(
+def pool_shares(
     g: Tensor,
     mask: Tensor,
     geometry: Sequence[tuple[int, int]],
     size: tuple[int, int],
-    weights: tuple[float, float, float, float],
-    less: tuple[float, float, float, float],
-) -> Tensor | None:
-    """What one choice adds to the gradient of 2-d max pooling under another, in one pass.
+    coefficients: Tensor,
+    last: bool,
+) -> Tensor:
+    """What :func:`pool_backward` does, by coefficients: those of a difference, say.
 
     Args:
-        g: As in :func:`pool_backward`, and all but the last.
+        g: As there, and all but the last two.
         mask: See there.
         geometry: See there.
         size: See there.
-        weights: See there.
-        less: The weights of the other choice.
+        coefficients: As :func:`~nslightning.ops.selection.pool_coefficients` has them; float64 for
+            float64, else float32.
+        last: Whether the target is the last tied entry.
 
     Returns:
-        The difference, 0 wherever no window is tied; None where the two choices have targets of their own.
+        The gradient with respect to the input.
     """
-    found = pool_difference_coefficients(weights, less, _wide(g.dtype))
-    return found and _share(g, mask, geometry, size, *found, False, False)
+    return _share(g, mask, geometry, size, coefficients, last, False, False)
 
 
 def _share(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nslightning.ops.layouts import storage_order
-from nslightning.ops.selection import Selection, concrete
+from nslightning.ops.selection import Selection, concrete, pool_difference_coefficients
 from nslightning.ops.tie_bits import chosen_value
 from nslightning.ops.windows import AT_ONCE, Regular
 
@@ -199,10 +199,11 @@ def _pool_difference(
     """
     x, reached, g = given
     if _final(g) and "random" not in (selection.jacobians.max_pool, less.jacobians.max_pool):
-        size, weights = (x.shape[2], x.shape[3]), (selection.pool_weights(), less.pool_weights())
-        found = _kernels(x.device.type).pool_difference(g, reached, _numbers(geometry), size, *weights)
+        wide = torch.float64 if g.dtype == torch.float64 else torch.float32
+        found = pool_difference_coefficients(selection.pool_weights(), less.pool_weights(), wide, g.device)
         if found is not None:
-            return cast(Tensor, found)
+            size = x.shape[2], x.shape[3]
+            return cast(Tensor, _kernels(x.device.type).pool_shares(g, reached, _numbers(geometry), size, *found))
     d = torch.empty_like(x)
     images = max(1, _PART // max(1, x[:1].numel())) if x.device.type == "cpu" else len(x)
     for into, *part in zip(*(t.split(images) for t in (d, *given)), strict=True):

@@ -15,14 +15,14 @@ import triton.language as tl
 from torch import Tensor
 
 from nslightning.ops.layouts import image_layout, laid_out_as
-from nslightning.ops.selection import pool_coefficients, pool_difference_coefficients
+from nslightning.ops.selection import pool_coefficients
 
 __all__ = [
     "DTYPES",
     "any_zero",
     "pool_backward",
-    "pool_difference",
     "pool_forward",
+    "pool_shares",
     "pools",
     "relu_backward",
     "relu_forward",
@@ -274,35 +274,11 @@ def pool_backward(
         The gradient with respect to the input; sums are formed in float32 and rounded once.
     """
     share, whole, each, last = weights
-    return _share(g, mask, geometry, size, pool_coefficients(share, whole, each, torch.float32, g.device), bool(last))
+    coefficients = pool_coefficients(share, whole, each, torch.float32, g.device)
+    return pool_shares(g, mask, geometry, size, coefficients, bool(last))
 
 
-def pool_difference(
-    g: Tensor,
-    mask: Tensor,
-    geometry: Sequence[tuple[int, int]],
-    size: tuple[int, int],
-    weights: tuple[float, float, float, float],
-    less: tuple[float, float, float, float],
-) -> Tensor | None:
-    """What one choice adds to the gradient of 2-d max pooling under another, in one pass.
-
-    Args:
-        g: As in :func:`pool_backward`, and all but the last.
-        mask: See there.
-        geometry: See there.
-        size: See there.
-        weights: See there.
-        less: The weights of the other choice.
-
-    Returns:
-        The difference, 0 wherever no window is tied; None where the two choices have targets of their own.
-    """
-    found = pool_difference_coefficients(weights, less, torch.float32, g.device)
-    return found and _share(g, mask, geometry, size, *found)
-
-
-def _share(
+def pool_shares(
     g: Tensor,
     mask: Tensor,
     geometry: Sequence[tuple[int, int]],
@@ -310,6 +286,19 @@ def _share(
     coefficients: Tensor,
     last: bool,
 ) -> Tensor:
+    """What :func:`pool_backward` does, by coefficients: those of a difference, say.
+
+    Args:
+        g: As there, and all but the last two.
+        mask: See there.
+        geometry: See there.
+        size: See there.
+        coefficients: As :func:`~nslightning.ops.selection.pool_coefficients` has them, on the device, float32.
+        last: Whether the target is the last tied entry.
+
+    Returns:
+        The gradient with respect to the input.
+    """
     layout = image_layout(mask)
     g = laid_out_as(g, mask)
     gradient = torch.empty((*mask.shape[:2], *size), dtype=g.dtype, device=g.device, memory_format=layout)
