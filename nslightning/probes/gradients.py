@@ -27,7 +27,8 @@ def gradients(
     """The parameter gradients of one loss under several choices: one forward, one backward per choice.
 
     The backward of the second and further choices starts where the choices part: above, the gradients are the first
-    one's. The parameters' ``grad`` fields are left alone.
+    one's. The parameters' ``grad`` fields are left alone. A compiled model must have been compiled under
+    ``torch._functorch.config.patch(donated_buffer=False)``, or PyTorch refuses a second backward.
 
     Args:
         loss: A 0-d tensor computed by a forward of the patched ``model``, its graph not yet freed.
