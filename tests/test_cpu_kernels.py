@@ -23,7 +23,7 @@ from kernel_checks import (
     check_relu,
 )
 
-from nslightning import Jacobians, ops
+from nslightning import Jacobians, ops, patch
 from nslightning.ops import cpu_kernels, fused
 from nslightning.ops.max_pool import pool, regular
 from nslightning.ops.pointwise import pointwise
@@ -214,9 +214,9 @@ def test_max_pool_is_the_composition(jacobian, layout, data):
     x = torch.randint(0, data.draw(st.integers(1, 4)), shape, generator=generator).to(dtype)
     x = x.contiguous(memory_format=layout)
     g = torch.randn(geometry.forward(x)[0].shape, generator=generator, dtype=dtype)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patched:
         found = both_ways(
-            lambda x: pool(x, Selection(Jacobians(max_pool=jacobian)), geometry), x, g, patch, cpu_kernels
+            lambda x: pool(x, Selection(Jacobians(max_pool=jacobian)), geometry), x, g, patched, cpu_kernels
         )
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
@@ -338,3 +338,54 @@ def test_pooling_without_a_gradient_takes_the_kernel_where_it_is_the_faster_one(
             assert torch.equal(y.view(torch.int32), want.view(torch.int32))
             assert y.stride() == want.stride()
             assert len(calls) == taken
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_zeros_without_memory_are_composed(dtype):
+    x = torch.zeros(1, 1, 4, 4, dtype=dtype, requires_grad=True)
+    for operation in (lambda x: ops.relu(x, 1.0), lambda x: ops.leaky_relu(x, 0.1, 0.5)):
+        y = operation(x)
+        (found,) = torch.autograd.grad(y, x, torch._efficientzerotensor(y.shape, dtype=dtype))
+        assert not found.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_subnormal_numbers_are_zeros_where_stock_takes_them_for_that(dtype):
+    x = torch.tensor([1, 2, -32767, 0, -32768, 100], dtype=torch.int16).view(dtype)
+    for flush in (False, True):
+        if not torch.set_flush_denormal(flush):
+            pytest.skip("this processor cannot flush them")
+        try:
+            leaf = x.clone().requires_grad_()
+            y = ops.relu(leaf, 0.5)
+            (g,) = torch.autograd.grad(y, leaf, torch.ones_like(y))
+            zero, positive = leaf == 0, leaf > 0
+            assert torch.equal(bits_of(y.detach()), bits_of(torch.relu(x)))
+        finally:
+            torch.set_flush_denormal(False)
+        assert g.tolist() == [0.5 if z else float(p) for z, p in zip(zero.tolist(), positive.tolist(), strict=True)]
+
+
+def test_nan_in_half_precision_is_pooled_as_stock_does():
+    x = torch.ones(1, 1, 4, 4, dtype=torch.bfloat16)
+    x.view(torch.int16)[0, 0, 0, 0] = -1
+    y = pool(x.clone().requires_grad_(), Selection(Jacobians()), regular(2, 2))
+    assert "_MaxPool2d" in str(y.grad_fn)
+    assert torch.equal(bits_of(y.detach()), bits_of(F.max_pool2d(x, 2)))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_trace_runs(inplace):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(inplace), torch.nn.ReLU6(inplace))
+    patch(model, Jacobians())
+    x = torch.ones(1, 4)
+    traced = torch.jit.trace(model, x, check_trace=False)
+    assert torch.equal(traced(x), model(x))
+
+
+@pytest.mark.parametrize("dtype", cpu_kernels.DTYPES, ids=str)
+def test_in_place_counts_one_version(dtype):
+    x = torch.zeros(8, dtype=dtype, requires_grad=True).clone()
+    before = x._version
+    assert ops.relu(x, 1.0, inplace=True) is x
+    assert x._version == before + 1

@@ -253,3 +253,4 @@ def test_sparse_gradients_are_measured():
     for method in ("subtract", "propagate"):
         found = divergence(loss, model, {"one": Jacobians(relu=1.0)}, method=method, retain_graph=True)["one"]
         assert (found.l1, found.linf) == (9.0, 2.0)
+    assert zone(model, lambda y: y, torch.tensor([0, 2, 2]), Jacobians(relu=1.0)).kind == "bifurcation"

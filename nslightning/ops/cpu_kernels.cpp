@@ -50,7 +50,7 @@ constexpr int COUNTS = 17;             // a window's tied entries are 0 to 16
 template <typename T>
 using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;  // as wide as T, so that loops vectorise
 
-// Numbers of 16 bits, which are only kept: all arithmetic is float's. A NaN keeps as many bits as there is room for.
+// Numbers of 16 bits, which are only kept: all arithmetic is float's.
 struct BFloat16 {
   uint16_t bits;
 };
@@ -100,11 +100,10 @@ float widened(Float16 x) {
   return float_of(sign | (exponent == 0x0F800000 ? special : exponent == 0 ? small : normal));
 }
 
-// To the nearest, of two to the even one.
+// To the nearest, of two to the even one; NaN as PyTorch has it.
 void narrowed(float x, BFloat16& into) {
-  const uint32_t bits = bits_of(x), top = bits >> 16;
-  const uint32_t nan = top | ((top & 0x7F) == 0);  // its bits may all be below
-  into.bits = static_cast<uint16_t>(x != x ? nan : (bits + 0x7FFF + (top & 1)) >> 16);
+  const uint32_t bits = bits_of(x);
+  into.bits = static_cast<uint16_t>(x != x ? 0x7FC0 : (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
 
 void narrowed(float x, Float16& into) {
@@ -115,6 +114,12 @@ void narrowed(float x, Float16& into) {
   const uint32_t number = bits >= 0x47800000 ? large : bits < (113u << 23) ? small : normal;
   into.bits = static_cast<uint16_t>(sign | (x != x ? nan : number));
 }
+
+// As stock compares: a subnormal bfloat16 is 0 where the processor is told to take it so, a subnormal float16 not.
+bool is_zero(BFloat16 x) { return widened(x) == 0; }
+bool is_zero(Float16 x) { return (x.bits & 0x7FFF) == 0; }
+bool is_above_zero(BFloat16 x) { return !(widened(x) <= 0); }  // or NaN
+bool is_above_zero(Float16 x) { return ((x.bits - 1) & 0xFFFF) < 0x7FFF || x.bits > 0xFC00; }
 
 // Call call(data) on so many threads at once, the calling one among them.
 void together(int64_t threads, void (*call)(void*), void* data) {
@@ -691,32 +696,36 @@ INSTANCES(float)
 INSTANCES(double)
 #undef INSTANCES
 
-// Of these, signs and zeros are seen in the bits. A number below 0 is between -0.0 and a NaN with a sign.
-#define HALVES(T, INFINITE)                                                                    \
-  VECTORISED void widen(const T* from, float* into, int64_t n) {                               \
-    for (int64_t i = 0; i < n; ++i) into[i] = widened(from[i]);                                \
-  }                                                                                            \
-  VECTORISED void narrow(const float* from, T* into, int64_t n) {                              \
-    for (int64_t i = 0; i < n; ++i) narrowed(from[i], into[i]);                                \
-  }                                                                                            \
-  VECTORISED bool which_are_zero(const T* x, uint8_t* zero, int64_t n) {                       \
-    uint16_t any = 0;                                                                          \
-    for (int64_t i = 0; i < n; ++i) any |= static_cast<uint16_t>((x[i].bits & 0x7FFF) == 0);   \
-    if (any && zero) {                                                                         \
-      for (int64_t i = 0; i < n; ++i) zero[i] = (x[i].bits & 0x7FFF) == 0;                     \
-    }                                                                                          \
-    return any;                                                                                \
-  }                                                                                            \
-  VECTORISED void gate_bits(const T* g, const T* y, T* into, int64_t n) {                      \
-    for (int64_t i = 0; i < n; ++i) {                                                          \
-      const uint16_t bits = y[i].bits;                                                         \
-      const bool dead = (bits == 0) | ((bits >= 0x8000) & (bits <= 0x8000 + INFINITE));        \
-      into[i].bits = g[i].bits & static_cast<uint16_t>(dead - 1);                              \
-    }                                                                                          \
+#define HALVES(T)                                                                                             \
+  VECTORISED void widen(const T* from, float* into, int64_t n) {                                              \
+    for (int64_t i = 0; i < n; ++i) into[i] = widened(from[i]);                                               \
+  }                                                                                                           \
+  VECTORISED void narrow(const float* from, T* into, int64_t n) {                                             \
+    for (int64_t i = 0; i < n; ++i) narrowed(from[i], into[i]);                                               \
+  }                                                                                                           \
+  VECTORISED bool which_are_zero(const T* x, uint8_t* zero, int64_t n) {                                      \
+    uint16_t any = 0;                                                                                         \
+    for (int64_t i = 0; i < n; ++i) any |= static_cast<uint16_t>(is_zero(x[i]));                              \
+    if (any && zero) {                                                                                        \
+      for (int64_t i = 0; i < n; ++i) zero[i] = is_zero(x[i]);                                                \
+    }                                                                                                         \
+    return any;                                                                                               \
+  }                                                                                                           \
+  VECTORISED void gate(const T* g, const T* y, T* into, int64_t n) {                                          \
+    for (int64_t i = 0; i < n; ++i) into[i].bits = g[i].bits & static_cast<uint16_t>(-is_above_zero(y[i]));   \
+  }                                                                                                           \
+  VECTORISED void overwrite_some(T* gradient, const T* g, const uint8_t* tied, int k, int64_t n, float alpha, \
+                                 bool constant) {                                                             \
+    for (int64_t i = 0; i < n; ++i) {                                                                         \
+      T chosen;                                                                                               \
+      narrowed(constant ? alpha : widened(g[i]) * alpha, chosen);                                             \
+      const uint16_t mask = static_cast<uint16_t>(-((tied[i] >> k) & 1));                                     \
+      gradient[i].bits = (chosen.bits & mask) | (gradient[i].bits & ~mask);                                   \
+    }                                                                                                         \
   }
 
-HALVES(BFloat16, 0x7F80)
-HALVES(Float16, 0x7C00)
+HALVES(BFloat16)
+HALVES(Float16)
 #undef HALVES
 
 // Over `threads` threads.
@@ -834,7 +843,7 @@ void relu_backward_all(const H* g, const H* y, const uint8_t* bits, H* gradient,
   over_blocks(n, BLOCK, threads, [=](int64_t start, int64_t size) {
     const uint8_t *ties = bits + start / 8, *end = ties + (size + 7) / 8;
     if (std::all_of(ties, end, [](uint8_t byte) { return byte == 0; })) {
-      return gate_bits(g + start, y + start, gradient + start, size);
+      return gate(g + start, y + start, gradient + start, size);
     }
     float incoming[BLOCK], output[BLOCK], out[BLOCK];
     widen(g + start, incoming, size);
@@ -859,16 +868,14 @@ void mark_all(const H* x, int64_t n, int64_t size, double position, uint8_t* bit
 template <typename H, Half<H> = 0>
 void overwrite_all(H* gradient, const H* g, const int64_t* numbers, const uint8_t* bits, int64_t blocks, int64_t n,
                    int64_t size, double alpha, bool constant, int64_t threads) {
+  const int64_t row = size / 8;
   share(blocks, blocks * size, threads, [=](int64_t begin, int64_t end) {
-    std::vector<float> incoming(size), out(size);
-    const int64_t first = 0;
     for (int64_t block = begin; block < end; ++block) {
-      const int64_t start = numbers[block] * size, entries = std::min(size, n - start);
-      widen(g + start, incoming.data(), entries);
-      widen(gradient + start, out.data(), entries);
-      overwrite(out.data(), incoming.data(), &first, bits + block * size / 8, entries, size, static_cast<float>(alpha),
-                constant, 0, 1);
-      narrow(out.data(), gradient + start, entries);
+      for (int k = 0; k < 8; ++k) {
+        const int64_t start = numbers[block] * size + k * row, entries = std::min(row, n - start);
+        const float chosen = static_cast<float>(alpha);
+        overwrite_some(gradient + start, g + start, bits + block * row, k, entries, chosen, constant);
+      }
     }
   });
 }
@@ -880,6 +887,7 @@ void over_images(const Geometry& at, int64_t threads, Work work) {
   one.images = 1;
   if (!at.last) one.channels = 1;
   const int64_t entries = at.images * at.channels * at.height * at.width;
+  if (!entries) return;
   share(at.images * at.channels / one.channels, entries, threads, [&](int64_t begin, int64_t end) {
     for (int64_t number = begin; number < end; ++number) work(number, one);
   });

@@ -127,8 +127,10 @@ def relu_forward(x: Tensor, *, inplace: bool = False) -> tuple[Tensor, Tensor]:
     y = x if inplace or half else torch.empty_like(x)
     bits = torch.empty(-(-x.numel() // 8), dtype=torch.uint8, device=x.device)
     _run("relu_forward", x.dtype, x, y, bits, x.numel())
-    if half:
-        y = torch.relu_(x) if inplace else torch.relu(x)
+    if half and inplace:
+        torch.relu_(x.data)  # its version is counted where it is marked as dirty
+    elif half:
+        y = torch.relu(x)
     return y, bits
 
 

@@ -385,8 +385,10 @@ def pointwise(operation: str, x: Tensor, selection: Selection, *parameters: Any,
     settings = operation, selection
     rest = tuple(parameters[len(given) :]), order, len(given), *given, *ties
     function = _Transformable if transformed else _Kinked
-    # In place on a view, autograd would put the node inside another one, where nobody can ask it for its ties.
-    if inplace and (transformed or op.saves == "input" or (not torch.compiler.is_compiling() and x._is_view())):
+    # In place on a view, autograd would put the node inside another one, where nobody can ask it for its ties; a trace
+    # takes no function that works in place.
+    apart = not torch.compiler.is_compiling() and (x._is_view() or torch._C._get_tracing_state() is not None)
+    if inplace and (transformed or op.saves == "input" or apart):
         return x.copy_(function.apply(x.clone(), *settings, False, *rest))
     return cast(Tensor, function.apply(x, *settings, inplace, *rest))
 

@@ -287,7 +287,7 @@ def concrete(x: Tensor) -> bool:
 
     Returns:
         True in eager mode. Not while compiling or tracing or under ``torch.func`` transforms, nor for a tensor's
-        subclass, a batch of gradients (``is_grads_batched``) or one whose negation is put off.
+        subclass, a batch of gradients (``is_grads_batched``), one whose negation is put off or zeros without memory.
     """
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
@@ -296,7 +296,7 @@ def concrete(x: Tensor) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and type(x) in (Tensor, torch.nn.Parameter)
         and not torch._C._functorch.is_legacy_batchedtensor(x)
-        and not x.is_neg()
+        and not (x.is_neg() or x._is_zerotensor())
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nslightning.ops import cpu_kernels
-from nslightning.ops.selection import Selection, data_dependent
+from nslightning.ops.selection import Selection, concrete, data_dependent
 
 __all__ = ["TieBits", "chosen_value", "find_ties", "overwrite"]
 
@@ -161,7 +161,7 @@ def overwrite(
 
 def _compiled(x: Tensor) -> bool:
     """Whether there are compiled loops for a tensor on a CPU."""
-    return x.dtype in cpu_kernels.DTYPES and cpu_kernels.available()
+    return concrete(x) and x.dtype in cpu_kernels.DTYPES and cpu_kernels.available()
 
 
 def _mask(ties: TieBits, length: int) -> Tensor:

@@ -19,7 +19,7 @@ from nslightning.probes.graph import operation_nodes, refuse_hidden
 from nslightning.probes.propagation import recording, refuse_compiled, refuse_computed, refuse_random
 from nslightning.surgery import Plan, selections
 
-__all__ = ["NORMS", "SAME", "Divergence", "divergence", "measure", "measure_difference", "measure_differences"]
+__all__ = ["NORMS", "SAME", "Divergence", "dense", "divergence", "measure", "measure_difference", "measure_differences"]
 
 NORMS = ("l1", "l2", "linf", "relative", "cosine")
 
@@ -148,9 +148,9 @@ def measure(choice: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Di
             raise ValueError(f"gradients of {name} have shapes {tuple(choice[name].shape)} and {tuple(b.shape)}")
     rows = {}
     for name, b in reference.items():
-        square = _square(_dense(b))
+        square = _square(dense(b))
         same = choice[name] is b
-        rows[name] = _row_of_same(square) if same else _row(_sums(_dense(choice[name]), _dense(b)), square)
+        rows[name] = _row_of_same(square) if same else _row(_sums(dense(choice[name]), dense(b)), square)
     return _divergences(rows)
 
 
@@ -207,7 +207,7 @@ class _Reference:
     """What divergences from one set of gradients need of it, found when the first one does."""
 
     def __init__(self, gradients: Mapping[str, Tensor]) -> None:
-        self.gradients = {name: _dense(g) for name, g in gradients.items()}
+        self.gradients = {name: dense(g) for name, g in gradients.items()}
 
     @cached_property
     def finite(self) -> bool:
@@ -237,7 +237,7 @@ class _Reference:
             if nothing[name]:
                 rows[name] = _row_of_same(b)
             else:
-                rows[name] = _row(_sums(_dense(difference[name]), g, carried=True), b)
+                rows[name] = _row(_sums(dense(difference[name]), g, carried=True), b)
                 if not finite:
                     rows[name] += b - b
         return _divergences(rows)
@@ -271,8 +271,15 @@ def _divergences(sums: Mapping[str, Tensor]) -> Divergence:
     return Divergence(**_divergence(total.tolist()).norms(), per_layer=per_layer)
 
 
-def _dense(gradient: Tensor) -> Tensor:
-    """A gradient with all its entries: those of embeddings may be sparse."""
+def dense(gradient: Tensor) -> Tensor:
+    """A gradient with all its entries: those of embeddings may be sparse.
+
+    Args:
+        gradient: Any layout.
+
+    Returns:
+        The same, strided.
+    """
     return gradient.to_dense() if gradient.layout != torch.strided else gradient
 
 

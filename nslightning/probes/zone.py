@@ -15,7 +15,7 @@ from nslightning.jacobians import Jacobians
 from nslightning.ops.pointwise import POINTWISE
 from nslightning.ops.registry import Call, Operation
 from nslightning.ops.selection import Selection
-from nslightning.probes.divergence import SAME, Divergence, measure
+from nslightning.probes.divergence import SAME, Divergence, dense, measure
 from nslightning.probes.gradients import gradients, gradients_in_turn, wanted
 from nslightning.probes.graph import operation_nodes, refuse_hidden
 from nslightning.probes.propagation import Recording, Starts, recording, refuse_compiled, refuse_random
@@ -160,7 +160,7 @@ def differs_bitwise(a: Mapping[str, Tensor], b: Mapping[str, Tensor], first: boo
         Whether they differ.
     """
     names = list(a)[:1] if first else list(a)
-    pairs = [(a[n], b[n]) for n in names if a[n] is not b[n]]
+    pairs = [(dense(a[n]), dense(b[n])) for n in names if a[n] is not b[n]]
     return not all(bool(((x == y) | (x.isnan() & y.isnan())).all()) for x, y in pairs)
 
 
