@@ -223,6 +223,14 @@ def test_noise_floor(few):
         def forward(self, x):
             return Noisy.apply(super().forward(x))
 
+    class NoisyKernel(Relu):  # which nothing in the graph tells, as of atomic additions
+        def forward(self, x):
+            y = super().forward(x)
+            if y.requires_grad:
+                y.register_hook(lambda g: g * (1 + 2 * torch.rand(())))
+            return y
+
+    assert audit(NoisyKernel(tie=True), few, dtypes=["32"]).noise["32"] > 1e-3
     assert audit(Relu(tie=True), few).noise == dict.fromkeys(DTYPES, 0.0)
     found = audit(VeryNoisy(tie=True), few, dtypes=["32"])
     assert found.noise["32"] > 1e-3

@@ -390,3 +390,37 @@ def test_lenet_on_a_constant_background(dtype):
     # The background's windows make rounding only; in half precision others tie by accident.
     assert found.kind == ("compensation" if dtype == torch.float32 else "bifurcation")
     assert found.observed.l1 > 0
+
+
+class Bounded(nn.Module):
+    def forward(self, x):
+        return x.clamp(torch.zeros(4), torch.ones(4))
+
+
+def test_clamp_between_tensors():
+    model = nn.Sequential(nn.Linear(4, 4), Bounded(), nn.Linear(4, 1))
+    nn.init.zeros_(model[0].weight), nn.init.zeros_(model[0].bias)
+    patch(model, Jacobians())
+    x = torch.randn(3, 4)
+    assert zone(model, torch.sum, x, Jacobians(clamp=(1.0, 1.0))).kind == "bifurcation"
+    nn.init.constant_(model[0].bias, 0.5)
+    assert zone(model, torch.sum, x, Jacobians(clamp=(1.0, 1.0))).kind == "regular"
+
+
+class Checkpointed(nn.Sequential):
+    def forward(self, x):
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize(
+    ("choice", "bias", "kind"),
+    [(RELU1, 0.0, "bifurcation"), (Jacobians(relu=2.0, rule="published"), 1.0, "regular")],
+    ids=["exact", "published"],
+)
+def test_poolings_in_a_checkpoint(choice, bias, kind):
+    torch.manual_seed(0)
+    inner = Checkpointed(nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2, 1))
+    nn.init.zeros_(inner[0].weight), nn.init.constant_(inner[0].bias, bias)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), inner, nn.Flatten(), nn.Linear(18, 1))
+    patch(model, Jacobians())
+    assert zone(model, torch.sum, torch.randn(2, 1, 4, 4), choice).kind == kind
