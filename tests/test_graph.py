@@ -9,6 +9,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from nslightning import Jacobians, patch
+from nslightning.experiments.cells import ZoneCell
+from nslightning.experiments.zones import difference_norm
 from nslightning.probes import differences, divergence, gradients, zone
 from nslightning.probes.graph import bottleneck, operation_nodes, unseen_nodes
 
@@ -228,6 +230,8 @@ def test_operations_under_vmap_are_refused_where_their_ties_are_asked_for():
     loss = model(x).sum()
     assert same_as_alone(loss, model, CHOICES)
     assert divergence(loss, model, {"one": one})["one"].l2 > 0
+    cell = ZoneCell(backbone="paper/fc", against={"relu": 1}, norm="l1_sum")
+    assert difference_norm(cell, (model,), x, torch.zeros(3, dtype=torch.long)) > 0
     for call in (
         lambda: divergence(loss, model, {"one": one}, method="propagate"),
         lambda: differences(loss, model, {"one": one}),
