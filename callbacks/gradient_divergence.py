@@ -27,7 +27,7 @@ from nslightning.probes.propagation import Recording, recording, refuse_random
 from nslightning.runs import forget_from
 from nslightning.surgery import selections
 
-from .logging import append_rows, interval, log_step, run_folder
+from .measurements import append_rows, interval, log_step, run_folder
 
 __all__ = ["GradientDivergence"]
 

@@ -19,7 +19,7 @@ from nslightning.probes import counting
 from nslightning.surgery import selections, using
 
 from .gradient_divergence import is_compiled, loss_scale, undisturbed
-from .logging import log_step, run_folder
+from .measurements import log_step, run_folder
 from .replay import ReplayedStep, silent
 
 __all__ = ["NonFinite", "NonFiniteError", "NonFiniteGuard"]

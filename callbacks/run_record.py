@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from nslightning.runs import MetricsFile, environment, forget_from
 from nslightning.surgery import PatchReport
 
-from .logging import run_folder
+from .measurements import run_folder
 
 __all__ = ["RunRecord"]
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from nslightning.ops.selection import Selection
+from nslightning.ops.autograd.selection import Selection
 from nslightning.surgery import selections
 
 __all__ = ["StepSeed"]

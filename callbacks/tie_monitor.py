@@ -11,7 +11,7 @@ from nslightning.probes import Ties, counting
 from nslightning.surgery import selections
 
 from .gradient_divergence import is_compiled
-from .logging import interval, log_step
+from .measurements import interval, log_step
 
 __all__ = ["TieMonitor"]
 

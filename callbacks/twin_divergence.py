@@ -13,7 +13,7 @@ from nslightning.models import Twins
 from nslightning.probes import Divergence, measure
 from nslightning.runs import forget_from
 
-from .logging import append_rows, interval, log_step, run_folder
+from .measurements import append_rows, interval, log_step, run_folder
 
 __all__ = ["TwinDivergence"]
 

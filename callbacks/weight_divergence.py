@@ -11,7 +11,7 @@ from torch import Tensor
 from nslightning.probes import measure
 from nslightning.runs import forget_from
 
-from .logging import append_rows, interval, log_step, run_folder
+from .measurements import append_rows, interval, log_step, run_folder
 
 __all__ = ["WeightDivergence"]
 

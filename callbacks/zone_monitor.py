@@ -12,7 +12,7 @@ from nslightning.runs import forget_from
 from nslightning.surgery import selections
 
 from .gradient_divergence import checked_names, is_compiled, loss_scale, undisturbed
-from .logging import append_rows, interval, log_step, run_folder
+from .measurements import append_rows, interval, log_step, run_folder
 from .replay import ReplayedStep, silent
 
 __all__ = ["ZoneMonitor"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from nslightning.ops.selection import pool_difference_coefficients
+from nslightning.ops.autograd.selection import pool_difference_coefficients
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 GEOMETRIES = [
@@ -125,7 +125,7 @@ def both_ways(operation, x, g, monkeypatch, kernels) -> tuple[list[torch.Tensor]
     found = []
     for used in (kernels, None):
         with monkeypatch.context() as patched:
-            patched.setattr("nslightning.ops.fused._kernels", lambda device, used=used: used)
+            patched.setattr("nslightning.ops.autograd.fused._kernels", lambda device, used=used: used)
             given, incoming = x.clone().requires_grad_(), g.clone().requires_grad_()
             y = operation(given)
             assert ("_ReLU" in str(y.grad_fn) or "_MaxPool2d" in str(y.grad_fn)) == (used is not None)

@@ -19,9 +19,9 @@ from nslightning.commands import figure as command
 from nslightning.experiments import Experiment, engine
 from nslightning.experiments import figures as f
 from nslightning.experiments.cells import Outcome
-from nslightning.experiments.figures.look import plain_log
-from nslightning.experiments.figures.others import tied_entries
 from nslightning.experiments.figures.results import runs_at_end, share_interval, sorted_choices
+from nslightning.experiments.figures.standalone import tied_entries
+from nslightning.experiments.figures.style import plain_log
 from nslightning.experiments.published import table
 
 FILES = sorted((Path(configs.__file__).parent / "experiments").glob("*.yaml"))

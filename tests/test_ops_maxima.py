@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nslightning import Jacobians, ops
+from nslightning.ops.autograd.selection import Selection
 from nslightning.ops.maxima import pair, reduction, tied_pairs, tied_reductions
-from nslightning.ops.selection import Selection
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 CHOICES = ["native", "first", "last", "minimal", "sum", 0.0, 0.3, 1.0, 10.0, -2.0]

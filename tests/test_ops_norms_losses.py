@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from bits import bits
 
 from nslightning import Jacobians, ops
+from nslightning.ops.autograd.routing import RULES
+from nslightning.ops.autograd.selection import Selection
 from nslightning.ops.losses import HINGES, absolute, hinge, tied_hinges
 from nslightning.ops.norms import chosen_norm, norm_pool, tied_norms, unit
-from nslightning.ops.selection import Selection
-from nslightning.ops.tied import RULES
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 DIGITS = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 1e-6, torch.float64: 1e-14}

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nslightning import Jacobians, ops, patch
-from nslightning.ops import cpu_kernels, leaky_relu, relu, relu6
+from nslightning.ops import leaky_relu, relu, relu6
+from nslightning.ops.autograd.selection import Selection
+from nslightning.ops.kernels import cpu as cpu_kernels
 from nslightning.ops.pointwise import POINTWISE, pointwise
-from nslightning.ops.selection import Selection
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SPECIAL = [-0.0, 0.0, 6.0, float("nan"), float("inf"), -float("inf"), 1e-7, -1e-7, 5.996, -3.0, 2.0, 3.0, -2.0]
@@ -160,7 +161,7 @@ def test_no_tie_leaves_the_stock_operation_in_the_graph(compiled, monkeypatch):
     if compiled and not cpu_kernels.available():
         pytest.skip("there was no C++ compiler when the package was installed")
     if not compiled:
-        monkeypatch.setattr("nslightning.ops.fused._kernels", lambda device: None)
+        monkeypatch.setattr("nslightning.ops.autograd.fused._kernels", lambda device: None)
     x = torch.tensor([1.0, -2.0], requires_grad=True)
     assert type(relu(x, 7.0).grad_fn).__name__ == "ReluBackward0"
     x = torch.tensor([1.0, 0.0], requires_grad=True)
@@ -276,7 +277,7 @@ def test_what_is_kept_for_the_backward(monkeypatch):
     assert kept(torch.zeros(1 << 20)) <= (1 << 20) // 8 + 8 * 8  # 3.1 % of the activation, and the blocks' numbers
     x[12345] = 0.0
     assert kept(x) <= (1 << 20) // 8
-    monkeypatch.setattr("nslightning.ops.fused._kernels", lambda device: None)
+    monkeypatch.setattr("nslightning.ops.autograd.fused._kernels", lambda device: None)
     assert kept(x) <= (1 << 20) // 64 + 8
 
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from nslightning import Jacobians, ops
 from nslightning.ops import max_pool as module
+from nslightning.ops.autograd.selection import Selection
+from nslightning.ops.autograd.windows import Windows
 from nslightning.ops.max_pool import adaptive, pool, regular, tied_windows
-from nslightning.ops.selection import Selection
-from nslightning.ops.windows import Windows
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 CHOICES = ["native", "first", "last", "minimal", "sum", 0.0, 0.3, 1.0, 10.0, -2.0]
@@ -275,7 +275,7 @@ def compare_with_naive(kind, dims, size, args, choice, seed, at_once, last):
     want = stock(kind, dims)(x, *args)
     g = normal(want.shape, seed=seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nslightning.ops.windows.AT_ONCE", 10**9 if at_once else 0)
+        patch.setattr("nslightning.ops.autograd.windows.AT_ONCE", 10**9 if at_once else 0)
         y = ours(kind, dims)(x, *args, jacobian=choice)
         assert torch.equal(y, want)
         (got,) = torch.autograd.grad(y, x, g)

@@ -7,9 +7,9 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from nslightning import Jacobians, ops
-from nslightning.ops import cpu_kernels
+from nslightning.ops.autograd.selection import Selection
+from nslightning.ops.kernels import cpu as cpu_kernels
 from nslightning.ops.max_pool import adaptive, pool, regular
-from nslightning.ops.selection import Selection
 
 CHOICES = ["native", "minimal", "last", "sum", 10.0]
 POOLS = {
@@ -187,5 +187,5 @@ def test_nothing_is_kept_that_stock_does_not_keep(monkeypatch):
         indices = (torch.Size([2, 3, 4, 4]), torch.int64)
         masks = [(shape, torch.int16) if (shape, dtype) == indices else (shape, dtype) for shape, dtype in stock]
         assert kept(lambda x: ops.max_pool2d(x, 2, jacobian="minimal")) == sorted(masks, key=str)
-    monkeypatch.setattr("nslightning.ops.fused._kernels", lambda device: None)
+    monkeypatch.setattr("nslightning.ops.autograd.fused._kernels", lambda device: None)
     assert kept(lambda x: ops.max_pool2d(x, 2, jacobian="minimal")) == stock

@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from nslightning import Jacobians, patch
 from nslightning.models import create_backbone
-from nslightning.ops import cpu_kernels, fused
+from nslightning.ops.autograd import fused
+from nslightning.ops.kernels import cpu as cpu_kernels
 from nslightning.probes import differences, divergence, gradients, recording, ties
 from nslightning.probes.graph import operation_nodes
 

@@ -30,7 +30,7 @@ def test_compiles_without_a_device(dtype, capability, tmp_path, monkeypatch) -> 
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from nslightning.ops import triton_kernels as kernels
+    from nslightning.ops.kernels import triton as kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     values, wide = f"*{dtype}", {"LAST": False, "WIDE": False, "BLOCK": 1024}

@@ -16,8 +16,8 @@ from kernel_checks import (
     naive_pool,
 )
 
-from nslightning.ops import triton_kernels
-from nslightning.ops.triton_kernels import pool_backward, pool_forward
+from nslightning.ops.kernels import triton as triton_kernels
+from nslightning.ops.kernels.triton import pool_backward, pool_forward
 
 
 # The interpreter truncates to bfloat16 where the device rounds: choices whose products are exact tell no difference.
@@ -55,15 +55,15 @@ def test_max_pool_in_half_precision(dtype) -> None:
 @pytest.fixture
 def on_cpu(monkeypatch) -> None:
     """The operations take the kernels for tensors on the CPU, too."""
-    monkeypatch.setattr("nslightning.ops.fused._kernels", lambda device: triton_kernels)
+    monkeypatch.setattr("nslightning.ops.autograd.fused._kernels", lambda device: triton_kernels)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("choice", [{}, {"relu": 0.5}, {"relu": -2.0, "rule": "published"}], ids=str)
 def test_relu_takes_the_kernels(choice, layout, monkeypatch) -> None:
     from nslightning import Jacobians
+    from nslightning.ops.autograd.selection import Selection
     from nslightning.ops.pointwise import pointwise
-    from nslightning.ops.selection import Selection
 
     generator = torch.Generator().manual_seed(3)
     x = torch.randint(-1, 2, (2, 3, 5, 7), generator=generator).float().contiguous(memory_format=layout)
@@ -75,8 +75,8 @@ def test_relu_takes_the_kernels(choice, layout, monkeypatch) -> None:
 
 def test_relu_in_place_and_random(on_cpu) -> None:
     from nslightning import Jacobians
+    from nslightning.ops.autograd.selection import Selection
     from nslightning.ops.pointwise import pointwise
-    from nslightning.ops.selection import Selection
 
     x = torch.tensor([-1.0, 0.0, 2.0, 0.0], requires_grad=True)
     selection = Selection(Jacobians(relu=1.0))

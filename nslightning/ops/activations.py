@@ -9,9 +9,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from nslightning.jacobians import Jacobians, ReluChoice, Rule
+from nslightning.ops.autograd.routing import fixed
 from nslightning.ops.clamping import clamped
 from nslightning.ops.pointwise import pointwise
-from nslightning.ops.tied import fixed
 
 __all__ = [
     "abs",

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nslightning.ops.autograd.routing import RULES, Rule, around, wide
+from nslightning.ops.autograd.selection import Selection
 from nslightning.ops.pointwise import POINTWISE, pointwise
-from nslightning.ops.selection import Selection
-from nslightning.ops.tied import RULES, Rule, around, wide
 
 __all__ = ["clamped"]
 

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn._reduction import legacy_get_string
 
+from nslightning.ops.autograd.selection import Selection
 from nslightning.ops.losses import HINGES, absolute, hinge, tied_hinges
 from nslightning.ops.maxima import pair, reduction, tied_pairs, tied_reductions
 from nslightning.ops.norms import chosen_norm, tied_norms, unit
-from nslightning.ops.operation import Call, Operation, spelled
-from nslightning.ops.selection import Selection
+from nslightning.ops.record import Call, Operation, spelled
 
 __all__ = ["ABSOLUTE_FUNCTIONS", "ABSOLUTE_MODULES", "COMPARING"]
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from nslightning.jacobians import Jacobians, MaxPoolChoice
+from nslightning.ops.autograd.routing import fixed, own
+from nslightning.ops.autograd.selection import Selection, data_dependent
+from nslightning.ops.autograd.windows import Regular
 from nslightning.ops.max_pool import pool, tied_windows
-from nslightning.ops.selection import Selection, data_dependent
-from nslightning.ops.tied import fixed, own
-from nslightning.ops.windows import Regular
 
 __all__ = ["Fractional", "fractional_max_pool2d", "fractional_max_pool3d", "pool_fractional", "tied_fractional"]
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nslightning.jacobians import Jacobians
-from nslightning.ops.selection import Selection, data_dependent
-from nslightning.ops.tied import around, fixed, own
+from nslightning.ops.autograd.routing import around, fixed, own
+from nslightning.ops.autograd.selection import Selection, data_dependent
 
 __all__ = [
     "HINGES",

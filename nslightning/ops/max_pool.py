@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from nslightning.jacobians import Jacobians, MaxPoolChoice, Rule
-from nslightning.ops import fused
-from nslightning.ops.selection import Selection, data_dependent, read_now
-from nslightning.ops.tied import fixed
-from nslightning.ops.windows import Adaptive, Regular, Windows
+from nslightning.ops.autograd import fused
+from nslightning.ops.autograd.routing import fixed
+from nslightning.ops.autograd.selection import Selection, data_dependent, read_now
+from nslightning.ops.autograd.windows import Adaptive, Regular, Windows
 
 __all__ = [
     "adaptive",

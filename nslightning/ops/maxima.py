@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from nslightning.jacobians import Jacobians, MaxPoolChoice
-from nslightning.ops.selection import Selection
-from nslightning.ops.tied import RULES, Rule, around, dimensions, fixed, own, restored, wide
+from nslightning.ops.autograd.routing import RULES, Rule, around, dimensions, fixed, own, restored, wide
+from nslightning.ops.autograd.selection import Selection
 
 __all__ = [
     "amax",

@@ -21,12 +21,12 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from nslightning.jacobians import Jacobians, MaxPoolChoice, Rule
+from nslightning.ops.autograd.selection import Selection
 from nslightning.ops.maxima import pair, reduction
 from nslightning.ops.norms import chosen_norm, norm_pool, unit
-from nslightning.ops.operation import positional
 from nslightning.ops.pointwise import pointwise
+from nslightning.ops.record import positional
 from nslightning.ops.registry import MODULES
-from nslightning.ops.selection import Selection
 
 __all__ = [
     "ELU",

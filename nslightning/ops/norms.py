@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from nslightning.jacobians import Jacobians
-from nslightning.ops.selection import Selection
-from nslightning.ops.tied import RULES, Rule, around, dimensions, fixed, own, restored, wide
+from nslightning.ops.autograd.routing import RULES, Rule, around, dimensions, fixed, own, restored, wide
+from nslightning.ops.autograd.selection import Selection
 
 __all__ = ["chosen_norm", "norm", "norm_pool", "norm_pool2d", "normalize", "tied_norms", "unit"]
 

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from nslightning.ops import fused
-from nslightning.ops.layouts import storage_order
-from nslightning.ops.selection import Selection, data_dependent, read_now
-from nslightning.ops.tie_bits import TieBits, chosen_value, find_ties, overwrite
+from nslightning.ops.autograd import fused
+from nslightning.ops.autograd.layouts import storage_order
+from nslightning.ops.autograd.selection import Selection, data_dependent, read_now
+from nslightning.ops.autograd.tie_bits import TieBits, chosen_value, find_ties, overwrite
 
 __all__ = ["POINTWISE", "Pointwise", "pointwise"]
 

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nslightning.ops.autograd.selection import Selection
 from nslightning.ops.clamping import clamped
 from nslightning.ops.comparing import ABSOLUTE_FUNCTIONS, ABSOLUTE_MODULES, COMPARING
 from nslightning.ops.fractional import Fractional, pool_fractional, tied_fractional
 from nslightning.ops.max_pool import adaptive, pool, regular, tied_windows
-from nslightning.ops.operation import Call, Operation, positional, spelled
 from nslightning.ops.pointwise import POINTWISE, pointwise
-from nslightning.ops.selection import Selection
+from nslightning.ops.record import Call, Operation, positional, spelled
 
 __all__ = [
     "FUNCTIONS",

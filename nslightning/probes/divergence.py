@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from nslightning.jacobians import Jacobians
-from nslightning.ops import cpu_kernels
-from nslightning.ops.selection import concrete
+from nslightning.ops.autograd.selection import concrete
+from nslightning.ops.kernels import cpu as cpu_kernels
 from nslightning.probes.gradients import gradients, gradients_in_turn, wanted
 from nslightning.probes.graph import operation_nodes, refuse_hidden
 from nslightning.probes.propagation import recording, refuse_compiled, refuse_computed, refuse_random

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from nslightning.jacobians import Jacobians
-from nslightning.ops.selection import Selection
+from nslightning.ops.autograd.selection import Selection
 from nslightning.probes.gradients import gradients, wanted
 from nslightning.probes.graph import agree, freeing, operation_nodes, reachable, refuse_hidden
 from nslightning.surgery import Plan, selections, using

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from nslightning.jacobians import Jacobians
+from nslightning.ops.autograd.selection import Selection
 from nslightning.ops.max_pool import tied_windows
 from nslightning.ops.pointwise import POINTWISE
 from nslightning.ops.registry import Call, Operation
-from nslightning.ops.selection import Selection
 from nslightning.surgery import selections
 
 __all__ = ["Ties", "counting", "observing", "ties"]

@@ -18,7 +18,7 @@ from nslightning.ops.registry import Call, Operation
 from nslightning.probes.gradients import gradients, wanted
 from nslightning.probes.graph import operation_nodes
 from nslightning.probes.propagation import refuse_compiled
-from nslightning.probes.run import Run
+from nslightning.probes.replay import Replay
 from nslightning.probes.ties import observing
 from nslightning.surgery import using
 
@@ -119,7 +119,7 @@ def worst_choice(
 
     try:
         with using(model, reference), observing(model, note):
-            return Run(model, loss_fn, inputs).at(None, work)
+            return Replay(model, loss_fn, inputs).at(None, work)
     except CheckpointError as error:
         raise ValueError("an operation inside torch.utils.checkpoint cannot be varied: run without it") from error
 

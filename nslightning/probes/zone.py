@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from nslightning.jacobians import Jacobians
+from nslightning.ops.autograd.selection import Selection
 from nslightning.ops.pointwise import POINTWISE
 from nslightning.ops.registry import Call, Operation
-from nslightning.ops.selection import Selection
 from nslightning.probes.divergence import SAME, Divergence, dense, measure
 from nslightning.probes.gradients import gradients, gradients_in_turn, wanted
 from nslightning.probes.graph import operation_nodes, refuse_hidden
 from nslightning.probes.propagation import Recording, Starts, recording, refuse_compiled, refuse_random
-from nslightning.probes.run import Run
+from nslightning.probes.replay import Replay
 from nslightning.probes.ties import observing
 from nslightning.surgery import using
 
@@ -125,7 +125,7 @@ def zone(
     """
     refuse_random(a, b)
     refuse_compiled(model)
-    run = Run(model, loss_fn, inputs)
+    run = Replay(model, loss_fn, inputs)
     with using(model, b):
         found = run.at(None, lambda loss: _compare(model, loss, a, b))
     if found is None:
@@ -261,7 +261,7 @@ def _with_terms(met: Recording, a: Jacobians, tensors: Sequence[Tensor]) -> _Wit
 
 
 def _replay(
-    run: Run,
+    run: Replay,
     dtype: torch.dtype,
     branches: _Branches,
     a: Jacobians,

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from nslightning.jacobians import Jacobians
+from nslightning.ops.autograd.selection import Selection
 from nslightning.ops.registry import MODULES, OPERATIONS, UNSUPPORTED_MODULES, Operation, positional
-from nslightning.ops.selection import Selection
 from nslightning.surgery.functional import FunctionalCalls, active, custom_functions, in_checkpoint, teach_the_compiler
 from nslightning.surgery.plan import Plan, Selector, matches, selectors, text
 from nslightning.surgery.report import PatchReport, Site, UnreachedError

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nslightning.experiments.cells import hint
-from nslightning.experiments.figures import others, twins, volume
+from nslightning.experiments.figures import standalone, twins, volume
 from nslightning.experiments.figures import training as train
 from nslightning.experiments.figures.results import read
 from nslightning.figures import STYLE
@@ -141,16 +141,19 @@ FIGURES: dict[str, Drawing] = {
         twins.zeros_by_architecture,
     ),
     "pool-ties": Drawing(
-        "Ties of 2x2 max pooling in the first training image", "B: introduction", others.pool_ties, needs_results=False
+        "Ties of 2x2 max pooling in the first training image",
+        "B: introduction",
+        standalone.pool_ties,
+        needs_results=False,
     ),
     "intro-examples": Drawing(
         "The smallest programs whose derivative is not that of the function they compute",
         "B: introduction notebook",
-        others.small_programs,
+        standalone.small_programs,
         needs_results=False,
     ),
     "imagenet": Drawing(
-        "Published ImageNet curves of ResNet-50 by beta", "B: imagenetResNetTrain24", others.imagenet_curves,
+        "Published ImageNet curves of ResNet-50 by beta", "B: imagenetResNetTrain24", standalone.imagenet_curves,
         needs_results=False,
     ),
 }  # fmt: skip

@@ -7,7 +7,8 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from nslightning.experiments.figures.look import (
+from nslightning.experiments.figures.results import blocks, runs_at_end, sorted_choices, with_choice
+from nslightning.experiments.figures.style import (
     AXIS,
     PAPER,
     at_edge,
@@ -22,7 +23,6 @@ from nslightning.experiments.figures.look import (
     tell_choice,
     where,
 )
-from nslightning.experiments.figures.results import blocks, runs_at_end, sorted_choices, with_choice
 from nslightning.experiments.published import table
 from nslightning.figures import COLOURS
 

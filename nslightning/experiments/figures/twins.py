@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from nslightning.experiments.figures.look import PAPER, canvas, caption, drawn, head, shades, tell, tell_choice, where
 from nslightning.experiments.figures.results import blocks
+from nslightning.experiments.figures.style import PAPER, canvas, caption, drawn, head, shades, tell, tell_choice, where
 from nslightning.experiments.published import table
 from nslightning.figures import COLOURS, DASHES
 

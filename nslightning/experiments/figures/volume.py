@@ -7,7 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from nslightning.experiments.figures.look import (
+from nslightning.experiments.figures.results import blocks, share_interval
+from nslightning.experiments.figures.style import (
     PAPER,
     canvas,
     caption,
@@ -20,7 +21,6 @@ from nslightning.experiments.figures.look import (
     tell_choice,
     where,
 )
-from nslightning.experiments.figures.results import blocks, share_interval
 from nslightning.experiments.published import table
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from nslightning.experiments.figures.look import canvas, caption, shades, tell_choice, where
 from nslightning.experiments.figures.results import blocks, sorted_choices
+from nslightning.experiments.figures.style import canvas, caption, shades, tell_choice, where
 from nslightning.experiments.published import table
 from nslightning.figures import COLOURS, DASHES
 

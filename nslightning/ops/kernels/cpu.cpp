@@ -1,8 +1,8 @@
 // ReLU and 2-d max pooling with a chosen derivative at ties, in one pass over the memory each way; and for all other
 // pointwise operations, where the ties are, and what they receive.
 //
-// Plain C functions on raw memory, called by cpu_kernels.py: neither Python's nor PyTorch's headers are needed, so one
-// build serves every version of both. They compute what triton_kernels.py computes on CUDA devices, and keep the same
+// Plain C functions on raw memory, called by cpu.py: neither Python's nor PyTorch's headers are needed, so one
+// build serves every version of both. They compute what triton.py computes on CUDA devices, and keep the same
 // for the backward: of ReLU one bit per entry, of a pooling window the bits of the entries that reach its maximum.
 // Every result is written by one thread, and sums run in the order of the windows in memory, as PyTorch's kernel adds
 // them up: the same bits for any number of threads.

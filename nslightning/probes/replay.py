@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["Run"]
+__all__ = ["Replay"]
 
 _T = TypeVar("_T")
 
 
-class Run(nn.Module):
+class Replay(nn.Module):
     """Runs a model and a loss, as they are or cast, and leaves no trace in the model or the random streams.
 
     Args:

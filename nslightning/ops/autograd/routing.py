@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from nslightning.jacobians import Jacobians
-from nslightning.ops.selection import Selection, data_dependent, read_now
+from nslightning.ops.autograd.selection import Selection, data_dependent, read_now
 
 __all__ = ["RULES", "Rule", "around", "dimensions", "fixed", "own", "restored", "wide"]
 

@@ -22,7 +22,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from nslightning.ops.selection import data_dependent
+from nslightning.ops.autograd.selection import data_dependent
 
 __all__ = ["AT_ONCE", "Adaptive", "Regular", "Span", "Windows", "select"]
 

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nslightning.ops import cpu_kernels
-from nslightning.ops.selection import Selection, concrete, data_dependent
+from nslightning.ops.autograd.selection import Selection, concrete, data_dependent
+from nslightning.ops.kernels import cpu as cpu_kernels
 
 __all__ = ["TieBits", "chosen_value", "find_ties", "overwrite"]
 
@@ -47,7 +47,8 @@ def find_ties(x: Tensor, positions: Sequence[float], order: tuple[int, ...]) -> 
     Args:
         x: Any shape, floating dtype, on a CPU.
         positions: The numbers.
-        order: The order of the dimensions in which to read, such as :func:`~nslightning.ops.layouts.storage_order`.
+        order: The order of the dimensions in which to read, such as
+            :func:`~nslightning.ops.autograd.layouts.storage_order`.
 
     Returns:
         One entry per position, with no block where there is no tie; None where there is none at all.

@@ -1,7 +1,7 @@
 """Fused CPU kernels, in C++, for the operations whose ATen composition passes over the memory most often.
 
-What :mod:`~nslightning.ops.triton_kernels` does on CUDA devices; here it is known, too, whether a tie was met. Half
-precisions are computed in float32 and rounded once. The kernels (``cpu_kernels.cpp``) are compiled when the package is
+What :mod:`~nslightning.ops.kernels.triton` does on CUDA devices; here it is known, too, whether a tie was met. Half
+precisions are computed in float32 and rounded once. The kernels (``cpu.cpp``) are compiled when the package is
 installed. Where that was not possible, :func:`available` is false, and the composition is used.
 """
 
@@ -15,8 +15,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from nslightning.ops.layouts import image_layout, laid_out_as
-from nslightning.ops.selection import pool_coefficients
+from nslightning.ops.autograd.layouts import image_layout, laid_out_as
+from nslightning.ops.autograd.selection import pool_coefficients
 
 __all__ = [
     "DTYPES",
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_VERSION = 6  # of the functions' arguments, as in cpu_kernels.cpp
+_VERSION = 6  # of the functions' arguments, as in cpu.cpp
 
 
 def available() -> bool:
@@ -44,7 +44,7 @@ def available() -> bool:
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    found = find_spec("nslightning.ops._cpu_kernels")
+    found = find_spec("nslightning.ops.kernels._cpu")
     if found is None or found.origin is None:
         return None
     library = ctypes.CDLL(found.origin)
@@ -161,7 +161,8 @@ def mark(x: Tensor, position: float, size: int) -> tuple[Tensor, Tensor]:
         size: The entries of a block, a multiple of 8.
 
     Returns:
-        The numbers of the blocks that have any and their bits, as in :class:`~nslightning.ops.tie_bits.TieBits`.
+        The numbers of the blocks that have any and their bits, as in
+        :class:`~nslightning.ops.autograd.tie_bits.TieBits`.
     """
     blocks = -(-x.numel() // size)
     bits = torch.empty((blocks, size // 8), dtype=torch.uint8, device=x.device)
@@ -242,7 +243,7 @@ def pool_backward(
         mask: The masks of :func:`pool_forward`.
         geometry: As there.
         size: The input's height and width.
-        weights: ``(share, whole, each, last)`` of :meth:`~nslightning.ops.selection.Selection.pool_weights`.
+        weights: ``(share, whole, each, last)`` of :meth:`~nslightning.ops.autograd.selection.Selection.pool_weights`.
 
     Returns:
         The gradient with respect to the input.
@@ -270,7 +271,7 @@ def pool_shares(
         mask: See there.
         geometry: See there.
         size: See there.
-        coefficients: As :func:`~nslightning.ops.selection.pool_coefficients` has them; float64 for
+        coefficients: As :func:`~nslightning.ops.autograd.selection.pool_coefficients` has them; float64 for
             float64, else float32.
         last: Whether the target is the last tied entry.
 
@@ -295,6 +296,6 @@ def _share(
 
 
 def _numbers(x: Tensor, y: Tensor, geometry: Sequence[tuple[int, int]]) -> ctypes.Array[ctypes.c_int64]:
-    """A ``Geometry`` of cpu_kernels.cpp."""
+    """A ``Geometry`` of cpu.cpp."""
     numbers = (*x.shape, *y.shape[2:], *sum(geometry, ()), image_layout(x) == torch.channels_last)
     return (ctypes.c_int64 * len(numbers))(*numbers)

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nslightning.ops.layouts import image_layout, laid_out_as
-from nslightning.ops.selection import pool_coefficients
+from nslightning.ops.autograd.layouts import image_layout, laid_out_as
+from nslightning.ops.autograd.selection import pool_coefficients
 
 __all__ = [
     "DTYPES",
@@ -268,7 +268,7 @@ def pool_backward(
         mask: The masks of :func:`pool_forward`.
         geometry: As there.
         size: The input's height and width.
-        weights: ``(share, whole, each, last)`` of :meth:`~nslightning.ops.selection.Selection.pool_weights`.
+        weights: ``(share, whole, each, last)`` of :meth:`~nslightning.ops.autograd.selection.Selection.pool_weights`.
 
     Returns:
         The gradient with respect to the input; sums are formed in float32 and rounded once.
@@ -293,7 +293,7 @@ def pool_shares(
         mask: See there.
         geometry: See there.
         size: See there.
-        coefficients: As :func:`~nslightning.ops.selection.pool_coefficients` has them, on the device, float32.
+        coefficients: As :func:`~nslightning.ops.autograd.selection.pool_coefficients` has them, on the device, float32.
         last: Whether the target is the last tied entry.
 
     Returns:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nslightning.ops.selection import Selection
+from nslightning.ops.autograd.selection import Selection
 
 __all__ = ["Call", "Operation", "positional", "spelled"]
 

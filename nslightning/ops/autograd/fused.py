@@ -1,7 +1,7 @@
 """ReLU and 2-d max pooling through fused kernels; all else, and all that these do not fit, is composed.
 
-The kernels are C++ on a CPU (:mod:`~nslightning.ops.cpu_kernels`) and Triton on a CUDA device
-(:mod:`~nslightning.ops.triton_kernels`). What differentiates the backward again, draws at random or is transformed goes
+The kernels are C++ on a CPU (:mod:`~nslightning.ops.kernels.cpu`) and Triton on a CUDA device
+(:mod:`~nslightning.ops.kernels.triton`). What differentiates the backward again, draws at random or is transformed goes
 the composed way, from the same saved tensors.
 """
 
@@ -16,10 +16,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from nslightning.ops.layouts import storage_order
-from nslightning.ops.selection import Selection, concrete, pool_difference_coefficients
-from nslightning.ops.tie_bits import chosen_value
-from nslightning.ops.windows import AT_ONCE, Regular
+from nslightning.ops.autograd.layouts import storage_order
+from nslightning.ops.autograd.selection import Selection, concrete, pool_difference_coefficients
+from nslightning.ops.autograd.tie_bits import chosen_value
+from nslightning.ops.autograd.windows import AT_ONCE, Regular
 
 __all__ = ["fits", "max_pool2d", "pool_fits", "relu"]
 
@@ -46,11 +46,11 @@ def fits(x: Tensor) -> bool:
 def _kernels(device: str) -> Any:
     """The module that has the kernels for a type of device, if one does."""
     if device == "cpu":
-        from nslightning.ops import cpu_kernels
+        from nslightning.ops.kernels import cpu as cpu_kernels
 
         return cpu_kernels if cpu_kernels.available() else None
     if device == "cuda" and torch.version.hip is None and find_spec("triton") is not None:
-        from nslightning.ops import triton_kernels
+        from nslightning.ops.kernels import triton as triton_kernels
 
         return triton_kernels
     return None

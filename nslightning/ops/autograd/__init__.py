@@ -1,0 +1,1 @@
+"""How a chosen derivative enters the backward: selections, autograd functions, ties, windows."""
