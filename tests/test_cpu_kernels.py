@@ -317,7 +317,7 @@ def test_the_source_compiles_without_a_warning(repo_root, tmp_path):
     if compiler is None:
         pytest.skip("no C++ compiler")
     library = tmp_path / "kernels.so"
-    source = repo_root / "nslightning" / "ops" / "cpu_kernels.cpp"
+    source = repo_root / "nslightning" / "ops" / "kernels" / "cpu.cpp"
     flags = ["-std=c++17", "-O2", "-fopenmp-simd", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
     done = subprocess.run([compiler, *flags, str(source), "-o", str(library)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
