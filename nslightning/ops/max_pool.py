@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 
 from nslightning.jacobians import Jacobians, MaxPoolChoice, Rule
 from nslightning.ops.autograd import fused
+from nslightning.ops.autograd.nodes import NonsmoothFunction, OwnFunction
 from nslightning.ops.autograd.routing import fixed
 from nslightning.ops.autograd.selection import Selection, data_dependent, read_now
 from nslightning.ops.autograd.windows import Adaptive, Regular, Windows
@@ -39,7 +40,7 @@ _Weights = tuple[float | Tensor, float | Tensor, float | Tensor]
 _PART = 2**18  # elements of the input that are worked on at a time on a CPU, so that temporaries stay in the cache
 
 
-class _MaxPool(torch.autograd.Function):
+class _MaxPool(NonsmoothFunction):
     """Stock forward; untied windows go through the stock backward, tied ones are shared as the selection says."""
 
     @staticmethod
@@ -49,6 +50,7 @@ class _MaxPool(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, ctx.geometry, ctx.selection = inputs
+        ctx.operation = "max_pool"
         # As stock, not the output, which the next layer may overwrite: it is read from the input where it is needed.
         ctx.save_for_backward(x, output[1])
         if _forward_mode():
@@ -84,7 +86,7 @@ class _TransformableMaxPool(_MaxPool):
         return _folded(_TransformableMaxPool, info.batch_size, in_dims, args)
 
 
-class _Target(torch.autograd.Function):
+class _Target(OwnFunction):
     """The index of the tied entry that the last or the random choice takes; PyTorch's where there is no tie."""
 
     @staticmethod
@@ -108,7 +110,7 @@ class _Target(torch.autograd.Function):
         return _folded(_Target, info.batch_size, in_dims, args)
 
 
-class _Linear(torch.autograd.Function):
+class _Linear(OwnFunction):
     """A linear map of the first argument, under a choice that the others name; ``_Give`` and ``_Take`` transpose."""
 
     @staticmethod

@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 
 from nslightning.ops.autograd import fused
 from nslightning.ops.autograd.layouts import storage_order
+from nslightning.ops.autograd.nodes import NonsmoothFunction
 from nslightning.ops.autograd.selection import Selection, data_dependent, read_now
 from nslightning.ops.autograd.tie_bits import TieBits, chosen_value, find_ties, overwrite
 
@@ -240,7 +241,7 @@ POINTWISE: dict[str, Pointwise] = {
 }
 
 
-class _Kinked(torch.autograd.Function):
+class _Kinked(NonsmoothFunction):
     """Stock forward; stock backward with the chosen derivative at the recorded ties."""
 
     @staticmethod

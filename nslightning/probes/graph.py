@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from nslightning.jacobians import Jacobians
+from nslightning.ops.autograd.nodes import is_own, kept_ties, operation_of
 from nslightning.surgery import Plan
 
 __all__ = ["agree", "bottleneck", "freeing", "operation_nodes", "reachable", "refuse_hidden", "unseen_nodes"]
@@ -117,12 +118,12 @@ def bottleneck(loss: Tensor, goals: Collection[Any]) -> GradientEdge | None:
 
 def _ours(node: Any) -> bool:
     """Whether a backward node belongs to one of the package's operations."""
-    return getattr(getattr(node, "_forward_cls", None), "__module__", "").startswith("nslightning.ops.")
+    return is_own(node)
 
 
 def _matters(node: Any, choices: list[Jacobians | Plan]) -> bool:
     """Whether the choice may matter at an operation's backward node: among all choices if none is given."""
-    return getattr(node, "tied", True) and not (choices and all(agree(node, choices[0], one) for one in choices[1:]))
+    return kept_ties(node) and not (choices and all(agree(node, choices[0], one) for one in choices[1:]))
 
 
 def agree(node: Any, one: Jacobians | Plan, other: Jacobians | Plan) -> bool:
@@ -136,8 +137,8 @@ def agree(node: Any, one: Jacobians | Plan, other: Jacobians | Plan) -> bool:
     Returns:
         Whether they do; False where it cannot be told.
     """
-    pools = "MaxPool" in type(node).__name__
-    field = getattr(node, "operation", "max_pool" if pools else None)
+    field = operation_of(node)
+    pools = field == "max_pool"
     if field is None or isinstance(one, Plan) or isinstance(other, Plan) or one.rule != other.rule:
         return False
     a, b = getattr(one, field), getattr(other, field)

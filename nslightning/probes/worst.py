@@ -14,6 +14,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import CheckpointError
 
 from nslightning.jacobians import Jacobians
+from nslightning.ops.autograd.nodes import gradients_under, selection_of
 from nslightning.ops.registry import Call, Operation
 from nslightning.probes.gradients import gradients, wanted
 from nslightning.probes.graph import operation_nodes
@@ -203,7 +204,8 @@ class _Mixture:
         return any(not torch.equal(w, before[node]) for node, w in self.weights.items())
 
     def _hook(self, node: Any) -> Callable[[tuple[Any, ...], tuple[Any, ...]], tuple[Any, ...] | None]:
-        elements, selection = _ELEMENTS[self.nodes[node][1]], node.selection
+        elements, selection = _ELEMENTS[self.nodes[node][1]], selection_of(node)
+        assert selection is not None  # it is a node of an operation with elements
 
         def mixed(below: tuple[Any, ...], above: tuple[Any, ...]) -> tuple[Any, ...] | None:
             g, *rest = above
@@ -216,14 +218,10 @@ class _Mixture:
                 else:
                     index = torch.full(g.shape, min(self.start, len(elements) - 1))
                 self.weights[node] = _corner(index, len(elements)).to(g.detach()).requires_grad_()
-            before, total = selection.jacobians, 0
-            try:
-                for k, element in enumerate(elements):
-                    selection.set(Jacobians(**element))
-                    with selection.other_streams(k):
-                        total = total + node._forward_cls.backward(node, self.weights[node][k] * g, *rest)[0]
-            finally:
-                selection.set(before)
+            total: Any = 0
+            for k, element in enumerate(elements):
+                with selection.other_streams(k):
+                    total = total + gradients_under(node, Jacobians(**element), self.weights[node][k] * g, *rest)[0]
             return (total, *below[1:])
 
         return mixed

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nslightning.ops.autograd.layouts import storage_order
+from nslightning.ops.autograd.nodes import NonsmoothFunction
 from nslightning.ops.autograd.selection import Selection, concrete, pool_difference_coefficients
 from nslightning.ops.autograd.tie_bits import chosen_value
 from nslightning.ops.autograd.windows import AT_ONCE, Regular
@@ -77,7 +78,7 @@ def pool_fits(x: Tensor, geometry: Regular) -> bool:
     )
 
 
-class _ReLU(torch.autograd.Function):
+class _ReLU(NonsmoothFunction):
     """Keeps the output, as stock, and one bit per entry."""
 
     @staticmethod
@@ -143,7 +144,7 @@ def relu(x: Tensor, selection: Selection, inplace: bool = False) -> Tensor:
     return cast(Tensor, _ReLU.apply(x, selection, inplace))
 
 
-class _MaxPool2d(torch.autograd.Function):
+class _MaxPool2d(NonsmoothFunction):
     """Keeps the input, as stock, and two bytes per window, where stock keeps an eight-byte index.
 
     Its node is ``tied`` where a choice may matter.
@@ -157,7 +158,7 @@ class _MaxPool2d(torch.autograd.Function):
         y, reached, ctx.tied = _kernels(x.device.type).pool_forward(
             x, _numbers(geometry), _size(geometry, *x.shape[1:]), zeros=not dies
         )
-        ctx.geometry, ctx.selection, ctx.composed = geometry, selection, composed
+        ctx.operation, ctx.geometry, ctx.selection, ctx.composed = "max_pool", geometry, selection, composed
         ctx.save_for_backward(x, reached)
         return cast(Tensor, y)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from nslightning.jacobians import Jacobians
+from nslightning.ops.autograd.nodes import NonsmoothFunction
 from nslightning.ops.autograd.selection import Selection, data_dependent, read_now
 
 __all__ = ["RULES", "Rule", "around", "dimensions", "fixed", "own", "restored", "wide"]
@@ -86,7 +87,7 @@ RULES: dict[str, Rule] = {
 }
 
 
-class _Around(torch.autograd.Function):
+class _Around(NonsmoothFunction):
     """The identity on the last tensor; its gradient is divided between it and the inputs, which come first."""
 
     generate_vmap_rule = True
@@ -99,6 +100,7 @@ class _Around(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.rule, ctx.selection, ctx.parameters, *tensors = inputs
+        ctx.operation = RULES[ctx.rule].field
         ctx.save_for_backward(*tensors[:-1])  # not the result: the next layer may overwrite it
 
     @staticmethod

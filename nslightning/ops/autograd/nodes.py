@@ -1,0 +1,149 @@
+"""What the backward nodes of the package's operations say of themselves.
+
+A graph is asked through these functions alone, whether a node was written in Python (an ``autograd.Function`` below) or
+in C++ (:mod:`~nslightning.ops.autograd.native`), which has no attributes that Python could read.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from nslightning.ops.autograd import native
+
+if TYPE_CHECKING:
+    from nslightning.ops.autograd.selection import Selection
+
+__all__ = [
+    "NonsmoothFunction",
+    "OwnFunction",
+    "gradients_under",
+    "is_own",
+    "kept_ties",
+    "operation_of",
+    "release",
+    "selection_of",
+]
+
+
+class OwnFunction(torch.autograd.Function):
+    """An autograd function of the package: what its backward does is known, whatever it is given."""
+
+
+class NonsmoothFunction(OwnFunction):
+    """An autograd function whose backward reads a choice.
+
+    Its node has the attributes ``operation``, the field of :class:`~nslightning.Jacobians` that chooses, and
+    ``selection``. It may have ``tied``: False where the forward saw that no choice can matter.
+    """
+
+
+def is_own(node: Any) -> bool:
+    """Whether a backward node belongs to one of the package's functions.
+
+    Args:
+        node: A backward node, such as ``tensor.grad_fn``.
+
+    Returns:
+        True for nodes that read a choice, and for those that their own derivatives are made of.
+    """
+    cls = getattr(node, "_forward_cls", None)
+    return issubclass(cls, OwnFunction) if isinstance(cls, type) else native.describe(node) is not None
+
+
+def operation_of(node: Any) -> str | None:
+    """The operation whose choice a backward node reads.
+
+    Args:
+        node: A backward node.
+
+    Returns:
+        A field of :class:`~nslightning.Jacobians`; None where the node reads no choice.
+
+    Example:
+        >>> from nslightning.ops import relu
+        >>> operation_of(relu(torch.zeros(1, requires_grad=True), 0.5).grad_fn)
+        'relu'
+        >>> operation_of(torch.zeros(1, requires_grad=True).exp().grad_fn) is None
+        True
+    """
+    if (described := native.describe(node)) is not None:
+        return described.operation
+    return str(node.operation) if _reads(node) else None
+
+
+def selection_of(node: Any) -> Selection | None:
+    """The selection that a backward node reads its choice from.
+
+    Args:
+        node: A backward node.
+
+    Returns:
+        The selection; None where the node reads no choice.
+    """
+    if (described := native.describe(node)) is not None:
+        return described.selection
+    return node.selection if _reads(node) else None
+
+
+def kept_ties(node: Any) -> bool:
+    """Whether a choice may matter at a backward node that reads one.
+
+    Args:
+        node: A backward node for which :func:`operation_of` names an operation.
+
+    Returns:
+        False where the forward met no tie that could matter; True where it did, and where it did not look.
+    """
+    if (described := native.describe(node)) is not None:
+        return described.tied
+    return bool(getattr(node, "tied", True))
+
+
+def gradients_under(node: Any, jacobians: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What a backward node would return under another choice than the one in force.
+
+    The result can be differentiated with respect to what came in, where gradients are enabled.
+
+    Args:
+        node: A backward node for which :func:`operation_of` names an operation.
+        jacobians: The choice, a :class:`~nslightning.Jacobians`.
+        *incoming: The gradients that come to the node's outputs, of their shapes.
+
+    Returns:
+        The gradients for the node's inputs, in the order of ``node.next_functions``.
+
+    Raises:
+        ValueError: If the node reads no choice.
+    """
+    selection = selection_of(node)
+    if selection is None:
+        raise ValueError(f"{node.name()} reads no choice")
+    before = selection.jacobians
+    selection.set(jacobians)
+    try:
+        if native.describe(node) is not None:
+            return native.backward(node, *incoming)
+        gradients = node._forward_cls.backward(node, *incoming)
+    finally:
+        selection.set(before)
+    return gradients if isinstance(gradients, tuple) else (gradients,)
+
+
+def release(node: Any) -> bool:
+    """Free what a C++ node of the package saved; no backward can pass it afterwards.
+
+    Args:
+        node: A backward node.
+
+    Returns:
+        False, and nothing happens, for every other node.
+    """
+    return native.release(node)
+
+
+def _reads(node: Any) -> bool:
+    cls = getattr(node, "_forward_cls", None)
+    return isinstance(cls, type) and issubclass(cls, NonsmoothFunction)
