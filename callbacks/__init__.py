@@ -8,6 +8,7 @@ if __name__ == "callbacks":
 
 from .gradient_divergence import GradientDivergence
 from .non_finite_guard import NonFinite, NonFiniteError, NonFiniteGuard
+from .nonsmooth_patch import NonsmoothPatch
 from .run_record import RunRecord
 from .step_seed import StepSeed
 from .tie_monitor import TieMonitor
@@ -20,6 +21,7 @@ __all__ = [
     "NonFinite",
     "NonFiniteError",
     "NonFiniteGuard",
+    "NonsmoothPatch",
     "RunRecord",
     "StepSeed",
     "TieMonitor",

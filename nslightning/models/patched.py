@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, Self
@@ -15,7 +14,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from nslightning.jacobians import Jacobians
-from nslightning.surgery import PatchReport, PatchWarning, Plan, Rule, patch
+from nslightning.models.checkpoint_note import CheckpointNote, plan_of
+from nslightning.surgery import PatchReport, PatchWarning, Rule, patch
 
 __all__ = ["PatchedModule", "at_least_float32"]
 
@@ -63,12 +63,8 @@ class PatchedModule(LightningModule):
         on_mismatch: Literal["warn", "refuse"] = "warn",
     ) -> None:
         super().__init__()
-        self.plan = Plan([jacobians, *(sites or ())])
-        for rule in self.plan.rules[1:]:
-            if rule.unconditional:
-                raise ValueError(f"{rule!r} in sites is for all sites: put it into jacobians, or say for which it is")
-        if on_mismatch not in ("warn", "refuse"):
-            raise ValueError(f"on_mismatch is 'warn' or 'refuse'; given {on_mismatch!r}")
+        self.plan = plan_of(jacobians, sites)
+        self._note = CheckpointNote(self.plan, on_mismatch)
         drawn = {field for rule in self.plan.rules for field, value in rule.changes.items() if value == "random"}
         if compile and drawn:
             what = ", ".join(f'{field}="random"' for field in sorted(drawn))
@@ -82,7 +78,7 @@ class PatchedModule(LightningModule):
         self.hparams.update(jacobians=jacobians.to_dict(), _instantiator="lightning.pytorch.cli.instantiate_module")
         if sites:
             self.hparams.update(sites=self.plan.to_list()[1:])
-        self.jacobians, self._strict, self._on_mismatch = jacobians, strict, on_mismatch
+        self.jacobians, self._strict = jacobians, strict
         self._optimizer, self._lr_scheduler, self._compile = optimizer, lr_scheduler, compile
         self._trained_with: str | None = None
 
@@ -156,13 +152,8 @@ class PatchedModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note which Jacobian the weights were trained under."""
-        checkpoint["nslightning"] = {
-            "jacobians": self.jacobians.to_dict(),
-            "sites": self.plan.to_list()[1:],
-            "fingerprint": self.patch_report.fingerprint,
-            "optimizer": type(self.trainer.optimizers[0]).__name__ if self.trainer.optimizers else None,
-            "torch": str(torch.__version__),  # a class of its own, which `weights_only` refuses
-        }
+        optimizer = type(self.trainer.optimizers[0]).__name__ if self.trainer.optimizers else None
+        self._note.write(checkpoint, self.patch_report, optimizer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say so when a checkpoint was made under another choice or patch, or refuse it.
@@ -173,32 +164,8 @@ class PatchedModule(LightningModule):
         Raises:
             ValueError: If they do, and ``on_mismatch`` is ``"refuse"``.
         """
-        made = checkpoint.get("nslightning")
-        if made is None:
-            self._mismatch("the checkpoint does not say under which Jacobian choice it was made")
-            return
-        self._trained_with = made.get("optimizer")
-        then, now = made["jacobians"], self.jacobians.to_dict()
-        changed = [k for k in now if _plain(then.get(k)) != _plain(now[k])]
-        rules_then, rules_now = map(json.dumps, (made.get("sites", []), self.plan.to_list()[1:]))
-        if changed:
-            there, here = (", ".join(f"{k}={choice.get(k)!r}" for k in changed) for choice in (then, now))
-            what = f"the checkpoint was made under {there}, and this run has {here}"
-        elif rules_then != rules_now:
-            what = f"the checkpoint was made under sites={rules_then}, and this run has sites={rules_now}"
-        elif made["fingerprint"] != self.patch_report.fingerprint:
-            what = (
-                f"the checkpoint was made with other patched sites ({made['fingerprint']}, now"
-                f" {self.patch_report.fingerprint})"
-            )
-        else:
-            return
-        self._mismatch(what)
-
-    def _mismatch(self, what: str) -> None:
-        if self._on_mismatch == "refuse":
-            raise ValueError(f"{what}; give the choice that it was made under, or on_mismatch='warn'")
-        warnings.warn(what, PatchWarning, stacklevel=3)
+        self._trained_with = CheckpointNote.optimizer(checkpoint)
+        self._note.check(checkpoint, self.patch_report)
 
 
 def at_least_float32(logits: Tensor) -> Tensor:
@@ -213,8 +180,3 @@ def at_least_float32(logits: Tensor) -> Tensor:
         float32, or float64 where the logits are float64.
     """
     return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def _plain(value: Any) -> Any:
-    """A choice as configs and checkpoints may hold it: with lists for tuples."""
-    return tuple(value) if isinstance(value, list) else value

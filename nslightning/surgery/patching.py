@@ -207,6 +207,8 @@ class Part:
 # A "site" is evaluated with the choice, a "caller" has its functional calls caught ("replaced": also where
 # its forward was replaced on the instance, and in its hooks), a module "left alone" has its own functional
 # calls not caught.
+# A LightningModule's code runs in its steps, too.
+_STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 _Role = Literal["site", "caller", "replaced", "left alone"]
 _swapped: dict[tuple[type[nn.Module], _Role], type[nn.Module]] = {}
 
@@ -238,11 +240,12 @@ def _swapped_class(cls: type[nn.Module], role: _Role) -> type[nn.Module]:
             body |= {"forward": _forward_left_alone(stock)}
         else:
             methods = [name for name in dir(cls) if name.startswith("forward")]
+            methods += [name for name in _STEPS if hasattr(cls, name)]
             methods += ["__call__"] if role == "replaced" else []
             body |= {
-                name: _entrance(stock, name)
+                name: _entrance(stock, name, method)
                 for name in methods
-                if inspect.isfunction(inspect.getattr_static(cls, name))
+                if inspect.isfunction(method := inspect.getattr_static(cls, name))
             }
         swapped = type(cls.__name__, (cls,), body)
         _swapped[key] = swapped
@@ -294,7 +297,7 @@ def _forward_left_alone(stock: Callable[[nn.Module, str], Any]) -> Callable[...,
     return forward
 
 
-def _entrance(stock: Callable[[nn.Module, str], Any], name: str) -> Callable[..., Any]:
+def _entrance(stock: Callable[[nn.Module, str], Any], name: str, method: Any) -> Callable[..., Any]:
     def enter(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         part: Part | None = self.__dict__.get(_PART)
         if part is None:
@@ -311,6 +314,7 @@ def _entrance(stock: Callable[[nn.Module, str], Any], name: str) -> Callable[...
         return result
 
     enter.__name__ = name
+    enter.__wrapped__ = method  # type: ignore[attr-defined] # Lightning reads from it what is overridden, and the signature
     FunctionalCalls.entrances |= {enter.__code__}
     return enter
 
