@@ -94,10 +94,28 @@ test: setup ## Run the fast tests
 test-slow: setup ## Run the tests that take longer than about twenty seconds each
 	$(BIN)/pytest -m slow --numprocesses=auto --dist=worksteal
 
+# The lowest versions that pyproject.toml allows, in an environment of their own; `test` and `lint` keep theirs.
+LOWEST_ENV := build/lowest-env
+LOWEST = $(UV) pip compile --quiet --resolution lowest-direct pyproject.toml --all-extras --group dev \
+	--python-version 3.11
+.PHONY: lowest
+lowest: $(LOCAL_UV) ## Resolve the lowest versions that pyproject.toml allows (build/lowest.txt)
+	@mkdir -p build
+	$(LOWEST) --output-file build/lowest.txt
+
+.PHONY: test-lowest
+test-lowest: lowest ## Run the fast tests with the lowest versions that pyproject.toml allows
+	@rm -rf $(LOWEST_ENV)
+	$(UV) venv --quiet --python 3.11 $(LOWEST_ENV)
+	$(UV) pip sync --quiet build/lowest.txt --python $(LOWEST_ENV)/bin/python
+	$(UV) pip install --quiet --python $(LOWEST_ENV)/bin/python --no-deps --no-build-isolation --editable .
+	$(LOWEST_ENV)/bin/pytest --numprocesses=auto --dist=worksteal
+
 .PHONY: lint
-lint: setup ## Check style and formatting (ruff)
+lint: setup ## Check style, formatting (ruff) and that what is imported is declared (deptry)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/deptry .
 
 .PHONY: format
 format: setup ## Mend what ruff can mend

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import pandas as pd
 import torch
-import torch._dynamo
 import torch._functorch.config
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
@@ -20,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from nslightning._torch import is_compiled
 from nslightning.jacobians import Jacobians
 from nslightning.models import Twins
 from nslightning.probes import NORMS, Divergence, gradients, measure, measure_differences
@@ -137,7 +137,7 @@ class GradientDivergence(Callback):
                 refuse_random(*in_use, *self.choices.values())
                 if type(pl_module).backward is not LightningModule.backward:
                     raise ValueError("a backward of the module's own cannot be told to keep the graph")
-                if is_compiled(pl_module):
+                if any(map(is_compiled, pl_module.modules())):
                     raise ValueError("a compiled model's ties cannot be recorded: only method='subtract' takes it")
             except ValueError as reason:
                 if self.method == "propagate":
@@ -151,7 +151,7 @@ class GradientDivergence(Callback):
             )
         self._measured_step = -1
         self._folder = run_folder(trainer)
-        if is_compiled(pl_module):
+        if any(map(is_compiled, pl_module.modules())):
             # A compiled backward may overwrite what the forward saved ("donated buffers"); it could not run once per
             # choice then. The setting holds for what is compiled under it, so what is compiled already goes.
             self._settings.enter_context(torch._functorch.config.patch(donated_buffer=False))
@@ -349,21 +349,6 @@ def checked_names(
             f"given {', '.join(map(repr, bad))}"
         )
     return dict(choices)
-
-
-def is_compiled(module: LightningModule) -> bool:
-    """Whether ``torch.compile`` was applied to a module or to a part of it.
-
-    Args:
-        module: The module trained.
-
-    Returns:
-        True also for ``trainer.fit(torch.compile(module))``, which Lightning takes apart.
-    """
-    parts = module.modules()
-    return module._compiler_ctx is not None or any(
-        p._compiled_call_impl is not None or isinstance(p, torch._dynamo.OptimizedModule) for p in parts
-    )
 
 
 @contextmanager

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from nslightning._torch import is_compiled
 from nslightning.jacobians import Jacobians
 from nslightning.probes import counting
 from nslightning.surgery import selections, using
 
-from .gradient_divergence import is_compiled, loss_scale, undisturbed
+from .gradient_divergence import loss_scale, undisturbed
 from .measurements import log_step, run_folder
 from .replay import ReplayedStep, silent
 
@@ -191,7 +192,7 @@ class NonFiniteGuard(Callback):
                 torch.cuda.set_rng_state(self._random[1], module.device)
             stack.enter_context(silent(module))
             stack.enter_context(torch.enable_grad())
-            compiled = is_compiled(module)
+            compiled = any(map(is_compiled, module.modules()))
             if compiled:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             counts = stack.enter_context(counting(module)) if selections(module) and not compiled else {}

@@ -7,10 +7,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from nslightning._torch import is_compiled
 from nslightning.probes import Ties, counting
 from nslightning.surgery import selections
 
-from .gradient_divergence import is_compiled
 from .measurements import interval, log_step
 
 __all__ = ["TieMonitor"]
@@ -45,7 +45,7 @@ class TieMonitor(Callback):
         """Refuse a model without sites, and a compiled one, whose activations cannot be watched."""
         if not selections(pl_module):
             raise ValueError("TieMonitor needs a patched model: call `patch(model, Jacobians())` before training")
-        if is_compiled(pl_module):
+        if any(map(is_compiled, pl_module.modules())):
             raise ValueError("TieMonitor watches activations as they are computed: train with --model.compile=false")
         self._measured_step = -1
 

@@ -6,12 +6,13 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from nslightning._torch import is_compiled
 from nslightning.jacobians import Jacobians
 from nslightning.probes.zone import zone
 from nslightning.runs import forget_from
 from nslightning.surgery import selections
 
-from .gradient_divergence import checked_names, is_compiled, loss_scale, undisturbed
+from .gradient_divergence import checked_names, loss_scale, undisturbed
 from .measurements import append_rows, interval, log_step, run_folder
 from .replay import ReplayedStep, silent
 
@@ -66,7 +67,7 @@ class ZoneMonitor(Callback):
         """Refuse what cannot be run again on the same branches."""
         if not selections(pl_module):
             raise ValueError("ZoneMonitor needs a patched model: call `patch(model, Jacobians())` before training")
-        if is_compiled(pl_module):
+        if any(map(is_compiled, pl_module.modules())):
             raise ValueError("ZoneMonitor watches activations as they are computed: train with --model.compile=false")
         if not pl_module.automatic_optimization:
             raise ValueError("ZoneMonitor runs the training step for its loss, and a manual one would train")

@@ -1,7 +1,8 @@
 """The packaged configurations, one YAML file per experiment; installed as `nslightning.configs`."""
 
-import difflib
 from pathlib import Path
+
+from nslightning.spelling import did_you_mean
 
 __all__ = ["path"]
 
@@ -27,10 +28,8 @@ def path(name: str) -> Path:
     wanted = name.replace("\\", "/").removeprefix("./").removeprefix("configs/").removesuffix(".yaml")
     if wanted in packaged:
         return packaged[wanted]
-    close = difflib.get_close_matches(wanted.removesuffix(".yml"), packaged, n=1)
     raise FileNotFoundError(
-        f"No packaged configuration is called {name!r}."
-        + (f" Did you mean {close[0]!r}?" if close else "")
-        + f" There are: {', '.join(sorted(name for name in packaged if not name.startswith('experiments/')))}."
-        + " A file of your own is given by its path: --config ./mine.yaml"
+        f"no packaged configuration is called {name!r}{did_you_mean(wanted.removesuffix('.yml'), packaged)}"
+        f" There are: {', '.join(sorted(name for name in packaged if not name.startswith('experiments/')))}."
+        " A file of your own is given by its path: --config ./mine.yaml"
     )

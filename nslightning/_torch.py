@@ -104,8 +104,10 @@ def is_compiled(module: nn.Module) -> bool:
         module: Any module; its children are not looked at.
 
     Returns:
-        True if it was.
+        True if it was; also for a ``LightningModule`` that Lightning took out of its compiled wrapper.
     """
+    if getattr(module, "_compiler_ctx", None) is not None:
+        return True
     if getattr(module, "_compiled_call_impl", None) is not None:
         return True
     # Importing the compiler takes a second, and a module that it made has imported it.

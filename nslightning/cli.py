@@ -6,11 +6,12 @@ Nothing heavy is imported before the command, its config files and the packaged 
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+
+from nslightning.spelling import did_you_mean
 
 __all__ = ["main"]
 
@@ -79,9 +80,8 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0
     command, *rest = argv
     if command not in COMMANDS:
-        close = difflib.get_close_matches(command, [*COMMANDS, "--help", "--version"], n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        print(f"nslightning: there is no command {command!r}.{hint} Commands: {', '.join(COMMANDS)}", file=sys.stderr)
+        hint = did_you_mean(command, [*COMMANDS, "--help", "--version"])
+        print(f"nslightning: there is no command {command!r}{hint} Commands: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     try:
         rest = _packaged_configs(rest)

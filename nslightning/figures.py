@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nslightning.files import replacing
+
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
@@ -218,7 +220,7 @@ def _save(figure: Figure, path: Path) -> None:
     """Write a figure, and a PNG beside it."""
     import matplotlib.pyplot as plt
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    figure.savefig(path.with_suffix(".png"))
+    for file in (path, path.with_suffix(".png")):
+        with replacing(file) as partial:
+            figure.savefig(partial)
     plt.close(figure)

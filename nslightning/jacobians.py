@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
+
+from nslightning.spelling import did_you_mean
 
 __all__ = ["NONSMOOTH", "Jacobians", "Kink", "MaxPoolChoice", "Nonsmooth", "ReluChoice", "Rule"]
 
@@ -312,6 +313,5 @@ def _number(name: str, value: Any) -> float:
 
 def _known(what: str, given: str, allowed: tuple[str, ...]) -> None:
     if given not in allowed:
-        close = difflib.get_close_matches(str(given), allowed, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else "."
+        hint = did_you_mean(given, allowed)
         raise ValueError(f"{what} {given!r} is not known{hint} Allowed: {', '.join(map(str, allowed))}")

@@ -176,7 +176,7 @@ MISTAKES = [
     ("--ckpt_path=bad.ckpt", ["bad.ckpt is damaged"]),
     ("--ckpt_path=best", ["--ckpt_path=last"]),
     ("--config nothere.yaml", ["there is no file nothere.yaml", "quickstart"]),
-    ("--config configs/quikstart.yaml", ["Did you mean 'quickstart'"]),
+    ("--config configs/quikstart.yaml", ["did you mean 'quickstart'"]),
     ("--config", ["--config"]),
     ("--config broken.yaml", ["line 2"]),
     ("--config text.yaml", ["just some text", "mapping"]),
@@ -233,7 +233,7 @@ def test_damaged_image_read_by_a_worker(capfd):
 
 def test_unknown_command(capsys):
     assert main(["fti"]) == 2
-    assert "'fti'. Did you mean 'fit'?" in capsys.readouterr().err
+    assert "'fti'; did you mean 'fit'?" in capsys.readouterr().err
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):

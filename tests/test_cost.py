@@ -540,7 +540,7 @@ def test_command_over_widths_from_a_config(tmp_path):
     [
         (["--model=paper/fcc"], "did you mean paper/fc"),
         (["--choices", "relu1"], "write NAME:FIELD=VALUE"),
-        (["--choices", "a:rely=1"], "did you mean relu?"),
+        (["--choices", "a:rely=1"], "did you mean 'relu'?"),
         (["--choices", "a:relu=x"], "relu 'x' is not known. Allowed: random, a number"),
         (["--choices", "a:relu=1", "a:relu=0.5"], "one name"),
         (["--model=paper/lenet5", "--widths", "8", "16"], "hidden layers of paper/fc"),

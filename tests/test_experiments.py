@@ -529,15 +529,6 @@ def test_an_interruption_loses_only_what_was_being_computed(experiment_file, tmp
     assert len(done) == len(set(done)) == 8
 
 
-def test_a_file_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
-    file = tmp_path / "cell.json"
-    engine._write(file, "old")
-    monkeypatch.setattr(engine.Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
-    with pytest.raises(OSError, match="killed"):
-        engine._write(file, "new")
-    assert file.read_text() == "old"
-
-
 def test_missing_data_stop_the_grid_at_once(experiment_file, tmp_path, monkeypatch):
     monkeypatch.setenv("NSLIGHTNING_DATA_DIR", str(tmp_path / "nowhere"))
     experiment = Experiment.read(experiment_file, "small", {"data": "MNIST"})

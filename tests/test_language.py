@@ -351,11 +351,11 @@ def test_compiled_gradients_follow_the_choice():
     ("options", "message"),
     [
         ({"size": "smal"}, "size is 'smal'; it is one of mini, small, medium"),
-        ({"activation": "relu_"}, "there is no activation 'relu_'. Did you mean 'relu"),
+        ({"activation": "relu_"}, "there is no activation 'relu_'; did you mean 'relu"),
         ({"vocab_size": 0}, "vocab_size is 0"),
         ({"block_size": 0}, "block_size is 0"),
         ({"dropout": 1.0}, r"dropout is 1\.0; it must be a probability"),
-        ({"config": {"n_layers": 2}}, "no field 'n_layers'. Did you mean 'n_layer'"),
+        ({"config": {"n_layers": 2}}, "no field 'n_layers'; did you mean 'n_layer'"),
         ({"config": {"n_embd": 10, "n_head": 4}}, "n_embd=10 must be a multiple of n_head=4"),
         ({"compile": True, "jacobians": Jacobians(max_pool="random")}, "cannot be compiled"),
     ],

@@ -47,7 +47,7 @@ def test_a_search_per_choice_goes_on_where_it_was(tmp_path, capsys) -> None:
         (["--high=1e-5"], "0 < low < high"),
         (["--trials=0"], "--trials is at least 1"),
         (["--trails=3"], "did you mean --trials?"),
-        (["--choices", "beta:max_pol=10"], "did you mean max_pool"),
+        (["--choices", "beta:max_pol=10"], "did you mean 'max_pool'"),
         (["--choices", "a:relu=0", "a:relu=1"], "two choices have one name"),
         (["--trials=1", "--epochs=1", "--metric=val/acc2"], "it logs"),
         (["--trials=1", "--epochs=1", "--trainer.max_epoch=3"], "did you mean"),

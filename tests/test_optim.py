@@ -952,7 +952,7 @@ def test_sparse_gradients_are_refused() -> None:
         ({"sigma": torch.tensor(0.9)}, "must be a number"),
         ({"eps": -1e-8}, "eps >= 0"),
         ({"weight_decay": -1.0}, "weight_decay >= 0"),
-        ({"decay": "decoupld"}, "Did you mean 'decoupled'"),
+        ({"decay": "decoupld"}, "did you mean 'decoupled'"),
         ({"differentiable": True}, "does not support differentiable"),
     ],
 )

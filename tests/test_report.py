@@ -384,17 +384,6 @@ def test_without_the_extra_the_error_names_it(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "report.html").exists()
 
 
-def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
-    from nslightning.commands import report
-
-    old = tmp_path / "report.html"
-    old.write_text("old")
-    with pytest.raises(UnicodeEncodeError):
-        report.write(old, "\ud800")
-    assert old.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [old]
-
-
 def test_runs_are_found_at_any_depth_of_an_experiment(tmp_path):
     deep = write_run(tmp_path / "grid" / "precision" / "a" / "001")
     with pytest.raises(ReportError, match="does not exist"):

@@ -69,7 +69,7 @@ def test_of_mini_batches_and_with_the_papers_threshold(tmp_path) -> None:
     [
         (["--half_width=0"], "between 0 and 0.5"),
         (["--choice=relu0:relu=0"], "the same choice"),
-        (["--choice=a:rely=0"], "did you mean relu"),
+        (["--choice=a:rely=0"], "did you mean 'relu'"),
         (["--tau=1"], "norm=zone has none"),
         (["--chunk=0"], "at least 1"),
         (["--backbone=paper/lenet6", "--draws=1"], "lenet5"),

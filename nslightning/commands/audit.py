@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import math
-import os
 import sys
-import tempfile
 from collections.abc import Iterable
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nslightning.commands.arguments import Arguments
+from nslightning.commands.plain_parser import Arguments
+from nslightning.files import write_text
+from nslightning.spelling import did_you_mean
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -168,7 +167,7 @@ def _audit(given: argparse.Namespace, outputs: dict[str, Path]) -> int:
             text = json.dumps(found.to_dict(), indent=2, allow_nan=False) + "\n"
         else:
             text = page(found)
-        _write(path, text)
+        write_text(path, text)
     if outputs:
         print(f"\nWritten: {', '.join(map(str, outputs.values()))}")
     if given.fail_above is not None and not found.largest <= given.fail_above:
@@ -182,31 +181,13 @@ def _progress(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def _write(path: Path, text: str) -> None:
-    """Complete or not at all."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    part = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-        mask = os.umask(0)
-        os.umask(mask)
-        part.chmod(0o666 & ~mask)  # as any other file: a temporary one is its owner's alone
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-
-
 # ----------------------------------------------------------------------------------------------------- model
 def _known_backbone(name: str) -> None:
     from nslightning.models.backbones import FAMILIES, list_backbones
 
     family, _, network = name.partition("/")
     if family not in FAMILIES or not network:
-        close = difflib.get_close_matches(family, FAMILIES, 1) if network else []
-        names = [f"{close[0]}/{network}"] if close else []
-        hint = f"; did you mean {names[0]}?" if names else "."
+        hint = did_you_mean(name, [f"{other}/{network}" for other in FAMILIES]) if network else "."
         raise CallError(
             f"there is no model {name!r}{hint} A model is timm/NAME, torchvision/NAME, paper/NAME, or "
             "package.module:factory of your own"
@@ -215,8 +196,7 @@ def _known_backbone(name: str) -> None:
         return
     known = list_backbones(f"{family}/*")
     if name.partition(".")[0] not in known:
-        near = difflib.get_close_matches(name, known, 3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else "."
+        hint = did_you_mean(name, known, most=3)
         raise CallError(f"there is no model {name!r}{hint} `nslightning audit --help` says how models are named")
 
 
@@ -244,15 +224,13 @@ def _own_model(name: str, seed: int) -> nn.Module:
             if where != missing and not where.startswith(f"{missing}."):
                 raise RuntimeError(f"{name}: {where} was found, and imports {missing}, which is not there") from error
             files = [f.stem for f in sorted(Path.cwd().glob("*.py"))]
-            near = difflib.get_close_matches(where, files, 1)
-            hint = f"; did you mean {near[0]}:{attribute}?" if near else ""
+            hint = did_you_mean(f"{where}:{attribute}", [f"{file}:{attribute}" for file in files], otherwise="")
             raise CallError(f"there is no module {missing!r} in {here} or installed{hint}") from error
         except Exception as error:  # of the user's code
             raise RuntimeError(f"importing {where} failed with {type(error).__name__}: {error}") from error
         if not hasattr(module, attribute):
             public = [n for n, v in vars(module).items() if not n.startswith("_") and (callable(v))]
-            near = difflib.get_close_matches(attribute, public, 1)
-            hint = f"; did you mean {where}:{near[0]}?" if near else ""
+            hint = did_you_mean(f"{where}:{attribute}", [f"{where}:{other}" for other in public], otherwise="")
             raise CallError(f"module {where} has no {attribute!r}{hint}")
         value = getattr(module, attribute)
         if not isinstance(value, nn.Module):
@@ -331,10 +309,9 @@ def _module(given: argparse.Namespace) -> tuple[list[Batch], str, int | None]:
 
     names = [n for n in data.__all__ if _is_image_data(getattr(data, n))]
     if given.data not in names:
-        near = difflib.get_close_matches(given.data, ["synthetic", *names], 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(given.data, ["synthetic", *names])
         raise CallError(
-            f"--data {given.data}: there is no such folder or data set{hint}. Data sets: synthetic, {', '.join(names)}"
+            f"--data {given.data}: there is no such folder or data set{hint} Data sets: synthetic, {', '.join(names)}"
         )
     source = getattr(data, given.data)(batch_size=given.batch_size, seed=given.seed, workers=0)
     source.prepare_data()

@@ -10,6 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from nslightning.spelling import did_you_mean
+
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
@@ -205,10 +207,7 @@ def parse_choice(text: str) -> tuple[str, Jacobians]:
             fields[field] = value
     known = list(Jacobians.__dataclass_fields__)
     if unknown := [field for field in fields if field not in known]:
-        import difflib
-
-        close = difflib.get_close_matches(unknown[0], known, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
+        hint = did_you_mean(unknown[0], known)
         allowed = ", ".join(known)
         raise ValueError(f"choice {text!r}: there is no field {unknown[0]!r}{hint} Fields: {allowed}")
     try:

@@ -8,7 +8,8 @@ import os
 import sys
 from pathlib import Path
 
-from nslightning.commands.report import check_output, write
+from nslightning.commands.report import check_output
+from nslightning.files import write_text
 
 __all__ = ["main"]
 
@@ -64,7 +65,7 @@ def main(argv: list[str]) -> int:
             print(dashboard.apply(given.entity, given.project, given.name))
         else:
             content = dashboard.definition(given.entity, given.project, given.name)
-            write(given.out, json.dumps(content, indent=2) + "\n")
+            write_text(given.out, json.dumps(content, indent=2) + "\n")
             print(f"{given.out}: written; --apply makes the view at W&B")
     except (ImportError, ValueError, OSError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)

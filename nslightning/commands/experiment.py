@@ -11,10 +11,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from nslightning.commands.arguments import Arguments
+from nslightning.commands.plain_parser import Arguments
 from nslightning.experiments import Experiment, collect, comparison, folder_of, markdown, run
-from nslightning.experiments.cells import hint
 from nslightning.experiments.data import download
+from nslightning.spelling import did_you_mean
 
 __all__ = ["main"]
 
@@ -125,7 +125,7 @@ def _found(file: str) -> Path:
     name = name.removesuffix(".yaml")
     if name not in packaged:
         raise ValueError(
-            f"there is no file {file}, and no packaged experiment of that name{hint(name, packaged)} "
+            f"there is no file {file}, and no packaged experiment of that name{did_you_mean(name, packaged)} "
             f"There are: {', '.join(packaged)}"
         )
     return packaged[name]

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from nslightning.commands.arguments import Arguments
+from nslightning.commands.plain_parser import Arguments
+from nslightning.spelling import did_you_mean
 
 __all__ = ["main"]
 
@@ -58,7 +59,6 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--list", action="store_true", help="tell every figure, what feeds it and its published one")
     given = parser.parse_args(list(argv[1:]))
-    from nslightning.experiments.cells import hint
     from nslightning.experiments.grid import SCALES
 
     if given.name is None and not given.list:
@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
     if given.run and given.results:
         parser.error("--from draws results that are there, --run makes them: give one of the two")
     if given.run and given.run not in SCALES:
-        parser.error(f"--run {given.run} is no scale{hint(given.run, SCALES)} There are: {', '.join(SCALES)}")
+        parser.error(f"--run {given.run} is no scale{did_you_mean(given.run, SCALES)} There are: {', '.join(SCALES)}")
     if given.out.exists() and not given.out.is_dir():
         parser.error(f"--out {given.out} is a file, and is to be a folder")
     if given.name == "all" and not given.run:

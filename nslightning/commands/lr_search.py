@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import logging
 import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from nslightning.spelling import closest
 
 if TYPE_CHECKING:
     import optuna
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> int:
     given, fit = parser.parse_known_args(argv[1:])
     own = [option for option in parser._option_string_actions if option.startswith("--")]
     for word in fit:
-        close = difflib.get_close_matches(word.partition("=")[0], own, n=1, cutoff=0.8)
+        close = closest(word.partition("=")[0], own, cutoff=0.8)
         if close and "." not in word.partition("=")[0]:
             print(f"nslightning lr-search: error: not understood: {word}; did you mean {close[0]}?", file=sys.stderr)
             return 2

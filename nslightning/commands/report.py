@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import tempfile
 from pathlib import Path
+
+from nslightning.files import write_text
 
 __all__ = ["main"]
 
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
         from nslightning.report import find_runs, page, read_run
 
         runs = [read_run(folder) for folder in find_runs(given.runs)]
-        write(given.out, page(runs))
+        write_text(given.out, page(runs))
     except (ImportError, ValueError, OSError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
@@ -72,21 +72,3 @@ def check_output(path: Path) -> None:
         raise ValueError(f"--out takes a file; {path} is a folder")
     if not path.parent.is_dir():
         raise ValueError(f"--out {path}: there is no folder {path.parent}; make it first")
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file at once: whoever stops the command meanwhile leaves the old one.
-
-    Args:
-        path: The file; its folder is there.
-        text: Its content.
-    """
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        Path(partial).chmod(0o644)
-        Path(partial).replace(path)
-    except BaseException:
-        Path(partial).unlink()
-        raise

@@ -32,7 +32,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zer
 
 import nslightning.optim  # noqa: F401 # so that INNA and INNAprop are known by their bare names
 from nslightning import runs
-from nslightning.commands.parsing import HelpfulErrors
+from nslightning.commands.config_parser import HelpfulErrors
 from nslightning.data import DataError, ImageDataModule, TokenFile
 from nslightning.models import ImageClassifier, LanguageModel
 

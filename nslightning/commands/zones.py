@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> ArgumentParser:
-    from nslightning.commands.parsing import HelpfulErrors
+    from nslightning.commands.config_parser import HelpfulErrors
 
     parser = HelpfulErrors(prog="nslightning zones", description=__doc__)
     parser.add_argument("--config", action="config", help="A YAML file with any of these arguments.")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from nslightning.jacobians import Jacobians, MaxPoolChoice, Rule
+from nslightning.spelling import did_you_mean
 
-__all__ = ["KINDS", "Cell", "Outcome", "TrainCell", "TwinCell", "ZoneCell", "compute", "hint", "settings"]
+__all__ = ["KINDS", "Cell", "Outcome", "TrainCell", "TwinCell", "ZoneCell", "compute", "settings"]
 
 Row = dict[str, Any]
 
@@ -246,12 +246,14 @@ def settings(kind: str, given: dict[str, Any]) -> Cell:
         Jacobians(max_pool=10.0)
     """
     if kind not in KINDS:
-        raise ValueError(f"kind={kind!r} is not known{hint(kind, KINDS)} There are: {', '.join(KINDS)}")
+        raise ValueError(f"kind={kind!r} is not known{did_you_mean(kind, KINDS)} There are: {', '.join(KINDS)}")
     made = KINDS[kind][0]
     names = [f.name for f in dataclasses.fields(made)]
     for name in given:
         if name not in names:
-            raise ValueError(f"a {kind} cell has no setting {name!r}{hint(name, names)} It has: {', '.join(names)}")
+            raise ValueError(
+                f"a {kind} cell has no setting {name!r}{did_you_mean(name, names)} It has: {', '.join(names)}"
+            )
     types = get_type_hints(made)
     read = {name: _read(value, types[name]) for name, value in given.items()}
     try:
@@ -324,21 +326,3 @@ def compute(kind: str, cell: Cell, device: str) -> Outcome:
     module, _, function = KINDS[kind][1].partition(":")
     outcome: Outcome = getattr(import_module(module), function)(cell, device)
     return outcome
-
-
-def hint(given: str, known: Iterable[str]) -> str:
-    """What follows a name that is none: the one that was probably meant, where one is near.
-
-    Args:
-        given: The name.
-        known: Those that exist.
-
-    Returns:
-        A question, or a full stop.
-
-    Example:
-        >>> hint("smal", ["smoke", "small"]), hint("huge", ["smoke", "small"])
-        ("; did you mean 'small'?", '.')
-    """
-    close = difflib.get_close_matches(str(given), list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else "."

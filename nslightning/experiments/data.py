@@ -15,7 +15,7 @@ from nslightning.data import ImageDataModule
 from nslightning.data.images import TensorImages
 from nslightning.data.sampler import AUGMENT, TrainSampler, generator
 from nslightning.data.small import DownloadedImages
-from nslightning.experiments.cells import hint
+from nslightning.spelling import did_you_mean
 
 __all__ = ["Images", "load"]
 
@@ -215,7 +215,7 @@ def _module(name: str, options: tuple[tuple[str, Any], ...]) -> ImageDataModule:
     if not (isinstance(kind, type) and issubclass(kind, ImageDataModule)):
         classes = {n: k for n in data.__all__ if isinstance(k := getattr(data, n), type) and k is not ImageDataModule}
         known = [n for n, k in classes.items() if issubclass(k, ImageDataModule)]
-        raise ValueError(f"data={name!r} is no data set{hint(name, known)} There are: {', '.join(known)}")
+        raise ValueError(f"data={name!r} is no data set{did_you_mean(name, known)} There are: {', '.join(known)}")
     given = dict(options)
     if issubclass(kind, DownloadedImages):
         given = {"verify": False, **given}

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from nslightning.experiments.cells import Cell, compute
 from nslightning.experiments.grid import Experiment, Planned
+from nslightning.files import replacing, write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -152,13 +153,12 @@ def collect(experiment: Experiment, output: str | Path) -> pd.DataFrame:
         rows += [{**head, **_restored(row), **tail} for row in found["rows"]]
         provenance[planned.id] = {k: found[k] for k in ("settings", "provenance", "seconds")}
     table = pd.DataFrame(rows)
-    _write(folder / "results.csv", table.to_csv(index=False, float_format="%.9g"))
+    write_text(folder / "results.csv", table.to_csv(index=False, float_format="%.9g"))
     if find_spec("pyarrow") is not None and len(table):
-        partial = folder / f".results.{os.getpid()}.parquet"
-        table.astype({c: str for c in table if table[c].dtype == object}).to_parquet(partial, index=False)
-        partial.replace(folder / "results.parquet")
+        with replacing(folder / "results.parquet") as partial:
+            table.astype({c: str for c in table if table[c].dtype == object}).to_parquet(partial, index=False)
     record = {"experiment": dataclasses.asdict(experiment), **_shared(provenance)}
-    _write(folder / "provenance.json", json.dumps(record, indent=1, default=str) + "\n")
+    write_text(folder / "provenance.json", json.dumps(record, indent=1, default=str) + "\n")
     return table
 
 
@@ -228,7 +228,7 @@ def _compute(kind: str, name: str, cell: Cell, folder: Path, device: str) -> tup
     except DataError:  # no other cell would fare better
         raise
     except Exception as error:
-        _write(failure, f"{kind} {cell}\n\n{traceback.format_exc()}")
+        write_text(failure, f"{kind} {cell}\n\n{traceback.format_exc()}")
         return time.monotonic() - started, f"{type(error).__name__}: {error}"
     seconds = time.monotonic() - started
     content = {
@@ -238,7 +238,7 @@ def _compute(kind: str, name: str, cell: Cell, folder: Path, device: str) -> tup
         "seconds": round(seconds, 2),
         "rows": [_told(row) for row in outcome.rows],
     }
-    _write(folder / f"{name}.json", json.dumps(content, allow_nan=False))
+    write_text(folder / f"{name}.json", json.dumps(content, allow_nan=False))
     with suppress(FileNotFoundError):
         failure.unlink()
     return seconds, None
@@ -258,14 +258,6 @@ def _told(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _restored(row: Mapping[str, Any]) -> dict[str, Any]:
     return {**row, "value": float(row["value"])}
-
-
-def _write(file: Path, text: str) -> None:
-    """Write a file at once: whoever is killed meanwhile leaves the old one, or none."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(text)
-    partial.replace(file)
 
 
 def _clock(seconds: float) -> str:

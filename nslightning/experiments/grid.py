@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from nslightning.experiments.cells import Cell, TrainCell, hint, settings
+from nslightning.experiments.cells import Cell, TrainCell, settings
 from nslightning.experiments.published import searched_learning_rate
+from nslightning.spelling import did_you_mean
 
 __all__ = ["SCALES", "Experiment", "Planned"]
 
@@ -149,7 +150,7 @@ class Experiment:
         unknown = [name for name in only if name not in known]
         if unknown:
             raise ValueError(
-                f"--only {unknown[0]}: there is no such setting{hint(unknown[0], known)} "
+                f"--only {unknown[0]}: there is no such setting{did_you_mean(unknown[0], known)} "
                 f"The grid varies {', '.join(sorted(names))}, and has {', '.join(k for k in known if k not in names)}"
             )
         kept = [
@@ -209,4 +210,4 @@ def _listed(values: Iterable[Any]) -> str:
 def _check_keys(path: Path, content: Any, known: Sequence[str]) -> None:
     for key in content:
         if key not in known:
-            raise ValueError(f"{path} has {key!r}{hint(key, known)} Known here: {', '.join(known)}")
+            raise ValueError(f"{path} has {key!r}{did_you_mean(key, known)} Known here: {', '.join(known)}")

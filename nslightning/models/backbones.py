@@ -9,7 +9,6 @@ Example:
     Linear(in_features=84, out_features=10, bias=True)
 """
 
-import difflib
 import fnmatch
 import inspect
 import re
@@ -21,6 +20,7 @@ from torch import nn
 
 from nslightning.models import paper
 from nslightning.models.paper.common import check_image_shape
+from nslightning.spelling import closest, did_you_mean
 
 __all__ = ["create_backbone", "input_channels", "list_backbones"]
 
@@ -279,10 +279,9 @@ def _unknown_option(name: str, option: str, refusing: Any) -> ValueError:
             for parameter in inspect.signature(refusing).parameters.values()
             if parameter.name not in set_here and parameter.kind is not parameter.VAR_KEYWORD
         ]
-    close = difflib.get_close_matches(option, accepted, n=3)
     return ValueError(
         f"{name} has no option {option!r}"
-        + (f"; did you mean {' or '.join(map(repr, close))}?" if close else ".")
+        + did_you_mean(option, accepted, most=3)
         + (f" It takes: {', '.join(accepted)}." if accepted else " Its constructor's source lists what it takes.")
     )
 
@@ -291,7 +290,7 @@ def _unknown(name: str, known: list[str]) -> ValueError:
     """Say which names are close to one that is not known, and how to list them all."""
     family, _, network = name.rpartition("/")
     same = [candidate for candidate in known if candidate.rpartition("/")[2] == network]
-    close = list(dict.fromkeys(same + difflib.get_close_matches(name, known, n=4)))
+    close = list(dict.fromkeys(same + closest(name, known, most=4)))
     pattern = f"{family}/*" if family in FAMILIES else "*"
     listing = f"print(*list_backbones({pattern!r}), sep='\\n')"
     return ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
@@ -14,6 +13,7 @@ from torchmetrics import MeanMetric
 
 from nslightning.jacobians import Jacobians
 from nslightning.models.patched import PatchedModule, at_least_float32
+from nslightning.spelling import did_you_mean
 
 __all__ = ["SIZES", "LanguageModel"]
 
@@ -191,10 +191,8 @@ def _gpt2(
     if size not in SIZES:
         raise ValueError(f"size is {size!r}; it is one of {', '.join(SIZES)}")
     if activation not in ACT2FN:
-        close = difflib.get_close_matches(activation, ACT2FN, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
         names = ", ".join(sorted(ACT2FN))
-        raise ValueError(f"there is no activation {activation!r}.{hint} There are: {names}")
+        raise ValueError(f"there is no activation {activation!r}{did_you_mean(activation, ACT2FN)} There are: {names}")
     for name, value in (("vocab_size", vocab_size), ("block_size", block_size)):
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
@@ -218,9 +216,8 @@ def _gpt2(
     }
     known = GPT2Config().to_dict()
     if unknown := sorted(set(config) - set(known)):
-        close = difflib.get_close_matches(unknown[0], known, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else " transformers' GPT2Config lists them."
-        raise ValueError(f"GPT-2's configuration has no field {unknown[0]!r}.{hint}")
+        hint = did_you_mean(unknown[0], known, otherwise="; transformers' GPT2Config lists them")
+        raise ValueError(f"GPT-2's configuration has no field {unknown[0]!r}{hint}")
     fields |= config
     if fields["n_embd"] % fields["n_head"]:
         raise ValueError(f"n_embd={fields['n_embd']} must be a multiple of n_head={fields['n_head']}")

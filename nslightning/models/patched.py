@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from nslightning._torch import is_compiled
 from nslightning.jacobians import Jacobians
 from nslightning.models.checkpoint_note import CheckpointNote, plan_of
 from nslightning.surgery import PatchReport, PatchWarning, Rule, patch
@@ -120,7 +121,7 @@ class PatchedModule(LightningModule):
         # Lightning does it after loading a checkpoint, whose float64 weights a float32 module would round.
         self.trainer.precision_plugin.convert_module(self)
         network: nn.Module = getattr(self, self._network_name)
-        if self._compile and network._compiled_call_impl is None:
+        if self._compile and not is_compiled(network):
             network.compile()
 
     def parameter_groups(self) -> Any:

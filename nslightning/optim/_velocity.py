@@ -1,6 +1,5 @@
 """What INNA and INNAprop share: parameter groups, state, master weights, and the walk over the tensors."""
 
-import difflib
 import math
 from collections.abc import Callable, Iterator
 from itertools import chain, repeat
@@ -16,6 +15,8 @@ from torch.optim.optimizer import (
     _to_scalar,
     _use_grad_for_differentiable,
 )
+
+from nslightning.spelling import did_you_mean
 
 Decay: TypeAlias = Literal["published", "decoupled"]
 Scalar: TypeAlias = float | Tensor
@@ -295,9 +296,8 @@ def _check(group: dict[str, Any]) -> None:
     if group.get("fused") and group["foreach"]:
         raise ValueError("fused=True and foreach=True exclude each other; give one of them.")
     if group["decay"] not in get_args(Decay):
-        near = difflib.get_close_matches(str(group["decay"]), get_args(Decay), n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"decay={group['decay']!r} is not one of {', '.join(map(repr, get_args(Decay)))}.{hint}")
+        hint = did_you_mean(group["decay"], get_args(Decay))
+        raise ValueError(f"decay={group['decay']!r} is not one of {', '.join(map(repr, get_args(Decay)))}{hint}")
 
 
 def _check_capture(optimizer: Optimizer) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nslightning.figures import COLOURS, STYLE
+from nslightning.files import replacing
 from nslightning.probes.cost_report import STOCK, CostReport, CostScaling
 
 if TYPE_CHECKING:
@@ -202,6 +203,6 @@ def _caption(reports: Sequence[CostReport]) -> str:
 
 def _write(figure: Any, path: str | Path) -> Path:
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with replacing(path) as partial:
+        figure.savefig(partial)
     return path

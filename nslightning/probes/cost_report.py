@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from nslightning.files import write_text
+
 __all__ = ["STOCK", "ChoiceCost", "CostReport", "CostScaling", "ModuleCost", "Timing", "slope"]
 
 STOCK = "stock"  # the unpatched model, among the names of the choices
@@ -588,8 +590,7 @@ def _save(path: str | Path, data: dict[str, Any], rows: list[dict[str, Any]]) ->
         text = out.getvalue()
     else:
         raise ValueError(f"a cost report is saved as .json or .csv; given {path.name!r}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)
     return path
 
 

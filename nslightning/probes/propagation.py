@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from nslightning._torch import is_compiled
 from nslightning.jacobians import Jacobians
 from nslightning.ops.autograd.selection import Selection
 from nslightning.probes.gradients import gradients, wanted
@@ -280,7 +281,7 @@ def refuse_compiled(model: nn.Module) -> None:
     Raises:
         ValueError: If the model or a part of it is compiled.
     """
-    if any(isinstance(m, torch._dynamo.OptimizedModule) or m._compiled_call_impl is not None for m in model.modules()):
+    if any(map(is_compiled, model.modules())):
         raise ValueError("a compiled model's ties cannot be recorded: use method='subtract', or the eager model")
 
 

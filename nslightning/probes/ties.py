@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nslightning._torch import is_compiled
 from nslightning.jacobians import Jacobians
 from nslightning.ops.autograd.selection import Selection
 from nslightning.ops.max_pool import tied_windows
@@ -73,7 +74,7 @@ def observing(model: nn.Module, observe: Callable[[str, Operation, Call], None])
     if not found:
         raise ValueError(f"{type(model).__name__} is not patched; call `patch(model, Jacobians())` first")
     for module in model.modules():
-        if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
+        if is_compiled(module):
             raise TypeError("ties are counted in eager mode: give the model as it was before torch.compile")
     parts = {name: name.partition("#")[0] for name in found}  # a part may have several selections
     several = len(set(parts.values())) > 1

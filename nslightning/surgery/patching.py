@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copyreg
-import difflib
 import inspect
 import pickle
 import warnings
@@ -15,9 +14,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from nslightning._torch import is_compiled
 from nslightning.jacobians import Jacobians
 from nslightning.ops.autograd.selection import Selection
 from nslightning.ops.registry import MODULES, OPERATIONS, UNSUPPORTED_MODULES, Operation, positional
+from nslightning.spelling import closest
 from nslightning.surgery.functional import FunctionalCalls, active, custom_functions, in_checkpoint, teach_the_compiler
 from nslightning.surgery.plan import Plan, Selector, matches, selectors, text
 from nslightning.surgery.report import PatchReport, Site, UnreachedError
@@ -644,10 +645,7 @@ def _refuse(model: nn.Module) -> None:
         raise TypeError("a scripted model cannot be patched: patch the eager model it was made from")
     for name, module in model.named_modules():
         what = f"its part {name!r}" if name else "the model"
-        if (
-            isinstance(module, torch._dynamo.OptimizedModule)
-            or getattr(module, "_compiled_call_impl", None) is not None
-        ):
+        if is_compiled(module):
             raise TypeError(f"{what} is compiled already: patch first, then compile")
         bases = {base.__name__ for base in type(module).__mro__}
         for wrapper in ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel"):
@@ -742,7 +740,7 @@ def _hints(surgery: Surgery, found: list[tuple[nn.Module, Part, _Role | None]]) 
     names = [name for _, part, _ in found for name in part.names if name]
 
     def close(given: str) -> str:
-        near = difflib.get_close_matches(given.rstrip(".*"), names, n=3)
+        near = closest(given.rstrip(".*"), names, most=3)
         return " matches no module of the model" + (f"; close names: {', '.join(near)}" if near else "")
 
     for selector in (*surgery.only, *surgery.skip):

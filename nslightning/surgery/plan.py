@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import fnmatch
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from nslightning.jacobians import Jacobians
+from nslightning.spelling import did_you_mean
 
 __all__ = ["One", "Plan", "Rule", "Selector", "matches", "selectors", "text"]
 
@@ -431,6 +431,4 @@ def _range(given: Any) -> tuple[int, int | None] | None:
 
 def _known(what: str, given: Any, allowed: Sequence[str]) -> None:
     if given not in allowed:
-        close = difflib.get_close_matches(str(given), allowed, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"{what} {given!r} is not known{hint} Allowed: {', '.join(allowed)}")
+        raise ValueError(f"{what} {given!r} is not known{did_you_mean(given, allowed)} Allowed: {', '.join(allowed)}")

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from nslightning.files import write_text
 from nslightning.jacobians import Jacobians
 from nslightning.ops.registry import UNREACHED
 from nslightning.surgery.plan import Plan
@@ -203,8 +204,7 @@ class PatchReport:
             text = out.getvalue()
         else:
             raise ValueError(f"a patch report is saved as .json or .csv; given {path.name!r}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8", newline="")
+        write_text(path, text)
         return path
 
     def summary(self) -> str:

@@ -11,11 +11,12 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from nslightning.experiments.cells import hint
 from nslightning.experiments.figures import standalone, twins, volume
 from nslightning.experiments.figures import training as train
 from nslightning.experiments.figures.results import read
 from nslightning.figures import STYLE
+from nslightning.files import replacing
+from nslightning.spelling import did_you_mean
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -174,7 +175,8 @@ def find(name: str) -> Drawing:
     if name in FIGURES:
         return FIGURES[name]
     raise ValueError(
-        f"there is no figure {name!r}{hint(name, FIGURES)} `nslightning figure --list` tells all: {', '.join(FIGURES)}"
+        f"there is no figure {name!r}{did_you_mean(name, FIGURES)} "
+        f"`nslightning figure --list` tells all: {', '.join(FIGURES)}"
     )
 
 
@@ -253,11 +255,9 @@ def draw(name: str, results: Sequence[str | Path], out: str | Path) -> list[Path
     logging.getLogger("fontTools").setLevel(logging.ERROR)  # it frets over the date of matplotlib's own font
     figure = make(name, read(results))
     files = [Path(out) / f"{name}.{ending}" for ending in ("pdf", "png")]
-    files[0].parent.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(_STYLE):
         for file in files:
-            partial_file = file.with_name(f".{file.name}")
             dated = {"CreationDate": None} if file.suffix == ".pdf" else {}  # the same results give the same bytes
-            figure.savefig(partial_file, format=file.suffix[1:], metadata=dated)
-            partial_file.replace(file)
+            with replacing(file) as partial_file:
+                figure.savefig(partial_file, metadata=dated)
     return files

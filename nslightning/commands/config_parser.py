@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 import sys
@@ -11,6 +10,8 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
+
+from nslightning.spelling import closest
 
 __all__ = ["HelpfulErrors"]
 
@@ -65,7 +66,7 @@ def _explain(message: str, ex: Exception | None, known: set[str]) -> tuple[str, 
 
     if option := re.match(r"Option '([\w.]+)' is not accepted$", root):
         takes = _parameters(paths[-1]) if paths else []
-        near = _closest(option[1], takes)
+        near = closest(option[1], takes)
         owner = f": {paths[-1]} takes {', '.join(takes)}" if takes else ""
         return f"there is no option --{f'{key}.' * bool(key)}{option[1]}{owner}", near
     if option := re.search(r"does not accept option '([\w.]+)'", root):
@@ -84,7 +85,7 @@ def _explain(message: str, ex: Exception | None, known: set[str]) -> tuple[str, 
         homes = next((h for part, h in _HOMES.items() if part in key), ())
         names = [n for home in homes for n in dir(import_module(home)) if n[0].isupper()]
         known_as = f"; expected a class of {' or '.join(homes)} by its name, or a class path" if homes else ""
-        return f"--{key}: there is no class {given!r}{known_as}", _closest(given.rpartition(".")[2], names)
+        return f"--{key}: there is no class {given!r}{known_as}", closest(given.rpartition(".")[2], names)
 
     full = next((t for t in reversed(chain) if t.startswith("Parser key")), message)
     value = re.search(r"(?:Given|Got) value: (.*)", full)
@@ -93,7 +94,7 @@ def _explain(message: str, ex: Exception | None, known: set[str]) -> tuple[str, 
     names = _literals(full)
     given = value[1].strip().strip("'\"")
     expected = f"; expected {' or '.join(wanted)}" if (wanted := _wanted(full, names)) else ""
-    return f"--{key}={given} is not allowed{expected}", _closest(given, names)
+    return f"--{key}={given} is not allowed{expected}", closest(given, names)
 
 
 def _line(text: str) -> str:
@@ -130,24 +131,17 @@ def _wanted(message: str, names: list[str]) -> list[str]:
     return [*numbers, *([f"one of {', '.join(names)}"] if names else []), *dict.fromkeys(classes)]
 
 
-def _closest(word: str, names: Iterable[str], cutoff: float = 0.6) -> list[str]:
-    """The name most like ``word``, if one is; swapped letters are the likeliest slip."""
-    names = list(names)
-    swapped = [n for n in names if n != word and sorted(n) == sorted(word)]
-    return swapped[:1] or difflib.get_close_matches(word, names, 1, cutoff)
-
-
 def _near(word: str, known: set[str]) -> list[str]:
     """The option most like ``word``: in the same group if there is one, then by its last part, then in full."""
     group, _, last = word.rpartition(".")
     siblings = {k.removeprefix(f"{group}."): k for k in sorted(known) if k.startswith(f"{group}.")} if group else {}
     tails = {k.rpartition(".")[2]: k for k in sorted(known, key=lambda k: (-len(k), k))}
     for names in (siblings, tails):
-        if close := _closest(last, names, 0.7):
+        if close := closest(last, names, cutoff=0.7):
             return [names[close[0]]]
-    if close := _closest(word, sorted(known), 0.75):
+    if close := closest(word, sorted(known), cutoff=0.75):
         return close
-    words = _closest(last, _VOCABULARY, 0.7)
+    words = closest(last, _VOCABULARY, cutoff=0.7)
     return [_VOCABULARY[w] for w in words if _VOCABULARY[w] in known]
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from typing import NoReturn
+
+from nslightning.spelling import closest
 
 __all__ = ["Arguments"]
 
@@ -16,6 +17,6 @@ class Arguments(argparse.ArgumentParser):
         """Print what is wrong and end with status 2."""
         known = [option for option in self._option_string_actions if option.startswith("--")]
         given = [word.partition("=")[0].rstrip(":") for word in message.split() if word.startswith("--")]
-        meant = [n for word in given if word not in known for n in difflib.get_close_matches(word, known, 1)]
+        meant = [n for word in given if word not in known for n in closest(word, known)]
         hint = f"\n  did you mean {meant[0]!r}?" if meant else ""
         self.exit(2, f"{self.prog}: error: {message}{hint}\n  {self.prog} --help lists all options\n")

@@ -1,0 +1,84 @@
+"""Files that are whole or not there: written beside their place and moved into it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["expanded", "replacing", "write_text"]
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Write a file under another name, which takes its place at the end.
+
+    Whoever reads the file meanwhile, and whoever finds it after a crash or on a full disk, has the old one.
+
+    Args:
+        path: The file; its folder is made.
+
+    Yields:
+        The file to write, in the same folder and with the same ending. It is removed if the block raises.
+
+    Raises:
+        OSError: If the folder or the file cannot be written.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with replacing(f"{folder}/new/a.txt") as partial:
+        ...         _ = partial.write_text("whole")
+        ...     print(Path(folder, "new/a.txt").read_text(), len(list(Path(folder, "new").iterdir())))
+        whole 1
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
+    os.close(handle)
+    partial = Path(name)
+    try:
+        yield partial
+        partial.chmod(_mode(path))
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())  # a full disk may say so only here
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _mode(path: Path) -> int:
+    """The permissions of the file that is replaced, or those that a new file gets."""
+    if path.exists():
+        return path.stat().st_mode & 0o777
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file in UTF-8 with Unix line ends, whole or not at all.
+
+    Args:
+        path: The file; its folder is made.
+        text: Its content.
+
+    Raises:
+        OSError: If it cannot be written; the old file is there as it was.
+    """
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8", newline="\n")
+
+
+def expanded(path: str | Path) -> Path:
+    """A path as it was typed, ``~`` made a folder: a shell does that only at the beginning of a word.
+
+    Args:
+        path: The path.
+
+    Returns:
+        The path without ``~``.
+    """
+    return Path(path).expanduser()
