@@ -9,11 +9,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from nslightning._torch import is_compiled
 from nslightning.jacobians import Jacobians
 from nslightning.models.checkpoint_note import CheckpointNote, plan_of
 from nslightning.surgery import PatchReport, patch, selections, unpatch
 
-from .gradient_divergence import is_compiled
 from .run_record import RunRecord
 
 __all__ = ["NonsmoothPatch"]
@@ -92,7 +92,7 @@ class NonsmoothPatch(Callback):
                 f"NonsmoothPatch: {kind} is patched already. Leave NonsmoothPatch out and give the module its choice "
                 "(--model.jacobians), or unpatch the module first"
             )
-        if is_compiled(pl_module):
+        if any(map(is_compiled, pl_module.modules())):
             raise TypeError(
                 f"NonsmoothPatch: {kind} is compiled already, and the compiled code keeps PyTorch's own derivative. "
                 "Give trainer.fit the module itself, and call `self.network.compile()` in its on_fit_start"
