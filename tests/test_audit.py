@@ -452,7 +452,7 @@ def test_folder_of_images(own, capsys):
         (["paper/lenet5", "--data", "MNSIT"], 2, ["no such folder or data set", "did you mean 'MNIST'"]),
         (["own_model:build"], 2, ["no module 'own_model'", "did you mean 'own_models:build'"]),
         (["own_models:biuld"], 2, ["has no 'biuld'", "did you mean 'own_models:build'"]),
-        (["own_models:number"], 2, ["returns a int; an audit needs an nn.Module"]),
+        (["own_models:number"], 2, ["returns a int, not an nn.Module"]),
         (["own_models:broken"], 1, ["own_models:broken() failed with KeyError: 'no weights'"]),
         ([".own_models:build"], 2, ["not of the form package.module:factory"]),
         (["own_models:"], 2, ["not of the form package.module:factory"]),

@@ -6,7 +6,6 @@ import argparse
 import math
 import sys
 from collections.abc import Iterable
-from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,15 +128,19 @@ def _check_outputs(outputs: dict[str, Path]) -> None:
 def _audit(given: argparse.Namespace, outputs: dict[str, Path]) -> int:
     import torch
 
+    from nslightning.models.own import OwnNameError, is_own, own_network
+
     try:
         torch.zeros((), device=given.device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the latter
         raise CallError(f"--device {given.device} cannot be used here: {str(error).splitlines()[0]}") from error
 
     torch.manual_seed(given.seed)
-    own = ":" in given.model and "/" not in given.model.partition(":")[0]
-    if own:
-        network = _own_model(given.model, given.seed)
+    if is_own(given.model):
+        try:
+            network = own_network(given.model)
+        except OwnNameError as error:
+            raise CallError(str(error)) from error
         batches, what, _ = _data(given)
     else:
         _known_backbone(given.model)
@@ -204,48 +207,6 @@ def _backbone(name: str, classes: int, shape: tuple[int, ...]) -> nn.Module:
     from nslightning.models.backbones import create_backbone
 
     return create_backbone(name, classes, shape)
-
-
-def _own_model(name: str, seed: int) -> nn.Module:
-    """The module that ``package.module:factory`` makes, or is; imported with the current folder on the path."""
-    import torch
-    from torch import nn
-
-    where, _, attribute = name.partition(":")
-    if not all(part.isidentifier() for part in (*where.split("."), attribute)):
-        raise CallError(f"{name!r} is not of the form package.module:factory")
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        try:
-            module = import_module(where)
-        except ModuleNotFoundError as error:
-            missing = error.name or where
-            if where != missing and not where.startswith(f"{missing}."):
-                raise RuntimeError(f"{name}: {where} was found, and imports {missing}, which is not there") from error
-            files = [f.stem for f in sorted(Path.cwd().glob("*.py"))]
-            hint = did_you_mean(f"{where}:{attribute}", [f"{file}:{attribute}" for file in files], otherwise="")
-            raise CallError(f"there is no module {missing!r} in {here} or installed{hint}") from error
-        except Exception as error:  # of the user's code
-            raise RuntimeError(f"importing {where} failed with {type(error).__name__}: {error}") from error
-        if not hasattr(module, attribute):
-            public = [n for n, v in vars(module).items() if not n.startswith("_") and (callable(v))]
-            hint = did_you_mean(f"{where}:{attribute}", [f"{where}:{other}" for other in public], otherwise="")
-            raise CallError(f"module {where} has no {attribute!r}{hint}")
-        value = getattr(module, attribute)
-        if not isinstance(value, nn.Module):
-            if not callable(value):
-                raise CallError(f"{name} is of type {type(value).__name__}, neither a factory nor an nn.Module")
-            torch.manual_seed(seed)  # again: the import may have drawn
-            try:
-                value = value()
-            except Exception as error:  # of the user's code
-                raise RuntimeError(f"{name}() failed with {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove(here)
-    if not isinstance(value, nn.Module):
-        raise CallError(f"{name}() returns a {type(value).__name__}; an audit needs an nn.Module")
-    return value
 
 
 def _fit(images: Tensor, network: nn.Module, name: str) -> Tensor:

@@ -22,6 +22,7 @@ _HOMES = {
     "lr_scheduler": ("torch.optim.lr_scheduler", "nslightning.optim"),
     "callbacks": ("nslightning.callbacks", "lightning.pytorch.callbacks"),
     "logger": ("lightning.pytorch.loggers",),
+    "model": ("nslightning.models",),  # last: the options above may be a model's
 }
 # The papers' letters, and the options that set them.
 _VOCABULARY = {"alpha": "model.jacobians.relu", "beta": "model.jacobians.max_pool"}

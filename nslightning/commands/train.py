@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import re
 import secrets
 import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from configparser import ConfigParser
 from configparser import Error as ConfigError
 from contextlib import contextmanager, suppress
@@ -23,7 +24,7 @@ import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, WandbLogger
@@ -32,17 +33,21 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zer
 
 import nslightning.optim  # noqa: F401 # so that INNA and INNAprop are known by their bare names
 from nslightning import runs
+from nslightning.callbacks import NonsmoothPatch
 from nslightning.commands.config_parser import HelpfulErrors
 from nslightning.data import DataError, ImageDataModule, TokenFile
 from nslightning.models import ImageClassifier, LanguageModel
+from nslightning.models.own import current_folder_importable
+from nslightning.surgery import UnreachedError, selections
 
 __all__ = ["TrainCLI", "main", "task_of"]
 
 
 #: What ``--task`` trains: the model, the data modules it takes, and what the data tell the model.
-TASKS = {
+TASKS: dict[str, tuple[type[LightningModule], type[LightningDataModule], tuple[str, ...]]] = {
     "images": (ImageClassifier, ImageDataModule, ("num_classes", "image_shape")),
     "text": (LanguageModel, TokenFile, ("vocab_size", "block_size")),
+    "own": (LightningModule, LightningDataModule, ()),  # any, by class path
 }
 
 
@@ -59,7 +64,7 @@ class Bar(RichProgressBar):
 
 
 class TrainCLI(LightningCLI):
-    """Lightning's command line for :class:`~nslightning.models.ImageClassifier` and a data module.
+    """Lightning's command line for :class:`~nslightning.models.ImageClassifier`, or for a LightningModule of one's own.
 
     What it adds: one folder per run, found again with ``--ckpt_path=last``; flags win over a checkpoint's
     hyperparameters; W&B goes offline by itself; fp16 mixed precision on a CPU.
@@ -74,17 +79,19 @@ class TrainCLI(LightningCLI):
         """What a run is called and where it goes."""
         seed = "Seed of the initial weights, the order of the images, their augmentation and dropout."
         parser.add_argument("--seed_everything", type=int, default=0, help=seed)
-        parser.add_argument(
-            "--task", type=Literal["images", "text"], default=self.task, help="Whether a backbone or GPT-2 is trained."
+        task = (
+            "What is trained: a backbone, GPT-2, or a LightningModule of one's own, which --model=CLASS_PATH implies."
         )
+        parser.add_argument("--task", type=Literal["images", "text", "own"], default=self.task, help=task)
         parser.add_argument("--name", type=str | None, default=None, help="Name of the run; by default the config's.")
         parser.add_argument("--output", type=str, default="runs", help="Where run folders are kept.")
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Model and data before the trainer, whose options fill pages of ``--help``."""
         model, data, _ = self.tasks[self.task]
-        parser.add_lightning_class_args(model, "model")
-        parser.add_lightning_class_args(data, "data", subclass_mode=True)
+        own = self.task == "own"
+        parser.add_lightning_class_args(model, "model", subclass_mode=own)
+        parser.add_lightning_class_args(data, "data", subclass_mode=True, required=not own)
         parser.add_lightning_class_args(Trainer, "trainer")
         # Of a patched network the patch report says more than a table of its one child module.
         parser.set_defaults({"trainer.enable_model_summary": False})
@@ -93,8 +100,9 @@ class TrainCLI(LightningCLI):
         """What follows from other options."""
         for attribute in self.tasks[self.task][2]:
             parser.link_arguments(f"data.{attribute}", f"model.{attribute}", apply_on="instantiate")
-        parser.link_arguments("seed_everything", "data.init_args.seed")
-        parser.link_arguments("seed_everything", "model.seed")
+        if self.task != "own":
+            parser.link_arguments("seed_everything", "data.init_args.seed")
+            parser.link_arguments("seed_everything", "model.seed")
 
     def _parse_ckpt_path(self) -> None:
         """Find the checkpoint; flags and config win over its hyperparameters, which Lightning would put above them."""
@@ -141,7 +149,8 @@ class TrainCLI(LightningCLI):
     def _default_name(config: Namespace) -> str:
         files = config.get("config") or []
         if not files:
-            return str(config.model.get("backbone") or config.task).replace("/", "-")
+            what = config.model.get("backbone") or config.model.get("class_path") or config.task
+            return re.sub(r"[/:]", "-", str(what))
         # configs/innaprop/cifar10_vgg11.yaml is another experiment than configs/cifar10_vgg11.yaml.
         folders = Path(str(files[-1])).parent.parts
         inside = folders[folders.index("configs") + 1 :] if "configs" in folders else ()
@@ -241,10 +250,7 @@ class TrainCLI(LightningCLI):
         odd = sorted(n for n in stored.keys() | wanted.keys() if stored.get(n) != wanted.get(n))
         if odd:
             made = self._content.get("hyper_parameters", {})
-            made_as, now = (
-                f"{h.get('backbone', h.get('size'))} for {h.get('num_classes', h.get('vocab_size'))} classes"
-                for h in (made, self.model.hparams)
-            )
+            made_as, now = (_network_in_words(hparams) for hparams in (made, self.model.hparams))
             name, (then_shape, now_shape) = odd[0], (d.get(odd[0], "missing") for d in (stored, wanted))
             raise ValueError(
                 f"--ckpt_path: {self.checkpoint} holds {made_as}, and this is {now}: {len(odd)} parameters differ, "
@@ -266,14 +272,21 @@ class TrainCLI(LightningCLI):
         """Read the data before anything of the run is written: what is missing is said first."""
         if not self.trainer.is_global_zero:
             return
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined] # set by a connector
+        if not selections(self.model) and not any(isinstance(c, NonsmoothPatch) for c in callbacks):
+            rank_zero_warn(
+                f"{type(self.model).__name__} is not patched and trains with PyTorch's own derivatives; "
+                "--trainer.callbacks+=NonsmoothPatch patches it"
+            )
+        if not isinstance(self.datamodule, (ImageDataModule, TokenFile)):
+            return
         self.datamodule.prepare_data()
         self.datamodule.setup("fit")
         counts = ", ".join(f"{n:,} {split}" for split, n in self.datamodule.provenance["counts"].items())
         parameters = sum(p.numel() for p in self.model.parameters())
-        rank_zero_info(
-            f"{self.model.title} ({parameters:,} parameters) on {self.datamodule.name} "
-            f"({counts} {self.datamodule.summary})"
-        )
+        title = getattr(self.model, "title", type(self.model).__name__)
+        data = f"{self.datamodule.name} ({counts} {self.datamodule.summary})"
+        rank_zero_info(f"{title} ({parameters:,} parameters) on {data}")
 
     def after_fit(self) -> None:
         """Say where the results are."""
@@ -294,11 +307,15 @@ class TrainCLI(LightningCLI):
         batches = self.trainer.predict(**kwargs)
         if not batches:
             return
-        probability, label = torch.cat(cast("list[torch.Tensor]", batches)).max(1)
         config = self.config[self.subcommand]
         run = self.checkpoint.parent.parent if self.checkpoint else None
         folder = run if run and (run / "config.yaml").is_file() else Path(config.output, config.name)
         folder.mkdir(parents=True, exist_ok=True)
+        if self.task == "own":  # of any form
+            torch.save(batches, folder / "predictions.pt")
+            rank_zero_info(f"The predictions of {len(batches)} batches in {folder / 'predictions.pt'}")
+            return
+        probability, label = torch.cat(cast("list[torch.Tensor]", batches)).max(1)
         file = folder / "predictions.csv"
         pd.DataFrame({"class": label.tolist(), "probability": probability.tolist()}).to_csv(file, index_label="image")
         rank_zero_info(f"{len(label)} predictions in {file}")
@@ -331,6 +348,13 @@ class _Trained(Callback):
 
     def on_train_batch_start(self, *args: Any) -> None:
         self.cli.trained = True
+
+
+def _network_in_words(hparams: Mapping[str, Any]) -> str:
+    """What a checkpoint, or a model, holds."""
+    network = hparams.get("backbone", hparams.get("size"))
+    classes = hparams.get("num_classes", hparams.get("vocab_size"))
+    return f"{network} for {classes} classes" if network else "another network"
 
 
 def _read_checkpoint(file: Path, weights_only: bool | None) -> dict[str, Any]:
@@ -386,10 +410,11 @@ def main(argv: list[str], cli_class: type[TrainCLI] = TrainCLI) -> int:
     cli.task = task_of(argv)
     subcommand = argv[0] if argv[0] in cli.subcommands() else "fit"
     usage = f"nslightning {argv[0]} --config FILE [options]"
-    with _process(argv):
+    with _process(argv), current_folder_importable():
         try:
             cli.__init__(  # type: ignore[misc] # so that `forget` has it when this raises
                 *cli.tasks[cli.task][:2],
+                subclass_mode_model=cli.task == "own",
                 subclass_mode_data=True,
                 save_config_callback=_SaveConfig if subcommand == "fit" else None,
                 save_config_kwargs={"overwrite": True},
@@ -405,7 +430,7 @@ def main(argv: list[str], cli_class: type[TrainCLI] = TrainCLI) -> int:
         except Exception as error:
             cause = _cause(error)
             data = isinstance(cause, DataError)
-            mistake = (
+            mistake = isinstance(cause, UnreachedError) or (  # which the first step may find
                 isinstance(cause, (FileNotFoundError, ImportError, ValueError, MisconfigurationException))
                 and not cli.trained
             )
@@ -440,7 +465,12 @@ def task_of(argv: list[str]) -> str:
             content = None
             with suppress(yaml.YAMLError):  # the parser will say so
                 content = yaml.safe_load(Path(value).read_text())
-            flag, value = "--task", content.get("task", task) if isinstance(content, dict) else task
+            content = content if isinstance(content, dict) else {}
+            model = content.get("model")
+            own = isinstance(model, str) or (isinstance(model, dict) and "class_path" in model)
+            flag, value = "--task", content.get("task", "own" if own else task)
+        if flag == "--model":
+            flag, value = "--task", "own"
         if flag == "--task" and value in TASKS:
             task = value
     return task

@@ -1,4 +1,4 @@
-"""Networks by name: ``timm/<name>``, ``torchvision/<name>`` and ``paper/<name>``.
+"""Networks by name: ``timm/<name>``, ``torchvision/<name>``, ``paper/<name>``, and one's own.
 
 timm and torchvision are imported when a name asks for them, not before.
 
@@ -19,6 +19,7 @@ from typing import Any, cast
 from torch import nn
 
 from nslightning.models import paper
+from nslightning.models.own import is_own, own_network
 from nslightning.models.paper.common import check_image_shape
 from nslightning.spelling import closest, did_you_mean
 
@@ -40,6 +41,8 @@ def create_backbone(
         name: ``paper/<name>`` (see :mod:`nslightning.models.paper`), ``timm/<name>``, with a pretrained tag
             (``timm/resnet50.a1_in1k``) or a source (``timm/hf-hub:...``) where wanted, or
             ``torchvision/<name>``, one of its image classifiers. :func:`list_backbones` lists them.
+            ``my_package.nets:make`` is a network of one's own: the function is called with those of
+            ``num_classes``, ``image_shape`` and ``pretrained`` that it names.
         num_classes: size of the output.
         image_shape: (channels, height, width) of the images. A timm network is built for that many channels,
             and for that height and width where its layers depend on them (most vision transformers); a
@@ -58,6 +61,9 @@ def create_backbone(
         ValueError: for a name, an option or a shape that is not admissible.
         RuntimeError: if pretrained weights cannot be had.
     """
+    if is_own(name):
+        offered = {"num_classes": num_classes, "image_shape": tuple(image_shape), "pretrained": pretrained}
+        return own_network(name, offered, options)
     family, _, network = name.partition("/")
     if family not in FAMILIES or not network:
         raise _unknown(name, list_backbones())
@@ -296,6 +302,7 @@ def _unknown(name: str, known: list[str]) -> ValueError:
     return ValueError(
         f"there is no backbone {name!r}"
         + (f"; did you mean {', '.join(close)}?" if close else ".")
-        + f" Names are {', '.join(f'{known_family}/<name>' for known_family in FAMILIES)}; list them with"
+        + f" Names are {', '.join(f'{known_family}/<name>' for known_family in FAMILIES)}, or package.module:factory"
+        + " for a network of your own; list them with"
         + f' python -c "from nslightning.models import list_backbones; {listing}"'
     )

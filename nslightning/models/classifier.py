@@ -31,7 +31,8 @@ class ImageClassifier(PatchedModule):
     ``test``. Accuracies are fractions.
 
     Args:
-        backbone: ``timm/<name>``, ``torchvision/<name>`` or ``paper/<name>``.
+        backbone: ``timm/<name>``, ``torchvision/<name>``, ``paper/<name>``, or ``my_package.nets:make`` for a network
+            of one's own.
         num_classes: Size of the output.
         image_shape: (channels, height, width) of the images. A gray image is repeated over the channels of a backbone
             that only takes three.

@@ -1,0 +1,126 @@
+"""Networks of one's own, named ``package.module:factory``."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nslightning.spelling import did_you_mean
+
+__all__ = ["OwnNameError", "current_folder_importable", "is_own", "own_network"]
+
+
+class OwnNameError(ValueError):
+    """A name of the form ``package.module:factory`` that names no factory and no network."""
+
+
+def is_own(name: str) -> bool:
+    """Whether a backbone's name has the form ``package.module:factory``.
+
+    Args:
+        name: The name.
+
+    Returns:
+        True where a colon comes before any slash; ``timm/hf-hub:...`` is timm's.
+
+    Example:
+        >>> is_own("my_package.nets:make"), is_own("timm/resnet18")
+        (True, False)
+    """
+    before, colon, _ = name.partition(":")
+    return bool(colon) and "/" not in before
+
+
+@contextmanager
+def current_folder_importable() -> Iterator[None]:
+    """Let ``import`` find modules in the current folder, as ``python -m`` does."""
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
+
+
+def own_network(name: str, offered: dict[str, Any] | None = None, options: dict[str, Any] | None = None) -> nn.Module:
+    """Make the network that ``package.module:factory`` names.
+
+    Modules in the current folder are found. The import draws no random numbers from the global streams.
+
+    Args:
+        name: ``package.module:factory``. The factory is a function or class that makes an ``nn.Module``, or it is an
+            ``nn.Module``, which is copied.
+        offered: Arguments that are passed where the factory names them, such as ``num_classes``.
+        options: Arguments that are passed in any case.
+
+    Returns:
+        The network.
+
+    Raises:
+        OwnNameError: If there is no such module, or no such factory in it.
+        ValueError: If ``options`` are given to what takes none.
+        RuntimeError: If the code itself fails.
+    """
+    where, _, attribute = name.partition(":")
+    if not all(part.isidentifier() for part in (*where.split("."), attribute)):
+        raise OwnNameError(f"{name!r} is not of the form package.module:factory")
+    options = options or {}
+    with current_folder_importable():
+        factory = _look_up(where, attribute)
+        if isinstance(factory, nn.Module):
+            if options:
+                raise ValueError(f"{name} is a network, which takes no options; given {', '.join(options)}")
+            return copy.deepcopy(factory)
+        if not callable(factory):
+            raise OwnNameError(f"{name} is of type {type(factory).__name__}, neither a factory nor an nn.Module")
+        arguments = _arguments(name, factory, offered or {}, options)
+        try:
+            network = factory(**arguments)
+        except Exception as error:
+            given = ", ".join(f"{k}={v!r}" for k, v in arguments.items())
+            raise RuntimeError(f"{name}({given}) failed with {type(error).__name__}: {error}") from error
+    if not isinstance(network, nn.Module):
+        raise OwnNameError(f"{name}() returns a {type(network).__name__}, not an nn.Module")
+    return network
+
+
+def _look_up(where: str, attribute: str) -> Any:
+    try:
+        with torch.random.fork_rng(devices=[]):  # importing may draw, and only does so the first time
+            module = import_module(where)
+    except ModuleNotFoundError as error:
+        missing = error.name or where
+        if where != missing and not where.startswith(f"{missing}."):
+            raise RuntimeError(f"{where} was found, and imports {missing}, which is not there") from error
+        files = [f.stem for f in sorted(Path.cwd().glob("*.py"))]
+        hint = did_you_mean(f"{where}:{attribute}", [f"{file}:{attribute}" for file in files], otherwise="")
+        raise OwnNameError(f"there is no module {missing!r} in {Path.cwd()} or installed{hint}") from error
+    except Exception as error:
+        raise RuntimeError(f"importing {where} failed with {type(error).__name__}: {error}") from error
+    if not hasattr(module, attribute):
+        public = [n for n, v in vars(module).items() if not n.startswith("_") and callable(v)]
+        hint = did_you_mean(f"{where}:{attribute}", [f"{where}:{other}" for other in public], otherwise="")
+        raise OwnNameError(f"module {where} has no {attribute!r}{hint}")
+    return getattr(module, attribute)
+
+
+def _arguments(name: str, factory: Any, offered: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """The options, and those of the offered arguments that a factory names."""
+    try:
+        parameters = inspect.signature(factory).parameters
+    except ValueError:  # a class written in C
+        return options
+    unknown = sorted(options.keys() - parameters.keys())
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        hint = did_you_mean(unknown[0], list(parameters))
+        raise ValueError(f"{name} has no option {unknown[0]!r}{hint} It takes: {', '.join(parameters)}")
+    return {key: value for key, value in offered.items() if key in parameters} | options
