@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakSet
 
 import pandas as pd
 import torch
@@ -20,18 +21,19 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from nslightning._torch import is_compiled
+from nslightning.choices import Choices, named_choices
 from nslightning.jacobians import Jacobians
 from nslightning.models import Twins
 from nslightning.probes import NORMS, Divergence, gradients, measure, measure_differences
 from nslightning.probes.propagation import Recording, recording, refuse_random
-from nslightning.runs import forget_from
 from nslightning.surgery import selections
 
-from .measurements import append_rows, interval, log_step, run_folder
+from .measurements import append_rows, begins_anew, interval, log_step, own_name, run_folder, start_table
 
 __all__ = ["GradientDivergence"]
 
 _RESERVED = {"seconds", "share", "per_layer"}  # divergence/... that are no choice
+_EXTRA = WeakSet[nn.Module]()  # modules on which passes run that are not the training's own
 _FIRST_WAIT = 10  # steps that an adaptive interval is timed on
 
 
@@ -65,10 +67,12 @@ class GradientDivergence(Callback):
     =============================== ==================================================================
 
     The run folder gets ``divergence.csv``, one row per step, choice and parameter (an empty ``parameter`` is the
-    total), and at the end ``divergence.pdf`` and ``.png``, the relative divergence against the step.
+    total), and at the end ``divergence.pdf`` and ``.png``, the relative divergence against the step. A second
+    GradientDivergence of the same run logs as ``divergence-2/...`` and writes ``divergence-2.csv``.
 
     Args:
-        choices: The choices to compare with the one in use, by the name they are logged under.
+        choices: The choices to compare with the one in use, by the name they are logged under: each a
+            :class:`~nslightning.Jacobians`, its fields as ``{"relu": 1.0}``, or a preset such as ``"jax"``.
         every_n_steps: Optimizer steps between two measurements; ``"auto"`` keeps them within the budget.
         per_layer: Also record every parameter's divergence.
         method: ``"propagate"`` carries the difference itself down from the ties
@@ -88,16 +92,16 @@ class GradientDivergence(Callback):
 
     def __init__(
         self,
-        choices: dict[str, Jacobians],
+        choices: Choices,
         every_n_steps: int | Literal["auto"] = "auto",
         per_layer: bool = True,
         method: Literal["auto", "propagate", "subtract"] = "auto",
         budget: float = 0.05,
     ) -> None:
-        checked_names("GradientDivergence", "divergence/<choice>/<norm>", choices, _RESERVED)
+        self.choices = checked_names("GradientDivergence", "divergence/<choice>/<norm>", choices, _RESERVED)
         if not budget > 0:
             raise ValueError(f"budget is a share of the training time, such as 0.05; given {budget}")
-        self.choices, self.per_layer, self.method = dict(choices), per_layer, method
+        self.per_layer, self.method = per_layer, method
         self.every_n_steps = every_n_steps if every_n_steps == "auto" else interval(every_n_steps)
         self.budget = budget
         self._spent, self._trained, self._next = 0.0, 0.0, 0  # seconds, seconds, and a step
@@ -109,8 +113,24 @@ class GradientDivergence(Callback):
         self._own: dict[str, Tensor] = {}
         self._hooks: list[RemovableHandle] = []
         self._seconds = 0.0
-        self._folder = Path()
+        self._name, self._folder = "divergence", Path()
         self._settings, self._open = ExitStack(), ExitStack()
+
+    @property
+    def state_key(self) -> str:
+        """What tells this callback's state from another one's in a checkpoint."""
+        return self._generate_state_key(
+            choices={name: repr(choice) for name, choice in self.choices.items()},
+            every_n_steps=self.every_n_steps,
+            per_layer=self.per_layer,
+            method=self.method,
+            budget=self.budget,
+        )
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget an earlier training; of one that goes on, the checkpoint's account comes after this."""
+        if begins_anew(trainer, stage):
+            self._spent, self._trained, self._next = 0.0, 0.0, 0
 
     def state_dict(self) -> dict[str, Any]:
         """The account of the time spent, for a run that goes on."""
@@ -150,7 +170,7 @@ class GradientDivergence(Callback):
                 f"--trainer.strategy=ddp, not {type(trainer.strategy).__name__}"
             )
         self._measured_step = -1
-        self._folder = run_folder(trainer)
+        self._name, self._folder = own_name(trainer, self, "divergence"), run_folder(trainer)
         if any(map(is_compiled, pl_module.modules())):
             # A compiled backward may overwrite what the forward saved ("donated buffers"); it could not run once per
             # choice then. The setting holds for what is compiled under it, so what is compiled already goes.
@@ -159,8 +179,7 @@ class GradientDivergence(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drop the rows that this run will write again; only now does Lightning know at which step it resumes."""
-        if trainer.is_global_zero:
-            forget_from(self._folder / "divergence.csv", trainer.global_step)
+        start_table(trainer, self._file)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start the clock."""
@@ -180,8 +199,11 @@ class GradientDivergence(Callback):
             return
         self._measured_step = step
         if self._propagates:
-            self._recorded = self._open.enter_context(recording(pl_module))
-            self._open.enter_context(_keeping_graph(pl_module, self._recorded))
+            # Operations report to one recording at a time: another GradientDivergence's serves this one as well.
+            self._recorded = next((c._recorded for c in _alike(trainer) if c._recorded is not None), None)
+            if self._recorded is None:
+                self._recorded = self._open.enter_context(recording(pl_module))
+                self._open.enter_context(_keeping_graph(pl_module, self._recorded))
         else:
             start = _now(pl_module.device)
             with undisturbed(pl_module, step):
@@ -190,7 +212,8 @@ class GradientDivergence(Callback):
 
         def keep(name: str, gradient: Tensor) -> None:
             # A copy: the engine may hand this very tensor on to `grad`, where DDP and the scaler overwrite it.
-            self._own[name] = gradient.detach().clone()
+            if pl_module not in _EXTRA:  # another callback's passes are not the training's
+                self._own[name] = gradient.detach().clone()
 
         self._own = {}
         self._hooks = [
@@ -207,12 +230,13 @@ class GradientDivergence(Callback):
         scale = loss_scale(trainer)
         recorded, others, own = self._recorded, self._others, self._own
         self._forget()
+        shared = any(c._recorded is recorded for c in _alike(trainer))
         named = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
         # A parameter that the loss does not depend on got no gradient.
         own = _means(trainer, {name: own.get(name, torch.zeros_like(p)) for name, p in named.items()})
         if recorded is not None:
             with undisturbed(pl_module, trainer.global_step):
-                carried = recorded.carried(self.choices, named, retain_graph=False)
+                carried = recorded.carried(self.choices, named, retain_graph=shared)
                 found = measure_differences(((choice, _means(trainer, d)) for choice, d in carried), own)
         else:
             found = {choice: measure(_means(trainer, other), own) for choice, other in others.items()}
@@ -234,14 +258,13 @@ class GradientDivergence(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the figure."""
-        file = self._folder / "divergence.csv"
-        if trainer.is_global_zero and file.exists():
+        if trainer.is_global_zero and self._file.exists():
             from nslightning.figures import divergence_by_step
 
             # Only a number's "nan" is one: an empty parameter and any choice's name are text.
             numbers = {norm: ["nan"] for norm in NORMS}
-            rows = pd.read_csv(file, dtype={"choice": str}, keep_default_na=False, na_values=numbers)
-            divergence_by_step(rows[rows["parameter"] == ""], self._folder / "divergence.pdf")
+            rows = pd.read_csv(self._file, dtype={"choice": str}, keep_default_na=False, na_values=numbers)
+            divergence_by_step(rows[rows["parameter"] == ""], self._file.with_suffix(".pdf"))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave nothing behind: Lightning calls no ``teardown`` then."""
@@ -252,6 +275,10 @@ class GradientDivergence(Callback):
         """Give the compiler its setting back."""
         self._settings.close()
 
+    @property
+    def _file(self) -> Path:
+        return self._folder / f"{self._name}.csv"
+
     def _forget(self) -> None:
         for hook in self._hooks:
             hook.remove()
@@ -259,23 +286,28 @@ class GradientDivergence(Callback):
         self._others, self._own, self._hooks, self._recorded = {}, {}, [], None
 
     def _record(self, trainer: Trainer, found: Mapping[str, Divergence]) -> None:
+        step, name = trainer.global_step, self._name
+        metrics = {f"{name}/{c}/{norm}": v for c, d in found.items() for norm, v in d.norms().items()}
+        share = {f"{name}/share": self._spent / self._trained} if self._trained else {}
+        log_step(trainer, metrics | {f"{name}/seconds": self._seconds} | share)
         if not trainer.is_global_zero:
             return
-        step = trainer.global_step
-        metrics = {f"divergence/{c}/{norm}": v for c, d in found.items() for norm, v in d.norms().items()}
-        share = {"divergence/share": self._spent / self._trained} if self._trained else {}
-        log_step(trainer, metrics | {"divergence/seconds": self._seconds} | share)
         rows: list[dict[str, Any]] = []
         for choice, d in found.items():
             rows.append({"step": step, "choice": choice, "parameter": "", **d.norms()})
             if self.per_layer:
                 rows += [{"step": step, "choice": choice, "parameter": p, **e.norms()} for p, e in d.per_layer.items()]
-        append_rows(self._folder / "divergence.csv", rows)
+        append_rows(self._file, rows)
         for logger in trainer.loggers if self.per_layer else []:
             if isinstance(logger, WandbLogger):
                 columns = ["step", "choice", "parameter", *NORMS]
                 data = [[row[c] for c in columns] for row in rows if row["parameter"]]
-                logger.log_table("divergence/per_layer", columns=columns, data=data, step=step)
+                logger.log_table(f"{name}/per_layer", columns=columns, data=data, step=step)
+
+
+def _alike(trainer: Trainer) -> list[GradientDivergence]:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined] # set in Trainer.__init__
+    return [c for c in callbacks if isinstance(c, GradientDivergence)]
 
 
 @contextmanager
@@ -322,38 +354,37 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def checked_names(
-    callback: str, key: str, choices: Mapping[str, Jacobians], reserved: Collection[str] = ()
-) -> dict[str, Jacobians]:
+def checked_names(callback: str, key: str, choices: Choices, reserved: Collection[str] = ()) -> dict[str, Jacobians]:
     """Check that choices can be logged under their names.
 
     Args:
         callback: What they were given to.
         key: What it logs.
-        choices: The choices by name.
+        choices: The choices by name, in any way they may be written.
         reserved: Names that it logs something else under.
 
     Returns:
         The choices.
 
     Raises:
-        ValueError: If there is none, or a name cannot be part of a metric's name.
+        ValueError: If there is none, one is not admissible, or a name cannot be part of a metric's name.
     """
     if not choices:
         raise ValueError(f"{callback} takes at least one choice, such as {{'relu1': {{'relu': 1.0}}}}")
-    bad = [name for name in choices if not re.fullmatch(r"[\w.+-]+", name) or name in reserved]
+    read = named_choices(choices)
+    bad = [name for name in read if not re.fullmatch(r"[\w.+-]+", name) or name in reserved]
     if bad:
         but = f", and not {' or '.join(sorted(reserved))}" if reserved else ""
         raise ValueError(
             f"a choice's name becomes part of {key}: letters, digits and _.+- only{but}; "
             f"given {', '.join(map(repr, bad))}"
         )
-    return dict(choices)
+    return read
 
 
 @contextmanager
 def undisturbed(module: nn.Module, step: int) -> Iterator[None]:
-    """Put random streams and buffers back after extra backward passes.
+    """Put random streams and buffers back after extra backward passes, which no recording sees.
 
     A checkpointed region runs its forward again in every backward, and the ``"random"`` choice draws in it.
 
@@ -364,11 +395,20 @@ def undisturbed(module: nn.Module, step: int) -> Iterator[None]:
     """
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     devices = sorted({p.device.index or 0 for p in module.parameters() if p.device.type == "cuda"})
+    own = selections(module).values()
+    recorders = [selection.recorder for selection in own]
     with ExitStack() as streams:
         streams.enter_context(torch.random.fork_rng(devices))
-        for selection in selections(module).values():
+        for selection in own:
             streams.enter_context(selection.other_streams(selection.seed + 1 + step))
-        yield
+            selection.recorder = None
+        _EXTRA.add(module)
+        try:
+            yield
+        finally:
+            _EXTRA.discard(module)
+            for selection, recorder in zip(own, recorders, strict=True):
+                selection.recorder = recorder
     with torch.no_grad():
         for name, buffer in module.named_buffers():
             if not torch.equal(buffer, buffers[name]):

@@ -1,13 +1,17 @@
 """Logging from callbacks: to the loggers, on the step axis that Lightning itself uses, and to tables in the folder."""
 
+import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-from lightning.pytorch import Trainer
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 
-__all__ = ["append_rows", "interval", "log_step", "run_folder"]
+from nslightning.runs import forget_from
+
+__all__ = ["append_rows", "begins_anew", "interval", "log_step", "own_name", "run_folder", "start_table"]
 
 
 def run_folder(trainer: Trainer) -> Path:
@@ -22,41 +26,101 @@ def run_folder(trainer: Trainer) -> Path:
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 
+def own_name(trainer: Trainer, callback: Callback, name: str) -> str:
+    """The name of a callback's files and metrics, which another one of its class does not share.
+
+    Args:
+        trainer: The trainer that holds the callback.
+        callback: The callback.
+        name: What the first one of its class is called.
+
+    Returns:
+        ``name``; ``name-2`` for the second callback of that class, and so on, in the order of the trainer's list.
+    """
+    alike = [c for c in trainer.callbacks if type(c) is type(callback)]  # type: ignore[attr-defined] # set in __init__
+    place = next((i for i, c in enumerate(alike) if c is callback), 0)
+    return f"{name}-{place + 1}" if place else name
+
+
+def begins_anew(trainer: Trainer, stage: str) -> bool:
+    """Whether a training is about to begin at its first step, before Lightning restores a checkpoint.
+
+    Args:
+        trainer: The trainer, in ``setup``.
+        stage: The stage.
+
+    Returns:
+        True for a fit that does not go on with what this trainer trained before.
+    """
+    return stage == "fit" and trainer.global_step == 0
+
+
+def start_table(trainer: Trainer, file: Path) -> None:
+    """Make a CSV file ready for a training's rows: those that are written again go, those of another training stay.
+
+    Args:
+        trainer: The trainer, in ``on_train_start``: only now does Lightning know at which step it goes on.
+        file: The table. One that an earlier training left in the same folder is kept under another name.
+    """
+    if not trainer.is_global_zero:
+        return
+    if trainer.global_step or not file.exists():
+        forget_from(file, trainer.global_step)
+        return
+    taken = {f.name for f in file.parent.glob(f"{file.stem}.*{file.suffix}")}
+    name = next(n for i in range(1, len(taken) + 2) if (n := f"{file.stem}.{i}{file.suffix}") not in taken)
+    file.rename(file.with_name(name))
+    rank_zero_info(f"{file} is of an earlier training in that folder, and is kept as {name}")
+
+
 def append_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Add rows to a CSV file, with a header where it is new.
 
     Args:
         file: The file.
-        rows: Values by column, the same columns each time.
+        rows: Values by column, the same columns each time; a NaN is written as ``nan``, None as nothing.
     """
+    if not rows:
+        return
     file.parent.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(rows).to_csv(file, mode="a", header=not file.exists(), index=False, na_rep="nan")
+    with file.open("a", newline="", encoding="utf-8") as table:
+        writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
+        if table.tell() == 0:
+            writer.writeheader()
+        writer.writerows(rows)
 
 
-def interval(every_n_steps: int) -> int:
+def interval(every_n_steps: int, name: str = "every_n_steps") -> int:
     """Check the steps between two measurements.
 
     Args:
-        every_n_steps: What was given.
+        every_n_steps: The number of steps.
+        name: What the argument is called.
 
     Returns:
         The same.
 
     Raises:
-        ValueError: If it is not positive.
+        ValueError: If it is no whole number from 1 on.
     """
-    if every_n_steps < 1:
-        raise ValueError(f"every_n_steps is a number of steps from 1 on; given {every_n_steps}")
+    if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
+        raise ValueError(f"{name} is a whole number of steps from 1 on; given {every_n_steps!r}")
     return every_n_steps
 
 
-def log_step(trainer: Trainer, metrics: Mapping[str, float]) -> None:
+def log_step(trainer: Trainer, metrics: Mapping[str, float] | None) -> None:
     """Send values of the current training step to every logger, whatever ``log_every_n_steps`` says.
 
+    They are in ``trainer.callback_metrics`` as well, so that a checkpoint or early stopping can monitor them.
+
     Args:
-        trainer: The trainer, on rank 0 or on all ranks; loggers write on rank 0 only.
-        metrics: Values by name.
+        trainer: The trainer, on all ranks.
+        metrics: Values by name; only those of rank 0 count, and the others may pass None.
     """
+    if trainer.world_size > 1:
+        metrics = trainer.strategy.broadcast(metrics)
+    values = dict(metrics or {})
+    trainer.callback_metrics.update({name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()})
     step = trainer.fit_loop.epoch_loop._batches_that_stepped
     for logger in trainer.loggers:
-        logger.log_metrics(dict(metrics), step=step)
+        logger.log_metrics(values, step=step)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -20,8 +20,8 @@ from nslightning.probes import counting
 from nslightning.surgery import selections, using
 
 from .gradient_divergence import loss_scale, undisturbed
-from .measurements import log_step, run_folder
-from .replay import ReplayedStep, silent
+from .measurements import begins_anew, log_step, run_folder
+from .replay import NoLossError, ReplayedStep, silent, takes_iterator
 
 __all__ = ["NonFinite", "NonFiniteError", "NonFiniteGuard"]
 
@@ -107,6 +107,12 @@ class NonFiniteGuard(Callback):
         self._batch_idx = 0
         self._random: list[Tensor] = []
         self._loss: Tensor | None = None
+        self._open = ExitStack()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget an earlier training."""
+        if begins_anew(trainer, stage):
+            self.found, self.batches = None, 0
 
     def state_dict(self) -> dict[str, Any]:
         """What was found so far."""
@@ -125,12 +131,18 @@ class NonFiniteGuard(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep what running the batch again takes."""
         self._batch, self._batch_idx = batch, batch_idx
+        self._keep_random(pl_module)
+        if takes_iterator(pl_module):  # the batch is fetched inside the step: only the iterator sees it
+            self._batch = self._open.enter_context(_keeping_fetched(pl_module, lambda: self._keep_random(pl_module)))
+
+    def _keep_random(self, module: LightningModule) -> None:
         self._random = [torch.get_rng_state()]
-        if pl_module.device.type == "cuda":
-            self._random.append(torch.cuda.get_rng_state(pl_module.device))
+        if module.device.type == "cuda":
+            self._random.append(torch.cuda.get_rng_state(module.device))
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Keep the loss."""
+        self._open.close()
         self._loss = loss.detach()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -150,9 +162,15 @@ class NonFiniteGuard(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Let go of the batch; log the count."""
+        self._open.close()
         self._batch, self._loss = None, None
         if self.batches:
             log_step(trainer, {"nonfinite/batches": float(self.batches)})
+
+    def on_exception(self, *_: Any) -> None:
+        """Leave nothing behind."""
+        self._open.close()
+        self._batch, self._loss = None, None
 
     def _report(self, trainer: Trainer, module: LightningModule) -> None:
         if self.found is None:
@@ -197,8 +215,11 @@ class NonFiniteGuard(Callback):
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             counts = stack.enter_context(counting(module)) if selections(module) and not compiled else {}
             calls = stack.enter_context(_watching(module, counts))
-            with trainer.precision_plugin.train_step_context():
-                loss = step(self._batch)
+            try:
+                with trainer.precision_plugin.train_step_context():
+                    loss = step(self._batch)
+            except NoLossError:  # the step decides by what it keeps for itself
+                return found
             bad = next((c for c in calls if not (c.finite_in and c.finite_out)), None)
             if bad is not None:
                 found.what = "activation"
@@ -222,6 +243,41 @@ class NonFiniteGuard(Callback):
             if selections(module):
                 found.finite_under_reference = _finite_under_reference(loss, module, list(named.values()))
         return found
+
+
+@contextmanager
+def _keeping_fetched(module: LightningModule, fetched: Callable[[], None]) -> Iterator[list[Any]]:
+    """Keep what the training step of a module takes from its iterator inside the block.
+
+    Args:
+        module: The module trained.
+        fetched: Called after each fetch.
+    """
+    kept: list[Any] = []
+    step, replaced = module.training_step, vars(module).get("training_step")
+
+    class Kept(Iterator[Any]):
+        def __init__(self, source: Any) -> None:
+            self._source = source
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._source, name)
+
+        def __next__(self) -> Any:
+            kept.append(next(self._source))
+            fetched()
+            return kept[-1]
+
+    def training_step(dataloader_iter: Any) -> Any:
+        return step(Kept(dataloader_iter))
+
+    module.training_step = training_step  # type: ignore[method-assign] # of this instance
+    try:
+        yield kept
+    finally:
+        del module.training_step
+        if replaced is not None:
+            module.training_step = replaced  # type: ignore[method-assign]
 
 
 @dataclass

@@ -11,9 +11,8 @@ from torch.optim import Optimizer
 
 from nslightning.models import Twins
 from nslightning.probes import Divergence, measure
-from nslightning.runs import forget_from
 
-from .measurements import append_rows, interval, log_step, run_folder
+from .measurements import append_rows, interval, log_step, own_name, run_folder, start_table
 
 __all__ = ["TwinDivergence"]
 
@@ -59,21 +58,31 @@ class TwinDivergence(Callback):
                 f"TwinDivergence compares the networks of Twins, and this is {type(pl_module).__name__}: "
                 "use WeightDivergence, or train with `nslightning twins`"
             )
-        self._file = run_folder(trainer) / "twins.csv"
+        self._file = run_folder(trainer) / f"{own_name(trainer, self, 'twins')}.csv"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drop the rows that this run will write again."""
-        if trainer.is_global_zero:
-            forget_from(self._file, trainer.global_step)
+        start_table(trainer, self._file)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Compare weights and gradients before they change."""
         done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        if trainer.is_global_zero and (
-            trainer.global_step % self.every_n_steps == 0 or done <= trainer.accumulate_grad_batches
-        ):
-            rows = self._measured(trainer, pl_module, "weights") + self._measured(trainer, pl_module, "gradients")
-            append_rows(self._file, rows + self._logged(trainer, pl_module, "train", trainer.global_step))
+        if trainer.global_step % self.every_n_steps and done > trainer.accumulate_grad_batches:
+            return
+        if not trainer.is_global_zero:
+            log_step(trainer, None)
+            return
+        rows, metrics = list[dict[str, Any]](), dict[str, float]()
+        for what in ("weights", "gradients"):
+            measured = self._measured(trainer, pl_module, what)
+            metrics |= {
+                row["metric"].replace("/", f"/{row['twin']}/", 1): row["value"]
+                for row in measured
+                if not row["parameter"]
+            }
+            rows += measured
+        log_step(trainer, metrics)
+        append_rows(self._file, rows + self._logged(trainer, pl_module, "train", trainer.global_step))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the twins' accuracies."""
@@ -85,7 +94,7 @@ class TwinDivergence(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare the final weights."""
         if trainer.is_global_zero and not trainer.interrupted:
-            append_rows(self._file, self._measured(trainer, pl_module, "weights", log=False))
+            append_rows(self._file, self._measured(trainer, pl_module, "weights"))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the figure."""
@@ -95,15 +104,13 @@ class TwinDivergence(Callback):
             rows = pd.read_csv(self._file, dtype={"twin": str}, keep_default_na=False, na_values={"value": ["nan"]})
             twins_by_step(rows[rows["parameter"] == ""], self._file.with_suffix(".pdf"))
 
-    def _measured(self, trainer: Trainer, module: LightningModule, what: str, log: bool = True) -> list[dict[str, Any]]:
+    def _measured(self, trainer: Trainer, module: LightningModule, what: str) -> list[dict[str, Any]]:
         """The distances of every twin's weights or gradients to the first one's."""
         assert isinstance(module, Twins)
         twins, rows = module.named_twins(), list[dict[str, Any]]()
         reference = _tensors(twins[module.first], what)
         for name in [n for n in twins if n != module.first]:
             found = measure(_tensors(twins[name], what), reference)
-            if log:
-                log_step(trainer, {f"{what}/{name}/{norm}": v for norm, v in found.norms().items()})
             parts: Mapping[str, Divergence] = {"": found, **(found.per_layer if self.per_layer else {})}
             at = {"step": trainer.global_step, "epoch": trainer.current_epoch, "twin": name}
             rows += [

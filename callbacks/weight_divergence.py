@@ -9,9 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from nslightning.probes import measure
-from nslightning.runs import forget_from
 
-from .measurements import append_rows, interval, log_step, run_folder
+from .measurements import append_rows, begins_anew, interval, log_step, own_name, run_folder, start_table
 
 __all__ = ["WeightDivergence"]
 
@@ -33,6 +32,8 @@ class WeightDivergence(Callback):
     ``weights/relative``   ``l2`` over the norm of the reference
     ``weights/cosine``     cosine of the angle between the two
     ====================== =================================================================
+
+    A second WeightDivergence of the same run logs as ``weights-2/...`` and writes ``weights-2.csv``.
 
     The run folder gets ``weights.csv``, one row per step and parameter (an empty ``parameter`` is the total), with the
     final weights in the last rows. Checkpoints hold the initial weights where these are the reference, so that a
@@ -66,23 +67,43 @@ class WeightDivergence(Callback):
         else:
             self._at_step = {_read(file)["global_step"]: file for file in files}
 
+    @property
+    def state_key(self) -> str:
+        """What tells this callback's state from another one's in a checkpoint."""
+        return self._generate_state_key(
+            reference=self.reference, every_n_steps=self.every_n_steps, per_layer=self.per_layer
+        )
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget an earlier training's initial weights; those of a checkpoint come after this."""
+        if begins_anew(trainer, stage):
+            self._start = None
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Find the initial weights also where another interval was set: they are the run's, whoever kept them."""
+        states = checkpoint.get("callbacks", {}).items()
+        kept = (s["initial"] for key, s in states if key.startswith(type(self).__qualname__) and "initial" in s)
+        self._start = next(kept, None) if self.reference == "initial" else None
+
     def state_dict(self) -> dict[str, Any]:
         """The initial weights, where they are the reference."""
         return {"initial": self._start} if self._start is not None else {}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Measure from where the run began."""
-        self._start = state_dict.get("initial")
-
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Know the folder."""
-        self._file = run_folder(trainer) / "weights.csv"
+        self._name = own_name(trainer, self, "weights")
+        self._file = run_folder(trainer) / f"{self._name}.csv"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the initial weights of a new run; drop the rows that this one will write again."""
-        if trainer.is_global_zero:
-            forget_from(self._file, trainer.global_step)
-        if self.reference == "initial" and (self._start is None or trainer.global_step == 0):
+        start_table(trainer, self._file)
+        if self.reference == "initial" and self._start is None:
+            if trainer.global_step:
+                raise ValueError(
+                    f"WeightDivergence: the training goes on at step {trainer.global_step} from a checkpoint without "
+                    "initial weights, since no WeightDivergence was there when it was written: give the file of a "
+                    "checkpoint as the reference"
+                )
             self._start = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -98,12 +119,16 @@ class WeightDivergence(Callback):
     def _measure(self, trainer: Trainer, module: LightningModule, final: bool = False) -> None:
         step = trainer.global_step
         due = step in self._at_step if self._at_step else final or step % self.every_n_steps == 0
-        if not due or not trainer.is_global_zero:
+        if not due:
+            return
+        if not trainer.is_global_zero:
+            if not final:
+                log_step(trainer, None)
             return
         reference = self._start or self._fixed or _read(self._at_step[step])["state_dict"]
         found = measure(*_pairs(dict(module.named_parameters()), reference, self.reference))
         if not final:
-            log_step(trainer, {f"weights/{norm}": value for norm, value in found.norms().items()})
+            log_step(trainer, {f"{self._name}/{norm}": value for norm, value in found.norms().items()})
         rows = [{"step": step, "parameter": "", **found.norms()}]
         if self.per_layer:
             rows += [{"step": step, "parameter": name, **part.norms()} for name, part in found.per_layer.items()]

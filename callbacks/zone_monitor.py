@@ -7,14 +7,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from nslightning._torch import is_compiled
+from nslightning.choices import Choice, Choices, to_jacobians
 from nslightning.jacobians import Jacobians
 from nslightning.probes.zone import zone
-from nslightning.runs import forget_from
 from nslightning.surgery import selections
 
 from .gradient_divergence import checked_names, loss_scale, undisturbed
-from .measurements import append_rows, interval, log_step, run_folder
-from .replay import ReplayedStep, silent
+from .measurements import append_rows, interval, log_step, own_name, run_folder, start_table
+from .replay import NoLossError, ReplayedStep, silent, takes_iterator
 
 __all__ = ["ZoneMonitor"]
 
@@ -41,11 +41,11 @@ class ZoneMonitor(Callback):
     ``zones/<choice>/difference``   the same over the reals
     =============================== ==================================================================
 
-    The run folder gets ``zones.csv``, one row per step and choice. Where gradients are not finite there is no zone: all
-    values are NaN.
+    The run folder gets ``zones.csv``, one row per step and choice. Where gradients are not finite, or the step returns
+    no loss, there is no zone: all values are NaN.
 
     Args:
-        choices: The choices by the name they are logged under.
+        choices: The choices by the name they are logged under, written as for :class:`GradientDivergence`.
         reference: What each one is compared with.
         every_n_steps: Optimizer steps between two measurements.
 
@@ -55,11 +55,12 @@ class ZoneMonitor(Callback):
 
     def __init__(
         self,
-        choices: dict[str, Jacobians],
-        reference: Jacobians = Jacobians(),  # noqa: B008 # frozen
+        choices: Choices,
+        reference: Choice = Jacobians(),  # noqa: B008 # frozen
         every_n_steps: int = 200,
     ) -> None:
-        self.choices, self.reference = checked_names("ZoneMonitor", "zones/<choice>/<zone>", choices), reference
+        self.choices = checked_names("ZoneMonitor", "zones/<choice>/<zone>", choices)
+        self.reference = to_jacobians(reference)
         self.every_n_steps = interval(every_n_steps)
         self._measured_step = -1
 
@@ -71,12 +72,14 @@ class ZoneMonitor(Callback):
             raise ValueError("ZoneMonitor watches activations as they are computed: train with --model.compile=false")
         if not pl_module.automatic_optimization:
             raise ValueError("ZoneMonitor runs the training step for its loss, and a manual one would train")
-        self._measured_step, self._file = -1, run_folder(trainer) / "zones.csv"
+        if takes_iterator(pl_module):
+            raise ValueError("ZoneMonitor runs a batch before it is trained on; a step that takes an iterator hides it")
+        self._measured_step, self._name = -1, own_name(trainer, self, "zones")
+        self._file = run_folder(trainer) / f"{self._name}.csv"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drop the rows that this run will write again."""
-        if trainer.is_global_zero:
-            forget_from(self._file, trainer.global_step)
+        start_table(trainer, self._file)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Run the batch for its zones before it is trained on."""
@@ -90,7 +93,7 @@ class ZoneMonitor(Callback):
             if trainer.world_size > 1:
                 values = trainer.strategy.reduce(values.to(pl_module.device), reduce_op="mean")
             row = dict(zip((*_KINDS, "observed", "difference"), values.tolist(), strict=True))
-            log_step(trainer, {f"zones/{name}/{key}": value for key, value in row.items()})
+            log_step(trainer, {f"{self._name}/{name}/{key}": value for key, value in row.items()})
             rows.append({"step": step, "choice": name, **row})
         if trainer.is_global_zero:
             append_rows(self._file, rows)
@@ -107,6 +110,8 @@ class ZoneMonitor(Callback):
         ):
             try:
                 found = zone(ReplayedStep(module, batch_idx, scale), _identity, (batch,), choice, self.reference)
+            except NoLossError:  # the step is skipped
+                return [float("nan")] * 5
             except ValueError as error:
                 if "not finite" not in str(error):
                     raise

@@ -652,7 +652,8 @@ def test_unmeasured_steps_keep_nothing(tmp_path):
     trainer(tmp_path, callback, TieMonitor(4), Watch(), max_epochs=2).fit(module, data())
     parameters = len(list(module.parameters()))
     assert hooks == [parameters * (i % 4 == 0) for i in range(12)]
-    assert len(set(tensors[1:])) == 1, tensors
+    # The share of the time is known from the second measurement on, and then among the metrics that can be monitored.
+    assert len({tensors[i] for i in (5, 6, 7, 9, 10, 11)}) == 1, tensors
     assert not callback._others
     assert not callback._own
     assert not callback._hooks

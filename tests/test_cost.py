@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from nslightning import Jacobians, patch, unpatch
-from nslightning.commands.cost import main, parse_choice
+from nslightning.choices import named_choice
+from nslightning.commands.cost import main
 from nslightning.probes.cost import BOUND, _innermost_calls, _interleaved, cost_ratio, cost_scaling
 from nslightning.probes.cost_figures import plot_cost, plot_scaling
 from nslightning.probes.cost_report import ChoiceCost, CostReport, CostScaling, ModuleCost, Timing, slope
@@ -567,12 +568,12 @@ def test_command_refuses_unknown_arguments(capsys):
 
 
 def test_choices_as_the_command_line_writes_them():
-    assert parse_choice("x:relu=0.5,relu6=[0,1],max_pool=minimal") == (
+    assert named_choice("x:relu=0.5,relu6=[0,1],max_pool=minimal") == (
         "x",
         Jacobians(relu=0.5, relu6=(0.0, 1.0), max_pool="minimal"),
     )
-    assert parse_choice("x:max_pool=10,leaky_relu=null") == ("x", Jacobians(max_pool=10.0))
-    assert parse_choice("tensorflow") == ("tensorflow", Jacobians.preset("tensorflow"))
+    assert named_choice("x:max_pool=10,leaky_relu=null") == ("x", Jacobians(max_pool=10.0))
+    assert named_choice("tensorflow") == ("tensorflow", Jacobians.preset("tensorflow"))
 
 
 def test_help_does_not_import_torch():

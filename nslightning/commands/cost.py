@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from nslightning.spelling import did_you_mean
-
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-    from nslightning.jacobians import Jacobians
-
-__all__ = ["main", "parse_choice"]
+__all__ = ["main"]
 
 _DTYPES = {"16": "float16", "bf16": "bfloat16", "32": "float32", "64": "float64"}
 
@@ -95,7 +89,7 @@ def cost(
         batch_size: Images in the batch.
         dtype: Precision of parameters and images: true 16, bf16, 32 or 64 bits, not mixed.
         device: cpu, cuda, cuda:1, ...
-        choices: Jacobian choices, each as :func:`parse_choice` takes it.
+        choices: Jacobian choices, each as :func:`~nslightning.choices.named_choice` takes it.
         repetitions: Measured rounds.
         widths: For paper/fc: the widths of its hidden layers, one report each.
         seed: Seeds the initialisation and the images.
@@ -106,9 +100,9 @@ def cost(
         RuntimeError: If the device cannot be used.
         OSError: If the output cannot be written.
     """
-    named = dict(parse_choice(text) for text in choices or [])
-    if len(named) < len(choices or []):
-        raise ValueError(f"two choices have one name: {' '.join(choices or [])}")
+    from nslightning.choices import named_choices
+
+    named = named_choices(choices or [])
     if batch_size < 1:
         raise ValueError(f"batch_size is at least 1; given {batch_size}")
     if widths and model != "paper/fc":
@@ -166,51 +160,3 @@ def cost(
         for path in written:
             path.replace(folder / path.name)
     print(f"\nWritten to {folder}: {', '.join(path.name for path in written)}")
-
-
-def parse_choice(text: str) -> tuple[str, Jacobians]:
-    """Read a choice as the command line writes it.
-
-    Args:
-        text: ``NAME:FIELD=VALUE[,FIELD=VALUE...]``, the fields those of :class:`~nslightning.Jacobians`, a
-            value JSON or a word; or the name of a preset.
-
-    Returns:
-        The name and the choice.
-
-    Raises:
-        ValueError: If it is not of that form, or the choice is not admissible.
-
-    Example:
-        >>> parse_choice("mine:relu=0.5,relu6=[0,1],max_pool=minimal")
-        ('mine', Jacobians(relu=0.5, relu6=(0.0, 1.0), max_pool='minimal'))
-        >>> from nslightning import Jacobians
-        >>> parse_choice("jax")[1] == Jacobians.preset("jax")
-        True
-    """
-    from nslightning.jacobians import Jacobians
-
-    name, colon, rest = text.partition(":")
-    if not colon:
-        try:
-            return name, Jacobians.preset(name)
-        except ValueError as error:
-            raise ValueError(f"choice {text!r}: write NAME:FIELD=VALUE, as relu1:relu=1 ({error})") from error
-    fields: dict[str, Any] = {}
-    for part in re.split(r",(?=\w+=)", rest):
-        field, equals, value = part.partition("=")
-        if not name or not equals:
-            raise ValueError(f"choice {text!r}: write NAME:FIELD=VALUE[,FIELD=VALUE...], as relu1:relu=1")
-        try:
-            fields[field] = json.loads(value)
-        except json.JSONDecodeError:
-            fields[field] = value
-    known = list(Jacobians.__dataclass_fields__)
-    if unknown := [field for field in fields if field not in known]:
-        hint = did_you_mean(unknown[0], known)
-        allowed = ", ".join(known)
-        raise ValueError(f"choice {text!r}: there is no field {unknown[0]!r}{hint} Fields: {allowed}")
-    try:
-        return name, Jacobians(**fields)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"choice {text!r}: {error}") from error

@@ -81,16 +81,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _search(given: argparse.Namespace, fit: list[str]) -> int:
-    from nslightning.commands.cost import parse_choice
+    from nslightning.choices import named_choices
 
     if not 0 < given.low < given.high < math.inf:
         raise ValueError(f"--low and --high are to be 0 < low < high; given {given.low} and {given.high}")
     for name in ("trials", "epochs"):
         if getattr(given, name) < 1:
             raise ValueError(f"--{name} is at least 1; given {getattr(given, name)}")
-    choices: dict[str, Jacobians | None] = dict(map(parse_choice, given.choices)) if given.choices else {"config": None}
-    if given.choices and len(choices) < len(given.choices):
-        raise ValueError(f"two choices have one name: {' '.join(given.choices)}")
+    choices: dict[str, Jacobians | None] = {"config": None}
+    if given.choices:
+        choices = dict(named_choices(given.choices))
     optuna = _optuna()
     folder = Path(given.output)
     folder.mkdir(parents=True, exist_ok=True)

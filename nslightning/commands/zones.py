@@ -113,7 +113,7 @@ def zones(
         ValueError: If an argument is not admissible.
         OSError: If the output cannot be written.
     """
-    from nslightning.commands.cost import parse_choice
+    from nslightning.choices import named_choice
     from nslightning.experiments import run
     from nslightning.experiments.data import download as fetch
     from nslightning.experiments.grid import Experiment
@@ -128,7 +128,7 @@ def zones(
         raise ValueError("precisions names at least one of 16, 32, 64")
     if tau is not None and norm not in ("linf_sum", "l1_sum"):
         raise ValueError(f"tau is the threshold of linf_sum and l1_sum; norm={norm} has none")
-    (name, other), (reference_name, base) = parse_choice(choice), parse_choice(reference)
+    (name, other), (reference_name, base) = named_choice(choice), named_choice(reference)
     against = {k: v for k, v in other.to_dict().items() if v != getattr(base, k)}
     if not against:
         raise ValueError(f"{name} and {reference_name} are the same choice")
