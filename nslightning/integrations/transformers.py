@@ -1,0 +1,164 @@
+"""Hugging Face's ``Trainer`` under a Jacobian choice, by one callback.
+
+Needs the extra ``huggingface``: ``pip install 'nslightning[huggingface]'``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from nslightning.jacobians import Jacobians
+from nslightning.models.checkpoint_note import plan_of
+from nslightning.probes import Divergence
+from nslightning.probes.measured_backward import measured_backward
+from nslightning.surgery import PatchReport, Rule, patch, selections, unpatch
+
+__all__ = ["NonsmoothTrainerCallback"]
+
+
+class NonsmoothTrainerCallback(TrainerCallback):
+    """Patches the model of a Hugging Face ``Trainer``, and measures other choices on its training backward.
+
+    The model is patched when the ``Trainer`` is made, before Accelerate wraps or compiles it, and given back as it was
+    when training ends; another ``train()`` patches it again. Measuring leaves the training bit for bit as it is.
+
+    Written to ``output_dir``: ``patch_report.json`` with every site, after the first step; ``divergence.csv`` with one
+    row per measured step and choice. The same values go into ``trainer.state.log_history`` as
+    ``divergence/<choice>/relative`` and ``divergence/<choice>/cosine``, and to W&B where a run is active. On several
+    processes they are those of the first process's own batch.
+
+    Args:
+        jacobians: The choice for all sites.
+        sites: Rules for some sites (:class:`~nslightning.surgery.Rule`).
+        choices: Other choices to compare with the one in use, by name.
+        every_n_steps: Optimizer steps between two measurements.
+        only: Patch only the modules that this selects.
+        skip: Leave the modules that this selects alone.
+        strict: Refuse a model with an operation that no choice can reach, instead of naming it in the report.
+
+    Attributes:
+        report: What is patched; None before there is a model.
+
+    Raises:
+        ValueError: If a rule or the number of steps is mistaken.
+
+    Example:
+        >>> callback = NonsmoothTrainerCallback(Jacobians(relu=1.0), choices={"stock": Jacobians()})
+    """
+
+    def __init__(
+        self,
+        jacobians: Jacobians = Jacobians(),  # noqa: B008 # frozen
+        sites: Sequence[Rule | dict[str, Any]] | None = None,
+        choices: Mapping[str, Jacobians] | None = None,
+        every_n_steps: int = 50,
+        only: Any = None,
+        skip: Any = None,
+        strict: bool = True,
+    ) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps is a number of steps from 1 on; given {every_n_steps}")
+        self.plan = plan_of(jacobians, sites)
+        self.choices, self.every_n_steps = dict(choices or {}), every_n_steps
+        self.only, self.skip, self.strict = only, skip, strict
+        self.report: PatchReport | None = None
+        self._measuring = ExitStack()
+        self._measured: dict[str, Divergence] = {}
+        self._report_written = False
+
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Patch the model, if there is one already (``model_init`` makes it later)."""
+        if kwargs.get("model") is not None:
+            self._patch(kwargs["model"])
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Patch the model, unless that is done.
+
+        Raises:
+            ValueError: If the model would be compiled before it is patched.
+        """
+        model: nn.Module = kwargs["model"]
+        if not selections(model):
+            if args.torch_compile:
+                raise ValueError(
+                    "NonsmoothTrainerCallback patches before compilation: give it to Trainer(callbacks=[...]), which "
+                    "lets it patch at once, and train once with it"
+                )
+            self._patch(model)
+        if self.choices and args.torch_compile:
+            raise ValueError("a compiled model's ties cannot be recorded: measure without torch_compile, or choices={}")
+        self._report_written = False
+
+    def _patch(self, model: nn.Module) -> None:
+        self.report = patch(model, self.plan, only=self.only, skip=self.skip, strict=self.strict)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measure on the backward that comes, if it is time."""
+        if self.choices and state.global_step % self.every_n_steps == 0:
+            self._measured = self._measuring.enter_context(measured_backward(kwargs["model"], self.choices))
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop measuring after the first of several accumulated batches."""
+        self._stop(args, state)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop measuring."""
+        self._stop(args, state)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write the report once the first step has shown the functional calls."""
+        self._stop(args, state)
+        if not self._report_written and self.report is not None and state.is_world_process_zero:
+            assert args.output_dir is not None
+            self.report.save(Path(args.output_dir, "patch_report.json"))
+            self._report_written = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Give the model back as it was."""
+        self._measuring.close()
+        unpatch(kwargs["model"])
+
+    def _stop(self, args: TrainingArguments, state: TrainerState) -> None:
+        self._measuring.close()
+        measured, self._measured = self._measured, {}
+        if not measured or not state.is_world_process_zero:
+            return
+        assert args.output_dir is not None
+        file = Path(args.output_dir, "divergence.csv")
+        rows = [{"step": state.global_step, "choice": name, **d.norms()} for name, d in measured.items()]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pd.DataFrame(rows).to_csv(file, mode="a", header=not file.exists(), index=False, na_rep="nan")
+        values = {
+            f"divergence/{name}/{norm}": value
+            for name, d in measured.items()
+            for norm, value in d.norms().items()
+            if norm in ("relative", "cosine")  # which a loss's scale leaves alone
+        }
+        state.log_history.append({**values, "step": state.global_step})
+        wandb = sys.modules.get("wandb")
+        if wandb is not None and wandb.run is not None:
+            wandb.log({**values, "train/global_step": state.global_step})
