@@ -18,7 +18,7 @@ LOCAL_UV := $(filter .uv/%,$(UV))
 export UV_PYTHON_PREFERENCE ?= system
 SYNC = $(UV) pip sync --quiet --require-hashes requirements.lock --python
 # --python-version: the lock serves every Python from 3.11 on, whichever one runs this.
-COMPILE = $(UV) pip compile --quiet --universal --generate-hashes pyproject.toml --all-extras --group dev \
+COMPILE = $(UV) pip compile --quiet --universal --generate-hashes pyproject.toml --all-extras --group dev --group docs \
 	--python-version 3.11
 
 .PHONY: help
@@ -83,6 +83,16 @@ reproduce-all: setup ## Every experiment and figure; one figure: make reproduce-
 
 reproduce-%: setup
 	$(call REPRODUCE,$*)
+
+##@ Documentation
+
+.PHONY: docs
+docs: setup ## Build the documentation into build/site, without network; a warning is an error
+	$(BIN)/mkdocs build --strict --quiet
+
+.PHONY: docs-serve
+docs-serve: setup ## Show the documentation while it is written
+	$(BIN)/mkdocs serve
 
 ##@ Checks
 
