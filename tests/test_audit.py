@@ -513,3 +513,39 @@ def test_help_is_quick_and_documents_the_statuses():
     assert "--fail-above" in shown
     assert "exit status: 0 done; 1" in shown
     assert "3 a relative divergence exceeds --fail-above" in shown
+
+
+def test_an_interrupted_audit_keeps_what_it_measured(tmp_path, capsys, monkeypatch):
+    """Ctrl-C in the second precision: the first is shown and written, and the way to the rest is named."""
+    from nslightning.probes import audit as module
+
+    measure = module._measure
+
+    def interrupted(network, batches, dtype, *rest):
+        if dtype == "64":
+            raise KeyboardInterrupt
+        return measure(network, batches, dtype, *rest)
+
+    monkeypatch.setattr(module, "_measure", interrupted)
+    file = tmp_path / "audit.json"
+    command = ["audit", "paper/lenet5", "--batch_size=2", "--json", str(file)]
+    assert main([*command, "--dtypes", "32", "64", "16"]) == 130
+    said = capsys.readouterr()
+    assert "--dtypes 64 16 measures the rest" in said.err
+    assert json.loads(file.read_text())["dtypes"] == ["32"]
+    file.unlink()
+    assert main([*command, "--dtypes", "64", "32"]) == 130
+    assert "interrupted before anything was measured" in capsys.readouterr().err
+    assert not file.exists()
+
+
+def test_progress_is_one_line_of_a_terminal(capsys, monkeypatch):
+    from nslightning.commands import progress
+
+    with progress.progress() as tell:
+        tell("at once, where it is no terminal: nothing")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    with progress.progress() as tell:
+        tell("one")
+        tell("two")
+    assert capsys.readouterr().err == "\r\x1b[Kone\r\x1b[Ktwo\r\x1b[K"

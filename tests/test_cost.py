@@ -56,17 +56,25 @@ def test_flop_ratio_of_mlps(depth, ratio):
     assert report.flop_ratio == pytest.approx(3 - products[0] / sum(products), abs=1e-12)
     assert round(report.flop_ratio, 2) == ratio
     assert report.parameters == sum(products) + sum(widths[1:])
-    assert report.grouped == ()
 
 
-def test_flop_ratio_is_flagged_with_grouped_convolutions_and_absent_without_products():
-    grouped = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 3, 1), nn.Flatten(1), nn.LazyLinear(3))
-    inputs, targets = batch_of(2, 4, 5, 5)
-    grouped(inputs)
-    report = cost_ratio(grouped, (inputs, targets), {}, **QUICK)
-    assert report.grouped == ("0",)
-    assert "unreliable" in str(report)
-    assert not report.rows()[0]["flop_ratio_reliable"]
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_flops_of_grouped_convolutions(kind, groups):
+    """By hand: each output place is a product of the kernel with the channels of its group; backward, two of them."""
+    net = nn.Sequential(
+        nn.Conv2d(4, 8, 1), kind(8, 12, 3, groups=groups), nn.Conv2d(12, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    report = cost_ratio(net, batch_of(2, 4, 5, 6), {}, **QUICK)
+    places = 3 * 4 if kind is nn.Conv2d else 5 * 6  # of the output, and of the input of a transposed convolution
+    seen = 3 * 4 if kind is nn.Conv2d else 7 * 8
+    first, middle, last = 2 * 4 * 8 * 5 * 6, 2 * 9 * (8 // groups) * 12 * places, 2 * 12 * 3 * seen
+    assert report.flops == 2 * (first + middle + last)
+    # The first convolution's input needs no gradient.
+    assert report.flop_ratio * report.flops == 2 * (2 * first + 3 * middle + 3 * last)
+
+
+def test_flop_ratio_is_absent_without_products():
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing to patch is no news here: the report tells it
         norm = cost_ratio(nn.BatchNorm1d(3), batch_of(4, 3), {}, **QUICK)
@@ -357,7 +365,7 @@ def fabricated(ratios, modules=(), parameters=100, jvp=3.0, forward=10.0, differ
         model="Net", parameters=parameters, batch=4, dtype="float32", training=True,
         environment={"machine": "M", "cores": 2, "clock": "thread time", "threads": 1, "torch": "2"},
         forward=timing(forward), recorded=timing(forward), jvp=None if jvp is None else timing(forward * jvp),
-        jvp_note="" if jvp is not None else "no rule", flops=8, flop_ratio=3.0, grouped=(), peak_bytes=100,
+        jvp_note="" if jvp is not None else "no rule", flops=8, flop_ratio=3.0, peak_bytes=100,
         memory_method="nothing", ties=1, evaluations=2, bound=5.0,
         choices=tuple(
             ChoiceCost(n, None if n == "stock" else Jacobians().to_dict(), timing(forward * r), (r, r, r),

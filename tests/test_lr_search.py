@@ -41,6 +41,12 @@ def test_a_search_per_choice_goes_on_where_it_was(tmp_path, capsys) -> None:
     assert "epochs was 1 and is 2" in capsys.readouterr().err
 
 
+def test_a_diverged_trial_is_a_bad_one_and_not_a_broken_one(tmp_path) -> None:
+    assert search(tmp_path, "--trials=1", "--epochs=1", "--low=1e3", "--high=1e4", "--metric=val/loss") == 0
+    (trial,) = pd.read_csv(tmp_path / "trials.csv").to_dict("records")
+    assert (trial["val/loss"], trial["state"]) == (0.0, "complete")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import statistics
+from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 import pytest
 
 from nslightning.cli import main
+from nslightning.commands.zones import _shares
 
 SETTING = ["--data=FashionMNISTSample", "--backbone=paper/lenet5", "--batch_size=16", "--batches=2", "--chunk=2"]
 
@@ -62,6 +66,24 @@ def test_of_mini_batches_and_with_the_papers_threshold(tmp_path) -> None:
         assert row["share"] == pytest.approx(share)
         assert row["low"] <= share <= row["high"]
         assert row["low"] < row["high"]
+
+
+def test_the_interval_of_mini_batches_is_students(tmp_path) -> None:
+    """Draws are independent and their mini-batches are not: the draws' shares, by the formula."""
+    shares = [0.25, 0.5, 0.75, 0.25, 1.0]
+    rows = [
+        {"precision": 32, "cell": "a", "theta": i, "metric": metric, "value": value}
+        for i, share in enumerate(shares)
+        for metric, value in {"differing": 4 * share, "batches": 4, "not_finite": 0}.items()
+    ]
+    pd.DataFrame(rows).to_csv(tmp_path / "results.csv", index=False)
+    experiment: Any = SimpleNamespace(cells=lambda: [SimpleNamespace(varied={"precision": 32})])
+    row = _shares(experiment, tmp_path, "batches").iloc[0]
+    mean, deviation = statistics.fmean(shares), statistics.stdev(shares)
+    half = 2.776445 * deviation / math.sqrt(5)  # the 97.5 % quantile with four degrees of freedom, from a table
+    assert row["share"] == pytest.approx(mean)
+    assert row["low"] == pytest.approx(mean - half, abs=1e-6)
+    assert row["high"] == pytest.approx(mean + half, abs=1e-6)
 
 
 @pytest.mark.parametrize(

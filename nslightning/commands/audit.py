@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nslightning.commands.plain_parser import Arguments
+from nslightning.commands.progress import progress
 from nslightning.files import write_text
 from nslightning.spelling import did_you_mean
 
@@ -30,7 +31,8 @@ examples:
   nslightning audit my_package.models:build --data MNIST --fail-above 1e-3     # in CI
 
 exit status: 0 done; 1 the data or the model is at fault; 2 the command was called wrongly;
-3 a relative divergence exceeds --fail-above, or a gradient is not finite.
+3 a relative divergence exceeds --fail-above, or a gradient is not finite; 130 after an interruption: what was measured
+until then is shown and written.
 """
 
 
@@ -60,6 +62,9 @@ def main(argv: list[str]) -> int:
     except CallError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted before anything was measured", file=sys.stderr)
+        return 130
     except (ValueError, RuntimeError, OSError) as error:  # DataError is a RuntimeError
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
@@ -151,17 +156,18 @@ def _audit(given: argparse.Namespace, outputs: dict[str, Path]) -> int:
     from nslightning.probes.audit import audit
     from nslightning.probes.audit_report import page, table
 
-    found = audit(
-        network,
-        batches,
-        dtypes=given.dtypes,
-        device=given.device,
-        training=not given.eval,
-        seed=given.seed,
-        name=given.model,
-        data=what,
-        progress=_progress if sys.stderr.isatty() else None,
-    )
+    with progress() as tell:
+        found = audit(
+            network,
+            batches,
+            dtypes=given.dtypes,
+            device=given.device,
+            training=not given.eval,
+            seed=given.seed,
+            name=given.model,
+            data=what,
+            progress=tell,
+        )
     print(table(found))
     for kind, path in outputs.items():
         if kind == "json":
@@ -173,15 +179,14 @@ def _audit(given: argparse.Namespace, outputs: dict[str, Path]) -> int:
         write_text(path, text)
     if outputs:
         print(f"\nWritten: {', '.join(map(str, outputs.values()))}")
+    if left := [dtype for dtype, why in found.not_run.items() if why == "interrupted"]:
+        print(f"\ninterrupted; the same command with --dtypes {' '.join(left)} measures the rest", file=sys.stderr)
+        return 130
     if given.fail_above is not None and not found.largest <= given.fail_above:
         largest = "not finite" if not math.isfinite(found.largest) else f"{found.largest:.3g}"
         print(f"\nThe largest relative divergence, {largest}, exceeds --fail-above {given.fail_above}", file=sys.stderr)
         return 3
     return 0
-
-
-def _progress(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 # ----------------------------------------------------------------------------------------------------- model

@@ -8,6 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from nslightning.commands.progress import progress
+
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
@@ -23,7 +25,7 @@ def main(argv: list[str]) -> int:
         argv: The command line from the subcommand on.
 
     Returns:
-        0; 2 where the call is mistaken, 1 where the machine or the disk fails, both told on stderr.
+        0; 2 where the call is mistaken, 1 where the machine or the disk fails, 130 after an interruption.
 
     Raises:
         SystemExit: After ``--help`` (0) and for arguments that are not understood (2).
@@ -34,6 +36,9 @@ def main(argv: list[str]) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     try:
         cost(**given)
+    except KeyboardInterrupt:
+        print("\ninterrupted; nothing was written", file=sys.stderr)
+        return 130
     except (ValueError, RuntimeError, OSError) as error:
         print(f"nslightning cost: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1  # a mistaken call, or a machine that cannot
@@ -130,7 +135,7 @@ def cost(
         return network.to(target, precision).train()
 
     result: CostReport | CostScaling
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), progress() as tell:
         torch.manual_seed(seed)
         shape = (batch_size, input_channels(model, image_shape), *image_shape[1:])
         batch = torch.randn(shape), torch.randint(num_classes, (batch_size,))
@@ -143,9 +148,10 @@ def cost(
                 named,
                 repetitions=repetitions,
                 name=model,
+                progress=tell,
             )
         else:
-            result = cost_ratio(build(), batch, named, repetitions=repetitions, name=model)
+            result = cost_ratio(build(), batch, named, repetitions=repetitions, name=model, progress=tell)
     print(result)
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -209,6 +209,8 @@ def _shares(experiment: Experiment, folder: Path, of: str) -> pd.DataFrame:
     import pandas as pd
     from scipy import stats
 
+    from nslightning.experiments.figures.results import share_interval
+
     table = pd.read_csv(folder / "results.csv")
     wide = table.pivot_table(index=["precision", "cell", "theta"], columns="metric", values="value").reset_index()
     rows = []
@@ -216,8 +218,7 @@ def _shares(experiment: Experiment, folder: Path, of: str) -> pd.DataFrame:
         n, differing = len(drawn), drawn["differing"].sum()
         if of == "draws":
             share = float((drawn["differing"] > 0).mean())
-            interval = stats.binomtest(int((drawn["differing"] > 0).sum()), n).proportion_ci(method="wilson")
-            low, high = interval.low, interval.high
+            low, high = share_interval(int((drawn["differing"] > 0).sum()), n)
         else:
             each = drawn["differing"] / drawn["batches"]
             share = float(each.mean())

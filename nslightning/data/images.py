@@ -3,15 +3,17 @@
 from collections.abc import Sequence
 from typing import ClassVar
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.functional import pad
-from torchvision.datasets.folder import default_loader
 from torchvision.transforms import v2
 
 from nslightning.data.sampler import AUGMENT, Batch, Draws, generator, seeded
 from nslightning.data.verify import data_error
+
+_UNKNOWN_SCALE = ("F", "F;16", "F;32")  # Pillow's modes of floating-point numbers; "I" is 16 bits of a PNG or a PGM
 
 
 def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -151,19 +153,43 @@ class FileImages(Draws):
         for draw in draws:
             epoch, index = divmod(draw, len(self))
             path, label = self.samples[index]
-            image = _decode(path)
+            image = read_image(path)
             with seeded(AUGMENT, self.seed, epoch, index):
                 pixels.append(self.transform(image))
             labels.append(label)
         return normalise(torch.stack(pixels), self.mean, self.std), torch.tensor(labels)
 
 
-def _decode(path: str) -> Image.Image:
+def read_image(path: str) -> Image.Image:
+    """Read one image file as RGB with eight bits a channel.
+
+    Images of 16 bits a channel keep their eight highest bits, as in torchvision and Pillow. EXIF says which side is up.
+    Transparency is dropped, as in torchvision's data sets, and of an animation the first frame is taken.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The image, of mode RGB.
+
+    Raises:
+        DataError: If the file is gone or damaged, or its numbers have no known scale.
+    """
     try:
-        image: Image.Image = default_loader(path)
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode in _UNKNOWN_SCALE or (image.mode == "I" and opened.format not in ("PNG", "PPM")):
+                kind = "floating-point numbers" if image.mode == "F" else "integers of 32 bits"
+                failed = f"its pixels are {kind}, and nothing says which number is white"
+                raise data_error(path, failed, "Save it with 8 or 16 bits per channel, such as a PNG.")
+            if image.mode == "I" or image.mode.startswith("I;16"):
+                high = (np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)
+                image = Image.fromarray(high)
+            if image.mode == "P":  # through RGBA, so that a palette with transparency is no special case
+                image = image.convert("RGBA")
+            return image.convert("RGB")
     except FileNotFoundError:
         raise data_error(path, "it was there at the start and is gone", "Put it back and start again.") from None
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on damaged files
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # of Pillow, on damaged files
         fix = "Replace it by an intact copy, or delete it to train without it."
         raise data_error(path, f"the image cannot be decoded ({error})", fix) from None
-    return image

@@ -217,7 +217,7 @@ def audit(
         top: Number of parameters named per divergence.
         name: What to call the model; its class by default.
         data: What to call the batches.
-        progress: Called with a line before each dtype.
+        progress: Called with a line before each batch of each dtype.
 
     Returns:
         The findings.
@@ -225,6 +225,8 @@ def audit(
     Raises:
         ValueError: If an argument is not admissible, the model is patched, or its outputs or labels do not fit.
         RuntimeError: If the model runs in none of the dtypes.
+        KeyboardInterrupt: If it is interrupted before one of the dtypes is done. Later on the findings are those of the
+            dtypes that are, and the others are ``not_run``.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3))
@@ -244,17 +246,22 @@ def audit(
     ties: dict[str, dict[str, Ties]] = {}
     spreads: list[Spread] = []
     noise: dict[str, float] = {}
-    failed: dict[str, Exception] = {}
+    failed: dict[str, BaseException] = {}
+    tell = progress or (lambda line: None)
+    wanted = list(dict.fromkeys(dtypes))
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for dtype in dict.fromkeys(dtypes):
-            if progress:
-                progress(f"{dtype}: {len(batches)} x {' x '.join(map(str, batches[0][0].shape))} on {device}")
+        for dtype in wanted:
             try:
                 network = copy.deepcopy(model).to(device, DTYPES[dtype]).train(training)
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", PatchWarning)  # nothing to patch: the advice says it
                     report = patch(network, Jacobians(), seed=seed, strict=False)
-                    counts, found, floor = _measure(network, batches, DTYPES[dtype], choices, seed)
+                    counts, found, floor = _measure(network, batches, dtype, choices, seed, tell)
+            except KeyboardInterrupt:  # what is measured is kept, where there is something
+                if not reports:
+                    raise
+                failed |= dict.fromkeys(wanted[wanted.index(dtype) :], RuntimeError("interrupted"))
+                break
             except (RuntimeError, TypeError, AssertionError, AttributeError, LookupError) as error:  # of its forward
                 failed[dtype] = error
                 continue
@@ -284,9 +291,10 @@ def audit(
 def _measure(
     network: nn.Module,
     batches: Sequence[tuple[Tensor, Tensor | None]],
-    dtype: torch.dtype,
+    dtype: str,
     choices: Mapping[str, Jacobians],
     seed: int,
+    tell: Callable[[str], None],
 ) -> tuple[dict[str, Ties], dict[str, list[Divergence]], float]:
     """Ties over all batches, each choice's divergence per batch, and the noise floor, of a patched network."""
     counts: dict[str, Ties] = {}
@@ -295,12 +303,13 @@ def _measure(
     buffers = {key: buffer.clone() for key, buffer in network.named_buffers()}
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     for i, (images, labels) in enumerate(batches):
+        tell(f"{dtype}: batch {i + 1} of {len(batches)}, {' x '.join(map(str, images.shape))} on {device}")
         with torch.no_grad():
             for key, buffer in network.named_buffers():
                 buffer.copy_(buffers[key])
         torch.manual_seed(seed + i)
         with torch.enable_grad(), counting(network) as here:
-            loss = _loss(network(images.to(device, dtype)), labels, seed + i)
+            loss = _loss(network(images.to(device, DTYPES[dtype])), labels, seed + i)
         for site, met in here.items():
             total = counts.setdefault(site, Ties(met.operation))
             total.tied += met.tied
@@ -365,7 +374,7 @@ def _badness(value: float) -> float:
     return math.inf if math.isnan(value) else value
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if not isinstance(error, RuntimeError) or not text:
         text = f"{type(error).__name__}: {text}".removesuffix(": ")

@@ -12,6 +12,7 @@ import contextlib
 import copy
 import gc
 import json
+import math
 import os
 import platform
 import random
@@ -50,6 +51,7 @@ def cost_ratio(
     memory: bool = True,
     bound: float = BOUND,
     name: str | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> CostReport:
     """Measure what the gradient of a loss costs relative to the loss, under several Jacobian choices.
 
@@ -78,6 +80,7 @@ def cost_ratio(
         memory: Measure peak memory too.
         bound: What the verdict compares with.
         name: What the report calls the model; its class by default.
+        progress: Called with a line before each part of the work, and in the measured rounds.
 
     Returns:
         The report.
@@ -94,6 +97,7 @@ def cost_ratio(
         (['stock', 'native', 'relu1'], 67)
     """
     _check(model, batch, choices, repetitions, warmup)
+    tell = progress or (lambda line: None)
     choices = dict(choices)
     if Jacobians() not in choices.values():
         free = next(n for n in ("native", "reference", "Jacobians()") if n not in choices)
@@ -134,6 +138,7 @@ def cost_ratio(
 
         _check_loss(loss_of(stock))
         same_start()
+        tell("the choices' gradients, ties and operations")
         reference = gradient(stock)
         difference = {}
         for choice, variant in variants.items():
@@ -149,6 +154,7 @@ def cost_ratio(
         peaks: dict[str, int | None] = dict.fromkeys(["", *variants])
         method = "nothing: not asked for"
         if memory:
+            tell("peak memory")
             peaks[""], method = _peak(forward, resident, device)
             for choice, variant in variants.items():
                 peaks[choice], _ = _peak(partial(gradient, variant), resident, device)
@@ -158,11 +164,12 @@ def cost_ratio(
         closures |= {f"choice {c}": partial(gradient, variant) for c, variant in variants.items()}
         if jvp is not None:
             closures["jvp"] = jvp
-        times = _interleaved(closures, repetitions, warmup, device)
+        times = _interleaved(closures, repetitions, warmup, device, tell)
         modules: list[ModuleCost] = []
         unmeasured: dict[str, str] = {}
         if per_module:
             same_start()
+            tell("modules one by one")
             modules, unmeasured = _modules(variants, recorded, repetitions, warmup, device)
 
         return CostReport(
@@ -178,7 +185,6 @@ def cost_ratio(
             jvp_note=note,
             flops=flops,
             flop_ratio=flop_ratio,
-            grouped=tuple(n for n, m in stock.named_modules() if isinstance(m, _Conv) and m.groups > 1),
             peak_bytes=peaks[""],
             memory_method=method,
             ties=tied[0],
@@ -229,11 +235,6 @@ def cost_scaling(
 
 
 # ----------------------------------------------------------------------------------------------- parts
-_Conv = (
-    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
-)  # fmt: skip
-
-
 def _variant(work: nn.Module, jacobians: Jacobians | None) -> nn.Module:
     """A copy that shares all parameters and buffers, patched with a choice, or unpatched for None."""
     variant = copy.deepcopy(work, {id(t): t for t in [*work.parameters(), *work.buffers()]})
@@ -274,12 +275,24 @@ def _max_difference(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
 def _flops(forward: Callable[[], Any], gradient: Callable[[], Any]) -> tuple[int, float | None]:
     from torch.utils.flop_counter import FlopCounterMode
 
+    # PyTorch's own formula takes the weights' gradient of a grouped convolution for that of an ungrouped one.
+    formulas = {torch.ops.aten.convolution_backward: _convolution_backward_flops}
     counted = []
     for run in (forward, gradient):
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
             run()
         counted.append(counter.get_total_flops())
     return counted[0], counted[1] / counted[0] if counted[0] else None
+
+
+def _convolution_backward_flops(
+    above: Sequence[int], inputs: Sequence[int], weight: Sequence[int], *settings: Any, **_: Any
+) -> int:
+    """Of a convolution's backward, grouped or not: each gradient takes as many products as the forward."""
+    transposed, needed = settings[4], settings[7]
+    places = (inputs if transposed else above)[2:]
+    once = 2 * inputs[0] * math.prod(places) * math.prod(weight)
+    return once * (int(needed[0]) + int(needed[1]))
 
 
 def _jvp(
@@ -427,7 +440,11 @@ def _module(
 
 
 def _interleaved(
-    closures: Mapping[str, Callable[[], Any]], repetitions: int, warmup: int, device: torch.device
+    closures: Mapping[str, Callable[[], Any]],
+    repetitions: int,
+    warmup: int,
+    device: torch.device,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> dict[str, list[float]]:
     """Milliseconds of each computation in each round, whose order is drawn from a private stream."""
     times: dict[str, list[float]] = {name: [] for name in closures}
@@ -436,6 +453,7 @@ def _interleaved(
     gc.disable()
     try:
         for r in range(warmup + repetitions):
+            tell(f"round {r + 1} of {warmup + repetitions}, {len(order)} computations each")
             shuffle(order)
             for name in order:
                 taken = _milliseconds(closures[name], device)

@@ -126,8 +126,6 @@ class CostReport:
         flops: The forward's operations as :mod:`torch.utils.flop_counter` counts them (matrix products and
             convolutions).
         flop_ratio: Of forward and backward to the forward; None where nothing is counted.
-        grouped: The modules with grouped convolutions, whose backward the counter gets wrong: not empty means
-            that ``flop_ratio`` is unreliable.
         peak_bytes: Most memory in use during the forward, parameters and batch included.
         memory_method: How memory was measured.
         ties: Evaluations at a tie in this batch: where there are none, all choices are the stock operation.
@@ -150,7 +148,6 @@ class CostReport:
     jvp_note: str
     flops: int
     flop_ratio: float | None
-    grouped: tuple[str, ...]
     peak_bytes: int | None
     memory_method: str
     ties: int
@@ -278,7 +275,6 @@ class CostReport:
             "jvp_ratio": self.jvp_ratio,
             "forward_mode_ratio": self.forward_mode_ratio,
             "flop_ratio": self.flop_ratio,
-            "flop_ratio_reliable": not self.grouped,
             "ties": self.ties,
         }
         return [
@@ -320,7 +316,7 @@ class CostReport:
         given = {name: data[name] for name in cls.__dataclass_fields__}
         given["forward"], given["recorded"] = Timing(**data["forward"]), Timing(**data["recorded"])
         given["jvp"] = None if data["jvp"] is None else Timing(**data["jvp"])
-        given["grouped"] = tuple(data["grouped"])
+        given.pop("grouped", None)  # of reports written when grouped convolutions were miscounted
         given["choices"] = tuple(_choice(c) for c in data["choices"])
         given["modules"] = tuple(
             ModuleCost(**m | {"forward": Timing(**m["forward"]), "gradient": Timing(**m["gradient"])})
@@ -363,8 +359,6 @@ class CostReport:
             else f"no JVP: {self.jvp_note}"
         )
         flops = f"FLOP ratio {_cell(self.flop_ratio)}"
-        if self.grouped:
-            flops += f" (unreliable: {len(self.grouped)} grouped convolutions, whose backward is miscounted)"
         lines = [
             f"{self.model}: {self.parameters:,} parameters, batch {self.batch}, {self.dtype}, "
             + ("training" if self.training else "evaluation"),

@@ -134,7 +134,7 @@ def share_interval(hits: float, n: float) -> tuple[float, float]:
         >>> [round(v, 4) for v in share_interval(0, 100)]
         [0.0, 0.037]
     """
-    z = 1.959964
-    p, scale = hits / n, 1 + z**2 / n
-    centre, half = (p + z**2 / (2 * n)) / scale, z / scale * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    return (0.0 if hits == 0 else centre - half), (1.0 if hits == n else centre + half)
+    from scipy.stats import binomtest
+
+    interval = binomtest(round(hits), round(n)).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)

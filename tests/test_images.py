@@ -1,0 +1,134 @@
+"""Image files of every kind are read as what they show, or refused by name."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nslightning.data import DataError
+from nslightning.data.images import FileImages, read_image
+
+RAMP = np.linspace(0, 65535, 12 * 10).astype(np.uint16).reshape(12, 10)
+EIGHT = (RAMP >> 8).astype(np.uint8)
+COLOURS = np.random.default_rng(0).integers(0, 256, (12, 10, 3), dtype=np.uint8)
+
+
+def pixels(path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        image = read_image(str(path))
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+def gray(values):
+    return np.repeat(values[:, :, None], 3, axis=2)
+
+
+@pytest.mark.parametrize("ending", ["png", "tif", "pgm"])
+def test_sixteen_bits_are_scaled(ending, tmp_path):
+    Image.fromarray(RAMP).save(tmp_path / f"a.{ending}")
+    assert np.array_equal(pixels(tmp_path / f"a.{ending}"), gray(EIGHT))
+
+
+def test_sixteen_bits_of_the_other_byte_order(tmp_path):
+    Image.frombytes("I;16B", (10, 12), RAMP.astype(">u2").tobytes()).save(tmp_path / "a.tif")
+    assert np.array_equal(pixels(tmp_path / "a.tif"), gray(EIGHT))
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        (RAMP.astype(np.float32) / 65535, "floating-point numbers"),
+        (RAMP.astype(np.int32) * 1000, "integers of 32 bits"),
+    ],
+)
+def test_numbers_without_a_scale_are_refused_by_name(values, kind, tmp_path):
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    with pytest.raises(DataError, match="8 or 16 bits") as error:
+        read_image(str(tmp_path / "a.tif"))
+    assert kind in str(error.value)
+    assert str(tmp_path / "a.tif") in str(error.value)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("ending", ["jpg", "png"])
+def test_exif_says_which_side_is_up(orientation, ending, tmp_path):
+    bright = np.zeros((8, 16), np.uint8)
+    bright[:4, :8] = 255  # the quarter at the top left of the image as it is stored
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(bright).save(tmp_path / f"a.{ending}", exif=exif)
+    shown = pixels(tmp_path / f"a.{ending}")[:, :, 0] > 127
+    # The EXIF standard: where the stored row 0 and column 0 are seen.
+    top, left, turned = {
+        1: (True, True, False), 2: (True, False, False), 3: (False, False, False), 4: (False, True, False),
+        5: (True, True, True), 6: (True, False, True), 7: (False, False, True), 8: (False, True, True),
+    }[orientation]  # fmt: skip
+    height, width = (16, 8) if turned else (8, 16)
+    expected = np.zeros((height, width), bool)
+    rows, columns = np.arange(height) < height // 2, np.arange(width) < width // 2
+    expected[np.ix_(rows == top, columns == left)] = True
+    assert np.array_equal(shown, expected)
+
+
+def test_transparency_is_dropped(tmp_path):
+    alpha = np.full((12, 10), 7, np.uint8)
+    Image.merge("LA", [Image.fromarray(EIGHT), Image.fromarray(alpha)]).save(tmp_path / "gray.png")
+    assert np.array_equal(pixels(tmp_path / "gray.png"), gray(EIGHT))
+    Image.fromarray(np.dstack([COLOURS, alpha])).save(tmp_path / "colour.png")
+    assert np.array_equal(pixels(tmp_path / "colour.png"), COLOURS)
+
+
+@pytest.mark.parametrize("transparency", [None, 3, bytes(range(256))])
+def test_palettes_are_looked_up(transparency, tmp_path):
+    image = Image.fromarray(EIGHT).copy()
+    image = Image.fromarray(EIGHT, "L").convert("P") if transparency is None else image.convert("P")
+    table = np.random.default_rng(1).integers(0, 256, (256, 3), dtype=np.uint8)
+    image.putpalette(table.tobytes())
+    options = {} if transparency is None else {"transparency": transparency}
+    image.save(tmp_path / "a.png", **options)
+    assert np.array_equal(pixels(tmp_path / "a.png"), table[np.asarray(image)])
+
+
+def test_bilevel_and_cmyk(tmp_path):
+    Image.fromarray(EIGHT > 99).save(tmp_path / "bits.png")
+    assert np.array_equal(pixels(tmp_path / "bits.png"), gray(np.where(EIGHT > 99, 255, 0).astype(np.uint8)))
+    cmyk = Image.fromarray(np.dstack([COLOURS, EIGHT // 2]), "CMYK")
+    cmyk.save(tmp_path / "ink.tif")
+    ink, black = 255 - COLOURS.astype(float), 255 - (EIGHT // 2).astype(float)[:, :, None]
+    assert np.abs(pixels(tmp_path / "ink.tif") - ink * black / 255).max() <= 1
+    cmyk.save(tmp_path / "ink.jpg", quality=100, subsampling=0)
+    assert np.abs(pixels(tmp_path / "ink.jpg").astype(float) - ink * black / 255).max() < 20
+
+
+@pytest.mark.parametrize("ending", ["gif", "png", "webp", "tif"])
+def test_an_animation_is_its_first_frame(ending, tmp_path):
+    frames = [Image.fromarray(np.full((12, 10), v, np.uint8)) for v in (200, 10, 90)]
+    lossless = {"lossless": True} if ending == "webp" else {}
+    frames[0].save(tmp_path / f"a.{ending}", save_all=True, append_images=frames[1:], **lossless)
+    assert (pixels(tmp_path / f"a.{ending}") == 200).all()
+
+
+@pytest.mark.parametrize("augment", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (40, 1)])
+def test_an_image_of_one_pixel_fills_the_batch(shape, augment, tmp_path):
+    Image.fromarray(np.full(shape, 51, np.uint8)).save(tmp_path / "a.png")
+    images = FileImages([(str(tmp_path / "a.png"), 0)], 16, augment, [0.0] * 3, [1.0] * 3)
+    batch, _ = images.__getitems__([0])
+    assert torch.equal(batch, torch.full((1, 3, 16, 16), 0.2))
+
+
+def test_sixteen_bits_make_no_ties(tmp_path):
+    """Read without scaling, every pixel above 255 was white: one value, and a tie in every window."""
+    Image.fromarray(RAMP[6:]).save(tmp_path / "a.png")
+    batch, _ = FileImages([(str(tmp_path / "a.png"), 0)], 8, False, [0.0] * 3, [1.0] * 3).__getitems__([0])
+    assert len(batch[0, 0].unique()) > 20
+
+
+def test_what_is_no_image_is_named(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\nno")
+    with pytest.raises(DataError, match=r"a\.png: the image cannot be decoded"):
+        read_image(str(tmp_path / "a.png"))
