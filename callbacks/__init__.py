@@ -6,6 +6,7 @@ if __name__ == "callbacks":
         "second copy would fail every isinstance check. Write `from nslightning.callbacks import ...`."
     )
 
+from .arithmetic_setting import ArithmeticSetting
 from .gradient_divergence import GradientDivergence
 from .non_finite_guard import NonFinite, NonFiniteError, NonFiniteGuard
 from .nonsmooth_patch import NonsmoothPatch
@@ -17,6 +18,7 @@ from .weight_divergence import WeightDivergence
 from .zone_monitor import ZoneMonitor
 
 __all__ = [
+    "ArithmeticSetting",
     "GradientDivergence",
     "NonFinite",
     "NonFiniteError",

@@ -178,9 +178,12 @@ def environment() -> dict[str, Any]:
 
     Returns:
         The command, the git commit of the code (with ``+changes`` where the tree differs from it; None outside a
-        repository), versions of Python and the libraries, and the CUDA devices.
+        repository), versions of Python and the libraries, the CUDA devices, and what the arithmetic depends on
+        (:func:`nslightning.arithmetic.record`).
     """
     import torch
+
+    from nslightning.arithmetic import record
 
     versions: dict[str, str | None] = {}
     for package in ("nslightning", "torch", "torchvision", "lightning", "timm", "torchmetrics", "numpy", "wandb"):
@@ -199,6 +202,7 @@ def environment() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "threads": torch.get_num_threads(),
+        "arithmetic": record(),
     }
 
 

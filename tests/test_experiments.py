@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from lightning.pytorch import Trainer
 
 from nslightning import patch
+from nslightning.arithmetic import HalfProducts
 from nslightning.commands.experiment import main
 from nslightning.data import DataError, FashionMNISTSample, Synthetic
 from nslightning.experiments import (
@@ -23,6 +24,7 @@ from nslightning.experiments import (
     comparison,
     engine,
     examples,
+    grid,
     markdown,
     run,
     settings,
@@ -30,7 +32,6 @@ from nslightning.experiments import (
 )
 from nslightning.experiments.data import Images, load
 from nslightning.experiments.networks import build
-from nslightning.experiments.precision import HalfProducts
 from nslightning.experiments.published import searched_learning_rate, table
 from nslightning.experiments.training import Run, evaluate, train
 from nslightning.experiments.twins import twins
@@ -678,9 +679,7 @@ def test_shares_are_held_against_the_published_ones(experiment_file, monkeypatch
     assert list(found["n"]) == [4, 4, 4]
     assert found.loc[16, "inside"] == "yes"
     assert found.loc[32, "sd"] == pytest.approx(math.sqrt(0.75 * 0.25 / 4))
-    pooled = (0.1 * 100 + 0.75 * 4) / 104
-    assert found.loc[32, "difference"] > 2 * math.sqrt(pooled * (1 - pooled) * (1 / 100 + 1 / 4))
-    assert found.loc[32, "inside"] == "no"
+    assert found.loc[32, "inside"] == "no"  # 0.65 apart, two standard deviations are 0.338
     assert math.isnan(found.loc[64, "published_mean"])  # nobody published it: it is told all the same
     few = dataclasses.replace(experiment, compare=({**entry, "statistic": "within", "within": 1},))
     assert list(comparison(few, results).set_index("precision")["mean"]) == [0.75, 0.75, 1.0]
@@ -689,7 +688,85 @@ def test_shares_are_held_against_the_published_ones(experiment_file, monkeypatch
     share = dataclasses.replace(experiment, compare=({**entry, "statistic": "share"},))
     found = comparison(share, results).set_index("precision")
     assert list(found["mean"]) == [5 / 40, 5 / 40, 0.0]
-    assert list(found["n"]) == [40, 40, 40]
+    assert list(found["n"]) == [4, 4, 4]  # draws: the ten mini-batches of one are not independent
+    assert found.loc[16, "sd"] == pytest.approx(0.0946485, rel=1e-5)  # of 0, 0.4, 0.1, 0 over the root of 4
+
+
+@pytest.mark.parametrize(
+    ("published", "draws", "inside"),
+    [
+        (0.20, 400, "no"),  # against 31 of 100: 0.11 apart, one standard deviation is 0.0465
+        (0.22, 400, "yes"),  # 0.09 apart, one is 0.0476
+        (0.18, 25, "yes"),  # against 30 of 100: 0.12 apart, one is 0.0999; of our draws alone it would be 0.0447
+    ],
+)
+def test_a_share_is_outside_from_two_standard_deviations_of_both_sides_on(
+    experiment_file, monkeypatch, published, draws, inside
+):
+    experiment_file.write_text(
+        "kind: zones\nfixed: {backbone: paper/fc, against: {relu: 1}, depth: 1, width: 8}\nscales: {small: {}}\n"
+    )
+    rows = pd.DataFrame({"data": "MNIST", "precision": [32], "n": draws, "mean": published})
+    monkeypatch.setattr(compare, "table", lambda name: rows)
+    entry = {"published": "volume", "match": {"precision": "precision"}, "metric": "differing"}
+    experiment = dataclasses.replace(
+        Experiment.read(experiment_file, "small"), compare=({**entry, "statistic": "proportion"},)
+    )
+    (planned,) = experiment.cells()
+    hits = 31 if draws == 400 else 30
+    results = pd.DataFrame(
+        [
+            {"cell": planned.id, "theta": t, "data": "made up", "metric": "differing", "value": float(t < hits)}
+            for t in range(100)
+        ]
+    )
+    assert comparison(experiment, results)["inside"].item() == inside
+
+
+def test_mini_batches_of_one_draw_are_not_independent(experiment_file, monkeypatch):
+    """VGG13 of the MaxPool paper: 18 and 12 of 20 mini-batches, against 44 % of one draw."""
+    experiment_file.write_text(
+        "kind: zones\nfixed: {backbone: paper/fc, against: {relu: 1}, depth: 1, width: 8}\n"
+        "vary: {seed: [0, 1]}\nscales: {small: {}}\n"
+    )
+    rows = pd.DataFrame({"data": "MNIST", "precision": [32], "n": 391, "mean": 0.437})
+    monkeypatch.setattr(compare, "table", lambda name: rows)
+    entry = {"published": "volume", "match": {"precision": "precision"}, "metric": "differing", "statistic": "share"}
+    experiment = dataclasses.replace(Experiment.read(experiment_file, "small"), compare=(entry,))
+    told = []
+    for planned, differing in zip(experiment.cells(), (18.0, 12.0), strict=True):
+        head = {"cell": planned.id, "theta": 0, "data": "made up"}
+        told += [{**head, "metric": "differing", "value": differing}, {**head, "metric": "batches", "value": 20.0}]
+    found = comparison(experiment, pd.DataFrame(told)).iloc[0]
+    assert found["mean"] == 0.75
+    assert found["n"] == 2
+    assert found["sd"] == pytest.approx(0.15)  # of 0.9 and 0.6, over the root of 2
+    assert found["inside"] == "yes"
+    one = comparison(experiment, pd.DataFrame(told[:2])).iloc[0]
+    assert math.isnan(one["sd"])
+    assert one["inside"] == ""  # one draw tells no spread
+
+
+def test_the_name_of_a_cell_does_not_depend_on_settings_at_their_defaults():
+    """Finished cells are found by it, whatever settings are added later."""
+    train_cell = settings("train", {"backbone": "paper/lenet5", "max_pool": 10, "seed": 1})
+    zone_cell = settings("zones", {"backbone": "paper/fc", "against": {"relu": 1}})
+    assert grid._identifier("train", train_cell) == "25a61d159455"
+    assert grid._identifier("zones", zone_cell) == "47b31d97c575"
+    default = settings("train", {"backbone": "paper/lenet5", "max_pool": 10, "seed": 1, "precision": 32})
+    assert grid._identifier("train", default) == "25a61d159455"
+
+
+def test_the_test_loss_is_the_mean_over_images_whatever_the_batches():
+    cell = settings("train", {**SMALL, "eval_batch_size": 7})
+    images = load("FashionMNISTSample", (), CPU).test
+    assert len(images) % 7
+    network, _ = build(cell, load("FashionMNISTSample", (), CPU), CPU, None)
+    network.eval()
+    x, y = next(images.batches(len(images), torch.float32))
+    with torch.no_grad():
+        expected = float(F.cross_entropy(network(x).double(), y))
+    assert evaluate(cell, network, images)["loss"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_published_tables_hold_what_the_papers_files_say():

@@ -132,8 +132,12 @@ def test_wheel_holds_every_committed_file(tracked, repo_root, tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
-    compiled = {name for name in held if name.startswith("nslightning/ops/kernels/_cpu.")}
-    assert len(compiled) == bool(shutil.which("gcc") or compiled)  # without a compiler it is left out
+    compiled = {
+        name
+        for name in held
+        if name.startswith(("nslightning/ops/kernels/_cpu.", "nslightning/arithmetic/_sequential."))
+    }
+    assert len(compiled) == 2 * bool(shutil.which("gcc") or compiled)  # without a compiler it is left out
     expected = {
         name if name.startswith("nslightning/") else f"nslightning/{name}"
         for name, mode in tracked.items()

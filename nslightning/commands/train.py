@@ -84,6 +84,8 @@ class TrainCLI(LightningCLI):
         )
         parser.add_argument("--task", type=Literal["images", "text", "own"], default=self.task, help=task)
         parser.add_argument("--name", type=str | None, default=None, help="Name of the run; by default the config's.")
+        words = "How sums are ordered and rounded, and switches, joined by +: bias_last, random_rounding, tf32, ..."
+        parser.add_argument("--arithmetic", type=str, default="native", help=words)
         parser.add_argument("--output", type=str, default="runs", help="Where run folders are kept.")
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -202,11 +204,13 @@ class TrainCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Add what every run has: the metrics file, seeds per step, and the run's record."""
-        from nslightning.callbacks import RunRecord, StepSeed
+        from nslightning.callbacks import ArithmeticSetting, RunRecord, StepSeed
 
         trainer = self._get(self.config_init, "trainer")
         given = trainer.callbacks or []
         callbacks = list(given) if isinstance(given, list) else [given]
+        if not any(isinstance(c, ArithmeticSetting) for c in callbacks):
+            callbacks.insert(0, ArithmeticSetting(self.config[self.subcommand].arithmetic))
         if trainer.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(Bar())
         if self.subcommand != "fit":

@@ -62,6 +62,7 @@ def zones(
     choice: str = "relu1:relu=1",
     reference: str = "pytorch",
     precisions: list[Literal[16, 32, 64]] = [16, 32, 64],  # noqa: B006 # never changed; jsonargparse shows it
+    normalise: bool = True,
     batch_size: int = 128,
     batches: int | None = 8,
     norm: Literal["zone", "bitwise_first_layer", "linf_sum", "l1_sum"] = "zone",
@@ -72,6 +73,8 @@ def zones(
     chunk: int = 10,
     workers: int = 1,
     device: str = "cpu",
+    arithmetic: str = "native",
+    estimator: Literal["sampling", "exact"] = "sampling",
     seed: int = 0,
     output: str = "runs/zones",
 ) -> int:
@@ -90,6 +93,7 @@ def zones(
         choice: The choice that is compared, as relu1:relu=1 or minimal:max_pool=minimal; a preset by its name, as jax.
         reference: The one it is compared with.
         precisions: Bits of parameters, images and arithmetic.
+        normalise: Subtract the data set's mean and divide by its deviation; false leaves pixels in [0, 1].
         batch_size: Images in a mini-batch.
         batches: Mini-batches per draw; null goes through all training images.
         norm: What counts as a difference. zone: the gradients differ in any bit, and whether over the reals
@@ -103,6 +107,11 @@ def zones(
         chunk: Draws computed together, by one process.
         workers: Processes side by side, one thread each.
         device: cpu, cuda, cuda:1, ...
+        arithmetic: How sums are ordered and rounded, and PyTorch's switches, joined by +: bias_last, sequential,
+            split_k=4, random_rounding, tf32, ... (nslightning.arithmetic). By default float32 means float32: no TF32.
+        estimator: sampling draws weights and biases. exact draws weights and counts the biases that put some ReLU input
+            at 0 on some training image: a few draws tell the share to a point. It applies to paper/fc in 32 bits, a
+            choice of relu, and batches=null.
         seed: Of the first chunk; the following ones count on from it.
         output: Folder of zones.csv, zones.png, zones.pdf and of what was computed.
 
@@ -143,8 +152,12 @@ def zones(
         "against": against,
         "batch_size": batch_size,
         "batches": batches,
-        "norm": norm,
+        "normalise": normalise,
+        "norm": "bitwise_first_layer" if estimator == "exact" else norm,
         "thetas": chunk,
+        "arithmetic": arithmetic,
+        "estimator": estimator,
+        "shuffle": estimator == "sampling",
     }
     if download:
         fetch(data, tuple(sorted((data_options or {}).items())))
@@ -204,7 +217,7 @@ def _shares(experiment: Experiment, folder: Path, of: str) -> pd.DataFrame:
     """Per precision, how many draws, and the share that differs with its 95 % interval.
 
     Draws are independent: Wilson's interval. The mini-batches of one draw are not: Student's interval of the draws'
-    own shares.
+    own shares. Chances that were counted are shares of draws already: Student's interval of their mean.
     """
     import pandas as pd
     from scipy import stats
@@ -215,15 +228,19 @@ def _shares(experiment: Experiment, folder: Path, of: str) -> pd.DataFrame:
     wide = table.pivot_table(index=["precision", "cell", "theta"], columns="metric", values="value").reset_index()
     rows = []
     for bits, drawn in wide.groupby("precision", sort=False):
-        n, differing = len(drawn), drawn["differing"].sum()
+        n = len(drawn)
+        if "probability" in drawn:
+            share, low, high = _mean(drawn["probability"])
+            zeros = float(drawn["expected_zeros"].mean())
+            rows.append({"precision": bits, "draws": n, "share": share, "low": low, "high": high, "zeros": zeros})
+            continue
+        differing = drawn["differing"].sum()
         if of == "draws":
             share = float((drawn["differing"] > 0).mean())
             low, high = share_interval(int((drawn["differing"] > 0).sum()), n)
         else:
             each = drawn["differing"] / drawn["batches"]
-            share = float(each.mean())
-            half = float(stats.t.ppf(0.975, n - 1) * each.std() / n**0.5) if n > 1 else 1.0
-            low, high = max(0.0, share - half), min(1.0, share + half)
+            share, low, high = _mean(each)
             if n > 1 and each.std() == 0:  # all alike: no better known than so many draws can tell
                 low, high = (0.0, 1 - 0.05 ** (1 / n)) if share == 0 else (0.05 ** (1 / n), 1.0)
         kinds = {k: float(drawn[k].sum() / drawn["batches"].sum()) for k in _KINDS if k in drawn}
@@ -237,6 +254,15 @@ def _shares(experiment: Experiment, folder: Path, of: str) -> pd.DataFrame:
     return pd.DataFrame(rows).sort_values("precision", key=lambda column: column.map(order)).reset_index(drop=True)
 
 
+def _mean(each: pd.Series[float]) -> tuple[float, float, float]:
+    """The mean of the draws' own shares, with Student's 95 % interval."""
+    from scipy import stats
+
+    n, share = len(each), float(each.mean())
+    half = float(stats.t.ppf(0.975, n - 1) * each.std() / n**0.5) if n > 1 else 1.0
+    return share, max(0.0, share - half), min(1.0, share + half)
+
+
 def _tell(shares: pd.DataFrame, experiment: Experiment, folder: Path, of: str, draw: Any) -> int:
     """Print the shares, and write them as a table and a figure."""
     from rich.console import Console
@@ -245,13 +271,20 @@ def _tell(shares: pd.DataFrame, experiment: Experiment, folder: Path, of: str, d
     whose = "draws" if of == "draws" else "mini-batches"
     kinds = [k for k in _KINDS if k in shares]
     table = Table(title=experiment.title, title_justify="left", box=None, header_style="bold")
-    heads = ("bits", "draws", "mini-batches", f"{whose} that differ", "95 % interval", *kinds, "not finite")
+    counted = "zeros" in shares
+    heads: tuple[str, ...] = ("bits", "draws", f"{whose} that differ", "95 % interval")
+    heads += ("zeros expected",) if counted else ("mini-batches", *kinds, "not finite")
     for head in heads:
         table.add_column(head, justify="right")
     for row in shares.to_dict("records"):
+        more = (
+            [f"{row['zeros']:.3g}"]
+            if counted
+            else [f"{row['batches']:,}", *(f"{row[k]:.1%}" for k in kinds), str(row["not_finite"])]
+        )
         table.add_row(
-            str(row["precision"]), f"{row['draws']:,}", f"{row['batches']:,}", f"{row['share']:.1%}",
-            f"{row['low']:.1%} to {row['high']:.1%}", *(f"{row[k]:.1%}" for k in kinds), str(row["not_finite"]),
+            str(row["precision"]), f"{row['draws']:,}", f"{row['share']:.1%}",
+            f"{row['low']:.1%} to {row['high']:.1%}", *more,
         )  # fmt: skip
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     shares.to_csv(folder / "zones.csv", index=False, float_format="%.6g")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
+from nslightning.arithmetic import Arithmetic
 from nslightning.jacobians import Jacobians, MaxPoolChoice, Rule
 from nslightning.spelling import did_you_mean
 
@@ -46,6 +47,8 @@ class Cell:
         max_pool: How max pooling shares its gradient over ties: a number beta, or a name.
         rule: ``exact``, or ``published``: the released code's arithmetic.
         precision: 16: all in half. 24: fp16 autocast over float32 weights. 32. 64: all in double.
+        arithmetic: How sums are ordered and rounded, and PyTorch's switches, such as ``bias_last`` or ``tf32``
+            (:class:`nslightning.arithmetic.Arithmetic`). 16 bits on a CPU have float32 sums besides.
         data: A data set of :mod:`nslightning.data`.
         data_options: Its arguments.
         train_images: Only the first so many of the training images.
@@ -66,6 +69,7 @@ class Cell:
     max_pool: float | MaxPoolChoice = 0.0
     rule: Rule = "exact"
     precision: Literal[16, 24, 32, 64] = 32
+    arithmetic: str = "native"
     data: str = "MNIST"
     data_options: dict[str, Any] = field(default_factory=dict)
     train_images: int | None = None
@@ -82,6 +86,12 @@ class Cell:
         if (self.width is None) != (self.depth is None):
             raise ValueError("width and depth come together: the hidden layers of paper/fc")
         self.jacobians  # noqa: B018 # refuses what is no choice
+        self.computed  # noqa: B018 # refuses what is no arithmetic
+
+    @property
+    def computed(self) -> Arithmetic:
+        """The arithmetic."""
+        return Arithmetic.parse(self.arithmetic)
 
     @property
     def jacobians(self) -> Jacobians:
@@ -190,6 +200,8 @@ class ZoneCell(Cell):
         histogram: Report the norms by decade.
         nan_differs: Published quirk (A): a mini-batch whose gradients are NaN under both choices counts. Off: it is
             counted apart.
+        estimator: ``sampling`` draws biases and looks whether gradients differ; ``exact`` counts, given the weights,
+            the biases that put some ReLU input at 0 (:mod:`nslightning.experiments.exact`).
     """
 
     against: dict[str, Any]
@@ -202,6 +214,7 @@ class ZoneCell(Cell):
     stop_at_first: bool = False
     histogram: bool = False
     nan_differs: bool = False
+    estimator: Literal["sampling", "exact"] = "sampling"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -213,6 +226,10 @@ class ZoneCell(Cell):
         if self.norm == "zone" and (self.rule == "published" or self.histogram):
             raise ValueError("zones over the reals are of the exact rule's choices, and have no norm for a histogram")
         self.alternative  # noqa: B018 # refuses what is no choice
+        if self.estimator == "exact":
+            from nslightning.experiments.exact import refuse_inexact
+
+            refuse_inexact(self)
 
     @property
     def alternative(self) -> Jacobians:
@@ -323,6 +340,10 @@ def compute(kind: str, cell: Cell, device: str) -> Outcome:
     Returns:
         What it found.
     """
+    from nslightning.runs import environment
+
     module, _, function = KINDS[kind][1].partition(":")
-    outcome: Outcome = getattr(import_module(module), function)(cell, device)
-    return outcome
+    with cell.computed.applied():
+        outcome: Outcome = getattr(import_module(module), function)(cell, device)
+        surroundings = {k: v for k, v in environment().items() if k != "command"}
+    return outcome._replace(provenance={**outcome.provenance, "environment": surroundings})

@@ -15,27 +15,33 @@ if TYPE_CHECKING:
 
 __all__ = ["comparison", "markdown"]
 
-_KEYS = ("published", "where", "match", "metric", "at", "statistic", "within", "over", "drop_nan")
-_STATISTICS = ("mean", "proportion", "within", "share", "rate")
+_KEYS = ("published", "where", "match", "of", "metric", "at", "statistic", "within", "over", "drop_nan", "draws")
+_STATISTICS = ("mean", "proportion", "within", "probability", "share", "rate")
 
 
 def comparison(experiment: Experiment, results: pd.DataFrame) -> pd.DataFrame:
     r"""Hold an experiment against the published numbers that its file names.
 
     Each entry of ``compare`` has ``published`` (a table of :mod:`nslightning.experiments.published`), ``where`` (the
-    rows of it that are meant), ``match`` (its columns that are our settings, ``{column: setting}``), ``metric`` (ours),
-    and ``statistic``:
+    rows of it that are meant), ``match`` (its columns that are our settings, ``{column: setting}``), ``of`` (settings
+    that our cells have, where not all are meant), ``metric`` (ours), and ``statistic``:
 
     - ``mean`` (default): the mean over seeds of ``metric`` at the epoch ``at``, ``last`` (default), or ``best``: each
       run's maximum over epochs, which selects on the test images. Inside: the difference is at most two published
       standard deviations; where none is known, nothing is said.
     - ``proportion``: the share of parameter vectors with ``metric`` > 0.
     - ``within``: the share of parameter vectors whose ``metric`` is at most ``within``.
-    - ``share``: the sum of ``metric`` over the sum of ``batches``.
+    - ``probability``: the mean over parameter vectors of ``metric``, a chance that was counted for each.
+    - ``share``: the sum of ``metric`` over the sum of ``batches``. ``draws`` says how many parameter vectors the
+      published mini-batches are of.
     - ``rate``: the sum of ``metric`` over the sum of the metric ``over``; what it is held against tells no spread.
 
-    A share of n draws has the standard deviation :math:`\sqrt{p(1-p)/n}`; for shares, inside means a difference of at
-    most two standard deviations of it, those of both sides taken together, with p from both.
+    Parameter vectors are independent of one another, the mini-batches of one are not. A share of n draws has the
+    standard deviation :math:`\sqrt{p(1-p)/n}`; inside means a difference of at most two of them, those of both sides
+    taken together, with p from both. A ``probability`` has that of our mean over the draws, :math:`s / \sqrt n`,
+    together with that of the published share. A ``share`` of mini-batches has the spread s of the draws' own shares;
+    inside means at most Student's 97.5 % quantile with n - 1 degrees of freedom times :math:`s \sqrt{1/n +
+    1/n_{published}}`. One draw tells no spread, and nothing is said then.
 
     Published rows of another data set than the one that ran stand beside nothing.
 
@@ -48,8 +54,9 @@ def comparison(experiment: Experiment, results: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         One row per setting that was run: what varies (seeds aside), ``published_mean``, ``published_sd``,
-        ``published_n``, ``published_nan``, ``mean``, ``sd``, ``n``, ``nan``, ``difference``, ``inside`` (``yes``,
-        ``no``, or empty), ``data``, ``scale``. Settings that no paper ran have empty published columns.
+        ``published_n``, ``published_nan``, ``mean``, ``sd``, ``n`` (runs or draws), ``nan``, ``difference``,
+        ``inside`` (``yes``, ``no``, or empty), ``data``, ``scale``. Settings that no paper ran have empty published
+        columns.
 
     Raises:
         ValueError: If ``compare`` names what is not there.
@@ -66,6 +73,8 @@ def comparison(experiment: Experiment, results: pd.DataFrame) -> pd.DataFrame:
     for must_match in (True, False):  # what no entry matches is told once, after the rest
         for entry in experiment.compare:
             for key, (head, cells) in groups.items():
+                if any(not _equal(value, getattr(cells[0].cell, name)) for name, value in entry.get("of", {}).items()):
+                    continue
                 theirs = _published(entry, cells[0].cell)
                 if bool(theirs) == must_match and (must_match or key not in told):
                     ours = results[results["cell"].isin([p.id for p in cells])]
@@ -132,10 +141,12 @@ def _row(
         hit = values["value"] > 0 if statistic == "proportion" else values["value"] <= entry["within"]
         mean, n = float(hit.mean()), len(values)
         sd = _binomial(mean, n)
+    elif statistic == "probability":
+        mean, n = float(values["value"].mean()), len(values)
+        sd = float(values["value"].std()) / math.sqrt(n)
     else:
-        n = int(ours.loc[ours["metric"] == entry.get("over", "batches"), "value"].sum())
-        mean = float(values["value"].sum()) / n
-        sd = _binomial(mean, n)
+        mean, spread_of_draws, n = _ratio(ours, entry["metric"], entry.get("over", "batches"))
+        sd = spread_of_draws / math.sqrt(n)
     row = {
         **head,
         "metric": entry["metric"],
@@ -156,11 +167,18 @@ def _row(
     found = theirs[0]
     there, count = float(found["mean"]), float(found.get("n", math.nan))
     if statistic in ("mean", "rate"):
-        spread = limit = float(found.get("sd", math.nan))
+        spread = float(found.get("sd", math.nan))
+        limit = 2 * spread
+    elif statistic == "share":
+        spread = math.nan
+        limit = _student(n) * spread_of_draws * math.sqrt(1 / n + 1 / entry.get("draws", 1))
+    elif statistic == "probability":
+        spread = _binomial(there, count)
+        limit = 2 * math.hypot(spread, sd)
     else:
         spread = _binomial(there, count)
         pooled = (there * count + mean * n) / (count + n)
-        limit = math.sqrt(pooled * (1 - pooled) * (1 / count + 1 / n))
+        limit = 2 * math.sqrt(pooled * (1 - pooled) * (1 / count + 1 / n))
     difference = mean - there
     row |= {
         "published_mean": there,
@@ -168,9 +186,24 @@ def _row(
         "published_n": count,
         "published_nan": float(found.get("n_nan", 0)),
         "difference": difference,
-        "inside": "" if math.isnan(limit) else "yes" if abs(difference) <= 2 * limit + 1e-12 else "no",
+        "inside": "" if math.isnan(limit) else "yes" if abs(difference) <= limit + 1e-12 else "no",
     }
     return row
+
+
+def _ratio(ours: pd.DataFrame, metric: str, over: str) -> tuple[float, float, int]:
+    """A ratio of sums, the spread of the draws' own ratios, and how many draws there are."""
+    index = [name for name in ("cell", "theta") if name in ours and ours[name].notna().any()]
+    sums = ours[ours["metric"].isin([metric, over])].groupby([*index, "metric"])["value"].sum().unstack()
+    each = sums[metric] / sums[over]
+    return float(sums[metric].sum() / sums[over].sum()), float(each.std()), len(each)
+
+
+def _student(n: int) -> float:
+    """Student's 97.5 % quantile for a mean of n; NaN for one."""
+    from scipy import stats
+
+    return float(stats.t.ppf(0.975, n - 1)) if n > 1 else math.nan
 
 
 def _binomial(p: float, n: float) -> float:
@@ -214,7 +247,8 @@ def markdown(experiment: Experiment, compared: pd.DataFrame) -> str:
     notes.append(_nothing_published(experiment))
     if some:
         notes.append(
-            "Inside: within two standard deviations (published ones for means over runs, both sides' for shares)."
+            "Inside: within two standard deviations (published ones for means over runs; both sides' for shares, by "
+            "draws of the parameters: mini-batches of one draw are not independent)."
         )
         if experiment.scale != "paper":
             notes.append("Only at the paper scale do the settings equal the published ones.")

@@ -168,7 +168,7 @@ def _shared(cells: Mapping[str, Any]) -> dict[str, Any]:
     found = {}
     for name, cell in cells.items():
         own = dict(cell["provenance"])
-        environment = own.pop("environment")
+        environment = own.pop("environment", {})
         if environment not in environments:
             environments.append(environment)
         found[name] = {**cell, "provenance": {**own, "environment": environments.index(environment)}}
@@ -234,7 +234,7 @@ def _compute(kind: str, name: str, cell: Cell, folder: Path, device: str) -> tup
     content = {
         "kind": kind,
         "settings": dataclasses.asdict(cell),
-        "provenance": {**outcome.provenance, "environment": _environment()},
+        "provenance": outcome.provenance,
         "seconds": round(seconds, 2),
         "rows": [_told(row) for row in outcome.rows],
     }
@@ -242,12 +242,6 @@ def _compute(kind: str, name: str, cell: Cell, folder: Path, device: str) -> tup
     with suppress(FileNotFoundError):
         failure.unlink()
     return seconds, None
-
-
-def _environment() -> dict[str, Any]:
-    from nslightning.runs import environment
-
-    return {k: v for k, v in environment().items() if k != "command"}
 
 
 def _told(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
 from nslightning.experiments.cells import Cell
 from nslightning.experiments.data import Loaded, load
-from nslightning.experiments.precision import PRECISIONS
+from nslightning.experiments.precision import PRECISIONS, halves
 from nslightning.jacobians import Jacobians
 from nslightning.models.backbones import create_backbone
 from nslightning.models.paper import initialize
@@ -76,9 +78,6 @@ def provenance(cell: Cell, images: Loaded, report: PatchReport, device: torch.de
         "data": images.variant,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "dtype": str(PRECISIONS[cell.precision]).removeprefix("torch."),
-        "arithmetic": {
-            16: "half, float32 sums" if device.type == "cpu" else "half",
-            24: "fp16 autocast, loss scaling",
-        }.get(cell.precision, "plain"),
+        "arithmetic": str(replace(cell.computed, half_products=halves(cell.precision, device))),
         "patch": report.fingerprint,
     }

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nslightning.experiments.cells import Outcome, Row, ZoneCell
 from nslightning.experiments.data import Images, Loaded
+from nslightning.experiments.exact import layer_chances
 from nslightning.experiments.networks import build, loaded, provenance
 from nslightning.experiments.precision import PRECISIONS, computing
 from nslightning.models.paper import initialize
@@ -20,7 +21,7 @@ from nslightning.models.patched import at_least_float32
 from nslightning.probes import zone
 from nslightning.probes.gradients import gradients_in_turn, wanted
 from nslightning.probes.graph import operation_nodes, unseen_nodes
-from nslightning.surgery import PatchReport
+from nslightning.surgery import PatchReport, unpatch
 
 __all__ = ["difference_norm", "zones"]
 
@@ -44,10 +45,13 @@ def zones(cell: ZoneCell, device: str) -> Outcome:
         Per parameter vector: ``batches`` seen, ``differing`` ones, the first of them (``first_differing``, counted
         from 1; NaN where there is none) and ``not_finite``; with ``histogram`` also ``norm_zero`` and
         ``norm_1e<k>``: how many norms lie in [10^k, 10^(k+1)); with the norm ``zone`` also how many mini-batches lie in
-        each.
+        each. Of the estimator ``exact``: ``probability`` (the chance over the biases that some ReLU input is 0 on some
+        image, given the weights), ``expected_zeros``, and both for the first d layers, as ``probability_depth<d>``.
     """
     where = torch.device(device)
     images = loaded(cell, where)
+    if cell.estimator == "exact":
+        return _counted(cell, images, where)
     pair, report = _networks(cell, images, where)
     # Drawn as in `build`: with all bits, then rounded.
     drawn, _ = build(cell, images, torch.device("cpu"), None)
@@ -61,6 +65,30 @@ def zones(cell: ZoneCell, device: str) -> Outcome:
         found = _walk(cell, pair, images.train, theta)
         rows += [{"theta": theta, "metric": name, "value": float(value)} for name, value in found.items()]
     return Outcome(rows, provenance(cell, images, report, where))
+
+
+def _counted(cell: ZoneCell, images: Loaded, device: torch.device) -> Outcome:
+    network, report = build(cell, images, torch.device("cpu"), None)
+    unpatch(network)
+    assert isinstance(network, nn.Sequential)  # paper/fc is one
+    drawn = network.to(torch.float32)
+    pixels = torch.cat([x for x, _ in images.train.batches(8192, torch.float32)])
+    rows: list[Row] = []
+    orders: dict[str, None] = {}
+    for theta in range(cell.thetas):
+        torch.manual_seed(_theta_seed(cell, theta))
+        initialize(drawn.cpu(), cell.init)  # type: ignore[arg-type] # it checks the name
+        none, zeros = 1.0, 0.0
+        for depth, chance in enumerate(
+            layer_chances(drawn.to(device), pixels, cell.computed.order, cell.batch_size), 1
+        ):
+            none, zeros = none * (1 - chance.probability), zeros + chance.zeros
+            orders[chance.order] = None
+            for metric, value in (("probability", 1 - none), ("expected_zeros", zeros)):
+                rows.append({"theta": theta, "metric": f"{metric}_depth{depth}", "value": value})
+        rows += [{**row, "metric": str(row["metric"]).partition("_depth")[0]} for row in rows[-2:]]
+    orders_told = {"orders": ", ".join(orders)}
+    return Outcome(rows, {**provenance(cell, images, report, device), **orders_told})
 
 
 def _theta_seed(cell: ZoneCell, theta: int) -> int:

@@ -14,7 +14,6 @@ import gc
 import json
 import math
 import os
-import platform
 import random
 import tempfile
 import time
@@ -28,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nslightning.arithmetic.record import processor
 from nslightning.jacobians import Jacobians
 from nslightning.probes.cost_report import STOCK, ChoiceCost, CostReport, CostScaling, ModuleCost, Timing
 from nslightning.probes.ties import ties
@@ -518,7 +518,7 @@ def _environment(device: torch.device) -> dict[str, Any]:
     cuda = device.type == "cuda"
     clocks = {"cpu": "thread time", "cuda": "CUDA events"}
     return {
-        "machine": torch.cuda.get_device_name(device) if cuda else _processor(),
+        "machine": torch.cuda.get_device_name(device) if cuda else processor(),
         "cores": os.cpu_count(),
         "device": device.type,
         "clock": clocks.get(device.type, "wall clock"),
@@ -527,15 +527,6 @@ def _environment(device: torch.device) -> dict[str, Any]:
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "cudnn_benchmark": torch.backends.cudnn.benchmark,
     }
-
-
-def _processor() -> str:
-    """The processor's marketing name where the system tells it."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 # --------------------------------------------------------------------------------------------- helpers

@@ -1,0 +1,313 @@
+"""Named arithmetics: orders of summation against sums written out, random rounding, switches, records."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Trainer
+
+from nslightning import patch
+from nslightning.arithmetic import (
+    Arithmetic,
+    HalfProducts,
+    Ordered,
+    RandomRounding,
+    linear,
+    record,
+    sequential_product,
+)
+from nslightning.arithmetic.products import _library
+from nslightning.arithmetic.record import switches
+from nslightning.callbacks import ArithmeticSetting
+from nslightning.data import FashionMNISTSample
+from nslightning.experiments import settings
+from nslightning.experiments.cells import compute
+from nslightning.jacobians import Jacobians
+from nslightning.models import ImageClassifier
+from nslightning.models.paper import lenet5
+from nslightning.probes import zone
+
+
+def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def fused(a: float, b: float, c: float) -> np.float32:
+    """``a b + c`` rounded once, from rational numbers."""
+    from fractions import Fraction
+
+    exact = Fraction(float(a)) * Fraction(float(b)) + Fraction(float(c))
+    near = np.float32(float(exact))  # the float64 may lie on a tie: its neighbours decide
+    candidates = [near, np.nextafter(near, np.float32(np.inf)), np.nextafter(near, np.float32(-np.inf))]
+    errors = [(abs(Fraction(float(x)) - exact), int(x.view(np.int32)) & 1) for x in candidates]
+    return candidates[errors.index(min(errors))]
+
+
+# ------------------------------------------------------------------------------------------- orders of summation
+def test_sequential_sums_are_fused_multiply_adds_one_after_another() -> None:
+    a, b = drawn(2, 17), drawn(17, 3, seed=1)
+    a[0, :2], b[:2, 0] = torch.tensor([1.0, 2.0**-24 + 2.0**-40]), 1.0  # a tie, but for a bit that float64 drops last
+    expected = np.zeros((2, 3), np.float32)
+    for r in range(2):
+        for n in range(3):
+            for k in range(17):
+                expected[r, n] = fused(a[r, k], b[k, n], expected[r, n])
+    assert torch.equal(sequential_product(a, b), torch.from_numpy(expected))
+    assert torch.equal(sequential_product(a, b, compiled=False), torch.from_numpy(expected))
+
+
+@pytest.mark.skipif(_library() is None, reason="the compiled loop was not built here")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_compiled_loop_gives_the_bits_of_the_composition(threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for scale in (1.0, 1e-22, 1e18):  # subnormal products, and those near overflow
+            a, b = drawn(37, 101) * scale, drawn(101, 29, seed=1) * scale
+            assert torch.equal(sequential_product(a, b), sequential_product(a, b, compiled=False))
+        a[3, 4], b[5, 6] = torch.inf, torch.nan
+        one, other = sequential_product(a, b), sequential_product(a, b, compiled=False)
+        assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
+        assert one.isnan()[:, 6].all()
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_each_order_is_the_sum_that_its_name_says() -> None:
+    x, w, b = drawn(5, 4, 50), drawn(7, 50, seed=1), drawn(7, seed=2)
+
+    def part(k0: int, k1: int) -> torch.Tensor:
+        return F.linear(x[..., k0:k1], w[:, k0:k1])
+
+    expected = {
+        "native": F.linear(x, w, b),
+        "bias_last": F.linear(x, w) + b,
+        "split_k=3": ((part(0, 17) + part(17, 34)) + part(34, 50)) + b,
+        "blocks=20": ((b + part(0, 20)) + part(20, 40)) + part(40, 50),
+        "sequential": sequential_product(x.reshape(20, 50), w.t()).reshape(5, 4, 7) + b,
+    }
+    for order, value in expected.items():
+        assert torch.equal(linear(x, w, b, order), value), order
+        without = linear(x, w, None, order)
+        with Ordered(order):
+            assert torch.equal(F.linear(x, w, b), value), order
+            assert torch.equal(F.linear(x, w), without), order
+    assert len({tuple(v.flatten().tolist()) for v in expected.values()}) == 4  # so few inputs are one block to MKL
+
+
+def test_a_random_order_changes_bits_and_not_values() -> None:
+    x, w, b = drawn(20, 500), drawn(30, 500, seed=1), drawn(30, seed=2)
+    one, other = (linear(x, w, b, "random_order") for _ in range(2))
+    assert not torch.equal(one, other)
+    assert torch.allclose(one, F.linear(x.double(), w.double(), b.double()).float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("order", ["bias_last", "sequential", "split_k=4", "blocks=100", "random_order"])
+def test_gradients_are_those_of_a_linear_layer(order: str) -> None:
+    x, w, b, g = drawn(6, 300), drawn(5, 300, seed=1), drawn(5, seed=2), drawn(6, 5, seed=3)
+    found, wide = [], []
+    for dtype, kept in ((torch.float32, found), (torch.float64, wide)):
+        leaves = [t.to(dtype).requires_grad_() for t in (x, w, b)]
+        y = linear(*leaves, order) if dtype == torch.float32 else F.linear(*leaves)
+        kept += torch.autograd.grad(y, leaves, g.to(dtype))
+    for one, exact in zip(found, wide, strict=True):
+        assert torch.allclose(one.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_halves_are_widened_before_their_sums_are_ordered() -> None:
+    x, w, b = drawn(6, 300).half(), drawn(5, 300, seed=1).half(), drawn(5, seed=2).half()
+    with Arithmetic.parse("half_products+sequential").applied():
+        y = F.linear(x, w, b)
+    assert torch.equal(y, linear(x.float(), w.float(), b.float(), "sequential").half())
+    with pytest.raises(ValueError, match=r"sequential sums are formed in float32.*half_products\+sequential"):
+        linear(x, w, b, "sequential")
+
+
+# --------------------------------------------------------------------------------------------- stochastic arithmetic
+def test_exact_results_stay_and_others_become_one_of_their_two_neighbours() -> None:
+    x, y = torch.full((4000,), 0.1), torch.full((4000,), 0.7)
+    exact = float(x[0].double() * y[0].double())
+    with RandomRounding(0):
+        products, doubled, halves = x * y, x * 2, x / 2
+        added = x.clone().add_(y)
+    below, above = sorted(set(products.tolist()))
+    assert below < exact < above
+    assert np.nextafter(np.float32(below), np.float32(1)) == np.float32(above)
+    share = float((products == above).double().mean())
+    assert share == pytest.approx((exact - below) / (above - below), abs=0.04)  # the mean is exact
+    assert torch.equal(doubled, torch.full_like(x, 0.2))
+    assert torch.equal(halves, torch.full_like(x, 0.05))
+    assert len(set(added.tolist())) <= 2
+    with RandomRounding(0):
+        assert torch.equal(x * y, products)  # the seed decides
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_products_of_matrices_move_by_one_ulp_and_zeros_stay(dtype: torch.dtype) -> None:
+    a, b = drawn(40, 30).to(dtype), drawn(30, 50, seed=1).to(dtype)
+    a[3] = 0
+    plain = a @ b
+    with RandomRounding(1):
+        moved = a @ b
+    up = torch.nextafter(plain.double(), torch.full((), torch.inf).double()) if dtype == torch.float64 else None
+    apart = (moved != plain).double().mean()
+    assert 0.4 < float(apart) < 0.6
+    assert torch.equal(moved[3], torch.zeros_like(moved[3]))
+    eps = torch.finfo(dtype).eps
+    assert bool(((moved.double() - plain.double()).abs() <= eps * plain.double().abs()).all())
+    assert up is None or bool((moved == up).any())
+
+
+def test_what_rounds_nothing_is_left_alone_and_gradients_are_rounded_too() -> None:
+    model = lenet5(10, (1, 28, 28))
+    x = torch.rand(4, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    with RandomRounding(0):
+        assert torch.equal(
+            F.max_pool2d(F.relu(x - 0.5).round(decimals=1), 2), F.max_pool2d(F.relu(x - 0.5).round(decimals=1), 2)
+        )
+    before = torch.random.get_rng_state()
+
+    def gradient(seed: int | None) -> torch.Tensor:
+        with Arithmetic(random_rounding=seed is not None, seed=seed or 0).applied():
+            loss = model(x).logsumexp(1).sum()
+            return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+    plain, one, other = gradient(None), gradient(1), gradient(2)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    for moved in (one, other):
+        assert 0 < float((moved - plain).norm() / plain.norm()) < 1e-5
+    assert not torch.equal(one, other)
+
+
+def test_a_zone_under_random_rounding_tells_the_floor_that_it_makes() -> None:
+    model = lenet5(10, (1, 28, 28))
+    patch(model, Jacobians())
+    (x, _) = next(iter(FashionMNISTSample(batch_size=8).train_dataloader()))  # a background that ties
+
+    def loss(output: torch.Tensor) -> torch.Tensor:
+        return output.logsumexp(1).sum()
+
+    minimal = Jacobians(max_pool="minimal")
+    exact = zone(model, loss, x, minimal)
+    assert exact.noise is not None
+    assert exact.noise.l2 == 0
+    with Arithmetic.parse("random_rounding").applied():
+        rounded = zone(model, loss, x, minimal)
+    assert rounded.noise is not None
+    assert 0 < rounded.noise.relative < 1e-5
+    assert rounded.kind == exact.kind
+
+
+# ----------------------------------------------------------------------------------------------- settings and records
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("bias_first", "'bias_first' is not one of native, bias_last, sequential, split_k=N, blocks=N, random_order,"),
+        ("split_k", "is not one of"),
+        ("split_k=0", "is not one of"),
+        ("bias_last+sequential", "names two orders"),
+        ("threads=0", "at least one"),
+        ("tf32=1", "is not one of"),
+    ],
+)
+def test_an_arithmetic_that_is_none(words: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Arithmetic.parse(words)
+
+
+@pytest.mark.parametrize("words", ["native", "bias_last+tf32", "split_k=4+random_rounding+threads=2+seed=3"])
+def test_an_arithmetic_reads_what_it_writes(words: str) -> None:
+    assert str(Arithmetic.parse(words)) == words
+
+
+def test_float32_means_float32_unless_it_is_asked_otherwise_and_switches_are_taken_back() -> None:
+    torch.backends.cudnn.allow_tf32 = True  # PyTorch's own default
+    before = switches()
+    with Arithmetic().applied():
+        within = switches()
+        assert not within["tf32_matmul"]
+        assert not within["tf32_cudnn"]
+        assert within["matmul_precision"] == "highest"
+        assert not within["fp16_reduced_reductions"]
+        assert not within["bf16_reduced_reductions"]
+    assert switches() == before
+    every = "tf32+reduced_reductions+deterministic+cudnn_benchmark+flush_to_zero+threads=1"
+
+    def inside() -> None:
+        with Arithmetic.parse(every).applied():
+            seen.update(switches())
+            raise KeyError
+
+    seen: dict[str, object] = {}
+    with pytest.raises(KeyError):
+        inside()
+    for name in ("tf32_matmul", "tf32_cudnn", "fp16_reduced_reductions", "deterministic", "cudnn_benchmark"):
+        assert seen[name] is True, name
+    assert seen["flush_to_zero"] is True
+    assert seen["threads"] == 1
+    assert switches() == before  # taken back all the same
+
+
+def test_the_record_names_machine_libraries_and_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    told = record()
+    assert told["variables"]["MKL_CBWR"] == "COMPATIBLE"
+    assert told["processor"]
+    assert told["cores"] >= 1
+    assert told["instructions"] == torch.backends.cpu.get_cpu_capability()
+    assert {"tf32_cudnn", "deterministic", "flush_to_zero", "threads"} <= set(told)
+
+
+def test_a_cell_computes_in_its_arithmetic_and_records_it() -> None:
+    given = {"backbone": "paper/fc", "width": 32, "depth": 2, "data": "FashionMNISTSample", "train_images": 128}
+    given |= {"epochs": 3, "batch_size": 16}
+    found = {
+        a: compute("train", settings("train", {**given, "arithmetic": a}), "cpu") for a in ("native", "sequential")
+    }
+    losses = [next(r["value"] for r in o.rows if r["metric"] == "train_loss") for o in found.values()]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert found["sequential"].provenance["arithmetic"] == "sequential"
+    assert found["native"].provenance["environment"]["arithmetic"]["tf32_cudnn"] is False
+    half = compute("train", settings("train", {**given, "precision": 16}), "cpu")
+    assert half.provenance["arithmetic"] == "half_products"
+
+
+# ------------------------------------------------------------------------------------------------------------ Trainer
+def fitted(arithmetic: str, seen: dict[str, object] | None = None, **options: object) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    model = ImageClassifier(**options)  # type: ignore[arg-type]
+    if seen is not None:
+        model.backbone.register_forward_hook(lambda *_: seen.update(switches()))
+    trainer = Trainer(
+        accelerator="cpu", max_steps=2, limit_val_batches=0, logger=False, enable_progress_bar=False,
+        enable_checkpointing=False, enable_model_summary=False, callbacks=[ArithmeticSetting(arithmetic)],
+    )  # fmt: skip
+    trainer.fit(model, FashionMNISTSample(batch_size=32))
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def test_a_trainer_takes_an_arithmetic_as_a_callback() -> None:
+    torch.backends.cudnn.allow_tf32 = True
+    seen: dict[str, object] = {}
+    plain, again, ordered = fitted("native", seen), fitted("native"), fitted("sequential")
+    assert seen["tf32_cudnn"] is False
+    assert torch.backends.cudnn.allow_tf32
+    assert all(map(torch.equal, plain, again))
+    assert not all(map(torch.equal, plain, ordered))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(plain, ordered, strict=True))
+
+
+def test_an_arithmetic_by_operation_is_refused_for_a_compiled_network() -> None:
+    with pytest.raises(ValueError, match=r"arithmetic=bias_last works operation by operation.*compile=false"):
+        fitted("bias_last", compile=True)
+
+
+def test_half_products_are_one_of_them() -> None:
+    x, w = drawn(3, 40).half(), drawn(2, 40, seed=1).half()
+    with HalfProducts():
+        expected = F.linear(x, w)
+    with Arithmetic.parse("half_products").applied():
+        assert torch.equal(F.linear(x, w), expected)
