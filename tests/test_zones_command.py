@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from nslightning.cli import main
-from nslightning.commands.zones import _shares
+from nslightning.commands.zones import _mean, _shares
 
 SETTING = ["--data=FashionMNISTSample", "--backbone=paper/lenet5", "--batch_size=16", "--batches=2", "--chunk=2"]
 
@@ -64,8 +64,20 @@ def test_of_mini_batches_and_with_the_papers_threshold(tmp_path) -> None:
         row = shares[shares["precision"] == bits].iloc[0]
         share = (each["differing"] / each["batches"]).mean()
         assert row["share"] == pytest.approx(share)
-        assert row["low"] <= share <= row["high"]
-        assert row["low"] < row["high"]
+        # The mini-batches of one draw are not independent: Student's interval of four draws, with three degrees of
+        # freedom; where all draws say the same, what four of them can exclude at 5 %.
+        half = 3.182446 * (differing := each["differing"] / each["batches"]).std() / math.sqrt(4)
+        low, high = max(0.0, share - half), min(1.0, share + half)
+        if differing.std() == 0:
+            low, high = (0.0, 1 - 0.05**0.25) if share == 0 else (0.05**0.25, 1.0)
+        assert (row["low"], row["high"]) == pytest.approx((low, high), rel=1e-4)
+
+
+def test_students_interval_of_draws_that_differ() -> None:
+    """Half its width is 4.302653 (two degrees of freedom) times 0.1 over the root of 3."""
+    share, low, high = _mean(pd.Series([0.2, 0.3, 0.4]))
+    assert (share, low, high) == pytest.approx((0.3, 0.3 - 0.248414, 0.3 + 0.248414), rel=1e-5)
+    assert _mean(pd.Series([0.5])) == (0.5, 0.0, 1.0)  # one draw tells nothing of the others
 
 
 def test_the_interval_of_mini_batches_is_students(tmp_path) -> None:

@@ -220,7 +220,6 @@ def _shares(experiment: Experiment, folder: Path, of: str) -> pd.DataFrame:
     own shares. Chances that were counted are shares of draws already: Student's interval of their mean.
     """
     import pandas as pd
-    from scipy import stats
 
     from nslightning.experiments.figures.results import share_interval
 
