@@ -16,16 +16,26 @@ import torch._functorch.config
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from nslightning._torch import is_compiled
+from nslightning._torch import hooks_of, is_compiled, runs_module_hooks
 from nslightning.choices import Choices, named_choices
 from nslightning.jacobians import Jacobians
 from nslightning.models import Twins
-from nslightning.probes import NORMS, Divergence, gradients, measure, measure_differences
-from nslightning.probes.propagation import Recording, recording, refuse_random
+from nslightning.probes import (
+    NORMS,
+    Divergence,
+    Recording,
+    UnseenError,
+    gradients,
+    measure,
+    measure_differences,
+    recording,
+)
+from nslightning.probes.graph import opaque_nodes, reachable, reruns_forward
+from nslightning.probes.propagation import agrees, refuse_random, refuse_unseen
 from nslightning.surgery import selections
 
 from .measurements import append_rows, begins_anew, interval, log_step, own_name, run_folder, start_table
@@ -67,8 +77,9 @@ class GradientDivergence(Callback):
     =============================== ==================================================================
 
     The run folder gets ``divergence.csv``, one row per step, choice and parameter (an empty ``parameter`` is the
-    total), and at the end ``divergence.pdf`` and ``.png``, the relative divergence against the step. A second
-    GradientDivergence of the same run logs as ``divergence-2/...`` and writes ``divergence-2.csv``.
+    total) with the method that found it, and at the end ``divergence.pdf`` and ``.png``, the relative divergence
+    against the step. A second GradientDivergence of the same run logs as ``divergence-2/...`` and writes
+    ``divergence-2.csv``.
 
     Args:
         choices: The choices to compare with the one in use, by the name they are logged under: each a
@@ -79,7 +90,11 @@ class GradientDivergence(Callback):
             (:func:`nslightning.probes.recording`): exact zeros where no tie matters, elsewhere the rounding of the
             difference's own terms, not of the gradients, and no backward where no tie was met. ``"subtract"`` compares
             whole gradients, one backward for each choice: what rounding makes of another order of summation counts
-            too. ``"auto"`` propagates unless the model is compiled or a choice is ``"random"``, and says so.
+            too. ``"auto"`` propagates unless a choice is ``"random"``, and says so. Each loss's own graph decides
+            whether it can be done: where operations hide from it (in compiled parts, reentrant checkpoints,
+            ``torch.vmap``, custom functions), gradients are subtracted. So they are from the step on at which one
+            subtraction shows that differences do not add up: it is made at the first one that is measured, and wherever
+            parameters or modules have backward hooks. Both are said once.
         budget: The share of the training time that an automatic interval spends on measuring.
 
     Raises:
@@ -105,7 +120,10 @@ class GradientDivergence(Callback):
         self.every_n_steps = every_n_steps if every_n_steps == "auto" else interval(every_n_steps)
         self.budget = budget
         self._spent, self._trained, self._next = 0.0, 0.0, 0  # seconds, seconds, and a step
-        self._propagates = False
+        self._subtracts = ""  # why it does at every step, if it does
+        self._said: set[str] = set()
+        self._checked = self._hooked = False
+        self._loss: Tensor | None = None
         self._measured_step = -1
         self._batch_start = 0.0
         self._recorded: Recording | None = None
@@ -151,19 +169,17 @@ class GradientDivergence(Callback):
         if isinstance(pl_module, Twins):
             raise ValueError("GradientDivergence compares the choices in one network; twins have TwinDivergence")
         in_use = [selection.jacobians for selection in selections(pl_module).values()]
-        self._propagates = self.method != "subtract"
-        if self._propagates:
+        self._subtracts, self._checked = "as it was asked to" if self.method == "subtract" else "", False
+        if not self._subtracts:
             try:
                 refuse_random(*in_use, *self.choices.values())
                 if type(pl_module).backward is not LightningModule.backward:
                     raise ValueError("a backward of the module's own cannot be told to keep the graph")
-                if any(map(is_compiled, pl_module.modules())):
-                    raise ValueError("a compiled model's ties cannot be recorded: only method='subtract' takes it")
             except ValueError as reason:
                 if self.method == "propagate":
                     raise
-                rank_zero_info(f"GradientDivergence subtracts gradients instead of propagating differences: {reason}")
-                self._propagates = False
+                self._subtracts = str(reason)
+                self._say(self._subtracts)
         if isinstance(trainer.strategy, ParallelStrategy) and not isinstance(trainer.strategy, DDPStrategy):
             raise ValueError(
                 "GradientDivergence needs whole gradients on every process: train on one device or with "
@@ -198,22 +214,36 @@ class GradientDivergence(Callback):
         if not due or step == self._measured_step:
             return
         self._measured_step = step
-        if self._propagates:
+        if reruns_forward(loss) and trainer.world_size > 1:
+            # Gradients that arrive in `grad` alone would start DDP's exchange.
+            self._say("a checkpoint with use_reentrant=True under DDP", "measures no step with")
+            return
+        reason = self._subtracts or _unseen(loss, pl_module)
+        if reason:
+            if not self._subtracts:
+                self._say(reason)
+            clock = _Clock(pl_module.device)
+            with undisturbed(pl_module, step):
+                self._others = gradients(loss, pl_module, self.choices, retain_graph=True)
+            self._seconds = clock.seconds()
+        else:
+            ours = sum(bool(c._hooks) for c in _alike(trainer))
+            self._hooked = any(len(hooks_of(p)) > ours for p in pl_module.parameters())
+            self._hooked |= any(map(runs_module_hooks, reachable([loss.grad_fn])))
             # Operations report to one recording at a time: another GradientDivergence's serves this one as well.
             self._recorded = next((c._recorded for c in _alike(trainer) if c._recorded is not None), None)
             if self._recorded is None:
                 self._recorded = self._open.enter_context(recording(pl_module))
                 self._open.enter_context(_keeping_graph(pl_module, self._recorded))
-        else:
-            start = _now(pl_module.device)
-            with undisturbed(pl_module, step):
-                self._others = gradients(loss, pl_module, self.choices, retain_graph=True)
-            self._seconds = _now(pl_module.device) - start
+            if self._hooked or not self._checked or any(opaque_nodes(loss)):
+                self._recorded.whole, self._loss = True, loss
 
         def keep(name: str, gradient: Tensor) -> None:
-            # A copy: the engine may hand this very tensor on to `grad`, where DDP and the scaler overwrite it.
+            # A copy: the engine may hand this very tensor on to `grad`, where DDP and the scaler overwrite it. A
+            # reentrant checkpoint comes to a parameter that it shares by a backward of its own.
             if pl_module not in _EXTRA:  # another callback's passes are not the training's
-                self._own[name] = gradient.detach().clone()
+                before = self._own.get(name)
+                self._own[name] = gradient.detach().clone() if before is None else before + gradient
 
         self._own = {}
         self._hooks = [
@@ -226,24 +256,67 @@ class GradientDivergence(Callback):
         """Compare with the gradients that the training backward has just produced."""
         if not self._hooks:
             return
-        start = _now(pl_module.device)
+        clock = _Clock(pl_module.device)
         scale = loss_scale(trainer)
-        recorded, others, own = self._recorded, self._others, self._own
+        recorded, others, own, loss = self._recorded, self._others, self._own, self._loss
         self._forget()
         shared = any(c._recorded is recorded for c in _alike(trainer))
         named = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
         # A parameter that the loss does not depend on got no gradient.
-        own = _means(trainer, {name: own.get(name, torch.zeros_like(p)) for name, p in named.items()})
-        if recorded is not None:
-            with undisturbed(pl_module, trainer.global_step):
-                carried = recorded.carried(self.choices, named, retain_graph=shared)
-                found = measure_differences(((choice, _means(trainer, d)) for choice, d in carried), own)
-        else:
-            found = {choice: measure(_means(trainer, other), own) for choice, other in others.items()}
+        own = {name: own.get(name, torch.zeros_like(p)) for name, p in named.items()}
+        with undisturbed(pl_module, trainer.global_step):
+            reason = "" if recorded is None or loss is None else _strangers(recorded, loss)
+            found: dict[str, Divergence] = {}
+            if recorded is not None and not reason:
+                carried = recorded.carried(self.choices, named, retain_graph=shared or loss is not None)
+                differences = ((choice, _means(trainer, d)) for choice, d in carried)
+                found = measure_differences(differences, _means(trainer, own))
+                found = {choice: replace(d, method="propagate") for choice, d in found.items()}
+                if loss is not None and (self._hooked or not self._checked) and any(d.l2 for d in found.values()):
+                    reason = self._nonlinear(trainer, pl_module, recorded, loss, own, found)
+            if reason:
+                self._say(reason)
+                assert loss is not None  # without it nothing was looked for
+                others = gradients(loss, pl_module, self.choices, retain_graph=shared)
+        if recorded is None or reason:
+            mean = _means(trainer, own)
+            found = {choice: measure(_means(trainer, other), mean) for choice, other in others.items()}
         found = {choice: _unscaled(d, scale) for choice, d in found.items()}
-        self._seconds += _now(pl_module.device) - start
+        self._seconds += clock.seconds()
         self._account(trainer)
         self._record(trainer, found)
+
+    def _nonlinear(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        recorded: Recording,
+        loss: Tensor,
+        own: Mapping[str, Tensor],
+        found: Mapping[str, Divergence],
+    ) -> str:
+        """Why differences do not add up, by one subtraction for the choice of the largest; empty if they do."""
+        choice = max(found, key=lambda name: found[name].l2 if math.isfinite(found[name].l2) else 0.0)
+        one = {choice: self.choices[choice]}
+        named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        ((_, d),) = recorded.carried(one, named)
+        (other,) = gradients(loss, module, one).values()
+        reason = ""
+        try:
+            agrees(other, own, d)
+        except UnseenError as error:
+            reason = str(error)
+        self._checked = True
+        if trainer.world_size > 1 and trainer.strategy.reduce_boolean_decision(bool(reason), all=False):
+            reason = reason or "on another process a difference does not add up as gradients do"
+        self._subtracts = reason
+        return reason
+
+    def _say(self, reason: str, what: str = "subtracts gradients instead of propagating differences:") -> None:
+        """Say once what is done otherwise than asked for, and why."""
+        if reason not in self._said:
+            self._said.add(reason)
+            rank_zero_warn(f"GradientDivergence {what} {reason}")
 
     def _account(self, trainer: Trainer) -> None:
         """Note the time spent, and when the budget allows the next measurement."""
@@ -283,7 +356,7 @@ class GradientDivergence(Callback):
         for hook in self._hooks:
             hook.remove()
         self._open.close()
-        self._others, self._own, self._hooks, self._recorded = {}, {}, [], None
+        self._others, self._own, self._hooks, self._recorded, self._loss = {}, {}, [], None, None
 
     def _record(self, trainer: Trainer, found: Mapping[str, Divergence]) -> None:
         step, name = trainer.global_step, self._name
@@ -294,9 +367,9 @@ class GradientDivergence(Callback):
             return
         rows: list[dict[str, Any]] = []
         for choice, d in found.items():
-            rows.append({"step": step, "choice": choice, "parameter": "", **d.norms()})
-            if self.per_layer:
-                rows += [{"step": step, "choice": choice, "parameter": p, **e.norms()} for p, e in d.per_layer.items()]
+            parts = {"": d, **(d.per_layer if self.per_layer else {})}
+            at = {"step": step, "choice": choice}
+            rows += [{**at, "parameter": p, **e.norms(), "method": d.method} for p, e in parts.items()]
         append_rows(self._file, rows)
         for logger in trainer.loggers if self.per_layer else []:
             if isinstance(logger, WandbLogger):
@@ -347,11 +420,47 @@ def _unscaled(d: Divergence, scale: float) -> Divergence:
     return replace(d, l1=d.l1 / scale, l2=d.l2 / scale, linf=d.linf / scale, per_layer=layers)
 
 
-def _now(device: torch.device) -> float:
-    """The time when all work given to the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+class _Clock:
+    """The time that work takes, on a CUDA device from when the work before it is done; it waits only to be read.
+
+    Args:
+        device: Where the work is done.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._start = device, time.perf_counter()
+        self._event = self._mark() if device.type == "cuda" else None
+
+    def seconds(self) -> float:
+        """The time since the clock was made."""
+        if self._event is None:
+            return time.perf_counter() - self._start
+        end = self._mark()
+        end.synchronize()
+        return float(self._event.elapsed_time(end)) / 1000
+
+    def _mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+
+def _unseen(loss: Tensor, module: LightningModule) -> str:
+    """Why differences cannot be carried through a loss's graph; empty if they can."""
+    try:
+        refuse_unseen(loss, dict(module.named_parameters()))
+    except UnseenError as reason:
+        return str(reason)
+    return ""
+
+
+def _strangers(recorded: Recording, loss: Tensor) -> str:
+    """Why a loss's backward does not tell all differences; empty if it does."""
+    try:
+        recorded.refuse_strangers(loss)
+    except UnseenError as reason:
+        return str(reason)
+    return ""
 
 
 def checked_names(callback: str, key: str, choices: Choices, reserved: Collection[str] = ()) -> dict[str, Jacobians]:
@@ -409,7 +518,7 @@ def undisturbed(module: nn.Module, step: int) -> Iterator[None]:
             _EXTRA.discard(module)
             for selection, recorder in zip(own, recorders, strict=True):
                 selection.recorder = recorder
-    with torch.no_grad():
-        for name, buffer in module.named_buffers():
-            if not torch.equal(buffer, buffers[name]):
-                buffer.copy_(buffers[name])
+    # Whether they changed is not asked, for that waits for a device (and no version counter tells it: batch norm counts
+    # none). `data`, for autograd may have saved them, whose values are the same again.
+    for name, buffer in module.named_buffers():
+        buffer.data.copy_(buffers[name])

@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from nslightning import Jacobians, patch
 from nslightning.experiments.cells import ZoneCell
 from nslightning.experiments.zones import difference_norm
-from nslightning.probes import differences, divergence, gradients, zone
-from nslightning.probes.graph import bottleneck, operation_nodes, unseen_nodes
+from nslightning.probes import MethodWarning, UnseenError, differences, divergence, gradients, worst_choice, zone
+from nslightning.probes.graph import bottleneck, opaque_nodes, operation_nodes
 
 CHOICES = {"a": Jacobians(), "b": Jacobians(relu=1.0), "c": Jacobians(relu=-0.5)}
 
@@ -143,7 +143,7 @@ def test_what_is_not_to_be_seen_may_matter():
     nn.init.zeros_(lower.weight), nn.init.zeros_(lower.bias)
     loss = Inside.apply(lower(torch.ones(1, 2)), inner).sum()
     assert not any(operation_nodes(loss))
-    assert [node.name() for node in unseen_nodes(loss)] == ["InsideBackward"]
+    assert [node.name() for node in opaque_nodes(loss)] == ["InsideBackward"]
     model = nn.ModuleDict({"lower": lower, "inner": inner})
     found = gradients(loss, model, CHOICES)
     assert [found[c]["lower.bias"].tolist() for c in CHOICES] == [[0, 0], [1, 1], [-0.5, -0.5]]
@@ -224,21 +224,27 @@ class Mapped(nn.Module):
         return torch.vmap(self.relu)(self.linear(x))
 
 
-def test_operations_under_vmap_are_refused_where_their_ties_are_asked_for():
+def test_operations_under_vmap_are_subtracted_or_refused():
     model, x, one = Mapped(), torch.ones(3, 2), Jacobians(relu=1.0)
     patch(model, Jacobians())
     loss = model(x).sum()
     assert same_as_alone(loss, model, CHOICES)
-    assert divergence(loss, model, {"one": one})["one"].l2 > 0
+    subtracted = divergence(loss, model, {"one": one})["one"]
+    assert subtracted.l2 > 0
+    with pytest.warns(MethodWarning, match="vmap"):
+        found = divergence(loss, model, {"one": one}, method="propagate")["one"]
+    assert found == subtracted
+    assert found.method == "subtract"
     cell = ZoneCell(backbone="paper/fc", against={"relu": 1}, norm="l1_sum")
     assert difference_norm(cell, (model,), x, torch.zeros(3, dtype=torch.long)) > 0
     for call in (
-        lambda: divergence(loss, model, {"one": one}, method="propagate"),
         lambda: differences(loss, model, {"one": one}),
-        lambda: zone(model, torch.sum, x, one),
+        lambda: worst_choice(model, torch.sum, x),
     ):
-        with pytest.raises(ValueError, match="subtract"):
+        with pytest.raises(UnseenError, match="subtract"):
             call()
+    with pytest.raises(ValueError, match="vmap"):
+        zone(model, torch.sum, x, one)
 
 
 def test_sparse_gradients_are_measured():

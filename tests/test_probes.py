@@ -20,6 +20,7 @@ from nslightning.probes import (
     measure,
     measure_difference,
     measure_differences,
+    sums,
     ties,
 )
 from nslightning.surgery import report, selections
@@ -231,7 +232,7 @@ def test_measure_refuses_other_names_and_shapes():
 
 
 def test_differences_are_measured_as_subtractions_are(monkeypatch):
-    monkeypatch.setattr(sys.modules["nslightning.probes.divergence"], "_BLOCK", 8)  # several blocks, the last one short
+    monkeypatch.setattr(sums, "_BLOCK", 8)  # several blocks, the last one short
     g = torch.Generator().manual_seed(0)
     reference = {n: torch.randn(k, generator=g).double() for n, k in (("a", (5, 5)), ("b", (3,)), ("none", (0, 2)))}
     differing = {n: torch.randn(t.shape, generator=g).double() for n, t in reference.items()}
@@ -257,8 +258,8 @@ def test_differences_are_measured_as_subtractions_are(monkeypatch):
 
 def test_the_reference_is_looked_at_once_and_only_where_something_differs(monkeypatch):
     module, squared = sys.modules["nslightning.probes.divergence"], []
-    square = module._square
-    monkeypatch.setattr(module, "_square", lambda g: squared.append(g.shape) or square(g))
+    squares = module.squares
+    monkeypatch.setattr(module, "squares", lambda given: squared.extend(g.shape for g in given) or squares(given))
     reference = {"a": torch.ones(3), "b": torch.ones(4)}
     nothing = {n: torch.zeros(()).expand_as(t) for n, t in reference.items()}
     same = measure_differences([("x", nothing), ("y", nothing)], reference)

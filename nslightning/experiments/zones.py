@@ -20,7 +20,7 @@ from nslightning.models.paper import initialize
 from nslightning.models.patched import at_least_float32
 from nslightning.probes import zone
 from nslightning.probes.gradients import gradients_in_turn, wanted
-from nslightning.probes.graph import operation_nodes, unseen_nodes
+from nslightning.probes.graph import opaque_nodes, operation_nodes
 from nslightning.surgery import PatchReport, unpatch
 
 __all__ = ["difference_norm", "zones"]
@@ -158,7 +158,7 @@ def difference_norm(cell: ZoneCell, pair: tuple[nn.Module, ...], x: Tensor, y: T
     else:
         (network,) = pair
         loss = _loss(cell, network, x, y)
-        told = not any(unseen_nodes(loss))
+        told = not any(opaque_nodes(loss))
         if told and loss.isfinite() and not any(operation_nodes(loss, (cell.jacobians, cell.alternative))):
             return 0.0
         choices, named = [cell.jacobians, cell.alternative], _parameters(cell, network)

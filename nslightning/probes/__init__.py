@@ -4,12 +4,14 @@ from nslightning.probes.cost import cost_ratio, cost_scaling
 from nslightning.probes.divergence import (
     NORMS,
     Divergence,
+    MethodWarning,
     divergence,
     measure,
     measure_difference,
     measure_differences,
 )
 from nslightning.probes.gradients import gradients
+from nslightning.probes.graph import UnseenError
 from nslightning.probes.propagation import Recording, differences, recording
 from nslightning.probes.ties import Ties, counting, ties
 from nslightning.probes.worst import Worst, worst_choice
@@ -19,8 +21,10 @@ __all__ = [
     "NORMS",
     "THRESHOLDS",
     "Divergence",
+    "MethodWarning",
     "Recording",
     "Ties",
+    "UnseenError",
     "Worst",
     "Zone",
     "cost_ratio",

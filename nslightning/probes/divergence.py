@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
@@ -12,16 +13,33 @@ import torch
 from torch import Tensor, nn
 
 from nslightning.jacobians import Jacobians
-from nslightning.ops.autograd.selection import concrete
-from nslightning.ops.kernels import cpu as cpu_kernels
-from nslightning.probes.gradients import gradients, gradients_in_turn, wanted
-from nslightning.probes.graph import operation_nodes, refuse_hidden
-from nslightning.probes.propagation import recording, refuse_compiled, refuse_computed, refuse_random
+from nslightning.probes.gradients import gradients_in_turn, wanted
+from nslightning.probes.graph import UnseenError, opaque_nodes, operation_nodes
+from nslightning.probes.propagation import agrees, recording, refuse_computed, refuse_random, refuse_unseen
+from nslightning.probes.shards import totals
+from nslightning.probes.sums import LARGEST, dense, is_nothing, rows, squares, waits
 from nslightning.surgery import Plan, selections
 
-__all__ = ["NORMS", "SAME", "Divergence", "dense", "divergence", "measure", "measure_difference", "measure_differences"]
+__all__ = [
+    "NORMS",
+    "SAME",
+    "Divergence",
+    "Method",
+    "MethodWarning",
+    "divergence",
+    "measure",
+    "measure_difference",
+    "measure_differences",
+]
 
 NORMS = ("l1", "l2", "linf", "relative", "cosine")
+
+#: How a difference is found: between two sets of gradients, or carried down from the ties.
+Method = Literal["subtract", "propagate"]
+
+
+class MethodWarning(UserWarning):
+    """A difference was found in another way than was asked for; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +54,7 @@ class Divergence:
         cosine: Cosine of the angle between the two gradients; 1 when they are equal, also when both are 0,
             0 when one is 0, NaN when an entry is not finite.
         per_layer: The same per parameter, by name; empty in the entries themselves.
+        method: How the difference was found; two divergences may be equal though it was found in two ways.
     """
 
     l1: float
@@ -44,6 +63,7 @@ class Divergence:
     relative: float
     cosine: float
     per_layer: Mapping[str, Divergence] = field(default_factory=dict)
+    method: Method = field(default="subtract", compare=False)
 
     def norms(self) -> dict[str, float]:
         """The five figures by name.
@@ -53,8 +73,6 @@ class Divergence:
         """
         return {name: getattr(self, name) for name in NORMS}
 
-
-_BLOCK = 1 << 18
 
 #: The divergence of equal gradients.
 SAME = Divergence(0.0, 0.0, 0.0, 0.0, 1.0)
@@ -66,7 +84,7 @@ def divergence(
     choices: Mapping[str, Jacobians | Plan],
     reference: Jacobians | Plan = Jacobians(),  # noqa: B008 # frozen
     *,
-    method: Literal["subtract", "propagate"] = "subtract",
+    method: Method = "subtract",
     inputs: Mapping[str, Tensor] | None = None,
     retain_graph: bool = True,
 ) -> dict[str, Divergence]:
@@ -81,18 +99,23 @@ def divergence(
             ``"propagate"`` carries the difference itself down from the ties (:func:`nslightning.probes.differences`):
             exact zeros where no tie matters, elsewhere the rounding of the difference's own terms only, and the cost
             of the graph below the ties; no backward at all where no tie was met, so that a gradient that is not finite
-            goes unnoticed there if the loss is finite. Not for compiled models nor for random choices.
+            goes unnoticed there if the loss is finite. Not for random choices. The loss's own graph decides whether it
+            can be done: where operations hide from it (in compiled parts, reentrant checkpoints, ``torch.vmap``, custom
+            functions that run patched parts), or where a difference does not add up as gradients do (one subtraction
+            tells: hooks that clip, custom backwards), gradients are subtracted, and a :class:`MethodWarning` says so.
         inputs: Further tensors to differentiate for, by name, such as the model's input; they count in the totals.
             Leaves of the graph, if the difference is to be propagated.
         retain_graph: Keep the graph after the last backward, for whatever comes next on the same loss.
 
     Returns:
-        One :class:`Divergence` per choice, with ``per_layer`` by parameter name.
+        One :class:`Divergence` per choice, with ``per_layer`` by parameter name, and the ``method`` that was taken.
 
     Raises:
         ValueError: If the model is not patched, no parameter requires gradients, no choice is given, or the difference
-            of a compiled model, of operations under ``torch.vmap``, of a random choice or for an input that was
-            computed is to be propagated.
+            of a random choice or for an input that was computed is to be propagated.
+
+    Warns:
+        MethodWarning: If gradients were subtracted, though their difference was to be propagated.
 
     Example:
         >>> import nslightning
@@ -105,21 +128,47 @@ def divergence(
     """
     if not choices:
         raise ValueError("divergence takes at least one choice, such as {'relu1': Jacobians(relu=1.0)}")
+    named = wanted(model, inputs)
     if method == "propagate":
-        refuse_compiled(model)
         refuse_computed(inputs)
-        refuse_hidden(loss)
         refuse_random(*choices.values())
-        alike = {name: choice for name, choice in choices.items() if isinstance(choice, Jacobians)}
-        if not any(operation_nodes(loss)) and selections(model) and loss.isfinite():
-            return dict.fromkeys(choices, replace(SAME, per_layer=dict.fromkeys(wanted(model, inputs), SAME)))
-        with recording(model) as met:
-            (base,) = gradients(loss, model, {"": reference}, inputs=inputs, retain_graph=True).values()
-        return measure_differences(met.carried(alike, wanted(model, inputs), retain_graph=retain_graph), base)
+        try:
+            return _propagated(loss, model, choices, reference, named, retain_graph)
+        except UnseenError as reason:
+            warnings.warn(f"divergence subtracts gradients instead: {reason}", MethodWarning, stacklevel=2)
     every = [reference, *choices.values()]
-    turns = gradients_in_turn(loss, model, every, wanted(model, inputs), retain_graph=retain_graph)
+    turns = gradients_in_turn(loss, model, every, named, retain_graph=retain_graph)
     base = next(turns)  # two sets of gradients in memory, however many choices
     return {name: measure(other, base) for name, other in zip(choices, turns, strict=True)}
+
+
+def _propagated(
+    loss: Tensor,
+    model: nn.Module,
+    choices: Mapping[str, Jacobians | Plan],
+    reference: Jacobians | Plan,
+    named: Mapping[str, Tensor],
+    retain_graph: bool,
+) -> dict[str, Divergence]:
+    """The divergences as they are carried down from the ties.
+
+    Raises:
+        UnseenError: If they cannot be.
+    """
+    refuse_unseen(loss, named)
+    alike = {name: choice for name, choice in choices.items() if isinstance(choice, Jacobians)}
+    if not any(operation_nodes(loss)) and not any(opaque_nodes(loss)) and selections(model) and loss.isfinite():
+        return dict.fromkeys(choices, replace(SAME, per_layer=dict.fromkeys(named, SAME), method="propagate"))
+    with recording(model) as met:
+        (base,) = gradients_in_turn(loss, model, [reference], named)
+    met.refuse_strangers(loss)
+    found = measure_differences(met.carried(alike, named), base)
+    largest = max(found, key=lambda name: found[name].l2 if math.isfinite(found[name].l2) else 0.0)
+    if found[largest].l2:
+        (carried,) = (d for _, d in met.carried({largest: alike[largest]}, named))
+        (other,) = gradients_in_turn(loss, model, [alike[largest]], named, retain_graph=retain_graph)
+        agrees(other, base, carried)
+    return {name: replace(d, method="propagate") for name, d in found.items()}
 
 
 def measure(choice: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Divergence:
@@ -146,12 +195,8 @@ def measure(choice: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Di
     for name, b in reference.items():
         if choice[name].shape != b.shape:
             raise ValueError(f"gradients of {name} have shapes {tuple(choice[name].shape)} and {tuple(b.shape)}")
-    rows = {}
-    for name, b in reference.items():
-        square = _square(dense(b))
-        same = choice[name] is b
-        rows[name] = _row_of_same(square) if same else _row(_sums(dense(choice[name]), dense(b)), square)
-    return _divergences(rows)
+    known = _Reference(reference)
+    return known.divergences({"": known.rows(choice, carried=False)})[""]
 
 
 def measure_difference(difference: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Divergence:
@@ -194,139 +239,76 @@ def measure_differences(
         >>> [d.relative for d in measure_differences(pairs, reference).values()]
         [0.0, 1.0]
     """
-    known, found = _Reference(reference), {}
-    nothing: Mapping[str, Tensor] | None = None  # one for all choices that make no difference, if carried
-    for name, difference in differences:
-        found[name] = known.same if difference is nothing else known.divergence(difference)
-        if found[name] is known.same:
-            nothing = difference
-    return found
+    known = _Reference(reference)
+    return known.divergences({name: known.rows(difference, carried=True) for name, difference in differences})
 
 
 class _Reference:
     """What divergences from one set of gradients need of it, found when the first one does."""
 
     def __init__(self, gradients: Mapping[str, Tensor]) -> None:
-        self.gradients = {name: dense(g) for name, g in gradients.items()}
+        self.names, self.given = list(gradients), list(gradients.values())
+        self.gradients = [dense(g) for g in self.given]
+        self.waits = any(waits(g.device) for g in self.gradients)
 
     @cached_property
     def finite(self) -> bool:
-        """Whether all entries are."""
-        return _finite([g.sum() for g in self.gradients.values()])
+        """Whether all entries are, by one transfer from the device."""
+        sums = [g.sum() for g in self.gradients]
+        return not sums or bool(torch.stack([v.to(sums[0].device) for v in sums]).isfinite().all())
 
     @cached_property
-    def same(self) -> Divergence:
-        """That of gradients which are equal to them."""
-        return replace(SAME, per_layer=dict.fromkeys(self.gradients, SAME))
-
-    @cached_property
-    def squares(self) -> dict[str, Tensor]:
+    def squares(self) -> list[Tensor]:
         """The squared length of each."""
-        return {name: _square(g) for name, g in self.gradients.items()}
+        return squares(self.gradients)
 
-    def divergence(self, difference: Mapping[str, Tensor]) -> Divergence:
-        """That of gradients which differ by so much."""
-        nothing = {name: _is_nothing(d) for name, d in difference.items()}
-        if all(nothing.values()) and self.finite:
-            return self.same
-        # In nearly all cases the squares tell it as well.
-        finite = _finite(list(self.squares.values())) or self.finite
-        rows = {}
-        for name, g in self.gradients.items():
-            b = self.squares[name]
-            if nothing[name]:
-                rows[name] = _row_of_same(b)
-            else:
-                rows[name] = _row(_sums(dense(difference[name]), g, carried=True), b)
-                if not finite:
-                    rows[name] += b - b
-        return _divergences(rows)
+    def same(self, i: int) -> Tensor:
+        """The row of a gradient that is equal: NaN where it is not finite, and nothing can be told."""
+        square = self.squares[i]
+        zero = square - square
+        return torch.stack([zero, zero, zero, square, square, square])
 
+    def rows(self, other: Mapping[str, Tensor], *, carried: bool) -> Tensor | None:
+        """What the norms need, a row for each gradient; None if it is known without a look that nothing differs.
 
-def _finite(values: list[Tensor]) -> bool:
-    """Whether all of some 0-d tensors are, by one transfer from the device."""
-    return not values or bool(torch.stack([v.to(values[0].device) for v in values]).isfinite().all())
+        Args:
+            other: A choice's gradients, or what it adds to the reference's if that was carried.
+            carried: Which of the two.
+        """
+        given = [dense(other[name]) for name in self.names]
+        if carried:
+            equal = [is_nothing(d) for d in given]
+            if all(equal) and (self.waits or self.finite):
+                return None
+        else:
+            equal = [other[name] is b for name, b in zip(self.names, self.given, strict=True)]
+        differing = [i for i, same in enumerate(equal) if not same]
+        found = [self.same(i) if same else self.squares[i] for i, same in enumerate(equal)]
+        parts = [[tensors[i] for i in differing] for tensors in (given, self.gradients, self.squares)]
+        for i, row in zip(differing, rows(*parts, carried=carried), strict=True):
+            # To a reference that is not finite no difference is that was carried.
+            found[i] = row + (found[i] - found[i]).to(row.device) if carried else row
+        return totals(torch.stack([row.to(found[0].device) for row in found]), self.given, LARGEST) if found else None
 
+    def divergences(self, tables: Mapping[str, Tensor | None]) -> dict[str, Divergence]:
+        """The divergences of all sets of gradients of which :meth:`rows` has told, by one transfer from the device."""
+        if self.waits and any(table is None for table in tables.values()):  # what is not finite is to be seen, too
+            equal = torch.stack([row.to(self.squares[0].device) for row in map(self.same, range(len(self.names)))])
+            equal = totals(equal, self.given, LARGEST)
+            tables = {name: equal if table is None else table for name, table in tables.items()}
+        known = {name: table for name, table in tables.items() if table is not None}
+        if known:
+            device = next(iter(known.values())).device
+            values = torch.stack([table.to(device) for table in known.values()]).cpu()
+            known = dict(zip(known, values, strict=True))
+        same = replace(SAME, per_layer=dict.fromkeys(self.names, SAME))
+        return {name: self._divergence(known[name]) if name in known else same for name in tables}
 
-def _is_nothing(difference: Tensor) -> bool:
-    """Whether a difference is the expanded zero by which :meth:`Recording.carry` says that nothing arrived."""
-    strided = difference.layout == torch.strided
-    return (
-        strided
-        and difference.numel() > 0
-        and not any(difference.stride())
-        and not difference[(0,) * difference.dim()].any()
-    )
-
-
-def _divergences(sums: Mapping[str, Tensor]) -> Divergence:
-    # One transfer from the device: a row of (l1, l2^2, linf, |a|^2, |b|^2, a.b) per parameter.
-    values = list(sums.values())
-    none = torch.zeros(0, 6, dtype=torch.float64)
-    rows = torch.stack([row.to(values[0].device) for row in values]).cpu() if values else none
-    per_layer = {name: _divergence(row.tolist()) for name, row in zip(sums, rows, strict=True)}
-    total = rows.sum(0)
-    if len(rows):
-        total[2] = rows[:, 2].max()
-    return Divergence(**_divergence(total.tolist()).norms(), per_layer=per_layer)
-
-
-def dense(gradient: Tensor) -> Tensor:
-    """A gradient with all its entries: those of embeddings may be sparse.
-
-    Args:
-        gradient: Any layout.
-
-    Returns:
-        The same, strided.
-    """
-    return gradient.to_dense() if gradient.layout != torch.strided else gradient
-
-
-def _row_of_same(square: Tensor) -> Tensor:
-    """That of gradients which are equal: NaN where the square is not finite, and nothing can be told."""
-    nothing = square - square
-    return torch.stack([nothing, nothing, nothing, square, square, square])
-
-
-def _row(sums: Tensor, square: Tensor) -> Tensor:
-    return torch.cat([sums[:4], square.view(1), sums[4:]])
-
-
-def _sums(given: Tensor, reference: Tensor, *, carried: bool = False) -> Tensor:
-    """(l1, l2^2, linf, |a|^2, a.b) of a choice's gradient a = b + d; given is a, or d if it was carried."""
-    pair = given, reference
-    dense = all(concrete(t) and t.device.type == "cpu" and t.is_contiguous() for t in pair)
-    if dense and given.dtype == reference.dtype in cpu_kernels.DTYPES and cpu_kernels.available():
-        return cpu_kernels.sums(given.detach(), reference.detach(), carried=carried)
-    total = torch.zeros(5, dtype=torch.float64, device=reference.device)
-    for one, b, other in _blocks(given, reference, given):
-        a, d = (other.add_(b), one) if carried else (one, other.sub_(b))
-        squares = [d.dot(d), a.dot(a), a.dot(b)]
-        size = d.abs_()
-        largest = torch.maximum(total[2], size.aminmax().max)
-        total = total + torch.stack([size.sum(), squares[0], torch.zeros_like(largest), *squares[1:]])
-        total[2] = largest
-    return total
-
-
-def _square(g: Tensor) -> Tensor:
-    """The squared length, 0-d float64."""
-    total = torch.zeros((), dtype=torch.float64, device=g.device)
-    for (block,) in _blocks(g):
-        total += block.dot(block)
-    return total
-
-
-def _blocks(*given: Tensor) -> Iterator[list[Tensor]]:
-    """Copies of tensors of one size in float64; on a CPU in blocks that stay in its cache, each in the last's place."""
-    flat = [t.detach().flatten() for t in given]
-    size = min(_BLOCK, len(flat[0])) if flat[0].device.type == "cpu" else len(flat[0])
-    if not size:
-        return
-    memory = [torch.empty(size, dtype=torch.float64, device=t.device) for t in flat]
-    for blocks in zip(*(t.split(size) for t in flat), strict=True):
-        yield [into[: len(block)].copy_(block) for into, block in zip(memory, blocks, strict=True)]
+    def _divergence(self, table: Tensor) -> Divergence:
+        per_layer = {name: _divergence(row.tolist()) for name, row in zip(self.names, table, strict=True)}
+        total = table.sum(0)
+        total[LARGEST] = table[:, LARGEST].max()
+        return replace(_divergence(total.tolist()), per_layer=per_layer)
 
 
 def _divergence(sums: list[float]) -> Divergence:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from nslightning._torch import without_post_accumulate_hooks
 from nslightning.jacobians import Jacobians
-from nslightning.probes.graph import bottleneck, freeing, operation_nodes, reachable, unseen_nodes
+from nslightning.probes.graph import bottleneck, freeing, opaque_nodes, operation_nodes, reachable, reruns_forward
+from nslightning.probes.shards import is_shard
 from nslightning.surgery import Plan, using
 
 __all__ = ["gradients", "gradients_in_turn", "wanted"]
@@ -29,6 +32,14 @@ def gradients(
     The backward of the second and further choices starts where the choices part: above, the gradients are the first
     one's. The parameters' ``grad`` fields are left alone. A compiled model must have been compiled under
     ``torch._functorch.config.patch(donated_buffer=False)``, or PyTorch refuses a second backward.
+
+    Where a part of the model runs in a checkpoint of ``use_reentrant=True``, or its parameters are the shards of
+    FSDP2, gradients arrive in ``grad`` alone: each choice's whole ``backward`` runs there, and ``grad`` is put back.
+
+    A loss may be made of gradients, as a gradient penalty or MAML's outer loss is. Those inner gradients were taken
+    when the loss was formed, under the choice in force there: the one that the model was patched with, or that of
+    :func:`~nslightning.using`. They are numbers of this loss, so that no choice given here changes them. To compare
+    models that were patched outright, form the loss under each choice.
 
     Args:
         loss: A 0-d tensor computed by a forward of the patched ``model``, its graph not yet freed.
@@ -85,6 +96,11 @@ def gradients_in_turn(
         ValueError: If the model is not patched.
     """
     every = list(choices)
+    if reruns_forward(loss) or any(map(is_shard, named.values())):
+        for i, jacobians in enumerate(every, 1):
+            with using(model, jacobians):
+                yield _accumulated(loss, model, named, retain_graph=retain_graph or i < len(every))
+        return
     start, lower = _start(loss, every, named) if len(every) > 1 else (loss, {})
     freed: list[Any] = []
     if lower and not retain_graph:
@@ -122,13 +138,40 @@ def _start(
     """Where the backwards under all choices but the first may start, and the tensors that they have to reach."""
     if not all(t.is_leaf for t in named.values()):  # a choice may matter to what is computed, and to nothing below
         return loss, dict(named)
-    goals = {*operation_nodes(loss, choices), *unseen_nodes(loss)}
+    goals = {*operation_nodes(loss, choices), *opaque_nodes(loss)}
     start = bottleneck(loss, goals)
     if start is None:
         return loss, dict(named) if goals else {}
     below = set(reachable([start.node])) - {start.node}
     lower = {n: t for n, t in named.items() if get_gradient_edge(t).node in below}
     return start if lower else loss, lower
+
+
+def _accumulated(
+    loss: Tensor, model: nn.Module, named: Mapping[str, Tensor], *, retain_graph: bool
+) -> dict[str, Tensor]:
+    """The gradients that one ``backward`` accumulates, whose traces are removed."""
+    inner: dict[str, Tensor] = {}
+
+    def catch(name: str, gradient: Tensor) -> None:
+        inner[name] = inner[name] + gradient if name in inner else gradient
+
+    handles = [t.register_hook(partial(catch, name)) for name, t in named.items() if not t.is_leaf]
+    nodes = reachable([loss.grad_fn])
+    leaves = [*named.values(), *model.parameters(), *(n.variable for n in nodes if hasattr(n, "variable"))]
+    before = {id(t): (t, t.grad) for t in leaves if t.is_leaf}
+    for t, _ in before.values():
+        t.grad = None
+    try:
+        with without_post_accumulate_hooks([t for t, _ in before.values()]):
+            loss.backward(retain_graph=retain_graph)
+        found = {name: t.grad if t.is_leaf else inner.get(name) for name, t in named.items()}
+    finally:
+        for handle in handles:
+            handle.remove()
+        for t, gradient in before.values():
+            t.grad = gradient
+    return {name: torch.zeros_like(t) if (g := found[name]) is None else g for name, t in named.items()}
 
 
 def wanted(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

@@ -9,15 +9,31 @@ from typing import Any
 
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
+from torch.utils.checkpoint import CheckpointFunction
 
+from nslightning._torch import function_of, hides_its_inside, is_compiled_function
 from nslightning.jacobians import Jacobians
 from nslightning.ops.autograd.nodes import is_own, kept_ties, operation_of
 from nslightning.surgery import Plan
 
-__all__ = ["agree", "bottleneck", "freeing", "operation_nodes", "reachable", "refuse_hidden", "unseen_nodes"]
+__all__ = [
+    "UnseenError",
+    "agree",
+    "bottleneck",
+    "freeing",
+    "opaque_nodes",
+    "operation_nodes",
+    "reachable",
+    "refuse_compiled",
+    "reruns_forward",
+]
 
 # The spellings of stock's max pooling.
 _FIRST = (None, 0.0, "native", "first")
+
+
+class UnseenError(ValueError):
+    """The backward of a loss runs operations that its graph does not show, or that treat a difference otherwise."""
 
 
 def operation_nodes(loss: Tensor, among: Iterable[Jacobians | Plan] = ()) -> Iterator[Any]:
@@ -33,12 +49,14 @@ def operation_nodes(loss: Tensor, among: Iterable[Jacobians | Plan] = ()) -> Ite
     """
     choices = list(among)
     for node in reachable([loss.grad_fn]):
-        if _ours(node) and _matters(node, choices):
+        if operation_of(node) is not None and _matters(node, choices):
             yield node
 
 
-def unseen_nodes(loss: Tensor) -> Iterator[Any]:
-    """The backward nodes of other functions written in Python: what runs inside is not to be seen, as in compiled ones.
+def opaque_nodes(loss: Tensor) -> Iterator[Any]:
+    """The backward nodes that hide their inside: compiled graphs, custom functions, transforms.
+
+    Patched operations may run inside.
 
     Args:
         loss: A tensor computed by a forward.
@@ -46,24 +64,35 @@ def unseen_nodes(loss: Tensor) -> Iterator[Any]:
     Yields:
         Each node once.
     """
-    return (node for node in reachable([loss.grad_fn]) if hasattr(node, "_forward_cls") and not _ours(node))
+    return (node for node in reachable([loss.grad_fn]) if not is_own(node) and hides_its_inside(node))
 
 
-def refuse_hidden(loss: Tensor) -> None:
-    """Raise if operations ran under ``torch.vmap``, which leaves nodes that do not say what they met.
+def refuse_compiled(loss: Tensor) -> None:
+    """Raise if a part of a loss's graph was compiled: its operations do not report their ties.
 
     Args:
         loss: A tensor computed by a forward.
 
     Raises:
-        ValueError: If there is one.
+        UnseenError: If there is one.
     """
-    for node in unseen_nodes(loss):
-        if node.name().startswith("Vmapped"):
-            raise ValueError(
-                f"{node.name()}: an operation under torch.vmap cannot be asked for its ties: use method='subtract', or "
-                "nslightning.probes.gradients"
-            )
+    if any(map(is_compiled_function, opaque_nodes(loss))):
+        raise UnseenError(
+            "a part of the loss was computed by torch.compile, whose backward reports no ties: use method='subtract', "
+            "or the model as it was before torch.compile"
+        )
+
+
+def reruns_forward(loss: Tensor) -> bool:
+    """Whether a loss's graph has a checkpoint of ``use_reentrant=True``, which takes no ``torch.autograd.grad``.
+
+    Args:
+        loss: A tensor computed by a forward.
+
+    Returns:
+        Whether it has.
+    """
+    return any(function_of(node) is CheckpointFunction for node in reachable([loss.grad_fn]))
 
 
 def bottleneck(loss: Tensor, goals: Collection[Any]) -> GradientEdge | None:
@@ -114,11 +143,6 @@ def bottleneck(loss: Tensor, goals: Collection[Any]) -> GradientEdge | None:
                     open_edges -= len(above[below])
                     (ready if below in leading else aside).append(below)
     return found
-
-
-def _ours(node: Any) -> bool:
-    """Whether a backward node belongs to one of the package's operations."""
-    return is_own(node)
 
 
 def _matters(node: Any, choices: list[Jacobians | Plan]) -> bool:

@@ -2,36 +2,53 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from nslightning._torch import is_compiled
 from nslightning.jacobians import Jacobians
+from nslightning.ops.autograd.nodes import operation_of
 from nslightning.ops.autograd.selection import Selection
+from nslightning.ops.pointwise import POINTWISE
 from nslightning.probes.gradients import gradients, wanted
-from nslightning.probes.graph import agree, freeing, operation_nodes, reachable, refuse_hidden
+from nslightning.probes.graph import (
+    UnseenError,
+    agree,
+    freeing,
+    operation_nodes,
+    reachable,
+    refuse_compiled,
+    reruns_forward,
+)
+from nslightning.probes.shards import is_shard
+from nslightning.probes.sums import dense, nothing, waits, wide
 from nslightning.surgery import Plan, selections, using
 
 __all__ = [
     "Recording",
+    "agrees",
     "differences",
     "recording",
-    "refuse_compiled",
     "refuse_computed",
+    "refuse_eager_only",
     "refuse_random",
+    "refuse_unseen",
 ]
 
 Starts = list[tuple[GradientEdge, Tensor]]
 _Gradients = Tensor | tuple[Tensor | None, ...]
 
-# Backward nodes of one input and one output, where a difference may die: autograd's and the operations' own.
-_GATES = frozenset({"ReluBackward0", "ThresholdBackward0", "HardtanhBackward0", "_KinkedBackward", "_ReLUBackward"})
+# So many units of rounding, of the gradients' norm, may lie between a difference and the subtraction that checks it.
+_ROUNDINGS = 256
 
 
 @dataclass(eq=False)
@@ -50,20 +67,17 @@ class _Met:
     vjp: Callable[[Selection], _Gradients]
     difference: Callable[[Selection, Selection], Tensor] | None = None
 
-    def starts(self, choice: Jacobians) -> Starts:
-        """The difference that the operation makes by itself, below the ReLUs that it meets first."""
+    def changes(self, choice: Jacobians) -> Starts:
+        """The differences that the operation makes by itself, where they leave it."""
         pair = Selection(choice), Selection(self.in_use)
-        changes: list[Tensor | None]
+        values: list[Tensor | None]
         if self.difference is not None:
-            changes = [self.difference(*pair)]
+            values = [self.difference(*pair)]
         else:
             both = zip(*(_several(self.vjp(one)) for one in pair), strict=True)
-            changes = [None if a is None or b is None else a - b for a, b in both]
-        found: Starts = []
-        for (node, output), d in zip(self.node.next_functions, changes, strict=False):
-            if node is not None and d is not None:
-                found += _through_gates(GradientEdge(node, output), d)
-        return found
+            values = [None if a is None or b is None else a - b for a, b in both]
+        edges = [GradientEdge(node, output) for node, output in self.node.next_functions]
+        return [(e, d) for e, d in zip(edges, values, strict=False) if e.node is not None and d is not None]
 
 
 @dataclass(eq=False)
@@ -73,22 +87,27 @@ class Recording:
     Args:
         model: The patched model that ran.
         records: One per backward of an operation.
+        whole: Let :meth:`backward` keep the whole graph.
     """
 
     model: nn.Module
     records: list[_Met] = field(default_factory=list)
+    whole: bool = False
 
     def backward(self, loss: Tensor, *given: Any, **settings: Any) -> None:
         """``loss.backward()``, of whose graph only the part is kept that differences are carried through.
 
         What lies above the highest operation that met ties is freed while the backward runs, as without
-        ``retain_graph``.
+        ``retain_graph``, unless ``whole`` is set.
 
         Args:
             loss: A tensor computed by an eager forward of the model.
             *given: What ``loss.backward`` takes.
             **settings: The same, but for ``retain_graph``.
         """
+        if self.whole:
+            loss.backward(*given, **settings | {"retain_graph": True})
+            return
         kept = set(reachable(operation_nodes(loss)))
         with freeing([node for node in reachable([loss.grad_fn]) if node not in kept] if kept else []):
             loss.backward(*given, **settings | {"retain_graph": bool(kept)})
@@ -122,12 +141,74 @@ class Recording:
         Raises:
             ValueError: If the choice is random, which is another one at each evaluation.
         """
-        refuse_random(choice)
-        met = [one for one in self.records if not agree(one.node, choice, one.in_use)]
-        if not met:
-            return []
+        (mattering,) = self._mattering([choice])
+        return self._starts(choice, mattering)
+
+    def _starts(self, choice: Jacobians, mattering: set[tuple[int, int]] | None) -> Starts:
+        """Those that matter; None if each is to be looked at."""
+        starts: Starts = []
         with torch.no_grad(), using(self.model, _linear_part(choice)):
-            return [start for one in met for start in one.starts(choice)]
+            for i, met in self._differing(choice):
+                if mattering is None or any(record == i for record, _ in mattering):
+                    for j, (edge, d) in enumerate(met.changes(choice)):
+                        if mattering is None:
+                            starts += _through_gates(edge, d, look=True)
+                        elif (i, j) in mattering:
+                            starts += _through_gates(edge, d, look=False)
+        return starts
+
+    def _differing(self, choice: Jacobians) -> Iterator[tuple[int, _Met]]:
+        """The records of operations of which a choice may say something else than the one in use."""
+        refuse_random(choice)
+        return ((i, one) for i, one in enumerate(self.records) if not agree(one.node, choice, one.in_use))
+
+    def _mattering(self, choices: Sequence[Jacobians]) -> list[set[tuple[int, int]] | None]:
+        """For each choice, which differences of which records are not identically zero below the ReLUs they meet.
+
+        On a device all are formed without waiting, and one transfer tells for all records and choices; they are formed
+        again where they matter, so that only one choice's are in memory. On a CPU each is looked at where it is formed,
+        and None stands for not known yet.
+        """
+        for choice in choices:
+            refuse_random(choice)
+        flags: list[Tensor] = []
+        places: list[tuple[int, int, int]] = []
+        if not any(waits(p.device) for p in self.model.parameters()):
+            return [None] * len(choices)
+        for c, choice in enumerate(choices):
+            with torch.no_grad(), using(self.model, _linear_part(choice)):
+                for i, met in self._differing(choice):
+                    for j, start in enumerate(met.changes(choice)):
+                        ((_, d),) = _through_gates(*start, look=False)
+                        flags.append((d != 0).any())
+                        places.append((c, i, j))
+        mattering: list[set[tuple[int, int]] | None] = [set() for _ in choices]
+        if flags:
+            found = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()
+            for c, i, j in (place for place, matters in zip(places, found, strict=True) if matters):
+                members = mattering[c]
+                assert members is not None
+                members.add((i, j))
+        return mattering
+
+    def refuse_strangers(self, loss: Tensor) -> None:
+        """Raise if a loss's backward passed operations that are not in its graph: they ran inside something else.
+
+        Args:
+            loss: The tensor whose backward was recorded, by an eager forward of the model.
+
+        Raises:
+            UnseenError: If there was one.
+        """
+        graph = set(reachable([loss.grad_fn]))
+        for one in self.records:
+            if one.node not in graph:
+                name = operation_of(one.node) or "an operation"
+                raise UnseenError(
+                    f"its backward runs {name} inside a function of its own (a reentrant checkpoint, torch.vmap, a "
+                    "custom autograd function), where a difference cannot start: use method='subtract', or "
+                    "nslightning.probes.gradients"
+                )
 
     def carry(
         self, starts: Starts, choice: Jacobians, tensors: Sequence[Tensor], *, retain_graph: bool = True
@@ -154,7 +235,7 @@ class Recording:
                     retain_graph=retain_graph,
                     allow_unused=True,
                 )
-        return tuple(t.new_zeros(()).expand_as(t) if d is None else d for t, d in zip(tensors, values, strict=True))
+        return tuple(nothing(t) if d is None else d for t, d in zip(tensors, values, strict=True))
 
     def carried(
         self, choices: Mapping[str, Jacobians], named: Mapping[str, Tensor], *, retain_graph: bool = True
@@ -171,31 +252,32 @@ class Recording:
             all choices that make no difference.
         """
         tensors = list(named.values())
-        nothing = dict(zip(named, self.carry([], Jacobians(), tensors), strict=True))
+        none = {name: nothing(t) for name, t in named.items()}
+        mattering = self._mattering(list(choices.values()))
         for i, (choice, jacobians) in enumerate(choices.items(), 1):
-            starts = self.starts(jacobians)
+            starts = self._starts(jacobians, mattering[i - 1])
             if starts:
                 values = self.carry(starts, jacobians, tensors, retain_graph=retain_graph or i < len(choices))
                 yield choice, dict(zip(named, values, strict=True))
             else:
-                yield choice, nothing
+                yield choice, none
 
 
 @contextmanager
 def recording(model: nn.Module) -> Iterator[Recording]:
     """Record what the backwards inside the block meet at ties.
 
+    What is compiled reports nothing, and what runs inside a custom function reports operations that are not in the
+    loss's graph: :meth:`Recording.refuse_strangers` tells.
+
     The backward may be any: that of a training step serves, by ``loss.backward(retain_graph=True)`` or cheaper by
     :meth:`Recording.backward`, and spares the one that :func:`differences` runs for the reference.
 
     Args:
-        model: A patched model, or one that contains patched ones, in eager mode.
+        model: A patched model, or one that contains patched ones.
 
     Yields:
         The recording, filled as backwards run; it holds the gradients that came to the ties.
-
-    Raises:
-        ValueError: If the model is compiled.
 
     Example:
         >>> import nslightning
@@ -208,7 +290,6 @@ def recording(model: nn.Module) -> Iterator[Recording]:
         >>> met.carry(met.starts(choice), choice, list(model.parameters()))
         (tensor([[0.5000, 0.5000]]), tensor([0.5000]))
     """
-    refuse_compiled(model)
     recorded = Recording(model)
 
     def recorder(selection: Selection) -> Callable[..., None]:
@@ -261,19 +342,71 @@ def differences(
         ``({parameter: gradient}, {choice: {parameter: difference}})``; only parameters that require gradients appear.
 
     Raises:
-        ValueError: If the model is not patched, no parameter requires gradients, the model is compiled, an
-            operation ran under ``torch.vmap``, or an input was computed.
+        UnseenError: If the backward runs operations that the loss's graph does not show: in compiled parts, reentrant
+            checkpoints, ``torch.vmap``, custom functions; a ``ValueError``.
+        ValueError: If the model is not patched, no parameter requires gradients, or an input was computed.
     """
     refuse_computed(inputs)
-    refuse_hidden(loss)
     named = wanted(model, inputs)
+    refuse_unseen(loss, named)
     with recording(model) as met:
-        (base,) = gradients(loss, model, {"": reference}, inputs=inputs, retain_graph=True).values()
+        (base,) = gradients(loss, model, {"": reference}, inputs=inputs).values()
+    met.refuse_strangers(loss)
     return base, {name: dict(d) for name, d in met.carried(choices, named, retain_graph=retain_graph)}
 
 
-def refuse_compiled(model: nn.Module) -> None:
-    """Raise if a model's operations do not report their ties.
+def agrees(gradients: Mapping[str, Tensor], reference: Mapping[str, Tensor], carried: Mapping[str, Tensor]) -> None:
+    """Raise if a difference that was carried down is not the one of the gradients, up to what rounding makes of these.
+
+    It is where everything that gradients pass on their way is linear; hooks and custom backwards need not be.
+
+    Args:
+        gradients: A choice's.
+        reference: The other choice's.
+        carried: What the choice adds to them, as :meth:`Recording.carried` says.
+
+    Raises:
+        UnseenError: If it is not.
+    """
+    gap = size = 0.0
+    for name, b in reference.items():
+        a, d = gradients[name], carried[name]
+        if a is b and d.numel() and not any(d.stride()):
+            continue
+        a, b, d = (t.detach().to(wide(t.dtype)) for t in map(dense, (a, b, d)))
+        gap = math.hypot(gap, float((a - b - d).norm()))
+        size = math.hypot(size, float(a.norm()), float(b.norm()), float(d.norm()))
+    eps = max((torch.finfo(t.dtype).eps for t in reference.values()), default=0.0)
+    if math.isfinite(gap) and gap > _ROUNDINGS * eps * size:
+        raise UnseenError(
+            "a difference does not add up as gradients do: a hook or a custom backward on its way is not linear (it "
+            "clips, say): use method='subtract', or nslightning.probes.gradients"
+        )
+
+
+def refuse_unseen(loss: Tensor, named: Mapping[str, Tensor]) -> None:
+    """Raise if a loss's graph does not show the operations that its backward runs, as far as the graph tells.
+
+    Args:
+        loss: A tensor computed by a forward.
+        named: What is differentiated for, by name.
+
+    Raises:
+        UnseenError: If a part was compiled or is computed again by a checkpoint of ``use_reentrant=True``, or if
+            parameters are distributed over processes.
+    """
+    refuse_compiled(loss)
+    if reruns_forward(loss):
+        raise UnseenError(
+            "a part of the loss ran in torch.utils.checkpoint with use_reentrant=True, whose operations its graph does "
+            "not show: checkpoint with use_reentrant=False, or use method='subtract'"
+        )
+    if any(map(is_shard, named.values())):
+        raise UnseenError("parameters are distributed over processes (FSDP2): use method='subtract'")
+
+
+def refuse_eager_only(model: nn.Module) -> None:
+    """Raise if a model is compiled, where what it computes has to be watched.
 
     Args:
         model: Any module.
@@ -282,7 +415,10 @@ def refuse_compiled(model: nn.Module) -> None:
         ValueError: If the model or a part of it is compiled.
     """
     if any(map(is_compiled, model.modules())):
-        raise ValueError("a compiled model's ties cannot be recorded: use method='subtract', or the eager model")
+        raise ValueError(
+            "a compiled model cannot be watched: give the model as it was before torch.compile, or measure by "
+            "divergence(..., method='subtract')"
+        )
 
 
 def refuse_computed(inputs: Mapping[str, Tensor] | None) -> None:
@@ -318,17 +454,45 @@ def refuse_random(*choices: Jacobians | Plan) -> None:
             raise ValueError(f"{choice!r} is another choice at each backward: only method='subtract' takes it")
 
 
-def _through_gates(edge: GradientEdge, d: Tensor) -> Starts:
-    """The start of a difference, moved below the ReLUs that it meets first; none if nothing of it is left."""
-    while torch.count_nonzero(d):
-        node = edge.node
-        below, output = next(iter(node.next_functions), (None, 0))
-        if node.name() not in _GATES or below is None or below.name() == "torch::autograd::AccumulateGrad":
+def _through_gates(edge: GradientEdge, d: Tensor, *, look: bool) -> Starts:
+    """The start of a difference, moved below the ReLUs that it meets first.
+
+    Args:
+        edge: Where the difference leaves its operation.
+        d: The difference.
+        look: Stop where nothing is left of it, and return nothing then.
+    """
+    while not look or _any(d):
+        lower = _below_gate(edge.node)
+        if lower is None:
             return [(edge, d)]
-        lower = GradientEdge(below, output)
         (d,) = torch.autograd.grad([edge], [lower], [d], retain_graph=True)
         edge = lower
     return []
+
+
+def _any(d: Tensor) -> bool:
+    return bool(torch.count_nonzero(d))
+
+
+def _below_gate(node: Any) -> GradientEdge | None:
+    """What lies below a node where a difference may die: a pointwise operation with one input, ours or PyTorch's."""
+    if operation_of(node) not in POINTWISE and type(node) not in _stock_gates():
+        return None
+    inputs = [(below, output) for below, output in node.next_functions if below is not None]
+    if len(inputs) != 1 or hasattr(inputs[0][0], "variable"):  # a leaf's gradient is accumulated there
+        return None
+    return GradientEdge(*inputs[0])
+
+
+@cache
+def _stock_gates() -> frozenset[type]:
+    """The classes of PyTorch's nodes for ReLU and its relatives."""
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.zeros(1, device="cpu", requires_grad=True)
+        return frozenset(
+            type(f(x).grad_fn) for f in (torch.relu, F.hardtanh, partial(F.threshold, threshold=0, value=0))
+        )
 
 
 def _several(values: _Gradients) -> tuple[Tensor | None, ...]:

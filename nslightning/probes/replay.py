@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
+from nslightning._torch import hooks_of
+
 __all__ = ["Replay"]
 
 _T = TypeVar("_T")
@@ -44,7 +46,8 @@ class Replay(nn.Module):
         """
         tensors = [t for t in (*self.parameters(), *self.buffers(), *tree_leaves(self.inputs)) if isinstance(t, Tensor)]
         autocast = any(torch.is_autocast_enabled(t.device.type) for t in tensors)
-        return not autocast and all(t.dtype == dtype for t in tensors if t.is_floating_point())
+        kinds = {t.dtype for t in tensors if t.is_floating_point() or t.is_complex()}
+        return not autocast and kinds <= {dtype, dtype.to_complex()}
 
     def at(self, dtype: torch.dtype | None, work: Callable[[Tensor], _T]) -> _T:
         """Do something with the loss, backwards included, while the model's tensors are those of the run.
@@ -61,7 +64,9 @@ class Replay(nn.Module):
         """
 
         def cast(t: Any) -> Any:
-            return t.detach().to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and dtype else t
+            if not (isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex()) and dtype):
+                return t
+            return t.detach().to(dtype.to_complex() if t.is_complex() else dtype)
 
         def body() -> _T:
             given = tree_map(cast, self.inputs)
@@ -71,7 +76,10 @@ class Replay(nn.Module):
 
         tensors = {name: cast(buffer).clone() for name, buffer in self.named_buffers()}
         if dtype is not None:
-            tensors |= {n: cast(p).clone().requires_grad_(p.requires_grad) for n, p in self.named_parameters()}
+            for name, parameter in self.named_parameters():
+                tensors[name] = cast(parameter).clone().requires_grad_(parameter.requires_grad)
+                for hook in hooks_of(parameter):
+                    tensors[name].register_hook(hook)
         found = {t.device for t in (*self.parameters(), *self.buffers())}
         devices = sorted((d for d in found if d.type == "cuda"), key=str)
         exact = torch.autocast(devices[0].type if devices else "cpu", enabled=False) if dtype else nullcontext()

@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import product
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +15,16 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import CheckpointError
 
 from nslightning.jacobians import Jacobians
-from nslightning.ops.autograd.nodes import gradients_under, selection_of
+from nslightning.ops.autograd.nodes import gradients_under, operation_of, selection_of
+from nslightning.ops.fractional import Fractional
+from nslightning.ops.max_pool import tied_windows
+from nslightning.ops.pointwise import POINTWISE
 from nslightning.ops.registry import Call, Operation
-from nslightning.probes.gradients import gradients, wanted
+from nslightning.probes.gradients import gradients_in_turn, wanted
 from nslightning.probes.graph import operation_nodes
-from nslightning.probes.propagation import refuse_compiled
+from nslightning.probes.propagation import recording, refuse_eager_only, refuse_unseen
 from nslightning.probes.replay import Replay
+from nslightning.probes.sums import dense, wide
 from nslightning.probes.ties import observing
 from nslightning.surgery import using
 
@@ -41,6 +46,10 @@ _ELEMENTS: dict[str, tuple[dict[str, Any], ...]] = {
 }
 
 
+#: How far a search went: every corner was tried; no other choice at one tie alone is larger; or slopes were followed.
+Guarantee = Literal["all corners", "single ties", "slopes"]
+
+
 @dataclass(frozen=True)
 class Worst:
     """The largest divergence found, and where it arises.
@@ -51,12 +60,25 @@ class Worst:
         relative: ``value / ||g_reference||``.
         sites: Per site that was varied, what its own ties would make if all others kept the reference.
         unvaried: Sites with an operation whose Clarke Jacobian is not searched; they keep the reference.
+        guarantee: ``"all corners"``: no corner that is searched is larger. ``"single ties"``: no other element at one
+            tie alone makes it larger. ``"slopes"``: a larger one may be one tie away.
     """
 
     value: float
     relative: float
     sites: Mapping[str, float] = field(default_factory=dict)
     unvaried: tuple[str, ...] = ()
+    guarantee: Guarantee = "all corners"
+
+    def __str__(self) -> str:
+        """The value, how far the search went, and the sites with the most at stake."""
+        lines = [f"largest difference found: {self.value:.4g} ({self.relative:.3g} of the gradient; {self.guarantee})"]
+        ranked = sorted(self.sites.items(), key=lambda item: -item[1])
+        width = max((len(name) for name, _ in ranked[:10]), default=0)
+        lines += [f"  {name:<{width}}  {value:.4g}" for name, value in ranked[:10]]
+        lines += [f"  and {len(ranked) - 10} more sites"] if len(ranked) > 10 else []
+        lines += [f"  not varied: {', '.join(self.unvaried)}"] if self.unvaried else []
+        return "\n".join(lines)
 
 
 def worst_choice(
@@ -67,17 +89,21 @@ def worst_choice(
     *,
     starts: int = 4,
     rounds: int = 10,
+    evaluations: int = 256,
 ) -> Worst:
     r"""The largest difference to the gradient that choices inside the Clarke Jacobians can make, tie by tie.
 
     Every tied entry of a pointwise operation may take any derivative between its one-sided ones, every tied pooling
     window any sharing among its tied entries, each tie on its own: a far larger set than what one number for all ties
     can name. The gradient G is an affine function of each tie's choice m alone, so
-    :math:`\lVert G(m) - G_{ref} \rVert^2` is convex along each, and the largest value lies in a corner. Corners are
+    :math:`\lVert G(m) - G_{ref} \rVert^2` is convex along each, and the largest value lies in a corner.
+
+    Where there are no more than ``evaluations`` corners, all are tried, and the value is the largest. Else corners are
     searched as by the power iteration for a norm over a box: from a corner, differentiate the squared norm for all
     choices at once (one double backward), go to the corner to which that slope points, until it points nowhere else.
-    The search starts where all ties take the same element, and from random corners. What it finds is a local maximum:
-    against all corners of networks small enough to try them it was the largest value, with rare exceptions.
+    The search starts where all ties take the same element, and from random corners. From the best corner found one tie
+    after the other tries its other elements, the ones of the steepest slope first, and keeps what is larger, until none
+    is or ``evaluations`` are spent. ``guarantee`` says which of these ends was reached.
 
     For pooling windows the corners tried are the first and the last tied entry and four random draws.
 
@@ -88,13 +114,15 @@ def worst_choice(
         reference: The choice to compare with; stock PyTorch's by default.
         starts: The number of random corners to start from.
         rounds: The most steps from each start.
+        evaluations: The most backward passes that are spent on trying corners one by one.
 
     Returns:
         The value reached and where it arises; 0 where no tie matters.
 
     Raises:
-        ValueError: If the model is not patched or compiled, no parameter requires gradients, the reference has the
-            published rule, or the operations of a checkpointed part would be varied.
+        ValueError: If the model is not patched, no parameter requires gradients, the reference has the published rule,
+            or operations would be varied that the loss's graph does not show: in compiled parts, checkpoints,
+            ``torch.vmap``, custom functions.
 
     Example:
         >>> import nslightning
@@ -102,21 +130,22 @@ def worst_choice(
         >>> _ = nn.init.zeros_(model[0].weight), nn.init.zeros_(model[0].bias)
         >>> _ = model[2].weight.data.copy_(torch.tensor([[3.0, -4.0]]))
         >>> report = nslightning.patch(model, Jacobians())
-        >>> worst_choice(model, torch.sum, torch.zeros(1, 1))
-        Worst(value=5.0, relative=5.0, sites={'1': 5.0}, unvaried=())
+        >>> worst = worst_choice(model, torch.sum, torch.zeros(1, 1))
+        >>> worst.value, worst.sites, worst.guarantee
+        (5.0, {'1': 5.0}, 'all corners')
     """
-    refuse_compiled(model)
+    refuse_eager_only(model)
     if reference.rule != "exact":
         raise ValueError("the published rule's constants lie in no Clarke Jacobian: compare with an exact reference")
-    met: list[tuple[Any, str, str]] = []
+    met: list[_Met] = []
 
     def note(site: str, operation: Operation, call: Call) -> None:
         if call.x.requires_grad:
             edge = get_gradient_edge(call.x)
-            met.append(((edge.node, edge.output_nr), site, operation.name))
+            met.append(_Met((edge.node, edge.output_nr), site, operation.name, _tied(operation, call)))
 
     def work(loss: Tensor) -> Worst:
-        return _search(model, loss, reference, met, starts, rounds)
+        return _Search(model, loss, reference, met).run(starts, rounds, evaluations)
 
     try:
         with using(model, reference), observing(model, note):
@@ -125,108 +154,247 @@ def worst_choice(
         raise ValueError("an operation inside torch.utils.checkpoint cannot be varied: run without it") from error
 
 
-def _search(
-    model: nn.Module, loss: Tensor, reference: Jacobians, met: list[tuple[Any, str, str]], starts: int, rounds: int
-) -> Worst:
-    """Climb from several corners."""
-    nodes: dict[Any, tuple[str, str]] = {}
-    unvaried = []
-    for node in operation_nodes(loss):
-        # Between the site's input and the operation there may be a reshaping or a copy.
-        below = [node.next_functions[0], *node.next_functions[0][0].next_functions[:1]]
-        site, name = next(((s, n) for edge in below for seen, s, n in met if seen == edge), ("?", "?"))
-        if name in _ELEMENTS:
-            nodes[node] = (site, name)
-        else:
-            unvaried.append(site)
-    tensors = list(wanted(model).values())
-    (base,) = gradients(loss, model, {"": reference}, retain_graph=True).values()
-    size = math.sqrt(sum(float(g.double().square().sum()) for g in base.values()))
+class _Met(NamedTuple):
+    """An evaluation at a site: where its input lies in the graph, its name and operation, and which of it ties."""
 
-    def taken(mixture: _Mixture, graph: bool) -> Tensor:
-        """The squared norm of the difference."""
+    edge: tuple[Any, int]
+    site: str
+    operation: str
+    tied: Tensor | None
+
+
+def _tied(operation: Operation, call: Call) -> Tensor | None:
+    """The entries, or the pooling windows, that tie; None where it is not told."""
+    if operation.name not in _ELEMENTS:
+        return None
+    with torch.no_grad():
+        if operation.name in POINTWISE:
+            kinks = POINTWISE[operation.name].kinks(*call.parameters)
+            return torch.stack([call.x.detach() == position for position, _ in kinks]).any(0) if kinks else None
+        windows = call.parameters[0]
+        return None if isinstance(windows, Fractional) else tied_windows(call.x.detach(), windows) > 1
+
+
+class _Search:
+    """The corners of one loss's ties, and how large they are.
+
+    Args:
+        model: The model.
+        loss: Its loss.
+        reference: The choice to compare with.
+        met: What the forward evaluated.
+    """
+
+    def __init__(self, model: nn.Module, loss: Tensor, reference: Jacobians, met: list[_Met]) -> None:
+        named = wanted(model)
+        refuse_unseen(loss, named)
+        self.loss, self.tensors = loss, list(named.values())
+        with recording(model) as recorded:
+            (base,) = gradients_in_turn(loss, model, [reference], named)
+        recorded.refuse_strangers(loss)
+        self.base = list(base.values())
+        self.nodes: dict[Any, _Met] = {}
+        unvaried = []
+        for node in operation_nodes(loss):
+            # Between the site's input and the operation there may be a reshaping or a copy.
+            below = [node.next_functions[0], *node.next_functions[0][0].next_functions[:1]]
+            name = operation_of(node)
+            found = next((m for edge in below for m in met if m.edge == edge and m.operation == name), None)
+            if found is not None and found.operation in _ELEMENTS:
+                self.nodes[node] = found
+            else:
+                unvaried.append("?" if found is None else found.site)
+        self.unvaried = tuple(dict.fromkeys(unvaried))
+        self.best, self.corner = 0.0, dict[Any, Tensor]()  # a squared norm, and the indices of the elements there
+
+    def run(self, starts: int, rounds: int, evaluations: int) -> Worst:
+        """Search, and say how far."""
+        size = math.sqrt(sum(_square(g) for g in self.base))
+        guarantee: Guarantee = "all corners"
+        if self.nodes:
+            first = {node: torch.zeros((), dtype=torch.long) for node in self.nodes}
+            shapes = self._shapes(first)
+            ties = self._ties(shapes)
+            elements = [len(_ELEMENTS[self.nodes[node].operation]) for node, _ in ties]
+            if math.prod(elements) <= evaluations:
+                self._try_all(shapes, ties, elements)
+            else:
+                self._follow_slopes(shapes, starts, rounds)
+                guarantee = self._ascend(ties, evaluations)
+        sites: dict[str, float] = {}
+        for node, index in self.corner.items():
+            alone = self._square({node: index})
+            site = self.nodes[node].site
+            sites[site] = math.hypot(sites.get(site, 0.0), math.sqrt(alone))
+        value = math.sqrt(self.best)
+        relative = value / size if size else (math.inf if value else 0.0)
+        return Worst(value, relative, sites, self.unvaried, guarantee)
+
+    def _shapes(self, corner: Mapping[Any, Tensor]) -> dict[Any, torch.Size]:
+        """The shape of the weights of each node that a gradient comes to."""
+        mixture = _Mixture(self.nodes, corner)
+        self._difference(mixture, graph=False)
+        return {node: weights.shape[1:] for node, weights in mixture.weights.items()}
+
+    def _ties(self, shapes: Mapping[Any, torch.Size]) -> list[tuple[Any, int]]:
+        """Each tie, by its node and its place among the node's weights."""
+        ties = []
+        for node, shape in shapes.items():
+            tied = self.nodes[node].tied
+            known = tied is not None and tied.shape == shape
+            places = tied.flatten().nonzero().flatten() if known and tied is not None else torch.arange(shape.numel())
+            ties += [(node, place) for place in places.tolist()]
+        return ties
+
+    def _difference(self, mixture: _Mixture, *, graph: bool) -> Tensor:
+        """The squared norm of what a mixture adds to the reference's gradient."""
         with mixture.imposed():
             values = torch.autograd.grad(
-                loss, tensors, retain_graph=True, create_graph=graph, allow_unused=True, materialize_grads=True
+                self.loss,
+                self.tensors,
+                retain_graph=True,
+                create_graph=graph,
+                allow_unused=True,
+                materialize_grads=True,
             )
-        squares = [(g - b).double().square().sum() for g, b in zip(values, base.values(), strict=True)]
+        pairs = [(dense(g), dense(b)) for g, b in zip(values, self.base, strict=True)]
+        squares = [(g - b).to(wide(g.dtype)).abs().square().sum() for g, b in pairs]
         return torch.stack([s.to(squares[0].device) for s in squares]).sum()
 
-    best: float = 0.0
-    corner: dict[Any, Tensor] = {}
-    uniform = max((len(_ELEMENTS[name]) for _, name in nodes.values()), default=0)
-    for start in range(-starts, uniform) if nodes else ():
-        mixture = _Mixture(nodes, start)
-        for _ in range(rounds):
-            square = taken(mixture, graph=True)
-            if float(square.detach()) > best:
-                best, corner = float(square.detach()), dict(mixture.weights)
-            if not square.requires_grad or not mixture.climb(square):
-                break
-    sites: dict[str, float] = {}
-    for node, weight in corner.items():
-        alone = float(taken(_Mixture({node: nodes[node]}, 0, {node: weight}), graph=False))
-        site = nodes[node][0]
-        sites[site] = math.hypot(sites.get(site, 0.0), math.sqrt(alone))
-    value = math.sqrt(best)
-    return Worst(value, value / size if size else (math.inf if value else 0.0), sites, tuple(dict.fromkeys(unvaried)))
+    def _square(self, corner: Mapping[Any, Tensor]) -> float:
+        """The squared norm in a corner; nodes that are not in it keep the reference."""
+        mixture = _Mixture({node: self.nodes[node] for node in corner}, corner)
+        return float(self._difference(mixture, graph=False))
+
+    def _keep(self, square: float, corner: Mapping[Any, Tensor]) -> bool:
+        """Keep a corner if it is the best so far; whether it is."""
+        if not square > self.best:
+            return False
+        self.best, self.corner = square, {node: index.clone() for node, index in corner.items()}
+        return True
+
+    def _try_all(self, shapes: Mapping[Any, torch.Size], ties: list[tuple[Any, int]], elements: list[int]) -> None:
+        corner = {node: torch.zeros(shape, dtype=torch.long) for node, shape in shapes.items()}
+        for choice in product(*map(range, elements)):
+            for (node, place), element in zip(ties, choice, strict=True):
+                corner[node].view(-1)[place] = element
+            self._keep(self._square(corner), corner)
+
+    def _follow_slopes(self, shapes: Mapping[Any, torch.Size], starts: int, rounds: int) -> None:
+        """Climb from several corners, at all ties at once."""
+        for start in range(-starts, max(len(_ELEMENTS[m.operation]) for m in self.nodes.values())):
+            corner = {}
+            for number, (node, shape) in enumerate(shapes.items()):
+                elements = len(_ELEMENTS[self.nodes[node].operation])
+                generator = torch.Generator().manual_seed(1000 * -start + number if start < 0 else 0)
+                corner[node] = (
+                    torch.randint(elements, shape, generator=generator)
+                    if start < 0
+                    else torch.full(shape, min(start, elements - 1))
+                )
+            for _ in range(rounds):
+                square, slopes = self._slopes(corner)
+                self._keep(square, corner)
+                up = {n: corner[n] if not slope.any() else slope.argmax(0).cpu() for n, slope in slopes.items()}
+                if all(torch.equal(index, corner[n]) for n, index in up.items()):
+                    break
+                corner = up
+
+    def _slopes(self, corner: Mapping[Any, Tensor]) -> tuple[float, dict[Any, Tensor]]:
+        """The squared norm in a corner, and its derivatives for the weight of each element."""
+        mixture = _Mixture({node: self.nodes[node] for node in corner}, corner)
+        square = self._difference(mixture, graph=True)
+        nodes, weights = list(mixture.weights), list(mixture.weights.values())
+        slopes = (
+            torch.autograd.grad(square, weights, allow_unused=True, materialize_grads=True)
+            if square.requires_grad
+            else [torch.zeros_like(w) for w in weights]
+        )
+        return float(square.detach()), dict(zip(nodes, slopes, strict=True))
+
+    def _ascend(self, ties: list[tuple[Any, int]], evaluations: int) -> Guarantee:
+        """Try other elements at one tie after the other, from the best corner, as long as some are larger."""
+        while self.corner:
+            _, slopes = self._slopes(self.corner)
+            gains = []
+            for node, place in ties:
+                slope, now = slopes[node].flatten(1)[:, place].tolist(), int(self.corner[node].view(-1)[place])
+                gains += [(slope[e] - slope[now], node, place, e) for e in range(len(slope)) if e != now]
+            gains.sort(key=lambda gain: -gain[0])
+            better = False
+            for _, node, place, element in gains:
+                if not evaluations:
+                    return "slopes"
+                evaluations -= 1
+                corner = {n: index.clone() for n, index in self.corner.items()}
+                corner[node].view(-1)[place] = element
+                better |= self._keep(self._square(corner), corner)
+            if not better:
+                return "single ties"
+        return "slopes"
+
+
+def _square(g: Tensor) -> float:
+    return float(dense(g).to(wide(g.dtype)).abs().square().sum())
 
 
 class _Mixture:
-    """For every tie its own mixture of Jacobians: weights of the output's shape, one set per element, that sum to 1."""
+    """For every tie its own mixture of Jacobians: weights that sum to 1, one set per element.
 
-    def __init__(
-        self, nodes: Mapping[Any, tuple[str, str]], start: int, weights: dict[Any, Tensor] | None = None
-    ) -> None:
-        self.nodes, self.start, self.weights = nodes, start, weights or {}
+    They are of the shape of a pooling's output, for a window is one tie, and else of the operation's input.
+
+    Args:
+        nodes: What is varied.
+        corner: The index of the element of each tie, of the weights' shape or 0-d.
+    """
+
+    def __init__(self, nodes: Mapping[Any, _Met], corner: Mapping[Any, Tensor]) -> None:
+        self.nodes, self.corner = nodes, corner
+        self.weights: dict[Any, Tensor] = {}
 
     @contextmanager
     def imposed(self) -> Iterator[None]:
         """Every backward inside the block takes the mixture."""
-        handles = [node.register_hook(self._hook(node)) for node in self.nodes]
+        handles = [handle for node in self.nodes for handle in self._hooks(node)]
+        selections = {selection: selection.jacobians for node in self.nodes if (selection := selection_of(node))}
         try:
             yield
         finally:
+            for selection, jacobians in selections.items():
+                selection.set(jacobians)
             for handle in handles:
                 handle.remove()
 
-    def climb(self, square: Tensor) -> bool:
-        """Go to the corner to which the slope points; whether that is another one."""
-        weights = list(self.weights.values())
-        slopes = torch.autograd.grad(square, weights, allow_unused=True, materialize_grads=True)
-        before = self.weights
-        self.weights = {
-            node: _corner(slope.argmax(0), len(slope)).to(slope).requires_grad_()
-            if slope.any()
-            else before[node].detach().requires_grad_()
-            for node, slope in zip(before, slopes, strict=True)
-        }
-        return any(not torch.equal(w, before[node]) for node, w in self.weights.items())
+    def _weights(self, node: Any, like: Tensor) -> Tensor:
+        if node not in self.weights:
+            index = self.corner[node].to(like.device).expand(like.shape)
+            elements = len(_ELEMENTS[self.nodes[node].operation])
+            corner = torch.stack([index == k for k in range(elements)])  # weight 1 for the element of each index
+            self.weights[node] = corner.to(like.detach()).requires_grad_()
+        return self.weights[node]
 
-    def _hook(self, node: Any) -> Callable[[tuple[Any, ...], tuple[Any, ...]], tuple[Any, ...] | None]:
-        elements, selection = _ELEMENTS[self.nodes[node][1]], selection_of(node)
+    def _hooks(self, node: Any) -> list[Any]:
+        elements, selection = _ELEMENTS[self.nodes[node].operation], selection_of(node)
         assert selection is not None  # it is a node of an operation with elements
+        of_windows = self.nodes[node].operation == "max_pool"
+        reference = selection.jacobians
+
+        def prepare(above: tuple[Any, ...]) -> None:
+            # Stock's choice may send nothing at all to an input, and a hook can put nothing in the place of nothing.
+            selection.set(Jacobians(**elements[0]))
 
         def mixed(below: tuple[Any, ...], above: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            selection.set(reference)
             g, *rest = above
             if g is None:
                 return None
-            if node not in self.weights:
-                if self.start < 0:
-                    generator = torch.Generator().manual_seed(1000 * -self.start + len(self.weights))
-                    index = torch.randint(len(elements), g.shape, generator=generator)
-                else:
-                    index = torch.full(g.shape, min(self.start, len(elements) - 1))
-                self.weights[node] = _corner(index, len(elements)).to(g.detach()).requires_grad_()
             total: Any = 0
             for k, element in enumerate(elements):
+                incoming = self._weights(node, g)[k] * g if of_windows else g
                 with selection.other_streams(k):
-                    total = total + gradients_under(node, Jacobians(**element), self.weights[node][k] * g, *rest)[0]
+                    values = gradients_under(node, Jacobians(**element), incoming, *rest)
+                value = next(v for v in values if v is not None)  # the first tensor's; what is no tensor has none
+                total = total + (value if of_windows else self._weights(node, value)[k] * value)
             return (total, *below[1:])
 
-        return mixed
-
-
-def _corner(index: Tensor, elements: int) -> Tensor:
-    """Weight 1 for the element of each index."""
-    return torch.stack([index == k for k in range(elements)])
+        return [node.register_prehook(prepare), node.register_hook(mixed)]

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from nslightning.jacobians import Jacobians
-from nslightning.ops.autograd.selection import Selection
-from nslightning.ops.pointwise import POINTWISE
-from nslightning.ops.registry import Call, Operation
-from nslightning.probes.divergence import SAME, Divergence, dense, measure
-from nslightning.probes.gradients import gradients, gradients_in_turn, wanted
-from nslightning.probes.graph import operation_nodes, refuse_hidden
-from nslightning.probes.propagation import Recording, Starts, recording, refuse_compiled, refuse_random
+from nslightning.probes.branches import Branches
+from nslightning.probes.divergence import SAME, Divergence, Method, measure
+from nslightning.probes.gradients import gradients_in_turn, wanted
+from nslightning.probes.graph import UnseenError, opaque_nodes, operation_nodes, refuse_compiled, reruns_forward
+from nslightning.probes.propagation import Recording, Starts, agrees, recording, refuse_eager_only, refuse_random
 from nslightning.probes.replay import Replay
+from nslightning.probes.sums import dense, wide
 from nslightning.probes.ties import observing
 from nslightning.surgery import using
 
@@ -34,7 +32,7 @@ THRESHOLDS: dict[torch.dtype, float] = {
     torch.float64: 1e-15,
 }
 
-_T = TypeVar("_T")
+_FACTORS = (1 / 3, 0.7, 1.1)  # no powers of two
 _SHRINK = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps  # 2^-29
 
 
@@ -51,6 +49,8 @@ class Zone:
         difference: Euclidean norm of the difference over the reals, as float64 has it; 0 in the regular zone, where it
             is not asked for.
         rounding: What rounding can have left of it: a norm of which float64 can tell nothing below.
+        method: How the difference over the reals was found: carried down from the ties, or, where the loss's graph does
+            not show them all or a hook is not linear, as the difference of two gradients in float64.
     """
 
     kind: Literal["regular", "bifurcation", "compensation"]
@@ -58,6 +58,17 @@ class Zone:
     noise: Divergence | None
     difference: float = 0.0
     rounding: float = 0.0
+    method: Method = "propagate"
+
+    def __str__(self) -> str:
+        """The kind and the norms that tell it, on one line."""
+        text = f"{self.kind}: the gradients differ by {self.observed.l2:.3g} as computed"
+        if self.kind == "regular":
+            return text
+        return (
+            f"{text}, by {self.difference:.3g} over the reals, of which rounding can be {self.rounding:.2g} "
+            f"({self.method})"
+        )
 
 
 def zone(
@@ -95,6 +106,11 @@ def zone(
     factor :math:`2^{29}` from float32 to float64, under the second not at all, and the middle between the two, on the
     scale of digits, is the one cut that favours neither. In practice the ratio is near 1 or above :math:`10^{6}`.
 
+    Where operations hide from the loss's graph (in reentrant checkpoints, in custom functions that run patched parts),
+    or where hooks or custom backwards are not linear, D cannot be carried down. It is then the difference of the two
+    gradients on the imposed branches, the second error what becomes of it if the loss is multiplied by numbers that
+    are no powers of two, and ``method`` says ``"subtract"``.
+
     The terms are those of Bertoin et al. 2021 and Boustany 2024, section 3.3. The model, its buffers and the random
     streams stay as they were.
 
@@ -110,8 +126,8 @@ def zone(
         The zone with its evidence.
 
     Raises:
-        ValueError: If the model is not patched or compiled, an operation runs under ``torch.vmap``, no parameter
-            requires gradients, a choice is random, or gradients are not finite even in float64.
+        ValueError: If the model is not patched or a part of it is compiled, an operation runs under ``torch.vmap``, no
+            parameter requires gradients, a choice is random, or gradients are not finite even in float64.
         RuntimeError: If the forward evaluates other operations in float64 than in the model's precision.
 
     Example:
@@ -124,27 +140,29 @@ def zone(
         ('bifurcation', 'regular')
     """
     refuse_random(a, b)
-    refuse_compiled(model)
+    refuse_eager_only(model)
     run = Replay(model, loss_fn, inputs)
     with using(model, b):
-        found = run.at(None, lambda loss: _compare(model, loss, a, b))
-    if found is None:
+        compared = run.at(None, lambda loss: _compare(model, loss, a, b))
+    if compared is None:
         return Zone("regular", _nothing(model), None)
-    observed, noise, met = found
-    if met is None:
-        return Zone("regular", observed, noise)
-    branches = _Branches()
+    observed, noise, found, method = compared
+    if found is None:
+        return Zone("regular", observed, noise, method=method)
+    branches = Branches()
     with observing(model, branches.record):
         run.at(None, lambda loss: None)
-    coarse, terms = met if run.is_in(torch.float32) else _replay(run, torch.float32, branches, a, b, _with_terms)
-    exact = _replay(run, torch.float64, branches, a, b, _carried)
-    difference = _norm(exact)
+    work = _subtracted if method == "subtract" else _carried
+    coarse = found if run.is_in(torch.float32) else _replay(run, torch.float32, branches, a, b, work)
+    exact = _replay(run, torch.float64, branches, a, b, work if method == "subtract" else _carried_alone)
+    difference = _norm(exact.difference)
     if not math.isfinite(difference):
         raise ValueError("the gradients are not finite in float64 either: parameters that diverged lie in no zone")
-    left = _norm(c.double() - e for c, e in zip(coarse, exact, strict=True))
+    left = _norm(c.to(e.dtype) - e for c, e in zip(coarse.difference, exact.difference, strict=True))
+    terms = exact.terms if method == "subtract" else coarse.terms
     rounding = max(_SHRINK * left if math.isfinite(left) else 0.0, terms * 2.0**-53)
     real = difference > rounding / math.sqrt(_SHRINK)
-    return Zone("bifurcation" if real else "compensation", observed, noise, difference, rounding)
+    return Zone("bifurcation" if real else "compensation", observed, noise, difference, rounding, method)
 
 
 def differs_bitwise(a: Mapping[str, Tensor], b: Mapping[str, Tensor], first: bool = False) -> bool:
@@ -193,33 +211,62 @@ def l1_sum(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
 
 
 # ------------------------------------------------------------------------------------------ the model as it is
+class _Difference(NamedTuple):
+    """A difference, and the Euclidean norm of what it was summed up from."""
+
+    difference: tuple[Tensor, ...]
+    terms: float
+
+
 def _compare(
     model: nn.Module, loss: Tensor, a: Jacobians, b: Jacobians
-) -> tuple[Divergence, Divergence, _WithTerms | None] | None:
-    """The difference of the two gradients as computed, the noise, and where a bit differs what was carried down.
+) -> tuple[Divergence, Divergence, _Difference | None, Method] | None:
+    """The difference of the two gradients as computed, the noise, and where a bit differs the difference of its terms.
 
     None if no tie matters. The noise of kernels that add up in no fixed order does not pass for a difference: what the
     ties make of the choices has to arrive, with weights that keep it from cancelling.
     """
-    refuse_hidden(loss)
-    if not any(operation_nodes(loss, (a, b))):
+    refuse_compiled(loss)
+    if not any(operation_nodes(loss, (a, b))) and not any(opaque_nodes(loss)):
         return None
     named = wanted(model)
-    turns = gradients_in_turn(loss, model, (b, a), named)
+    tensors = list(named.values())
+    turns = gradients_in_turn(loss, model, [b, a], named)
     with recording(model) as met:
         one = next(turns)
-    if not (terms := _terms(met, a, list(named.values()))):
+    method: Method = "propagate"
+    try:
+        if reruns_forward(loss):
+            raise UnseenError("its operations are computed again in the backward")
+        met.refuse_strangers(loss)
+    except UnseenError:
+        method = "subtract"
+    terms = _terms(met, a, tensors) if method == "propagate" else math.inf
+    if not terms:
         return None
     (other,) = turns
-    (again,) = gradients(loss, model, {"": b}).values()
+    (again,) = gradients_in_turn(loss, model, [b], named)
     observed, noise = measure(other, one), measure(again, one)
     if not differs_bitwise(other, one):
-        return observed, noise, None
-    return observed, noise, _WithTerms(_carried(met, a, list(named.values())), terms)
+        return observed, noise, None, method
+    if method == "propagate":
+        carried = met.carry(met.starts(a), a, tensors)
+        try:
+            agrees(other, one, dict(zip(named, carried, strict=True)))
+            return observed, noise, _Difference(carried, terms), method
+        except UnseenError:
+            method = "subtract"
+    return observed, noise, _between(other, one), method
 
 
 def _nothing(model: nn.Module) -> Divergence:
     return replace(SAME, per_layer=dict.fromkeys(wanted(model), SAME))
+
+
+def _between(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> _Difference:
+    pairs = [(dense(a[name]), dense(b[name])) for name in b]
+    pairs = [(x.to(wide(x.dtype)), y.to(wide(y.dtype))) for x, y in pairs]
+    return _Difference(tuple(x - y for x, y in pairs), _norm(t for pair in pairs for t in pair))
 
 
 def _scattered(starts: Starts) -> tuple[Starts, float]:
@@ -236,128 +283,55 @@ def _scattered(starts: Starts) -> tuple[Starts, float]:
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:
-    return math.sqrt(sum(float(t.double().square().sum()) for t in tensors))
+    return math.sqrt(sum(float(t.to(wide(t.dtype)).abs().square().sum()) for t in tensors))
 
 
 # ------------------------------------------------------------------------------------- the model over the reals
-class _WithTerms(NamedTuple):
-    """A difference, and the Euclidean norm that its terms have where they do not cancel."""
-
-    difference: tuple[Tensor, ...]
-    terms: float
-
-
-def _carried(met: Recording, a: Jacobians, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return met.carry(met.starts(a), a, tensors)
-
-
 def _terms(met: Recording, a: Jacobians, tensors: Sequence[Tensor]) -> float:
     scattered, scale = _scattered(met.starts(a))
     return _norm(met.carry(scattered, a, tensors)) / scale
 
 
-def _with_terms(met: Recording, a: Jacobians, tensors: Sequence[Tensor]) -> _WithTerms:
-    return _WithTerms(_carried(met, a, tensors), _terms(met, a, tensors))
+def _carried_alone(run: Replay, loss: Tensor, a: Jacobians, b: Jacobians) -> _Difference:
+    tensors = list(wanted(run.model).values())
+    with recording(run.model) as met, using(run.model, b):
+        met.meet(loss, (a, b))
+    return _Difference(met.carry(met.starts(a), a, tensors), 0.0)
+
+
+def _carried(run: Replay, loss: Tensor, a: Jacobians, b: Jacobians) -> _Difference:
+    tensors = list(wanted(run.model).values())
+    with recording(run.model) as met, using(run.model, b):
+        met.meet(loss, (a, b))
+    return _Difference(met.carry(met.starts(a), a, tensors), _terms(met, a, tensors))
+
+
+def _subtracted(run: Replay, loss: Tensor, a: Jacobians, b: Jacobians) -> _Difference:
+    """By whole gradients, of the loss and of multiples of it by numbers that make rounding another one each time."""
+    named = wanted(run.model)
+    found = _between(*gradients_in_turn(loss, run.model, [a, b], named))
+    left = 0.0
+    for factor in _FACTORS:
+        scaled = _between(*gradients_in_turn(loss * factor, run.model, [a, b], named))
+        pairs = zip(scaled.difference, found.difference, strict=True)
+        left = max(left, _norm(s / factor - d for s, d in pairs))
+    return found._replace(terms=max(found.terms, left * 2.0**53))
 
 
 def _replay(
     run: Replay,
     dtype: torch.dtype,
-    branches: _Branches,
+    branches: Branches,
     a: Jacobians,
     b: Jacobians,
-    work: Callable[[Recording, Jacobians, Sequence[Tensor]], _T],
-) -> _T:
-    """Do something with what ties meet in another precision on the recorded branches."""
+    work: Callable[[Replay, Tensor, Jacobians, Jacobians], _Difference],
+) -> _Difference:
+    """The difference in another precision on the recorded branches."""
 
-    def body(loss: Tensor) -> _T:
+    def body(loss: Tensor) -> _Difference:
         branches.again = True
-        with recording(run.model) as met, using(run.model, b):
-            met.meet(loss, (a, b))
-        return work(met, a, list(wanted(run.model).values()))
+        return work(run, loss, a, b)
 
-    branches.again, branches.met = False, {}
+    branches.begin()
     with observing(run.model, branches.impose):
         return run.at(dtype, body)
-
-
-@dataclass
-class _Branches:
-    """What each evaluation of each site was given, and so which branch it took.
-
-    Args:
-        seen: By site, per evaluation the floating tensors among what the operation was given.
-        met: By site, how many evaluations the replay has come to.
-        again: Whether the forward is over: what is evaluated now is a checkpoint computed once more.
-    """
-
-    seen: dict[str, list[list[Tensor]]] = field(default_factory=dict)
-    met: dict[str, int] = field(default_factory=dict)
-    again: bool = False
-
-    def record(self, site: str, operation: Operation, call: Call) -> None:
-        """Keep what a site is given."""
-        self.seen.setdefault(site, []).append([t.detach().clone() for t in _operands(call)])
-
-    def impose(self, site: str, operation: Operation, call: Call) -> None:
-        """Make a site take the recorded branch: overwrite what it is about to be given, as little as needed.
-
-        The values belong to a replay's own tensors. They are overwritten behind autograd's back, which differentiates
-        as if rounding had led to the same branch.
-        """
-        operands, recorded = _operands(call), self.seen.get(site, [])
-        shapes = [t.shape for t in operands]
-        if self.again:  # the record that is nearest, where one site was evaluated several times
-            fitting = [seen for seen in recorded if [t.shape for t in seen] == shapes]
-            fitting.sort(key=lambda seen: float((seen[0] - operands[0].detach()).abs().nan_to_num().sum()))
-            seen = fitting[0] if fitting else None
-        else:
-            number = self.met.get(site, 0)
-            self.met[site] = number + 1
-            seen = recorded[number] if number < len(recorded) else None
-        if seen is None or [t.shape for t in seen] != shapes:
-            raise RuntimeError(f"in another precision the forward evaluates {site or 'the model'} otherwise")
-        with torch.no_grad():
-            for x, before in zip(operands, seen, strict=True):
-                if (moved := _on_branch(operation, call, x.detach(), before)) is not None:
-                    x.data.copy_(moved)
-
-
-def _operands(call: Call) -> list[Tensor]:
-    return [t for t in tree_leaves(tuple(call)) if isinstance(t, Tensor) and t.is_floating_point()]
-
-
-def _on_branch(operation: Operation, call: Call, x: Tensor, seen: Tensor) -> Tensor | None:
-    """``x`` where it leads to the branch that ``seen`` took, else ``seen``; None where all of it does."""
-    other = seen.to(x.dtype)
-    if operation.name in POINTWISE:
-        moved, kinks = x, [position for position, _ in POINTWISE[operation.name].kinks(*call.parameters)]
-        for kink in kinks:
-            off = ((x > kink) != (seen > kink)) | ((x < kink) != (seen < kink))
-            if off.any():
-                moved = torch.where(off & ~seen.isnan(), other, moved)
-        for kink in kinks:  # which may not be a number of the lower precision
-            if (tied := seen == kink).any():
-                moved = torch.where(tied, kink, moved)
-        return None if moved is x else moved
-    if operation.name == "max_pool":  # plane by plane: windows overlap
-        planes = x.dim() - call.parameters[0].dims
-        same = (_winners(operation, call, x) == _winners(operation, call, other)) | seen.isnan()
-        same = same.flatten(planes).all(planes)
-        return None if same.all() else torch.where(same.reshape(x.shape[:planes] + (1,) * (x.dim() - planes)), x, other)
-    return other
-
-
-def _winners(operation: Operation, call: Call, x: Tensor) -> Tensor:
-    """Which entries reach the maximum of which pooling windows: each window has a random number, each entry a sum."""
-    apart = torch.autograd.graph.saved_tensors_hooks(_itself, _itself)  # not a checkpoint's, which would run it again
-    with torch.enable_grad(), apart:
-        leaf = x.detach().requires_grad_()
-        pooled = operation.apply(Selection(Jacobians(max_pool="sum")), call._replace(x=leaf, return_indices=False))
-        numbers = torch.rand(pooled.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        (sums,) = torch.autograd.grad(pooled, leaf, numbers.to(pooled))
-    return sums
-
-
-def _itself(saved: Tensor) -> Tensor:
-    return saved

@@ -1,0 +1,290 @@
+"""Which branch each evaluation of a nonsmooth operation takes, and how to make it take another precision's.
+
+Branches are imposed, values are not: where a replay's own values lead to the recorded branch they stay as they are, and
+elsewhere the entries that decide are moved as little as puts them on it. What is imposed on an operand is the order in
+which its entries stand (which side of a kink, which of them reach the maximum), never a value of the lower precision,
+whose rounding the replay is there to remove.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import inf
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from nslightning._torch import in_functorch
+from nslightning.jacobians import Jacobians
+from nslightning.ops.autograd.routing import dimensions
+from nslightning.ops.autograd.selection import Selection
+from nslightning.ops.losses import HINGES
+from nslightning.ops.pointwise import POINTWISE
+from nslightning.ops.registry import Call, Operation
+
+__all__ = ["Branches"]
+
+
+@dataclass
+class Branches:
+    """What each evaluation of each site was given, and so which branch it took.
+
+    Args:
+        seen: By site, each evaluation with copies of the tensors that it was given.
+        met: By site, how many evaluations the replay has come to.
+        again: Whether the forward is over: what is evaluated now is a checkpoint computed once more.
+    """
+
+    seen: dict[str, list[Call]] = field(default_factory=dict)
+    met: dict[str, int] = field(default_factory=dict)
+    again: bool = False
+
+    def begin(self) -> None:
+        """Start a replay."""
+        self.met, self.again = {}, False
+
+    def record(self, site: str, operation: Operation, call: Call) -> None:
+        """Keep what a site is given.
+
+        Args:
+            site: Its name.
+            operation: What it evaluates.
+            call: The evaluation.
+
+        Raises:
+            ValueError: If it runs inside a ``torch.func`` transform.
+        """
+        if in_functorch():
+            raise ValueError(
+                f"{operation.name} at {site or 'the model'} runs under torch.vmap or torch.func, where no branch can "
+                "be imposed on it: run without, or measure by divergence(..., method='subtract')"
+            )
+        copied = tree_map(lambda t: t.detach().clone() if isinstance(t, Tensor) else t, tuple(call))
+        self.seen.setdefault(site, []).append(Call(*copied))
+
+    def impose(self, site: str, operation: Operation, call: Call) -> None:
+        """Make a site take the recorded branch: overwrite what it is about to be given, as little as needed.
+
+        The values belong to a replay's own tensors. They are overwritten behind autograd's back, which differentiates
+        as if rounding had led to the same branch.
+
+        Args:
+            site: Its name.
+            operation: What it evaluates.
+            call: The evaluation.
+
+        Raises:
+            RuntimeError: If there is no record of such an evaluation.
+        """
+        operands, recorded = _operands(call), self.seen.get(site, [])
+        shapes = [t.shape for t in operands]
+        if self.again:  # the record that is nearest, where one site was evaluated several times
+            fitting = [one for one in recorded if [t.shape for t in _operands(one)] == shapes]
+            fitting.sort(key=lambda one: float((one.x - operands[0].detach()).abs().nan_to_num().sum()))
+            seen = fitting[0] if fitting else None
+        else:
+            number = self.met.get(site, 0)
+            self.met[site] = number + 1
+            seen = recorded[number] if number < len(recorded) else None
+        if seen is None or [t.shape for t in _operands(seen)] != shapes:
+            raise RuntimeError(f"in another precision the forward evaluates {site or 'the model'} otherwise")
+        with torch.no_grad():
+            _impose(operation, call, seen)
+
+
+def _operands(call: Call) -> list[Tensor]:
+    return [t for t in tree_leaves(tuple(call)) if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def _impose(operation: Operation, call: Call, seen: Call) -> None:
+    """Move the operands of a call, which are detached or not, to the branch of a recorded one."""
+    x = call.x.detach()
+    if operation.name in POINTWISE:
+        _move(call.x, _beside_kinks(POINTWISE[operation.name].kinks, call, seen))
+    elif operation.name == "max":
+        _move(call.x, _reduced(call, seen))
+    elif operation.name == "max_pool":
+        _move(call.x, _pooled(operation, call, seen))
+    elif operation.name == "maximum" and (larger := _larger(call)) is not None:
+        move, other, sign = larger
+        side = torch.sign(seen.x - seen.parameters[1]) * sign
+        _move(move, _beside(move.detach(), other.detach().expand_as(move).to(move.dtype), side))
+    elif not _same_branch(operation, call, seen):
+        for operand, before in zip(_operands(call), _operands(seen), strict=True):
+            _move(operand, before.to(x.dtype))
+
+
+def _move(x: Tensor, to: Tensor) -> None:
+    if to is not x:
+        x.data.copy_(to)
+
+
+def _beside(x: Tensor, kink: Tensor, side: Tensor) -> Tensor:
+    """``x`` where it lies on the side of the kink that is wanted (-1, 0 or 1), else the nearest number that does."""
+    nearest = torch.where(side == 0, kink, torch.nextafter(kink, side * inf))
+    there = torch.sign(x - kink) == side
+    return torch.where(there | side.isnan() | kink.isnan(), x, nearest)
+
+
+def _beside_kinks(kinks: Callable[..., tuple[tuple[Any, Any], ...]], call: Call, seen: Call) -> Tensor:
+    x = call.x.detach()
+    pairs = list(zip(kinks(*call.parameters), kinks(*seen.parameters), strict=True))
+    ties = []
+    for (kink, _), (before, _) in pairs:
+        at = torch.as_tensor(kink, dtype=x.dtype, device=x.device)
+        side = ((seen.x > before).to(x.dtype) - (seen.x < before).to(x.dtype)).masked_fill(seen.x.isnan(), float("nan"))
+        x = _beside(x, at, side)
+        ties.append((side == 0) & (seen.x == before) & ~at.isnan())
+    for ((kink, _), _), tied in zip(pairs, ties, strict=True):  # a tie with one kink is nothing that another moves
+        x = torch.where(tied, torch.as_tensor(kink, dtype=x.dtype, device=x.device), x)
+    return x
+
+
+def _reduced(call: Call, seen: Call) -> Tensor:
+    """The input of a maximum or minimum, whose recorded winners are equal and above all others."""
+    function, dim, *_ = call.parameters
+    x = call.x.detach()
+    if not x.dim():
+        return x
+    dims = dimensions(x, dim)
+    signs = {"aminmax": (-1, 1), "min": (-1,), "amin": (-1,)}.get(function, (1,))
+    for sign in signs:
+        low, high = sign * seen.x, sign * x
+        reached = low == low.amax(dims, keepdim=True)
+        high = _first_and_below(high, reached, dims)
+        x = torch.where(seen.x.isnan(), x, sign * high)
+    return x
+
+
+def _first_and_below(x: Tensor, reached: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """All entries that reach the maximum get the value of the largest of them, all others stay below it."""
+    top = x.masked_fill(~reached, -inf).amax(dims, keepdim=True)
+    below = torch.minimum(x, torch.nextafter(top, torch.full_like(top, -inf)))
+    return torch.where(reached, top, below)
+
+
+def _larger(call: Call) -> tuple[Tensor, Tensor, int] | None:
+    """Of two tensors that are compared one that is as large as the result, the other, and 1 if that one is first."""
+    x, other = call.x, call.parameters[1]
+    shape = torch.broadcast_shapes(x.shape, other.shape)
+    if x.shape == shape and x.is_floating_point():
+        return x, other, 1
+    return (other, x, -1) if other.shape == shape and other.is_floating_point() else None
+
+
+def _pooled(operation: Operation, call: Call, seen: Call) -> Tensor:
+    """The input of a pooling: plane by plane, for windows overlap."""
+    x = call.x.detach()
+    planes = x.dim() - call.parameters[0].dims
+    wanted = _winners(operation, call, seen.x)
+
+    def differ(t: Tensor) -> Tensor:
+        return ~((_winners(operation, call, t) == wanted) | seen.x.isnan()).flatten(planes).all(planes)
+
+    for way in (_equalised, _ordered, _recorded):
+        off = differ(x)
+        if not off.any():
+            break
+        shape = (*off.shape, *(1,) * (x.dim() - planes))
+        x = torch.where(off.view(shape), way(operation, call, x, seen.x, planes), x)
+    return x
+
+
+def _equalised(operation: Operation, call: Call, x: Tensor, seen: Tensor, planes: int) -> Tensor:
+    """Entries that tied in a window get one value: the one that the first of them has."""
+    windows = _shared(operation, call, seen, "sum", torch.ones_like)
+    tied = windows > _shared(operation, call, seen, "minimal", torch.ones_like) * (1 + 1e-9)
+    if not tied.any():
+        return x
+    plane = torch.arange(seen.shape[:planes].numel(), device=x.device, dtype=torch.float64)
+    plane = plane.view(*seen.shape[:planes], *(1,) * (x.dim() - planes)).expand_as(x)
+    keys = [plane[tied], seen[tied].double()]
+    if bool((windows <= 1).all()):  # no entry wins two windows: those of different windows need not be equal
+        keys.append(_shared(operation, call, seen, "sum", _numbers)[tied])
+    _, group = torch.stack(keys, 1).unique(dim=0, return_inverse=True)
+    values = x[tied]
+    positions = torch.arange(len(group), device=x.device)
+    first = torch.full_like(positions, len(group)).scatter_reduce(0, group, positions, "amin")
+    return x.masked_scatter(tied, values[first[group]])
+
+
+def _ordered(operation: Operation, call: Call, x: Tensor, seen: Tensor, planes: int) -> Tensor:
+    """Entries in the order of the recorded ones: what stands too low is raised above what was smaller."""
+    flat, order = x.flatten(planes), seen.flatten(planes).argsort(stable=True, dim=-1)
+    values, before = flat.gather(-1, order), seen.flatten(planes).gather(-1, order)
+    top, source = values.cummax(-1)
+    first = torch.ones_like(before, dtype=torch.bool)
+    first[..., 1:] = before[..., 1:] > before[..., :-1]
+    rank = first.cumsum(-1)
+    raised = top + (rank - rank.gather(-1, source)) * torch.finfo(x.dtype).eps * top.abs()
+    return torch.zeros_like(flat).scatter(-1, order, raised).view(x.shape)
+
+
+def _recorded(operation: Operation, call: Call, x: Tensor, seen: Tensor, planes: int) -> Tensor:
+    """The recorded values themselves, where nothing else leads to the branch."""
+    return seen.to(x.dtype)
+
+
+def _shared(operation: Operation, call: Call, x: Tensor, choice: Any, weights: Callable[[Tensor], Tensor]) -> Tensor:
+    """What the windows that an entry wins share out to it, each of a weight of its own."""
+    apart = torch.autograd.graph.saved_tensors_hooks(_itself, _itself)  # not a checkpoint's, which would run it again
+    with torch.enable_grad(), apart:
+        leaf = x.detach().double().requires_grad_()
+        pooled = operation.apply(Selection(Jacobians(max_pool=choice)), call._replace(x=leaf, return_indices=False))
+        (sums,) = torch.autograd.grad(pooled, leaf, weights(pooled.detach()))
+    return sums
+
+
+def _winners(operation: Operation, call: Call, x: Tensor) -> Tensor:
+    """Which entries reach the maximum of which pooling windows: each window has a random number, each entry a sum."""
+    return _shared(operation, call, x, "sum", _random)
+
+
+def _random(t: Tensor) -> Tensor:
+    return torch.rand(t.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(t)
+
+
+def _numbers(t: Tensor) -> Tensor:
+    return torch.arange(1.0, t.numel() + 1, dtype=t.dtype, device=t.device).view(t.shape)
+
+
+def _itself(saved: Tensor) -> Tensor:
+    return saved
+
+
+def _same_branch(operation: Operation, call: Call, seen: Call) -> bool:
+    """Whether another operation's own values lead to the recorded branch; a hinge that does not is moved there."""
+    if operation.name == "hinge":
+        return _same_hinges(call, seen)
+    if operation.name == "norm":
+        zero = [(t.x == 0).flatten() for t in (call, seen)]
+        return call.parameters[0] == "norm" and bool((zero[0] == zero[1]).all())
+    return False
+
+
+def _hinges(call: Call, x: Tensor) -> Tensor:
+    function, others, rest = call.parameters
+    rest = {name: value for name, value in rest.items() if name != "reduction"}
+    return HINGES[function](x, *others, **rest)[0]
+
+
+def _same_hinges(call: Call, seen: Call) -> bool:
+    u, before = _hinges(call, call.x.detach()), torch.sign(_hinges(seen, seen.x))
+    if bool((torch.sign(u) == before).all()):
+        return True
+    function, others, _ = call.parameters
+    x = call.x.detach()
+    slope = {"hinge_embedding_loss": -1.0, "margin_ranking_loss": None}.get(function, 0.0)
+    if slope is None:
+        slope = -others[1].to(x.dtype)
+    elif not slope:
+        return False
+    wanted = _beside(u, torch.zeros_like(u), before.to(u.dtype))
+    moved = torch.where(u == wanted, x.expand_as(u), x + (wanted - u) / slope)
+    if moved.shape != x.shape or not bool((torch.sign(_hinges(call, moved)) == before).all()):
+        return False
+    _move(call.x, moved)
+    return True

@@ -1,0 +1,78 @@
+"""Tensors of which each process holds a part, as the parameters and gradients of FSDP2 are."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+__all__ = ["is_shard", "local", "totals"]
+
+
+def is_shard(t: Tensor) -> bool:
+    """Whether a tensor is distributed over processes.
+
+    Args:
+        t: Any tensor.
+
+    Returns:
+        True for a ``DTensor``.
+    """
+    module = sys.modules.get("torch.distributed.tensor")  # without it there is none, and to import it takes time
+    return module is not None and isinstance(t, module.DTensor)
+
+
+def local(t: Tensor) -> Tensor:
+    """The part of a tensor that this process holds.
+
+    Args:
+        t: Any tensor.
+
+    Returns:
+        The part; the tensor itself where it is not distributed. What is a sum over processes is added up first.
+    """
+    if not is_shard(t):
+        return t
+    from torch.distributed.tensor import Replicate
+
+    whole: DTensor = t  # type: ignore[assignment] # as was asked
+    if any(p.is_partial() for p in whole.placements):
+        whole = whole.redistribute(placements=[Replicate() if p.is_partial() else p for p in whole.placements])
+    part: Tensor = whole.to_local()
+    return part
+
+
+def totals(rows: Tensor, tensors: Sequence[Tensor], largest: int) -> Tensor:
+    """Sums over the parts of tensors as sums over the tensors: one exchange for each way of distributing them.
+
+    Args:
+        rows: One row per tensor: sums over the part that this process holds.
+        tensors: The tensors.
+        largest: The column that is a largest value instead of a sum.
+
+    Returns:
+        The same over the whole tensors; ``rows`` itself where none is distributed.
+    """
+    groups: dict[Any, list[int]] = {}
+    for i, t in enumerate(tensors):
+        if is_shard(t):
+            placements = t.placements  # type: ignore[attr-defined] # a DTensor's
+            mesh = t.device_mesh  # type: ignore[attr-defined]
+            for dim, placement in enumerate(placements):
+                if placement.is_shard():
+                    groups.setdefault((mesh, dim), []).append(i)
+    for (mesh, dim), members in groups.items():
+        group = mesh.get_group(dim)
+        part = rows[members].to(mesh.device_type)
+        top = part[:, largest].contiguous()
+        torch.distributed.all_reduce(part, group=group)
+        torch.distributed.all_reduce(top, torch.distributed.ReduceOp.MAX, group=group)
+        part[:, largest] = top
+        rows = rows.index_copy(0, torch.tensor(members, device=rows.device), part.to(rows.device))
+    return rows

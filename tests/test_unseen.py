@@ -1,0 +1,359 @@
+"""Losses whose graph does not show all that their backward runs: never a silent 0, always as by separate backwards."""
+
+import copy
+import warnings
+from functools import partial
+
+import pytest
+import torch
+import torch._functorch.config
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from nslightning import Jacobians, patch, using
+from nslightning.probes import (
+    MethodWarning,
+    UnseenError,
+    differences,
+    divergence,
+    gradients,
+    recording,
+    worst_choice,
+    zone,
+)
+
+ONE = {"one": Jacobians(relu=1.0)}
+
+
+class Inside(torch.autograd.Function):
+    """Runs a module that its graph does not show, and differentiates it by itself."""
+
+    @staticmethod
+    def forward(ctx, x, model):
+        ctx.model = model
+        ctx.save_for_backward(x)
+        return model(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(ctx.model(x), x, g)[0], None
+
+
+class Doubled(torch.autograd.Function):
+    """Nothing inside, and linear."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g
+
+
+class Clipped(torch.autograd.Function):
+    """A gradient that is clipped on its way."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g.clamp(-0.5, 0.5)
+
+
+@torch.library.custom_op("nslightning_tests::triple", mutates_args=())
+def triple(x: torch.Tensor) -> torch.Tensor:
+    return 3 * x
+
+
+triple.register_autograd(lambda ctx, g: 3 * g)
+
+
+class Net(nn.Module):
+    """Two linear layers around tied ReLUs, which run in one way or another."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way = way
+        self.low, self.part, self.high = nn.Linear(3, 4), nn.Sequential(nn.ReLU()), nn.Linear(4, 1)
+        with torch.no_grad():
+            self.low.weight[:2], self.low.bias[:2] = 0, 0
+        self.fast = torch.compile(self.part.forward, backend="aot_eager") if way == "compiled part" else None
+
+    def forward(self, x):
+        return self.high(self.middle(self.low(x)))
+
+    def middle(self, x):
+        match self.way:
+            case "eager":
+                return self.part(x)
+            case "reentrant":
+                return checkpoint(self.part, x, use_reentrant=True)
+            case "checkpoint":
+                return checkpoint(self.part, x, use_reentrant=False)
+            case "vmap":
+                return torch.vmap(self.part)(x)
+            case "inside a function":
+                return Inside.apply(x, self.part)
+            case "compiled part":
+                return self.fast(x)
+            case "beside a function":
+                return self.part(Doubled.apply(x))
+            case "beside an operator":
+                return self.part(triple(x))
+            case "clipped by a function":
+                return self.part(Clipped.apply(x))
+        raise ValueError(self.way)
+
+
+HIDDEN = ("reentrant", "vmap", "inside a function", "compiled part")
+SHOWN = ("eager", "checkpoint", "beside a function", "beside an operator")
+
+
+@pytest.fixture(autouse=True)
+def several_backwards_of_compiled_parts():
+    with torch._functorch.config.patch(donated_buffer=False):
+        yield
+
+
+def tied(way):
+    torch.manual_seed(0)
+    model = Net(way).double()
+    model.high.weight.data *= 10
+    patch(model, Jacobians(), strict=False)
+    return model, torch.randn(5, 3, dtype=torch.float64)
+
+
+def apart(model, x):
+    """The norm of the difference of two whole backwards, each of a forward of its own."""
+    found = []
+    for choice in (ONE["one"], Jacobians()):
+        with using(model, choice):
+            model.zero_grad()
+            model(x).square().sum().backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    model.zero_grad()
+    return float((found[0] - found[1]).norm())
+
+
+@pytest.mark.parametrize("way", [*HIDDEN, *SHOWN])
+def test_a_divergence_is_right_or_says_how_it_was_found(way):
+    model, x = tied(way)
+    want = apart(model, x)
+    assert want > 0.1
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", MethodWarning)
+        found = divergence(model(x).square().sum(), model, ONE, method="propagate")["one"]
+    assert found.l2 == pytest.approx(want, rel=1e-9)
+    assert found.method == ("subtract" if way in HIDDEN else "propagate")
+    assert len([w for w in said if w.category is MethodWarning]) == (way in HIDDEN)
+    assert divergence(model(x).square().sum(), model, ONE)["one"].l2 == pytest.approx(want, rel=1e-9)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("way", HIDDEN)
+def test_differences_are_refused(way):
+    model, x = tied(way)
+    with pytest.raises(UnseenError, match="subtract"):
+        differences(model(x).square().sum(), model, ONE)
+
+
+@pytest.mark.parametrize("way", [*HIDDEN, *SHOWN])
+def test_a_zone_is_right_or_refused(way):
+    model, x = tied(way)
+    run = partial(zone, model, lambda y: y.square().sum(), x, ONE["one"])
+    if way in ("vmap", "compiled part"):
+        with pytest.raises(ValueError, match=r"subtract|torch\.compile"):
+            run()
+        return
+    found = run()
+    assert found.kind == "bifurcation"
+    assert found.difference == pytest.approx(apart(model, x), rel=1e-9)
+    assert found.method == ("subtract" if way in HIDDEN else "propagate")
+    with torch.no_grad():
+        model.low.bias[:2] = 1.0
+    assert run().kind == "regular"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_hidden_may_be_rounding_too(dtype):
+    """Slopes that cancel over the reals, whatever ReLU's is at 0, and are no binary numbers."""
+
+    class Thirds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.relu = nn.Parameter(torch.tensor([0.0, 0.7], dtype=dtype)), nn.ReLU()
+
+        def part(self, w):
+            return self.relu(w) * 0.15 + self.relu(w) * 0.7 - self.relu(w) * 0.85
+
+        def forward(self, x):
+            return checkpoint(self.part, self.w * 1.0, use_reentrant=True)
+
+    model = Thirds()
+    patch(model, Jacobians())
+    found = zone(model, torch.sum, None, Jacobians(relu=0.3))
+    assert found.kind == "compensation"
+    assert found.method == "subtract"
+
+
+@pytest.mark.parametrize("way", HIDDEN)
+def test_worst_choice_refuses(way):
+    model, x = tied(way)
+    with pytest.raises(ValueError, match=r"subtract|without it"):
+        worst_choice(model, torch.sum, x)
+
+
+def test_no_tie_is_still_no_difference():
+    model, x = tied("inside a function")
+    with torch.no_grad():
+        model.low.bias[:2] = 1.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MethodWarning)
+        found = divergence(model(x).sum(), model, ONE, method="propagate")["one"]
+    assert (found.l1, found.method) == (0.0, "propagate")  # its own backward met none: there is none
+
+
+def test_the_graph_decides_and_not_the_model():
+    model, x = tied("eager")
+    fast = torch.compile(model, backend="aot_eager")
+    losses = [run(x).square().sum() for run in (model, fast, model)]
+    with pytest.warns(MethodWarning, match=r"torch\.compile"):
+        methods = [divergence(loss, model, ONE, method="propagate")["one"].method for loss in losses]
+    assert methods == ["propagate", "subtract", "propagate"]
+
+
+# ------------------------------------------------------------------------------------------------ what is not linear
+def keep_largest(g):
+    """Half of the entries, the largest: scaled gradients are treated alike, sums of them are not."""
+    flat = g.flatten()
+    return torch.where(flat.abs() >= flat.abs().median(), flat, 0).view(g.shape)
+
+
+HOOKS = {
+    "clipped": lambda g: g.clamp(-0.5, 0.5),
+    "normalised": lambda g: g / g.norm(),
+    "offset": lambda g: g + 1,
+    "sparse": keep_largest,
+    "signs": lambda g: g.sign(),
+}
+
+
+def hooked(how, where):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Identity(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1)).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randint(-1, 2, p.shape))
+    hook = HOOKS[how]
+    if where == "pre":
+        model[1].register_full_backward_pre_hook(lambda m, g: (hook(g[0]),))
+    elif where == "full":
+        model[1].register_full_backward_hook(lambda m, given, g: (hook(given[0]),))
+    elif where == "tensor":
+        model[1].register_forward_hook(lambda m, args, y: y.register_hook(hook) and None)
+    else:
+        model[0].weight.register_hook(hook)
+    patch(model, Jacobians())
+    return model, torch.randint(-2, 3, (5, 4)).double()
+
+
+@pytest.mark.parametrize("where", ["pre", "full", "tensor", "parameter"])
+@pytest.mark.parametrize("how", HOOKS)
+def test_hooks_that_are_not_linear_are_noticed(how, where):
+    model, x = hooked(how, where)
+    loss = model(x).square().sum()
+    with pytest.warns(MethodWarning, match="not linear"):
+        found = divergence(loss, model, ONE, method="propagate")["one"]
+    want = divergence(loss, model, ONE)["one"]
+    assert want.l2 > 0
+    assert found == want
+    assert zone(model, lambda y: y.square().sum(), x, ONE["one"]).difference == pytest.approx(want.l2, rel=1e-9)
+
+
+@pytest.mark.parametrize("where", ["pre", "full", "tensor", "parameter"])
+def test_linear_hooks_pass(where, monkeypatch):
+    monkeypatch.setitem(HOOKS, "doubled", lambda g: 2 * g)
+    model, x = hooked("doubled", where)
+    loss = model(x).square().sum()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MethodWarning)
+        found = divergence(loss, model, ONE, method="propagate")["one"]
+    assert found.l2 == pytest.approx(divergence(loss, model, ONE)["one"].l2, rel=1e-12)
+
+
+def test_custom_backwards_that_are_not_linear_are_noticed():
+    model, x = tied("clipped by a function")
+    loss, half = model(x).square().sum(), Jacobians(relu=0.5)
+    want = divergence(loss, model, ONE, half)["one"]
+    with pytest.warns(MethodWarning, match="not linear"):
+        assert divergence(loss, model, ONE, half, method="propagate")["one"] == want
+
+
+# --------------------------------------------------------------------------------------------------- whole backwards
+def test_gradients_through_a_reentrant_checkpoint_leave_no_trace():
+    model, x = tied("reentrant")
+    shown = copy.deepcopy(model)
+    shown.way = "eager"
+    steps = []
+    for name, p in model.named_parameters():
+        p.grad = torch.full_like(p, 7.0)
+        p.register_post_accumulate_grad_hook(lambda p, name=name: steps.append(name))
+    inputs = x.clone().requires_grad_()
+    h = model.low(inputs)
+    found, want = (
+        gradients(m.high(m.middle(h)).square().sum(), m, {"zero": Jacobians(), **ONE}, inputs={"h": h})
+        for m in (model, shown)
+    )
+    # The twin's own parameters lie above: what comes to h is the same.
+    assert all(torch.equal(found[c]["h"], want[c]["h"]) for c in found)
+    assert all(torch.equal(found[c]["high.weight"], want[c]["high.weight"]) for c in found)
+    assert not torch.equal(found["one"]["h"], found["zero"]["h"])
+    assert steps == []
+    assert all(torch.equal(p.grad, torch.full_like(p, 7.0)) for p in model.parameters())
+    model.zero_grad()
+    model(x).sum().backward()
+    assert set(steps) == {name for name, _ in model.named_parameters()}  # the hooks are there again
+
+
+def test_a_graph_that_was_freed_says_so():
+    model, x = tied("eager")
+    loss = model(x).square().sum()
+    loss.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        divergence(loss, model, ONE, method="propagate")
+
+
+def test_an_inner_gradient_keeps_the_choice_it_was_taken_under():
+    """A gradient penalty: patched outright or by `using`, the inner gradient takes the choice in force."""
+    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+
+    def penalty(model):
+        (g,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        return g.square().sum()
+
+    found = {}
+    for relu in (0.0, 1.0):
+        model, _ = tied("eager")
+        with using(model, Jacobians(relu=relu)):
+            inner = penalty(model)
+        # Whatever the outer backward's choice is, the inner gradient is a number of this loss.
+        found[relu] = gradients(inner, model, {"zero": Jacobians(), **ONE})
+        assert all(torch.equal(g, found[relu]["one"][n]) for n, g in found[relu]["zero"].items())
+    # |sum_k high_k slope_k low_k|^2 has for low_k the gradient 2 high_k slope_k (...): none for a slope of 0.
+    assert not found[0.0]["zero"]["low.weight"][:2].any()
+    assert found[1.0]["zero"]["low.weight"][:2].any()
+
+
+def test_recording_names_strangers():
+    model, x = tied("inside a function")
+    loss = model(x).square().sum()
+    with recording(model) as met:
+        loss.backward(retain_graph=True)
+    with pytest.raises(UnseenError, match="runs relu inside"):
+        met.refuse_strangers(loss)
