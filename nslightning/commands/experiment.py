@@ -59,6 +59,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting that wins over the file's"
     )
+    parser.add_argument(
+        "--as-published",
+        action="store_true",
+        help="the released procedure: its rule, loss in half, evaluation precision, shared loss scaler, NaN handling, "
+        "the rate of beta = 0 for all, nothing held out",
+    )
     parser.add_argument("--list", action="store_true", help="list the cells and whether they are finished; run nothing")
     given = parser.parse_args(list(argv[1:]))
     before = signal.getsignal(signal.SIGTERM)
@@ -66,7 +72,8 @@ def main(argv: Sequence[str]) -> int:
         with suppress(ValueError):  # outside the main thread
             signal.signal(signal.SIGTERM, _interrupt)  # what a batch system sends before it kills
         overrides = {k: v[-1] for k, v in _pairs(given.set, "--set").items()}
-        experiments = [Experiment.read(_found(file), given.scale, overrides) for file in given.files]
+        quirks = given.as_published
+        experiments = [Experiment.read(_found(file), given.scale, overrides, quirks) for file in given.files]
         return max(_run(experiment, given) for experiment in experiments)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"nslightning experiment: error: {error}", file=sys.stderr)

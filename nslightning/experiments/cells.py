@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, Self, get_args, get_origin, get_type_hints
 
 from nslightning.arithmetic import Arithmetic
 from nslightning.jacobians import Jacobians, MaxPoolChoice, Rule
@@ -16,6 +16,9 @@ from nslightning.spelling import did_you_mean
 __all__ = ["KINDS", "Cell", "Outcome", "TrainCell", "TwinCell", "ZoneCell", "compute", "settings"]
 
 Row = dict[str, Any]
+
+#: Data modules that hold images out for validation unless told otherwise.
+_WITH_HOLDOUT = ("MNIST", "FashionMNIST", "CIFAR10", "CIFAR100", "SVHN", "Food101")
 
 
 class Outcome(NamedTuple):
@@ -93,6 +96,15 @@ class Cell:
         """The arithmetic."""
         return Arithmetic.parse(self.arithmetic)
 
+    def as_published(self) -> Self:
+        """The same with everything that the released code did otherwise.
+
+        Returns:
+            Under the published rule, without images held out: nothing is selected on other images than the test's.
+        """
+        options = self.data_options | ({"holdout": 0} if self.data in _WITH_HOLDOUT else {})
+        return dataclasses.replace(self, rule="published", data_options=options)
+
     @property
     def jacobians(self) -> Jacobians:
         """The choice."""
@@ -150,6 +162,18 @@ class TrainCell(Cell):
     eval_float32: bool = False
     shared_scaler: bool = False
     count_zeros: bool = False
+
+    def as_published(self) -> Self:
+        """The same with everything that the released code did otherwise.
+
+        Returns:
+            Besides: the loss in half precision (16 bits), evaluation in float32 and one loss scaler for all runs (24
+            bits), and paper B's rate of beta = 0 for every beta.
+        """
+        quirks: dict[str, Any] = {"half_loss": True, "eval_float32": True, "shared_scaler": True}
+        if self.paper == "B":
+            quirks["shared_lr"] = True
+        return dataclasses.replace(super().as_published(), **quirks)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -215,6 +239,17 @@ class ZoneCell(Cell):
     histogram: bool = False
     nan_differs: bool = False
     estimator: Literal["sampling", "exact"] = "sampling"
+
+    def as_published(self) -> Self:
+        """The same with everything that the released code did otherwise.
+
+        Returns:
+            Besides: gradients that are NaN under both choices count as different where bits are compared (paper A).
+
+        Raises:
+            ValueError: For zones over the reals, which no paper measured.
+        """
+        return dataclasses.replace(super().as_published(), nan_differs=self.norm == "bitwise_first_layer")
 
     def __post_init__(self) -> None:
         super().__post_init__()

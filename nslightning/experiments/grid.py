@@ -54,6 +54,8 @@ class Experiment:
         grids: Each a mapping of settings to lists of values; the experiment is the union of their products, the first
             setting varying slowest. ``{from: 0, count: 3}`` stands for 0, 1, 2.
         compare: The published numbers that it is held against; see :mod:`nslightning.experiments.compare`.
+        as_published: Every cell takes the released procedure, quirks included
+            (:meth:`nslightning.experiments.Cell.as_published`).
     """
 
     name: str
@@ -65,9 +67,16 @@ class Experiment:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     grids: tuple[Mapping[str, Sequence[Any]], ...] = ({},)
     compare: tuple[Mapping[str, Any], ...] = ()
+    as_published: bool = False
 
     @classmethod
-    def read(cls, file: str | Path, scale: str = "small", overrides: Mapping[str, Any] | None = None) -> Experiment:
+    def read(
+        cls,
+        file: str | Path,
+        scale: str = "small",
+        overrides: Mapping[str, Any] | None = None,
+        as_published: bool = False,
+    ) -> Experiment:
         """Read an experiment at one scale.
 
         The file has ``kind``, ``fixed``, ``vary`` (one grid) or ``grids`` (several), ``compare``, and under ``scales``
@@ -79,6 +88,7 @@ class Experiment:
             scale: One of :data:`SCALES`.
             overrides: Settings that win over the file's, in every cell. They become part of the name, so that the
                 results have a folder of their own.
+            as_published: Take the released procedure, quirks included; the results have a folder of their own.
 
         Returns:
             The experiment.
@@ -112,7 +122,9 @@ class Experiment:
         grids = [{k: _values(path, k, v) for k, v in g.items() if k not in (overrides or {})} for g in grids]
         compare = change.get("compare", content.get("compare")) or []
         return cls(
-            name=path.stem + "".join(f"+{k}={v}".replace("/", "-") for k, v in (overrides or {}).items()),
+            name=path.stem
+            + "".join(f"+{k}={v}".replace("/", "-") for k, v in (overrides or {}).items())
+            + "+as-published" * as_published,
             kind=content["kind"],
             scale=scale,
             title=content.get("title", ""),
@@ -121,6 +133,7 @@ class Experiment:
             fixed=fixed,
             grids=tuple(grids),
             compare=tuple(compare if isinstance(compare, list) else [compare]),
+            as_published=as_published,
         )
 
     def cells(self, only: Mapping[str, Sequence[Any]] | None = None) -> list[Planned]:
@@ -140,7 +153,8 @@ class Experiment:
         for grid in self.grids:
             for values in itertools.product(*grid.values()):
                 varied = dict(zip(grid, values, strict=True))
-                cell = _with_learning_rate(settings(self.kind, {**self.fixed, **varied}))
+                cell = settings(self.kind, {**self.fixed, **varied})
+                cell = _with_learning_rate(cell.as_published() if self.as_published else cell)
                 varied = {name: getattr(cell, name) for name in sorted(names)}
                 planned = Planned(_identifier(self.kind, cell), varied, cell)
                 found.setdefault(planned.id, planned)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nslightning.jacobians import Jacobians
+from nslightning.jacobians import Rule as ChoiceRule
 from nslightning.ops.autograd.routing import RULES, Rule, around, dimensions, fixed, own, restored, wide
 from nslightning.ops.autograd.selection import Selection
 
@@ -89,9 +90,12 @@ def unit(x: Tensor, selection: Selection, p: float = 2.0, dim: Any = 1, eps: flo
 def norm_pool(x: Tensor, selection: Selection, kernel: tuple[int, int]) -> Tensor:
     """The Euclidean norm of each window with the choice that ``selection`` names at backward time.
 
+    The published rule computes in the input's precision: squares, their sum, its root and ``x / norm`` are each rounded
+    to it, so that small windows of halves have the norm 0 and large ones infinity.
+
     Args:
         x: Input of shape (N, C, H, W) or (C, H, W), floating dtype.
-        selection: The choice, read when the backward runs.
+        selection: The choice, read when the backward runs; the rule is read here.
         kernel: Window height and width, which are also the steps between windows.
 
     Returns:
@@ -100,7 +104,28 @@ def norm_pool(x: Tensor, selection: Selection, kernel: tuple[int, int]) -> Tenso
     (height, width), (rows, columns) = kernel, (x.shape[-2] // kernel[0], x.shape[-1] // kernel[1])
     whole = x[..., : rows * height, : columns * width]
     windows = whole.unflatten(-1, (columns, width)).unflatten(-3, (rows, height))
+    if selection.jacobians.rule == "published":
+        published: Tensor = _PublishedNorms.apply(windows, selection)
+        return published
     return chosen_norm(windows, selection, 2.0, (-3, -1))
+
+
+class _PublishedNorms(torch.autograd.Function):
+    """The norms of windows (..., height, columns, width), formed in the input's own precision."""
+
+    @staticmethod
+    def forward(ctx: Any, windows: Tensor, selection: Selection) -> Tensor:
+        norms = windows.square().sum((-3, -1)).sqrt()
+        ctx.save_for_backward(windows, norms)
+        ctx.selection = selection
+        return norms
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        windows, norms = ctx.saved_tensors
+        norms, g = norms[..., None, :, None], gradients[0][..., None, :, None]
+        choice = ctx.selection.jacobians.norm or 0.0
+        return torch.where(norms != 0, windows / norms, choice) * g, None
 
 
 def tied_norms(x: Tensor, p: float = 2.0, dim: Any = None) -> tuple[int, int]:
@@ -186,7 +211,9 @@ def normalize(x: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, *, at
     return unit(x, fixed(Jacobians(clamp=choice)), p, dim, eps)
 
 
-def norm_pool2d(x: Tensor, kernel_size: int | tuple[int, int], *, at_zero: float | None = None) -> Tensor:
+def norm_pool2d(
+    x: Tensor, kernel_size: int | tuple[int, int], *, at_zero: float | None = None, rule: ChoiceRule = "exact"
+) -> Tensor:
     r"""Pooling by the Euclidean norm of each window, with a chosen gradient at windows of zeros.
 
     NormPool of Boustany, *On the numerical reliability of nonsmooth autodiff: a MaxPool case study*, TMLR 2024: its
@@ -199,6 +226,7 @@ def norm_pool2d(x: Tensor, kernel_size: int | tuple[int, int], *, at_zero: float
         kernel_size: Window height and width, which are also the steps between windows.
         at_zero: What each entry of a zero window receives, times the incoming gradient: 0 is version 1, 1 is version
             2; None is the reference, 0.
+        rule: ``published`` forms squares, sums, roots and quotients in the input's precision, as the paper's code.
 
     Returns:
         Shape (N, C, H // height, W // width), or the same without N.
@@ -214,4 +242,4 @@ def norm_pool2d(x: Tensor, kernel_size: int | tuple[int, int], *, at_zero: float
                   [1., 1.]]]])
     """
     kernel = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
-    return norm_pool(x, fixed(Jacobians(norm=at_zero)), (kernel[0], kernel[1]))
+    return norm_pool(x, fixed(Jacobians(norm=at_zero, rule=rule)), (kernel[0], kernel[1]))
