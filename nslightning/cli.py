@@ -6,6 +6,8 @@ Nothing heavy is imported before the command, its config files and the packaged 
 
 from __future__ import annotations
 
+import contextlib
+import io
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -32,6 +34,9 @@ COMMANDS = {
     "audit": ("nslightning.commands.audit", "how far a model's gradients depend on the Jacobian choice"),
 }
 
+# Whose work begins with imports that take many seconds.
+_HEAVY = ("fit", "validate", "test", "predict", "zones", "twins", "experiment", "lr-search", "cost", "audit")
+
 USAGE = """\
 usage: nslightning COMMAND [--config FILE] [options]
 
@@ -44,6 +49,8 @@ commands:
 
   nslightning COMMAND --help   the options of a command
   nslightning --version        the installed version
+  nslightning --print-completion bash|zsh|tcsh    completion for a shell, as in
+                               eval "$(nslightning --print-completion bash)"
 
 examples:
   nslightning fit --config configs/quickstart.yaml
@@ -73,6 +80,14 @@ def main(args: Sequence[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage())
         return 0
+    if argv[0] == "--print-completion":
+        from nslightning.commands.completion import SHELLS, script
+
+        if argv[1:2] not in [[shell] for shell in SHELLS]:
+            print(f"nslightning: --print-completion takes one of {', '.join(SHELLS)}", file=sys.stderr)
+            return 2
+        print(script(argv[1]))
+        return 0
     if argv[0] == "--version":
         from importlib.metadata import version
 
@@ -88,8 +103,35 @@ def main(args: Sequence[str] | None = None) -> int:
     except FileNotFoundError as error:
         print(f"nslightning {command}: error: {error}", file=sys.stderr)
         return 2
+    if (text := _help(command, rest)) is not None:
+        print(text, end="")
+        return 0
+    if command in _HEAVY and "torch" not in sys.modules and not {"-h", "--help"} & set(rest):
+        print(f"nslightning {command}: loading torch and lightning ...", file=sys.stderr, flush=True)
     run = import_module(COMMANDS[command][0]).main
     return int(run([command, *rest]))
+
+
+def _help(command: str, words: list[str]) -> str | None:
+    """The help that is asked for, of a command whose own parser takes long to build; None where none is."""
+    from nslightning.commands import help as fast
+
+    if command not in fast.COMMANDS:
+        return None
+    if {"-h", "--help"} & set(words):
+        return fast.short(command)
+    if "--help=all" not in words:
+        return None
+
+    def build() -> str:
+        print(f"nslightning {command}: loading torch and lightning ...", file=sys.stderr, flush=True)
+        text = io.StringIO()
+        with contextlib.redirect_stdout(text):
+            import_module(COMMANDS[command][0]).main([command, *kept, "--help"])
+        return text.getvalue()
+
+    kept = [word for word in words if word.startswith("--task=")]
+    return fast.whole([command, *kept], build)
 
 
 def _usage() -> str:

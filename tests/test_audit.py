@@ -390,7 +390,7 @@ def run(*args):
 
 
 def test_own_model_files_and_fail_above(own, capsys):
-    small = ["own_models:build", "--image_size", "12", "--dtypes", "32", "64"]
+    small = ["own_models:build", "--image-size", "12", "--precisions", "32", "64"]
     assert run(*small, "--json", "a.json", "--html", "a.html") == 0
     plain = json.loads(Path("a.json").read_text())
     assert re.search(r"^1 +relu +25 % +25 %$", capsys.readouterr().out, re.MULTILINE)
@@ -414,7 +414,7 @@ def test_own_model_files_and_fail_above(own, capsys):
 
 
 def test_named_model_on_the_sample(capsys):
-    assert run("paper/lenet5", "--data", "FashionMNISTSample", "--dtypes", "32", "--batches", "2") == 0
+    assert run("paper/lenet5", "--data", "FashionMNISTSample", "--precisions", "32", "--batches", "2") == 0
     out = capsys.readouterr().out
     assert "2 batches of 4 x 1 x 28 x 28, FashionMNISTSample" in out
     assert re.search(r"^pool1 +max_pool +\d+(\.\d+)? %$", out, re.MULTILINE)
@@ -426,19 +426,19 @@ def test_folder_of_images(own, capsys):
         path = own / name
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(path)
-    few = ["--dtypes", "32", "--image_size", "16"]
+    few = ["--precisions", "32", "--image-size", "16"]
     assert run("own_models:build", "--data", "tree", *few, "--json", "a.json") == 0
     plain = json.loads((own / "a.json").read_text())
     assert plain["data"] == "4 images of tree, 2 classes"
     assert plain["shape"] == [4, 3, 16, 16]
-    assert run("own_models:build", "--data", "flat", "--batch_size", "2", *few) == 0
+    assert run("own_models:build", "--data", "flat", "--batch-size", "2", *few) == 0
     assert "2 images of flat, random labels" in capsys.readouterr().out
-    assert run("own_models:build", "--data", "flat", "--batch_size", "3", *few, "--html", "x.html") == 1
+    assert run("own_models:build", "--data", "flat", "--batch-size", "3", *few, "--html", "x.html") == 1
     assert "2 images in it, 3 needed" in capsys.readouterr().err
-    assert run("own_models:gray", "--data", "flat", "--batch_size", "2", *few) == 1
+    assert run("own_models:gray", "--data", "flat", "--batch-size", "2", *few) == 1
     assert "takes images of 1 channel, the data have 3" in capsys.readouterr().err
     (own / "flat/1.png").write_bytes(b"no image")
-    assert run("own_models:build", "--data", "flat", "--batch_size", "2", *few, "--html", "x.html") == 1
+    assert run("own_models:build", "--data", "flat", "--batch-size", "2", *few, "--html", "x.html") == 1
     assert "the image cannot be decoded" in capsys.readouterr().err
     assert not (own / "x.html").exists()
 
@@ -458,7 +458,7 @@ def test_folder_of_images(own, capsys):
         (["own_models:"], 2, ["not of the form package.module:factory"]),
         (["bad_syntax:build"], 1, ["importing bad_syntax failed with SyntaxError"]),
         (["own_models:asserts"], 1, ["runs in none of 16, bf16, 32, 64: AssertionError: wrong size"]),
-        (["own_models:build", "--image_size", "1"], 1, ["runs in none of 16, bf16, 32, 64"]),
+        (["own_models:build", "--image-size", "1"], 1, ["runs in none of 16, bf16, 32, 64"]),
         (["own_models:build", "--html", "missing/a.html"], 2, ["there is no folder missing"]),
         (["own_models:build", "--json", "."], 2, ["--json takes a file"]),
         (["own_models:build", "--json", "a", "--html", "a"], 2, ["name one file"]),
@@ -478,9 +478,9 @@ def test_wrong_calls_of_the_command(own, capsys, args, status, says):
     ("args", "says"),
     [
         ([], "the following arguments are required: MODEL"),
-        (["paper/lenet5", "--bach_size", "3"], "did you mean '--batch_size'"),
-        (["paper/lenet5", "--batch_size", "0"], "'0' is not a whole number of at least 1"),
-        (["paper/lenet5", "--dtypes", "fp16"], "invalid choice: 'fp16'"),
+        (["paper/lenet5", "--bach_size", "3"], "did you mean '--batch-size'"),
+        (["paper/lenet5", "--batch-size", "0"], "'0' is not a whole number of at least 1"),
+        (["paper/lenet5", "--precisions", "fp16"], "invalid choice: 'fp16'"),
         (["paper/lenet5", "--fail-above", "nan"], "'nan' is not a number of at least 0"),
     ],
 )
@@ -497,7 +497,7 @@ def test_nothing_half_written_stays(own, capsys, monkeypatch):
 
     (own / "a.json").write_text("before")
     monkeypatch.setattr(Path, "replace", full)
-    assert run("own_models:build", "--image_size", "12", "--dtypes", "32", "--json", "a.json") == 1
+    assert run("own_models:build", "--image-size", "12", "--precisions", "32", "--json", "a.json") == 1
     assert "no space left on device" in capsys.readouterr().err
     assert (own / "a.json").read_text() == "before"
     assert sorted(p.name for p in own.iterdir() if p.is_file()) == ["a.json", "bad_syntax.py", "own_models.py"]
@@ -528,13 +528,13 @@ def test_an_interrupted_audit_keeps_what_it_measured(tmp_path, capsys, monkeypat
 
     monkeypatch.setattr(module, "_measure", interrupted)
     file = tmp_path / "audit.json"
-    command = ["audit", "paper/lenet5", "--batch_size=2", "--json", str(file)]
-    assert main([*command, "--dtypes", "32", "64", "16"]) == 130
+    command = ["audit", "paper/lenet5", "--batch-size=2", "--json", str(file)]
+    assert main([*command, "--precisions", "32", "64", "16"]) == 130
     said = capsys.readouterr()
-    assert "--dtypes 64 16 measures the rest" in said.err
+    assert "--precisions 64 16 measures the rest" in said.err
     assert json.loads(file.read_text())["dtypes"] == ["32"]
     file.unlink()
-    assert main([*command, "--dtypes", "64", "32"]) == 130
+    assert main([*command, "--precisions", "64", "32"]) == 130
     assert "interrupted before anything was measured" in capsys.readouterr().err
     assert not file.exists()
 

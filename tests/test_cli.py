@@ -103,14 +103,6 @@ def test_version(capsys):
     assert re.fullmatch(r"nslightning \d+\.\d+\.\d+\S*\n", capsys.readouterr().out)
 
 
-def test_fit_help_puts_model_and_data_first(capfd):
-    status, text = run(capfd, "fit", "--help")
-    assert status == 0
-    assert text.startswith("usage: nslightning fit --config FILE [options]\n")
-    assert 0 < text.index("--model.jacobians.relu") < text.index("--data ") < text.index("--trainer.accelerator")
-    assert "ReLU'(0) = alpha" in text
-
-
 # --- mistakes
 
 BAD_FILES = {

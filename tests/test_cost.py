@@ -505,17 +505,17 @@ def test_scaling_measures_each_width():
 # ----------------------------------------------------------------------------------------- the command
 TINY = [
     "cost",
-    "--model=paper/fc",
-    "--image_shape=[1,4,4]",
-    "--num_classes=3",
-    "--batch_size=2",
+    "--backbone=paper/fc",
+    "--image-shape=[1,4,4]",
+    "--num-classes=3",
+    "--batch-size=2",
     "--repetitions=1",
 ]
 
 
 def test_command_end_to_end(tmp_path, capsys):
     before = torch.get_rng_state()
-    options = ["--options.hidden=[5,6]", "--dtype=64", "--choices", "relu1:relu=1", "jax"]
+    options = ["--backbone-options.hidden=[5,6]", "--precision=64", "--choices", "relu1:relu=1", "jax"]
     assert main([*TINY, *options, "--output", str(tmp_path / "out")]) == 0
     assert torch.equal(torch.get_rng_state(), before)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
@@ -535,8 +535,8 @@ def test_command_end_to_end(tmp_path, capsys):
 
 def test_command_over_widths_from_a_config(tmp_path):
     (tmp_path / "cost.yaml").write_text(
-        "model: paper/fc\nimage_shape: [1, 4, 4]\nnum_classes: 3\nbatch_size: 2\nrepetitions: 1\n"
-        "options: {hidden: [1, 1]}\nchoices: ['half:relu=0.5']\nwidths: [4, 8]\noutput: out\n"
+        "backbone: paper/fc\nimage_shape: [1, 4, 4]\nnum_classes: 3\nbatch_size: 2\nrepetitions: 1\n"
+        "backbone_options: {hidden: [1, 1]}\nchoices: ['half:relu=0.5']\nwidths: [4, 8]\noutput: out\n"
     )
     assert main(["cost", "--config", "cost.yaml"]) == 0
     scaling = CostScaling.load(Path("out/cost.json"))
@@ -547,13 +547,13 @@ def test_command_over_widths_from_a_config(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model=paper/fcc"], "did you mean paper/fc"),
+        (["--backbone=paper/fcc"], "did you mean paper/fc"),
         (["--choices", "relu1"], "write NAME:FIELD=VALUE"),
         (["--choices", "a:rely=1"], "did you mean 'relu'?"),
         (["--choices", "a:relu=x"], "relu 'x' is not known. Allowed: random, a number"),
         (["--choices", "a:relu=1", "a:relu=0.5"], "one name"),
-        (["--model=paper/lenet5", "--widths", "8", "16"], "hidden layers of paper/fc"),
-        (["--batch_size=0"], "at least 1"),
+        (["--backbone=paper/lenet5", "--widths", "8", "16"], "hidden layers of paper/fc"),
+        (["--batch-size=0"], "at least 1"),
         (["--device=nowhere"], "nowhere"),
         (["--output=file"], "is a file"),
     ],
@@ -570,9 +570,9 @@ def test_command_tells_what_is_wrong(arguments, message, capsys):
 
 def test_command_refuses_unknown_arguments(capsys):
     with pytest.raises(SystemExit) as exit_:
-        main([*TINY, "--dtype=8"])
+        main([*TINY, "--precision=8"])
     assert exit_.value.code == 2
-    assert "dtype" in capsys.readouterr().err
+    assert "precision" in capsys.readouterr().err
 
 
 def test_choices_as_the_command_line_writes_them():

@@ -13,7 +13,7 @@ import pytest
 from nslightning.cli import main
 from nslightning.commands.zones import _mean, _shares
 
-SETTING = ["--data=FashionMNISTSample", "--backbone=paper/lenet5", "--batch_size=16", "--batches=2", "--chunk=2"]
+SETTING = ["--data=FashionMNISTSample", "--backbone=paper/lenet5", "--batch-size=16", "--batches=2", "--chunk=2"]
 
 
 def zones(folder, *options: str) -> int:
@@ -29,7 +29,7 @@ def test_draws_are_added_until_the_interval_is_narrow_and_never_computed_twice(t
     said = capsys.readouterr()
     assert "95 % interval" in said.out
     assert "1/1" in said.err
-    assert zones(folder, *minimal, "--half_width=0.25") == 0
+    assert zones(folder, *minimal, "--half-width=0.25") == 0
     added = pd.read_csv(folder / "zones.csv").iloc[0]
     n, share, z2 = added["draws"], added["share"], 1.959963984540054**2
     assert n > 2
@@ -48,13 +48,13 @@ def test_draws_are_added_until_the_interval_is_narrow_and_never_computed_twice(t
     # The background of an image ties everywhere, with equal upstream weights: rounding, and nothing over the reals.
     assert added["compensation"] > 0.5
     capsys.readouterr()
-    assert zones(folder, *minimal, "--half_width=0.25") == 0
+    assert zones(folder, *minimal, "--half-width=0.25") == 0
     assert capsys.readouterr().err == ""  # nothing left to compute
     assert (folder / "zones.png").stat().st_size > 1000
 
 
 def test_of_mini_batches_and_with_the_papers_threshold(tmp_path) -> None:
-    options = ["--choice=minimal:max_pool=minimal", "--norm=linf_sum", "--of=batches", "--draws=4", "--half_width=0.01"]
+    options = ["--choice=minimal:max_pool=minimal", "--norm=linf_sum", "--of=batches", "--draws=4", "--half-width=0.01"]
     assert zones(tmp_path / "z", *options, "--precisions=[32,64]") == 0
     shares = pd.read_csv(tmp_path / "z" / "zones.csv")
     results = pd.read_csv(tmp_path / "z" / "zones" / "results.csv")
@@ -101,7 +101,7 @@ def test_the_interval_of_mini_batches_is_students(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--half_width=0"], "between 0 and 0.5"),
+        (["--half-width=0"], "between 0 and 0.5"),
         (["--choice=relu0:relu=0"], "the same choice"),
         (["--choice=a:rely=0"], "did you mean 'relu'"),
         (["--tau=1"], "norm=zone has none"),

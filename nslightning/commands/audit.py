@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nslightning.commands.dashes import with_new_spellings
 from nslightning.commands.plain_parser import Arguments
 from nslightning.commands.progress import progress
 from nslightning.files import write_text
@@ -20,14 +21,14 @@ if TYPE_CHECKING:
 
     Batch = tuple[Tensor, Tensor | None]
 
-__all__ = ["main"]
+__all__ = ["main", "make_parser"]
 
 _DTYPES = ("16", "bf16", "32", "64")
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
 _EPILOG = """\
 examples:
-  nslightning audit timm/resnet50 --image_size 64 --html audit.html
-  nslightning audit torchvision/inception_v3 --data my_images --dtypes 16 32
+  nslightning audit timm/resnet50 --image-size 64 --html audit.html
+  nslightning audit torchvision/inception_v3 --data my_images --precisions 16 32
   nslightning audit my_package.models:build --data MNIST --fail-above 1e-3     # in CI
 
 exit status: 0 done; 1 the data or the model is at fault; 2 the command was called wrongly;
@@ -53,8 +54,8 @@ def main(argv: list[str]) -> int:
     Raises:
         SystemExit: After ``--help`` (0) and for options that are not understood (2).
     """
-    parser = _parser(f"nslightning {argv[0]}")
-    given = parser.parse_args(argv[1:])
+    parser = make_parser(f"nslightning {argv[0]}")
+    given = parser.parse_args(with_new_spellings(parser, argv[1:], {"--dtypes": "--precisions"}))
     outputs = {kind: path for kind in ("json", "html") if (path := getattr(given, kind)) is not None}
     try:
         _check_outputs(outputs)
@@ -70,7 +71,15 @@ def main(argv: list[str]) -> int:
         return 1
 
 
-def _parser(prog: str) -> Arguments:
+def make_parser(prog: str) -> Arguments:
+    """The command's parser.
+
+    Args:
+        prog: What the command is called.
+
+    Returns:
+        The parser.
+    """
     parser = Arguments(
         prog=prog,
         description=__doc__,
@@ -86,11 +95,11 @@ def _parser(prog: str) -> Arguments:
         help="synthetic (standard normal images, random labels), a folder of images, or a data set such as MNIST or "
         "FashionMNISTSample (default: synthetic)")  # fmt: skip
     add("--batches", type=_whole(1), default=1, metavar="N", help="batches to measure (default: 1)")
-    add("--batch_size", type=_whole(1), default=4, metavar="N", help="images per batch (default: 4)")
-    add("--image_size", type=_whole(1), metavar="N",
+    add("--batch-size", type=_whole(1), default=4, metavar="N", help="images per batch (default: 4)")
+    add("--image-size", type=_whole(1), metavar="N",
         help="height and width (default: the data set's own; else 224, and 32 for paper/)")  # fmt: skip
-    add("--dtypes", nargs="+", choices=_DTYPES, default=list(_DTYPES), metavar="DTYPE",
-        help="precisions, of weights and all: 16 bf16 32 64 (default: all)")  # fmt: skip
+    add("--precisions", nargs="+", choices=_DTYPES, default=list(_DTYPES), metavar="BITS",
+        help="of weights and all: 16 bf16 32 64 (default: all)")  # fmt: skip
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
     add("--seed", type=_whole(0), default=0, metavar="N", help="of weights, data and labels (default: 0)")
     add("--eval", action="store_true", help="evaluation instead of training mode")
@@ -160,7 +169,7 @@ def _audit(given: argparse.Namespace, outputs: dict[str, Path]) -> int:
         found = audit(
             network,
             batches,
-            dtypes=given.dtypes,
+            dtypes=given.precisions,
             device=given.device,
             training=not given.eval,
             seed=given.seed,
@@ -180,7 +189,7 @@ def _audit(given: argparse.Namespace, outputs: dict[str, Path]) -> int:
     if outputs:
         print(f"\nWritten: {', '.join(map(str, outputs.values()))}")
     if left := [dtype for dtype, why in found.not_run.items() if why == "interrupted"]:
-        print(f"\ninterrupted; the same command with --dtypes {' '.join(left)} measures the rest", file=sys.stderr)
+        print(f"\ninterrupted; the same command with --precisions {' '.join(left)} measures the rest", file=sys.stderr)
         return 130
     if given.fail_above is not None and not found.largest <= given.fail_above:
         largest = "not finite" if not math.isfinite(found.largest) else f"{found.largest:.3g}"
@@ -254,7 +263,7 @@ def _folder(folder: Path, given: argparse.Namespace, size: int) -> tuple[list[Ba
     files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in _SUFFIXES and f.is_file())
     wanted = given.batches * given.batch_size
     if len(files) < wanted:
-        fix = f"Give fewer --batches or a smaller --batch_size, or more images ({', '.join(sorted(_SUFFIXES))})."
+        fix = f"Give fewer --batches or a smaller --batch-size, or more images ({', '.join(sorted(_SUFFIXES))})."
         raise data_error(folder, f"count: {len(files)} images in it, {wanted} needed", fix)
     classes = sorted({f.parent.name for f in files})
     labelled = len(classes) > 1 and all(f.parent != folder for f in files)

@@ -8,12 +8,15 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from nslightning.commands.dashes import spelled_with_dashes, with_new_spellings
 from nslightning.commands.progress import progress
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-__all__ = ["main"]
+__all__ = ["main", "make_parser"]
+
+_RENAMED = {"--model": "--backbone", "--options": "--backbone-options", "--dtype": "--precision"}
 
 _DTYPES = {"16": "float16", "bf16": "bfloat16", "32": "float32", "64": "float64"}
 
@@ -30,7 +33,8 @@ def main(argv: list[str]) -> int:
     Raises:
         SystemExit: After ``--help`` (0) and for arguments that are not understood (2).
     """
-    given = _parser().parse_args(argv[1:]).as_dict()
+    parser = make_parser(f"nslightning {argv[0]}")
+    given = parser.parse_args(with_new_spellings(parser, argv[1:], _RENAMED)).as_dict()
     given.pop("config")
     # Read when torch is imported: the profiler that measures memory would else write to stderr.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -45,10 +49,18 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _parser() -> ArgumentParser:
-    from jsonargparse import ArgumentParser
+def make_parser(prog: str) -> ArgumentParser:
+    """The command's parser.
 
-    parser = ArgumentParser(prog="nslightning cost", description=__doc__)
+    Args:
+        prog: What the command is called.
+
+    Returns:
+        The parser.
+    """
+    from nslightning.commands.config_parser import HelpfulErrors
+
+    parser = HelpfulErrors(prog=prog, description=__doc__)
     parser.add_argument("--config", action="config", help="A YAML file with any of these arguments.")
     parser.add_function_arguments(cost, skip={"choices", "widths"})
     parser.add_argument(
@@ -65,16 +77,17 @@ def _parser() -> ArgumentParser:
         type=int,
         help="Widths of the hidden layers of paper/fc, to measure how the cost grows with the parameters.",
     )
+    spelled_with_dashes(parser)
     return parser
 
 
 def cost(
-    model: str,
+    backbone: str,
     num_classes: int = 10,
     image_shape: tuple[int, int, int] = (3, 32, 32),
-    options: dict[str, Any] | None = None,
+    backbone_options: dict[str, Any] | None = None,
     batch_size: int = 32,
-    dtype: Literal["16", "bf16", "32", "64"] = "32",
+    precision: Literal["16", "bf16", "32", "64"] = "32",
     device: str = "cpu",
     choices: list[str] | None = None,
     repetitions: int = 20,
@@ -87,12 +100,12 @@ def cost(
     The network is freshly initialised and in training mode; images are standard normal, labels uniform.
 
     Args:
-        model: The backbone, as paper/fc, torchvision/resnet18 or timm/mobilenetv3_small_050.
+        backbone: As for fit, such as paper/fc, torchvision/resnet18 or timm/mobilenetv3_small_050.
         num_classes: Number of classes.
         image_shape: Channels, height and width of the images, as [3,32,32].
-        options: Further arguments of the backbone, as {"hidden":[512,512]} for paper/fc.
+        backbone_options: Its further arguments, as {"hidden":[512,512]} for paper/fc.
         batch_size: Images in the batch.
-        dtype: Precision of parameters and images: true 16, bf16, 32 or 64 bits, not mixed.
+        precision: Of parameters and images: true 16, bf16, 32 or 64 bits, not mixed.
         device: cpu, cuda, cuda:1, ...
         choices: Jacobian choices, each as :func:`~nslightning.choices.named_choice` takes it.
         repetitions: Measured rounds.
@@ -110,8 +123,8 @@ def cost(
     named = named_choices(choices or [])
     if batch_size < 1:
         raise ValueError(f"batch_size is at least 1; given {batch_size}")
-    if widths and model != "paper/fc":
-        raise ValueError(f"widths are of the hidden layers of paper/fc; {model} has none to set")
+    if widths and backbone != "paper/fc":
+        raise ValueError(f"widths are of the hidden layers of paper/fc; {backbone} has none to set")
     folder = Path(output)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output is a folder; {output} is a file")
@@ -127,17 +140,17 @@ def cost(
     target = torch.device(device)
     if target.type != "cpu":
         torch.zeros((), device=target)  # a device that is not there says so before anything is built
-    precision = getattr(torch, _DTYPES[dtype])
-    options = options or {}
+    dtype = getattr(torch, _DTYPES[precision])
+    options = backbone_options or {}
 
     def build(**changed: Any) -> nn.Module:
-        network = create_backbone(model, num_classes, image_shape, **(options | changed))
-        return network.to(target, precision).train()
+        network = create_backbone(backbone, num_classes, image_shape, **(options | changed))
+        return network.to(target, dtype).train()
 
     result: CostReport | CostScaling
     with torch.random.fork_rng(), progress() as tell:
         torch.manual_seed(seed)
-        shape = (batch_size, input_channels(model, image_shape), *image_shape[1:])
+        shape = (batch_size, input_channels(backbone, image_shape), *image_shape[1:])
         batch = torch.randn(shape), torch.randint(num_classes, (batch_size,))
         if widths:
             depth = len(options.get("hidden", (1, 1, 1)))
@@ -147,11 +160,11 @@ def cost(
                 batch,
                 named,
                 repetitions=repetitions,
-                name=model,
+                name=backbone,
                 progress=tell,
             )
         else:
-            result = cost_ratio(build(), batch, named, repetitions=repetitions, name=model, progress=tell)
+            result = cost_ratio(build(), batch, named, repetitions=repetitions, name=backbone, progress=tell)
     print(result)
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -160,7 +173,7 @@ def cost(
         for ending in ("png", "pdf"):
             path = Path(partial) / f"cost.{ending}"
             if isinstance(result, CostScaling):
-                written.append(plot_scaling({model: result}, path))
+                written.append(plot_scaling({backbone: result}, path))
             else:
                 written.append(plot_cost(result, path))
         for path in written:

@@ -11,7 +11,7 @@ from pathlib import Path
 from nslightning.commands.report import check_output
 from nslightning.files import write_text
 
-__all__ = ["main"]
+__all__ = ["main", "make_parser"]
 
 _EPILOG = """\
 examples:
@@ -35,25 +35,7 @@ def main(argv: list[str]) -> int:
     Raises:
         SystemExit: After ``--help`` (0) and for options that are not understood (2).
     """
-    parser = argparse.ArgumentParser(
-        prog=f"nslightning {argv[0]}",
-        description=__doc__,
-        epilog=_EPILOG,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    entity = os.environ.get("WANDB_ENTITY")
-    add("--entity", default=entity, required=not entity, metavar="NAME",
-        help="your W&B user name or team (default: WANDB_ENTITY)")  # fmt: skip
-    add("--project", default="nslightning", metavar="NAME", help="the project of the runs (default: nslightning)")
-    add("--name", default="nslightning", metavar="NAME", help="what the view is called (default: nslightning)")
-    target = parser.add_mutually_exclusive_group()
-    target.add_argument(
-        "--out", type=Path, default=Path("dashboard.json"), metavar="FILE",
-        help="write the definition, which needs no connection (default: dashboard.json)",
-    )  # fmt: skip
-    target.add_argument("--apply", action="store_true", help="make the view at W&B instead")
+    parser = make_parser(f"nslightning {argv[0]}")
     given = parser.parse_args(argv[1:])
 
     try:
@@ -77,3 +59,34 @@ def main(argv: list[str]) -> int:
         print(f"{parser.prog}: error: W&B: {error}\n  log in with `wandb login`, and see --entity", file=sys.stderr)
         return 1
     return 0
+
+
+def make_parser(prog: str) -> argparse.ArgumentParser:
+    """The command's parser.
+
+    Args:
+        prog: What the command is called.
+
+    Returns:
+        The parser.
+    """
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=__doc__,
+        epilog=_EPILOG,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    entity = os.environ.get("WANDB_ENTITY")
+    add("--entity", default=entity, required=not entity, metavar="NAME",
+        help="your W&B user name or team (default: WANDB_ENTITY)")  # fmt: skip
+    add("--project", default="nslightning", metavar="NAME", help="the project of the runs (default: nslightning)")
+    add("--name", default="nslightning", metavar="NAME", help="what the view is called (default: nslightning)")
+    target = parser.add_mutually_exclusive_group()
+    target.add_argument(
+        "--out", type=Path, default=Path("dashboard.json"), metavar="FILE",
+        help="write the definition, which needs no connection (default: dashboard.json)",
+    )  # fmt: skip
+    target.add_argument("--apply", action="store_true", help="make the view at W&B instead")
+    return parser

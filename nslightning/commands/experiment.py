@@ -9,14 +9,15 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from nslightning.commands.plain_parser import Arguments
-from nslightning.experiments import Experiment, collect, comparison, folder_of, markdown, run
-from nslightning.experiments.data import download
 from nslightning.spelling import did_you_mean
 
-__all__ = ["main"]
+if TYPE_CHECKING:
+    from nslightning.experiments import Experiment
+
+__all__ = ["main", "make_parser"]
 
 _EPILOG = """\
 examples:
@@ -39,8 +40,40 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         0; 1 where cells failed; 2 where it was called wrongly; 130 after an interruption.
     """
+    parser = make_parser(f"nslightning {argv[0]}")
+    given = parser.parse_args(list(argv[1:]))
+    from nslightning.experiments import Experiment  # after --help
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with suppress(ValueError):  # outside the main thread
+            signal.signal(signal.SIGTERM, _interrupt)  # what a batch system sends before it kills
+        overrides = {k: v[-1] for k, v in _pairs(given.set, "--set").items()}
+        quirks = given.as_published
+        experiments = [Experiment.read(_found(file), given.scale, overrides, quirks) for file in given.files]
+        return max(_run(experiment, given) for experiment in experiments)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"nslightning experiment: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on", file=sys.stderr)
+        return 130
+    finally:
+        with suppress(ValueError):
+            signal.signal(signal.SIGTERM, before)
+
+
+def make_parser(prog: str) -> Arguments:
+    """The command's parser.
+
+    Args:
+        prog: What the command is called.
+
+    Returns:
+        The parser.
+    """
     parser = Arguments(
-        prog="nslightning experiment",
+        prog=prog,
         description="Run an experiment: a grid of runs, one YAML file.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -66,24 +99,7 @@ def main(argv: Sequence[str]) -> int:
         "the rate of beta = 0 for all, nothing held out",
     )
     parser.add_argument("--list", action="store_true", help="list the cells and whether they are finished; run nothing")
-    given = parser.parse_args(list(argv[1:]))
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        with suppress(ValueError):  # outside the main thread
-            signal.signal(signal.SIGTERM, _interrupt)  # what a batch system sends before it kills
-        overrides = {k: v[-1] for k, v in _pairs(given.set, "--set").items()}
-        quirks = given.as_published
-        experiments = [Experiment.read(_found(file), given.scale, overrides, quirks) for file in given.files]
-        return max(_run(experiment, given) for experiment in experiments)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"nslightning experiment: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on", file=sys.stderr)
-        return 130
-    finally:
-        with suppress(ValueError):
-            signal.signal(signal.SIGTERM, before)
+    return parser
 
 
 def _interrupt(*_: object) -> NoReturn:
@@ -91,6 +107,9 @@ def _interrupt(*_: object) -> NoReturn:
 
 
 def _run(experiment: Experiment, given: argparse.Namespace) -> int:
+    from nslightning.experiments import collect, comparison, folder_of, markdown, run
+    from nslightning.experiments.data import download
+
     only = _pairs(given.only, "--only")
     folder = folder_of(experiment, given.output)
     if given.list:

@@ -10,7 +10,7 @@ from pathlib import Path
 from nslightning.commands.plain_parser import Arguments
 from nslightning.spelling import did_you_mean
 
-__all__ = ["main"]
+__all__ = ["main", "make_parser"]
 
 _EPILOG = """\
 examples:
@@ -39,25 +39,7 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         SystemExit: After ``--help`` (0) and for options that are not understood (2).
     """
-    parser = Arguments(
-        prog="nslightning figure",
-        description="Draw a figure from the results of experiments, as PDF and PNG.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("name", nargs="?", help="the figure, or all; --list tells every name")
-    parser.add_argument(
-        "--from", dest="results", nargs="+", type=Path, default=[], metavar="RESULTS", help="results of experiments"
-    )
-    parser.add_argument("--run", metavar="SCALE", help="run the experiments that feed it: smoke, small or paper")
-    parser.add_argument("--output", default="results", help="where --run keeps results (default: results)")
-    parser.add_argument("--workers", help="for --run, as of `nslightning experiment`")
-    parser.add_argument("--device", help="for --run, as of `nslightning experiment`")
-    parser.add_argument(
-        "--out", type=Path, default=Path("figures"), metavar="FOLDER", help="where to (default: figures)"
-    )
-    parser.add_argument("--list", action="store_true", help="tell every figure, what feeds it and its published one")
+    parser = make_parser(f"nslightning {argv[0]}")
     given = parser.parse_args(list(argv[1:]))
     from nslightning.experiments.grid import SCALES
 
@@ -88,6 +70,37 @@ def main(argv: Sequence[str]) -> int:
         return 2
     status = _run(given, names) if given.run else 0
     return status if status == 2 else max(status, _draw(given, names))
+
+
+def make_parser(prog: str) -> Arguments:
+    """The command's parser.
+
+    Args:
+        prog: What the command is called.
+
+    Returns:
+        The parser.
+    """
+    parser = Arguments(
+        prog=prog,
+        description="Draw a figure from the results of experiments, as PDF and PNG.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("name", nargs="?", help="the figure, or all; --list tells every name")
+    parser.add_argument(
+        "--from", dest="results", nargs="+", type=Path, default=[], metavar="RESULTS", help="results of experiments"
+    )
+    parser.add_argument("--run", metavar="SCALE", help="run the experiments that feed it: smoke, small or paper")
+    parser.add_argument("--output", default="results", help="where --run keeps results (default: results)")
+    parser.add_argument("--workers", help="for --run, as of `nslightning experiment`")
+    parser.add_argument("--device", help="for --run, as of `nslightning experiment`")
+    parser.add_argument(
+        "--out", type=Path, default=Path("figures"), metavar="FOLDER", help="where to (default: figures)"
+    )
+    parser.add_argument("--list", action="store_true", help="tell every figure, what feeds it and its published one")
+    return parser
 
 
 def _run(given: argparse.Namespace, names: Sequence[str]) -> int:

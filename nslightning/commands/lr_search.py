@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from nslightning.jacobians import Jacobians
 
-__all__ = ["main"]
+__all__ = ["main", "make_parser"]
 
 _HELP = """\
 The learning rate at which a config trains best: one search per Jacobian choice, each trial a run of `fit`.
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
     Raises:
         SystemExit: After ``--help`` (0) and for arguments that are not understood (2).
     """
-    parser = _parser()
+    parser = make_parser(f"nslightning {argv[0]}")
     given, fit = parser.parse_known_args(argv[1:])
     own = [option for option in parser._option_string_actions if option.startswith("--")]
     for word in fit:
@@ -56,9 +56,17 @@ def main(argv: list[str]) -> int:
         return 2
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser(prog: str) -> argparse.ArgumentParser:
+    """The command's parser.
+
+    Args:
+        prog: What the command is called.
+
+    Returns:
+        The parser.
+    """
     parser = argparse.ArgumentParser(
-        "nslightning lr-search",
+        prog,
         usage="nslightning lr-search --config FILE [options] [options of fit]",
         description=_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,

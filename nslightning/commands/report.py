@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nslightning.files import write_text
 
-__all__ = ["main"]
+__all__ = ["main", "make_parser"]
 
 _EPILOG = """\
 examples:
@@ -32,17 +32,7 @@ def main(argv: list[str]) -> int:
     Raises:
         SystemExit: After ``--help`` (0) and for options that are not understood (2).
     """
-    parser = argparse.ArgumentParser(
-        prog=f"nslightning {argv[0]}",
-        description=__doc__,
-        epilog=_EPILOG,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a folder of runs")
-    parser.add_argument(
-        "--out", type=Path, default=Path("report.html"), metavar="FILE", help="the page (default: report.html)"
-    )
+    parser = make_parser(f"nslightning {argv[0]}")
     given = parser.parse_args(argv[1:])
 
     try:
@@ -57,6 +47,29 @@ def main(argv: list[str]) -> int:
     size = given.out.stat().st_size / 1e6
     print(f"{given.out}: {len(runs)} run{'s' * (len(runs) != 1)}, {size:.1f} MB; open it in any browser")
     return 0
+
+
+def make_parser(prog: str) -> argparse.ArgumentParser:
+    """The command's parser.
+
+    Args:
+        prog: What the command is called.
+
+    Returns:
+        The parser.
+    """
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=__doc__,
+        epilog=_EPILOG,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a folder of runs")
+    parser.add_argument(
+        "--out", type=Path, default=Path("report.html"), metavar="FILE", help="the page (default: report.html)"
+    )
+    return parser
 
 
 def check_output(path: Path) -> None:

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-__all__ = ["main"]
+__all__ = ["main", "make_parser"]
 
 
 def main(argv: list[str]) -> int:
@@ -16,15 +16,7 @@ def main(argv: list[str]) -> int:
     Returns:
         The exit status: 0, 1 where the text is at fault, 2 where the call is.
     """
-    parser = argparse.ArgumentParser(
-        prog=f"nslightning {argv[0]}",
-        description="Turn text files into train.bin, val.bin and meta.json for nslightning.data.TokenFile.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--text", nargs="+", type=Path, required=True, metavar="FILE", help="One document each.")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="The folder to be made.")
-    parser.add_argument("--tokenizer", default="bytes", metavar="bytes|FILE", help="Or a tokenizer.json file.")
-    parser.add_argument("--val", type=float, default=0.1, help="Fraction of each file for validation.")
+    parser = make_parser(f"nslightning {argv[0]}")
     arguments = parser.parse_args(argv[1:])
 
     from nslightning.data import DataError
@@ -38,3 +30,24 @@ def main(argv: list[str]) -> int:
     counts = ", ".join(f"{count} tokens in {split}.bin" for split, count in meta["tokens"].items())
     print(f"{arguments.out}: {counts}, vocabulary {meta['vocab_size']}")
     return 0
+
+
+def make_parser(prog: str) -> argparse.ArgumentParser:
+    """The command's parser.
+
+    Args:
+        prog: What the command is called.
+
+    Returns:
+        The parser.
+    """
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Turn text files into train.bin, val.bin and meta.json for nslightning.data.TokenFile.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--text", nargs="+", type=Path, required=True, metavar="FILE", help="One document each.")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="The folder to be made.")
+    parser.add_argument("--tokenizer", default="bytes", metavar="bytes|FILE", help="Or a tokenizer.json file.")
+    parser.add_argument("--val", type=float, default=0.1, help="Fraction of each file for validation.")
+    return parser

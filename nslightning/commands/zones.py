@@ -6,13 +6,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from nslightning.commands.dashes import spelled_with_dashes, with_new_spellings
+
 if TYPE_CHECKING:
-    import pandas as pd
+    # jsonargparse runs these lines for --help: nothing heavy among them.
     from jsonargparse import ArgumentParser
 
     from nslightning.experiments.grid import Experiment
 
-__all__ = ["main", "zones"]
+__all__ = ["main", "make_parser", "zones"]
 
 _WIDEST = 10_000  # draws, where nothing else stops
 _KINDS = ("regular", "compensation", "bifurcation")
@@ -30,10 +32,12 @@ def main(argv: list[str]) -> int:
     Raises:
         SystemExit: After ``--help`` (0) and for arguments that are not understood (2).
     """
+    parser = make_parser(f"nslightning {argv[0]}")
+    given = parser.parse_args(with_new_spellings(parser, argv[1:], {"--options": "--backbone-options"})).as_dict()
+    given.pop("config")
+
     from nslightning.data.verify import DataError
 
-    given = _parser().parse_args(argv[1:]).as_dict()
-    given.pop("config")
     try:
         return zones(**given)
     except (ValueError, OSError, DataError) as error:
@@ -44,18 +48,27 @@ def main(argv: list[str]) -> int:
         return 130
 
 
-def _parser() -> ArgumentParser:
+def make_parser(prog: str) -> ArgumentParser:
+    """The command's parser.
+
+    Args:
+        prog: What the command is called.
+
+    Returns:
+        The parser.
+    """
     from nslightning.commands.config_parser import HelpfulErrors
 
-    parser = HelpfulErrors(prog="nslightning zones", description=__doc__)
+    parser = HelpfulErrors(prog=prog, description=__doc__)
     parser.add_argument("--config", action="config", help="A YAML file with any of these arguments.")
     parser.add_function_arguments(zones)
+    spelled_with_dashes(parser)
     return parser
 
 
 def zones(
     backbone: str = "paper/fc",
-    options: dict[str, Any] | None = None,
+    backbone_options: dict[str, Any] | None = None,
     data: str = "MNIST",
     data_options: dict[str, Any] | None = None,
     download: bool = False,
@@ -86,7 +99,7 @@ def zones(
 
     Args:
         backbone: As for fit, such as paper/fc, paper/lenet5 or torchvision/resnet18.
-        options: Further arguments of the backbone, as {"batch_norm":true} or {"hidden":[256,256,256]}.
+        backbone_options: Its further arguments, as {"batch_norm":true} or {"hidden":[256,256,256]}.
         data: A data set: MNIST, CIFAR10, SVHN, FashionMNISTSample, ...
         data_options: Its arguments, as {"holdout":0}.
         download: Fetch the data that are not there.
@@ -143,7 +156,7 @@ def zones(
         raise ValueError(f"{name} and {reference_name} are the same choice")
     fixed: dict[str, Any] = {
         "backbone": backbone,
-        "backbone_options": options or {},
+        "backbone_options": backbone_options or {},
         "data": data,
         "data_options": data_options or {},
         "relu": base.relu,
@@ -213,7 +226,7 @@ def _tau(norm: str, tau: float | None, bits: int) -> float:
     return THRESHOLDS[PRECISIONS[bits]] if tau is None else tau
 
 
-def _shares(experiment: Experiment, folder: Path, of: str) -> pd.DataFrame:
+def _shares(experiment: Experiment, folder: Path, of: str) -> Any:  # a pandas.DataFrame
     """Per precision, how many draws, and the share that differs with its 95 % interval.
 
     Draws are independent: Wilson's interval. The mini-batches of one draw are not: Student's interval of the draws'
@@ -253,7 +266,7 @@ def _shares(experiment: Experiment, folder: Path, of: str) -> pd.DataFrame:
     return pd.DataFrame(rows).sort_values("precision", key=lambda column: column.map(order)).reset_index(drop=True)
 
 
-def _mean(each: pd.Series[float]) -> tuple[float, float, float]:
+def _mean(each: Any) -> tuple[float, float, float]:
     """The mean of the draws' own shares, with Student's 95 % interval."""
     from scipy import stats
 
@@ -262,7 +275,7 @@ def _mean(each: pd.Series[float]) -> tuple[float, float, float]:
     return share, max(0.0, share - half), min(1.0, share + half)
 
 
-def _tell(shares: pd.DataFrame, experiment: Experiment, folder: Path, of: str, draw: Any) -> int:
+def _tell(shares: Any, experiment: Experiment, folder: Path, of: str, draw: Any) -> int:
     """Print the shares, and write them as a table and a figure."""
     from rich.console import Console
     from rich.table import Table
