@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     # jsonargparse runs these lines for --help: nothing heavy among them.
     from jsonargparse import ArgumentParser
 
-    from nslightning.experiments.grid import Experiment
-
 __all__ = ["main", "make_parser", "zones"]
 
 _WIDEST = 10_000  # draws, where nothing else stops
@@ -226,7 +224,7 @@ def _tau(norm: str, tau: float | None, bits: int) -> float:
     return THRESHOLDS[PRECISIONS[bits]] if tau is None else tau
 
 
-def _shares(experiment: Experiment, folder: Path, of: str) -> Any:  # a pandas.DataFrame
+def _shares(experiment: Any, folder: Path, of: str) -> Any:  # a pandas.DataFrame
     """Per precision, how many draws, and the share that differs with its 95 % interval.
 
     Draws are independent: Wilson's interval. The mini-batches of one draw are not: Student's interval of the draws'
@@ -275,7 +273,7 @@ def _mean(each: Any) -> tuple[float, float, float]:
     return share, max(0.0, share - half), min(1.0, share + half)
 
 
-def _tell(shares: Any, experiment: Experiment, folder: Path, of: str, draw: Any) -> int:
+def _tell(shares: Any, experiment: Any, folder: Path, of: str, draw: Any) -> int:
     """Print the shares, and write them as a table and a figure."""
     from rich.console import Console
     from rich.table import Table
