@@ -19,8 +19,9 @@ from torch import nn
 from nslightning import Jacobians
 from nslightning.models.backbones import create_backbone, input_channels
 from nslightning.probes.cost import BOUND, cost_ratio, cost_scaling
-from nslightning.probes.cost_figures import plot_cost, plot_scaling
-from nslightning.probes.cost_report import CostReport, CostScaling
+from nslightning.probes.cost_data import CostReport, CostScaling
+from nslightning.report.cost import scaling_table, table
+from nslightning.report.cost_figures import plot_cost, plot_scaling
 
 CHOICES = {
     "relu0.5": Jacobians(relu=0.5),
@@ -67,7 +68,7 @@ def mlps(folder: Path, repetitions: int) -> None:
             for depth in DEPTHS
         }
         for name, scaling in found[size].items():
-            print(f"\nbatch {size}, {name}\n{scaling}", flush=True)
+            print(f"\nbatch {size}, {name}\n{scaling_table(scaling)}", flush=True)
     data = {str(size): {n: s.to_dict() for n, s in scalings.items()} for size, scalings in found.items()}
     (folder / "cost_mlp_cpu.json").write_text(json.dumps(data, allow_nan=False) + "\n")
 
@@ -84,7 +85,7 @@ def models(folder: Path, repetitions: int) -> None:
         network = create_backbone(name, 10, shape).train()
         batch = batch_for(name, shape, size)
         found[name] = cost_ratio(network, batch, CHOICES, repetitions=repetitions, name=name)
-        print(f"\n{found[name]}", flush=True)
+        print(f"\n{table(found[name])}", flush=True)
     data = {name: report.to_dict() for name, report in found.items()}
     (folder / "cost_models_cpu.json").write_text(json.dumps(data, allow_nan=False) + "\n")
 
@@ -104,7 +105,7 @@ def draw(folder: Path) -> None:
         for ending in ("png", "pdf"):
             plot_cost(reports, folder / f"cost_models_cpu.{ending}")
         for report in reports.values():
-            lines += ["", f"## {report.model}", "", "```", str(report), "```"]
+            lines += ["", f"## {report.model}", "", "```", table(report), "```"]
     (folder / "cost_cpu.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

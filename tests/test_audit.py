@@ -20,7 +20,7 @@ from nslightning import Jacobians, patch
 from nslightning.cli import main
 from nslightning.probes import divergence
 from nslightning.probes.audit import CHOICES, DTYPES, Audit, audit, percent, verdict
-from nslightning.probes.audit_report import page, table
+from nslightning.report.audit import page, table
 from nslightning.surgery import selections
 
 

@@ -21,8 +21,9 @@ from nslightning import Jacobians, patch, unpatch
 from nslightning.choices import named_choice
 from nslightning.commands.cost import main
 from nslightning.probes.cost import BOUND, _innermost_calls, _interleaved, cost_ratio, cost_scaling
-from nslightning.probes.cost_figures import plot_cost, plot_scaling
-from nslightning.probes.cost_report import ChoiceCost, CostReport, CostScaling, ModuleCost, Timing, slope
+from nslightning.probes.cost_data import ChoiceCost, CostReport, CostScaling, ModuleCost, Timing, slope
+from nslightning.report.cost import scaling_table, table
+from nslightning.report.cost_figures import plot_cost, plot_scaling
 
 QUICK = {"repetitions": 1, "warmup": 0, "per_module": False, "memory": False}
 RELU1 = {"relu1": Jacobians(relu=1.0)}
@@ -78,7 +79,7 @@ def test_flop_ratio_is_absent_without_products():
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing to patch is no news here: the report tells it
         norm = cost_ratio(nn.BatchNorm1d(3), batch_of(4, 3), {}, **QUICK)
-    assert "0 ties in 0 evaluations" in str(norm)
+    assert "0 ties in 0 evaluations" in table(norm)
     assert (norm.flops, norm.flop_ratio) == (0, None)
 
 
@@ -221,7 +222,7 @@ def test_forward_mode_that_is_not_supported_is_told():
     batch = batch_of(2, 6)
     report = cost_ratio(network, batch, {}, loss=lambda out, _: Square.apply(out).sum(), **QUICK)
     assert report.jvp is report.jvp_ratio is report.forward_mode_ratio is None
-    assert "no JVP: " in str(report)
+    assert "no JVP: " in table(report)
     assert report.jvp_note
     known = cost_ratio(network, batch, {}, **QUICK)
     assert known.forward_mode_ratio == known.parameters * known.jvp_ratio
@@ -387,7 +388,7 @@ def test_verdict_holds_up_to_the_bound():
     assert report.responsible() == []
     assert report.verdict() == "stock: cheap gradient holds, 5.00 <= 5"
     assert not report.holds("a")
-    assert "NO" in str(report)
+    assert "NO" in table(report)
     assert [row["holds"] for row in report.rows()] == [True, False]
 
 
@@ -405,7 +406,7 @@ def test_verdict_names_the_modules_responsible_by_their_excess():
     assert [(m.name, m.choice) for m in report.responsible("a")] == [("pool", "a"), ("act", "stock")]
     text = "a: exceeds the bound, 7.00 > 5; responsible: pool (Kind, 25.0), act (Kind, 9.0, 3 calls)"
     assert report.verdict("a") == text
-    assert text in str(report)
+    assert text in table(report)
     assert report.to_dict()["verdicts"]["a"] == text
 
 
@@ -436,7 +437,7 @@ def test_slopes():
     reports = tuple(fabricated({"stock": 3.0, "a": 2.0 * p**0.25}, parameters=p, jvp=1.5 * p**0.5) for p in sizes)
     scaling = CostScaling((1, 2, 3), reports)
     assert scaling.slopes() == pytest.approx({"stock": 0.0, "a": 0.25, "forward mode": 1.5}, abs=1e-12)
-    assert str(scaling).splitlines()[-2].split() == ["slope", "+0.00", "+0.25", "+1.50"]
+    assert scaling_table(scaling).splitlines()[-2].split() == ["slope", "+0.00", "+0.25", "+1.50"]
     without = CostScaling((1, 2), (reports[0], replace(reports[1], jvp=None)))
     assert set(without.slopes()) == {"stock", "a"}
     # Least squares by hand: log2 of 1, 2, 8 against log2 of 1, 2, 4 gives 3 / 2.
@@ -529,7 +530,7 @@ def test_command_end_to_end(tmp_path, capsys):
     assert report.parameters == 17 * 5 + 6 * 6 + 7 * 3
     assert [c.name for c in report.choices] == ["stock", "native", "relu1", "jax"]
     out = capsys.readouterr().out
-    assert str(report) in out
+    assert table(report) in out
     assert "Written to" in out
 
 

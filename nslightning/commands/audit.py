@@ -163,7 +163,7 @@ def _audit(given: argparse.Namespace, outputs: dict[str, Path]) -> int:
     batches = [(_fit(images, network, given.model), labels) for images, labels in batches]
 
     from nslightning.probes.audit import audit
-    from nslightning.probes.audit_report import page, table
+    from nslightning.report.audit import page, table
 
     with progress() as tell:
         found = audit(

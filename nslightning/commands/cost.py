@@ -134,8 +134,9 @@ def cost(
 
     from nslightning.models.backbones import create_backbone, input_channels
     from nslightning.probes.cost import cost_ratio, cost_scaling
-    from nslightning.probes.cost_figures import plot_cost, plot_scaling
-    from nslightning.probes.cost_report import CostReport, CostScaling
+    from nslightning.probes.cost_data import CostReport, CostScaling
+    from nslightning.report.cost import scaling_table, table
+    from nslightning.report.cost_figures import plot_cost, plot_scaling
 
     target = torch.device(device)
     if target.type != "cpu":
@@ -165,7 +166,7 @@ def cost(
             )
         else:
             result = cost_ratio(build(), batch, named, repetitions=repetitions, name=backbone, progress=tell)
-    print(result)
+    print(scaling_table(result) if isinstance(result, CostScaling) else table(result))
 
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as partial:  # complete files only are moved into the folder

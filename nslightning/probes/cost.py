@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from nslightning.arithmetic.record import processor
 from nslightning.jacobians import Jacobians
-from nslightning.probes.cost_report import STOCK, ChoiceCost, CostReport, CostScaling, ModuleCost, Timing
+from nslightning.probes.cost_data import STOCK, ChoiceCost, CostReport, CostScaling, ModuleCost, Timing
 from nslightning.probes.ties import ties
 from nslightning.surgery import PatchWarning, patch, selections, surgeries, unpatch
 

@@ -32,6 +32,8 @@ __all__ = [
     "measure_differences",
 ]
 
+_SHOWN = 5  # parameters of a printed divergence
+
 NORMS = ("l1", "l2", "linf", "relative", "cosine")
 
 #: How a difference is found: between two sets of gradients, or carried down from the ties.
@@ -64,6 +66,19 @@ class Divergence:
     cosine: float
     per_layer: Mapping[str, Divergence] = field(default_factory=dict)
     method: Method = field(default="subtract", compare=False)
+
+    def __str__(self) -> str:
+        """The five figures, in total and of the parameters that differ most."""
+        parts = sorted(self.per_layer.items(), key=lambda item: -item[1].l2)
+        shown = [(name, part) for name, part in parts if part.l2][:_SHOWN]
+        width = max((len(name) for name, _ in shown), default=0)
+        width = max(width, len("parameter"))
+        lines = [f"{'parameter':<{width}}  " + "  ".join(f"{norm:>9}" for norm in NORMS)]
+        for name, part in (("(all)", self), *shown):
+            lines.append(f"{name:<{width}}  " + "  ".join(f"{value:9.3g}" for value in part.norms().values()))
+        rest = len(parts) - len(shown)
+        lines += [f"and {rest} of {len(parts)} parameters, which differ less or not at all"] if rest else []
+        return "\n".join(lines)
 
     def norms(self) -> dict[str, float]:
         """The five figures by name.

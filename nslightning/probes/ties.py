@@ -18,7 +18,7 @@ from nslightning.ops.pointwise import POINTWISE
 from nslightning.ops.registry import Call, Operation
 from nslightning.surgery import selections
 
-__all__ = ["Ties", "counting", "observing", "ties"]
+__all__ = ["TieCounts", "Ties", "counting", "observing", "ties"]
 
 
 @dataclass
@@ -46,6 +46,13 @@ class Ties:
     structural: int = 0
     zero: int = 0
 
+    def __str__(self) -> str:
+        """The counts, on one line."""
+        kinds = [f"{n:,} {kind}" for n, kind in ((self.structural, "structural"), (self.zero, "windows of 0")) if n]
+        share = f"{100 * self.fraction:.3g} %"
+        of = f", of them {' and '.join(kinds)}" if kinds else ""
+        return f"{self.operation}: {self.tied:,} of {self.total:,} tie ({share}){of}"
+
     @property
     def fraction(self) -> float:
         """Tied evaluations as a share of all; 0 where nothing was evaluated."""
@@ -55,6 +62,17 @@ class Ties:
     def accidental(self) -> int:
         """Evaluations at a tie that is not structural."""
         return self.tied - self.structural
+
+
+class TieCounts(dict[str, Ties]):
+    """The ties of each site, by name; printed, one line for each."""
+
+    def __str__(self) -> str:
+        """The sites that tie, the most often tied first, and how many do not."""
+        tied = sorted(((n, t) for n, t in self.items() if t.tied), key=lambda item: -item[1].fraction)
+        width = max((len(name or "(model)") for name, _ in tied), default=0)
+        lines = [f"{name or '(model)':<{width}}  {met}" for name, met in tied]
+        return "\n".join([*lines, f"{len(self) - len(tied)} of {len(self)} sites met no tie"])
 
 
 @contextmanager
@@ -93,7 +111,7 @@ def observing(model: nn.Module, observe: Callable[[str, Operation, Call], None])
 
 
 @contextmanager
-def counting(model: nn.Module) -> Iterator[dict[str, Ties]]:
+def counting(model: nn.Module) -> Iterator[TieCounts]:
     """Count the ties of every forward inside the block.
 
     Args:
@@ -106,7 +124,7 @@ def counting(model: nn.Module) -> Iterator[dict[str, Ties]]:
         ValueError: If the model is not patched.
         TypeError: If the model is compiled: its sites cannot be watched.
     """
-    counts: dict[str, Ties] = {}
+    counts = TieCounts()
 
     def count(site: str, operation: Operation, call: Call) -> None:
         with torch.no_grad():
@@ -148,7 +166,7 @@ def _in_every_sample(tied: Tensor) -> Tensor:
     return tied.all(0) if tied.dim() > 1 and len(tied) > 1 else torch.zeros_like(tied)
 
 
-def ties(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Ties]:
+def ties(model: nn.Module, *args: Any, **kwargs: Any) -> TieCounts:
     """The ties that one forward meets, per site.
 
     The forward leaves no trace: buffers (batch norm's running statistics) and the random state stay as they

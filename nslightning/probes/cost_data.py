@@ -1,4 +1,4 @@
-"""The cheap-gradient report: what a gradient cost, as a table for people and as plain data for files."""
+"""What a gradient cost, as plain data for files; :mod:`nslightning.report.cost` makes tables of it."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class ModuleCost:
 
 @dataclass(frozen=True)
 class CostReport:
-    """The cheap-gradient report of one model, batch and list of choices. ``str(report)`` is a table.
+    """The cheap-gradient report of one model, batch and list of choices.
 
     All ratios are to ``forward``, and of minima. Compare ratios of one machine only.
 
@@ -185,6 +185,11 @@ class CostReport:
         """
         peak = self[choice].peak_bytes
         return None if peak is None or not self.peak_bytes else peak / self.peak_bytes
+
+    @property
+    def recorded_ratio(self) -> float:
+        """Time of the forward that records its graph over that of the one that does not."""
+        return _over(self.recorded.minimum, self.forward.minimum)
 
     @property
     def jvp_ratio(self) -> float | None:
@@ -271,7 +276,7 @@ class CostReport:
             "training": self.training,
             **self.environment,
             "forward_ms": self.forward.minimum,
-            "recorded_ratio": _over(self.recorded.minimum, self.forward.minimum),
+            "recorded_ratio": self.recorded_ratio,
             "jvp_ratio": self.jvp_ratio,
             "forward_mode_ratio": self.forward_mode_ratio,
             "flop_ratio": self.flop_ratio,
@@ -351,70 +356,13 @@ class CostReport:
         return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
 
     def __str__(self) -> str:
-        env, f = self.environment, self.forward
-        jvp = (
-            f"one JVP (stock model) {self.jvp_ratio:.2f} F, "
-            f"a gradient by forward mode about {self.forward_mode_ratio:.1e} F"
-            if self.jvp
-            else f"no JVP: {self.jvp_note}"
-        )
-        flops = f"FLOP ratio {_cell(self.flop_ratio)}"
-        lines = [
-            f"{self.model}: {self.parameters:,} parameters, batch {self.batch}, {self.dtype}, "
-            + ("training" if self.training else "evaluation"),
-            f"{env['machine']}, {env['cores']} cores; {env['clock']}, {env['threads']} thread(s), "
-            f"torch {env['torch']}; n = {f.n} interleaved rounds",
-            f"forward F {f.minimum:.3g} ms (quartiles {f.lower:.3g}, {f.median:.3g}, {f.upper:.3g}), "
-            f"recording the graph {_over(self.recorded.minimum, f.minimum):.2f} F",
-            jvp,
-            f"{flops}; {self.ties:,} ties in {self.evaluations:,} evaluations"
-            + (", so that the choices cannot differ" if not self.ties else ""),
-            "",
-            *_table(
-                ("choice", "B ms", "B/F", "quartiles of B/F", "memory B/F", "max |dg|", f"<= {self.bound:g}"),
-                [
-                    (
-                        c.name,
-                        f"{c.gradient.minimum:.3g}",
-                        f"{self.ratio(c.name):.2f}",
-                        "  ".join(f"{q:.2f}" for q in c.spread),
-                        _cell(self.memory_ratio(c.name)),
-                        f"{c.max_difference:.3g}",
-                        "yes" if self.holds(c.name) else "NO",
-                    )
-                    for c in self.choices
-                ],
-            ),
-            "B: forward and backward. Ratios are of minima; memory by " + self.memory_method,
-        ]
-        if self.modules:
-            lines += ["", "The modules that take most time, each called alone:", *self._module_table()]
-        if self.unmeasured:
-            lines += [f"Not measured alone: {name} ({reason})" for name, reason in self.unmeasured.items()]
-        return "\n".join([*lines, "", *(self.verdict(c.name) for c in self.choices)])
-
-    def _module_table(self, most: int = 12) -> list[str]:
-        stock = sorted((m for m in self.modules if m.choice == STOCK), key=lambda m: -m.calls * m.gradient.minimum)
-        ratio = {(m.name, m.choice): f"{m.ratio:.2f}" for m in self.modules}
-        names = [c.name for c in self.choices]
-        rows = [
-            (
-                m.name,
-                m.kind,
-                str(m.calls),
-                f"{m.forward.minimum:.3g}",
-                f"{m.gradient.minimum:.3g}",
-                *(ratio.get((m.name, name), "=") for name in names),
-            )
-            for m in stock[:most]
-        ]
-        header = ("module", "kind", "calls", "F ms", "B ms", *(f"B/F {name}" for name in names))
-        return [*_table(header, rows, text=2), "=: not patched, so as stock"]
+        """The verdicts, a line for each choice."""
+        return "\n".join(self.verdict(c.name) for c in self.choices)
 
 
 @dataclass(frozen=True)
 class CostScaling:
-    """The cost of one family of models at growing widths. ``str(scaling)`` is a table.
+    """The cost of one family of models at growing widths.
 
     Args:
         widths: The widths.
@@ -500,23 +448,8 @@ class CostScaling:
         return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
 
     def __str__(self) -> str:
-        names = [c.name for c in self.reports[0].choices]
-        rows = [
-            (
-                str(w),
-                f"{r.parameters:,}",
-                f"{r.forward.minimum:.3g}",
-                *(f"{r.ratio(name):.2f}" for name in names),
-                "-" if r.forward_mode_ratio is None else f"{r.forward_mode_ratio:.1e}",
-            )
-            for w, r in zip(self.widths, self.reports, strict=True)
-        ]
-        slopes = self.slopes()
-        forward = f"{slopes['forward mode']:+.2f}" if "forward mode" in slopes else "-"
-        rows.append(("slope", "", "", *(f"{slopes[name]:+.2f}" for name in names), forward))
-        header = ("width", "parameters", "F ms", *(f"B/F {name}" for name in names), "p J/F")
-        note = "Slopes of log(ratio) against log(parameters); theory: 0 for B/F, 1 for p J/F (forward mode)."
-        return "\n".join([*_table(header, rows), note])
+        """The slopes, a line for each choice."""
+        return "\n".join(f"{name}: slope {value:+.2f}" for name, value in self.slopes().items())
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> float:
@@ -586,19 +519,3 @@ def _save(path: str | Path, data: dict[str, Any], rows: list[dict[str, Any]]) ->
         raise ValueError(f"a cost report is saved as .json or .csv; given {path.name!r}")
     write_text(path, text)
     return path
-
-
-def _cell(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]], text: int = 1) -> list[str]:
-    """Aligned columns: the first ``text`` to the left, numbers to the right."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if i < text else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in [header, *rows]
-    ]
-    return [lines[0].rstrip(), "  ".join("─" * w for w in widths), *(line.rstrip() for line in lines[1:])]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from nslightning.figures import COLOURS, STYLE
 from nslightning.files import replacing
-from nslightning.probes.cost_report import STOCK, CostReport, CostScaling
+from nslightning.probes.cost_data import STOCK, CostReport, CostScaling
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
