@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from nslightning._torch import hooks_of, is_compiled, runs_module_hooks
-from nslightning.choices import Choices, named_choices
+from nslightning.choices import Choices, choice_label, named_choices
 from nslightning.jacobians import Jacobians
 from nslightning.models import Twins
 from nslightning.probes import (
@@ -36,6 +36,7 @@ from nslightning.probes import (
 )
 from nslightning.probes.graph import opaque_nodes, reachable, reruns_forward
 from nslightning.probes.propagation import agrees, refuse_random, refuse_unseen
+from nslightning.runs import choice_changes
 from nslightning.surgery import selections
 
 from .measurements import append_rows, begins_anew, interval, log_step, own_name, run_folder, start_table
@@ -77,7 +78,8 @@ class GradientDivergence(Callback):
     =============================== ==================================================================
 
     The run folder gets ``divergence.csv``, one row per step, choice and parameter (an empty ``parameter`` is the
-    total) with the method that found it, and at the end ``divergence.pdf`` and ``.png``, the relative divergence
+    total, ``reference`` the choice in use) with the method that found it, and at the end ``divergence.pdf`` and
+    ``.png``, the relative divergence
     against the step. A second GradientDivergence of the same run logs as ``divergence-2/...`` and writes
     ``divergence-2.csv``.
 
@@ -132,6 +134,7 @@ class GradientDivergence(Callback):
         self._hooks: list[RemovableHandle] = []
         self._seconds = 0.0
         self._name, self._folder = "divergence", Path()
+        self._reference, self._began = "", False
         self._settings, self._open = ExitStack(), ExitStack()
 
     @property
@@ -196,6 +199,8 @@ class GradientDivergence(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drop the rows that this run will write again; only now does Lightning know at which step it resumes."""
         start_table(trainer, self._file)
+        self._began = True
+        self._reference = _in_use(pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start the clock."""
@@ -331,18 +336,25 @@ class GradientDivergence(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the figure."""
+        self._draw(trainer)
+
+    def _draw(self, trainer: Trainer) -> None:
         if trainer.is_global_zero and self._file.exists():
             from nslightning.figures import divergence_by_step
 
             # Only a number's "nan" is one: an empty parameter and any choice's name are text.
             numbers = {norm: ["nan"] for norm in NORMS}
             rows = pd.read_csv(self._file, dtype={"choice": str}, keep_default_na=False, na_values=numbers)
-            divergence_by_step(rows[rows["parameter"] == ""], self._file.with_suffix(".pdf"))
+            totals = rows[rows["parameter"] == ""]
+            if len(totals):
+                divergence_by_step(totals, self._file.with_suffix(".pdf"), choice_changes(self._folder))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave nothing behind: Lightning calls no ``teardown`` then."""
+        """Leave nothing behind but the figure of what was measured: Lightning calls no ``teardown`` then."""
         self._forget()
         self._settings.close()
+        if self._began:
+            self._draw(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the compiler its setting back."""
@@ -368,7 +380,7 @@ class GradientDivergence(Callback):
         rows: list[dict[str, Any]] = []
         for choice, d in found.items():
             parts = {"": d, **(d.per_layer if self.per_layer else {})}
-            at = {"step": step, "choice": choice}
+            at = {"step": step, "choice": choice, "reference": self._reference}
             rows += [{**at, "parameter": p, **e.norms(), "method": d.method} for p, e in parts.items()]
         append_rows(self._file, rows)
         for logger in trainer.loggers if self.per_layer else []:
@@ -376,6 +388,12 @@ class GradientDivergence(Callback):
                 columns = ["step", "choice", "parameter", *NORMS]
                 data = [[row[c] for c in columns] for row in rows if row["parameter"]]
                 logger.log_table(f"{name}/per_layer", columns=columns, data=data, step=step)
+
+
+def _in_use(module: nn.Module) -> str:
+    """The choice that the others are compared with: what training takes."""
+    labels = [choice_label(selection.jacobians.to_dict()) for selection in selections(module).values()]
+    return " | ".join(dict.fromkeys(labels))
 
 
 def _alike(trainer: Trainer) -> list[GradientDivergence]:

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from nslightning.files import replacing
 from nslightning.runs import forget_from
 
 __all__ = ["append_rows", "begins_anew", "interval", "log_step", "own_name", "run_folder", "start_table"]
@@ -83,10 +84,27 @@ def append_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     if not rows:
         return
     file.parent.mkdir(parents=True, exist_ok=True)
+    columns = list(rows[0])
+    _widen(file, columns)
     with file.open("a", newline="", encoding="utf-8") as table:
-        writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(table, columns, lineterminator="\n")
         if table.tell() == 0:
             writer.writeheader()
+        writer.writerows(rows)
+
+
+def _widen(file: Path, columns: Sequence[str]) -> None:
+    """Give a table that an earlier version began the columns that it lacks, empty."""
+    if not file.exists():
+        return
+    with file.open(newline="", encoding="utf-8") as table:
+        reader = csv.DictReader(table, restval="")
+        if not reader.fieldnames or list(reader.fieldnames) == list(columns):
+            return
+        rows = list(reader)
+    with replacing(file) as partial, partial.open("w", newline="", encoding="utf-8") as table:
+        writer = csv.DictWriter(table, columns, lineterminator="\n", restval="", extrasaction="ignore")
+        writer.writeheader()
         writer.writerows(rows)
 
 

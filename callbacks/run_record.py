@@ -1,6 +1,9 @@
 """What a run must say of itself for its numbers to be traced."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +11,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from nslightning.runs import MetricsFile, environment, forget_from
+from nslightning.choices import choice_label
+from nslightning.files import write_text
+from nslightning.runs import MetricsFile, Segment, environment, forget_from, read_record, segments, with_segment
+from nslightning.runs.record import End, note_end, write_record
 from nslightning.surgery import PatchReport, surgeries
 
 from .measurements import run_folder
@@ -25,13 +31,25 @@ class RunRecord(Callback):
     provenance and the patch fingerprint; ``patch_report.json`` and ``.txt`` hold every site. W&B gets the same as
     the run's config, next to the config file's own content.
 
+    A run that goes on under another config, choice, code or machine gets a new one of its ``segments``
+    (:class:`~nslightning.runs.Segment`), so that every row it wrote belongs to what held when it was written.
+
     Args:
         config: The run's configuration as plain data.
         seed: The run's seed.
+        words: The command line's words after the subcommand.
+        checkpoint: The checkpoint that the run starts from.
     """
 
-    def __init__(self, config: dict[str, Any], seed: int | None = None) -> None:
-        self.config, self.seed = config, seed
+    def __init__(
+        self,
+        config: dict[str, Any],
+        seed: int | None = None,
+        words: Sequence[str] = (),
+        checkpoint: Path | None = None,
+    ) -> None:
+        self.config, self.seed, self.words, self.checkpoint = config, seed, list(words), checkpoint
+        self._written = False
         self._complete = True  # whether the report's file names the functional calls
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -64,25 +82,59 @@ class RunRecord(Callback):
         folder, report = run_folder(trainer), _report(pl_module)
         if not trainer.is_global_zero:
             return
-        record = {
+        settings = {
             "seed": self.seed,
             "precision": trainer.precision,
             "device": str(pl_module.device),
             "processes": trainer.world_size,
+        }
+        here, patch = environment(), None if report is None else report.to_dict()
+        began = Segment(
+            from_step=trainer.global_step,
+            choice=None if patch is None else choice_label(patch["jacobians"]),
+            sites=[] if patch is None else patch["rules"],
+            fingerprint=None if report is None else report.fingerprint,
+            config=self.config,
+            settings={**settings, "devices": here["devices"], "arithmetic": here["arithmetic"]},
+            versions={"python": here["python"], **here["versions"]},
+            git=here["git"],
+            command=here["command"],
+            words=self.words,
+            started=f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}",
+            checkpoint=None if self.checkpoint is None else str(self.checkpoint),
+        )
+        record = {
+            **settings,
             "resumed_at_step": trainer.global_step or None,
             "data": getattr(getattr(trainer, "datamodule", None), "provenance", None),
             "patch": None if report is None else report.to_dict() | {"sites": len(report.sites)},
-            **environment(),
+            **here,
+            "ended": None,
+            "segments": [asdict(s) for s in with_segment(segments(read_record(folder)), began)],
         }
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "run.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
+        write_record(folder, record)
+        self._written = True
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                logger.experiment.config.update({"config": self.config, "run": record}, allow_val_change=True)
+                plain = json.loads(json.dumps(record, default=str))
+                logger.experiment.config.update({"config": self.config, "run": plain}, allow_val_change=True)
                 if report is not None:
                     _log_sites(logger, report)
             if isinstance(logger, MetricsFile):
                 forget_from(Path(logger.experiment.metrics_file_path), trainer.global_step)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note that the run is finished."""
+        self._note(trainer, "finished")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Note that a signal, or an error, ended the run."""
+        self._note(trainer, "stopped" if isinstance(exception, (SystemExit, KeyboardInterrupt)) else "failed")
+
+    def _note(self, trainer: Trainer, ended: End) -> None:
+        folder = run_folder(trainer)
+        if self._written:
+            note_end(folder, ended, trainer.global_step)
 
 
 def _report(module: LightningModule) -> PatchReport | None:
@@ -93,7 +145,7 @@ def _report(module: LightningModule) -> PatchReport | None:
 def _write(report: PatchReport, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     report.save(folder / "patch_report.json")
-    (folder / "patch_report.txt").write_text(f"{report}\n")
+    write_text(folder / "patch_report.txt", f"{report}\n")
 
 
 @rank_zero_only

@@ -98,11 +98,21 @@ class TwinDivergence(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the figure."""
+        self._draw(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Draw the figure of what was measured."""
+        if trainer.global_step:
+            self._draw(trainer)
+
+    def _draw(self, trainer: Trainer) -> None:
         if trainer.is_global_zero and self._file.exists():
             from nslightning.figures import twins_by_step
 
             rows = pd.read_csv(self._file, dtype={"twin": str}, keep_default_na=False, na_values={"value": ["nan"]})
-            twins_by_step(rows[rows["parameter"] == ""], self._file.with_suffix(".pdf"))
+            totals = rows[rows["parameter"] == ""]
+            if len(totals):
+                twins_by_step(totals, self._file.with_suffix(".pdf"))
 
     def _measured(self, trainer: Trainer, module: LightningModule, what: str) -> list[dict[str, Any]]:
         """The distances of every twin's weights or gradients to the first one's."""

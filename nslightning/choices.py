@@ -15,7 +15,7 @@ from typing import Any
 from nslightning.jacobians import Jacobians
 from nslightning.spelling import did_you_mean
 
-__all__ = ["Choice", "Choices", "named_choice", "named_choices", "to_jacobians"]
+__all__ = ["Choice", "Choices", "choice_label", "named_choice", "named_choices", "short", "to_jacobians"]
 
 #: One choice, in every way it may be written.
 Choice = Jacobians | str | dict[str, Any]
@@ -116,6 +116,49 @@ def named_choices(choices: Mapping[str, Any] | Sequence[str]) -> dict[str, Jacob
     if len(dict(pairs)) < len(pairs):
         raise ValueError(f"two choices have one name: {' '.join(choices)}")
     return dict(pairs)
+
+
+def choice_label(jacobians: Mapping[str, Any] | None) -> str:
+    """What a Jacobian choice changes, in short.
+
+    Args:
+        jacobians: The choice as plain data; None where it is not known.
+
+    Returns:
+        Such as ``"relu=1, max_pool=minimal"``; ``"native"`` where it is the reference choice.
+
+    Example:
+        >>> choice_label({"relu": 1.0, "relu6": [0.0, 0.0], "max_pool": "minimal", "rule": "exact"})
+        'relu=1, max_pool=minimal'
+        >>> choice_label(Jacobians().to_dict())
+        'native'
+    """
+    if jacobians is None:
+        return "unknown"
+    reference = Jacobians().to_dict()
+    plain = {k: tuple(v) if isinstance(v, list) else v for k, v in jacobians.items()}  # a file has no tuples
+    changed = {k: v for k, v in plain.items() if v is not None and v != reference.get(k)}
+    return ", ".join(f"{k}={short(v)}" for k, v in changed.items()) or "native"
+
+
+def short(value: Any) -> str:
+    """A setting as a person would write it.
+
+    Args:
+        value: A value of a config file.
+
+    Returns:
+        The text; numbers without trailing zeros.
+
+    Example:
+        >>> [short(v) for v in (1.0, 0.00035, [0.0, 1.0], None, "bf16-true")]
+        ['1', '0.00035', '[0, 1]', 'none', 'bf16-true']
+    """
+    if isinstance(value, float):
+        return f"{value:.12g}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(short, value))}]"
+    return "none" if value is None else str(value)
 
 
 def _fields(word: str) -> dict[str, Any]:

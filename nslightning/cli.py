@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
+from nslightning.commands.stopping import Stopped, signals
 from nslightning.spelling import did_you_mean
 
 __all__ = ["main"]
@@ -69,7 +70,8 @@ def main(args: Sequence[str] | None = None) -> int:
         args: The command line without the program's name; ``sys.argv`` by default.
 
     Returns:
-        The exit status: 0, 1 where a command failed, 2 where it was called wrongly.
+        The exit status: 0, 1 where a command failed, 2 where it was called wrongly, 130 after Ctrl-C and 143 after
+        SIGTERM.
 
     Example:
         >>> main(["--version"])
@@ -108,8 +110,14 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0
     if command in _HEAVY and "torch" not in sys.modules and not {"-h", "--help"} & set(rest):
         print(f"nslightning {command}: loading torch and lightning ...", file=sys.stderr, flush=True)
-    run = import_module(COMMANDS[command][0]).main
-    return int(run([command, *rest]))
+    with signals() as handler:
+        try:
+            status = int(import_module(COMMANDS[command][0]).main([command, *rest]))
+        except Stopped as stop:
+            print(f"\nnslightning {command}: stopped by {stop.by}", file=sys.stderr)
+            return stop.status
+        # A command knows that it was interrupted; by what is known here.
+        return 128 + handler.signum if status == 130 and handler.signum is not None else status
 
 
 def _help(command: str, words: list[str]) -> str | None:

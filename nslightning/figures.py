@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ STYLE: dict[Any, Any] = {
 }  # fmt: skip
 
 
-def divergence_by_step(rows: pd.DataFrame, path: str | Path) -> Path:
+def divergence_by_step(rows: pd.DataFrame, path: str | Path, changes: Sequence[tuple[int, str]] = ()) -> Path:
     """Draw the relative divergence of each choice against the training step.
 
     Exact zeros (no tie met, or none that matters) and non-finite values have no place on a logarithmic axis: they are
@@ -32,6 +33,8 @@ def divergence_by_step(rows: pd.DataFrame, path: str | Path) -> Path:
     Args:
         rows: One row per step and choice, with columns ``step``, ``choice`` and ``relative``.
         path: The figure's file; a PNG of the same name is written beside it.
+        changes: Steps from which the choice in use, with which the others are compared, was another one; and what
+            changed, in words.
 
     Returns:
         The path.
@@ -42,6 +45,11 @@ def divergence_by_step(rows: pd.DataFrame, path: str | Path) -> Path:
     path = Path(path)
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(5.5, 3.2))
+        for start, what in changes:
+            axis.axvline(start, color="0.4", lw=0.8, ls="--", zorder=0)
+            look: dict[str, Any] = {"va": "top", "fontsize": 7, "rotation": 90, "color": "0.3"}
+            look |= {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "xytext": (3, -3)}
+            axis.annotate(f"in use: {what}", (start, 1), **look)
         values = rows["relative"].to_numpy(float)
         positive = values[np.isfinite(values) & (values > 0)]
         low, high = (positive.min() / 5, positive.max() * 5) if len(positive) else (1e-8, 1.0)

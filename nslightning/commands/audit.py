@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from nslightning.commands.dashes import with_new_spellings
 from nslightning.commands.plain_parser import Arguments
 from nslightning.commands.progress import progress
-from nslightning.files import write_text
+from nslightning.files import expanded, write_text
 from nslightning.spelling import did_you_mean
 
 if TYPE_CHECKING:
@@ -103,8 +103,8 @@ def make_parser(prog: str) -> Arguments:
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
     add("--seed", type=_whole(0), default=0, metavar="N", help="of weights, data and labels (default: 0)")
     add("--eval", action="store_true", help="evaluation instead of training mode")
-    add("--json", type=Path, metavar="FILE", help="write all findings")
-    add("--html", type=Path, metavar="FILE", help="write one page with tables and figures, which loads nothing")
+    add("--json", type=expanded, metavar="FILE", help="write all findings")
+    add("--html", type=expanded, metavar="FILE", help="write one page with tables and figures, which loads nothing")
     add("--fail-above", type=_limit, metavar="X", help="exit with status 3 if a relative divergence exceeds X")
     return parser
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nslightning.commands.dashes import spelled_with_dashes, with_new_spellings
 from nslightning.commands.progress import progress
+from nslightning.files import expanded
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -125,7 +126,7 @@ def cost(
         raise ValueError(f"batch_size is at least 1; given {batch_size}")
     if widths and backbone != "paper/fc":
         raise ValueError(f"widths are of the hidden layers of paper/fc; {backbone} has none to set")
-    folder = Path(output)
+    folder = expanded(output)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output is a folder; {output} is a file")
 

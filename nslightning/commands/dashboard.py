@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from nslightning.commands.report import check_output
-from nslightning.files import write_text
+from nslightning.files import expanded, write_text
 
 __all__ = ["main", "make_parser"]
 
@@ -85,7 +85,7 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     add("--name", default="nslightning", metavar="NAME", help="what the view is called (default: nslightning)")
     target = parser.add_mutually_exclusive_group()
     target.add_argument(
-        "--out", type=Path, default=Path("dashboard.json"), metavar="FILE",
+        "--out", type=expanded, default=Path("dashboard.json"), metavar="FILE",
         help="write the definition, which needs no connection (default: dashboard.json)",
     )  # fmt: skip
     target.add_argument("--apply", action="store_true", help="make the view at W&B instead")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from nslightning.commands.plain_parser import Arguments
+from nslightning.files import expanded, write_text
 from nslightning.spelling import did_you_mean
 
 if TYPE_CHECKING:
@@ -44,10 +43,7 @@ def main(argv: Sequence[str]) -> int:
     given = parser.parse_args(list(argv[1:]))
     from nslightning.experiments import Experiment  # after --help
 
-    before = signal.getsignal(signal.SIGTERM)
     try:
-        with suppress(ValueError):  # outside the main thread
-            signal.signal(signal.SIGTERM, _interrupt)  # what a batch system sends before it kills
         overrides = {k: v[-1] for k, v in _pairs(given.set, "--set").items()}
         quirks = given.as_published
         experiments = [Experiment.read(_found(file), given.scale, overrides, quirks) for file in given.files]
@@ -58,9 +54,6 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on", file=sys.stderr)
         return 130
-    finally:
-        with suppress(ValueError):
-            signal.signal(signal.SIGTERM, before)
 
 
 def make_parser(prog: str) -> Arguments:
@@ -81,7 +74,7 @@ def make_parser(prog: str) -> Arguments:
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="a YAML file, or the name of a packaged experiment")
     parser.add_argument("--scale", default="small", help="smoke, small (default) or paper")
-    parser.add_argument("--output", default="results", help="where results are kept (default: results)")
+    parser.add_argument("--output", default="results", type=expanded, help="where results are kept (default: results)")
     parser.add_argument("--workers", type=int, help="processes side by side; by default one per core, or 4 on a GPU")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; by default a GPU where there is one")
     parser.add_argument("--download", choices=("true", "false"), default="false", help="fetch data that are not there")
@@ -100,10 +93,6 @@ def make_parser(prog: str) -> Arguments:
     )
     parser.add_argument("--list", action="store_true", help="list the cells and whether they are finished; run nothing")
     return parser
-
-
-def _interrupt(*_: object) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 def _run(experiment: Experiment, given: argparse.Namespace) -> int:
@@ -133,7 +122,7 @@ def _run(experiment: Experiment, given: argparse.Namespace) -> int:
     )
     if given.compare:
         text = markdown(experiment, compared := comparison(experiment, collect(experiment, given.output)))
-        (folder / "comparison.md").write_text(text)
+        write_text(folder / "comparison.md", text)
         compared.to_csv(folder / "comparison.csv", index=False, float_format="%.6g")
         print(f"\n{text}")
     return 1 if report.failed else 0

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nslightning.commands.plain_parser import Arguments
+from nslightning.files import expanded
 from nslightning.spelling import did_you_mean
 
 __all__ = ["main", "make_parser"]
@@ -69,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
     status = _run(given, names) if given.run else 0
-    return status if status == 2 else max(status, _draw(given, names))
+    return status if status in (2, 130) else max(status, _draw(given, names))
 
 
 def make_parser(prog: str) -> Arguments:
@@ -93,11 +94,13 @@ def make_parser(prog: str) -> Arguments:
         "--from", dest="results", nargs="+", type=Path, default=[], metavar="RESULTS", help="results of experiments"
     )
     parser.add_argument("--run", metavar="SCALE", help="run the experiments that feed it: smoke, small or paper")
-    parser.add_argument("--output", default="results", help="where --run keeps results (default: results)")
+    parser.add_argument(
+        "--output", default="results", type=expanded, help="where --run keeps results (default: results)"
+    )
     parser.add_argument("--workers", help="for --run, as of `nslightning experiment`")
     parser.add_argument("--device", help="for --run, as of `nslightning experiment`")
     parser.add_argument(
-        "--out", type=Path, default=Path("figures"), metavar="FOLDER", help="where to (default: figures)"
+        "--out", type=expanded, default=Path("figures"), metavar="FOLDER", help="where to (default: figures)"
     )
     parser.add_argument("--list", action="store_true", help="tell every figure, what feeds it and its published one")
     return parser
@@ -108,17 +111,15 @@ def _run(given: argparse.Namespace, names: Sequence[str]) -> int:
     from nslightning.commands import experiment
     from nslightning.experiments.figures import FIGURES, feeding
 
-    options = ["--scale", given.run, "--output", given.output, "--compare"]
+    options = ["--scale", given.run, "--output", str(given.output), "--compare"]
     for option in ("workers", "device"):
         if getattr(given, option) is not None:
             options += [f"--{option}", getattr(given, option)]
     worst = 0
     for one in dict.fromkeys(e for name in names if FIGURES[name].needs_results for e in feeding(name)):
         status = experiment.main(["experiment", one, *options])
-        if status == 130:
-            raise SystemExit(130)
-        if status == 2:
-            return 2
+        if status in (2, 130):
+            return status
         worst = max(worst, status)
     return worst
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nslightning.files import expanded, write_text
 from nslightning.spelling import closest
 
 if TYPE_CHECKING:
@@ -54,6 +55,9 @@ def main(argv: list[str]) -> int:
     except (ValueError, ImportError) as error:
         print(f"nslightning lr-search: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on", file=sys.stderr)
+        return 130
 
 
 def make_parser(prog: str) -> argparse.ArgumentParser:
@@ -100,7 +104,7 @@ def _search(given: argparse.Namespace, fit: list[str]) -> int:
     if given.choices:
         choices = dict(named_choices(given.choices))
     optuna = _optuna()
-    folder = Path(given.output)
+    folder = expanded(given.output)
     folder.mkdir(parents=True, exist_ok=True)
     journal = optuna.storages.journal.JournalFileBackend(str(folder / "study.journal"))
     storage = optuna.storages.JournalStorage(journal)
@@ -138,6 +142,8 @@ def _search(given: argparse.Namespace, fit: list[str]) -> int:
                 raise
             if status:
                 study.tell(trial, state=optuna.trial.TrialState.FAIL)
+                if status > 128:
+                    raise KeyboardInterrupt
                 return status
             study.tell(trial, value)
             print(f"{name}: trial {trial.number}: lr={lr:.5g} {given.metric}={value:.4f}")
@@ -214,6 +220,8 @@ def _run(trial: optuna.Trial, command: list[str], metric: str) -> tuple[int, flo
                 raise optuna.TrialPruned
 
     class Reporting(train.TrainCLI):
+        silent_stop = True
+
         def instantiate_trainer(self, **kwargs: Any) -> Any:
             trainer = super().instantiate_trainer(**kwargs)
             trainer.callbacks.append(Report())
@@ -251,7 +259,7 @@ def _write(folder: Path, studies: dict[str, optuna.Study], metric: str) -> None:
         for epoch, value in trial.intermediate_values.items()
     ]
     table = pd.DataFrame(rows)
-    table.to_csv(folder / "trials.csv", index=False)
+    write_text(folder / "trials.csv", table.to_csv(index=False))
     best = {name: study.best_trial for name, study in studies.items()}
     for ending in ("png", "pdf"):
         learning_rate_search(table, metric, folder / f"lr_search.{ending}")

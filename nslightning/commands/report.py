@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from nslightning.files import write_text
+from nslightning.files import expanded, write_text
 
 __all__ = ["main", "make_parser"]
 
@@ -65,9 +65,9 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a folder of runs")
+    parser.add_argument("runs", nargs="+", type=expanded, metavar="RUN", help="a run's folder, or a folder of runs")
     parser.add_argument(
-        "--out", type=Path, default=Path("report.html"), metavar="FILE", help="the page (default: report.html)"
+        "--out", type=expanded, default=Path("report.html"), metavar="FILE", help="the page (default: report.html)"
     )
     return parser
 

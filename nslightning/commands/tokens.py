@@ -2,7 +2,8 @@
 
 import argparse
 import sys
-from pathlib import Path
+
+from nslightning.files import expanded
 
 __all__ = ["main", "make_parser"]
 
@@ -46,8 +47,8 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
         description="Turn text files into train.bin, val.bin and meta.json for nslightning.data.TokenFile.",
         allow_abbrev=False,
     )
-    parser.add_argument("--text", nargs="+", type=Path, required=True, metavar="FILE", help="One document each.")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="The folder to be made.")
+    parser.add_argument("--text", nargs="+", type=expanded, required=True, metavar="FILE", help="One document each.")
+    parser.add_argument("--out", type=expanded, required=True, metavar="DIR", help="The folder to be made.")
     parser.add_argument("--tokenizer", default="bytes", metavar="bytes|FILE", help="Or a tokenizer.json file.")
     parser.add_argument("--val", type=float, default=0.1, help="Fraction of each file for validation.")
     return parser

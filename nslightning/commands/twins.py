@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from typing import ClassVar
 
 from lightning.pytorch.cli import LightningArgumentParser
@@ -48,9 +47,6 @@ def main(argv: list[str]) -> int:
     Returns:
         The exit status: 0, 1 for data that is missing or damaged, 2 for a mistaken call.
     """
-    if (task := train.task_of(argv)) not in TwinsCLI.tasks:
-        print(f"nslightning twins: error: --task={task}: only image classifiers have twins", file=sys.stderr)
-        return 2
     return train.main(_gathered(argv), TwinsCLI)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nslightning.commands.dashes import spelled_with_dashes, with_new_spellings
+from nslightning.files import expanded
 
 if TYPE_CHECKING:
     # jsonargparse runs these lines for --help: nothing heavy among them.
@@ -175,7 +176,7 @@ def zones(
     _try(fixed | {"precision": precisions[0]})
     chunks = dict.fromkeys(precisions, 1)
     most = -(-(draws or _WIDEST) // chunk)
-    folder = Path(output)
+    folder = expanded(output)
     while True:
         experiment = Experiment(
             name=folder.name,

@@ -12,9 +12,9 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from nslightning.jacobians import Jacobians
+from nslightning.choices import choice_label, short
 
-__all__ = ["ReportError", "Run", "choice_label", "find_runs", "flatten", "read_run"]
+__all__ = ["ReportError", "Run", "choice_label", "find_runs", "flatten", "read_run", "short"]
 
 _NO_METRICS = pd.DataFrame({"step": [], "epoch": [], "metric": [], "value": []})
 _DEPTH = 3  # folders between the one given and a run: an experiment's, a grid's
@@ -66,49 +66,6 @@ class Run:
         """
         values = self.metrics.loc[self.metrics["metric"] == metric, "value"]
         return None if values.empty else float(values.iloc[-1])
-
-
-def choice_label(jacobians: Mapping[str, Any] | None) -> str:
-    """What a Jacobian choice changes, in short.
-
-    Args:
-        jacobians: The choice as plain data; None where it is not known.
-
-    Returns:
-        Such as ``"relu=1, max_pool=minimal"``; ``"native"`` where it is the reference choice.
-
-    Example:
-        >>> choice_label({"relu": 1.0, "relu6": [0.0, 0.0], "max_pool": "minimal", "rule": "exact"})
-        'relu=1, max_pool=minimal'
-        >>> choice_label(Jacobians().to_dict())
-        'native'
-    """
-    if jacobians is None:
-        return "unknown"
-    reference = Jacobians().to_dict()
-    plain = {k: tuple(v) if isinstance(v, list) else v for k, v in jacobians.items()}  # a file has no tuples
-    changed = {k: v for k, v in plain.items() if v is not None and v != reference.get(k)}
-    return ", ".join(f"{k}={short(v)}" for k, v in changed.items()) or "native"
-
-
-def short(value: Any) -> str:
-    """A setting as a person would write it.
-
-    Args:
-        value: A value of a config file.
-
-    Returns:
-        The text; numbers without trailing zeros.
-
-    Example:
-        >>> [short(v) for v in (1.0, 0.00035, [0.0, 1.0], None, "bf16-true")]
-        ['1', '0.00035', '[0, 1]', 'none', 'bf16-true']
-    """
-    if isinstance(value, float):
-        return f"{value:.12g}"
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(short, value))}]"
-    return "none" if value is None else str(value)
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,0 +1,58 @@
+"""What is global for one command, set up and taken back: arguments, environment, warnings, messages."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+__all__ = ["own_process"]
+
+# What a command sets for the processes that it starts. WANDB_SERVICE stays: W&B's own process outlives a run.
+_SET = ("NSLIGHTNING_RUN_FOLDER", "PL_GLOBAL_SEED", "PL_SEED_WORKERS", "WANDB_MODE", "WANDB_SILENT")
+
+
+def _wanted(record: logging.LogRecord) -> bool:
+    # Two advertisements, a line about hardware that was not asked for, and one that a better one follows.
+    noises = ("litlogger", "litmodels", "TPU available: False", "Detected KeyboardInterrupt")
+    return not any(noise in record.getMessage() for noise in noises)
+
+
+@contextmanager
+def own_process(argv: Sequence[str]) -> Iterator[None]:
+    """Run a command as if the process were its own.
+
+    Args:
+        argv: The command line from the subcommand on.
+
+    Yields:
+        Nothing.
+    """
+    program, environment, form = sys.argv, dict(os.environ), warnings.formatwarning
+    messages = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    sys.argv = [program[0], *argv]
+    with warnings.catch_warnings():
+        # Lightning's own use of a torch name on its way out.
+        warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")
+        # A run that goes on writes where it did before.
+        warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+        # The arguments are those of the command line, with `fit` for a command that is one of its kind.
+        warnings.filterwarnings("ignore", "LightningCLI's args parameter")
+        if argv[0] in ("validate", "test", "predict"):  # they would save, and evaluation saves nothing
+            warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint need to be provided")
+        warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}\n"
+        messages.addFilter(_wanted)
+        try:
+            yield
+        finally:
+            messages.removeFilter(_wanted)
+            warnings.formatwarning = form
+            sys.argv = program
+            for name in _SET:
+                if (value := environment.get(name)) is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value

@@ -1,0 +1,235 @@
+"""jsonargparse's messages, rewritten: what was given, what is allowed, what was probably meant.
+
+Its errors are texts and nothing else, so each kind is known by a pattern. ``pyproject.toml`` allows the versions whose
+texts were seen, and a test of each row fails where a version says something else.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib import import_module
+
+from nslightning.spelling import closest
+
+__all__ = ["ROWS", "Rejection", "Row", "explained", "rejection"]
+
+# Where a class that is given by its bare name may come from.
+_HOMES = {
+    "data": ("nslightning.data",),
+    "optimizer": ("nslightning.optim", "torch.optim"),
+    "lr_scheduler": ("torch.optim.lr_scheduler", "nslightning.optim"),
+    "callbacks": ("nslightning.callbacks", "lightning.pytorch.callbacks"),
+    "logger": ("lightning.pytorch.loggers",),
+    "model": ("nslightning.models",),  # last: the options above may be a model's
+}
+# The papers' letters, and the options that set them.
+_VOCABULARY = {"alpha": "model.jacobians.relu", "beta": "model.jacobians.max_pool"}
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """What jsonargparse says of a mistake.
+
+    It reports a value's failed attempts one inside the other: the innermost says what was wrong, and the keys on the
+    way to it say where.
+
+    Args:
+        message: The outermost text.
+        root: The innermost text.
+        key: The option, with dots.
+        value_text: The innermost text that begins with the option.
+        paths: Class paths on the way, the innermost last.
+        known: The options that the parser has.
+    """
+
+    message: str
+    root: str
+    key: str
+    value_text: str
+    paths: tuple[str, ...]
+    known: frozenset[str]
+
+
+#: What is wrong in one sentence, and names that may have been meant.
+Explanation = tuple[str, Iterable[str]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kind of message.
+
+    Args:
+        name: What the mistake is.
+        pattern: The text that it is known by.
+        of: Where the text stands: in the innermost one (``root``) or in the one of the value (``value_text``).
+        explain: Says it in other words.
+    """
+
+    name: str
+    pattern: re.Pattern[str]
+    of: str
+    explain: Callable[[re.Match[str], Rejection], Explanation]
+
+
+def _option_of_a_class(found: re.Match[str], said: Rejection) -> Explanation:
+    takes = _parameters(said.paths[-1]) if said.paths else []
+    owner = f": {said.paths[-1]} takes {', '.join(takes)}" if takes else ""
+    prefix = f"{said.key}." if said.key else ""
+    return f"there is no option --{prefix}{found[1]}{owner}", closest(found[1], takes)
+
+
+def _option_in_a_config(found: re.Match[str], said: Rejection) -> Explanation:
+    option = found[2] if found[1] is None or found[2].startswith(f"{found[1]}.") else f"{found[1]}.{found[2]}"
+    return f"there is no option --{option}", _near(option, said.known)
+
+
+def _unrecognized(found: re.Match[str], said: Rejection) -> Explanation:
+    words = [w for w in re.findall(r"(?:^|\s)--([A-Za-z_][\w.]*)", found[1]) if w not in said.known]
+    if not words and re.search(r"\.ya?ml\b", found[1]):
+        return f"not understood: {found[1]}; a config file is named by --config", []
+    return f"not understood: {found[1]}", [n for w in words for n in _near(w, said.known)]
+
+
+def _linked(found: re.Match[str], said: Rejection) -> Explanation:
+    return f"--{found[1]} cannot be given: it is set by {found[2].replace('.init_args', '')}", []
+
+
+def _required(found: re.Match[str], said: Rejection) -> Explanation:
+    needed = found[1]
+    prefix = f"{said.key}." if said.key and not needed.startswith(said.key) else ""
+    example = ", as in --config configs/quickstart.yaml or --data=MNIST" if needed == "data" else ""
+    return f"--{prefix}{needed} is needed{example}", []
+
+
+def _no_mapping(found: re.Match[str], said: Rejection) -> Explanation:
+    return f"the config is not a mapping of options to values, but {_line(found[1])}", []
+
+
+def _no_class(found: re.Match[str], said: Rejection) -> Explanation:
+    given = ".".join(filter(None, found.groups()))
+    homes = next((h for part, h in _HOMES.items() if part in said.key), ())
+    names = [n for home in homes for n in dir(import_module(home)) if n[0].isupper()]
+    known_as = f"; expected a class of {' or '.join(homes)} by its name, or a class path" if homes else ""
+    return f"--{said.key}: there is no class {given!r}{known_as}", closest(given.rpartition(".")[2], names)
+
+
+def _twice(found: re.Match[str], said: Rejection) -> Explanation:
+    return f"{'--' * bool(said.key)}{said.key or 'a config'}: {found[1]} is given twice", []
+
+
+def _value(found: re.Match[str], said: Rejection) -> Explanation:
+    if not said.key:
+        return _line(said.message), []
+    names = _literals(said.value_text)
+    given = found[1].strip().strip("'\"")
+    expected = f"; expected {' or '.join(wanted)}" if (wanted := _wanted(said.value_text, names)) else ""
+    return f"--{said.key}={given} is not allowed{expected}", closest(given, names)
+
+
+#: Every kind that is known, the first that fits wins.
+ROWS = (
+    Row("a class has no such argument", re.compile(r"Option '([\w.]+)' is not accepted$"), "root", _option_of_a_class),
+    Row(
+        "a config has no such option",
+        re.compile(r"(?:Group '([\w.]+)')?.* does not accept option '([\w.]+)'"),
+        "root",
+        _option_in_a_config,
+    ),
+    Row("no such option", re.compile(r"unrecognized arguments: (.*)", re.DOTALL), "root", _unrecognized),
+    Row("set by another", re.compile(r'Linked "([\w.]+)" must be given via "([\w.]+)"'), "root", _linked),
+    Row("needed", re.compile(r"the following arguments are required: (?:\w+\.)?(.*)"), "root", _required),
+    Row("no mapping", re.compile(r"Unexpected config: (.*)", re.DOTALL), "root", _no_mapping),
+    Row("given twice", re.compile(r"line \d+: (\w+) is given twice"), "root", _twice),
+    Row("no class path", re.compile(r"Expected a dot import path string: (\S+)"), "root", _no_class),
+    Row("no such class", re.compile(r"(?:module|package) '([\w.]+)' has no attribute '(\w+)'"), "root", _no_class),
+    Row("no such module", re.compile(r"No module named '([\w.]+)'"), "root", _no_class),
+    Row("a value that is not allowed", re.compile(r"(?:Given|Got) value: (.*)"), "value_text", _value),
+)
+
+
+def rejection(message: str, error: Exception | None, known: Iterable[str]) -> Rejection:
+    """Read an error of jsonargparse.
+
+    Args:
+        message: Its message.
+        error: The error.
+        known: The options that the parser has.
+
+    Returns:
+        What it says.
+    """
+    chain = []
+    while error is not None:
+        chain.append(str(error))
+        error = error.__cause__ if isinstance(error.__cause__, Exception) else None
+    keys = [found[1] for text in chain if (found := re.match(r'Parser key "([^"]+)"', text))]
+    key = ".".join(k for i, k in enumerate(keys) if i == 0 or k != keys[i - 1])
+    paths = tuple(p for text in chain for p in re.findall(r"class_path(?: |=)'([\w.]+)'", text)[:1])
+    value_text = next((t for t in reversed(chain) if t.startswith("Parser key")), message)
+    return Rejection(message, chain[-1] if chain else message, key, value_text, paths, frozenset(known))
+
+
+def explained(message: str, error: Exception | None, known: Iterable[str]) -> Explanation:
+    """What is wrong in one sentence, and names that may have been meant.
+
+    Args:
+        message: jsonargparse's message.
+        error: Its error.
+        known: The options that the parser has.
+
+    Returns:
+        Both; the message itself, in one line, where its kind is not known.
+    """
+    said = rejection(message, error, known)
+    for row in ROWS:
+        if (found := row.pattern.search(getattr(said, row.of))) is not None:
+            return row.explain(found, said)
+    return _line(message), []
+
+
+def _line(text: str) -> str:
+    """All in one line, and not too long."""
+    flat = " ".join(text.split())
+    return flat if len(flat) <= 400 else f"{flat[:400]} ..."
+
+
+def _parameters(path: str) -> list[str]:
+    """The arguments that a class takes in a config."""
+    module, _, name = path.rpartition(".")
+    given = inspect.signature(getattr(import_module(module), name)).parameters.values()
+    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return [p.name for p in given if p.kind not in variadic and p.name not in ("params", "optimizer")]
+
+
+def _wanted(message: str, names: list[str]) -> list[str]:
+    """The types and names that a message says are allowed."""
+    rest = re.sub(r"typing\.Literal\[.*?\]", "", message)
+    if count := re.search(r"Expected a tuple with (\d+) elements", rest):
+        return [f"a list of {count[1]} values"]
+    types = [t for t in ("float", "int", "bool", "list", "dict") if re.search(rf"class '{t}'|\b{t}\[", rest)]
+    classes = [c.rpartition(".")[2] for c in re.findall(r"<class '([\w.]+)'>", rest) if "." in c]
+    numbers = [f"an {t}" if t == "int" else f"a {t}" for t in types]
+    return [*numbers, *([f"one of {', '.join(names)}"] if names else []), *dict.fromkeys(classes)]
+
+
+def _near(word: str, known: Iterable[str]) -> list[str]:
+    """The option most like ``word``: in the same group if there is one, then by its last part, then in full."""
+    group, _, last = word.rpartition(".")
+    siblings = {k.removeprefix(f"{group}."): k for k in sorted(known) if k.startswith(f"{group}.")} if group else {}
+    tails = {k.rpartition(".")[2]: k for k in sorted(known, key=lambda k: (-len(k), k))}
+    for names in (siblings, tails):
+        if close := closest(last, names, cutoff=0.7):
+            return [names[close[0]]]
+    if close := closest(word, sorted(known), cutoff=0.75):
+        return close
+    words = closest(last, _VOCABULARY, cutoff=0.7)
+    return [_VOCABULARY[w] for w in words if _VOCABULARY[w] in known]
+
+
+def _literals(message: str) -> list[str]:
+    """All values that a message says are allowed by name."""
+    found = ", ".join(re.findall(r"Literal\[(.*?)\]", message))
+    return list(dict.fromkeys(w.strip("'") for w in found.split(", ") if w))

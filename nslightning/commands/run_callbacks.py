@@ -1,0 +1,166 @@
+"""Callbacks that the command line adds to every training."""
+
+from __future__ import annotations
+
+import signal
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import yaml
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.cli import SaveConfigCallback
+
+from nslightning import runs
+from nslightning.commands.stopping import Signals, Stopped
+from nslightning.files import write_text
+
+__all__ = ["Bar", "SaveConfig", "StopWhenAsked", "makes_again"]
+
+
+class Bar(RichProgressBar):
+    """Lightning's progress bar without the loggers' version numbers, which say nothing here."""
+
+    def get_metrics(self, trainer: Trainer, pl_module: Any) -> dict[str, Any]:
+        """The logged values to show."""
+        return {k: v for k, v in super().get_metrics(trainer, pl_module).items() if k != "v_num"}
+
+
+class SaveConfig(SaveConfigCallback):
+    """Saves the config when the first step is about to be taken: a run that cannot go on has overwritten nothing."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Nothing yet."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write ``config.yaml``."""
+        folder = trainer.log_dir  # broadcast from rank 0
+        if trainer.is_global_zero:
+            assert folder is not None
+            header = "".join(f"# {line}\n" for line in self.parser.dump_header or ())
+            content = makes_again(yaml.safe_load(self.parser.dump(self.config, skip_unset=False)))
+            write_text(Path(folder, self.config_filename), header + yaml.safe_dump(content, sort_keys=False))
+
+
+def makes_again(config: Any) -> Any:
+    """A dumped config without what only described an object: a default that a class makes for itself.
+
+    Args:
+        config: Plain data.
+
+    Returns:
+        The same without such arguments.
+
+    Example:
+        >>> makes_again({"class_path": "a.B", "init_args": {"x": 1, "device": "Unable to serialize instance cpu"}})
+        {'class_path': 'a.B', 'init_args': {'x': 1}}
+    """
+    if isinstance(config, dict):
+        kept = {k: v for k, v in config.items() if not (isinstance(v, str) and v.startswith("Unable to serialize"))}
+        return {k: makes_again(v) for k, v in kept.items()}
+    return [makes_again(v) for v in config] if isinstance(config, list) else config
+
+
+class StopWhenAsked(Callback):
+    """Ends a training between two steps when a signal asks for it, with a checkpoint from which it goes on exactly.
+
+    A stop waits for the end of an accumulation of gradients, and for a validation that is due: what is validated
+    halfway would be logged as a whole. It is the last of the callbacks, so that the checkpoint has what they did.
+
+    Args:
+        signals: The handler, which keeps the signal.
+        folder: The run's folder; None where there is none to keep.
+
+    Attributes:
+        began: Whether a step was begun: what goes wrong before is a mistake in the call, not a bug.
+        step: The optimizer steps that were taken.
+        saved: The checkpoint that was written for the stop.
+    """
+
+    def __init__(self, signals: Signals, folder: Path | None) -> None:
+        self.signals = signals
+        self.file = None if folder is None else folder / "checkpoints" / "stopped.ckpt"
+        self.began, self.step, self.saved = False, 0, False
+        self._in_step, self._requeue = False, False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From now on a signal waits for the end of the step."""
+        self.step = trainer.global_step
+        self.signals.waits = True
+        self.signals.install()
+        environment = trainer._accelerator_connector.cluster_environment
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+            # Lightning's handler would save whatever the step had done when the signal came.
+            with suppress(ValueError):
+                signal.signal(environment.requeue_signal or signal.SIGUSR1, self._on_requeue)
+
+    def _on_requeue(self, signum: int, frame: FrameType | None) -> None:
+        self._requeue = True
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        """A step begins."""
+        self.began = self._in_step = True
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Stop between two steps."""
+        self._in_step, self.step = False, trainer.global_step
+        epoch = trainer.fit_loop.epoch_loop
+        if epoch._should_accumulate():
+            return
+        if self._requeue:
+            self._requeue = False
+            trainer._signal_connector._slurm_sigusr_handler_fn(signal.SIGUSR1, None)  # type: ignore[arg-type]
+        fetcher = trainer.fit_loop._data_fetcher
+        validates = fetcher is not None and epoch._should_check_val_fx(fetcher)
+        if self._asked(trainer) and not epoch.batch_progress.is_last_batch and not validates:
+            self._stop(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop after a validation in the middle of an epoch."""
+        if trainer.sanity_checking or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            return
+        if self._asked(trainer):
+            self._stop(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop between two epochs; a training that is done anyway ends as it would have."""
+        done = trainer.fit_loop.epoch_loop._is_training_done
+        last = trainer.max_epochs is not None and 0 < trainer.max_epochs <= trainer.current_epoch + 1
+        if self._asked(trainer) and not (done or last or trainer.should_stop):
+            self._stop(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Nothing is left to wait for."""
+        self.step = trainer.global_step
+        self.signals.waits = False
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A checkpoint of an earlier stop is of no more use, once there is a later one."""
+        if not trainer.is_global_zero or self.file is None or not self.file.exists():
+            return
+        if runs.checkpoints_in(self.file.parent.parent)[0] != self.file:
+            self.file.unlink()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save also where the signal ended the loader's workers, which raises between two steps."""
+        self.signals.waits = False
+        if self.signals.signum is not None and self.began and not self._in_step and not self.saved:
+            self._save(trainer)
+
+    def _asked(self, trainer: Trainer) -> bool:
+        """Whether a signal came, to any of the processes."""
+        asked = self.signals.signum is not None
+        return bool(trainer.strategy.reduce_boolean_decision(asked, all=False)) if trainer.world_size > 1 else asked
+
+    def _stop(self, trainer: Trainer) -> None:
+        self._save(trainer)
+        raise Stopped(self.signals.signum or signal.SIGTERM)
+
+    def _save(self, trainer: Trainer) -> None:
+        self.step = trainer.global_step
+        if self.file is not None and trainer.checkpoint_callbacks:
+            trainer.save_checkpoint(self.file)
+            self.saved = True

@@ -1,0 +1,97 @@
+"""How a command ends when it is asked to: Ctrl-C and SIGTERM, the exit status that says so, and one line."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+__all__ = ["Signals", "Stopped", "signals"]
+
+_NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the command to stop.
+
+    Args:
+        signum: The signal.
+
+    Attributes:
+        status: The exit status: 130 for Ctrl-C, 143 for SIGTERM.
+        by: What it was, in words.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.status = 128 + signum
+        self.by = _NAMES.get(signal.Signals(signum), signal.Signals(signum).name)
+
+
+class Signals:
+    """What Ctrl-C and SIGTERM do while a command runs.
+
+    They raise :class:`Stopped` where the command happens to be. A training sets ``waits``: the first signal is then
+    kept in ``signum`` until a step is done, and the second one ends the command at once.
+
+    Attributes:
+        waits: Whether the first signal is only kept.
+        signum: The first signal that came; None where there was none.
+    """
+
+    def __init__(self) -> None:
+        self.waits = False
+        self.signum: int | None = None
+        self._process = os.getpid()
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        """Handle a signal."""
+        if os.getpid() != self._process:  # a loader's worker, forked: the process that started it ends it
+            return
+        again, self.signum = self.signum is not None, self.signum or signum
+        if self.waits and not again:
+            stop = _NAMES.get(signal.Signals(signum), "the signal")
+            print(f"\n{stop}: stopping after this step; a second one stops at once", file=sys.stderr, flush=True)
+            # The same signal may end a loader's workers, and PyTorch would raise for it in the middle of the step.
+            if hasattr(signal, "SIGCHLD"):
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            return
+        raise Stopped(signum)
+
+    def install(self) -> None:
+        """Make this the handler, in place of whatever was made it since."""
+        for signum in _NAMES:
+            with suppress(ValueError):  # outside the main thread
+                signal.signal(signum, self)
+
+
+_current: list[Signals] = []
+
+
+@contextmanager
+def signals() -> Iterator[Signals]:
+    """Handle Ctrl-C and SIGTERM by a :class:`Signals`, the outer command's where one command runs another.
+
+    Yields:
+        The handler.
+    """
+    if _current:
+        yield _current[-1]
+        return
+    before = {}
+    for signum in _NAMES:
+        with suppress(ValueError):
+            before[signum] = signal.getsignal(signum)
+    handler = Signals()
+    _current.append(handler)
+    handler.install()
+    try:
+        yield handler
+    finally:
+        _current.pop()
+        for signum, old in before.items():
+            with suppress(ValueError):
+                signal.signal(signum, signal.SIG_DFL if old is None else old)

@@ -1,0 +1,83 @@
+"""Options of Lightning's Trainer that it takes and that mean nothing, or fail late: refused at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from jsonargparse import Namespace
+
+__all__ = ["check", "runs_on_cpu"]
+
+
+class Limit(NamedTuple):
+    """What an option of the Trainer may be.
+
+    Args:
+        option: Its name.
+        allows: Whether a value is allowed; None always is.
+        says: What values are.
+        commands: The subcommands that it matters to; empty for all.
+    """
+
+    option: str
+    allows: Callable[[Any], bool]
+    says: str
+    commands: tuple[str, ...] = ()
+
+
+def _at_least(low: float) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, (int, float)) and value >= low
+
+
+_NOTHING = "0 takes no batch, and nothing would happen: a number of batches from 1 on, or a share such as 0.1"
+
+#: One row per option.
+LIMITS = (
+    Limit("gradient_clip_val", _at_least(0), "a norm, or a value, from 0 on; null or 0 clips nothing"),
+    Limit("accumulate_grad_batches", _at_least(1), "a number of batches, at least 1"),
+    Limit("limit_train_batches", lambda v: v != 0, _NOTHING, ("fit",)),
+    Limit("limit_val_batches", lambda v: v != 0, _NOTHING, ("validate",)),
+    Limit("limit_test_batches", lambda v: v != 0, _NOTHING, ("test",)),
+    Limit("limit_predict_batches", lambda v: v != 0, _NOTHING, ("predict",)),
+    Limit("max_epochs", lambda v: v == -1 or v >= 1, "a number of epochs from 1 on, or -1 for no end", ("fit",)),
+    Limit("max_steps", lambda v: v == -1 or v >= 1, "a number of steps from 1 on, or -1 for no end", ("fit",)),
+    Limit("check_val_every_n_epoch", _at_least(1), "a number of epochs, at least 1; null counts batches instead"),
+    Limit("log_every_n_steps", _at_least(0), "a number of steps, at least 1; 0 logs nothing"),
+    Limit("val_check_interval", lambda v: not isinstance(v, (int, float)) or v > 0, "above 0: batches, or a share"),
+)
+
+
+def check(trainer: Namespace, command: str) -> None:
+    """Raise if an option of the Trainer has a value that means nothing.
+
+    Args:
+        trainer: The options.
+        command: The subcommand.
+
+    Raises:
+        ValueError: If one has.
+    """
+    for limit in LIMITS:
+        value = trainer.get(limit.option)
+        if (not limit.commands or command in limit.commands) and value is not None and not limit.allows(value):
+            raise ValueError(f"--trainer.{limit.option}={value} is not allowed; it is {limit.says}")
+    if trainer.get("default_root_dir") is not None:
+        raise ValueError(
+            f"--trainer.default_root_dir={trainer.default_root_dir} is not used: all of a run is in its own folder; "
+            "--output=FOLDER says where run folders are kept"
+        )
+
+
+def runs_on_cpu(accelerator: Any) -> bool:
+    """Whether a run takes place on the CPU.
+
+    Args:
+        accelerator: As given to the Trainer.
+
+    Returns:
+        True if it does.
+    """
+    automatic = accelerator == "auto" and not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    return accelerator == "cpu" or automatic

@@ -1,0 +1,87 @@
+"""The W&B run of a run folder: its id, where it is kept, and whether it can be online."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from configparser import ConfigParser
+from configparser import Error as ConfigError
+from netrc import NetrcParseError, netrc
+from pathlib import Path
+from urllib.parse import urlparse
+
+from jsonargparse import Namespace
+from lightning.pytorch.utilities import rank_zero_info
+
+from nslightning.spelling import did_you_mean
+
+__all__ = ["finish", "prepare"]
+
+_MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")
+
+
+def prepare(options: Namespace, folder: Path) -> None:
+    """Point a WandbLogger's options to a run's folder, and stay offline where there is no account.
+
+    Args:
+        options: The logger's arguments, changed in place.
+        folder: The run's folder; its file ``wandb_id`` makes a run that goes on the same W&B run.
+
+    Raises:
+        ValueError: If ``WANDB_MODE`` asks for what is not there.
+    """
+    options.save_dir = str(folder.absolute())  # W&B's own process keeps the folder it was started in
+    options.name = options.name or f"{folder.parent.name}/{folder.name}"
+    id_file = folder / "wandb_id"
+    options.id = options.id or secrets.token_hex(4)
+    try:
+        with id_file.open("x") as file:  # the first process of a launch names the run
+            file.write(f"{options.id}\n")
+    except FileExistsError:
+        options.id = id_file.read_text().strip()
+    mode = "offline" if options.offline else os.environ.get("WANDB_MODE")
+    if mode and mode not in _MODES:
+        known = _MODES[:3]
+        raise ValueError(f"WANDB_MODE={mode} is no mode{did_you_mean(mode, known)} There are: {', '.join(known)}")
+    reason = "W&B is offline"
+    if mode in ("online", "run", "shared") and not _has_key():
+        raise ValueError(
+            f"WANDB_MODE={mode}, and W&B has no API key here: log in with `wandb login`, set WANDB_API_KEY, or leave "
+            "WANDB_MODE out (a run without a key stays offline, and `wandb sync` uploads it later)"
+        )
+    if not mode and not _has_key():
+        mode = os.environ["WANDB_MODE"] = "offline"
+        reason = "W&B has no API key here and stays offline"
+    if mode == "offline":
+        os.environ.setdefault("WANDB_SILENT", "true")  # the next line says what wandb's own six would
+        rank_zero_info(f"{reason}; to upload this run: wandb login && wandb sync {folder}/wandb/offline-run-*")
+
+
+def finish() -> None:
+    """End the W&B run, so that the next one in this process is another."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and getattr(wandb, "run", None) is not None:
+        wandb.finish(exit_code=int(sys.exc_info()[0] is not None))
+
+
+def _has_key() -> bool:
+    """Whether W&B could log in; asking wandb itself would fix its settings before the mode is chosen."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    settings = ConfigParser()
+    folder = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser()
+    try:
+        settings.read(folder / "settings")
+        base_url = settings.get("default", "base_url", fallback="https://api.wandb.ai")
+    except ConfigError:
+        base_url = "https://api.wandb.ai"
+    host = urlparse(os.environ.get("WANDB_BASE_URL") or base_url).hostname
+    home = [Path("~/.netrc").expanduser(), Path("~/_netrc").expanduser()]
+    for file in [Path(os.environ["NETRC"])] if os.environ.get("NETRC") else home:
+        try:
+            if host in netrc(str(file)).hosts:
+                return True
+        except (OSError, NetrcParseError):
+            continue
+    return False
