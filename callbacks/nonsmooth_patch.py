@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from nslightning._torch import is_compiled
+from nslightning.choices import Choice, to_jacobians
 from nslightning.jacobians import Jacobians
 from nslightning.models.checkpoint_note import CheckpointNote, plan_of
 from nslightning.surgery import PatchReport, patch, selections, unpatch
@@ -37,7 +38,7 @@ class NonsmoothPatch(Callback):
     The callbacks that measure (``GradientDivergence``, ``TieMonitor``, ...) work beside it, in any order.
 
     Args:
-        jacobians: The choice for all sites.
+        jacobians: The choice for all sites; also its fields as a mapping, or a preset such as ``"jax"``.
         sites: Rules for some sites, later ones winning, such as ``{"stage": "encoder", "relu": 0.5}``
             (:class:`~nslightning.surgery.Rule`).
         only: Patch only the modules that this selects, such as ``"encoder.*"``.
@@ -60,7 +61,7 @@ class NonsmoothPatch(Callback):
 
     def __init__(
         self,
-        jacobians: Jacobians = Jacobians(),  # noqa: B008 # frozen
+        jacobians: Choice = Jacobians(),  # noqa: B008 # frozen
         sites: list[dict[str, Any]] | None = None,
         only: str | list[str] | None = None,
         skip: str | list[str] | None = None,
@@ -68,7 +69,7 @@ class NonsmoothPatch(Callback):
         on_mismatch: Literal["warn", "refuse"] = "warn",
         seed: int = 0,
     ) -> None:
-        self.plan = plan_of(jacobians, sites)
+        self.plan = plan_of(to_jacobians(jacobians), sites)
         self.only, self.skip, self.strict, self.seed = only, skip, strict, seed
         self.report: PatchReport | None = None
         self._note = CheckpointNote(self.plan, on_mismatch)

@@ -115,6 +115,12 @@ def test_another_choice_is_refused_where_it_is_asked_for(somebodys, capsys):
     assert "made under relu=1.0, and this run has relu=0.5" in capsys.readouterr().err
 
 
+def test_a_preset_by_name(somebodys):
+    assert main(["fit", *OWN, "--trainer.callbacks+=NonsmoothPatch", "--trainer.callbacks.jacobians=jax"]) == 0
+    record = json.loads((somebodys / "runs" / "somebodys.Net" / "001" / "run.json").read_text())
+    assert record["patch"]["jacobians"]["leaky_relu"] == 1.0
+
+
 def test_a_config_names_them(somebodys):
     patch = {"class_path": "nslightning.callbacks.NonsmoothPatch", "init_args": {"jacobians": {"max_pool": 10}}}
     config = {

@@ -15,6 +15,7 @@ import pandas as pd
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from nslightning.choices import Choice, named_choices, to_jacobians
 from nslightning.jacobians import Jacobians
 from nslightning.models.checkpoint_note import plan_of
 from nslightning.probes import Divergence
@@ -36,7 +37,7 @@ class NonsmoothTrainerCallback(TrainerCallback):
     processes they are those of the first process's own batch.
 
     Args:
-        jacobians: The choice for all sites.
+        jacobians: The choice for all sites; also its fields as a mapping, or a preset such as ``"jax"``.
         sites: Rules for some sites (:class:`~nslightning.surgery.Rule`).
         choices: Other choices to compare with the one in use, by name.
         every_n_steps: Optimizer steps between two measurements.
@@ -56,9 +57,9 @@ class NonsmoothTrainerCallback(TrainerCallback):
 
     def __init__(
         self,
-        jacobians: Jacobians = Jacobians(),  # noqa: B008 # frozen
+        jacobians: Choice = Jacobians(),  # noqa: B008 # frozen
         sites: Sequence[Rule | dict[str, Any]] | None = None,
-        choices: Mapping[str, Jacobians] | None = None,
+        choices: Mapping[str, Choice] | Sequence[str] | None = None,
         every_n_steps: int = 50,
         only: Any = None,
         skip: Any = None,
@@ -66,8 +67,8 @@ class NonsmoothTrainerCallback(TrainerCallback):
     ) -> None:
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps is a number of steps from 1 on; given {every_n_steps}")
-        self.plan = plan_of(jacobians, sites)
-        self.choices, self.every_n_steps = dict(choices or {}), every_n_steps
+        self.plan = plan_of(to_jacobians(jacobians), sites)
+        self.choices, self.every_n_steps = named_choices(choices or {}), every_n_steps
         self.only, self.skip, self.strict = only, skip, strict
         self.report: PatchReport | None = None
         self._measuring = ExitStack()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from nslightning.jacobians import Jacobians
+from nslightning.choices import Choice, named_choices
 from nslightning.probes.divergence import Divergence, measure_differences
 from nslightning.probes.propagation import Recording, recording, refuse_random
 from nslightning.surgery import selections
@@ -19,7 +19,7 @@ __all__ = ["measured_backward"]
 
 
 @contextmanager
-def measured_backward(model: nn.Module, choices: Mapping[str, Jacobians]) -> Iterator[dict[str, Divergence]]:
+def measured_backward(model: nn.Module, choices: Mapping[str, Choice]) -> Iterator[dict[str, Divergence]]:
     """Measure other choices on the first ``loss.backward()`` inside the block, whoever calls it.
 
     For training loops of your own, of timm or of Accelerate. The gradients that the loop gets are bit for bit those
@@ -38,7 +38,7 @@ def measured_backward(model: nn.Module, choices: Mapping[str, Jacobians]) -> Ite
         ValueError: If the model is not patched or is compiled, or a choice is random.
 
     Example:
-        >>> from nslightning import patch
+        >>> from nslightning import Jacobians, patch
         >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU())
         >>> _, report = nn.init.constant_(model[0].weight, 0.5), patch(model, Jacobians())
         >>> with measured_backward(model, {"relu1": Jacobians(relu=1.0)}) as measured:
@@ -48,7 +48,8 @@ def measured_backward(model: nn.Module, choices: Mapping[str, Jacobians]) -> Ite
     """
     if not selections(model):
         raise ValueError(f"{type(model).__name__} is not patched; call `patch(model, Jacobians())` before the loop")
-    refuse_random(*choices.values())
+    others = named_choices(choices)
+    refuse_random(*others.values())
     measured: dict[str, Divergence] = {}
 
     def run(recorded: Recording, loss: Tensor, args: tuple[Any, ...], settings: dict[str, Any]) -> None:
@@ -68,7 +69,7 @@ def measured_backward(model: nn.Module, choices: Mapping[str, Jacobians]) -> Ite
         whole = {name: own.get(name, torch.zeros_like(p)) for name, p in named.items()}
         devices = sorted({p.device.index or 0 for p in named.values() if p.device.type == "cuda"})
         with torch.random.fork_rng(devices):  # a checkpointed part draws again when it is computed again
-            measured.update(measure_differences(recorded.carried(choices, named, retain_graph=keep), whole))
+            measured.update(measure_differences(recorded.carried(others, named, retain_graph=keep), whole))
 
     with recording(model) as recorded, _FirstBackward(lambda *given: run(recorded, *given)):
         yield measured
