@@ -154,7 +154,7 @@ wheel-check: setup ## Build sdist and wheel, install the wheel in a fresh enviro
 	@rm -rf $(WHEEL_ENV)
 
 .PHONY: check
-check: lint type lock-check wheel-check ## Everything CI checks besides the tests
+check: lint type lock-check docs wheel-check ## Everything CI checks besides the tests
 
 ##@ Tidying
 

@@ -31,7 +31,9 @@ def markdown(text: str) -> str:
         >>> markdown("See :class:`~nslightning.Jacobians`::")
         'See <autoref optional identifier="nslightning.Jacobians">`Jacobians`</autoref>:'
     """
-    return re.sub(r"::$", ":", _tables(_ROLE.sub(_link, text)), flags=re.MULTILINE)
+    # Of the two words, griffe reads one as code.
+    examples = re.sub(r"^(\s*)Example:$", r"\1Examples:", text, flags=re.MULTILINE)
+    return re.sub(r"::$", ":", _tables(_ROLE.sub(_link, examples)), flags=re.MULTILINE)
 
 
 def _link(role: re.Match[str]) -> str:
@@ -49,18 +51,16 @@ def _tables(text: str) -> str:
         if _RULE.match(line):
             if rows is None:
                 indent = line[: len(line) - len(line.lstrip())]
-                split = line.index(" =", len(indent)) + 1
-                rows = []
+                split, rows = line.index(" =", len(indent)) + 1, []
             else:
                 out += [f"{indent}| key | meaning |", f"{indent}|---|---|"]
                 out += [f"{indent}| {key} | {meaning} |" for key, meaning in rows]
                 rows = None
         elif rows is None:
             out.append(line)
-        elif key := line[:split].strip():
-            # A key may be wider than its column.
-            wide = re.match(r"\s*(``\S+``)\s+(.*)", line)
-            rows.append([wide[1], wide[2]] if wide else [key, line[split:].strip()])
+        elif line[:split].strip():
+            key, meaning = re.match(r"\s*(``.*?``|\S+)\s+(.*)", line).groups()  # type: ignore[union-attr]
+            rows.append([key, meaning.strip()])
         elif rows:
             rows[-1][1] += f" {line[split:].strip()}"
     return "\n".join(out)

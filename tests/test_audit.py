@@ -18,6 +18,7 @@ from torch import nn
 
 from nslightning import Jacobians, patch
 from nslightning.cli import main
+from nslightning.models.own import own_network
 from nslightning.probes import divergence
 from nslightning.probes.audit import CHOICES, DTYPES, Audit, audit, percent, verdict
 from nslightning.report.audit import page, table
@@ -549,3 +550,62 @@ def test_progress_is_one_line_of_a_terminal(capsys, monkeypatch):
         tell("one")
         tell("two")
     assert capsys.readouterr().err == "\r\x1b[Kone\r\x1b[Ktwo\r\x1b[K"
+
+
+# ------------------------------------------------------------------------------------------- weights of one's own
+SMALL = ["--precisions", "32", "--json", "a.json"]
+
+
+def test_a_checkpoint_into_ones_own_network(own, capsys):
+    import own_models
+
+    alive = own_models.build()
+    nn.init.constant_(alive[0].bias, 1.0)
+    torch.save(
+        {"state_dict": {f"net.{k}": v for k, v in alive.state_dict().items()} | {"loss.w": torch.ones(1)}}, "a.ckpt"
+    )
+    dead = ["own_models:build", "--image-size", "12", *SMALL]
+    assert run(*dead) == 0
+    assert json.loads((own / "a.json").read_text())["largest"] > 0
+    assert run(*dead, "--weights", "a.ckpt") == 0
+    assert json.loads((own / "a.json").read_text())["largest"] == 0
+
+    torch.save(own_network("own_models:gray").state_dict(), "gray.pt")
+    capsys.readouterr()
+    assert run(*dead, "--weights", "gray.pt") == 1
+    assert "0.weight, which has shape (4, 1, 3, 3), and is (4, 3, 3, 3) here" in capsys.readouterr().err
+    (own / "broken.pt").write_bytes(b"no checkpoint")
+    assert run(*dead, "--weights", "broken.pt") == 1
+    assert "cannot be read as a checkpoint" in capsys.readouterr().err
+    assert run(*dead, "--weights", "missing.pt") == 1
+    assert "there is no file missing.pt" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_fit(own, capsys):
+    from nslightning.models import ImageClassifier
+
+    model = ImageClassifier("paper/lenet5", backbone_options={"batch_norm": True})
+    content = {"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}
+    torch.save(content, "fit.ckpt")
+    assert run("fit.ckpt", "--data", "FashionMNISTSample", *SMALL) == 0
+    assert json.loads((own / "a.json").read_text())["shape"] == [4, 1, 28, 28]
+    torch.save({"state_dict": model.state_dict()}, "nameless.ckpt")
+    assert run("nameless.ckpt", *SMALL) == 1
+    assert "name the network, and the checkpoint by --weights=nameless.ckpt" in capsys.readouterr().err
+
+
+def test_hugging_face_folders(own, capsys):
+    transformers = pytest.importorskip("transformers", reason="needs the extra huggingface: transformers")
+    config = transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic")
+    transformers.ResNetForImageClassification(config).save_pretrained("images")
+    assert run("images", "--image-size", "32", *SMALL) == 0
+    assert {s["operation"] for s in json.loads((own / "a.json").read_text())["sites"]} == {"relu", "max_pool"}
+    text = transformers.GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=17, activation_function="relu")
+    transformers.GPT2LMHeadModel(text).save_pretrained("text")
+    assert run("text", *SMALL) == 0
+    plain = json.loads((own / "a.json").read_text())
+    assert (plain["shape"], plain["data"]) == ([4, 32], "random tokens")
+    assert run("text", "--data", "MNIST", *SMALL) == 2
+    transformers.GPT2Model(text).save_pretrained("headless")
+    assert run("headless", *SMALL) == 1
+    assert "returns no logits" in capsys.readouterr().err

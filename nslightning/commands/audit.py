@@ -30,6 +30,8 @@ examples:
   nslightning audit timm/resnet50 --image-size 64 --html audit.html
   nslightning audit torchvision/inception_v3 --data my_images --precisions 16 32
   nslightning audit my_package.models:build --data MNIST --fail-above 1e-3     # in CI
+  nslightning audit my_package.models:build --weights best.ckpt
+  nslightning audit runs/quickstart/001/checkpoints/best.ckpt --data FashionMNISTSample
 
 exit status: 0 done; 1 the data or the model is at fault; 2 the command was called wrongly;
 3 a relative divergence exceeds --fail-above, or a gradient is not finite; 130 after an interruption: what was measured
@@ -89,8 +91,11 @@ def make_parser(prog: str) -> Arguments:
     )
     add = parser.add_argument
     add("model", metavar="MODEL",
-        help="timm/NAME, torchvision/NAME or paper/NAME, freshly initialised; or package.module:factory of your own, "
-        "with the weights it has")  # fmt: skip
+        help="timm/NAME, torchvision/NAME or paper/NAME, freshly initialised; package.module:factory of your own, with "
+        "the weights it has; a checkpoint of `nslightning fit`; or a folder that Hugging Face's save_pretrained "
+        "wrote")  # fmt: skip
+    add("--weights", type=Path, metavar="FILE",
+        help="a checkpoint of any training, or a state dict, to load into MODEL")  # fmt: skip
     add("--data", default="synthetic", metavar="DATA",
         help="synthetic (standard normal images, random labels), a folder of images, or a data set such as MNIST or "
         "FashionMNISTSample (default: synthetic)")  # fmt: skip
@@ -142,7 +147,7 @@ def _check_outputs(outputs: dict[str, Path]) -> None:
 def _audit(given: argparse.Namespace, outputs: dict[str, Path]) -> int:
     import torch
 
-    from nslightning.models.own import OwnNameError, is_own, own_network
+    from nslightning.models.weights import load_weights, read_checkpoint
 
     try:
         torch.zeros((), device=given.device)
@@ -150,16 +155,9 @@ def _audit(given: argparse.Namespace, outputs: dict[str, Path]) -> int:
         raise CallError(f"--device {given.device} cannot be used here: {str(error).splitlines()[0]}") from error
 
     torch.manual_seed(given.seed)
-    if is_own(given.model):
-        try:
-            network = own_network(given.model)
-        except OwnNameError as error:
-            raise CallError(str(error)) from error
-        batches, what, _ = _data(given)
-    else:
-        _known_backbone(given.model)
-        batches, what, classes = _data(given)
-        network = _backbone(given.model, classes or 1000, tuple(batches[0][0].shape[1:]))
+    network, batches, what = _model_and_data(given)
+    if given.weights is not None:
+        load_weights(network, read_checkpoint(given.weights)["state_dict"], str(given.weights))
     batches = [(_fit(images, network, given.model), labels) for images, labels in batches]
 
     from nslightning.probes.audit import audit
@@ -199,6 +197,44 @@ def _audit(given: argparse.Namespace, outputs: dict[str, Path]) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------- model
+def _model_and_data(given: argparse.Namespace) -> tuple[nn.Module, list[Batch], str]:
+    """The network that was named, batches that it takes, and what these are."""
+    from nslightning.models import weights
+    from nslightning.models.own import OwnNameError, is_own, own_network
+
+    if weights.is_hugging_face_folder(given.model):
+        network = weights.HuggingFaceLogits(given.model)
+        if network.vocab_size is not None:
+            return network, _tokens(given, network.vocab_size), "random tokens"
+        assert network.image_shape is not None
+        batches, what, _ = _data(given, network.image_shape)
+        return network, batches, what
+    if Path(given.model).is_file():
+        made, shape, _ = weights.network_of_checkpoint(weights.read_checkpoint(Path(given.model)), given.model)
+        batches, what, _ = _data(given, shape)
+        return made, batches, what
+    if is_own(given.model):
+        try:
+            own = own_network(given.model)
+        except OwnNameError as error:
+            raise CallError(str(error)) from error
+        batches, what, _ = _data(given)
+        return own, batches, what
+    _known_backbone(given.model)
+    batches, what, classes = _data(given)
+    return _backbone(given.model, classes or 1000, tuple(batches[0][0].shape[1:])), batches, what
+
+
+def _tokens(given: argparse.Namespace, vocab_size: int) -> list[Batch]:
+    """Random token ids, 32 in a row."""
+    import torch
+
+    if given.data != "synthetic":
+        raise CallError(f"--data {given.data}: a text model is audited on random tokens; leave --data out")
+    drawn = torch.Generator().manual_seed(given.seed)
+    return [(torch.randint(vocab_size, (given.batch_size, 32), generator=drawn), None) for _ in range(given.batches)]
+
+
 def _known_backbone(name: str) -> None:
     from nslightning.models.backbones import FAMILIES, list_backbones
 
@@ -239,15 +275,25 @@ def _fit(images: Tensor, network: nn.Module, name: str) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------ data
-def _data(given: argparse.Namespace) -> tuple[list[Batch], str, int | None]:
-    """The batches, what they are, and the number of classes where the data have some."""
-    size = given.image_size or (32 if given.model.startswith("paper/") else 224)
+def _data(given: argparse.Namespace, shape: tuple[int, ...] | None = None) -> tuple[list[Batch], str, int | None]:
+    """The batches, what they are, and the number of classes where the data have some.
+
+    Args:
+        given: The command line.
+        shape: (channels, height, width) that the network was made for, where that is known.
+    """
+    size = given.image_size or (shape[1] if shape else 32 if given.model.startswith("paper/") else 224)
     if given.data == "synthetic":
         import torch
 
         drawn = torch.Generator().manual_seed(given.seed)
-        shape = (given.batch_size, 3, size, size)
-        return [(torch.randn(shape, generator=drawn), None) for _ in range(given.batches)], "synthetic images", None
+        images = (
+            given.batch_size,
+            shape[0] if shape else 3,
+            size,
+            shape[2] if shape and not given.image_size else size,
+        )
+        return [(torch.randn(images, generator=drawn), None) for _ in range(given.batches)], "synthetic images", None
     if Path(given.data).expanduser().is_dir():
         return _folder(Path(given.data).expanduser(), given, size)
     return _module(given)

@@ -309,7 +309,8 @@ def _measure(
                 buffer.copy_(buffers[key])
         torch.manual_seed(seed + i)
         with torch.enable_grad(), counting(network) as here:
-            loss = _loss(network(images.to(device, DTYPES[dtype])), labels, seed + i)
+            x = images.to(device, DTYPES[dtype] if images.is_floating_point() else None)
+            loss = _loss(network(x), labels, seed + i)
         for site, met in here.items():
             total = counts.setdefault(site, Ties(met.operation))
             total.tied += met.tied
