@@ -557,13 +557,10 @@ SMALL = ["--precisions", "32", "--json", "a.json"]
 
 
 def test_a_checkpoint_into_ones_own_network(own, capsys):
-    import own_models
-
-    alive = own_models.build()
+    alive = own_network("own_models:build")
     nn.init.constant_(alive[0].bias, 1.0)
-    torch.save(
-        {"state_dict": {f"net.{k}": v for k, v in alive.state_dict().items()} | {"loss.w": torch.ones(1)}}, "a.ckpt"
-    )
+    weights = {f"net.{name}": value for name, value in alive.state_dict().items()}
+    torch.save({"state_dict": weights | {"loss.weight": torch.ones(1)}}, "a.ckpt")
     dead = ["own_models:build", "--image-size", "12", *SMALL]
     assert run(*dead) == 0
     assert json.loads((own / "a.json").read_text())["largest"] > 0
