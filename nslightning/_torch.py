@@ -7,21 +7,35 @@ its private name was seen to work (2.11 and 2.15, where nothing else is said). N
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from types import CodeType
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules._functions import BackwardHookFunction
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
 __all__ = [
     "active_function_modes",
+    "as_subclass",
+    "call_with_hooks",
+    "compile_as",
+    "compile_functions_for_modes",
     "disable_function_modes",
+    "disabled_torch_function",
     "foreach_add",
     "foreach_norm",
     "foreach_sub",
+    "forget_kept_attributes",
     "function_of",
+    "fx_tracer",
+    "fx_tracers_code",
+    "has_autograd_formula",
     "hides_its_inside",
     "hooks_of",
     "in_dispatch_mode",
@@ -32,7 +46,13 @@ __all__ = [
     "is_operator",
     "is_tracing",
     "is_view",
+    "kept_attributes",
+    "number_of",
     "runs_module_hooks",
+    "sequence_number",
+    "traced_functions",
+    "while_compiling",
+    "without_mode",
     "without_post_accumulate_hooks",
 ]
 
@@ -266,3 +286,228 @@ def without_post_accumulate_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
     finally:
         for hooks, before in zip(found, kept, strict=True):
             hooks.update(before)
+
+
+def sequence_number() -> int:
+    """The number that the next autograd node made by this thread will carry.
+
+    Returns:
+        It grows by one with each node.
+    """
+    return int(torch._C._autograd._get_sequence_nr())
+
+
+def number_of(node: Any) -> int:
+    """The number that an autograd node carries, by which :func:`sequence_number` tells when it was made.
+
+    Args:
+        node: A ``grad_fn``.
+
+    Returns:
+        Its number; the largest of all for a leaf's.
+    """
+    return int(node._sequence_nr())
+
+
+@contextmanager
+def without_mode(mode: Any) -> Iterator[None]:
+    """A context in which one active ``TorchFunctionMode`` is not there, and all the others are.
+
+    ``DisableTorchFunction`` would switch off those of others, too, and what tensor subclasses do.
+
+    Args:
+        mode: The mode. Where it is not active in this thread, nothing changes.
+
+    Yields:
+        Nothing.
+    """
+    from torch.overrides import _pop_mode, _push_mode
+
+    if not any(active is mode for active in active_function_modes()):
+        yield
+        return
+    above: list[Any] = []
+    while (top := _pop_mode()) is not mode:
+        above.append(top)
+    for other in reversed(above):
+        _push_mode(other)
+    try:
+        yield
+    finally:
+        for _ in above:
+            _pop_mode()
+        _push_mode(mode)
+        for other in reversed(above):
+            _push_mode(other)
+
+
+def disabled_torch_function(cls: type) -> bool:
+    """Whether a class of tensors leaves calls of functions to PyTorch: plain tensors, parameters, distributed ones.
+
+    Args:
+        cls: A class of tensors.
+
+    Returns:
+        False where the class has a ``__torch_function__`` that sees the calls.
+    """
+    return cls is Tensor or getattr(cls, "__torch_function__", None) is torch._C._disabled_torch_function_impl
+
+
+def as_subclass(result: Any, cls: type) -> Any:
+    """Results of a function as PyTorch's own ``__torch_function__`` hands them out.
+
+    Args:
+        result: What the function returned.
+        cls: The class of tensors that was given to it.
+
+    Returns:
+        The same, the tensors in it as members of the class.
+    """
+    from torch._tensor import _convert
+
+    return _convert(result, cls)
+
+
+def call_with_hooks() -> str:
+    """The name of the method that runs a module's hooks around its ``forward``.
+
+    ``nn.Module.__call__`` looks it up on the instance.
+
+    Returns:
+        The name.
+    """
+    return "_call_impl"
+
+
+def fx_tracers_code() -> CodeType | None:
+    """The code of ``torch.fx.Tracer.trace``, by which a stack frame is recognised as a tracer's.
+
+    Returns:
+        The code; None as long as ``torch.fx`` was not imported.
+    """
+    tracing = sys.modules.get("torch.fx._symbolic_trace")
+    return None if tracing is None else tracing.Tracer.trace.__code__
+
+
+def fx_tracer(values: Iterable[Any]) -> Any:
+    """The tracer of ``torch.fx`` that runs a call symbolically.
+
+    Args:
+        values: The call's arguments.
+
+    Returns:
+        The tracer; None where all values are known.
+    """
+    proxies = sys.modules.get("torch.fx.proxy")
+    if proxies is None:
+        return None
+    return next((value.tracer for value in values if isinstance(value, proxies.Proxy)), None)
+
+
+def kept_attributes(module: nn.Module) -> dict[str, Any] | None:
+    """The attributes that a copy of an fx ``GraphModule`` keeps beside what its graph names.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        The mutable mapping, by the attributes' names; None for a module of another kind.
+    """
+    graphs = sys.modules.get("torch.fx.graph_module")
+    if graphs is None or not isinstance(module, graphs.GraphModule):
+        return None
+    kept: dict[str, Any] = module.meta.setdefault(graphs._USER_PRESERVED_ATTRIBUTES_KEY, {})
+    return kept
+
+
+def forget_kept_attributes(module: nn.Module, names: Iterable[str]) -> None:
+    """Take attributes out of :func:`kept_attributes`, and leave no trace where none remains.
+
+    Args:
+        module: Any module.
+        names: The attributes' names.
+    """
+    if (kept := kept_attributes(module)) is not None:
+        for name in names:
+            kept.pop(name, None)
+        if not kept:
+            meta: Any = module.meta
+            del meta[sys.modules["torch.fx.graph_module"]._USER_PRESERVED_ATTRIBUTES_KEY]
+
+
+def while_compiling(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Make ``torch.compile`` run a function when it traces a call of it, and take what it returns for a constant.
+
+    ``torch.compiler.assume_constant_result`` does the same, and imports the compiler for it, which takes a second.
+
+    Args:
+        function: Takes nothing beside ``self``.
+
+    Returns:
+        The function.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def compile_functions_for_modes(functions: Iterable[Callable[..., Any]]) -> None:
+    """Make ``torch.compile`` hand calls of functions to a ``TorchFunctionMode``, as eager mode does.
+
+    In torch 2.15 it does so for the methods of tensors, and of the functions for those that ``torch.overrides`` lists.
+
+    Args:
+        functions: The functions.
+    """
+    from torch._dynamo.variables.torch import get_overridable_functions
+
+    get_overridable_functions().update(functions)
+
+
+def compile_as(original: Callable[..., Any], replacement: Callable[..., Any]) -> None:
+    """Make ``torch.compile`` trace another function wherever code calls a builtin one.
+
+    Args:
+        original: The builtin function.
+        replacement: A function written in Python.
+    """
+    torch.compiler.substitute_in_graph(original, skip_signature_check=True)(replacement)
+
+
+def traced_functions() -> list[tuple[str, str, str]]:
+    """The custom autograd functions, and the operators of others, in the graph that ``torch.compile`` now traces.
+
+    Returns:
+        Of each its name, and the file and the line of code of its call; empty where nothing is traced.
+    """
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        graph = InstructionTranslator.current_tx().output.graph
+    except AttributeError:
+        return []
+    calls = []
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        name = getattr(node.target, "__name__", str(node.target))
+        custom = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in ("aten", "prims")
+        if name == "autograd_function_apply" or custom:
+            lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
+            places = [i for i, line in enumerate(lines) if line.startswith("File ")]
+            file = lines[places[-1]].split('"')[1] if places else ""
+            code = lines[places[-1] + 1] if places and places[-1] + 1 < len(lines) else ""
+            calls.append((str(node.target) if custom else name, file, code))
+    return calls
+
+
+def has_autograd_formula(name: str) -> bool:
+    """Whether an operator has a formula of its own for its gradient.
+
+    Args:
+        name: Such as ``"torchvision::nms"``.
+
+    Returns:
+        True for one written in C++ or registered from Python.
+    """
+    keys = ("Autograd", "AutogradCPU", "AutogradCUDA")
+    return any(torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for key in keys)

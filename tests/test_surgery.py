@@ -840,7 +840,7 @@ def test_a_slice_and_a_new_object_of_a_patched_class():
     assert "jacobian=0.5" in repr(part)
 
 
-def test_a_later_subclass_of_the_swapped_class_still_runs():
+def test_a_patched_module_may_become_a_subclass():
     # FSDP2 and parametrize put a subclass on top of whatever class a module has.
     model = Net()
     patch(model, Jacobians(relu=0.5))
@@ -853,9 +853,11 @@ def test_a_later_subclass_of_the_swapped_class_still_runs():
     assert torch.equal(model(x), out)
     assert same(grads(model, model(x)), before)
     assert "jacobian=0.5" in repr(model)
-    with pytest.raises(ValueError, match="became a ShardedNet"):
-        unpatch(model)
-    assert "_nonsmooth_part" in model.block.__dict__
+    unpatch(model)  # the class is not the surgery's business
+    assert type(model).__name__ == "ShardedNet"
+    assert torch.equal(model(x), out)
+    assert not same(grads(model, model(x)), before)
+    assert "jacobian" not in repr(model)
 
 
 def test_parametrised_and_weight_normed_models():
@@ -870,7 +872,7 @@ def test_parametrised_and_weight_normed_models():
         m.eval()
     assert torch.equal(stock(x), model(x))
     unpatch(model)
-    assert not any(hasattr(type(m), "_nonsmooth_key") for m in model.modules())
+    assert [sorted(m.__dict__) for m in model.modules()] == [sorted(m.__dict__) for m in stock.modules()]
     assert torch.equal(stock(x), model(x))
 
 
@@ -893,18 +895,6 @@ def test_fx_and_exported_graphs():
 
 # ---------------------------------------------------------------------------------------------- all or nothin
 def test_a_patch_that_fails_changes_nothing():
-    class Final(nn.Module):
-        def __init_subclass__(cls, **kwargs):
-            raise TypeError("Final is final")
-
-        def forward(self, x):
-            return F.relu(x)
-
-    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), Final())
-    before = snapshot(model)
-    with pytest.raises(TypeError, match="Final is final"):
-        patch(model, ALT)
-    assert snapshot(model) == before
     model = Net()
     before = snapshot(model)
     rng = torch.get_rng_state()

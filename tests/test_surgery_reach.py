@@ -335,7 +335,7 @@ def test_parametrisations_before_and_after():
         assert bias(model, model(X)) == 0
 
 
-def test_a_parametrised_patched_module_is_undone_in_order():
+def test_a_parametrised_patched_module_is_undone_in_any_order():
     class Own(Body):
         def __init__(self):
             super().__init__()
@@ -348,10 +348,9 @@ def test_a_parametrised_patched_module_is_undone_in_order():
     patch(model, HALF)
     parametrize.register_parametrization(model, "gain", Double())
     assert bias(model, model(X)) == 2 * 0.25
-    with pytest.raises(ValueError, match="became a ParametrizedOwn"):
-        unpatch(model)
-    parametrize.remove_parametrizations(model, "gain")
     unpatch(model)
+    assert bias(model, model(X)) == 0
+    parametrize.remove_parametrizations(model, "gain")
     assert type(model) is Own
 
 
@@ -506,8 +505,10 @@ def test_fully_sharded_after(tmp_path):
     with using(sharded, Jacobians(relu=2.0)):
         sharded(X).sum().backward()
     assert sharded.lin.bias.grad.to_local()[0].item() == 4.0
-    with pytest.raises(ValueError, match="undo that first"):
-        unpatch(sharded)
+    unpatch(sharded)
+    sharded.zero_grad()
+    sharded(X).sum().backward()
+    assert sharded.lin.bias.grad.to_local()[0].item() == 0
     with pytest.raises(TypeError, match="FSDPModule already"):
         patch(fsdp.fully_shard(Body(), mesh=mesh), HALF)
 

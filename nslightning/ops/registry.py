@@ -17,6 +17,7 @@ from nslightning.ops.fractional import Fractional, pool_fractional, tied_fractio
 from nslightning.ops.max_pool import adaptive, pool, regular, tied_windows
 from nslightning.ops.pointwise import POINTWISE, pointwise
 from nslightning.ops.record import Call, Operation, positional, spelled
+from nslightning.ops.recurrent import RECURRENT, Recurrence
 
 __all__ = [
     "FUNCTIONS",
@@ -179,12 +180,17 @@ OPERATIONS: dict[str, Operation] = {
     for op in (
         Operation(
             "relu",
-            _apply_pointwise("relu"),
-            _pointwise_ties("relu"),
+            lambda selection, call: (
+                _apply_pointwise("relu")(selection, call) if call.within is None else call.within(selection, call.x)
+            ),
+            lambda call: (
+                call.within.ties(call.x) if isinstance(call.within, Recurrence) else _pointwise_ties("relu")(call)
+            ),
             modules={nn.ReLU: lambda m, x: Call(x, inplace=m.inplace)},
             functions={F.relu: lambda x, inplace=False: Call(x, inplace=inplace)}
             | spelled(lambda x: Call(x), torch.relu, Tensor.relu, aten.relu)
-            | spelled(lambda x: Call(x, inplace=True), torch.relu_, Tensor.relu_, aten.relu_),
+            | spelled(lambda x: Call(x, inplace=True), torch.relu_, Tensor.relu_, aten.relu_)
+            | RECURRENT,
         ),
         Operation(
             "relu6",
@@ -385,7 +391,7 @@ FUNCTIONS = {
 _RANKED = "no choice yet: equal entries are told apart by rank, and the result names the index of the one taken"
 _ROOT = "PyTorch composes it of a root, whose derivative at 0 is infinite; ops.norm_pool2d is its p = 2 with a choice"
 UNREACHED: dict[str, str] = {
-    **dict.fromkeys(("median", "nanmedian", "kthvalue", "topk"), _RANKED),
+    **dict.fromkeys(("median", "nanmedian", "kthvalue", "topk", "quantile", "nanquantile"), _RANKED),
     **dict.fromkeys(("cummax", "cummin"), "no choice yet: each result is a maximum of its own"),
     **dict.fromkeys(("lp_pool1d", "lp_pool2d", "lp_pool3d"), _ROOT),
     "norm": "p-norms are reached for 1 <= p < inf; with p = inf two kinks meet, and a matrix norm is a singular value",

@@ -1,7 +1,6 @@
 """Find, patch, report and unpatch the nonsmooth operations of a model."""
 
 from nslightning.surgery.patching import (
-    PatchWarning,
     choices,
     patch,
     preview,
@@ -12,7 +11,7 @@ from nslightning.surgery.patching import (
     using,
 )
 from nslightning.surgery.plan import Plan, Rule, Selector
-from nslightning.surgery.report import PatchReport, Site, UnreachedError
+from nslightning.surgery.report import PatchReport, PatchWarning, Site, UnreachedError
 
 __all__ = [
     "PatchReport",

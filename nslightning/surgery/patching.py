@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import copyreg
 import inspect
-import pickle
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
-from nslightning._torch import is_compiled
+from nslightning._torch import call_with_hooks, forget_kept_attributes, is_compiled, kept_attributes
 from nslightning.jacobians import Jacobians
 from nslightning.ops.autograd.selection import Selection
-from nslightning.ops.registry import MODULES, OPERATIONS, UNSUPPORTED_MODULES, Operation, positional
+from nslightning.ops.registry import MODULES, UNSUPPORTED_MODULES
 from nslightning.spelling import closest
-from nslightning.surgery.functional import FunctionalCalls, active, custom_functions, in_checkpoint, teach_the_compiler
-from nslightning.surgery.plan import Plan, Selector, matches, selectors, text
-from nslightning.surgery.report import PatchReport, Site, UnreachedError
+from nslightning.surgery.methods import Caller, ClassName, LeftAlone, Method, SiteForward, SiteText, nothing_to_patch
+from nslightning.surgery.plan import Plan, Selector, matches, text
+from nslightning.surgery.report import PatchReport, PatchWarning, Site, UnreachedError
+from nslightning.surgery.state import PART, Part, Surgery
 
 __all__ = [
-    "Part",
-    "PatchWarning",
-    "Surgery",
     "choices",
     "patch",
     "preview",
@@ -36,312 +32,6 @@ __all__ = [
     "unpatch",
     "using",
 ]
-
-_PART = "_nonsmooth_part"
-_ANY = torch.empty(0, 0, 0, 0, 0)  # enough dimensions for every module to say which operation it is
-
-
-class PatchWarning(UserWarning):
-    """Something about a patch that its owner will want to know."""
-
-
-class Surgery:
-    """What one :func:`patch` did to one model; the modules that it changed share it.
-
-    Args:
-        model: The model to be patched.
-        plan: The choice for every site.
-        only: Reach only these sites.
-        skip: Leave these sites alone.
-        seed: Seeds the ``"random"`` choice.
-        strict: Raise where an operation is met that cannot be reached.
-
-    Attributes:
-        selections: One per combination of the plan's rules that holds somewhere, by their indices.
-    """
-
-    def __init__(
-        self, model: nn.Module, plan: Plan, only: Selector | None, skip: Selector | None, seed: int, strict: bool
-    ) -> None:
-        self.plan, self.seed, self.strict = plan, seed, strict
-        self.only, self.skip = selectors("only", only), selectors("skip", skip)
-        self.report = PatchReport(
-            type(model).__name__,
-            plan.base,
-            plan=plan,
-            only=tuple(map(text, self.only)),
-            skip=tuple(map(text, self.skip)),
-        )
-        self.selections: dict[tuple[int, ...], Selection] = {}
-        self._rows: dict[tuple[str, str, bool, tuple[int, ...]], Site] = {}
-        self._counted = any(rule.call is not None for rule in plan.rules)
-        #: By operation the selection of all functional calls; None where a compiler could not tell them apart.
-        self.everywhere: dict[str, Selection | None] = {}
-
-    def begin(self, parts: Sequence[Part]) -> None:
-        """Make every selection that a call of these parts may need, so that none appears while somebody watches."""
-        for name in OPERATIONS:
-            found = {self.plan.covering(part.rules, name, i) for part in parts for i in self.plan.calls}
-            for rules in sorted(found):
-                if rules not in self.selections:
-                    self.selections[rules] = Selection(self.plan.choice(rules), self.seed)
-            one = len(found) == 1 and not self.only and not self.skip
-            self.everywhere[name] = self.selections[min(found)] if one else None
-
-    @property
-    def watched(self) -> bool:
-        """Whether calls matter without gradients: somebody observes, or the published rule changes the forward."""
-        return any(s.observer is not None or s.jacobians.rule == "published" for s in self.selections.values())
-
-    def chosen(self, names: Sequence[str], module: nn.Module) -> bool:
-        """Whether ``only`` and ``skip`` let the choice reach a module of these qualified names."""
-        if self.only and not any(matches(s, names, module) for s in self.only):
-            return False
-        return not any(matches(s, names, module) for s in self.skip)
-
-    def part(self, module: nn.Module) -> Part | None:
-        """What this surgery keeps with a module; None if it does not know the module."""
-        part: Part | None = module.__dict__.get(_PART)
-        return part if part is not None and part.surgery is self else None
-
-    def operations(self, part: Part, module: nn.Module) -> Iterable[str]:
-        """The operations that a module evaluates, or may evaluate as long as no forward has told."""
-        if not self.report.traced and part.site is None and _calls(module):
-            return OPERATIONS
-        return {site.operation for site in self.report.reached if site.name == part.names[0]}
-
-    def decide(self, part: Part, operation: str, mode: FunctionalCalls | None) -> tuple[int, ...]:
-        """The rules that hold for the call of an operation that a module now makes.
-
-        Raises:
-            RuntimeError: If they depend on the call's number, and that cannot be known.
-        """
-        if not self._counted or not part.by_call(operation):
-            return self.plan.covering(part.rules, operation, 0)
-        where = f"{part.names[0] or 'the model'} takes its Jacobian of {operation} by the number of the call, which"
-        if torch.compiler.is_compiling():
-            raise RuntimeError(
-                f"{where} is not known under torch.compile: do not compile, or drop `call` from the rule"
-            )
-        if in_checkpoint():
-            raise RuntimeError(
-                f"{where} torch.utils.checkpoint counts anew in the backward: do not checkpoint, or drop `call` from "
-                "the rule"
-            )
-        return self.plan.covering(part.rules, operation, 0 if mode is None else mode.number(part, operation))
-
-    def row(self, part: Part, operation: str, kind: str, inplace: bool, how: Any, rules: tuple[int, ...] = ()) -> Site:
-        """The report's row for one module's calls of one function, made when it is first met."""
-        if part.site is not None and part.site.operation == operation and (how == "unreached" or rules == part.first):
-            return part.site  # what its class tells
-        key = (part.names[0], kind, inplace, rules)
-        if (known := self._rows.get(key)) is not None:
-            return known
-        new = Site(
-            name=part.names[0],
-            operation=operation,
-            choice=None if how == "unreached" else getattr(self.plan.choice(rules), operation),
-            how=how,
-            kind=kind,
-            aliases=part.names[1:],
-            inplace=inplace,
-            decided=self.plan.explain(rules, operation),
-        )
-        # `setdefault` is one step also when several threads run the model.
-        found = self._rows.setdefault(key, new)
-        if found is new:
-            self.report.sites.append(new)
-        return found
-
-    def unreached(self, part: Part, operation: str, kind: str, inplace: bool = False) -> Site:
-        """The row of calls that keep PyTorch's own derivative.
-
-        Raises:
-            UnreachedError: If the surgery is strict.
-        """
-        site = self.row(part, operation, kind, inplace, "unreached")
-        if self.strict:
-            raise UnreachedError(self.report.model, [site])
-        return site
-
-
-@dataclass(eq=False)
-class Part:
-    """What a surgery keeps with one module of the model.
-
-    Args:
-        surgery: The surgery.
-        names: The qualified names under which the model has the module; the patched model itself is ``""``.
-        rules: The plan's rules that are for some calls of the module.
-        site: The module's row in the report, if it has one.
-        operation: The operation that reaches the site, if one does.
-        cls: The registered class that says how.
-    """
-
-    surgery: Surgery
-    names: tuple[str, ...]
-    rules: tuple[int, ...] = ()
-    site: Site | None = None
-    operation: Operation | None = None
-    cls: type[nn.Module] | None = None
-
-    @property
-    def reached(self) -> tuple[Site, Operation, type[nn.Module]]:
-        """Site, operation and class of a module whose class was swapped for a site's: it has all three."""
-        assert self.site is not None
-        assert self.operation is not None
-        assert self.cls is not None
-        return self.site, self.operation, self.cls
-
-    @property
-    def first(self) -> tuple[int, ...] | None:
-        """The rules that hold for the site's first call."""
-        return None if self.operation is None else self.surgery.plan.covering(self.rules, self.operation.name, 0)
-
-    def by_call(self, operation: str) -> bool:
-        """Whether the number of a call of an operation decides about it."""
-        rules = (self.surgery.plan.rules[i] for i in self.rules)
-        return any(rule.call is not None and (not rule.operation or operation in rule.operation) for rule in rules)
-
-
-# ------------------------------------------------------------------------------------------- swapped classes
-# A "site" is evaluated with the choice, a "caller" has its functional calls caught ("replaced": also where
-# its forward was replaced on the instance, and in its hooks), a module "left alone" has its own functional
-# calls not caught.
-# A LightningModule's code runs in its steps, too.
-_STEPS = ("training_step", "validation_step", "test_step", "predict_step")
-_Role = Literal["site", "caller", "replaced", "left alone"]
-_swapped: dict[tuple[type[nn.Module], _Role], type[nn.Module]] = {}
-
-
-def _swapped_class(cls: type[nn.Module], role: _Role) -> type[nn.Module]:
-    """The subclass that a patched module belongs to: one per class and role, which pickles find again."""
-    key = (cls, role)
-    if key not in _swapped:
-
-        def stock(self: nn.Module, name: str) -> Any:
-            return getattr(super(swapped, self), name)  # not `type(self)`: FSDP and others subclass it further
-
-        def reduce_ex(self: nn.Module, protocol: Any) -> Any:
-            make, args, *rest = stock(self, "__reduce_ex__")(max(int(protocol), 2))
-            if make is not copyreg.__newobj__ or args[0] is not swapped:  # type: ignore[attr-defined] # as pickle does
-                raise pickle.PicklingError(f"{cls.__name__} has its own way to be pickled: unpatch the model first")
-            return (_rebuild, (*key, *args[1:]), *rest)
-
-        body: dict[str, Any] = {
-            "__module__": cls.__module__,
-            "__qualname__": cls.__qualname__,
-            "__doc__": cls.__doc__,
-            "__reduce_ex__": reduce_ex,
-            "_nonsmooth_key": key,
-        }
-        if role == "site":
-            body |= {"forward": _forward_site(stock), "extra_repr": _extra_repr(stock)}
-        elif role == "left alone":
-            body |= {"forward": _forward_left_alone(stock)}
-        else:
-            methods = [name for name in dir(cls) if name.startswith("forward")]
-            methods += [name for name in _STEPS if hasattr(cls, name)]
-            methods += ["__call__"] if role == "replaced" else []
-            body |= {
-                name: _entrance(stock, name, method)
-                for name in methods
-                if inspect.isfunction(method := inspect.getattr_static(cls, name))
-            }
-        swapped = type(cls.__name__, (cls,), body)
-        _swapped[key] = swapped
-    return _swapped[key]
-
-
-# Where an object has no part, something made it of a patched one's class later on, as slicing an nn.Sequential does: it
-# is no more and no less patched than the modules in it.
-def _forward_site(stock: Callable[[nn.Module, str], Any]) -> Callable[..., Any]:
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        part: Part | None = self.__dict__.get(_PART)
-        if part is None:
-            return stock(self, "forward")(*args, **kwargs)
-        surgery, (_, operation, cls) = part.surgery, part.reached
-        with torch._C.DisableTorchFunction():  # what the operation calls itself is not the model's
-            call = operation.modules[cls](self, *args, **positional(kwargs))
-            if call is None or not call.x.is_floating_point():  # integers and quantised values have no gradient
-                return stock(self, "forward")(*args, **kwargs)
-            mode = None if torch.compiler.is_compiling() else active(surgery)
-            rules = surgery.decide(part, operation.name, mode)
-            selection = surgery.selections[rules]
-            if mode is not None:
-                mode.count(surgery.row(part, operation.name, type(self).__name__, call.inplace, "module", rules))
-            if selection.observer is not None and not torch.compiler.is_compiling():
-                selection.observer(part.names[0], operation, call)
-            return operation.apply(selection, call)
-
-    return forward
-
-
-def _extra_repr(stock: Callable[[nn.Module, str], Any]) -> Callable[[nn.Module], str]:
-    def extra_repr(self: nn.Module) -> str:
-        part: Part | None = self.__dict__.get(_PART)
-        base = stock(self, "extra_repr")()
-        if part is None:
-            return str(base)
-        selection = part.surgery.selections[part.first or ()]
-        value = getattr(selection.jacobians, part.reached[1].name)
-        return f"{base}{', ' if base else ''}jacobian={'native' if value is None else value}"
-
-    return extra_repr
-
-
-def _forward_left_alone(stock: Callable[[nn.Module, str], Any]) -> Callable[..., Any]:
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with torch._C.DisableTorchFunction():
-            return stock(self, "forward")(*args, **kwargs)
-
-    return forward
-
-
-def _entrance(stock: Callable[[nn.Module, str], Any], name: str, method: Any) -> Callable[..., Any]:
-    def enter(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        part: Part | None = self.__dict__.get(_PART)
-        if part is None:
-            return stock(self, name)(*args, **kwargs)
-        surgery = part.surgery
-        # Without gradients there is nothing to choose, but somebody may be watching, and the published rule's
-        # forward differs from the stock one.
-        if not (torch.is_grad_enabled() or surgery.watched) or active(surgery) is not None:
-            return stock(self, name)(*args, **kwargs)
-        with FunctionalCalls(surgery) as mode:
-            result = stock(self, name)(*args, **kwargs)
-        if not torch.compiler.is_compiling():
-            _note(part, mode, (args, kwargs), result)
-        return result
-
-    enter.__name__ = name
-    enter.__wrapped__ = method  # type: ignore[attr-defined] # Lightning reads from it what is overridden, and the signature
-    FunctionalCalls.entrances |= {enter.__code__}
-    return enter
-
-
-def _note(part: Part, mode: FunctionalCalls, given: Any, result: Any) -> None:
-    """Put what a forward evaluated into the report."""
-    report, first = part.surgery.report, not part.surgery.report.traced and mode.differentiating
-    if first:
-        for function in custom_functions(result, given):
-            mode.count(part.surgery.unreached(part, "custom", function))
-    for site, evaluations in mode.evaluations.values():
-        site.calls = site.calls or evaluations
-    report.traced |= first
-    if first and part.names[0] == "" and not report.reached:
-        warnings.warn(_nothing(report), PatchWarning, stacklevel=3)
-
-
-def _nothing(report: PatchReport) -> str:
-    among = f" among only={', '.join(report.only)}" if report.only else ""
-    among += f" without skip={', '.join(report.skip)}" if report.skip else ""
-    return f"{report.model} has nothing to patch: none of {', '.join(OPERATIONS)} was found{among}"
-
-
-def _rebuild(cls: type[nn.Module], role: _Role, *args: Any) -> nn.Module:
-    swapped = _swapped_class(cls, role)
-    return swapped.__new__(swapped, *args)
 
 
 # ---------------------------------------------------------------------------------------------------- public
@@ -357,9 +47,9 @@ def patch(
 ) -> PatchReport:
     """Give a model's nonsmooth operations a chosen Jacobian, in place; the forward stays exactly the same.
 
-    Modules become members of a subclass of their class, so they stay the same objects: aliases, hooks,
-    ``state_dict`` keys, ``isinstance`` checks, pickles and optimizers stay valid. Functional calls
-    (``F.relu``, ``x.relu_()``, ``F.max_pool2d``, ...) are caught while the model runs.
+    Modules keep their class and stay the same objects: aliases, hooks, ``state_dict`` keys, ``type()``, pickles and
+    optimizers stay valid. Functional calls (``F.relu``, ``x.relu_()``, ``F.max_pool2d``, ...) are caught while the
+    model's methods run.
 
     An operation that is found and cannot be reached would keep PyTorch's own derivative: one that has no choice
     (``topk``, ``median``, ...), a scripted part, an autograd function or operator with a backward of its own, a
@@ -397,24 +87,22 @@ def patch(
         Patched Sequential: 1 relu, 1 max_pool with Jacobians(relu=1.0, max_pool='minimal') [...]
     """
     _refuse(model)
-    teach_the_compiler()
     surgery = Surgery(model, Plan.of(jacobians), only, skip, seed, strict)
     found = list(_find(model, surgery))
     surgery.begin([part for _, part, _ in found])
+    surgery.catching = any(part.calls for _, part, _ in found)
     surgery.report.sites += [part.site for _, part, _ in found if part.site is not None]
     if strict and surgery.report.unreached:
         raise UnreachedError(surgery.report.model, surgery.report.unreached)
     try:
-        for module, part, role in found:
-            if role is not None:
-                module.__class__ = _swapped_class(type(module), role)
-            module.__dict__[_PART] = part
+        for module, part, methods in found:
+            _install(module, part, methods)
         for hint in _hints(surgery, found):
             warnings.warn(hint, PatchWarning, stacklevel=2)
         if example is not None:
             _run(model, example)
-        elif not surgery.report.reached and not any(_calls(module) for module in model.modules()):
-            warnings.warn(_nothing(surgery.report), PatchWarning, stacklevel=2)
+        elif not surgery.report.reached and not surgery.catching:
+            warnings.warn(nothing_to_patch(surgery.report), PatchWarning, stacklevel=2)
     except BaseException:
         _restore(module for module, _, _ in found)
         raise
@@ -432,11 +120,14 @@ def unpatch(model: nn.Module) -> None:
     """
     _root(model)
     for name, module in model.named_modules():
-        if hasattr(type(module), "_nonsmooth_key") and type(module) is not _swapped_class(*type(module)._nonsmooth_key):
-            raise ValueError(
-                f"{name or 'the model'} became a {type(module).__name__} after it was patched (sharded or "
-                "parametrised?): undo that first, then unpatch"
-            )
+        part: Part | None = module.__dict__.get(PART)
+        if part is None:
+            continue
+        for method in part.methods:
+            if type(module.__dict__.get(method)) not in _KINDS:
+                raise ValueError(
+                    f"{method} of {name or 'the model'} was replaced after the patch: undo that first, then unpatch"
+                )
     _restore(model.modules())
 
 
@@ -548,7 +239,7 @@ def _meant(model: nn.Module, surgery: Surgery, plan: Plan) -> dict[tuple[int, ..
         if (part := surgery.part(module)) is None or not surgery.chosen(part.names, module):
             continue
         matching = plan.matching(part.names, module)
-        for operation in surgery.operations(part, module):
+        for operation in surgery.operations(part):
             for call in sorted({*plan.calls, *surgery.plan.calls}):
                 rules = surgery.plan.covering(part.rules, operation, call)
                 choice = plan.choice(plan.covering(matching, operation, call))
@@ -618,7 +309,7 @@ def surgeries(model: nn.Module) -> dict[str, Surgery]:
     """
     found: dict[int, tuple[str, Surgery]] = {}
     for name, module in model.named_modules():
-        part: Part | None = module.__dict__.get(_PART)
+        part: Part | None = module.__dict__.get(PART)
         if part is not None:
             found.setdefault(id(part.surgery), (name, part.surgery))
     return dict(found.values())
@@ -627,15 +318,18 @@ def surgeries(model: nn.Module) -> dict[str, Surgery]:
 # --------------------------------------------------------------------------------------------------- helpers
 def _root(model: nn.Module) -> Part:
     """What is kept with a model that was given to `patch`."""
-    part: Part | None = model.__dict__.get(_PART)
+    part: Part | None = model.__dict__.get(PART)
     if part is not None and "" in part.names:
         return part
     kind = type(model).__name__
     if part is not None:
         raise ValueError(f"this {kind} is {part.names[0]!r} of a patched {part.surgery.report.model}: give that one")
-    parts = [name for name, module in model.named_modules() if _PART in module.__dict__]
+    parts = [name for name, module in model.named_modules() if PART in module.__dict__]
     hint = f"; its part {parts[0]!r} is" if parts else "; `patch(model, Jacobians(...))` does that"
     raise ValueError(f"{kind} is not patched{hint}")
+
+
+_ANY = torch.empty(0, 0, 0, 0, 0)  # enough dimensions for every module to say which operation it is
 
 
 def _refuse(model: nn.Module) -> None:
@@ -651,30 +345,69 @@ def _refuse(model: nn.Module) -> None:
         for wrapper in ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel"):
             if wrapper in bases:
                 raise TypeError(f"{what} is wrapped by {wrapper} already: patch first, then wrap")
-        if (part := module.__dict__.get(_PART)) is not None:
+        if (part := module.__dict__.get(PART)) is not None:
             raise ValueError(
                 f"{what} is patched already ({part.surgery.report.summary()}): use `using(model, ...)` to "
                 "change the choice of a backward, or `unpatch` it first"
             )
 
 
-def _original(module: nn.Module) -> type[nn.Module]:
-    """The module's class without the swap."""
-    key = getattr(type(module), "_nonsmooth_key", None)
-    return type(module) if key is None else key[0]
+_KINDS = (Caller, ClassName, LeftAlone, SiteForward, SiteText)
+_BASE = frozenset(dir(nn.Module))  # which run no code of a model's own
+
+
+def _install(module: nn.Module, part: Part, methods: Mapping[str, type[Method]]) -> None:
+    """Put a module's part and its methods into the instance."""
+    attributes: dict[str, Any] = {PART: part}
+    for name, kind in methods.items():
+        kept = (module.__dict__[name],) if name in module.__dict__ else ()
+        attributes[name] = kind(module, name, part, *kept)
+    part.methods = tuple(methods)
+    module.__dict__.update(attributes)
+    if (kept_by_copies := kept_attributes(module)) is not None:
+        kept_by_copies.update(attributes)
 
 
 def _restore(modules: Iterable[nn.Module]) -> None:
     for module in modules:
-        if module.__dict__.pop(_PART, None) is not None:
-            module.__class__ = _original(module)
+        part: Part | None = module.__dict__.pop(PART, None)
+        if part is None:
+            continue
+        for name in part.methods:
+            method = module.__dict__.pop(name)
+            if method.is_replacement:
+                module.__dict__[name] = method.replaced
+        forget_kept_attributes(module, (PART, *part.methods))
 
 
 def _calls(module: nn.Module) -> bool:
     """Whether a module's code may call functions that its class does not tell of."""
-    cls = _definer(_original(module))
-    torchs = cls.__module__.startswith("torch.nn.") and not cls.__name__.startswith("Transformer")
-    return "forward" in module.__dict__ or not torchs
+    if "forward" in module.__dict__:
+        return True
+    cls = _definer(type(module))
+    if not cls.__module__.startswith("torch.nn."):
+        return True
+    return cls.__name__.startswith("Transformer") or issubclass(cls, _CALLING)
+
+
+# Modules of torch's that call a function which has a choice in one of their forms.
+_CALLING = (nn.RNN, nn.RNNCell)
+
+
+def _entrances(module: nn.Module) -> Iterator[str]:
+    """The methods of a module whose code may call functions."""
+    seen: set[str] = set()
+    for cls in type(module).__mro__:
+        if cls in (nn.Module, object):
+            continue
+        ours = cls.__module__.partition(".")[0] not in ("torch", "lightning", "pytorch_lightning", "typing", "abc")
+        for name, method in vars(cls).items():
+            forward = name.startswith("forward")
+            if name in seen or not (forward or (ours and name not in _BASE)) or name.startswith("__"):
+                continue
+            seen.add(name)
+            if inspect.isfunction(method) and name not in module.__dict__:
+                yield name
 
 
 def _definer(cls: type[nn.Module]) -> type[nn.Module]:
@@ -682,7 +415,7 @@ def _definer(cls: type[nn.Module]) -> type[nn.Module]:
     return next(base for base in cls.__mro__ if "forward" in base.__dict__)
 
 
-def _find(model: nn.Module, surgery: Surgery) -> Iterator[tuple[nn.Module, Part, _Role | None]]:
+def _find(model: nn.Module, surgery: Surgery) -> Iterator[tuple[nn.Module, Part, dict[str, type[Method]]]]:
     """Every module with what the surgery makes of it, once, the model itself first."""
     names: dict[int, list[str]] = {}
     modules: dict[int, nn.Module] = {}
@@ -695,35 +428,45 @@ def _find(model: nn.Module, surgery: Surgery) -> Iterator[tuple[nn.Module, Part,
             continue
         name, *aliases = names[key]
         part = Part(surgery, (name, *aliases), surgery.plan.matching((name, *aliases), module))
-        chosen = surgery.chosen(part.names, module)
+        part.chosen = surgery.chosen(part.names, module)
         kind, inplace = type(module).__name__, bool(getattr(module, "inplace", False))
         cls = _whose_forward(module, MODULES)
         operation = None
         if cls is not None:  # the first that its parameters make it, if any: an ELU may be smooth
             made = (op for op in MODULES[cls] if op.modules[cls](module, _ANY) is not None)
             operation = next(made, None)
-        role: _Role | None = None
+        methods: dict[str, type[Method]] = {}
         unreached: str | None = None
         if isinstance(module, torch.jit.ScriptModule):
             scripted |= {id(m) for m in module.modules()}
             unreached = "scripted"
-        elif operation is not None and chosen:
-            part.operation, part.cls, role = operation, cls, "site"
+        elif operation is not None and part.chosen:
+            part.operation, part.cls = operation, cls
+            methods = {"forward": SiteForward, "extra_repr": SiteText}
             rules = surgery.plan.covering(part.rules, operation.name, 0)
             choice = getattr(surgery.plan.choice(rules), operation.name)
             part.site = Site(name, operation.name, choice, "module", kind, tuple(aliases), inplace)
             part.site.decided = surgery.plan.explain(rules, operation.name)
-        elif operation is not None and module is not model:
-            role = "left alone"  # its forward calls a function, which is not to be caught
-        elif "forward" in module.__dict__:
-            role = "replaced"
-        elif (unsupported := _whose_forward(module, UNSUPPORTED_MODULES)) is not None:
-            unreached = UNSUPPORTED_MODULES[unsupported]
-        elif _calls(module) or module is model:
-            role = "replaced" if module._forward_hooks or module._forward_pre_hooks else "caller"
-        if unreached is not None and chosen:
+        elif operation is not None:
+            methods = {"forward": LeftAlone}
+        else:
+            part.calls = _calls(module)
+            unsupported = _whose_forward(module, UNSUPPORTED_MODULES)
+            if unsupported is not None:
+                unreached = UNSUPPORTED_MODULES[unsupported]
+            if part.calls:
+                methods = dict.fromkeys(_entrances(module), Caller) | {"_get_name": ClassName}
+                if "forward" in module.__dict__ or type(module).forward is not nn.Module.forward:
+                    methods["forward"] = Caller
+                if module._forward_hooks or module._forward_pre_hooks:
+                    methods[call_with_hooks()] = Caller
+            elif isinstance(module, Caller.FUSED) or unsupported is not None or module is model:
+                methods = {"forward": Caller}
+        if module is model and type(module).forward is nn.Module.forward and "forward" not in module.__dict__:
+            methods.pop("forward", None)  # it has none
+        if unreached is not None and part.chosen:
             part.site = Site(name, unreached, None, "unreached", kind, tuple(aliases), inplace)
-        yield module, part, role
+        yield module, part, methods
 
 
 def _whose_forward(module: nn.Module, classes: Mapping[type[nn.Module], Any]) -> type[nn.Module] | None:
@@ -735,7 +478,7 @@ def _whose_forward(module: nn.Module, classes: Mapping[type[nn.Module], Any]) ->
     return next((c for c in type(module).__mro__ if c in classes and issubclass(c, definer)), None)
 
 
-def _hints(surgery: Surgery, found: list[tuple[nn.Module, Part, _Role | None]]) -> Iterator[str]:
+def _hints(surgery: Surgery, found: list[tuple[nn.Module, Part, dict[str, type[Method]]]]) -> Iterator[str]:
     """What to say of selectors and rules that match no module."""
     names = [name for _, part, _ in found for name in part.names if name]
 

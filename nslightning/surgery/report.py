@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,7 +17,14 @@ from nslightning.jacobians import Jacobians
 from nslightning.ops.registry import UNREACHED
 from nslightning.surgery.plan import Plan
 
-__all__ = ["PatchReport", "Site", "UnreachedError"]
+__all__ = ["PatchReport", "PatchWarning", "Site", "UnreachedError"]
+
+
+class PatchWarning(UserWarning):
+    """Something about a patch that its owner will want to know."""
+
+
+_NODE = re.compile(r"\w+Backward\d*")
 
 
 @dataclass
@@ -28,7 +36,7 @@ class Site:
         operation: Field of :class:`~nslightning.Jacobians`, or the function's own name where it has no choice
             yet.
         choice: The value chosen there; None is the reference.
-        how: ``"module"`` (its class was swapped), ``"functional"`` (a call caught while the model runs) or
+        how: ``"module"`` (the module is the operation), ``"functional"`` (a call caught while the model runs) or
             ``"unreached"`` (found, and left with PyTorch's own derivative).
         kind: The module's class, or the function as it is called.
         aliases: The other names under which the same module is registered.
@@ -99,7 +107,9 @@ def _phrase(site: Site) -> str:
         case "custom":
             return f"{where} runs {site.kind}, whose backward is its own"
     if site.decided:
-        return f"{where} calls {site.kind} in a function that it gives to torch.utils.checkpoint"
+        return f"{where} calls {site.kind} {site.decided}"
+    if _NODE.fullmatch(site.kind):
+        return f"the graph of {where} has a {site.kind}, a kink that no caught call made"
     why = f" ({UNREACHED[site.operation]})" if site.operation in UNREACHED else ""
     return f"{where} {'calls' if site.kind[:1].islower() else 'is a'} {site.kind}, which has no choice{why}"
 
@@ -112,7 +122,9 @@ def _way_out(site: Site) -> str:
         case "custom":
             return "Write it with PyTorch's own operations"
     if site.decided:
-        return "Checkpoint an nn.Module that makes the call"
+        return (
+            "Checkpoint an nn.Module that makes the call" if "checkpoint" in site.decided else "Give it a plain tensor"
+        )
     return "Write it with operations that have one: docs/surgery.md"
 
 

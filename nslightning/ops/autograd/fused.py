@@ -106,7 +106,7 @@ def _relu_vjp(y: Tensor, bits: Tensor, g: Tensor, selection: Selection) -> Tenso
         return cast(Tensor, torch.ops.aten.threshold_backward.default(g, y, 0))
     if isinstance(derivative, str) or not _final(g):
         # In the order of the memory, in which random choices are drawn.
-        order = storage_order(y)
+        order = storage_order(y) if isinstance(derivative, str) else tuple(range(y.dim()))
         back = sorted(range(len(order)), key=order.__getitem__)
         tied = _unpacked(bits, y).permute(order)
         value = chosen_value(derivative, constant, selection, g.permute(order), tied).permute(back)

@@ -101,15 +101,17 @@ class Selection:
         # one choice adds to another, `(Selection, Selection) -> gradient`.
         self.recorder: Callable[..., None] | None = None
         self._generators: dict[torch.device, torch.Generator] = {}
-        # float64 0-d and 1-d CPU tensors never promote the gradients they multiply.
-        self.published = torch.zeros((), dtype=torch.bool)
-        self.kinks = {
-            name: torch.zeros(len(op.kinks), dtype=torch.float64)
-            for name, op in NONSMOOTH.items()
-            if "native" not in op.names  # those share a gradient over several entries
-        }
-        self.pool = torch.zeros(4, dtype=torch.float64)
-        self.shares = {name: torch.zeros(5, dtype=torch.float64) for name in ("max", "maximum")}
+        # float64 0-d and 1-d CPU tensors never promote the gradients they multiply. They are ordinary ones also where
+        # the model is patched under `torch.inference_mode` or `torch.device("meta")`.
+        with torch.inference_mode(False), torch.device("cpu"):
+            self.published = torch.zeros((), dtype=torch.bool)
+            self.kinks = {
+                name: torch.zeros(len(op.kinks), dtype=torch.float64)
+                for name, op in NONSMOOTH.items()
+                if "native" not in op.names  # those share a gradient over several entries
+            }
+            self.pool = torch.zeros(4, dtype=torch.float64)
+            self.shares = {name: torch.zeros(5, dtype=torch.float64) for name in ("max", "maximum")}
         self.set(jacobians)
 
     def set(self, jacobians: Jacobians) -> None:
@@ -127,11 +129,11 @@ class Selection:
             for i, value in enumerate(self.at_kinks(name)):
                 values.data[i] = float("nan") if value is None else float("inf") if isinstance(value, str) else value
         weights = (float("inf"),) * 4 if jacobians.max_pool == "random" else self.pool_weights()
-        self.pool.data.copy_(torch.tensor(weights, dtype=torch.float64))
+        self.pool.data.copy_(torch.tensor(weights, dtype=torch.float64, device="cpu"))
         for name, values in self.shares.items():
             choice = getattr(jacobians, name) or 0.0
             shares = _SHARES[choice] if isinstance(choice, str) else (1 - choice, choice, 0.0, 0.0, 0.0)
-            values.data.copy_(torch.tensor(shares, dtype=torch.float64))
+            values.data.copy_(torch.tensor(shares, dtype=torch.float64, device="cpu"))
 
     def at_kinks(self, operation: str) -> tuple[float | str | None, ...]:
         """The derivatives at the kinks of a pointwise operation.

@@ -1,0 +1,133 @@
+"""A look at the autograd graph that a patched model made: every kink in it belongs to a site, or is named."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nslightning._torch import function_of, number_of
+from nslightning.surgery.kinks import kink
+
+__all__ = ["Foreign", "foreign_nodes", "structure", "tensors"]
+
+# Linear in what gradients pass through: the boxes have none.
+_SMOOTH = ("torchvision_roi_align_default", "torchvision_ps_roi_align_default")
+_OURS = ("nslightning_read_now_default",)
+_OPAQUE = (str, bytes, int, float, complex, bool, type(None), type, ModuleType, FunctionType, BuiltinFunctionType,
+           MethodType, torch.dtype, torch.device, torch.Generator)  # fmt: skip
+_MOST = 10_000  # objects that a search for tensors looks into
+
+
+class Foreign(NamedTuple):
+    """A node of the graph whose derivative is not the package's.
+
+    Args:
+        operation: ``"custom"`` for a backward that somebody else wrote, or the ATen operation of a kink.
+        kind: The name of the function, the operator, or the node.
+        number: The node's number, which tells when it was made.
+    """
+
+    operation: str
+    kind: str
+    number: int
+
+
+def foreign_nodes(output: Iterable[Tensor], given: Iterable[Tensor]) -> Iterator[Foreign]:
+    """The nodes between tensors and a model's inputs that surgery may not have reached.
+
+    Custom functions have a backward that cannot be looked into: Python's ``torch.autograd.Function``, C++'s, and custom
+    operators with an autograd formula. PyTorch's own (checkpoints, collective communication) and ours are left out.
+    Kinks are PyTorch's own nodes of :data:`~nslightning.surgery.kinks.KINKS`, those of patched sites among them.
+
+    Args:
+        output: Tensors that the model made.
+        given: Its inputs; what lies below them is not the model's.
+
+    Yields:
+        Each such node once.
+    """
+    seen = {node for x in given if (node := x.grad_fn) is not None}
+    todo = [node for x in output if (node := x.grad_fn) is not None]
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        cls, name = function_of(node), node.name()
+        if name.startswith("GeneratedBackwardFor_"):
+            operator = name.removeprefix("GeneratedBackwardFor_").removesuffix("Backward")
+            if operator not in (*_SMOOTH, *_OURS):
+                yield Foreign("custom", operator, number_of(node))
+        elif cls is not None:
+            if cls.__module__.partition(".")[0] not in ("torch", "nslightning"):
+                yield Foreign("custom", f"{cls.__module__}.{cls.__qualname__}", number_of(node))
+        elif name.startswith("torch::autograd::CppNode<"):
+            function = name.removeprefix("torch::autograd::CppNode<").removesuffix(">")
+            if not function.startswith("nslightning"):
+                yield Foreign("custom", function, number_of(node))
+        elif (operation := kink(node)) is not None:
+            yield Foreign(operation, name, number_of(node))
+        todo += [below for below, _ in node.next_functions if below is not None]
+
+
+def tensors(*values: Any) -> Iterator[Tensor]:
+    """The tensors that can be reached from values: through containers, dataclasses and attributes of objects.
+
+    Args:
+        *values: Anything; a module gives what stands in its attributes, but not its parameters and parts.
+
+    Yields:
+        Each tensor.
+    """
+    seen: set[int] = set()
+    todo = deque(values)
+    while todo and len(seen) < _MOST:
+        value = todo.popleft()
+        if isinstance(value, Tensor):
+            yield value
+            continue
+        if isinstance(value, _OPAQUE) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Mapping):
+            todo += value.values()
+        elif isinstance(value, (list, tuple, set, frozenset, deque)):
+            todo += value
+        elif isinstance(value, nn.Module):
+            todo += (x for name, x in vars(value).items() if not name.startswith("_") and not isinstance(x, nn.Module))
+        elif dataclasses.is_dataclass(value):
+            todo += (getattr(value, field.name, None) for field in dataclasses.fields(value))
+        elif _foreign_to_torch(type(value)):
+            todo += (vars(value) if hasattr(value, "__dict__") else {}).values()
+            todo += (getattr(value, name, None) for name in getattr(type(value), "__slots__", ()))
+
+
+def structure(value: Any) -> Any:
+    """What kind of thing a method returned: classes, and the keys of mappings.
+
+    Args:
+        value: Anything.
+
+    Returns:
+        A hashable value, the same for the same structure.
+    """
+    if isinstance(value, Tensor):
+        return Tensor
+    if isinstance(value, Mapping):
+        return (type(value), *((key, structure(x)) for key, x in value.items()))
+    if isinstance(value, (list, tuple)) and len(value) <= 64:
+        return (type(value), *map(structure, value))
+    return type(value)
+
+
+def _foreign_to_torch(cls: type) -> bool:
+    """Whether a class is that of an object that may carry a model's tensors about."""
+    top = cls.__module__.partition(".")[0]
+    return top not in ("torch", "nslightning", "lightning", "numpy") and top not in sys.stdlib_module_names

@@ -1,0 +1,389 @@
+"""Functional calls of a patched model, caught while its code runs."""
+
+from __future__ import annotations
+
+import builtins
+import operator
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from nslightning._torch import (
+    active_function_modes,
+    as_subclass,
+    compile_as,
+    compile_functions_for_modes,
+    disable_function_modes,
+    disabled_torch_function,
+    is_operator,
+    sequence_number,
+    while_compiling,
+)
+from nslightning.ops.autograd.selection import Selection
+from nslightning.ops.registry import FUNCTIONS, UNSUPPORTED_FUNCTIONS, Call, Operation, positional
+from nslightning.surgery.report import Site, UnreachedError
+from nslightning.surgery.state import CHECKPOINT, Part, Surgery
+
+__all__ = ["FORGETFUL", "FunctionalCalls", "begun", "compiling_run", "evaluate", "running", "teach_the_compiler"]
+
+# Functions of torch whose handler forgets arguments where a mode is active: the mode would call them without.
+# tests/test_surgery_stock.py reads this off their source.
+FORGETFUL: frozenset[Callable[..., Any]] = frozenset(
+    (torch.nn.functional.l1_loss, torch.chain_matmul, Tensor.dim_order, Tensor.__dlpack__)
+)
+
+
+class FunctionalCalls(TorchFunctionMode):
+    """One run of a patched model's code: what it evaluates is counted, and its functional calls are caught.
+
+    Args:
+        surgery: The surgery of the model that is running.
+        part: What is kept with the module whose code runs.
+        recording: Note which autograd nodes are made by what.
+
+    Attributes:
+        part: What is kept with the innermost patched module whose code is running.
+        differentiating: Whether gradients were wanted when the run began.
+        evaluations: How often each row of the report was evaluated.
+        owned: Ranges of autograd nodes that a site made, or a call that is named or left alone.
+        spans: Ranges of autograd nodes that the code of a module made, the inner ones first.
+        entered: The methods that ran, and whether their module was in training mode.
+        over: Whether the run has ended, for threads that go on.
+    """
+
+    # The code of what calls the methods of a model, by which a stack frame is recognised as an entrance.
+    entrances: frozenset[CodeType] = frozenset()
+
+    def __init__(self, surgery: Surgery, part: Part, recording: bool = False) -> None:
+        super().__init__()
+        self.surgery, self.part, self.recording = surgery, part, recording
+        self.differentiating = torch.is_grad_enabled()
+        self.evaluations: dict[int, tuple[Site, int]] = {}
+        self.owned: list[tuple[int, int]] = []
+        self.spans: list[tuple[int, int, Part]] = []
+        self.entered: set[tuple[Part, str, bool]] = set()
+        self.origin = self  # the run that a thread's is a part of
+        self.over = False
+        self._numbers: dict[tuple[int, str], int] = {}
+
+    def in_thread(self) -> FunctionalCalls:
+        """The same run in another thread: the counts are shared, the module that is running is not."""
+        run = object.__new__(FunctionalCalls)
+        run.__dict__.update(self.__dict__)
+        return run
+
+    def count(self, site: Site) -> None:
+        """Count one evaluation at a site.
+
+        Args:
+            site: A row of the report.
+        """
+        self.evaluations[id(site)] = (site, self.evaluations.get(id(site), (site, 0))[1] + 1)
+
+    def number(self, part: Part, operation: str) -> int:
+        """The number, from 0, of the call of an operation that a module now makes.
+
+        Args:
+            part: What the surgery keeps with the module.
+            operation: The field of :class:`~nslightning.Jacobians`.
+
+        Returns:
+            How many such calls this run has made before.
+        """
+        key = (id(part), operation)
+        self._numbers[key] = self._numbers.get(key, -1) + 1
+        return self._numbers[key]
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.norm:  # a method written in Python, which a compiler hands over as a key of no dictionary
+            func = Tensor.norm
+        if func in FORGETFUL and not torch.compiler.is_compiling():
+            args, kwargs = _as_called(func, args, kwargs)
+        for operation in FUNCTIONS.get(func, ()):
+            call = operation.functions[func](*args, **positional(kwargs))
+            if call is not None and call.x.is_floating_point():
+                return self._reached(operation, call, func, args, kwargs)
+        if func in UNSUPPORTED_FUNCTIONS and _differentiable(args, kwargs):
+            self._unreached(func)
+            return self._owned(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _owned(self, func: Callable, args: Any, kwargs: Any) -> Any:
+        """What a function returns that is named in the report, or left alone on purpose."""
+        if not self.recording:
+            return func(*args, **kwargs)
+        start = sequence_number()
+        result = func(*args, **kwargs)
+        self.owned.append((start, sequence_number()))
+        return result
+
+    def _unreached(self, func: Callable) -> None:
+        """Name, or refuse, a call of an operation that has no choice."""
+        surgery, operation = self.surgery, UNSUPPORTED_FUNCTIONS[func]
+        kind = getattr(func, "__name__", str(func))
+        if torch.compiler.is_compiling():  # no row can be made here, and no caller told from another
+            if surgery.strict and not (surgery.only or surgery.skip):
+                raise UnreachedError.of(surgery.report.model, "", operation, kind)
+            return
+        if self.part.chosen:
+            self.count(surgery.unreached(self.part, operation, kind, kind.endswith("_")))
+
+    def _reached(self, operation: Operation, call: Call, func: Callable, args: Any, kwargs: Any) -> Any:
+        surgery = self.surgery
+        if torch.compiler.is_compiling():
+            if (one := surgery.everywhere[operation.name]) is None:
+                raise RuntimeError(
+                    "functional calls cannot be told apart under torch.compile, so `only`, `skip` and rules for some "
+                    f"modules cannot decide on this {operation.name}. Patch without them, or do not compile."
+                )
+            return evaluate(operation, one, call)
+        part = self.part
+        if not part.chosen or self.origin.over:
+            return self._owned(func, args, kwargs)
+        kind = func.__name__
+        if (self.differentiating and _recomputed()) or not _plain(call.x):
+            site = surgery.row(part, operation.name, kind, call.inplace, "unreached")
+            site.decided = (
+                f"on a {type(call.x).__name__}, whose class sees the call first"
+                if not _plain(call.x)
+                else "in a function that it gives to torch.utils.checkpoint"
+            )
+            if surgery.strict:
+                raise UnreachedError(surgery.report.model, [site])
+            self.count(site)
+            return self._owned(func, args, kwargs)
+        rules = surgery.decide(part, operation.name, self.number)
+        selection = surgery.selections[rules]
+        site = surgery.row(part, operation.name, kind, call.inplace, "functional", rules)
+        self.count(site)
+        if selection.observer is not None:
+            with disable_function_modes():
+                selection.observer(f"{part.names[0]}:{site.kind}", operation, call)
+        start = sequence_number() if self.recording else 0
+        result = evaluate(operation, selection, call)
+        if self.recording:
+            self.owned.append((start, sequence_number()))
+        return result
+
+
+def evaluate(operation: Operation, selection: Selection, call: Call) -> Any:
+    """Evaluate a call; what the operation calls itself is not the model's.
+
+    Args:
+        operation: The operation.
+        selection: The choice.
+        call: What is evaluated.
+
+    Returns:
+        What the stock call returns; a subclass of tensors comes back as itself.
+    """
+    with disable_function_modes():
+        result = operation.apply(selection, call)
+    if torch.compiler.is_compiling() or disabled_torch_function(type(call.x)) or call.inplace:
+        return result
+    return as_subclass(result, type(call.x))
+
+
+def _plain(x: Tensor) -> bool:
+    """Whether PyTorch decides what a function does with a tensor, and not the tensor's own class."""
+    cls = type(x)
+    return disabled_torch_function(cls) or cls.__torch_function__.__func__ is Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
+
+
+def _recomputed() -> bool:
+    """Whether a checkpoint lies between a functional call and the patched method that made it.
+
+    When the checkpoint computes the call again, the mode will not be there.
+    """
+    frame: FrameType | None = sys._getframe(3)
+    while frame is not None and frame.f_code not in FunctionalCalls.entrances:
+        if frame.f_code is CHECKPOINT:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _as_called(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments that a function of :data:`FORGETFUL` was called with: its frame on the stack still has them."""
+    code: CodeType = func.__code__
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    if frame is None:  # called by its handler's name: nothing was forgotten
+        return args, kwargs
+    names, given = code.co_varnames, frame.f_locals
+    positions, n = code.co_argcount, code.co_argcount + code.co_kwonlyargcount
+    rest = given[names[n]] if code.co_flags & 0x04 else ()  # *args
+    return (*(given[name] for name in names[:positions]), *rest), {name: given[name] for name in names[positions:n]}
+
+
+def _differentiable(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a gradient may pass through the call: integers, masks and bookkeeping have no derivative."""
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (*args, *kwargs.values()))
+
+
+# ------------------------------------------------------------------------------------------ runs of this thread
+class _Runs(threading.local):
+    """The runs under way in this thread, the innermost last."""
+
+    runs: tuple[FunctionalCalls, ...] = ()
+
+
+_here = _Runs()
+
+
+def running(surgery: Surgery) -> FunctionalCalls | None:
+    """The run of a model's code in this thread, in eager mode.
+
+    Args:
+        surgery: The surgery of the model.
+
+    Returns:
+        The run, or None.
+    """
+    for run in reversed(_here.runs):
+        if run.surgery is surgery:
+            return run
+    return None
+
+
+def compiling_run(surgery: Surgery) -> bool:
+    """Whether the compiler traces code whose functional calls are caught already.
+
+    Args:
+        surgery: The surgery of the model.
+
+    Returns:
+        True inside a patched method.
+    """
+    return any(isinstance(mode, FunctionalCalls) and mode.surgery is surgery for mode in active_function_modes())
+
+
+@contextmanager
+def begun(run: FunctionalCalls) -> Iterator[None]:
+    """A run of a model's code in this thread, and in the threads that it starts.
+
+    Args:
+        run: The run.
+
+    Yields:
+        Nothing.
+    """
+    before = _here.runs
+    _here.runs = (*before, run)
+    _threads.follow()
+    try:
+        if run.surgery.catching:
+            with run:
+                yield
+        else:
+            yield
+    finally:
+        run.over = True
+        _threads.release()
+        _here.runs = before
+
+
+class _Threads:
+    """Makes threads that a patched method starts, and tasks that it hands to a pool of threads, part of its run.
+
+    A mode is a matter of one thread. While a patched method runs, and only then, ``Thread.start`` and
+    ``ThreadPoolExecutor.submit`` look whether the thread that calls them runs a patched method.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.users = threading.Lock(), 0
+        self.start, self.submit = threading.Thread.start, ThreadPoolExecutor.submit
+
+    def follow(self) -> None:
+        """A method begins."""
+        with self.lock:
+            self.users += 1
+            if self.users == 1:
+                self.start, self.submit = threading.Thread.start, ThreadPoolExecutor.submit
+                threading.Thread.start = _start  # type: ignore[method-assign, assignment]
+                ThreadPoolExecutor.submit = _submit  # type: ignore[method-assign, assignment]
+
+    def release(self) -> None:
+        """A method ends."""
+        with self.lock:
+            self.users -= 1
+            if not self.users:
+                threading.Thread.start, ThreadPoolExecutor.submit = self.start, self.submit  # type: ignore[method-assign]
+
+
+_threads = _Threads()
+
+
+def _start(thread: threading.Thread) -> None:
+    worker = getattr(getattr(thread, "_target", None), "__module__", "") == "concurrent.futures.thread"
+    if _here.runs and not worker:  # a pool's worker outlives the method, and its tasks bring their run along
+        thread.run = _following(thread.run)  # type: ignore[method-assign]
+    _threads.start(thread)
+
+
+def _submit(pool: ThreadPoolExecutor, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    return _threads.submit(pool, _following(function) if _here.runs else function, *args, **kwargs)
+
+
+def _following(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that runs in another thread as part of the runs of this one."""
+    runs = tuple(run.in_thread() for run in _here.runs)
+
+    def follow(*args: Any, **kwargs: Any) -> Any:
+        before = _here.runs
+        _here.runs = runs
+        try:
+            return _within(runs, lambda: function(*args, **kwargs))
+        finally:
+            _here.runs = before
+
+    return follow
+
+
+def _within(runs: tuple[FunctionalCalls, ...], function: Callable[[], Any]) -> Any:
+    if not runs:
+        return function()
+    outer, *inner = runs
+    if not outer.surgery.catching:
+        return _within(tuple(inner), function)
+    with outer:
+        return _within(tuple(inner), function)
+
+
+# ------------------------------------------------------------------------------------------------- compiler
+@while_compiling
+def teach_the_compiler() -> bool:
+    """Make ``torch.compile`` hand to the mode what eager mode hands to it; once, when a patched model is compiled.
+
+    In torch 2.15 it passes over functions that end with an underscore, ``torch.relu_`` or ``F.elu_``, over
+    ``F.hardswish`` and ``F.hardsigmoid``, and over ``abs(x)``: these kept PyTorch's own derivative, in silence.
+
+    Returns:
+        True.
+    """
+    _teach()
+    return True
+
+
+@cache
+def _teach() -> None:
+    compile_functions_for_modes(f for f in (*FUNCTIONS, *UNSUPPORTED_FUNCTIONS) if not is_operator(f))
+    for absolute in (builtins.abs, operator.abs):
+        compile_as(absolute, _absolute)
+
+
+def _absolute(x: Any, /) -> Any:
+    return x.abs() if isinstance(x, Tensor) else x.__abs__()

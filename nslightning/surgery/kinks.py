@@ -1,0 +1,80 @@
+"""The backward nodes of PyTorch's that choose where the derivative is not unique.
+
+Made from the derivative formulas that PyTorch is built from; a test reads those of the installed version, and fails if
+one that compares, selects or takes a norm is neither here nor among those that it excuses, with the reason.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["KINKS", "kink"]
+
+
+def _always(node: Any) -> bool:
+    return True
+
+
+def _saved(name: str, *values: Any) -> Callable[[Any], bool]:
+    """Whether a node kept one of some values under a name; also where it does not tell."""
+    return lambda node: getattr(node, f"_saved_{name}", values[0]) in values
+
+
+def _wanted(position: int) -> Callable[[Any], bool]:
+    """Whether a gradient goes to an input."""
+    return lambda node: node.next_functions[position][0] is not None
+
+
+# By the operation in ATen: the node's name is the operation's in CamelCase. What follows says when it has a kink.
+KINKS: dict[str, Callable[[Any], bool]] = {
+    # pointwise
+    "Abs": _always, "Clamp": _always, "ClampMin": _always, "ClampMax": _always, "Relu": _always, "Prelu": _always,
+    "PreluKernel": _always, "LeakyRelu": _always, "RreluWithNoise": _always, "Threshold": _always,
+    "Hardtanh": _always, "Hardsigmoid": _always, "Hardswish": _always, "Hardshrink": _always, "Softshrink": _always,
+    "Elu": lambda node: abs(getattr(node, "_saved_alpha", 0) * getattr(node, "_saved_input_scale", 1) - 1) > 1e-12,
+    "Logit": lambda node: getattr(node, "_saved_eps", 0.0) is not None, "Hypot": _always,
+    # maxima and order
+    "Max": _always, "Min": _always, "Amax": _always, "Amin": _always, "Aminmax": _always, "Maximum": _always,
+    "Minimum": _always, "Fmax": _always, "Fmin": _always, "Median": _always, "Nanmedian": _always, "Mode": _always,
+    "Kthvalue": _always, "Topk": _always, "Sort": _always, "Cummax": _always, "Cummin": _always,
+    # poolings
+    "MaxPool2D": _always, "MaxPool2DWithIndices": _always, "MaxPool3DWithIndices": _always,
+    "AdaptiveMaxPool2D": _always, "AdaptiveMaxPool3D": _always, "FractionalMaxPool2D": _always,
+    "FractionalMaxPool3D": _always, "MkldnnMaxPool2D": _always, "MkldnnMaxPool3D": _always,
+    # maxima over what an index puts together
+    "ScatterReduce": _saved("reduce", "amax", "amin"), "IndexReduce": _saved("reduce", "amax", "amin"),
+    "SegmentReduce": _saved("reduce", "max", "min"), "SparseMmReduceImpl": _saved("reduce", "amax", "amin"),
+    "EmbeddingBag": _saved("mode", 2),
+    # norms, distances, singular values and eigenvalues
+    "Norm": _always, "LinalgVectorNorm": _always, "Dist": _always, "CdistForward": _always, "EuclideanDist": _always,
+    "PdistForward": _always, "Renorm": _always, "Std": _always, "StdMean": _always,
+    "LinalgSvd": _always, "LinalgEigh": _always, "LinalgEig": _always,
+    # losses of one kernel
+    "MultiMarginLoss": _always, "MultilabelMarginLoss": _always, "SmoothL1Loss": _saved("beta", 0.0),
+    # bilinear samples have a kink at each pixel, in the grid
+    "GridSampler2D": _wanted(1), "GridSampler3D": _wanted(1), "GridSampler2DCpuFallback": _wanted(1),
+    "CudnnGridSampler": _wanted(1),
+    # recurrent kernels that apply a relu inside
+    "CudnnRnn": _saved("mode", 0), "MiopenRnn": _saved("mode", 0),
+}  # fmt: skip
+
+_NODE = re.compile(r"(?:Foreach)?(\w+?)Backward\d*")
+
+
+def kink(node: Any) -> str | None:
+    """The operation of a backward node of PyTorch's, if its derivative is not unique somewhere.
+
+    Args:
+        node: A ``grad_fn``.
+
+    Returns:
+        The operation in ATen, as ``"LinalgVectorNorm"``; None for a smooth one, and for nodes that are not PyTorch's.
+    """
+    name = node.name()
+    if (match := _NODE.fullmatch(name)) is None:
+        return None
+    operation = match[1]
+    has_kink = KINKS.get(operation)
+    return operation if has_kink is not None and has_kink(node) else None

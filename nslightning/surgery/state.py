@@ -1,0 +1,228 @@
+"""What one patch did to one model: the surgery, which the patched modules share, and what it keeps with each."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from types import CodeType, FrameType
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from nslightning.ops.autograd.selection import Selection
+from nslightning.ops.registry import OPERATIONS, Operation
+from nslightning.surgery.plan import Plan, Selector, matches, selectors, text
+from nslightning.surgery.report import PatchReport, Site, UnreachedError
+
+__all__ = ["CHECKPOINT", "PART", "Part", "Surgery"]
+
+PART = "_nonsmooth_part"
+CHECKPOINT: CodeType = inspect.unwrap(checkpoint).__code__
+
+
+class Surgery:
+    """What one :func:`patch` did to one model; the modules that it changed share it.
+
+    Args:
+        model: The model to be patched.
+        plan: The choice for every site.
+        only: Reach only these sites.
+        skip: Leave these sites alone.
+        seed: Seeds the ``"random"`` choice.
+        strict: Raise where an operation is met that cannot be reached.
+
+    Attributes:
+        selections: One per combination of the plan's rules that holds somewhere, by their indices.
+        everywhere: By operation the selection of all functional calls; None where a compiler could not tell them
+            apart.
+        counted: Whether a rule depends on the number of a call.
+        catching: Whether some module has code that may call functions: only then a mode watches for them.
+        looked: What has been looked at: the methods that ran, and the structure of what they returned.
+        refused: What a compiler met that cannot be reached.
+        sites: The objects that run the module sites.
+    """
+
+    def __init__(
+        self, model: nn.Module, plan: Plan, only: Selector | None, skip: Selector | None, seed: int, strict: bool
+    ) -> None:
+        self.plan, self.seed, self.strict = plan, seed, strict
+        self.only, self.skip = selectors("only", only), selectors("skip", skip)
+        self.report = PatchReport(
+            type(model).__name__,
+            plan.base,
+            plan=plan,
+            only=tuple(map(text, self.only)),
+            skip=tuple(map(text, self.skip)),
+        )
+        self.selections: dict[tuple[int, ...], Selection] = {}
+        self.everywhere: dict[str, Selection | None] = {}
+        self.counted = any(rule.call is not None for rule in plan.rules)
+        self.catching = True
+        self.looked: set[Any] = set()
+        self.refused: Site | None = None
+        self.sites: WeakSet[Any] = WeakSet()
+        self._rows: dict[tuple[str, str, bool, tuple[int, ...]], Site] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Sites enrol again where they are copied; what was looked at is known by the identity of parts.
+        return {k: v for k, v in self.__dict__.items() if k not in ("sites", "looked")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, sites=WeakSet(), looked=set())
+
+    def begin(self, parts: Sequence[Part]) -> None:
+        """Make every selection that a call of these parts may need, so that none appears while somebody watches."""
+        for name in OPERATIONS:
+            rules_of = {self.plan.covering(part.rules, name, i) for part in parts for i in self.plan.calls}
+            for rules in sorted(rules_of):
+                if rules not in self.selections:
+                    self.selections[rules] = Selection(self.plan.choice(rules), self.seed)
+            one = len(rules_of) == 1 and not self.only and not self.skip
+            self.everywhere[name] = self.selections[min(rules_of)] if one else None
+
+    @property
+    def watched(self) -> bool:
+        """Whether calls matter without gradients: somebody observes, or the published rule changes the forward."""
+        return any(s.observer is not None or s.jacobians.rule == "published" for s in self.selections.values())
+
+    def chosen(self, names: Sequence[str], module: nn.Module) -> bool:
+        """Whether ``only`` and ``skip`` let the choice reach a module of these qualified names."""
+        if self.only and not any(matches(s, names, module) for s in self.only):
+            return False
+        return not any(matches(s, names, module) for s in self.skip)
+
+    def part(self, module: nn.Module) -> Part | None:
+        """What this surgery keeps with a module; None if it does not know the module."""
+        part: Part | None = module.__dict__.get(PART)
+        return part if part is not None and part.surgery is self else None
+
+    def operations(self, part: Part) -> Iterable[str]:
+        """The operations that a module evaluates, or may evaluate as long as no forward has told."""
+        if not self.report.traced and part.site is None and part.calls:
+            return OPERATIONS
+        return {site.operation for site in self.report.reached if site.name == part.names[0]}
+
+    def decide(self, part: Part, operation: str, number: Callable[[Part, str], int] | None) -> tuple[int, ...]:
+        """The rules that hold for the call of an operation that a module now makes.
+
+        Args:
+            part: What is kept with the module.
+            operation: The field of :class:`~nslightning.Jacobians`.
+            number: Tells the number of the call; None where no patched forward is running.
+
+        Raises:
+            RuntimeError: If they depend on the call's number, and that cannot be known.
+        """
+        if not self.counted or not part.by_call(operation):
+            return self.plan.covering(part.rules, operation, 0)
+        where = f"{part.names[0] or 'the model'} takes its Jacobian of {operation} by the number of the call, which"
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"{where} is not known under torch.compile: do not compile, or drop `call` from the rule"
+            )
+        if _in_checkpoint():
+            raise RuntimeError(
+                f"{where} torch.utils.checkpoint counts anew in the backward: do not checkpoint, or drop `call` from "
+                "the rule"
+            )
+        return self.plan.covering(part.rules, operation, 0 if number is None else number(part, operation))
+
+    def row(self, part: Part, operation: str, kind: str, inplace: bool, how: Any, rules: tuple[int, ...] = ()) -> Site:
+        """The report's row for one module's calls of one function, made when it is first met."""
+        if part.site is not None and part.site.operation == operation and (how == "unreached" or rules == part.first):
+            return part.site  # what its class tells
+        key = (part.names[0], kind, inplace, rules)
+        if (known := self._rows.get(key)) is not None:
+            return known
+        new = Site(
+            name=part.names[0],
+            operation=operation,
+            choice=None if how == "unreached" else getattr(self.plan.choice(rules), operation),
+            how=how,
+            kind=kind,
+            aliases=part.names[1:],
+            inplace=inplace,
+            decided=self.plan.explain(rules, operation),
+        )
+        # `setdefault` is one step also when several threads run the model.
+        site = self._rows.setdefault(key, new)
+        if site is new:
+            self.report.sites.append(new)
+        return site
+
+    def unreached(self, part: Part, operation: str, kind: str, inplace: bool = False) -> Site:
+        """The row of calls that keep PyTorch's own derivative.
+
+        Raises:
+            UnreachedError: If the surgery is strict.
+        """
+        site = self.row(part, operation, kind, inplace, "unreached")
+        if self.strict:
+            raise UnreachedError(self.report.model, [site])
+        return site
+
+
+@dataclass(eq=False)
+class Part:
+    """What a surgery keeps with one module of the model.
+
+    Args:
+        surgery: The surgery.
+        names: The qualified names under which the model has the module; the patched model itself is ``""``.
+        rules: The plan's rules that are for some calls of the module.
+        chosen: Whether ``only`` and ``skip`` let the choice reach it.
+        calls: Whether its code may call functions that its class does not tell of.
+        site: The module's row in the report, if it has one.
+        operation: The operation that reaches the site, if one does.
+        cls: The registered class that says how.
+        methods: The names under which the module has methods of the surgery's.
+    """
+
+    surgery: Surgery
+    names: tuple[str, ...]
+    rules: tuple[int, ...] = ()
+    chosen: bool = True
+    calls: bool = False
+    site: Site | None = None
+    operation: Operation | None = None
+    cls: type[nn.Module] | None = None
+    methods: tuple[str, ...] = ()
+
+    @property
+    def reached(self) -> tuple[Site, Operation, type[nn.Module]]:
+        """Site, operation and class of a module that is a site: it has all three."""
+        assert self.site is not None
+        assert self.operation is not None
+        assert self.cls is not None
+        return self.site, self.operation, self.cls
+
+    @property
+    def first(self) -> tuple[int, ...] | None:
+        """The rules that hold for the site's first call."""
+        return None if self.operation is None else self.surgery.plan.covering(self.rules, self.operation.name, 0)
+
+    @property
+    def may_call(self) -> bool:
+        """Whether the module's code calls functions that take a choice, as far as that is known."""
+        report = self.surgery.report
+        if not report.traced:
+            return self.calls
+        return any(site.name == self.names[0] and site is not self.site for site in report.sites)
+
+    def by_call(self, operation: str) -> bool:
+        """Whether the number of a call of an operation decides about it."""
+        rules = (self.surgery.plan.rules[i] for i in self.rules)
+        return any(rule.call is not None and (not rule.operation or operation in rule.operation) for rule in rules)
+
+
+def _in_checkpoint() -> bool:
+    """Whether a function given to ``torch.utils.checkpoint`` is running."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not CHECKPOINT:
+        frame = frame.f_back
+    return frame is not None
