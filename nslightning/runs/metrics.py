@@ -1,0 +1,83 @@
+"""A run's ``metrics.csv``, which a resumed run goes on with."""
+
+from __future__ import annotations
+
+import csv
+from argparse import Namespace
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.loggers.csv_logs import _ExperimentWriter
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers import CSVLogger
+
+from nslightning.files import replacing
+
+__all__ = ["MetricsFile", "forget_from"]
+
+
+def forget_from(file: Path, step: int) -> None:
+    """Drop the rows of a CSV file that a resumed run writes again, and a last row that a killed run left unfinished.
+
+    Args:
+        file: A CSV file with a column ``step``; nothing happens where it does not exist.
+        step: The first step that is run again.
+    """
+    if not file.exists():
+        return
+    with file.open(newline="") as opened:
+        lines = [line for line in opened if line.endswith("\n")]
+    if not lines:
+        file.unlink()
+        return
+    header, *rows = csv.reader(lines)
+    _replace(file, [header, *(row for row in rows if float(row[header.index("step")]) < step)])
+
+
+def _replace(file: Path, rows: Iterable[Sequence[str]]) -> None:
+    with replacing(file) as partial, partial.open("w", newline="") as opened:
+        csv.writer(opened, lineterminator="\n").writerows(rows)
+
+
+class _Writer(_ExperimentWriter):
+    """Goes on with the ``metrics.csv`` that is there, where Lightning's own would delete it."""
+
+    def _check_log_dir_exists(self) -> None:
+        file = Path(self.metrics_file_path)
+        if file.exists():
+            with file.open(newline="") as opened:
+                self.metrics_keys = next(csv.reader(opened), [])
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        file = Path(self.metrics_file_path)
+        with file.open(newline="") as opened:
+            rows = list(csv.DictReader(opened, restval=""))
+        _replace(file, [fieldnames, *([row.get(key, "") for key in fieldnames] for row in rows)])
+
+
+class MetricsFile(CSVLogger):
+    """Writes a run's ``metrics.csv``; a resumed run goes on with the same file.
+
+    Args:
+        folder: The run's folder.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        folder = Path(folder)
+        super().__init__(str(folder.parent.parent), folder.parent.name, folder.name, flush_logs_every_n_steps=1)
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The writer of the file."""
+        if self._experiment is None:
+            self._experiment = _Writer(log_dir=self.log_dir)
+        return self._experiment
+
+    def save(self) -> None:
+        """Write what was logged; hyperparameters are in the run's ``config.yaml``."""
+        self.experiment.save()
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace | None = None) -> None:
+        """Nothing: see ``config.yaml``."""
