@@ -7,6 +7,7 @@ import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from torch import nn
 
 from nslightning.spelling import did_you_mean
 
-__all__ = ["OwnNameError", "current_folder_importable", "is_own", "own_network"]
+__all__ = ["OwnNameError", "current_folder_importable", "is_own", "own_network", "without_own_code"]
+
+_ONLY_NAMES = ContextVar("_ONLY_NAMES", default=False)
 
 
 class OwnNameError(ValueError):
@@ -51,6 +54,16 @@ def current_folder_importable() -> Iterator[None]:
         sys.path.remove(here)
 
 
+@contextmanager
+def without_own_code() -> Iterator[None]:
+    """Refuse networks that are code of one's own: inside, names come from a file that a stranger may have written."""
+    before = _ONLY_NAMES.set(True)
+    try:
+        yield
+    finally:
+        _ONLY_NAMES.reset(before)
+
+
 def own_network(name: str, offered: dict[str, Any] | None = None, options: dict[str, Any] | None = None) -> nn.Module:
     """Make the network that ``package.module:factory`` names.
 
@@ -66,10 +79,15 @@ def own_network(name: str, offered: dict[str, Any] | None = None, options: dict[
         The network.
 
     Raises:
-        OwnNameError: If there is no such module, or no such factory in it.
+        OwnNameError: If there is no such module, or no such factory in it; or inside :func:`without_own_code`.
         ValueError: If ``options`` are given to what takes none.
         RuntimeError: If the code itself fails.
     """
+    if _ONLY_NAMES.get():
+        raise OwnNameError(
+            f"the checkpoint names code to run, {name}: if you trust it, say so by naming the network yourself: "
+            f"load_from_checkpoint(..., backbone={name!r})"
+        )
     where, _, attribute = name.partition(":")
     if not all(part.isidentifier() for part in (*where.split("."), attribute)):
         raise OwnNameError(f"{name!r} is not of the form package.module:factory")

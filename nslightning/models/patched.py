@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -16,6 +17,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from nslightning._torch import is_compiled
 from nslightning.jacobians import Jacobians
 from nslightning.models.checkpoint_note import CheckpointNote, plan_of
+from nslightning.models.own import without_own_code
 from nslightning.surgery import PatchReport, PatchWarning, Rule, patch
 
 __all__ = ["PatchedModule", "at_least_float32"]
@@ -94,11 +96,13 @@ class PatchedModule(LightningModule):
 
         Returns:
             The model. A checkpoint of the command line brings its optimizer along; callables given in Python are
-            not stored, and without them ``configure_optimizers`` warns.
+            not stored, and without them ``configure_optimizers`` warns. Nothing that the file names is run: a network
+            of one's own (``package.module:factory``) is made where ``backbone`` names it here.
         """
         if isinstance(kwargs.get("jacobians"), Jacobians):
             kwargs["jacobians"] = kwargs["jacobians"].to_dict()  # what Lightning's instantiator takes
-        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        with nullcontext() if "backbone" in kwargs else without_own_code():
+            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def patch_network(self, name: str, network: nn.Module, example: Any, seed: int) -> None:
         """Make a network the one that is trained, under the Jacobian choice of every site.
