@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
+from enum import Enum
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ArgumentParser, get_loader, set_loader
+from jsonargparse import ArgumentParser, get_loader, set_dumper, set_loader
 
 from nslightning.commands.config_files import refuse_duplicates
 from nslightning.commands.rewritten import explained
@@ -22,6 +23,18 @@ def _load_strictly(text: str) -> Any:
     return _load(text)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes the member of an enumeration as its value, which the config's parser takes for it."""
+
+
+_Dumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
+
+
+def _dump(content: Any) -> str:
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+set_dumper("yaml", _dump)
 set_loader("yaml", _load_strictly, exceptions=(yaml.YAMLError,), json_superset=True)
 
 

@@ -9,12 +9,24 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 from nslightning.files import write_text
 
-__all__ = ["End", "Segment", "choice_changes", "ended", "flat", "note_end", "read_record", "segments", "with_segment", "write_record"]
+__all__ = [
+    "End",
+    "Segment",
+    "choice_changes",
+    "ended",
+    "flat",
+    "note_end",
+    "read_record",
+    "segments",
+    "with_segment",
+    "write_record",
+]
 
 #: How a run may end: by itself, by a signal, by an error.
 End = Literal["finished", "stopped", "failed"]
@@ -186,7 +198,7 @@ def choice_changes(folder: str | Path) -> list[tuple[int, str]]:
     """
     told = segments(read_record(folder))
     found = []
-    for before, after in zip(told, told[1:], strict=False):
+    for before, after in pairwise(told):
         if (before.choice, before.sites) != (after.choice, after.sites):
             rules = f", {len(after.sites)} rules for sites" if before.sites != after.sites else ""
             found.append((after.from_step, f"{before.choice} to {after.choice}{rules}"))
