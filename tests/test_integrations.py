@@ -120,7 +120,7 @@ def test_trainer_is_patched_and_measured(tmp_path):
     reference = NonsmoothTrainerCallback(choices=ONE, every_n_steps=2)
     watched, trainer = train(tmp_path / "watched", reference)
     assert same(plain, watched)
-    assert not selections(watched)
+    assert selections(watched)
     other, _ = train(tmp_path / "other", NonsmoothTrainerCallback(Jacobians(relu=1.0)))
     assert not same(plain, other)
 
@@ -132,7 +132,21 @@ def test_trainer_is_patched_and_measured(tmp_path):
     assert [(s["name"], s["operation"]) for s in report["sites"]] == [("net.1", "relu")]
 
     again, _ = train(tmp_path / "again", reference, model=watched)
+    reference.unpatch()
     assert not selections(again)
+
+
+def test_mixed_precision_is_taken_off_before_the_patch(tmp_path):
+    from nslightning.integrations.transformers import NonsmoothTrainerCallback
+
+    callback = NonsmoothTrainerCallback(choices=ONE)
+    with pytest.raises(ValueError, match="has patched no model yet"):
+        callback.unpatch()
+    model, _ = train(tmp_path, callback, bf16=True, max_steps=1)
+    callback.unpatch()
+    assert not selections(model)
+    assert "forward" not in model.__dict__
+    assert model(X, torch.zeros(16, dtype=torch.long))["logits"].dtype == torch.float32
 
 
 def test_accumulated_batches_and_a_model_made_later(tmp_path):

@@ -28,8 +28,10 @@ __all__ = ["NonsmoothTrainerCallback"]
 class NonsmoothTrainerCallback(TrainerCallback):
     """Patches the model of a Hugging Face ``Trainer``, and measures other choices on its training backward.
 
-    The model is patched when the ``Trainer`` is made, before Accelerate wraps or compiles it, and given back as it was
-    when training ends; another ``train()`` patches it again. Measuring leaves the training bit for bit as it is.
+    The model is patched when the ``Trainer`` is made, before Accelerate wraps or compiles it. It stays patched after
+    training, since the ``Trainer`` goes on using it; :meth:`unpatch` gives it back. Weights, and what
+    ``save_pretrained`` writes, are those of the model without a patch. Measuring leaves the training bit for bit as it
+    is.
 
     Written to ``output_dir``: ``patch_report.json`` with every site, after the first step; ``divergence.csv`` with one
     row per measured step and choice. The same values go into ``trainer.state.log_history`` as
@@ -74,6 +76,7 @@ class NonsmoothTrainerCallback(TrainerCallback):
         self._measuring = ExitStack()
         self._measured: dict[str, Divergence] = {}
         self._report_written = False
+        self._model: nn.Module | None = None
 
     def on_init_end(
         self,
@@ -107,7 +110,24 @@ class NonsmoothTrainerCallback(TrainerCallback):
         self._report_written = False
 
     def _patch(self, model: nn.Module) -> None:
-        self.report = patch(model, self.plan, only=self.only, skip=self.skip, strict=self.strict)
+        if model is not self._model:  # the same model may train in a second Trainer
+            self.report = patch(model, self.plan, only=self.only, skip=self.skip, strict=self.strict)
+            self._model = model
+
+    def unpatch(self) -> None:
+        """Give the model back as it was made, without Accelerate's wrapper for mixed precision.
+
+        Raises:
+            ValueError: If nothing is patched.
+        """
+        if self._model is None:
+            raise ValueError("NonsmoothTrainerCallback has patched no model yet, or gave it back")
+        # Accelerate puts a wrapper with autocast over the instance's forward, and keeps the one that was there.
+        wrapped = self._model.__dict__.pop("_original_forward", None)
+        if wrapped is not None:
+            self._model.forward = wrapped  # as Accelerate does
+        unpatch(self._model)
+        self._model = None
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -136,12 +156,9 @@ class NonsmoothTrainerCallback(TrainerCallback):
             self.report.save(Path(args.output_dir, "patch_report.json"))
             self._report_written = True
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Give the model back as it was."""
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Stop measuring, where the last step did not."""
         self._measuring.close()
-        unpatch(kwargs["model"])
 
     def _stop(self, args: TrainingArguments, state: TrainerState) -> None:
         self._measuring.close()
