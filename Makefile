@@ -65,6 +65,9 @@ lock-check: $(LOCAL_UV) ## Check that requirements.lock is what pyproject.toml a
 .PHONY: demo
 demo: setup ## Train on the embedded Fashion-MNIST sample and watch what the Jacobian choice changes (under 3 min)
 	$(BIN)/nslightning fit --config configs/quickstart.yaml
+	@echo; echo "The same in fp32, for two epochs:"
+	$(BIN)/nslightning fit --config configs/quickstart.yaml --name=quickstart-fp32 --trainer.precision=32-true \
+		--trainer.max_epochs=2
 
 ##@ The papers
 

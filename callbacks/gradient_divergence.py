@@ -14,9 +14,8 @@ import pandas as pd
 import torch
 import torch._functorch.config
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -40,6 +39,8 @@ from nslightning.runs import choice_changes
 from nslightning.surgery import selections
 
 from .measurements import append_rows, begins_anew, interval, log_step, own_name, run_folder, start_table
+from .showing import show_figure, show_table, summarise
+from .verdict import divergence_in_words
 
 __all__ = ["GradientDivergence"]
 
@@ -74,7 +75,7 @@ class GradientDivergence(Callback):
     ``divergence/seconds``          time that the measurement took
     ``divergence/share``            time that all measurements took over the time of all training steps so far, without
                                     them; from the second measured step on
-    ``divergence/per_layer``        W&B only: a table of the same norms per parameter
+    ``divergence/per_layer``        at the end: a table of the same norms per parameter, for loggers that take tables
     =============================== ==================================================================
 
     The run folder gets ``divergence.csv``, one row per step, choice and parameter (an empty ``parameter`` is the
@@ -199,6 +200,8 @@ class GradientDivergence(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drop the rows that this run will write again; only now does Lightning know at which step it resumes."""
         start_table(trainer, self._file)
+        if trainer.is_global_zero:
+            summarise(trainer, self._name)
         self._began = True
         self._reference = _in_use(pl_module)
 
@@ -335,7 +338,7 @@ class GradientDivergence(Callback):
             self._next = trainer.strategy.broadcast(self._next)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the figure."""
+        """Draw the figure, say in words what was measured, and send both to the loggers."""
         self._draw(trainer)
 
     def _draw(self, trainer: Trainer) -> None:
@@ -346,8 +349,17 @@ class GradientDivergence(Callback):
             numbers = {norm: ["nan"] for norm in NORMS}
             rows = pd.read_csv(self._file, dtype={"choice": str}, keep_default_na=False, na_values=numbers)
             totals = rows[rows["parameter"] == ""]
-            if len(totals):
-                divergence_by_step(totals, self._file.with_suffix(".pdf"), choice_changes(self._folder))
+            if not len(totals):
+                return
+            divergence_by_step(totals, self._file.with_suffix(".pdf"), choice_changes(self._folder))
+            figure = self._file.with_suffix(".png")
+            words = divergence_in_words(totals, str(trainer.precision))
+            rank_zero_info("\n".join([*words, f"figure: {figure}"]))
+            columns = ["step", "choice", "parameter", *NORMS]
+            show_table(
+                trainer, f"{self._name}/per_layer", columns, rows[rows["parameter"] != ""][columns].values.tolist()
+            )
+            show_figure(trainer, f"{self._name}/figure", figure)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave nothing behind but the figure of what was measured: Lightning calls no ``teardown`` then."""
@@ -383,11 +395,6 @@ class GradientDivergence(Callback):
             at = {"step": step, "choice": choice, "reference": self._reference}
             rows += [{**at, "parameter": p, **e.norms(), "method": d.method} for p, e in parts.items()]
         append_rows(self._file, rows)
-        for logger in trainer.loggers if self.per_layer else []:
-            if isinstance(logger, WandbLogger):
-                columns = ["step", "choice", "parameter", *NORMS]
-                data = [[row[c] for c in columns] for row in rows if row["parameter"]]
-                logger.log_table(f"{name}/per_layer", columns=columns, data=data, step=step)
 
 
 def _in_use(module: nn.Module) -> str:

@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import random
+import re
 import struct
 import subprocess
 import sys
@@ -694,7 +695,7 @@ def test_a_step_without_loss(tmp_path):
 def test_files(tmp_path):
     trainer(tmp_path, GradientDivergence(CHOICES, 2, per_layer=False)).fit(Module(Plain), data())
     rows = read(tmp_path)
-    assert rows.columns.tolist() == ["step", "choice", "parameter", *NORMS, "method"]
+    assert rows.columns.tolist() == ["step", "choice", "reference", "parameter", *NORMS, "method"]
     assert rows["choice"].tolist() == [*CHOICES] * 3
     assert set(rows["parameter"]) == {""}
     assert (tmp_path / "divergence.pdf").read_bytes().startswith(b"%PDF")
@@ -844,15 +845,18 @@ def test_wandb(tmp_path):
         for key in row:
             at.setdefault(key, []).append(row.get("trainer/global_step"))
     assert at["divergence/relu1/relative"] == [0, 2, 4]
-    assert at["divergence/per_layer/nrows"] == [0, 2, 4]
+    assert len(at["divergence/per_layer/nrows"]) == 1  # one table at the end, and no artifact per measurement
+    assert len(at["divergence/figure/count"]) == 1
+    assert defined["divergence/*"].summary.max
+    assert defined["divergence/*"].summary.last
     assert at["ties/total"] == [0, 3]
     assert at["train/loss"] == list(range(6))
     parameters = [name for name, p in module.named_parameters() if p.requires_grad]
     rows = [row["divergence/per_layer/nrows"] for row in history if "divergence/per_layer/nrows" in row]
-    assert rows == [len(CHOICES) * len(parameters)] * 3
+    assert rows == [3 * len(CHOICES) * len(parameters)]
     scalars = {f"divergence/{choice}/{norm}" for choice in CHOICES for norm in NORMS}
     scalars |= {"divergence/seconds", "divergence/share"}
-    assert {key for key in at if key.startswith("divergence/") and "per_layer" not in key} == scalars
+    assert {key for key in at if re.match("divergence/(?!per_layer|figure)", key)} == scalars
     assert "patch_report/nrows" in at
     run = settings["run"]
     assert settings["config"] == config
@@ -864,7 +868,9 @@ def test_wandb(tmp_path):
     key = "divergence/relu1/relative"
     assert [row[key] for row in history if key in row] == written
     assert (folder / "metrics.csv").exists()
-    assert json.loads((folder / "run.json").read_text()) == json.loads(json.dumps(run))
+    record = json.loads((folder / "run.json").read_text())
+    assert (record.pop("ended_at_step"), record["ended"]) == (6, "finished")  # which W&B was told before the first step
+    assert record | {"ended": None} == json.loads(json.dumps(run))
 
 
 # ---------------------------------------------------------------------------------------------------------- runs.py
