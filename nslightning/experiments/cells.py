@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import Any, Literal, NamedTuple, Self, get_args, get_origin, get_type_hints
 
 from nslightning.arithmetic import Arithmetic
+from nslightning.experiments.optimizers import check_optimizer
 from nslightning.jacobians import Jacobians, MaxPoolChoice, Rule
 from nslightning.spelling import did_you_mean
 
@@ -130,13 +131,17 @@ class TrainCell(Cell):
 
     Args:
         epochs: Passes over the training images.
-        optimizer: ``sgd`` (with momentum and weight decay) or ``adam`` (PyTorch's defaults, no decay).
-        momentum: Of SGD.
+        optimizer: ``sgd`` (with momentum and weight decay) or ``adam`` (PyTorch's defaults, no decay), as the papers;
+            or any by name: of torch.optim, such as ``AdamW``; ``INNA`` or ``INNAprop``; of timm, such as ``timm/lion``;
+            or a class by its path.
+        optimizer_options: Its arguments besides the learning rate, such as ``{alpha: 0.1, beta: 0.9}``.
+        momentum: Of ``sgd``.
         learning_rate: The first one; or ``searched``: the one that the paper's search found (published/).
         paper: Whose search.
         shared_lr: Published quirk (B): every value of the choice takes the rate found for 0. Off: each its own.
-        weight_decay: Of SGD.
+        weight_decay: Of ``sgd``.
         schedule: ``cosine`` to zero at the end, by epoch; or ``constant``.
+        schedule_epochs: The epochs after which ``cosine`` is at zero; None is ``epochs``.
         eval_batch_size: Images per test batch.
         init: How weights are drawn; None is the backbone's own.
         shuffle: False keeps the images in their order, as paper A's zero counts did.
@@ -148,13 +153,15 @@ class TrainCell(Cell):
     """
 
     epochs: int = 10
-    optimizer: Literal["sgd", "adam"] = "sgd"
+    optimizer: str = "sgd"
+    optimizer_options: dict[str, Any] | None = None
     learning_rate: float | Literal["searched"] = 0.01
     paper: Literal["A", "B"] = "B"
     shared_lr: bool = False
     momentum: float = 0.9
     weight_decay: float = 5e-4
     schedule: Literal["cosine", "constant"] = "cosine"
+    schedule_epochs: int | None = None
     eval_batch_size: int = 500
     init: str | None = None
     shuffle: bool = True
@@ -177,9 +184,14 @@ class TrainCell(Cell):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, allowed in (("optimizer", ("sgd", "adam")), ("schedule", ("cosine", "constant"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        if self.schedule not in ("cosine", "constant"):
+            raise ValueError(f"schedule={self.schedule!r} is not one of cosine, constant")
+        if self.optimizer in ("sgd", "adam") and self.optimizer_options:
+            raise ValueError(
+                f"optimizer={self.optimizer} has the papers' settings; with optimizer_options name the class: "
+                f"optimizer: {'SGD' if self.optimizer == 'sgd' else 'Adam'}"
+            )
+        check_optimizer(self.optimizer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,7 +330,10 @@ def settings(kind: str, given: dict[str, Any]) -> Cell:
 
 
 #: Settings that count something.
-_COUNTS = ("width", "depth", "train_images", "batch_size", "epochs", "eval_batch_size", "steps", "thetas", "batches")
+_COUNTS = (
+    *("width", "depth", "train_images", "batch_size", "epochs", "schedule_epochs", "eval_batch_size", "steps"),
+    *("thetas", "batches"),
+)
 
 
 def _read(value: Any, allowed: Any) -> Any:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from nslightning.experiments.cells import Cell
-from nslightning.experiments.grid import Experiment, Planned
+from nslightning.experiments.grid import Experiment, Planned, setting
 from nslightning.experiments.published import table
 
 if TYPE_CHECKING:
@@ -73,7 +75,7 @@ def comparison(experiment: Experiment, results: pd.DataFrame) -> pd.DataFrame:
     for must_match in (True, False):  # what no entry matches is told once, after the rest
         for entry in experiment.compare:
             for key, (head, cells) in groups.items():
-                if any(not _equal(value, getattr(cells[0].cell, name)) for name, value in entry.get("of", {}).items()):
+                if any(not _equal(value, setting(cells[0].cell, name)) for name, value in entry.get("of", {}).items()):
                     continue
                 theirs = _published(entry, cells[0].cell)
                 if bool(theirs) == must_match and (must_match or key not in told):
@@ -88,13 +90,29 @@ def _published(entry: Mapping[str, Any], cell: Cell) -> list[dict[str, Any]]:
     for key in entry:
         if key not in _KEYS:
             raise ValueError(f"compare has {key!r}; known here: {', '.join(_KEYS)}")
-    ours = {column: getattr(cell, setting) for column, setting in {"data": "data", **entry.get("match", {})}.items()}
-    return [row for row in _meant(entry, ours) if all(_equal(row[c], v) for c, v in ours.items())]
+    ours = {column: setting(cell, name) for column, name in {"data": "data", **entry.get("match", {})}.items()}
+    wanted = json.dumps(entry.get("where", {}), sort_keys=True)
+    return _by_columns(table, entry["published"], wanted, tuple(ours)).get(tuple(map(_normal, ours.values())), [])
 
 
-def _meant(entry: Mapping[str, Any], columns: Iterable[str] = ("data",)) -> list[dict[str, Any]]:
+@lru_cache(maxsize=64)
+def _by_columns(
+    read: Callable[[str], pd.DataFrame], published: str, where: str, columns: tuple[str, ...]
+) -> dict[tuple[str, ...], list[dict[str, Any]]]:
+    """The published rows that are meant, by what they have in some columns."""
+    found: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in _meant({"published": published, "where": json.loads(where)}, columns, read):
+        found.setdefault(tuple(_normal(row[c]) for c in columns), []).append(row)
+    return found
+
+
+def _meant(
+    entry: Mapping[str, Any],
+    columns: Iterable[str] = ("data",),
+    read: Callable[[str], pd.DataFrame] | None = None,
+) -> list[dict[str, Any]]:
     """The published rows that an entry means, whatever was run; they have these columns."""
-    published, where = table(entry["published"]), entry.get("where", {})
+    published, where = (read or table)(entry["published"]), entry.get("where", {})
     for column in (*where, *columns):
         if column not in published:
             raise ValueError(
@@ -212,12 +230,17 @@ def _binomial(p: float, n: float) -> float:
 
 def _equal(published: Any, ours: Any) -> bool:
     """Whether a published value and a setting are the same: numbers as numbers, networks by their own name."""
-    if isinstance(ours, bool) or str(published) in ("True", "False"):
-        return str(bool(ours)) == str(published)
+    return _normal(published) == _normal(ours)
+
+
+def _normal(value: Any) -> str:
+    """A value as it is told: numbers to nine digits, networks by their own name."""
+    if str(value) in ("True", "False"):
+        return str(value)
     try:
-        return math.isclose(float(published), float(ours), rel_tol=1e-9)
+        return f"{float(value):.9g}"
     except (TypeError, ValueError):
-        return str(published) == str(ours).removeprefix("paper/")
+        return str(value).removeprefix("paper/")
 
 
 def markdown(experiment: Experiment, compared: pd.DataFrame) -> str:

@@ -17,7 +17,7 @@ from nslightning.experiments.cells import Cell, TrainCell, settings
 from nslightning.experiments.published import searched_learning_rate
 from nslightning.spelling import did_you_mean
 
-__all__ = ["SCALES", "Experiment", "Planned"]
+__all__ = ["SCALES", "Experiment", "Planned", "setting"]
 
 #: From a check that everything runs, on the embedded data, to the published setting.
 SCALES = ("smoke", "small", "paper")
@@ -52,7 +52,8 @@ class Experiment:
         figures: The figures that are drawn from it.
         fixed: What stays, for all cells.
         grids: Each a mapping of settings to lists of values; the experiment is the union of their products, the first
-            setting varying slowest. ``{from: 0, count: 3}`` stands for 0, 1, 2.
+            setting varying slowest. ``optimizer_options.beta`` is an entry of a setting that is a mapping, and
+            ``{from: 0, count: 3}`` stands for 0, 1, 2.
         compare: The published numbers that it is held against; see :mod:`nslightning.experiments.compare`.
         as_published: Every cell takes the released procedure, quirks included
             (:meth:`nslightning.experiments.Cell.as_published`).
@@ -153,14 +154,14 @@ class Experiment:
         for grid in self.grids:
             for values in itertools.product(*grid.values()):
                 varied = dict(zip(grid, values, strict=True))
-                cell = settings(self.kind, {**self.fixed, **varied})
+                cell = settings(self.kind, _nested({**self.fixed, **varied}))
                 cell = _with_learning_rate(cell.as_published() if self.as_published else cell)
-                varied = {name: getattr(cell, name) for name in sorted(names)}
+                varied = {name: setting(cell, name) for name in sorted(names)}
                 planned = Planned(_identifier(self.kind, cell), varied, cell)
                 found.setdefault(planned.id, planned)
         if not only:
             return list(found.values())
-        known = list(dict.fromkeys(f.name for p in found.values() for f in _fields(p.cell)))
+        known = list(dict.fromkeys([*(f.name for p in found.values() for f in _fields(p.cell)), *sorted(names)]))
         unknown = [name for name in only if name not in known]
         if unknown:
             raise ValueError(
@@ -168,13 +169,38 @@ class Experiment:
                 f"The grid varies {', '.join(sorted(names))}, and has {', '.join(k for k in known if k not in names)}"
             )
         kept = [
-            p for p in found.values() if all(any(_same(getattr(p.cell, n), v) for v in vs) for n, vs in only.items())
+            p for p in found.values() if all(any(_same(setting(p.cell, n), v) for v in vs) for n, vs in only.items())
         ]
         if not kept:
             asked = ", ".join(f"{n}={'|'.join(map(str, v))}" for n, v in only.items())
-            have = "; ".join(f"{n}: {_listed(getattr(p.cell, n) for p in found.values())}" for n in only)
+            have = "; ".join(f"{n}: {_listed(setting(p.cell, n) for p in found.values())}" for n in only)
             raise ValueError(f"--only {asked} leaves no cell; the grid has {have}")
         return kept
+
+
+def setting(cell: Cell, name: str) -> Any:
+    """A setting of a cell; ``options.entry`` is an entry of a mapping, None where it has none.
+
+    Args:
+        cell: The cell.
+        name: Of the setting.
+
+    Returns:
+        Its value.
+    """
+    outer, dot, inner = name.partition(".")
+    value = getattr(cell, outer)
+    return value.get(inner) if dot else value
+
+
+def _nested(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with the entries of mappings put into them."""
+    plain = {name: value for name, value in given.items() if "." not in name}
+    for name, value in given.items():
+        outer, dot, inner = name.partition(".")
+        if dot:
+            plain[outer] = {**(plain.get(outer) or {}), inner: value}
+    return plain
 
 
 def _fields(cell: Cell) -> tuple[Any, ...]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from nslightning.experiments.cells import Outcome, Row, TrainCell
 from nslightning.experiments.data import Images
 from nslightning.experiments.networks import build, loaded, provenance
+from nslightning.experiments.optimizers import make_optimizer
 from nslightning.experiments.precision import PRECISIONS, computing
 from nslightning.models.patched import at_least_float32
 from nslightning.surgery import selections
@@ -85,15 +86,13 @@ class Run:
         if isinstance(cell.learning_rate, str):
             raise ValueError(f"learning_rate={cell.learning_rate!r} is looked up when the grid is expanded")
         self.cell, self.network, self.device, self.alive = cell, network, device, True
-        self.optimizer: torch.optim.Optimizer
-        if cell.optimizer == "adam":
-            self.optimizer = torch.optim.Adam(network.parameters(), lr=cell.learning_rate)
-        else:
-            self.optimizer = torch.optim.SGD(
-                network.parameters(), lr=cell.learning_rate, momentum=cell.momentum, weight_decay=cell.weight_decay
-            )
+        options = cell.optimizer_options or {}
+        if cell.optimizer == "sgd":
+            options = {"momentum": cell.momentum, "weight_decay": cell.weight_decay}
+        self.optimizer = make_optimizer(cell.optimizer, network, cell.learning_rate, options)
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR
-        self.schedule = cosine(self.optimizer, cell.epochs) if cell.schedule == "cosine" else None
+        last = cell.schedule_epochs or cell.epochs
+        self.schedule = cosine(self.optimizer, last) if cell.schedule == "cosine" else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=cell.precision == 24)
         if cell.shared_scaler and cell.precision == 24:
             self.scaler = _shared_scalers.setdefault(device.type, self.scaler)

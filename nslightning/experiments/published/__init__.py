@@ -54,15 +54,21 @@ def searched_learning_rate(cell: TrainCell) -> float:
     """
     parameter = "alpha" if cell.paper == "A" else "beta"
     value = 0.0 if cell.shared_lr else cell.relu if cell.paper == "A" else cell.max_pool
+    return _searched(
+        parameter,
+        value,
+        paper=cell.paper,
+        data=cell.data,
+        backbone=cell.backbone.removeprefix("paper/"),
+        batch_norm=bool(cell.batch_norm),
+        optimizer=cell.optimizer,
+        precision=cell.precision,
+    )
+
+
+@lru_cache(maxsize=4096)
+def _searched(parameter: str, value: float | str, **wanted: str | bool | int) -> float:
     rows = table("learning_rates")
-    wanted = {
-        "paper": cell.paper,
-        "data": cell.data,
-        "backbone": cell.backbone.removeprefix("paper/"),
-        "batch_norm": bool(cell.batch_norm),
-        "optimizer": cell.optimizer,
-        "precision": cell.precision,
-    }
     for column, one in wanted.items():
         rows = rows[rows[column] == one]
     found = rows[rows["value"] == value] if not isinstance(value, str) else rows[:0]
@@ -70,9 +76,9 @@ def searched_learning_rate(cell: TrainCell) -> float:
         there = (
             f"it searched {parameter} in {', '.join(f'{v:g}' for v in rows['value'])}" if len(rows) else "none there"
         )
-        asked = ", ".join(f"{k}={v}" for k, v in wanted.items())
+        asked = ", ".join(f"{k}={v}" for k, v in wanted.items() if k != "paper")
         raise ValueError(
-            f"paper {cell.paper} has no searched learning rate for {asked}, {parameter}={value}: {there}. "
+            f"paper {wanted['paper']} has no searched learning rate for {asked}, {parameter}={value}: {there}. "
             "Give learning_rate a number, or take the one of 0 for all: shared_lr: true"
         )
     return float(found["learning_rate"].iloc[0])
