@@ -36,7 +36,8 @@ help: ## Show every target
 
 # .partial stands while the environment is being changed: found at the start, the last setup was interrupted,
 # a package may be half there, and the environment is built again from nothing (the cache makes that quick).
-$(VENV)/.ready: requirements.lock pyproject.toml nslightning/ops/kernels/cpu.cpp nslightning/arithmetic/sequential.cpp | $(LOCAL_UV)
+$(VENV)/.ready: requirements.lock pyproject.toml nslightning/ops/kernels/cpu.cpp nslightning/ops/kernels/nodes.cpp \
+		nslightning/arithmetic/sequential.cpp | $(LOCAL_UV)
 	@if [[ -e $(VENV)/.partial ]]; then rm -rf $(VENV); fi; \
 	if [[ -e $@ ]]; then mv $@ $(VENV)/.partial; \
 	elif [[ -n "$$(ls -A $(VENV) 2>/dev/null)" ]]; then \
@@ -44,10 +45,11 @@ $(VENV)/.ready: requirements.lock pyproject.toml nslightning/ops/kernels/cpu.cpp
 	else mkdir -p $(VENV); touch $(VENV)/.partial; $(UV) venv --quiet --allow-existing --python '>=3.11' $(VENV); fi
 	$(SYNC) $(PY)
 	$(UV) pip install --quiet --python $(PY) --no-deps --no-build-isolation --editable .
+	$(PY) -m nslightning.ops.kernels.build
 	@mv $(VENV)/.partial $@; touch $@
 
 .PHONY: setup
-setup: $(VENV)/.ready ## Create or update the environment from requirements.lock (about 30 s)
+setup: $(VENV)/.ready ## Create or update the environment from requirements.lock (about a minute)
 
 .PHONY: lock
 lock: $(LOCAL_UV) ## Write requirements.lock from pyproject.toml, keeping pins that still fit (UPGRADE=1: the newest)

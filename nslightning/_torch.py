@@ -45,6 +45,7 @@ __all__ = [
     "is_legacy_batch",
     "is_operator",
     "is_tracing",
+    "is_transformed",
     "is_view",
     "kept_attributes",
     "number_of",
@@ -106,6 +107,18 @@ def is_tracing() -> bool:
         True while it is.
     """
     return torch._C._get_tracing_state() is not None
+
+
+def is_transformed(x: Tensor) -> bool:
+    """Whether a tensor was made inside a ``torch.func`` transform and holds another one in place of memory.
+
+    Args:
+        x: Any tensor.
+
+    Returns:
+        True for such a tensor, also after the transform has ended.
+    """
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))
 
 
 def is_view(x: Tensor) -> bool:

@@ -245,6 +245,7 @@ def test_marked_ties_are_the_composition(choice, parameters, spread, dtype, layo
         found = []
         for used in (True, False):
             monkeypatch.setattr(cpu_kernels, "available", lambda used=used: used)
+            monkeypatch.setattr("nslightning.ops.autograd.native._library", lambda: None)
             leaf = x.clone().requires_grad_()
             y = pointwise(name, leaf, Selection(Jacobians(**choice)), *parameters)
             found += [bits_of(torch.autograd.grad(y, leaf, g)[0])]
@@ -270,7 +271,7 @@ def test_pooling_on_any_number_of_threads(geometry, jacobian, layout):
         try:
             leaf = x.clone().requires_grad_()
             y = ops.max_pool2d(leaf, *geometry, jacobian=jacobian)
-            assert "_MaxPool2d" in str(y.grad_fn)
+            assert "MaxPool2d" in y.grad_fn.name()
             found.append((y.detach(), *torch.autograd.grad(y, leaf, g)))
         finally:
             torch.set_num_threads(before)
@@ -371,7 +372,7 @@ def test_nan_in_half_precision_is_pooled_as_stock_does():
     x = torch.ones(1, 1, 4, 4, dtype=torch.bfloat16)
     x.view(torch.int16)[0, 0, 0, 0] = -1
     y = pool(x.clone().requires_grad_(), Selection(Jacobians()), regular(2, 2))
-    assert "_MaxPool2d" in str(y.grad_fn)
+    assert "MaxPool2d" in y.grad_fn.name()
     assert torch.equal(bits_of(y.detach()), bits_of(F.max_pool2d(x, 2)))
 
 

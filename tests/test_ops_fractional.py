@@ -9,6 +9,7 @@ from bits import bits
 from torch import nn
 
 from nslightning import Jacobians, ops, patch, using
+from nslightning.ops.autograd.selection import Selection
 from nslightning.ops.registry import OPERATIONS
 
 STOCK = {2: F.fractional_max_pool2d, 3: F.fractional_max_pool3d}
@@ -161,7 +162,7 @@ def test_counting_ties_leaves_the_stream_and_the_windows_alone():
     call = operation.functions[F.fractional_max_pool2d](x, 2, 3)
     ties, windows = operation.ties(call)
     assert 0 < ties < windows == want.numel()
-    selection = ops.selection.Selection(Jacobians(max_pool="minimal"))
+    selection = Selection(Jacobians(max_pool="minimal"))
     assert torch.equal(operation.apply(selection, call), want)
     assert torch.equal(torch.rand(1), after)
 

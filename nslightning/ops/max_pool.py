@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from nslightning.jacobians import Jacobians, MaxPoolChoice, Rule
-from nslightning.ops.autograd import fused
+from nslightning.ops.autograd import fused, native
 from nslightning.ops.autograd.nodes import NonsmoothFunction, OwnFunction
 from nslightning.ops.autograd.routing import fixed
 from nslightning.ops.autograd.selection import Selection, data_dependent, read_now
@@ -211,6 +211,28 @@ def _composed(geometry: Geometry, x: Tensor, g: Tensor, selection: Selection) ->
     return _vjp(x, geometry.forward(x.detach())[1], g, geometry, selection)
 
 
+def _windows_of(sizes: tuple[int, ...]) -> Regular:
+    """The windows as a C++ node has them."""
+    kernel, stride, padding, dilation = (sizes[i : i + 2] for i in range(0, 8, 2))
+    return Regular(kernel, stride, padding, dilation, bool(sizes[8]))
+
+
+def _native_gradient(sizes: tuple[int, ...], saved: tuple[Tensor, Tensor], g: Tensor, selection: Selection) -> Tensor:
+    """The gradient for what a C++ node saved: the input, and which entries reach each window's maximum."""
+    geometry = _windows_of(sizes)
+    return fused.pool_gradient(*saved, g, selection, geometry, partial(_composed, geometry))
+
+
+def _native_difference(
+    sizes: tuple[int, ...], saved: tuple[Tensor, Tensor], g: Tensor, selection: Selection, less: Selection
+) -> Tensor:
+    geometry = _windows_of(sizes)
+    return fused.pool_difference((*saved, g), geometry, partial(_composed, geometry), selection, less)
+
+
+native.composition("max_pool", _native_gradient, _native_difference)
+
+
 def _chosen(x: Tensor, indices: Tensor, geometry: Geometry, selection: Selection) -> tuple[Tensor, _Weights]:
     """The entry of each window that receives ``whole``, and the weights."""
     share, whole, each, last = selection.pool_weights()
@@ -341,6 +363,10 @@ def pool(x: Tensor, selection: Selection, geometry: Geometry, return_indices: bo
     Raises:
         ValueError: If a window has no entries; if the choice has no published rule.
     """
+    if isinstance(geometry, Regular) and geometry.dims == 2 and not return_indices:
+        sizes = geometry.kernel, geometry.stride, geometry.padding, geometry.dilation
+        if (result := native.max_pool2d(x, selection, *sizes, geometry.ceil_mode)) is not NotImplemented:  # type: ignore[arg-type] # of two dimensions
+            return cast(Tensor, result)
     published = selection.jacobians.rule == "published"
     if published and not (isinstance(geometry, Regular) and geometry.dims == 2):
         if selection.pool_weights() != _NATIVE or selection.jacobians.max_pool == "random":
@@ -373,8 +399,8 @@ def pool(x: Tensor, selection: Selection, geometry: Geometry, return_indices: bo
         if isinstance(beta, str):
             raise ValueError(f'the published rule of max pooling takes a number beta; given "{beta}"')
         minimal = pool(x, fixed(Jacobians(max_pool="minimal")), geometry)
-        native = pool(x, fixed(Jacobians()), geometry)
-        output = beta * minimal + (1 - beta) * native
+        reference = pool(x, fixed(Jacobians()), geometry)
+        output = beta * minimal + (1 - beta) * reference
     return (output, indices) if return_indices else output
 
 

@@ -7,6 +7,7 @@ met no kink, in eager mode on a CPU, the operation *is* the stock one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from nslightning.ops.autograd import fused
+from nslightning.ops.autograd import fused, native
 from nslightning.ops.autograd.layouts import storage_order
 from nslightning.ops.autograd.nodes import NonsmoothFunction
 from nslightning.ops.autograd.selection import Selection, data_dependent, read_now
@@ -88,12 +89,11 @@ _Bound = float | Tensor | None
 
 
 def _clamp_backward(g: Tensor, x: Tensor, low: float | None, high: float | None) -> Tensor:
-    inside = torch.ones((), dtype=torch.bool, device=x.device)
-    if low is not None:
-        inside = x >= low if _AT_LOWER else x > low
-    if high is not None:
-        inside = inside & (x <= high if _AT_UPPER else x < high)
-    return torch.where(inside, g, 0)
+    """Stock's backward, which is no operator; composed as there, so that the result lies in memory as there."""
+    above = None if low is None else x >= low if _AT_LOWER else x > low
+    below = None if high is None else x <= high if _AT_UPPER else x < high
+    inside = above if below is None else below if above is None else above.logical_and_(below)
+    return torch.where(cast(Tensor, inside), g, torch.zeros((), dtype=g.dtype, device=g.device))
 
 
 def _clamp_kinks(low: _Bound, high: _Bound) -> tuple[tuple[Any, float], tuple[Any, float]]:
@@ -241,6 +241,22 @@ POINTWISE: dict[str, Pointwise] = {
 }
 
 
+def _composed(
+    operation: str, parameters: tuple[float, ...], saved: tuple[Tensor], g: Tensor, selection: Selection
+) -> Tensor:
+    """The gradient for what a C++ node saved: the input."""
+    op, (x,) = POINTWISE[operation], saved
+    numbers: tuple[float | None, ...] = {"leaky_relu": parameters[:1], "hardtanh": parameters}.get(operation, ())
+    if operation == "clamp":
+        numbers = tuple(None if math.isnan(bound) else bound for bound in parameters)
+    ties = [x.detach() == position for position, _ in op.kinks(*numbers)]
+    return _vjp(op, numbers, None, x, [], ties, g, selection)[0]
+
+
+for _name in native.OPERATIONS[1:-1]:
+    native.composition(_name, partial(_composed, _name))
+
+
 class _Kinked(NonsmoothFunction):
     """Stock forward; stock backward with the chosen derivative at the recorded ties."""
 
@@ -364,6 +380,8 @@ def pointwise(operation: str, x: Tensor, selection: Selection, *parameters: Any,
     Raises:
         ValueError: If LeakyReLU is to work in place with a negative slope.
     """
+    if (result := native.pointwise(operation, x, selection, parameters, inplace)) is not NotImplemented:
+        return cast(Tensor, result)
     op = POINTWISE[operation]
     x, parameters = op.prepare(x, *parameters)
     transformed = _transformed(x)

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from nslightning._torch import function_of, hides_its_inside, is_compiled_function
 from nslightning.jacobians import Jacobians
-from nslightning.ops.autograd.nodes import is_own, kept_ties, operation_of
+from nslightning.ops.autograd.nodes import is_own, kept_ties, operation_of, release
 from nslightning.surgery import Plan
 
 __all__ = [
@@ -202,7 +202,7 @@ def freeing(nodes: Iterable[Any]) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    handles = [node.register_hook(_release(node)) for node in nodes if _saved(node.__class__)]
+    handles = [node.register_hook(_release(node)) for node in nodes if _saved(node.__class__) or is_own(node)]
     try:
         yield
     finally:
@@ -220,6 +220,8 @@ def _release(node: Any) -> Callable[..., None]:
     """What drops a node's saved tensors once its backward has run, though the graph as a whole is kept."""
 
     def drop(*_: Any) -> None:
+        if release(node):
+            return
         for name in _saved(node.__class__):
             held = getattr(node, name)
             for one in held if isinstance(held, tuple | list) else (held,):

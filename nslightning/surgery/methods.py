@@ -32,7 +32,7 @@ from nslightning._torch import (
     while_compiling,
     without_mode,
 )
-from nslightning.ops.autograd.selection import Selection
+from nslightning.ops.autograd import native
 from nslightning.ops.registry import OPERATIONS, positional
 from nslightning.surgery.graph import foreign_nodes, structure, tensors
 from nslightning.surgery.interception import (
@@ -46,11 +46,7 @@ from nslightning.surgery.interception import (
 from nslightning.surgery.report import PatchReport, PatchWarning, UnreachedError
 from nslightning.surgery.state import Part
 
-__all__ = ["FAST", "Caller", "ClassName", "LeftAlone", "Method", "SiteForward", "SiteText", "nothing_to_patch"]
-
-#: By operation what makes the quick way through a module site. Given the module and its selection, it returns a
-#: function of the input, which returns ``NotImplemented`` where it does not take a call; or None where there is no way.
-FAST: dict[str, Callable[[nn.Module, Selection], Callable[[Tensor], Any] | None]] = {}
+__all__ = ["Caller", "ClassName", "LeftAlone", "Method", "SiteForward", "SiteText", "nothing_to_patch"]
 
 _CALL = getattr(nn.Module, call_with_hooks()).__code__
 _NONE = object()
@@ -184,10 +180,12 @@ class SiteForward(Method):
         selection = surgery.selections[rules]
         if compiling:
             return evaluate(operation, selection, call)
-        if not self.settled and site.calls and surgery.report.traced and not surgery.counted:
+        if run is None and part.names[0] == "" and torch.is_grad_enabled():  # the model is this operation alone
+            site.calls, surgery.report.traced = site.calls or 1, True
+        looking = run is not None and run.recording  # the quick way does not tell which nodes it makes
+        if not (self.settled or looking or surgery.counted) and site.calls and surgery.report.traced:
             self.settled = True
-            if operation.name in FAST:
-                self.fast = FAST[operation.name](module, selection)
+            self.fast = native.site(operation.name, module, selection)
         if run is None:
             if selection.observer is not None:
                 selection.observer(part.names[0], operation, call)
@@ -280,7 +278,7 @@ class Caller(Method):
             return method(*args, **kwargs)
         run = FunctionalCalls(surgery, part, recording)
         run.entered.add(key)
-        if recording:  # the quick ways do not tell which nodes they make
+        if recording:
             for site in surgery.sites:
                 site.fast, site.settled = None, False
         with begun(run):

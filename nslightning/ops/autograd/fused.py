@@ -16,13 +16,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from nslightning.ops.autograd import native
 from nslightning.ops.autograd.layouts import storage_order
 from nslightning.ops.autograd.nodes import NonsmoothFunction
 from nslightning.ops.autograd.selection import Selection, concrete, pool_difference_coefficients
 from nslightning.ops.autograd.tie_bits import chosen_value
 from nslightning.ops.autograd.windows import AT_ONCE, Regular
 
-__all__ = ["fits", "max_pool2d", "pool_fits", "relu"]
+__all__ = ["fits", "max_pool2d", "pool_difference", "pool_fits", "pool_gradient", "relu"]
 
 _PART = 2**19  # entries, that stay in the cache
 
@@ -114,6 +115,9 @@ def _relu_vjp(y: Tensor, bits: Tensor, g: Tensor, selection: Selection) -> Tenso
     return cast(Tensor, _kernels(y.device.type).relu_backward(g, y, bits, derivative, constant=constant))
 
 
+native.composition("relu", lambda _, saved, g, selection: _relu_vjp(saved[0], saved[1], g, selection))
+
+
 def _final(g: Tensor) -> bool:
     """Whether a backward is a number's, not one that is transformed or differentiated again."""
     return concrete(g) and not torch.is_grad_enabled()
@@ -165,14 +169,14 @@ class _MaxPool2d(NonsmoothFunction):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, reached = ctx.saved_tensors
-        of_part = partial(_pool_vjp, geometry=ctx.geometry, composed=ctx.composed)
-        vjp = partial(of_part, x, reached, g)
+        windows = ctx.geometry, ctx.composed
+        vjp = partial(pool_gradient, x, reached, g, geometry=ctx.geometry, composed=ctx.composed)
         if ctx.tied and ctx.selection.recorder is not None:
-            ctx.selection.recorder(ctx, vjp, partial(_pool_difference, of_part, (x, reached, g), ctx.geometry))
+            ctx.selection.recorder(ctx, vjp, partial(pool_difference, (x, reached, g), *windows))
         return vjp(ctx.selection), None, None, None
 
 
-def _pool_vjp(
+def pool_gradient(
     x: Tensor,
     reached: Tensor,
     g: Tensor,
@@ -180,16 +184,29 @@ def _pool_vjp(
     geometry: Regular,
     composed: Callable[[Tensor, Tensor, Selection], Tensor],
 ) -> Tensor:
+    """The gradient of 2-d max pooling with respect to its input.
+
+    Args:
+        x: The input, shape (N, C, H, W).
+        reached: Which entries reach each window's maximum, int16 of the output's shape.
+        g: The incoming gradient, of the output's shape.
+        selection: The choice.
+        geometry: The windows.
+        composed: The same gradient composed of PyTorch's operations, ``(x, g, selection) -> gradient``.
+
+    Returns:
+        The gradient, of ``x``'s shape.
+    """
     if selection.jacobians.max_pool == "random" or not _final(g):
         return composed(x, g, selection)
     size, weights = (x.shape[2], x.shape[3]), selection.pool_weights()
     return cast(Tensor, _kernels(x.device.type).pool_backward(g, reached, _numbers(geometry), size, weights))
 
 
-def _pool_difference(
-    vjp: Callable[..., Tensor],
+def pool_difference(
     given: tuple[Tensor, Tensor, Tensor],
     geometry: Regular,
+    composed: Callable[[Tensor, Tensor, Selection], Tensor],
     selection: Selection,
     less: Selection,
 ) -> Tensor:
@@ -197,8 +214,19 @@ def _pool_difference(
 
     On a CPU some images are subtracted at a time. To map memory for another tensor as large as the input costs more
     than to fill it.
+
+    Args:
+        given: The first three arguments of :func:`pool_gradient`.
+        geometry: As there.
+        composed: As there.
+        selection: The one choice.
+        less: The other one.
+
+    Returns:
+        The difference, of the input's shape.
     """
     x, reached, g = given
+    vjp: Callable[..., Tensor] = partial(pool_gradient, geometry=geometry, composed=composed)
     if _final(g) and "random" not in (selection.jacobians.max_pool, less.jacobians.max_pool):
         wide = torch.float64 if g.dtype == torch.float64 else torch.float32
         found = pool_difference_coefficients(selection.pool_weights(), less.pool_weights(), wide, g.device)

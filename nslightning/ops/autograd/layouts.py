@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["image_layout", "laid_out_as", "storage_order"]
+__all__ = ["empty_as_stock", "image_layout", "laid_out_as", "storage_order"]
 
 
 def storage_order(x: Tensor) -> tuple[int, ...]:
@@ -35,6 +35,30 @@ def image_layout(x: Tensor) -> torch.memory_format:
         Which of the two; where it is both, contiguous.
     """
     return torch.contiguous_format if x.is_contiguous() else torch.channels_last
+
+
+def empty_as_stock(x: Tensor) -> Tensor:
+    """Memory for a result, laid out as a stock operation of one operand lays it out.
+
+    Where a dimension has one entry, several strides describe the same memory, and the next kernel may choose its way,
+    and its rounding, by them.
+
+    Args:
+        x: The operand, dense in memory.
+
+    Returns:
+        A tensor of the same shape and dtype.
+
+    Example:
+        >>> x = torch.empty(2, 6, 1, 1).to(memory_format=torch.channels_last)
+        >>> empty_as_stock(x).stride() == torch.relu(x).stride()
+        True
+    """
+    if x.is_contiguous():
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return torch.empty_like(x)
 
 
 def laid_out_as(x: Tensor, other: Tensor) -> Tensor:

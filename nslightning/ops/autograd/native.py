@@ -1,15 +1,57 @@
-"""The C++ autograd nodes, where they were built: a patched call then costs the host what a stock call costs."""
+"""The C++ autograd nodes, where they were built: a patched call then costs the host what a stock call costs.
+
+The nodes (``ops/kernels/nodes.cpp``) take the calls that networks make in training: plain tensors in eager mode on a
+CPU. Each function here returns ``NotImplemented`` for any other call, and the Python nodes take it, with the same bits.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+import os
+from collections.abc import Callable
+from functools import cache, partial
+from importlib.machinery import ExtensionFileLoader
+from importlib.util import module_from_spec, spec_from_file_location
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from nslightning._torch import in_functorch, is_transformed
+from nslightning.ops.kernels import build, cpu
 
 if TYPE_CHECKING:
     from nslightning.ops.autograd.selection import Selection
 
-__all__ = ["Described", "backward", "describe", "release"]
+__all__ = [
+    "OPERATIONS",
+    "Described",
+    "backward",
+    "composition",
+    "describe",
+    "max_pool2d",
+    "pointwise",
+    "release",
+    "site",
+    "state",
+]
+
+#: The operations that have a C++ node, in the order in which ``nodes.cpp`` numbers them; max pooling comes last.
+OPERATIONS = ("relu", "relu6", "leaky_relu", "hardtanh", "clamp", "hardswish", "hardsigmoid", "max_pool")
+_KERNELS = (
+    "any_equal",
+    "relu_forward",
+    "relu_backward",
+    "linear_backward",
+    "replace",
+    "pool_forward",
+    "pool_backward",
+)
+_NAN = float("nan")
+
+# The composed gradient of an operation: (parameters, selection, saved tensors, incoming gradient, other selection).
+_Composition = Callable[..., Tensor]
+_compositions: dict[str, tuple[_Composition, _Composition | None]] = {}
 
 
 class Described(NamedTuple):
@@ -26,6 +68,141 @@ class Described(NamedTuple):
     tied: bool
 
 
+def composition(operation: str, gradient: _Composition, difference: _Composition | None = None) -> None:
+    """Say how an operation's gradient is composed of PyTorch's operations, for what its C++ node does not take.
+
+    Args:
+        operation: One of :data:`OPERATIONS`.
+        gradient: ``(parameters, saved, g, selection) -> gradient``; what the node saved is listed in ``nodes.cpp``.
+        difference: ``(parameters, saved, g, selection, less) -> gradient``: what one choice adds to another.
+    """
+    _compositions[operation] = (gradient, difference)
+
+
+@cache
+def _library() -> ModuleType | None:
+    if state() != "built":
+        return None
+    name = "_nslightning_nodes"
+    loader = ExtensionFileLoader(name, str(build.library()))
+    spec = spec_from_file_location(name, build.library(), loader=loader)
+    if spec is None:
+        return None
+    library = module_from_spec(spec)
+    loader.exec_module(library)
+    at_lower, at_upper = _clamp_at_bounds()
+    library.connect(_SELF, cpu.addresses(_KERNELS), at_lower, at_upper)
+    return library
+
+
+def state() -> str:
+    """Whether the C++ nodes are in force, for ``nslightning --version --verbose``.
+
+    Returns:
+        ``"built"``, ``"switched off"`` (by ``NSLIGHTNING_NATIVE=0``), ``"no CPU kernels"`` or ``"not built"``.
+    """
+    if os.environ.get("NSLIGHTNING_NATIVE") == "0":
+        return "switched off"
+    if not cpu.available():
+        return "no CPU kernels"
+    return "built" if build.library().exists() else "not built"
+
+
+def _clamp_at_bounds() -> tuple[float, float]:
+    """Stock's derivatives of ``clamp`` at its lower and at its upper bound: 1 up to torch 2.13, 0 in 2.15."""
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.tensor([-1.0, 1.0], device="cpu", requires_grad=True)
+        lower, upper = torch.autograd.grad(x.clamp(-1, 1).sum(), x)[0].tolist()
+    return lower, upper
+
+
+def _choice(library: ModuleType, selection: Selection) -> Any:
+    """The memory that a selection's C++ nodes read; None where it has none, made inside a ``torch.func`` transform."""
+    if selection.shared is None:
+        if in_functorch():
+            return None
+        kinks = tuple(selection.kinks[name] for name in OPERATIONS[:-1])
+        tensors = (*kinks, selection.pool, selection.published, selection.watched)
+        plain = not any(is_transformed(tensor) for tensor in tensors)
+        selection.shared = library.share(kinks, *tensors[-3:]) if plain else False
+    return selection.shared or None
+
+
+def site(operation: str, module: nn.Module, selection: Selection) -> Callable[[Tensor], Any] | None:
+    """What takes the calls of a module that is one operation.
+
+    Args:
+        operation: A field of :class:`~nslightning.Jacobians`.
+        module: The module; its attributes are read at each call.
+        selection: The choice.
+
+    Returns:
+        A function of the input, which returns ``NotImplemented`` for a call that it does not take; None where there is
+        no C++ node for the operation.
+    """
+    library = _library()
+    if library is None or operation not in OPERATIONS or operation == "clamp":
+        return None
+    if (choice := _choice(library, selection)) is None:
+        return None
+    return cast(Callable[[Tensor], Any], library.site(operation, selection, choice, module.__dict__))
+
+
+def pointwise(
+    operation: str, x: Tensor, selection: Selection, parameters: tuple[Any, ...], inplace: bool
+) -> Tensor | Any:
+    """Apply a pointwise operation.
+
+    Args:
+        operation: A field of :class:`~nslightning.Jacobians`.
+        x: The input.
+        selection: The choice, read when the backward runs.
+        parameters: The operation's own: at most two numbers, None where one is absent.
+        inplace: Overwrite ``x``.
+
+    Returns:
+        The result, or ``NotImplemented``.
+    """
+    if torch.compiler.is_compiling() or operation not in OPERATIONS or (library := _library()) is None:
+        return NotImplemented
+    if not all(p is None or (isinstance(p, (int, float)) and p == p) for p in parameters):
+        return NotImplemented
+    numbers = [_NAN if p is None else p for p in parameters] + [_NAN] * (2 - len(parameters))
+    if (choice := _choice(library, selection)) is None:
+        return NotImplemented
+    return library.pointwise(operation, x, selection, choice, inplace, *numbers)
+
+
+def max_pool2d(
+    x: Tensor,
+    selection: Selection,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    ceil_mode: bool,
+) -> Tensor | Any:
+    """Apply 2-d max pooling.
+
+    Args:
+        x: The input.
+        selection: The choice, read when the backward runs.
+        kernel: The windows' height and width.
+        stride: The steps between them.
+        padding: Implicit -inf padding.
+        dilation: The steps between a window's entries.
+        ceil_mode: Round the output's size up.
+
+    Returns:
+        The result, or ``NotImplemented``.
+    """
+    if torch.compiler.is_compiling() or (library := _library()) is None:
+        return NotImplemented
+    if (choice := _choice(library, selection)) is None:
+        return NotImplemented
+    return library.max_pool2d(x, selection, choice, kernel, stride, padding, dilation, ceil_mode)
+
+
 def describe(node: Any) -> Described | None:
     """What a backward node says of itself.
 
@@ -35,7 +212,9 @@ def describe(node: Any) -> Described | None:
     Returns:
         None for every node but those of the package's C++ operations.
     """
-    return None
+    library = _library()
+    described = None if library is None else library.describe(node)
+    return None if described is None else Described(*described)
 
 
 def backward(node: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -43,12 +222,14 @@ def backward(node: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
 
     Args:
         node: A node that :func:`describe` knows.
-        *incoming: The gradients that come to its outputs.
+        *incoming: The gradient that comes to its output.
 
     Returns:
-        The gradients for its inputs, under the choice that its selection holds now.
+        The gradient for its input, under the choice that its selection holds now.
     """
-    raise NotImplementedError
+    library = _library()
+    assert library is not None  # there is a node of it
+    return (library.backward(node, *incoming),)
 
 
 def release(node: Any) -> bool:
@@ -60,4 +241,33 @@ def release(node: Any) -> bool:
     Returns:
         Whether it was one of the package's C++ nodes.
     """
-    return False
+    library = _library()
+    return library is not None and bool(library.release(node))
+
+
+# ---------------------------------------------------------------------------------------- called by the C++ nodes
+def _composed(
+    operation: str, parameters: tuple[Any, ...], selection: Selection, saved: tuple[Tensor, ...], g: Tensor, _: Any
+) -> Tensor:
+    return _compositions[operation][0](parameters, saved, g, selection)
+
+
+def _record(
+    operation: str, parameters: tuple[Any, ...], selection: Selection, saved: tuple[Tensor, ...], g: Tensor, node: Any
+) -> None:
+    recorder = selection.recorder
+    if recorder is None:  # it went away since the node looked
+        return
+    gradient, difference = _compositions[operation]
+    vjp = partial(gradient, parameters, saved, g)
+    recorder(node, vjp, *(() if difference is None else (partial(difference, parameters, saved, g),)))
+
+
+class _Module:
+    """What ``nodes.cpp`` calls."""
+
+    _composed = staticmethod(_composed)
+    _record = staticmethod(_record)
+
+
+_SELF = _Module()

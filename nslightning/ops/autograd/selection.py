@@ -94,12 +94,10 @@ class Selection:
 
     def __init__(self, jacobians: Jacobians, seed: int = 0) -> None:
         self.seed = seed
-        # Called with (site name, operation, call) before each evaluation at a patched site, in eager mode.
-        self.observer: Callable[[str, Any, Any], None] | None = None
-        # Called in eager mode by each backward that met ties, with its autograd node and what it would have returned
-        # under any choice, `Selection -> gradient`; and where there is a better way to it than to subtract, with what
-        # one choice adds to another, `(Selection, Selection) -> gradient`.
-        self.recorder: Callable[..., None] | None = None
+        self.watched = torch.zeros(2, dtype=torch.bool)  # by a recorder, by an observer: read by C++ nodes
+        self.shared: Any = None  # these tensors' memory as the C++ nodes hold it
+        self._observer: Callable[[str, Any, Any], None] | None = None
+        self._recorder: Callable[..., None] | None = None
         self._generators: dict[torch.device, torch.Generator] = {}
         # float64 0-d and 1-d CPU tensors never promote the gradients they multiply. They are ordinary ones also where
         # the model is patched under `torch.inference_mode` or `torch.device("meta")`.
@@ -113,6 +111,31 @@ class Selection:
             self.pool = torch.zeros(4, dtype=torch.float64)
             self.shares = {name: torch.zeros(5, dtype=torch.float64) for name in ("max", "maximum")}
         self.set(jacobians)
+
+    @property
+    def observer(self) -> Callable[[str, Any, Any], None] | None:
+        """Called with (site name, operation, call) before each evaluation at a patched site, in eager mode."""
+        return self._observer
+
+    @observer.setter
+    def observer(self, observer: Callable[[str, Any, Any], None] | None) -> None:
+        self._observer = observer
+        self.watched.data[1] = observer is not None
+
+    @property
+    def recorder(self) -> Callable[..., None] | None:
+        """Called in eager mode by each backward that met ties.
+
+        It takes the autograd node and what that would have returned under any choice, ``Selection -> gradient``; and
+        where there is a better way than to subtract, what one choice adds to another, ``(Selection, Selection) ->
+        gradient``.
+        """
+        return self._recorder
+
+    @recorder.setter
+    def recorder(self, recorder: Callable[..., None] | None) -> None:
+        self._recorder = recorder
+        self.watched.data[0] = recorder is not None
 
     def set(self, jacobians: Jacobians) -> None:
         """Make ``jacobians`` the choice that every later backward pass takes.

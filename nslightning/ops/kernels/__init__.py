@@ -1,1 +1,1 @@
-"""Kernels that pass over the memory once: C++ on a CPU, Triton on a CUDA device."""
+"""Kernels that pass over the memory once, C++ on a CPU and Triton on a CUDA device; and autograd nodes in C++."""

@@ -276,6 +276,63 @@ void overwrite_blocks(T* gradient, const T* g, const int64_t* numbers, const uin
   }
 }
 
+// -------------------------------------------------------------- operations of one or two kinks, from their input itself
+
+// Where entries count as ties, and the derivatives there; a position that is NaN counts none. Between the bounds the
+// derivative is 1, else `slope`; a bound that is NaN is absent.
+struct Linear {
+  double position[2], derivative[2], low, high, slope;
+};
+
+// Whether an entry of some blocks equals one of two numbers: up to the first that does, or until another thread has
+// found one.
+template <typename T>
+bool any_equal_blocks(const T* x, int64_t n, T one, T other, const std::atomic<bool>& found, int64_t first,
+                      int64_t last) {
+  for (int64_t block = first; block < last && !found.load(std::memory_order_relaxed); ++block) {
+    const int64_t start = block * BLOCK, size = std::min(BLOCK, n - start);
+    Bits<T> any = 0;
+    for (int64_t i = 0; i < size; ++i) any |= (x[start + i] == one) | (x[start + i] == other);
+    if (any) return true;
+  }
+  return false;
+}
+
+// The gradient of a piecewise linear operation. `through` is set where the incoming gradient is left as it is. Returns
+// whether an entry is NaN: what stock makes of it depends on the place where it lies.
+template <typename T>
+bool linear_backward_some(const T* g, const T* x, T* gradient, uint8_t* through, int64_t n, const Linear& how,
+                          bool constant) {
+  const T low = static_cast<T>(how.low), high = static_cast<T>(how.high), slope = static_cast<T>(how.slope);
+  const T first = static_cast<T>(how.position[0]), second = static_cast<T>(how.position[1]);
+  const T at_first = static_cast<T>(how.derivative[0]), at_second = static_cast<T>(how.derivative[1]);
+  const bool flat = slope == 0;
+  Bits<T> nan = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const T value = x[i], incoming = g[i];
+    nan |= value != value;
+    const bool inside = !(value <= low) & !(value >= high);
+    const T outside = select(flat, T(0), incoming * slope);
+    const T one = constant ? at_first : incoming * at_first, other = constant ? at_second : incoming * at_second;
+    const bool at_one = value == first, at_other = value == second;
+    gradient[i] = select(at_other, other, select(at_one, one, select(inside, incoming, outside)));
+    if (through) through[i] = inside & !at_one & !at_other;
+  }
+  return nan;
+}
+
+// The derivative times the incoming gradient, written over the gradient of the entries at one of two positions.
+template <typename T>
+void replace_some(const T* g, const T* x, T* gradient, uint8_t* tied, int64_t n, const Linear& how) {
+  const T first = static_cast<T>(how.position[0]), second = static_cast<T>(how.position[1]);
+  const T at_first = static_cast<T>(how.derivative[0]), at_second = static_cast<T>(how.derivative[1]);
+  for (int64_t i = 0; i < n; ++i) {
+    const bool at_one = x[i] == first, at_other = x[i] == second;
+    gradient[i] = select(at_other, g[i] * at_second, select(at_one, g[i] * at_first, gradient[i]));
+    if (tied) tied[i] = at_one | at_other;
+  }
+}
+
 // --------------------------------------------------------------------------------------------------------- max pooling
 
 struct Geometry {
@@ -674,6 +731,17 @@ void pool_backward_rows(const T* g, const uint16_t* masks, const Weights<T>& wei
                                 bool constant, int64_t begin, int64_t end) {                                           \
     relu_backward_blocks(g, y, bits, gradient, n, alpha, constant, begin, end);                                        \
   }                                                                                                                    \
+  VECTORISED bool any_equal(const T* x, int64_t n, T one, T other, const std::atomic<bool>& found, int64_t begin,       \
+                            int64_t end) {                                                                             \
+    return any_equal_blocks(x, n, one, other, found, begin, end);                                                      \
+  }                                                                                                                    \
+  VECTORISED bool linear_backward(const T* g, const T* x, T* gradient, uint8_t* through, int64_t n,                    \
+                                  const Linear& how, bool constant) {                                                  \
+    return linear_backward_some(g, x, gradient, through, n, how, constant);                                            \
+  }                                                                                                                    \
+  VECTORISED void replace(const T* g, const T* x, T* gradient, uint8_t* tied, int64_t n, const Linear& how) {          \
+    replace_some(g, x, gradient, tied, n, how);                                                                        \
+  }                                                                                                                    \
   VECTORISED void mark(const T* x, int64_t n, int64_t size, T position, uint8_t* bits, bool* met, int64_t begin,       \
                        int64_t end) {                                                                                  \
     mark_blocks(x, n, size, position, bits, met, begin, end);                                                          \
@@ -743,6 +811,34 @@ bool any_zero_all(const T* x, int64_t n, int64_t threads) {
     if (any_zero(x, n, found, begin, end)) found = true;
   });
   return found;
+}
+
+template <typename T, Whole<T> = 0>
+bool any_equal_all(const T* x, int64_t n, double one, double other, int64_t threads) {
+  std::atomic<bool> found{false};
+  share((n + BLOCK - 1) / BLOCK, n, threads, [&](int64_t begin, int64_t end) {
+    if (any_equal(x, n, static_cast<T>(one), static_cast<T>(other), found, begin, end)) found = true;
+  });
+  return found;
+}
+
+template <typename T, Whole<T> = 0>
+bool linear_backward_all(const T* g, const T* x, T* gradient, int64_t n, const Linear& how, bool constant,
+                         int64_t threads) {
+  std::atomic<bool> nan{false};
+  share((n + BLOCK - 1) / BLOCK, n, threads, [&](int64_t begin, int64_t end) {
+    const int64_t start = begin * BLOCK, size = std::min(n, end * BLOCK) - start;
+    if (linear_backward(g + start, x + start, gradient + start, nullptr, size, how, constant)) nan = true;
+  });
+  return nan;
+}
+
+template <typename T, Whole<T> = 0>
+void replace_all(const T* g, const T* x, T* gradient, int64_t n, const Linear& how, int64_t threads) {
+  share((n + BLOCK - 1) / BLOCK, n, threads, [&](int64_t begin, int64_t end) {
+    const int64_t start = begin * BLOCK, size = std::min(n, end * BLOCK) - start;
+    replace(g + start, x + start, gradient + start, nullptr, size, how);
+  });
 }
 
 template <typename T, Whole<T> = 0>
@@ -824,6 +920,74 @@ bool any_zero_all(const H* x, int64_t n, int64_t threads) {
     if (!found.load(std::memory_order_relaxed) && which_are_zero(x + start, nullptr, size)) found = true;
   });
   return found;
+}
+
+// A number as an entry of 16 bits has it.
+template <typename H>
+float rounded(double value) {
+  H entry;
+  narrowed(static_cast<float>(value), entry);
+  return widened(entry);
+}
+
+// Positions count as entries of 16 bits have them, as a comparison with such a tensor does.
+template <typename H>
+Linear rounded(const Linear& how) {
+  Linear result = how;
+  for (double& position : result.position) position = position == position ? rounded<H>(position) : position;
+  return result;
+}
+
+template <typename H, Half<H> = 0>
+bool any_equal_all(const H* x, int64_t n, double one, double other, int64_t threads) {
+  const Linear how = rounded<H>({{one, other}, {}, 0, 0, 0});
+  std::atomic<bool> found{false};
+  over_blocks(n, BLOCK, threads, [&](int64_t start, int64_t size) {
+    if (found.load(std::memory_order_relaxed)) return;
+    float in[BLOCK];
+    widen(x + start, in, size);
+    const auto first = static_cast<float>(how.position[0]), second = static_cast<float>(how.position[1]);
+    if (any_equal(in, size, first, second, found, 0, 1)) found = true;
+  });
+  return found;
+}
+
+template <typename H, Half<H> = 0>
+bool linear_backward_all(const H* g, const H* x, H* gradient, int64_t n, const Linear& how, bool constant,
+                         int64_t threads) {
+  const Linear at = rounded<H>(how);
+  std::atomic<bool> nan{false};
+  over_blocks(n, BLOCK, threads, [&](int64_t start, int64_t size) {
+    float incoming[BLOCK], in[BLOCK], out[BLOCK];
+    uint8_t through[BLOCK];
+    widen(g + start, incoming, size);
+    widen(x + start, in, size);
+    if (linear_backward(incoming, in, out, through, size, at, constant)) nan = true;
+    narrow(out, gradient + start, size);
+    for (int64_t i = 0; i < size; ++i) {  // the bits of a NaN are kept
+      const uint16_t mask = static_cast<uint16_t>(-through[i]);
+      gradient[start + i].bits = (g[start + i].bits & mask) | (gradient[start + i].bits & ~mask);
+    }
+  });
+  return nan;
+}
+
+template <typename H, Half<H> = 0>
+void replace_all(const H* g, const H* x, H* gradient, int64_t n, const Linear& how, int64_t threads) {
+  const Linear at = rounded<H>(how);
+  over_blocks(n, BLOCK, threads, [&](int64_t start, int64_t size) {
+    float incoming[BLOCK], in[BLOCK], out[BLOCK] = {};
+    uint8_t tied[BLOCK];
+    H chosen[BLOCK];
+    widen(g + start, incoming, size);
+    widen(x + start, in, size);
+    replace(incoming, in, out, tied, size, at);
+    narrow(out, chosen, size);
+    for (int64_t i = 0; i < size; ++i) {
+      const uint16_t mask = static_cast<uint16_t>(-tied[i]);
+      gradient[start + i].bits = (chosen[i].bits & mask) | (gradient[start + i].bits & ~mask);
+    }
+  });
 }
 
 // The output is left to stock: what it makes of a NaN depends on the place where that lies.
@@ -921,8 +1085,8 @@ void pool_backward_all(const H* g, const uint16_t* masks, const Weights<float>& 
 
 }  // namespace
 
-// Of the arguments below, as in cpu_kernels.py.
-EXPORT const int64_t version = 6;
+// Of the arguments below, as in cpu.py and nodes.cpp.
+EXPORT const int64_t version = 7;
 
 // The names end in the entries' dtype.
 #define ENTRIES(T, NAME)                                                                                               \
@@ -931,6 +1095,16 @@ EXPORT const int64_t version = 6;
     sums_all(given, b, n, block, carried, found, threads);                                                             \
   }                                                                                                                    \
   EXPORT bool any_zero_##NAME(const T* x, int64_t n, int64_t threads) { return any_zero_all(x, n, threads); }          \
+  EXPORT bool any_equal_##NAME(const T* x, int64_t n, double one, double other, int64_t threads) {                     \
+    return any_equal_all(x, n, one, other, threads);                                                                   \
+  }                                                                                                                    \
+  EXPORT bool linear_backward_##NAME(const T* g, const T* x, T* gradient, int64_t n, const Linear* how,                \
+                                     bool constant, int64_t threads) {                                                 \
+    return linear_backward_all(g, x, gradient, n, *how, constant, threads);                                            \
+  }                                                                                                                    \
+  EXPORT void replace_##NAME(const T* g, const T* x, T* gradient, int64_t n, const Linear* how, int64_t threads) {     \
+    replace_all(g, x, gradient, n, *how, threads);                                                                     \
+  }                                                                                                                    \
   EXPORT void relu_forward_##NAME(const T* x, T* y, uint8_t* bits, int64_t n, int64_t threads) {                       \
     relu_forward_all(x, y, bits, n, threads);                                                                          \
   }                                                                                                                    \

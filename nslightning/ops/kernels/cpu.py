@@ -15,11 +15,12 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from nslightning.ops.autograd.layouts import image_layout, laid_out_as
+from nslightning.ops.autograd.layouts import empty_as_stock, image_layout, laid_out_as
 from nslightning.ops.autograd.selection import pool_coefficients
 
 __all__ = [
     "DTYPES",
+    "addresses",
     "any_zero",
     "available",
     "mark",
@@ -34,7 +35,7 @@ __all__ = [
 ]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_VERSION = 6  # of the functions' arguments, as in cpu.cpp
+_VERSION = 7  # of the functions' arguments, as in cpu.cpp
 
 
 def available() -> bool:
@@ -65,6 +66,22 @@ def _library() -> ctypes.CDLL | None:
             function = getattr(library, _named(name, dtype))
             function.argtypes, function.restype = arguments, result
     return library
+
+
+def addresses(names: Sequence[str]) -> dict[str, int]:
+    """Where kernels lie in memory, for code that calls them itself.
+
+    Args:
+        names: The kernels, such as ``"relu_forward"``.
+
+    Returns:
+        The addresses by the name in the library, such as ``"relu_forward_float32"``; empty where there is no library.
+    """
+    library = _library()
+    if library is None:
+        return {}
+    every = [_named(name, dtype) for name in names for dtype in DTYPES]
+    return {name: ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0 for name in every}
 
 
 def _named(name: str, dtype: torch.dtype) -> str:
@@ -124,7 +141,7 @@ def relu_forward(x: Tensor, *, inplace: bool = False) -> tuple[Tensor, Tensor]:
         ``(ceil(numel / 8),)``.
     """
     half = x.dtype.itemsize == 2  # whose output is stock's, written after the ties are known
-    y = x if inplace or half else torch.empty_like(x)
+    y = x if inplace or half else empty_as_stock(x)
     bits = torch.empty(-(-x.numel() // 8), dtype=torch.uint8, device=x.device)
     _run("relu_forward", x.dtype, x, y, bits, x.numel())
     if half and inplace:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nslightning.ops.autograd.layouts import image_layout, laid_out_as
+from nslightning.ops.autograd.layouts import empty_as_stock, image_layout, laid_out_as
 from nslightning.ops.autograd.selection import pool_coefficients
 
 __all__ = [
@@ -84,7 +84,7 @@ def relu_forward(x: Tensor, *, inplace: bool = False) -> tuple[Tensor, Tensor]:
     Returns:
         ``torch.relu(x)`` and the ties, eight to a byte in the order of the memory, of shape ``(ceil(numel / 8),)``.
     """
-    y = x if inplace else torch.empty_like(x)
+    y = x if inplace else empty_as_stock(x)
     bits = torch.empty(triton.cdiv(x.numel(), 8), dtype=torch.uint8, device=x.device)
     if x.numel():
         rows = _BLOCK // 8
