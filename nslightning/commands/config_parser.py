@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sys
+from collections.abc import Sequence
 from enum import Enum
 from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import ArgumentParser, get_loader, set_dumper, set_loader
 
+from nslightning.choices import to_jacobians
 from nslightning.commands.config_files import refuse_duplicates
 from nslightning.commands.rewritten import explained
 
@@ -20,7 +24,45 @@ _load = get_loader("yaml")
 def _load_strictly(text: str) -> Any:
     """YAML as jsonargparse reads it, without keys that are given twice: the first value would be lost in silence."""
     refuse_duplicates(text)
-    return _load(text)
+    return _spelled_out(_load(text))
+
+
+def _spelled_out(content: Any) -> Any:
+    """The same with every Jacobian choice that is one word, such as ``jacobians: jax``, as its fields."""
+    if isinstance(content, list):
+        return [_spelled_out(value) for value in content]
+    if not isinstance(content, dict):
+        return content
+    read = {key: _spelled_out(value) for key, value in content.items()}
+    if isinstance(read.get("jacobians"), str):
+        read["jacobians"] = _fields(read["jacobians"])
+    if isinstance(read.get("choices"), dict):
+        read["choices"] = {n: _fields(v) if isinstance(v, str) else v for n, v in read["choices"].items()}
+    return read
+
+
+def _fields(word: str) -> dict[str, Any]:
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in to_jacobians(word).to_dict().items()}
+
+
+def _words_spelled_out(argv: Sequence[str]) -> list[str]:
+    """The same of a command line: ``--model.jacobians=jax``, ``--model.choices.a=relu=1,max_pool=minimal``.
+
+    Example:
+        >>> _words_spelled_out(["--model.jacobians", "pytorch", "--name=jax"])[1][:24]
+        '{"relu": 0.0, "relu6": ['
+    """
+    words = list(argv)
+    for i, word in enumerate(words):
+        if not (option := re.match(r"(--(?:[\w-]+\.)*(?:jacobians|choices\.[\w+-]+))(?:=(.*))?$", word)):
+            continue
+        flag, value = option[1], option[2]
+        at = i if value is not None else i + 1
+        value = value if value is not None else (words[at] if at < len(words) else "")
+        if re.fullmatch(r"[a-z]+|[a-z_]\w*=[^{]*", value) and value not in ("null", "true", "false"):
+            fields = json.dumps(_fields(value))
+            words[at] = f"{flag}={fields}" if at == i else fields
+    return words
 
 
 class _Dumper(yaml.SafeDumper):
@@ -54,6 +96,15 @@ class HelpfulErrors(ArgumentParser):
         lines = [f"{program}: error: {what}", *dict.fromkeys(f"did you mean {n!r}?" for n in near)]
         sys.stderr.write("\n  ".join([*lines, f"{program} --help lists all options"]) + "\n")
         sys.exit(2)
+
+    def parse_args(  # type: ignore[override] # whose overloads differ in their return type only
+        self, args: Sequence[str] | None = None, *rest: Any, **options: Any
+    ) -> Any:
+        """Parse a command line, in which a Jacobian choice may be one word, as it may in a config."""
+        try:
+            return super().parse_args(_words_spelled_out(sys.argv[1:] if args is None else args), *rest, **options)
+        except ValueError as error:  # a word that is no choice
+            self.error(str(error))
 
     def _get_option_tuples(self, option_string: str) -> list[Any]:
         """No abbreviations: a mistyped option must not pass as the start of another."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from nslightning._torch import is_compiled
+from nslightning.choices import to_jacobians
 from nslightning.jacobians import Jacobians
 from nslightning.models.checkpoint_note import CheckpointNote, plan_of
 from nslightning.models.own import without_own_code
@@ -66,6 +67,7 @@ class PatchedModule(LightningModule):
         on_mismatch: Literal["warn", "refuse"] = "warn",
     ) -> None:
         super().__init__()
+        jacobians = to_jacobians(jacobians)
         self.plan = plan_of(jacobians, sites)
         self._note = CheckpointNote(self.plan, on_mismatch)
         drawn = {field for rule in self.plan.rules for field, value in rule.changes.items() if value == "random"}

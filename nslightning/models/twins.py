@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from nslightning.choices import named_choices
 from nslightning.jacobians import Jacobians
 from nslightning.models.classifier import ImageClassifier
 
@@ -84,6 +85,7 @@ class Twins(LightningModule):
 
     def __init__(self, choices: dict[str, Jacobians], control: bool = True, **options: Any) -> None:
         super().__init__()
+        choices = named_choices(choices)
         everyone = _with_control(choices, control)
         self.save_hyperparameters(ignore=[name for name, value in options.items() if callable(value)])
         plain = {name: jacobians.to_dict() for name, jacobians in choices.items()}
