@@ -49,7 +49,7 @@ commands:
 {commands}
 
   nslightning COMMAND --help   the options of a command
-  nslightning --version        the installed version
+  nslightning --version        the installed version (--verbose: what it runs on, and which kernels are in force)
   nslightning --print-completion bash|zsh|tcsh    completion for a shell, as in
                                eval "$(nslightning --print-completion bash)"
 
@@ -94,6 +94,13 @@ def main(args: Sequence[str] | None = None) -> int:
         from importlib.metadata import version
 
         print(f"nslightning {version('nslightning')}")
+        if argv[1:] == ["--verbose"]:
+            from nslightning.commands.installation import describe
+
+            print(describe())
+        elif argv[1:]:
+            print(f"nslightning: --version takes --verbose; given {' '.join(argv[1:])}", file=sys.stderr)
+            return 2
         return 0
     command, *rest = argv
     if command not in COMMANDS:
