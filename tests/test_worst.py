@@ -63,6 +63,120 @@ def test_all_corners_of_two_layers(seed):
     assert found.value >= one_for_all * (1 - 1e-12)
 
 
+def corners(model, x):
+    """The slopes of all corners, and which ties there are; the first corner is the reference."""
+    with torch.no_grad():
+        pre1 = model.one(x)
+        pre2 = model.two(pre1.relu())
+    ties = [(layer, *i.tolist()) for layer, pre in enumerate((pre1, pre2)) for i in (pre == 0).nonzero()]
+    for corner in product((0.0, 1.0), repeat=len(ties)):
+        slopes = [(pre1 > 0).double(), (pre2 > 0).double()]
+        for (layer, i, j), slope in zip(ties, corner, strict=True):
+            slopes[layer][i, j] = slope
+        yield corner, slopes
+
+
+def largest_of_all(model, x):
+    """The largest difference of all corners, by enumeration, the largest where all ties are alike, and their number."""
+    values = {}
+    base = None
+    for corner, slopes in corners(model, x):
+        gradient = model.gradient(x, slopes)
+        base = gradient if base is None else base
+        values[corner] = float((gradient - base).norm())
+    alike = max(value for corner, value in values.items() if len(set(corner)) == 1)
+    return max(values.values()), alike, len(values)
+
+
+@pytest.mark.parametrize("nets", [20, pytest.param(300, marks=pytest.mark.slow)])
+def test_small_networks_against_every_corner(nets):
+    """All corners where they may all be tried; else never below the best of the corners in which all ties are alike."""
+    equal, searched = 0, 0
+    for seed in range(nets):
+        model = Layers(1000 + seed).double()
+        x = torch.randn(1 + seed % 2, 3, dtype=torch.float64)
+        largest, alike, number = largest_of_all(model, x)
+        patch(model, Jacobians())
+        loss = lambda y: y.sin().sum()  # noqa: E731 # said once
+        found = worst_choice(model, loss, x, evaluations=number)
+        assert found.guarantee == "all corners"
+        assert found.value == pytest.approx(largest, rel=1e-9)
+        short = worst_choice(model, loss, x, evaluations=number - 1)
+        assert short.guarantee in ("single ties", "slopes")
+        assert alike * (1 - 1e-9) <= short.value <= largest * (1 + 1e-9)
+        equal += short.value >= largest * (1 - 1e-9)
+        searched += 1
+    assert equal >= 0.97 * searched
+
+
+def test_no_single_tie_makes_it_larger():
+    """Ten ties in one layer, of which any two that differ in sign cancel: slopes alone stop early."""
+    model = nn.Sequential(nn.Linear(1, 10, bias=False), nn.ReLU(), nn.Linear(10, 1, bias=False)).double()
+    with torch.no_grad():
+        model[0].weight.zero_()
+        model[2].weight.copy_(torch.tensor([[1.0, -1.0] * 5]))
+    shared = nn.Sequential(nn.Linear(1, 1, bias=False), Spread(), *model[1:]).double()
+    nn.init.zeros_(shared[0].weight)
+    patch(shared, Jacobians())
+    found = worst_choice(shared, torch.sum, torch.ones(1, 1, dtype=torch.float64), evaluations=100)
+    assert found.guarantee == "single ties"
+    assert found.value == pytest.approx(5.0)  # all of one sign, and the others at 0
+    assert worst_choice(shared, torch.sum, torch.ones(1, 1, dtype=torch.float64), evaluations=3).guarantee == "slopes"
+
+
+class Spread(nn.Module):
+    """One number as the input of ten units."""
+
+    def forward(self, x):
+        return x.expand(-1, 10)
+
+
+def test_tied_absolute_errors_each_have_a_sign():
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), Error(torch.tensor([[1.0, -2.0, 4.0]]))).double()
+    nn.init.zeros_(model[0].weight)
+    patch(model, Jacobians())
+    found = worst_choice(model, lambda y: y, torch.ones(2, 1, dtype=torch.float64))
+    assert found.value == pytest.approx(14 / 6)  # (1 + 2 + 4) for each of two images, of six entries' mean
+    assert found.sites == {"1:l1_loss": pytest.approx(14 / 6)}
+    assert found.relative == float("inf")
+
+
+class Error(nn.Module):
+    def __init__(self, factors):
+        super().__init__()
+        self.register_buffer("factors", factors)
+
+    def forward(self, x):
+        return F.l1_loss(x * self.factors, torch.zeros(len(x), 3, dtype=x.dtype))
+
+
+def test_a_site_that_is_called_twice_counts_both_calls():
+    """Two calls of one module: what each makes alone adds up by squares."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.relu = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1)), nn.ReLU()
+
+        def forward(self, x):
+            return 3 * self.relu(self.a * x) + 4 * self.relu(self.b * x)
+
+    model = Twice()
+    patch(model, Jacobians())
+    found = worst_choice(model, torch.sum, torch.ones(1))
+    assert found.value == pytest.approx(5.0)
+    assert found.sites == {"relu": pytest.approx(5.0)}
+
+
+def test_printed_it_is_a_few_lines():
+    model = Layers(0).double()
+    patch(model, Jacobians())
+    text = str(worst_choice(model, lambda y: y.sin().sum(), torch.randn(2, 3, dtype=torch.float64)))
+    assert len(text.splitlines()) == 3
+    assert "all corners" in text
+    assert "relu1" in text
+
+
 @pytest.mark.parametrize("kernel", [(2, 2), (3, 1)], ids=["apart", "overlapping"])
 def test_all_corners_of_pooling_windows(kernel):
     size, stride = kernel

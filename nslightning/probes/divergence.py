@@ -311,19 +311,23 @@ class _Reference:
             equal = torch.stack([row.to(self.squares[0].device) for row in map(self.same, range(len(self.names)))])
             equal = totals(equal, self.given, LARGEST)
             tables = {name: equal if table is None else table for name, table in tables.items()}
-        known = {name: table for name, table in tables.items() if table is not None}
-        if known:
-            device = next(iter(known.values())).device
-            values = torch.stack([table.to(device) for table in known.values()]).cpu()
-            known = dict(zip(known, values, strict=True))
+        found = {name: self._with_total(table) for name, table in tables.items() if table is not None}
+        device = next(iter(found.values())).device if found else None
+        values = torch.stack([table.to(device) for table in found.values()]).tolist() if found else []
+        known = dict(zip(found, values, strict=True))
         same = replace(SAME, per_layer=dict.fromkeys(self.names, SAME))
         return {name: self._divergence(known[name]) if name in known else same for name in tables}
 
-    def _divergence(self, table: Tensor) -> Divergence:
-        per_layer = {name: _divergence(row.tolist()) for name, row in zip(self.names, table, strict=True)}
+    @staticmethod
+    def _with_total(table: Tensor) -> Tensor:
+        """The rows, and that of all gradients together."""
         total = table.sum(0)
-        total[LARGEST] = table[:, LARGEST].max()
-        return replace(_divergence(total.tolist()), per_layer=per_layer)
+        total[LARGEST] = table[:, LARGEST].amax()
+        return torch.cat([table, total.unsqueeze(0)])
+
+    def _divergence(self, rows: list[list[float]]) -> Divergence:
+        *parts, total = map(_divergence, rows)
+        return replace(total, per_layer=dict(zip(self.names, parts, strict=True)))
 
 
 def _divergence(sums: list[float]) -> Divergence:

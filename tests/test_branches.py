@@ -1,0 +1,135 @@
+"""Branches of a lower precision imposed on a replay: the order is the recorded one, and the values are the replay's."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nslightning import Jacobians, patch
+from nslightning.ops.registry import OPERATIONS
+from nslightning.probes import zone
+from nslightning.probes.branches import Branches
+
+LAST = Jacobians(max="last", maximum="last", max_pool="last", hinge=1.0, relu=1.0, clamp=(1.0, 1.0))
+
+
+class Compensated(nn.Module):
+    """(y - b)^2 for two numbers that are the same over the reals, and are rounded in two ways: its slope is 0."""
+
+    def __init__(self, pick):
+        super().__init__()
+        self.pick = pick
+        self.rows = nn.Linear(64, 4, bias=False)
+        self.rows.weight.data[:] = self.rows.weight.data[0]
+        self.pool = nn.MaxPool1d(2)
+
+    def forward(self, x):
+        b = (x * self.rows.weight[0].detach()).sum(1)
+        return (self.pick(self, self.rows(x)) - b) ** 2
+
+
+PICKS = {
+    "amax": lambda m, y: y.amax(1),
+    "max": lambda m, y: y.max(1).values,
+    "amin": lambda m, y: y.amin(1),
+    "aminmax": lambda m, y: y.aminmax(dim=1).max,
+    "maximum": lambda m, y: torch.maximum(y[:, 0], y[:, 1]),
+    "fmin": lambda m, y: torch.fmin(y[:, 2], y[:, 1]),
+    "pool": lambda m, y: m.pool(y.unsqueeze(1))[:, 0, 0],
+    "overlapping pool": lambda m, y: F.max_pool1d(y.unsqueeze(1), 3, 1)[:, 0, 0],
+    "adaptive pool": lambda m, y: F.adaptive_max_pool1d(y.unsqueeze(1), 1)[:, 0, 0],
+    "relu": lambda m, y: y[:, 0] + F.relu(y[:, 1] - y[:, 2]),
+    "clamp": lambda m, y: y[:, 0] + (y[:, 1] - y[:, 2]).clamp(0, 1),
+    "clamp between tensors": lambda m, y: y[:, 0].clamp(y[:, 1].detach(), y[:, 1].detach() + 1),
+    "hinge": lambda m, y: y[:, 0] + F.margin_ranking_loss(y[:, 1], y[:, 2], torch.ones(len(y)), reduction="none"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("pick", PICKS)
+def test_a_compensation_is_none_over_the_reals(pick, dtype):
+    """Rounding of the low precision that entered the replay would be a bifurcation there."""
+    kinds = []
+    for seed in range(6):
+        torch.manual_seed(seed)
+        model = Compensated(PICKS[pick]).to(dtype)
+        patch(model, Jacobians())
+        found = zone(model, lambda y: y.float().sum(), torch.randn(2, 64).to(dtype), LAST)
+        kinds.append(found.kind)
+        assert found.difference < 1e-9
+    assert "bifurcation" not in kinds
+
+
+def impose(operation, seen, given):
+    """What a site is given after a recorded evaluation was imposed on it."""
+    branches, op = Branches(), OPERATIONS[operation]
+    functions = {"max": torch.amax, "maximum": torch.maximum, "relu": torch.relu, "max_pool": F.max_pool2d}
+    call = lambda args: op.functions[functions[operation]](*args)  # noqa: E731 # said once
+    branches.record("site", op, call(seen))
+    branches.begin()
+    given = tuple(t.clone() if isinstance(t, torch.Tensor) else t for t in given)
+    branches.impose("site", op, call(given))
+    return given
+
+
+def test_only_what_is_off_its_branch_is_moved_and_not_to_recorded_values():
+    low = torch.tensor([1.0, 0.0, -1.0, 0.5, -0.5])
+    high = torch.tensor([1 + 1e-9, 1e-9, -1 - 1e-9, -1e-9, 1e-9], dtype=torch.float64)
+    (moved,) = impose("relu", (low,), (high,))
+    assert torch.equal(moved[:3], torch.stack([high[0], torch.zeros((), dtype=torch.float64), high[2]]))
+    assert 0 < moved[3] < 1e-300
+    assert -1e-300 < moved[4] < 0
+
+
+def test_maxima_keep_their_winners_and_their_values():
+    low = torch.tensor([[2.0, 2.0, 1.0], [2.0, 1.0, 2.0], [1.0, 3.0, 2.0]])
+    high = torch.tensor([[2.0, 2 - 1e-9, 1 + 1e-9], [2 + 1e-9, 1.0, 2.0], [1.0, 2.0, 2 + 1e-9]], dtype=torch.float64)
+    moved, _ = impose("max", (low, 1), (high, 1))
+    winners = moved == moved.amax(1, keepdim=True)
+    assert winners.tolist() == [[True, True, False], [True, False, True], [False, True, False]]
+    assert (moved - high).abs().max() < 1.1e-9
+    assert moved[0, 2] == high[0, 2]
+    assert moved[0, 0] == 2
+    assert moved[1, 2] == 2 + 1e-9
+
+
+def test_pairs_tie_where_they_did():
+    low = torch.tensor([1.0, 2.0, 1.0]), torch.tensor([[1.0, 1.0, 2.0]])
+    high = torch.tensor([1 + 1e-9, 1.0, 2.0]).double(), torch.tensor([[1.0, 1.0, 2.0]]).double()
+    low, high = ((x.expand(1, 3), y) for x, y in (low, high))
+    x, y = impose("maximum", low, high)
+    assert torch.equal(y, high[1])
+    assert x[0, 0] == y[0, 0]
+    assert x[0, 1] > y[0, 1]
+    assert x[0, 2] < y[0, 2]
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(2, 2), (3, 1), (2, 1)])
+def test_pooling_windows_keep_their_winners(kernel, stride):
+    """Quantised images tie all over; noise of another precision breaks the ties, and reverses neighbours."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        low = (torch.rand(2, 3, 8, 8) * 6).round() / 6
+        high = low.double() + 1e-9 * torch.randn(2, 3, 8, 8, dtype=torch.float64)
+        moved, *_ = impose("max_pool", (low, kernel, stride), (high, kernel, stride))
+
+        def winners(x):
+            windows = x.unfold(2, kernel, stride).unfold(3, kernel, stride).flatten(4)
+            return windows == windows.amax(-1, keepdim=True)
+
+        assert torch.equal(winners(moved), winners(low))
+        assert (moved - high).abs().max() < 1e-7
+        # What need not be moved is not: an untied plane keeps every value.
+        untied = torch.rand(1, 1, 8, 8)
+        (same, *_) = impose("max_pool", (untied, kernel, stride), (untied.double() + 1e-12, kernel, stride))
+        assert torch.equal(same, untied.double() + 1e-12)
+
+
+def test_a_tie_of_two_windows_is_one_value_each():
+    """Two windows apart with the same maximum in the low precision need not have it in the other."""
+    low = torch.tensor([[[[1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]]]])
+    high = low.double()
+    high[0, 0, 0] = torch.tensor([1.0, 1 + 1e-9, 1 + 2e-9, 1 + 3e-9], dtype=torch.float64)
+    (moved, *_) = impose("max_pool", (low, 2), (high, 2))
+    assert moved[0, 0, 0, 0] == moved[0, 0, 0, 1] == 1
+    assert moved[0, 0, 0, 2] == moved[0, 0, 0, 3] == 1 + 2e-9

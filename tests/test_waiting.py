@@ -1,0 +1,131 @@
+"""A measured step waits for a device at most twice, whatever the number of sites, parameters and choices.
+
+There is no device here. CPU tensors are taken for a device's, and a dispatch mode counts what would wait for one.
+"""
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+)
+
+from nslightning import Jacobians, patch
+from nslightning.callbacks.gradient_divergence import undisturbed
+from nslightning.probes import Recording, divergence, measure, measure_differences, propagation, recording, sums
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations whose result the host needs, and copies of a tensor's values to the host."""
+
+    NAMES = ("_local_scalar_dense", "item", "equal", "is_nonzero", "nonzero", "masked_select", "unique", "allclose")
+
+    def __init__(self):
+        super().__init__()
+        self.met = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in self.NAMES or (name == "_to_copy" and (kwargs or {}).get("device") == torch.device("cpu")):
+            self.met.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """Every tensor is as if it lay on a device."""
+    for module in (propagation, sums, sys.modules["nslightning.probes.divergence"]):
+        monkeypatch.setattr(module, "waits", lambda device: True)
+    for name in ("tolist", "cpu"):  # one transfer each, whatever the dispatcher would see of it on a CPU
+        stock = getattr(torch.Tensor, name)
+
+        def once(t, stock=stock, name=name):
+            waits = [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, Waits)]
+            if waits:
+                waits[-1].met.append(name)
+            with _disable_current_modes():
+                return stock(t)
+
+        monkeypatch.setattr(torch.Tensor, name, once)
+
+
+def network(sites, tied):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 4, 3, padding=1)]
+    for _ in range(sites):
+        layers += [nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2, 1), nn.Conv2d(4, 4, 3, padding=1)]
+    model = nn.Sequential(*layers)
+    if tied:
+        with torch.no_grad():
+            for m in model:
+                if isinstance(m, nn.BatchNorm2d):
+                    m.weight[0] = m.bias[0] = 0
+    patch(model, Jacobians())
+    return model
+
+
+CHOICES = {str(relu): Jacobians(relu=relu, max_pool="minimal") for relu in (0.25, 0.5, 1.0, 2.0, -1.0)}
+
+
+def measured(model, choices):
+    """What a measured step does behind its training forward and backward, and how often it waits."""
+    x = torch.randn(2, 1, 12, 12, generator=torch.Generator().manual_seed(1))
+    loss = model(x).square().mean()
+    named = dict(model.named_parameters())
+    with Waits() as waits:
+        with recording(model) as met:
+            met.backward(loss)
+        base = {name: p.grad for name, p in named.items()}
+        with undisturbed(model, 0):
+            found = measure_differences(met.carried(choices, named, retain_graph=False), base)
+    return found, waits.met
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_measured_step_waits_twice_at_most(device, tied):
+    for sites, choices in ((1, dict(list(CHOICES.items())[:1])), (5, CHOICES)):
+        found, met = measured(network(sites, tied), choices)
+        assert len(met) <= 2, met
+        assert all(bool(d.l2) is tied or d.l2 > 0 for d in found.values())
+
+
+def test_the_device_s_way_gives_the_same_numbers(monkeypatch, request):
+    want, _ = measured(network(3, True), CHOICES)
+    request.getfixturevalue("device")
+    found, met = measured(network(3, True), CHOICES)
+    assert met  # it did go the device's way
+    for choice, d in want.items():
+        assert d.l2 > 0
+        for name, part in d.per_layer.items():
+            for norm, value in part.norms().items():
+                assert found[choice].per_layer[name].norms()[norm] == pytest.approx(value, rel=1e-4, abs=1e-7)
+
+
+def test_subtraction_waits_once_for_all_parameters(device):
+    a, b = ({str(i): torch.randn(5, i + 1) for i in range(20)} for _ in range(2))
+    with Waits() as waits:
+        found = measure(a, b)
+    assert len(waits.met) == 1
+    assert found.l2 == pytest.approx(float(sum((a[n].double() - b[n]).square().sum() for n in a)) ** 0.5, rel=1e-12)
+
+
+def test_buffers_are_put_back_without_a_look():
+    model = network(2, False)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with Waits() as waits, undisturbed(model, 0):
+        model(torch.randn(2, 1, 12, 12))
+    assert waits.met == []
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+def test_a_recording_is_one_for_all_choices():
+    model = network(1, True)
+    assert isinstance(Recording(model), Recording)
+    loss = model(torch.randn(2, 1, 12, 12)).square().mean()
+    together = divergence(loss, model, CHOICES, method="propagate")
+    for name, choice in CHOICES.items():
+        assert divergence(loss, model, {name: choice}, method="propagate")[name] == together[name]
