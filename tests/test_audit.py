@@ -7,6 +7,7 @@ import random
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -235,8 +236,25 @@ def test_noise_floor(few):
     assert audit(Relu(tie=True), few).noise == dict.fromkeys(DTYPES, 0.0)
     found = audit(VeryNoisy(tie=True), few, dtypes=["32"])
     assert found.noise["32"] > 1e-3
-    assert verdict(found, "32") == ("matters" if found.largest > found.noise["32"] else "rounding")
+    for factor, words in ((2.0, "matters"), (0.5, "rounding")):  # of the floor
+        spread = replace(found.spreads[0], relative=factor * found.noise["32"])
+        assert verdict(replace(found, spreads=[spread]), "32") == words
     assert audit(NoisyNet(tie=True), few, dtypes=["32"]).noise["32"] == 0  # noise that reaches no parameter
+
+
+def test_the_noise_floor_is_that_of_the_noisiest_batch():
+    class NoisyWhereBright(Relu):
+        def forward(self, x):
+            y = super().forward(x)
+            if y.requires_grad and x.mean() > 0:
+                y.register_hook(lambda g: g * (1 + 2 * torch.rand(())))
+            return y
+
+    bright, dark = (torch.randn(2, 3, 8, 8).abs() * sign for sign in (1, -1))
+    batches = [(bright, None), (dark, None)]
+    for order in (batches, batches[::-1]):
+        assert audit(NoisyWhereBright(tie=True), order, dtypes=["32"]).noise["32"] > 1e-3
+    assert audit(NoisyWhereBright(tie=True), batches[1:], dtypes=["32"]).noise["32"] == 0
 
 
 def test_model_and_random_state_are_left_untouched(batches):

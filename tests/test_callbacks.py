@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import time
+import warnings
 import weakref
 from contextlib import nullcontext
 from multiprocessing import get_context
@@ -37,6 +38,7 @@ from nslightning.callbacks import GradientDivergence, RunRecord, StepSeed, TieMo
 from nslightning.callbacks import gradient_divergence as divergence_module
 from nslightning.data import Synthetic
 from nslightning.models import ImageClassifier, Twins
+from nslightning.probes import Ties
 from nslightning.surgery import selections
 
 NORMS = ["l1", "l2", "linf", "relative", "cosine"]
@@ -1062,3 +1064,100 @@ def test_step_seed_depends_on_seed_batch_and_rank():
     assert [draw(*point) for point in points] == first
     for stream in zip(*first, strict=True):
         assert len(set(stream)) == len(points)
+
+
+# ------------------------------------------------------------------------------------------- several processes
+class Together:
+    """A strategy of two processes, whose other one is given."""
+
+    def __init__(self, other):
+        self.other = other
+
+    def broadcast(self, value):
+        return self.other
+
+    def reduce(self, value, reduce_op):
+        assert reduce_op == "sum"
+        return value + self.other
+
+
+def test_all_processes_measure_next_at_the_same_step():
+    callback = GradientDivergence(CHOICES)
+    callback._account(SimpleNamespace(global_step=5, world_size=2, strategy=Together(37)))
+    assert callback._next == 37
+    callback._account(SimpleNamespace(global_step=5, world_size=1, strategy=None))
+    assert callback._next == 15
+
+
+def test_ties_of_all_processes_are_added_up(monkeypatch):
+    logged = {}
+    monkeypatch.setattr(sys.modules["nslightning.callbacks.tie_monitor"], "log_step", lambda _, m: logged.update(m))
+    callback, module = TieMonitor(1), Module(Plain)
+    other = torch.tensor([[30.0, 100.0], [0.0, 50.0]], dtype=torch.float64)
+    callback._counts = {"b": Ties("relu", 0, 50), "a": Ties("relu", 10, 100)}
+    trainer_of = SimpleNamespace(world_size=2, strategy=Together(other))
+    callback.on_before_backward(trainer_of, module, torch.zeros(()))
+    assert logged == {"ties/a": 0.2, "ties/b": 0.0, "ties/total": pytest.approx(40 / 300)}
+
+
+def test_what_the_callback_cannot_see_is_said_once(tmp_path):
+    """A reentrant checkpoint, and torch.vmap: subtracted, with the numbers of a network that hides nothing."""
+
+    class Hidden(LightningModule):
+        def __init__(self, how):
+            super().__init__()
+            torch.manual_seed(0)
+            self.how, self.net, self.head = how, nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 1)
+            nn.init.zeros_(self.net[0].weight), nn.init.zeros_(self.net[0].bias)
+            patch(self.net, NATIVE)
+
+        def training_step(self, batch, batch_idx):
+            x = batch[0].flatten(1)[:, :4].requires_grad_()
+            match self.how:
+                case "reentrant":
+                    h = checkpoint(self.net, x, use_reentrant=True)
+                case "vmap":
+                    h = torch.vmap(self.net)(x)
+                case _:
+                    h = self.net(x)
+            return self.head(h).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    found, weights = {}, {}
+    for how in ("shown", "reentrant", "vmap"):
+        module = Hidden(how)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            trainer(tmp_path / how, GradientDivergence({"one": Jacobians(relu=1.0)}, 1)).fit(module, data())
+        found[how], weights[how] = read(tmp_path / how), module.state_dict()
+        assert len([w for w in said if "subtracts gradients" in str(w.message)]) == (how != "shown")
+    assert set(found["shown"]["method"]) == {"propagate"}
+    for how in ("reentrant", "vmap"):
+        assert set(found[how].pop("method")) == {"subtract"}
+        assert equal(weights[how], weights["shown"])
+        pd.testing.assert_frame_equal(found[how], found["shown"].drop(columns="method"), rtol=1e-5)
+    assert (found["shown"]["l2"] > 0).any()
+
+
+@pytest.mark.parametrize("where", ["tensor", "module", "parameter"])
+def test_a_hook_that_clips_is_noticed(where, tmp_path):
+    class Clipping(Module):
+        def __init__(self):
+            super().__init__(Plain)
+            clip = lambda g: g.clamp(-1e-4, 1e-4)  # noqa: E731 # said once
+            if where == "tensor":
+                self.net.conv1.register_forward_hook(lambda m, args, y: y.register_hook(clip) and None)
+            elif where == "module":
+                self.net.conv1.register_full_backward_pre_hook(lambda m, g: (clip(g[0]),))
+            else:
+                self.net.conv1.weight.register_hook(clip)
+
+    found = {}
+    for method in ("auto", "subtract"):
+        watch = GradientDivergence({"one": Jacobians(relu=1.0)}, 1, method=method)
+        trainer(tmp_path / method, watch, precision="64-true").fit(Clipping(), data())
+        found[method] = read(tmp_path / method)
+    assert set(found["auto"]["method"]) == {"subtract"}
+    pd.testing.assert_frame_equal(found["auto"], found["subtract"])

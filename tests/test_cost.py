@@ -45,6 +45,22 @@ def batch_of(*shape: int, classes: int = 3) -> tuple[torch.Tensor, torch.Tensor]
     return torch.randn(*shape), torch.randint(classes, (shape[0],))
 
 
+def test_each_choice_s_own_memory_is_measured(monkeypatch):
+    """What a choice's backward allocates is its own: here what is measured is the gradient, which differs."""
+    module = sys.modules["nslightning.probes.cost"]
+
+    def peak(run, resident, device):
+        found = run()
+        return (0 if isinstance(found, torch.Tensor) else round(1e6 * sum(float(g.abs().sum()) for g in found))), "test"
+
+    monkeypatch.setattr(module, "_peak", peak)
+    torch.manual_seed(0)
+    report = cost_ratio(mlp(), batch_of(4, 6), RELU1 | {"half": Jacobians(relu=0.5)}, **QUICK | {"memory": True})
+    peaks = {c.name: c.peak_bytes for c in report.choices}
+    assert peaks["stock"] == peaks["native"] > 0
+    assert len({peaks["stock"], peaks["half"], peaks["relu1"]}) == 3
+
+
 # -------------------------------------------------------------------------- figures against references
 @pytest.mark.parametrize(("depth", "ratio"), [(1, 2.01), (2, 2.56), (5, 2.84), (10, 2.92)])
 def test_flop_ratio_of_mlps(depth, ratio):

@@ -449,6 +449,55 @@ def test_gradients_and_divergence_for_the_input():
         gradients(loss, model, {"a1": RELU1}, inputs={"1.weight": x})
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
+def test_complex_gradients_are_measured_by_their_absolute_values(dtype):
+    g = torch.Generator().manual_seed(0)
+    a, b = ({n: torch.randn(k, dtype=dtype, generator=g) for n, k in (("x", (3, 5)), ("y", (7,)))} for _ in range(2))
+    a["y"] = a["y"].conj()  # put off, as backwards leave it
+    found = measure(a, b)
+    wide = [np.concatenate([t.resolve_conj().numpy().astype(complex).ravel() for t in s.values()]) for s in (a, b)]
+    d = wide[0] - wide[1]
+    assert found.l1 == pytest.approx(np.abs(d).sum(), rel=1e-12)
+    assert found.l2 == pytest.approx(np.linalg.norm(d), rel=1e-12)
+    assert found.linf == pytest.approx(np.abs(d).max(), rel=1e-12)
+    assert found.relative == pytest.approx(np.linalg.norm(d) / np.linalg.norm(wide[1]), rel=1e-12)
+    lengths = np.linalg.norm(wide[0]) * np.linalg.norm(wide[1])
+    assert found.cosine == pytest.approx(np.vdot(wide[0], wide[1]).real / lengths, rel=1e-12)
+    carried = measure_difference({n: a[n] - b[n] for n in a}, b)
+    assert carried.norms() == pytest.approx(found.norms(), rel=1e-5)
+
+
+def test_complex_parameters_have_a_divergence():
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.full((2,), 1 + 2j, dtype=torch.complex128))
+
+        def forward(self, x):
+            return F.relu((self.w * 0.5).imag - x).sum()
+
+    model = Turned()
+    patch(model, Jacobians())
+    loss = model(torch.ones(2, dtype=torch.float64))
+    for method in ("subtract", "propagate"):
+        found = divergence(loss, model, {"one": RELU1}, method=method)["one"]
+        assert found.method == method
+        assert (found.l1, found.linf) == (1.0, 0.5)  # 0.5 i for each of the two
+        assert found.l2 == pytest.approx(0.5**0.5)
+
+
+def test_what_probes_print_is_short():
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
+    nn.init.zeros_(model[0].weight), nn.init.zeros_(model[0].bias)
+    patch(model, Jacobians())
+    found = divergence(model(torch.ones(1, 2)).sum(), model, {"one": RELU1})["one"]
+    lines = str(found).splitlines()
+    assert lines[0].split() == ["parameter", *NORMS]
+    assert lines[4] == "and 2 of 4 parameters, which differ less or not at all"
+    met = ties(model, torch.ones(1, 2))
+    assert str(met) == "1  relu: 3 of 3 tie (100 %)\n0 of 1 sites met no tie"
+
+
 def test_two_patched_parts_do_not_mix():
     pair = nn.ModuleDict({"a": nn.Sequential(nn.ReLU()), "b": nn.Sequential(nn.ReLU())})
     patch(pair["a"], Jacobians()), patch(pair["b"], Jacobians())

@@ -336,6 +336,41 @@ def test_no_tie_runs_no_backward_and_same_choice_is_regular():
     assert zone(small_model, torch.sum, x, MINIMAL, MINIMAL).kind == "regular"
 
 
+@pytest.mark.parametrize("size", [1e-10, 1e-9, 1e-8])
+def test_a_small_difference_is_one_far_below_where_rounding_ends(size):
+    """Between 10^5 and 10^8 times what rounding can leave: much more than it, and much less than 2^29 times."""
+    t = lambda m, t: F.relu(t) * (0.15 + size) + F.relu(t) * 0.7 - F.relu(t) * 0.85  # noqa: E731 # short
+    found = scalar_zone(t, 0.0, torch.float32, Jacobians(relu=0.3))
+    assert found.kind == "bifurcation"
+    assert found.difference == pytest.approx(0.3 * size, rel=1e-5)
+    assert 2.0**16 < found.difference / found.rounding < 2.0**28
+
+
+def test_complex_parameters():
+    class Spiral(nn.Module):
+        def __init__(self, dtype, bias):
+            super().__init__()
+            self.w, self.bias = nn.Parameter(torch.full((2,), 1 + 2j, dtype=dtype)), bias
+
+        def forward(self, x):
+            return F.relu((self.w * 0.5).imag - x).sum() + (self.w * self.w.conj()).real.sum() * self.bias
+
+    for dtype, real in ((torch.complex64, torch.float32), (torch.complex128, torch.float64)):
+        model = Spiral(dtype, 1.0)
+        patch(model, Jacobians())
+        found = zone(model, lambda y: y, torch.ones(2, dtype=real), RELU1)
+        assert found.kind == "bifurcation"
+        assert found.difference == pytest.approx(0.5**0.5)  # 0.5 i for each of the two
+        assert zone(model, lambda y: y, torch.zeros(2, dtype=real), RELU1).kind == "regular"
+
+
+def test_printed_it_is_one_line():
+    found = scalar_zone(lambda m, t: F.relu(t), 0.0, torch.float32, RELU1)
+    assert len(str(found).splitlines()) == 1
+    assert "bifurcation" in str(found)
+    assert "propagate" in str(found)
+
+
 def test_refusals():
     with pytest.raises(ValueError, match="not patched"):
         zone(nn.Linear(1, 1), torch.sum, torch.ones(1), RELU1)
