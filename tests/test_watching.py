@@ -182,6 +182,22 @@ def test_zones_are_those_of_the_weights_before_each_step(tmp_path):
     assert (rows.xs("relu1", level="choice")["bifurcation"] == 1).all()
 
 
+@pytest.mark.parametrize("scale", [0.5, 1024.0])
+def test_zones_are_of_the_loss_without_its_scale(scale, tmp_path):
+    """Accumulation over two batches, and fp16's loss scale; both are powers of two, which lose no bit."""
+    found = []
+    for options in ({}, {"accumulate_grad_batches": 2} if scale < 1 else {"plugins": fp16(scale)}):
+        module = Module(Plain)
+        if scale > 1 and not options:
+            options = {"plugins": fp16(1.0)}
+        folder = tmp_path / str(len(found))
+        trainer(folder, ZoneMonitor(ONE, every_n_steps=100), **options, max_steps=1).fit(module, data())
+        found.append(read(folder / "zones.csv"))
+    assert (found[0]["observed"] > 0).all()
+    for norm in ("observed", "difference"):
+        assert found[1][norm].tolist() == pytest.approx(found[0][norm].tolist(), rel=0 if scale < 1 else 1e-2)
+
+
 def before(module, step):
     """Weights and batch of a step: the module notes them at the step and at each of its replays, some in float64."""
     distinct = []
