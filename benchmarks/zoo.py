@@ -25,7 +25,7 @@ from timm.models import get_pretrained_cfg, list_models, list_modules
 from torch import Tensor, nn
 
 from nslightning import Jacobians, PatchReport, patch
-from nslightning.ops.registry import UNREACHED
+from nslightning.ops.unreached import UNREACHED
 from nslightning.surgery import using
 
 CSV = Path(__file__).parent / "results" / "zoo.csv"

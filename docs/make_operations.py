@@ -3,8 +3,8 @@
     python docs/make_operations.py            # writes docs/operations.md and docs/figures/operations/*.svg
     python docs/make_operations.py --text     # the page alone
 
-The words come from `nslightning.jacobians.NONSMOOTH`, the spellings from `nslightning.ops.registry`, and the marks in
-the plots are gradients taken through patched models, not copies of a table.
+All of it comes from the records of `nslightning.ops`, and the marks in the plots are gradients taken through patched
+models, not copies of a table.
 """
 
 from __future__ import annotations
@@ -20,42 +20,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nslightning import Jacobians, patch
-from nslightning.jacobians import NONSMOOTH, Nonsmooth
-from nslightning.ops import modules
-from nslightning.ops.registry import OPERATIONS, UNREACHED
+from nslightning import Jacobians, ops, patch
+from nslightning.jacobians import PRESETS
+from nslightning.ops.record import OPERATIONS, Kink, Operation, as_words
+from nslightning.ops.unreached import UNREACHED
 
 HERE = Path(__file__).parent
 PLOTS = HERE / "figures" / "operations"
-PRESETS = ("pytorch", "jax", "tensorflow")
 
-# Of each operation with kinks on a line: the function as a model writes it, the interval drawn, the kinks.
-LINES: dict[str, tuple[Callable[[Tensor], Tensor], tuple[float, float], tuple[float, ...]]] = {
-    "relu": (F.relu, (-1.5, 1.5), (0,)),
-    "relu6": (F.relu6, (-2, 8), (0, 6)),
-    "leaky_relu": (lambda x: F.leaky_relu(x, 0.2), (-1.5, 1.5), (0,)),
-    "prelu": (lambda x: F.prelu(x, torch.tensor([0.25], dtype=x.dtype)), (-1.5, 1.5), (0,)),
-    "rrelu": (lambda x: F.rrelu(x, 0.3, 0.3), (-1.5, 1.5), (0,)),
-    "hardtanh": (F.hardtanh, (-2, 2), (-1, 1)),
-    "clamp": (lambda x: x.clamp(-1, 1), (-2, 2), (-1, 1)),
-    "hardswish": (F.hardswish, (-5, 5), (-3, 3)),
-    "hardsigmoid": (F.hardsigmoid, (-5, 5), (-3, 3)),
-    "hardshrink": (F.hardshrink, (-1.5, 1.5), (-0.5, 0.5)),
-    "softshrink": (F.softshrink, (-1.5, 1.5), (-0.5, 0.5)),
-    "threshold": (lambda x: F.threshold(x, 0.5, 0.5), (-1, 2), (0.5,)),
-    "elu": (lambda x: F.elu(x, 0.5), (-2, 1.5), (0,)),
-    "selu": (F.selu, (-2, 1.5), (0,)),
-    "abs": (torch.abs, (-1.5, 1.5), (0,)),
-    "hinge": (lambda u: F.margin_ranking_loss(u, torch.zeros_like(u), -torch.ones_like(u), reduction="none"),
-              (-1.5, 1.5), (0,)),
-}  # fmt: skip
-# Of the others: a function of two equal entries, and choices worth a mark.
-PLANES: dict[str, tuple[Callable[[Tensor], Tensor], float, tuple[Any, ...]]] = {
-    "max_pool": (lambda x: F.max_pool1d(x[None], 2), 1.0, ("first", "last", "minimal", "sum", 3.0)),
-    "max": (lambda x: x.amax(), 1.0, ("first", "last", "minimal", "sum", 3.0)),
-    "maximum": (lambda x: torch.maximum(x[:1], x[1:]), 1.0, ("first", "last", "minimal", "sum", 3.0)),
-    "norm": (lambda x: x.norm(), 0.0, (0.0, 0.5, 1.0, -0.5)),
-}
+
+def example(operation: Operation) -> Callable[[Tensor], Tensor]:
+    """The function as a model writes it."""
+    if operation.example is None:
+        raise ValueError(f"the record of {operation.name} has no example to plot")
+    return operation.example
+
+
+def on_a_line(name: str) -> bool:
+    """Whether an operation has kinks at numbers, and not where entries are equal."""
+    return all(kink.sides is not None for kink in OPERATIONS[name].kinks)
+
+
+def positions(operation: Operation) -> list[float]:
+    """Where the example has its kinks."""
+    return operation.positions(*operation.at) or [0.0]
 
 
 def gradient(f: Callable[[Tensor], Tensor], x: Tensor, choice: Jacobians) -> Tensor:
@@ -72,11 +60,13 @@ def gradient(f: Callable[[Tensor], Tensor], x: Tensor, choice: Jacobians) -> Ten
 
 def line(name: str, figure: Any) -> None:
     """The function on the left; on the right its derivative, the Clarke Jacobian as bars, the presets as marks."""
-    f, (low, high), kinks = LINES[name]
+    operation = OPERATIONS[name]
+    f, kinks = example(operation), positions(operation)
+    margin = max(1.5, (kinks[-1] - kinks[0]) / 3)
+    low, high = kinks[0] - margin, kinks[-1] + margin
     left, right = figure.subplots(1, 2)
     edges = (low, *kinks, high)
     slopes: list[tuple[float, ...]] = []
-    jump = False
     for i, (a, b) in enumerate(pairwise(edges)):
         x = torch.linspace(a, b, 200, dtype=torch.float64)[1:-1]
         y, slope = f(x), gradient(f, x, Jacobians())
@@ -85,12 +75,10 @@ def line(name: str, figure: Any) -> None:
     for kink in kinks:
         near = torch.tensor([kink - 1e-9, kink + 1e-9], dtype=torch.float64)
         slopes.append(tuple(gradient(f, near, Jacobians()).tolist()))
-        values = f(near)
-        jump |= bool((values[0] - values[1]).abs() > 1e-6)
         left.axvline(kink, color="0.7", lw=0.8, zorder=0)
     for i, (kink, ends) in enumerate(zip(kinks, slopes, strict=True)):
         style = {"color": "0.75", "lw": 7, "solid_capstyle": "butt", "zorder": 1}
-        if not jump:
+        if not operation.kinks[i].jumps(*operation.at):
             right.plot([kink, kink], sorted(ends), label="Clarke Jacobian" if i == 0 else None, **style)
     at = torch.tensor(kinks, dtype=torch.float64)
     for preset, (marker, size, fill) in zip(
@@ -116,16 +104,18 @@ def plane(name: str, figure: Any) -> None:
     """What two equal entries receive of a gradient of 1: the Clarke Jacobian in the plane, the choices as marks."""
     from matplotlib.patches import Circle
 
-    f, at, choices = PLANES[name]
+    operation = OPERATIONS[name]
+    f, (at,) = example(operation), operation.at
+    choices = ("first", "last", "minimal", "sum", 3.0) if operation.shares else (0.0, 0.5, 1.0, -0.5)
     axis = figure.subplots()
-    if name == "norm":
+    if not operation.shares:
         axis.add_patch(Circle((0, 0), 1, color="0.85", label="Clarke Jacobian", zorder=0))
     else:
         axis.plot([1, 0], [0, 1], color="0.75", lw=7, solid_capstyle="butt", label="Clarke Jacobian", zorder=1)
     x = torch.full((2,), at, dtype=torch.float64)
     for choice, marker in zip(choices, "s^vDP", strict=False):
         share = gradient(f, x, Jacobians(**{name: choice}))
-        label = f'"{choice}"' if isinstance(choice, str) else f"{'c' if name == 'norm' else 'beta'} = {choice:g}"
+        label = f'"{choice}"' if isinstance(choice, str) else f"{'beta' if operation.shares else 'c'} = {choice:g}"
         axis.plot(*share.tolist(), marker, ms=8, mfc="none", mec="black", label=label, clip_on=False)
     axis.plot(*gradient(f, x, Jacobians()).tolist(), "o", ms=4, color="black", label="PyTorch")
     axis.set_aspect("equal")
@@ -143,8 +133,8 @@ def plot(name: str, path: Path) -> None:
     from nslightning.figures import STYLE
 
     with mpl.rc_context(STYLE | {"svg.hashsalt": name, "svg.fonttype": "none", "axes.grid": False}):
-        figure = Figure(figsize=(6.4, 2.1) if name in LINES else (4.4, 2.6), layout="constrained")
-        (line if name in LINES else plane)(name, figure)
+        figure = Figure(figsize=(6.4, 2.1) if on_a_line(name) else (4.4, 2.6), layout="constrained")
+        (line if on_a_line(name) else plane)(name, figure)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else {})
 
@@ -169,15 +159,31 @@ def spellings(name: str) -> list[str]:
 
 def chosen_by(name: str) -> list[str]:
     """The modules of `ops` that take this choice, and the functions that they are."""
-    classes = [getattr(modules, public) for public in modules.__all__]
-    found = [cls for cls in classes if name in cls.fields]
+    exported = [getattr(ops, public) for public in ops.__all__]
+    found = [cls for cls in exported if isinstance(cls, type) and name in getattr(cls, "fields", ())]
     functions = [re.findall(r"ops\.(\w+)", cls.__doc__)[0] for cls in found]
     return [*dict.fromkeys(functions), *(cls.__name__ for cls in found)]
 
 
-def section(name: str, operation: Nonsmooth) -> str:
+def clarke(kink: Kink, operation: Operation) -> str:
+    """The Clarke Jacobian at a kink, in words."""
+    if kink.clarke or kink.sides is None:
+        return kink.clarke
+    if kink.jumps(*operation.at):
+        return "none: a jump"
+    return f"[{', '.join(as_words(side) for side in sorted(kink.sides(*operation.at)))}]"
+
+
+def references(operation: Operation) -> list[str]:
+    """What stock PyTorch returns at each kink, in words."""
+    values = operation.stock(*operation.at) if operation.taken else [None] * len(operation.kinks)
+    numbers = ("" if value is None else as_words(value) for value in values)
+    return [kink.stock or number for kink, number in zip(operation.kinks, numbers, strict=True)]
+
+
+def section(name: str, operation: Operation) -> str:
     """One operation."""
-    takes = [f'`"{n}"`' for n in operation.names]
+    takes = [f'`"{n}"`' for n in operation.choices]
     number = "two numbers" if len(operation.kinks) == 2 else "a number"
     lines = [
         f"## {name}",
@@ -188,14 +194,17 @@ def section(name: str, operation: Nonsmooth) -> str:
         "",
         "| kink | Clarke Jacobian | stock PyTorch |",
         "|---|---|---|",
-        *(f"| {k.where} | {k.clarke} | {k.pytorch} |" for k in operation.kinks),
+        *(
+            f"| {kink.where} | {clarke(kink, operation)} | {stock} |"
+            for kink, stock in zip(operation.kinks, references(operation), strict=True)
+        ),
         "",
         f"- Choice: `Jacobians({name}=...)` takes {', '.join([number, *takes])}; `None` is the reference.",
         f"- Presets: jax {shown(operation.jax)}, tensorflow {shown(operation.tensorflow)}.",
         f"- In `nslightning.ops`: {', '.join(f'`{n}`' for n in chosen_by(name))}.",
         f"- Reached by `patch`: {', '.join(f'`{s}`' for s in spellings(name))}, and their ATen operators.",
         *([f"- {operation.note}"] if operation.note else []),
-        *([f"- Paper: {operation.paper}."] if operation.paper else []),
+        *([f"- Paper: {operation.references}."] if operation.references else []),
         "",
     ]
     return "\n".join(lines)
@@ -207,9 +216,10 @@ def page() -> str:
 
 Written by `python docs/make_operations.py` from the code's own description of each operation; do not edit.
 
-{len(NONSMOOTH)} operations have a choice. Each is a field of `Jacobians` and is described once, in
-`nslightning/jacobians.py`: validation, presets, the registry that `patch` reads and this page all read that. What the
-libraries return at each kink was measured: [conventions.md](conventions.md).
+{len(OPERATIONS)} operations have a choice. Each is a field of `Jacobians`, and a record in its family's file says all
+of it: `Jacobians`, `patch`, the probes, the audit and this page are made of the records
+([how to add one](how-to-add-an-operation.md)). What the libraries return at each kink was measured:
+[conventions.md](conventions.md).
 
 In a plot the grey bar is the Clarke Jacobian (there is none where a function jumps), and the marks are the gradients
 that the code returns there: of stock PyTorch, and of the presets `jax` and `tensorflow`. Where several entries reach a
@@ -219,8 +229,8 @@ maximum, the plot shows what two of them receive.
 |---|---|---|---|
 """
     rows = [
-        f"| [{name}](#{name}) | {'; '.join(k.pytorch for k in op.kinks)} | {shown(op.jax)} | {shown(op.tensorflow)} |"
-        for name, op in NONSMOOTH.items()
+        f"| [{name}](#{name}) | {'; '.join(references(op))} | {shown(op.jax)} | {shown(op.tensorflow)} |"
+        for name, op in OPERATIONS.items()
     ]
     by_reason: dict[str, list[str]] = {}
     for name, reason in UNREACHED.items():
@@ -236,7 +246,7 @@ maximum, the plot shows what two of them receive.
         *left,
         "",
     ]
-    return "\n".join([head + "\n".join(rows), "", *(section(n, op) for n, op in NONSMOOTH.items()), *tail])
+    return "\n".join([head + "\n".join(rows), "", *(section(n, op) for n, op in OPERATIONS.items()), *tail])
 
 
 if __name__ == "__main__":
@@ -244,5 +254,5 @@ if __name__ == "__main__":
     parser.add_argument("--text", action="store_true", help="write the page alone")
     only_text = parser.parse_args().text
     (HERE / "operations.md").write_text(page(), encoding="utf-8")
-    for operation_name in () if only_text else NONSMOOTH:
+    for operation_name in () if only_text else OPERATIONS:
         plot(operation_name, PLOTS / f"{operation_name}.svg")

@@ -15,6 +15,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import _reduction
 from torch.nn.modules._functions import BackwardHookFunction
 
 _P = ParamSpec("_P")
@@ -39,6 +41,7 @@ __all__ = [
     "hides_its_inside",
     "hooks_of",
     "in_dispatch_mode",
+    "in_forward_mode",
     "in_functorch",
     "is_compiled",
     "is_compiled_function",
@@ -47,8 +50,12 @@ __all__ = [
     "is_tracing",
     "is_transformed",
     "is_view",
+    "is_zero_tensor",
     "kept_attributes",
+    "legacy_reduction",
+    "native_nn",
     "number_of",
+    "overloads",
     "runs_module_hooks",
     "sequence_number",
     "traced_functions",
@@ -524,3 +531,64 @@ def has_autograd_formula(name: str) -> bool:
     """
     keys = ("Autograd", "AutogradCPU", "AutogradCUDA")
     return any(torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for key in keys)
+
+
+def in_forward_mode() -> bool:
+    """Whether forward-mode differentiation (``torch.autograd.forward_ad``) is running.
+
+    Returns:
+        True inside a ``dual_level``.
+    """
+    return forward_ad._current_level >= 0
+
+
+def is_zero_tensor(x: Tensor) -> bool:
+    """Whether a tensor is zeros without memory, as autograd makes them for gradients that are known to be 0.
+
+    Args:
+        x: Any tensor.
+
+    Returns:
+        True for such zeros.
+    """
+    return x._is_zerotensor()
+
+
+def legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
+    """How a loss is reduced that was called with the arguments of early versions.
+
+    Args:
+        size_average: Mean rather than sum.
+        reduce: Whether to reduce at all.
+
+    Returns:
+        ``"mean"``, ``"sum"`` or ``"none"``; PyTorch warns of the old arguments.
+    """
+    return str(_reduction.legacy_get_string(size_average, reduce))
+
+
+def native_nn(name: str) -> Callable[..., Any]:
+    """A function behind one of ``torch.nn.functional``, as the modules of ``torch.nn`` call it.
+
+    Args:
+        name: Such as ``"fractional_max_pool2d"``.
+
+    Returns:
+        The function.
+    """
+    function: Callable[..., Any] = getattr(torch._C._nn, name)
+    return function
+
+
+def overloads(function: Callable[..., Any]) -> list[Callable[..., Any]]:
+    """The overloads of an ATen operator, as graphs call them.
+
+    Args:
+        function: Any function.
+
+    Returns:
+        Those that return their result; none for what is no operator such as ``torch.ops.aten.relu``.
+    """
+    if not isinstance(function, torch._ops.OpOverloadPacket):
+        return []
+    return [getattr(function, name) for name in function.overloads() if "out" not in name]

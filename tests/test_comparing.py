@@ -11,7 +11,8 @@ from bits import bits
 from torch import nn
 
 from nslightning import Jacobians, ops, patch, unpatch, using
-from nslightning.ops.registry import FUNCTIONS, MODULES, UNREACHED, UNSUPPORTED_FUNCTIONS, UNSUPPORTED_MODULES, Call
+from nslightning.ops.record import FUNCTIONS, MODULES, Call
+from nslightning.ops.unreached import UNREACHED, UNSUPPORTED_FUNCTIONS, UNSUPPORTED_MODULES
 from nslightning.probes import divergence, ties
 from nslightning.probes.propagation import differences
 

@@ -25,10 +25,10 @@ from kernel_checks import (
 
 from nslightning import Jacobians, ops, patch
 from nslightning.ops.autograd import fused
+from nslightning.ops.autograd.pointwise import pointwise
+from nslightning.ops.autograd.pooling import pool, regular
 from nslightning.ops.autograd.selection import Selection
 from nslightning.ops.kernels import cpu as cpu_kernels
-from nslightning.ops.max_pool import pool, regular
-from nslightning.ops.pointwise import pointwise
 
 pytestmark = pytest.mark.skipif(
     not cpu_kernels.available(), reason="there was no C++ compiler when the package was installed"

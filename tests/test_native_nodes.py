@@ -12,9 +12,9 @@ from torch import nn
 
 from nslightning import Jacobians
 from nslightning.ops.autograd import native, nodes
+from nslightning.ops.autograd.pointwise import pointwise
+from nslightning.ops.autograd.pooling import pool, regular
 from nslightning.ops.autograd.selection import Selection
-from nslightning.ops.max_pool import pool, regular
-from nslightning.ops.pointwise import pointwise
 
 pytestmark = pytest.mark.skipif(
     native.state() != "built", reason="the C++ nodes are not built: python -m nslightning.ops.kernels.build"

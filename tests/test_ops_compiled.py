@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from nslightning import Jacobians, patch
-from nslightning.ops.registry import FUNCTIONS
+from nslightning.ops.record import FUNCTIONS
 
 aten = torch.ops.aten
 TWO = (0.3, 0.6)

@@ -10,7 +10,7 @@ from torch import nn
 
 from nslightning import Jacobians, ops, patch, using
 from nslightning.ops.autograd.selection import Selection
-from nslightning.ops.registry import OPERATIONS
+from nslightning.ops.record import OPERATIONS
 
 STOCK = {2: F.fractional_max_pool2d, 3: F.fractional_max_pool3d}
 OURS = {2: ops.fractional_max_pool2d, 3: ops.fractional_max_pool3d}

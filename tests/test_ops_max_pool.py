@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from nslightning import Jacobians
 from nslightning.ops import max_pool2d
+from nslightning.ops.autograd.pooling import pool, regular, tied_windows
 from nslightning.ops.autograd.selection import Selection
-from nslightning.ops.max_pool import pool, regular, tied_windows
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 CHOICES = ["native", "first", "last", "minimal", "sum", 0.0, 0.3, 1.0, 10.0, -2.0]

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from bits import bits
 
 from nslightning import Jacobians, ops
-from nslightning.ops.autograd.routing import RULES
+from nslightning.ops.autograd.routing import ROUTES
 from nslightning.ops.autograd.selection import Selection
-from nslightning.ops.losses import HINGES, absolute, hinge, tied_hinges
-from nslightning.ops.norms import chosen_norm, norm_pool, tied_norms, unit
+from nslightning.ops.losses import HINGES, hinge, tied_hinges
+from nslightning.ops.norms import absolute, chosen_norm, norm_pool, tied_norms, unit
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 DIGITS = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 1e-6, torch.float64: 1e-14}
@@ -151,7 +151,7 @@ def test_hinges(function, reduction):
     args = (x, *args[1:])
     want = getattr(F, function)(*args, reduction=reduction, **rest)
     (stock,), g = grads(want, (x,))
-    native = RULES["multi_margin" if function == "multi_margin_loss" else "hinge"].native
+    native = ROUTES["multi_margin" if function == "multi_margin_loss" else "hinge"].native
     for c in (None, 0.0, 1.0, 0.3):
         got = hinge(function, Selection(Jacobians(hinge=c)), *args, reduction=reduction, **rest)
         assert torch.equal(bits(got), bits(want))

@@ -11,10 +11,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from nslightning import Jacobians, ops
-from nslightning.ops import max_pool as module
+from nslightning.ops.autograd import pooling as module
+from nslightning.ops.autograd.pooling import adaptive, pool, regular, tied_windows
 from nslightning.ops.autograd.selection import Selection
 from nslightning.ops.autograd.windows import Windows
-from nslightning.ops.max_pool import adaptive, pool, regular, tied_windows
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 CHOICES = ["native", "first", "last", "minimal", "sum", 0.0, 0.3, 1.0, 10.0, -2.0]

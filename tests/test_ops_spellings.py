@@ -8,7 +8,7 @@ from torch import nn
 
 from nslightning import Jacobians, ops, patch, using
 from nslightning.ops.autograd.selection import Selection
-from nslightning.ops.clamping import clamped
+from nslightning.ops.clamps import clamped
 
 aten = torch.ops.aten
 CHOICE = Jacobians(clamp=(0.625, 0.375), prelu=0.625, rrelu=0.625, hardshrink=(0.625, 0.625))

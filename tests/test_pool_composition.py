@@ -7,9 +7,9 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from nslightning import Jacobians, ops
+from nslightning.ops.autograd.pooling import adaptive, pool, regular
 from nslightning.ops.autograd.selection import Selection
 from nslightning.ops.kernels import cpu as cpu_kernels
-from nslightning.ops.max_pool import adaptive, pool, regular
 
 CHOICES = ["native", "minimal", "last", "sum", 10.0]
 POOLS = {

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nslightning import Jacobians, patch
-from nslightning.jacobians import NONSMOOTH
+from nslightning.ops.record import OPERATIONS
 
 NEWEST = torch.__version__.split("+")[0]
 # `clamp` and what is made of it changed: 1 at the bounds up to torch 2.13, 0 in 2.15.
@@ -54,13 +54,13 @@ def flat(values):
 
 @pytest.mark.parametrize("name", TABLE)
 def test_what_the_installed_torch_returns(name):
-    """When this fails torch has changed: write the version into `Kink.pytorch` in jacobians.py."""
+    """When this fails torch has changed: write the version into `Kink.stock` of its record."""
     x, f, want = TABLE[name]
     assert flat(gradient(f, x)) == pytest.approx(flat(want), rel=1e-6, abs=0), f"torch {NEWEST}"
 
 
 def test_the_table_is_complete():
-    assert {name.split(",")[0] for name in TABLE} == set(NONSMOOTH)
+    assert {name.split(",")[0] for name in TABLE} == set(OPERATIONS)
 
 
 @pytest.mark.parametrize("name", TABLE)

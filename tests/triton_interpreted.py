@@ -63,8 +63,8 @@ def on_cpu(monkeypatch) -> None:
 @pytest.mark.parametrize("choice", [{}, {"relu": 0.5}, {"relu": -2.0, "rule": "published"}], ids=str)
 def test_relu_takes_the_kernels(choice, layout, monkeypatch) -> None:
     from nslightning import Jacobians
+    from nslightning.ops.autograd.pointwise import pointwise
     from nslightning.ops.autograd.selection import Selection
-    from nslightning.ops.pointwise import pointwise
 
     generator = torch.Generator().manual_seed(3)
     x = torch.randint(-1, 2, (2, 3, 5, 7), generator=generator).float().contiguous(memory_format=layout)
@@ -76,8 +76,8 @@ def test_relu_takes_the_kernels(choice, layout, monkeypatch) -> None:
 
 def test_relu_in_place_and_random(on_cpu) -> None:
     from nslightning import Jacobians
+    from nslightning.ops.autograd.pointwise import pointwise
     from nslightning.ops.autograd.selection import Selection
-    from nslightning.ops.pointwise import pointwise
 
     x = torch.tensor([-1.0, 0.0, 2.0, 0.0], requires_grad=True)
     selection = Selection(Jacobians(relu=1.0))

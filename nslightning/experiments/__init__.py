@@ -1,7 +1,8 @@
 """Grids of runs, tidy results, and the published numbers they are held against."""
 
-from nslightning.experiments.cells import KINDS, Cell, Outcome, TrainCell, TwinCell, ZoneCell, compute, settings
+from nslightning.experiments.cells import KINDS, Cell, Outcome, TrainCell, TwinCell, ZoneCell, settings
 from nslightning.experiments.compare import comparison, markdown
+from nslightning.experiments.computing import compute
 from nslightning.experiments.engine import Report, collect, folder_of, run
 from nslightning.experiments.grid import SCALES, Experiment, Planned
 

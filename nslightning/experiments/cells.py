@@ -1,4 +1,4 @@
-"""What one run of an experiment needs to know: the settings of each kind of cell, and who computes it."""
+"""What one run of an experiment needs to know: the settings of each kind of cell, and what it returns."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import dataclasses
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib import import_module
 from typing import Any, Literal, NamedTuple, Self, get_args, get_origin, get_type_hints
 
 from nslightning.arithmetic import Arithmetic
 from nslightning.experiments.optimizers import check_optimizer
-from nslightning.jacobians import Jacobians, MaxPoolChoice, Rule
+from nslightning.jacobians import Jacobians, Rule, ShareName
 from nslightning.spelling import did_you_mean
 
-__all__ = ["KINDS", "Cell", "Outcome", "TrainCell", "TwinCell", "ZoneCell", "compute", "settings"]
+__all__ = ["KINDS", "Cell", "Outcome", "TrainCell", "TwinCell", "ZoneCell", "settings"]
 
 Row = dict[str, Any]
 
@@ -70,7 +69,7 @@ class Cell:
     dropout: float | None = None
     pool: Literal["max", "norm"] = "max"
     relu: float | Literal["random"] = 0.0
-    max_pool: float | MaxPoolChoice = 0.0
+    max_pool: float | ShareName = 0.0
     rule: Rule = "exact"
     precision: Literal[16, 24, 32, 64] = 32
     arithmetic: str = "native"
@@ -284,12 +283,8 @@ class ZoneCell(Cell):
         return dataclasses.replace(self.jacobians, **self.against)
 
 
-#: The kinds of cells: their settings, and the function (imported when needed) that computes one on a device.
-KINDS: dict[str, tuple[type[Cell], str]] = {
-    "train": (TrainCell, "nslightning.experiments.training:train"),
-    "twins": (TwinCell, "nslightning.experiments.twins:twins"),
-    "zones": (ZoneCell, "nslightning.experiments.zones:zones"),
-}
+#: The kinds of cells, by their settings; :mod:`~nslightning.experiments.computing` computes them.
+KINDS: dict[str, type[Cell]] = {"train": TrainCell, "twins": TwinCell, "zones": ZoneCell}
 
 
 def settings(kind: str, given: dict[str, Any]) -> Cell:
@@ -311,7 +306,7 @@ def settings(kind: str, given: dict[str, Any]) -> Cell:
     """
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is not known{did_you_mean(kind, KINDS)} There are: {', '.join(KINDS)}")
-    made = KINDS[kind][0]
+    made = KINDS[kind]
     names = [f.name for f in dataclasses.fields(made)]
     for name in given:
         if name not in names:
@@ -377,23 +372,3 @@ def _told(allowed: Any) -> str:
         return " or ".join(map(_told, choices))
     words = {float: "a number", int: "an integer", bool: "true or false", str: "a name", type(None): "null"}
     return words.get(allowed, "a mapping")
-
-
-def compute(kind: str, cell: Cell, device: str) -> Outcome:
-    """Compute one cell in this process.
-
-    Args:
-        kind: A key of :data:`KINDS`.
-        cell: Its settings.
-        device: Where.
-
-    Returns:
-        What it found.
-    """
-    from nslightning.runs import environment
-
-    module, _, function = KINDS[kind][1].partition(":")
-    with cell.computed.applied():
-        outcome: Outcome = getattr(import_module(module), function)(cell, device)
-        surroundings = {k: v for k, v in environment().items() if k != "command"}
-    return outcome._replace(provenance={**outcome.provenance, "environment": surroundings})

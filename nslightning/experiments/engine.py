@@ -21,7 +21,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
-from nslightning.experiments.cells import Cell, compute
+from nslightning.experiments.cells import Cell
+from nslightning.experiments.computing import compute
 from nslightning.experiments.grid import Experiment, Planned
 from nslightning.files import replacing, write_text
 

@@ -1,170 +1,32 @@
-"""Nonsmooth operations whose backward takes a chosen element of the generalised Jacobian at ties."""
+"""Nonsmooth operations whose backward takes a chosen element of the generalised Jacobian at ties.
 
-from nslightning.ops.activations import (
-    abs,
-    clamp,
-    clamp_max,
-    clamp_min,
-    elu,
-    hardshrink,
-    hardsigmoid,
-    hardswish,
-    hardtanh,
-    leaky_relu,
-    prelu,
-    relu,
-    relu6,
-    rrelu,
-    selu,
-    softshrink,
-    threshold,
-)
-from nslightning.ops.fractional import fractional_max_pool2d, fractional_max_pool3d
-from nslightning.ops.losses import (
-    cosine_embedding_loss,
-    hinge_embedding_loss,
-    l1_loss,
-    margin_ranking_loss,
-    multi_margin_loss,
-    triplet_margin_loss,
-)
-from nslightning.ops.max_pool import (
-    adaptive_max_pool1d,
-    adaptive_max_pool2d,
-    adaptive_max_pool3d,
-    max_pool1d,
-    max_pool2d,
-    max_pool3d,
-)
-from nslightning.ops.maxima import amax, amin, aminmax, fmax, fmin, max, maximum, min, minimum
-from nslightning.ops.modules import (
-    ELU,
-    SELU,
-    Abs,
-    AdaptiveMaxPool1d,
-    AdaptiveMaxPool2d,
-    AdaptiveMaxPool3d,
-    Amax,
-    Amin,
-    Aminmax,
-    Clamp,
-    CosineEmbeddingLoss,
-    Fmax,
-    Fmin,
-    FractionalMaxPool2d,
-    FractionalMaxPool3d,
-    Hardshrink,
-    Hardsigmoid,
-    Hardswish,
-    Hardtanh,
-    HingeEmbeddingLoss,
-    L1Loss,
-    LeakyReLU,
-    MarginRankingLoss,
-    Max,
-    Maximum,
-    MaxPool1d,
-    MaxPool2d,
-    MaxPool3d,
-    Min,
-    Minimum,
-    MultiMarginLoss,
-    Norm,
-    Normalize,
-    NormPool2d,
-    PReLU,
-    ReLU,
-    ReLU6,
-    RReLU,
-    Softshrink,
-    Threshold,
-    TripletMarginLoss,
-)
-from nslightning.ops.norms import norm, norm_pool2d, normalize
+Each family has a file: the records of its operations, its functions and its modules. What a family exports is exported
+here.
+"""
+# ruff: noqa: F403 # a family's file says what it exports, once
 
-__all__ = [
-    "ELU",
-    "SELU",
-    "Abs",
-    "AdaptiveMaxPool1d",
-    "AdaptiveMaxPool2d",
-    "AdaptiveMaxPool3d",
-    "Amax",
-    "Amin",
-    "Aminmax",
-    "Clamp",
-    "CosineEmbeddingLoss",
-    "Fmax",
-    "Fmin",
-    "FractionalMaxPool2d",
-    "FractionalMaxPool3d",
-    "Hardshrink",
-    "Hardsigmoid",
-    "Hardswish",
-    "Hardtanh",
-    "HingeEmbeddingLoss",
-    "L1Loss",
-    "LeakyReLU",
-    "MarginRankingLoss",
-    "Max",
-    "MaxPool1d",
-    "MaxPool2d",
-    "MaxPool3d",
-    "Maximum",
-    "Min",
-    "Minimum",
-    "MultiMarginLoss",
-    "Norm",
-    "NormPool2d",
-    "Normalize",
-    "PReLU",
-    "RReLU",
-    "ReLU",
-    "ReLU6",
-    "Softshrink",
-    "Threshold",
-    "TripletMarginLoss",
-    "abs",
-    "adaptive_max_pool1d",
-    "adaptive_max_pool2d",
-    "adaptive_max_pool3d",
-    "amax",
-    "amin",
-    "aminmax",
-    "clamp",
-    "clamp_max",
-    "clamp_min",
-    "cosine_embedding_loss",
-    "elu",
-    "fmax",
-    "fmin",
-    "fractional_max_pool2d",
-    "fractional_max_pool3d",
-    "hardshrink",
-    "hardsigmoid",
-    "hardswish",
-    "hardtanh",
-    "hinge_embedding_loss",
-    "l1_loss",
-    "leaky_relu",
-    "margin_ranking_loss",
-    "max",
-    "max_pool1d",
-    "max_pool2d",
-    "max_pool3d",
-    "maximum",
-    "min",
-    "minimum",
-    "multi_margin_loss",
-    "norm",
-    "norm_pool2d",
-    "normalize",
-    "prelu",
-    "relu",
-    "relu6",
-    "rrelu",
-    "selu",
-    "softshrink",
-    "threshold",
-    "triplet_margin_loss",
-]
+# The order of the fields of Jacobians, and of the tables in the docs:
+# isort: off
+from nslightning.ops.rectifiers import *
+from nslightning.ops.clamps import *
+from nslightning.ops.shrinking import *
+from nslightning.ops.exponential import *
+from nslightning.ops.norms import *
+from nslightning.ops.poolings import *
+from nslightning.ops.maxima import *
+from nslightning.ops.losses import *
+
+# isort: on
+from nslightning.ops import clamps, exponential, losses, maxima, norms, poolings, rectifiers, shrinking
+from nslightning.ops.autograd.pointwise import pointwise_operation
+from nslightning.ops.record import Call, Kernels, Kink, Operation, register
+
+__all__ = ["Call", "Kernels", "Kink", "Operation", "pointwise_operation", "register"]
+__all__ += rectifiers.__all__
+__all__ += clamps.__all__
+__all__ += shrinking.__all__
+__all__ += exponential.__all__
+__all__ += norms.__all__
+__all__ += poolings.__all__
+__all__ += maxima.__all__
+__all__ += losses.__all__

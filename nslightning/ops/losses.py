@@ -1,28 +1,32 @@
-"""Losses with kinks: the absolute error and the hinges. Each is the stock function; only its ties take another way."""
+"""The hinge losses. Each is the stock function; only its ties take another way."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from nslightning.jacobians import Jacobians
-from nslightning.ops.autograd.routing import around, fixed, own
-from nslightning.ops.autograd.selection import Selection, data_dependent
+from nslightning.ops.autograd.routing import ROUTES, around, at_zero, own
+from nslightning.ops.autograd.selection import Selection, data_dependent, fixed
+from nslightning.ops.clamps import CLAMP
+from nslightning.ops.loss_arguments import arguments, defaults, reduction
+from nslightning.ops.module_base import ChosenModule
+from nslightning.ops.record import Call, Kink, Operation, only, register, spelled
 
 __all__ = [
-    "HINGES",
-    "absolute",
+    "CosineEmbeddingLoss",
+    "HingeEmbeddingLoss",
+    "MarginRankingLoss",
+    "MultiMarginLoss",
+    "TripletMarginLoss",
     "cosine_embedding_loss",
-    "hinge",
     "hinge_embedding_loss",
-    "l1_loss",
     "margin_ranking_loss",
     "multi_margin_loss",
-    "tied_hinges",
     "triplet_margin_loss",
 ]
 
@@ -123,64 +127,85 @@ def tied_hinges(function: str, *args: Any, **kwargs: Any) -> tuple[int, int]:
     return int(torch.count_nonzero((u == 0) & within)), int(torch.count_nonzero(within))
 
 
-@own
-def absolute(
-    x: Tensor, target: Tensor, selection: Selection, reduction: str = "mean", weight: Tensor | None = None
-) -> Tensor:
-    """The absolute error with the choice of ``abs`` that ``selection`` names at backward time.
+# --------------------------------------------------------------------------------------------------------- record
+_NAMES = {name: tuple(arguments(name)) for name in HINGES}
+_DEFAULTS = {name: defaults(name) for name in HINGES}
+_TENSORS = {"hinge_embedding_loss": 2, "multi_margin_loss": 2}  # three in the others
 
-    Args:
-        x: Input, any shape, floating dtype.
-        target: Target of a shape that broadcasts with the input's.
-        selection: The choice, read when the backward runs.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        weight: A weight for each entry.
 
-    Returns:
-        ``torch.nn.functional.l1_loss(x, target, reduction=reduction, weight=weight)``, bit for bit.
-    """
-    weights: dict[str, Any] = {} if weight is None else {"weight": weight}
-    loss: Tensor = F.l1_loss(x, target, reduction=reduction, **weights)
-    u = x - target
-    scale = u.new_ones(()) if weight is None else weight.detach()
-    if reduction == "mean":
-        scale = scale / (u.numel() if weight is None else scale.sum())
-    return around("abs", selection, ((), True), u, scale, loss)
+def _hinged(function: str, names: tuple[str, ...], *args: Any, **kwargs: Any) -> Call | None:
+    given = _DEFAULTS[function] | dict(zip(names, args, strict=False)) | kwargs
+    how = reduction(given)
+    if given.get("p", 1) != 1 and function == "multi_margin_loss":
+        return None  # of squares: smooth
+    x, *others = (given.pop(n) for n in names[: _TENSORS.get(function, 3)])
+    return Call(x, (function, tuple(others), given | {"reduction": how}))
+
+
+def _hinge_functions() -> dict[Callable, Callable[..., Call | None]]:
+    functions: dict[Callable, Callable[..., Call | None]] = {}
+    for name in HINGES:
+        names = _NAMES[name]
+        functions |= spelled(partial(_hinged, name, names), getattr(F, name))
+        if hasattr(torch, name):
+            short = tuple(n for n in names if n not in ("size_average", "reduce"))
+            functions |= spelled(partial(_hinged, name, short), getattr(torch, name))
+    return functions
+
+
+def _hinge_module(function: str, m: nn.Module, *args: Any, **kwargs: Any) -> Call | None:
+    names = _NAMES[function]
+    own = {n: getattr(m, n) for n in names if n in ("margin", "p", "eps", "swap", "weight", "reduction")}
+    return _hinged(function, names, **dict(zip(names, args, strict=False)) | kwargs | own)
+
+
+def _apply_hinge(selection: Selection, call: Call) -> Tensor:
+    function, others, rest = call.parameters
+    return hinge(function, selection, call.x, *others, **rest)
+
+
+def _hinge_ties(call: Call) -> tuple[int, int]:
+    function, others, rest = call.parameters
+    return tied_hinges(function, call.x, *others, **{n: v for n, v in rest.items() if n != "reduction"})
+
+
+#: The losses clamp from below: what stock returns at a hinge is what it returns for the clamp.
+_NATIVE = float(CLAMP.stock(0.0, None)[0] or 0.0)
+ROUTES["hinge"] = at_zero("hinge", _NATIVE)
+ROUTES["multi_margin"] = at_zero("hinge", 0.0)  # has a kernel of its own
+register(
+    Operation(
+        name="hinge",
+        formula="max(u, 0) inside the hinge losses",
+        kinks=(
+            Kink(
+                "u = 0",
+                sides=lambda *parameters: (0.0, 1.0),
+                stock="that of clamp_min: 1 up to torch 2.13, 0 in 2.15",
+            ),
+        ),
+        choice=(
+            "The derivative of ``max(u, 0)`` at 0 inside the hinge losses; the reference is that of ``clamp_min``."
+        ),
+        apply=_apply_hinge,
+        ties=_hinge_ties,
+        modules={
+            nn.HingeEmbeddingLoss: partial(_hinge_module, "hinge_embedding_loss"),
+            nn.MarginRankingLoss: partial(_hinge_module, "margin_ranking_loss"),
+            nn.CosineEmbeddingLoss: partial(_hinge_module, "cosine_embedding_loss"),
+            nn.TripletMarginLoss: partial(_hinge_module, "triplet_margin_loss"),
+            nn.MultiMarginLoss: only(lambda m: m.p == 1, partial(_hinge_module, "multi_margin_loss")),
+        },
+        functions=_hinge_functions(),
+        jax=0.5,
+        tensorflow=1.0,
+        taken=(_NATIVE,),
+        example=lambda u: F.margin_ranking_loss(u, torch.zeros_like(u), -torch.ones_like(u), reduction="none"),
+    )
+)
 
 
 # --------------------------------------------------------------------------------------------------------- public
-def l1_loss(
-    x: Tensor, target: Tensor, reduction: str = "mean", weight: Tensor | None = None, *, at_zero: float | None = None
-) -> Tensor:
-    r"""The absolute error with a chosen derivative where input and target are equal.
-
-    .. math:: \ell = |x - t|.
-
-    The Clarke Jacobian at x = t is [-1, 1]. PyTorch and TensorFlow return 0, JAX 1. ``smooth_l1_loss`` with beta = 0 is
-    the same function; with beta > 0 it is smooth, and so is ``huber_loss``.
-
-    Args:
-        x: Input, any shape, floating dtype.
-        target: Target of a shape that broadcasts with the input's.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        weight: A weight for each entry.
-        at_zero: The derivative of the absolute value at 0; None is the reference.
-
-    Returns:
-        ``torch.nn.functional.l1_loss(...)``, bit for bit.
-
-    Raises:
-        ValueError: If ``at_zero`` is not a finite number.
-
-    Example:
-        >>> x = torch.tensor([1.0, 3.0], requires_grad=True)
-        >>> l1_loss(x, torch.tensor([1.0, 2.0]), "sum", at_zero=1.0).backward()
-        >>> x.grad
-        tensor([1., 1.])
-    """
-    return absolute(x, target, fixed(Jacobians(abs=at_zero)), reduction, weight)
-
-
 def hinge_embedding_loss(
     x: Tensor, target: Tensor, margin: float = 1.0, reduction: str = "mean", *, at_zero: float | None = None
 ) -> Tensor:
@@ -210,7 +235,7 @@ def hinge_embedding_loss(
         >>> x.grad
         tensor([-0.5000, -1.0000])
     """
-    chosen = fixed(Jacobians(hinge=at_zero))
+    chosen = fixed("hinge", at_zero)
     return hinge("hinge_embedding_loss", chosen, x, target, margin=margin, reduction=reduction)
 
 
@@ -250,7 +275,7 @@ def margin_ranking_loss(
         >>> x.grad
         tensor([-0.5000,  0.5000])
     """
-    chosen = fixed(Jacobians(hinge=at_zero))
+    chosen = fixed("hinge", at_zero)
     return hinge("margin_ranking_loss", chosen, x, other, target, margin=margin, reduction=reduction)
 
 
@@ -291,7 +316,7 @@ def cosine_embedding_loss(
         >>> x.grad
         tensor([[0., 1.]])
     """
-    chosen = fixed(Jacobians(hinge=at_zero))
+    chosen = fixed("hinge", at_zero)
     return hinge("cosine_embedding_loss", chosen, x, other, target, margin=margin, reduction=reduction)
 
 
@@ -337,7 +362,7 @@ def triplet_margin_loss(
         >>> x.grad
         tensor([[-1.]])
     """
-    chosen = fixed(Jacobians(hinge=at_zero))
+    chosen = fixed("hinge", at_zero)
     rest: dict[str, Any] = {"margin": margin, "p": p, "eps": eps, "swap": swap, "reduction": reduction}
     return hinge("triplet_margin_loss", chosen, x, positive, negative, **rest)
 
@@ -378,5 +403,25 @@ def multi_margin_loss(
         >>> x.grad
         tensor([[-0.5000,  0.5000]])
     """
-    chosen = fixed(Jacobians(hinge=at_zero))
+    chosen = fixed("hinge", at_zero)
     return hinge("multi_margin_loss", chosen, x, target, margin=margin, weight=weight, reduction=reduction)
+
+
+class HingeEmbeddingLoss(ChosenModule, nn.HingeEmbeddingLoss, choice="at_zero"):
+    """:func:`~nslightning.ops.hinge_embedding_loss` as a module."""
+
+
+class MarginRankingLoss(ChosenModule, nn.MarginRankingLoss, choice="at_zero"):
+    """:func:`~nslightning.ops.margin_ranking_loss` as a module."""
+
+
+class CosineEmbeddingLoss(ChosenModule, nn.CosineEmbeddingLoss, choice="at_zero"):
+    """:func:`~nslightning.ops.cosine_embedding_loss` as a module."""
+
+
+class TripletMarginLoss(ChosenModule, nn.TripletMarginLoss, choice="at_zero"):
+    """:func:`~nslightning.ops.triplet_margin_loss` as a module."""
+
+
+class MultiMarginLoss(ChosenModule, nn.MultiMarginLoss, choice="at_zero"):
+    """:func:`~nslightning.ops.multi_margin_loss` as a module."""

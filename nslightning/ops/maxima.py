@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from nslightning.jacobians import Jacobians, MaxPoolChoice
-from nslightning.ops.autograd.routing import RULES, Rule, around, dimensions, fixed, own, restored, wide
-from nslightning.ops.autograd.selection import Selection
+from nslightning.ops.autograd.routing import ROUTES, Route, around, dimensions, own, restored, wide
+from nslightning.ops.autograd.selection import Selection, fixed
+from nslightning.ops.module_base import ChosenFunction
+from nslightning.ops.record import Call, Kink, Operation, ShareName, register, spelled
 
 __all__ = [
+    "Amax",
+    "Amin",
+    "Aminmax",
+    "Fmax",
+    "Fmin",
+    "Max",
+    "Maximum",
+    "Min",
+    "Minimum",
     "amax",
     "amin",
     "aminmax",
@@ -22,12 +33,10 @@ __all__ = [
     "maximum",
     "min",
     "minimum",
-    "pair",
-    "reduction",
-    "tied_pairs",
-    "tied_reductions",
 ]
 
+aten = torch.ops.aten
+_Spellings = dict[Callable, Callable[..., Call | None]]
 _STOCK: dict[str, Callable[..., Any]] = {
     name: getattr(torch, name)
     for name in ("max", "min", "amax", "amin", "aminmax", "maximum", "minimum", "fmax", "fmin")
@@ -35,12 +44,25 @@ _STOCK: dict[str, Callable[..., Any]] = {
 
 
 # ------------------------------------------------------------------------------------------------- along dimensions
+def _remember(tensors: tuple[Tensor, ...], parameters: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """Which entries reach their maximum, and which of them has its index."""
+    x, picked = tensors
+    dims, keepdim = parameters
+    picked = restored(picked, dims, keepdim)
+    return x == x.gather(dims[0], picked), picked
+
+
+def _among_remembered(tensors: tuple[Tensor, ...], parameters: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    return _counted(tensors[0], *parameters)
+
+
 def _reached(tensors: tuple[Tensor, ...], parameters: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """Which entries reach their maximum, and how many of them do: ``(tied, reached, count)``."""
-    x, found = tensors
-    dims, keepdim, by_index = parameters
-    found = restored(found, dims, keepdim)
-    reached = x == (x.gather(dims[0], found) if by_index else found)
+    """Which results are tied, which entries reach their maximum, and how many of them do."""
+    x, maxima = tensors
+    return _counted(x == restored(maxima, *parameters), *parameters)
+
+
+def _counted(reached: Tensor, dims: tuple[int, ...], keepdim: bool) -> tuple[Tensor, Tensor, Tensor]:
     count = reached.sum(dims, keepdim=True)
     tied = count > 1
     return tied if keepdim else tied.squeeze(dims), reached, count
@@ -55,11 +77,11 @@ def _share(
     tied: Tensor,
     reached: Tensor,
     count: Tensor,
+    picked: Tensor | None = None,
 ) -> tuple[Tensor]:
     """The gradients of the entries that reach a maximum together with others."""
     native, share, each, first, last = choice
-    x, found = tensors
-    dims, keepdim, by_index = parameters
+    dims, keepdim = parameters
     at = each
     if uniform is not None:
         native, share, at = torch.zeros(3, dtype=wide(g)).unbind()
@@ -68,14 +90,20 @@ def _share(
     elif torch.compiler.is_compiling() or first + last != 0:
         rank = _rank(reached, dims)
         at = each + first * (rank == 1) + last * (rank == count)
-    if by_index:
-        picked = torch.zeros_like(x, dtype=torch.bool).scatter(dims[0], restored(found, dims, keepdim), True)
-        at = at + native * picked
-    else:
+    if picked is None:  # stock shares equally
         share = share + native
-    g = restored(g, dims, keepdim).to(wide(g))
-    value = torch.where(share != 0, g * share / count, 0) + torch.where(at != 0, g * at, 0)
-    return (torch.where(reached & (count > 1), value, 0).to(x.dtype),)
+    else:
+        at = at + native * torch.zeros_like(reached).scatter(dims[0], picked, True)
+    wide_g = restored(g, dims, keepdim).to(wide(g))
+    value = torch.where(share != 0, wide_g * share / count, 0) + torch.where(at != 0, wide_g * at, 0)
+    return (torch.where(reached & (count > 1), value, 0).to(g.dtype),)
+
+
+def _share_with_picked(
+    choice: Any, uniform: Any, g: Tensor, tensors: tuple[Tensor, ...], parameters: Any, *known: Tensor
+) -> tuple[Tensor]:
+    tied, reached, count = known
+    return _share(choice, uniform, g, tensors, parameters, tied, reached, count, tensors[1])
 
 
 def _rank(reached: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -86,7 +114,9 @@ def _rank(reached: Tensor, dims: tuple[int, ...]) -> Tensor:
     return rank.permute([order.index(d) for d in range(reached.dim())])
 
 
-RULES["max"] = Rule("max", 1, _reached, _share, reduces=True)
+ROUTES["max"] = Route("max", 1, _reached, _share, reduces=True)
+# Stock keeps the index, not the input, which may therefore be overwritten.
+ROUTES["max_at_index"] = Route("max", 1, _among_remembered, _share_with_picked, reduces=True, remember=_remember)
 
 
 @own
@@ -115,11 +145,11 @@ def reduction(function: str, x: Tensor, selection: Selection, dim: Any = None, k
         return stock
     dims = dimensions(x, dim)
     if isinstance(stock, Tensor):
-        return around("max", selection, (dims, keepdim, False), x, stock.detach(), stock)
+        return around("max", selection, (dims, keepdim), x, stock.detach(), stock)
     if function == "aminmax":
-        chosen = (around("max", selection, (dims, keepdim, False), x, value.detach(), value) for value in stock)
+        chosen = (around("max", selection, (dims, keepdim), x, value.detach(), value) for value in stock)
         return type(stock)(chosen)
-    values = around("max", selection, (dims, keepdim, True), x, stock[1], stock[0])
+    values = around("max_at_index", selection, (dims, keepdim), x, stock[1], stock[0])
     return type(stock)((values, stock[1]))
 
 
@@ -139,7 +169,7 @@ def tied_reductions(function: str, x: Tensor, dim: Any = None, keepdim: bool = F
         return 0, 1
     dims = dimensions(x, dim)
     ends = {"aminmax": ("amin", "amax"), "max": ("amax",), "min": ("amin",)}.get(function, (function,))
-    tied = [_reached((x, _STOCK[end](x, dims, True)), (dims, True, False))[0] for end in ends]
+    tied = [_reached((x, _STOCK[end](x, dims, True)), (dims, True))[0] for end in ends]
     return sum(int(torch.count_nonzero(t)) for t in tied), sum(t.numel() for t in tied)
 
 
@@ -167,7 +197,7 @@ def _halves(
     return cast(tuple[Tensor, Tensor], tuple(both))
 
 
-RULES["maximum"] = Rule("maximum", 2, _equal, _halves)
+ROUTES["maximum"] = Route("maximum", 2, _equal, _halves)
 
 
 @own
@@ -204,15 +234,104 @@ def tied_pairs(x: Tensor, other: Tensor) -> tuple[int, int]:
     return int(torch.count_nonzero(equal)), equal.numel()
 
 
+# --------------------------------------------------------------------------------------------------------- records
+def _reduced(
+    function: str,
+    x: Tensor,
+    dim: Any = None,
+    keepdim: bool = False,
+    *,
+    axis: Any = None,
+    keepdims: bool = False,
+    other: Tensor | None = None,
+    out: Any = None,
+) -> Call | None:
+    dim = axis if dim is None else dim
+    if isinstance(dim, (str, Tensor)) or other is not None or out is not None:
+        return None
+    return Call(x, (function, dim, keepdim or keepdims))
+
+
+def _compared(function: str, x: Tensor, other: Any = None, keepdim: bool = False, *, out: Any = None, **_: Any) -> Any:
+    if not isinstance(other, Tensor) or out is not None:
+        return None
+    return Call(x if x.is_floating_point() else x.to(torch.result_type(x, other)), (function, other))
+
+
+def _homes(name: str) -> list[Callable]:
+    return [found for home in (torch, Tensor, aten) if (found := getattr(home, name, None)) is not None]
+
+
+def _maxima() -> tuple[_Spellings, _Spellings]:
+    """``max(x)`` and ``max(x, dim)`` are one operation, ``max(x, other)`` is another."""
+    reductions: _Spellings = {}
+    pairs: _Spellings = {}
+    for name in ("max", "min", "amax", "amin", "aminmax"):
+        reductions |= spelled(partial(_reduced, name), *_homes(name))
+    for name in ("maximum", "minimum", "fmax", "fmin"):
+        pairs |= spelled(partial(_compared, name), *_homes(name))
+    for name in ("max", "min"):
+        pairs |= spelled(partial(_compared, f"{name}imum"), *_homes(name))
+    return reductions, pairs
+
+
+_REDUCTIONS, _PAIRS = _maxima()
+register(
+    Operation(
+        name="max",
+        formula="the maximum, or the minimum, over all entries or along dimensions",
+        kinks=(
+            Kink(
+                "k > 1 entries reach the maximum",
+                clarke="the convex hull of the unit vectors of the tied entries",
+                stock="max(dim), min(dim): all to the entry that the index names; all others: equal shares",
+            ),
+        ),
+        choice=(
+            "As ``max_pool``, for ``max``, ``min``, ``amax``, ``amin`` and ``aminmax``, over all entries or along "
+            "dimensions. What is native differs: ``max(dim)`` gives all to the entry that its index names, the others "
+            "share equally, so that for them every number beta is the same."
+        ),
+        apply=lambda selection, call: reduction(call.parameters[0], call.x, selection, *call.parameters[1:]),
+        ties=lambda call: tied_reductions(call.parameters[0], call.x, *call.parameters[1:]),
+        functions=_REDUCTIONS,
+        shares=True,
+        corners=lambda *parameters: ("first", "last", *("random",) * 4),
+        jax="minimal",
+        tensorflow="minimal",
+        example=lambda x: x.amax(),
+        at=(1.0,),
+    )
+)
+register(
+    Operation(
+        name="maximum",
+        formula="the greater, or the smaller, of two entries",
+        kinks=(Kink("x = y", clarke="(t, 1 - t) for t in [0, 1]", stock="(1/2, 1/2)"),),
+        choice=(
+            "As ``max_pool``, for ``maximum``, ``minimum``, ``fmax`` and ``fmin``, whose native choice is halves; the "
+            "first entry is the first argument."
+        ),
+        apply=lambda selection, call: pair(call.parameters[0], call.x, call.parameters[1], selection),
+        ties=lambda call: tied_pairs(call.x, call.parameters[1]),
+        functions=_PAIRS,
+        shares=True,
+        corners=lambda *parameters: ("first", "last"),
+        tensorflow="first",
+        note="Every number beta gives halves, for these are both native and minimal.",
+        example=lambda x: torch.maximum(x[:1], x[1:]),
+        at=(1.0,),
+    )
+)
+
+
 # --------------------------------------------------------------------------------------------------------- public
-
-
 def max(
     x: Tensor,
     dim: int | None = None,
     keepdim: bool = False,
     *,
-    jacobian: float | MaxPoolChoice | None = None,
+    jacobian: float | ShareName | None = None,
     seed: int = 0,
 ) -> Any:
     r"""The maximum over all entries, or values and indices along a dimension.
@@ -240,7 +359,7 @@ def max(
         >>> x.grad
         tensor([0., 1., 0.])
     """
-    return reduction("max", x, fixed(Jacobians(max=jacobian), seed), dim, keepdim)
+    return reduction("max", x, fixed("max", jacobian, seed=seed), dim, keepdim)
 
 
 def min(
@@ -248,7 +367,7 @@ def min(
     dim: int | None = None,
     keepdim: bool = False,
     *,
-    jacobian: float | MaxPoolChoice | None = None,
+    jacobian: float | ShareName | None = None,
     seed: int = 0,
 ) -> Any:
     r"""The minimum over all entries, or values and indices along a dimension.
@@ -276,7 +395,7 @@ def min(
         >>> x.grad
         tensor([0., 1., 0.])
     """
-    return reduction("min", x, fixed(Jacobians(max=jacobian), seed), dim, keepdim)
+    return reduction("min", x, fixed("max", jacobian, seed=seed), dim, keepdim)
 
 
 def amax(
@@ -284,7 +403,7 @@ def amax(
     dim: int | tuple[int, ...] | None = None,
     keepdim: bool = False,
     *,
-    jacobian: float | MaxPoolChoice | None = None,
+    jacobian: float | ShareName | None = None,
     seed: int = 0,
 ) -> Tensor:
     r"""The maximum along dimensions.
@@ -311,7 +430,7 @@ def amax(
         >>> x.grad
         tensor([1., 0., 0.])
     """
-    return cast(Tensor, reduction("amax", x, fixed(Jacobians(max=jacobian), seed), dim, keepdim))
+    return cast(Tensor, reduction("amax", x, fixed("max", jacobian, seed=seed), dim, keepdim))
 
 
 def amin(
@@ -319,7 +438,7 @@ def amin(
     dim: int | tuple[int, ...] | None = None,
     keepdim: bool = False,
     *,
-    jacobian: float | MaxPoolChoice | None = None,
+    jacobian: float | ShareName | None = None,
     seed: int = 0,
 ) -> Tensor:
     r"""The minimum along dimensions.
@@ -346,7 +465,7 @@ def amin(
         >>> x.grad
         tensor([1., 0., 0.])
     """
-    return cast(Tensor, reduction("amin", x, fixed(Jacobians(max=jacobian), seed), dim, keepdim))
+    return cast(Tensor, reduction("amin", x, fixed("max", jacobian, seed=seed), dim, keepdim))
 
 
 def aminmax(
@@ -354,7 +473,7 @@ def aminmax(
     dim: int | None = None,
     keepdim: bool = False,
     *,
-    jacobian: float | MaxPoolChoice | None = None,
+    jacobian: float | ShareName | None = None,
     seed: int = 0,
 ) -> Any:
     r"""The minimum and the maximum at once.
@@ -381,10 +500,10 @@ def aminmax(
         >>> x.grad
         tensor([1., 0., 0.])
     """
-    return reduction("aminmax", x, fixed(Jacobians(max=jacobian), seed), dim, keepdim)
+    return reduction("aminmax", x, fixed("max", jacobian, seed=seed), dim, keepdim)
 
 
-def maximum(x: Tensor, other: Tensor, *, jacobian: float | MaxPoolChoice | None = None, seed: int = 0) -> Tensor:
+def maximum(x: Tensor, other: Tensor, *, jacobian: float | ShareName | None = None, seed: int = 0) -> Tensor:
     r"""The greater of two entries.
 
     At x = y the Clarke Jacobian is the segment between (1, 0) and (0, 1). PyTorch and JAX return (1/2, 1/2), which
@@ -409,10 +528,10 @@ def maximum(x: Tensor, other: Tensor, *, jacobian: float | MaxPoolChoice | None 
         >>> x.grad, y.grad
         (tensor([1., 1.]), tensor([0., 0.]))
     """
-    return pair("maximum", x, other, fixed(Jacobians(maximum=jacobian), seed))
+    return pair("maximum", x, other, fixed("maximum", jacobian, seed=seed))
 
 
-def minimum(x: Tensor, other: Tensor, *, jacobian: float | MaxPoolChoice | None = None, seed: int = 0) -> Tensor:
+def minimum(x: Tensor, other: Tensor, *, jacobian: float | ShareName | None = None, seed: int = 0) -> Tensor:
     r"""The smaller of two entries.
 
     At x = y the Clarke Jacobian is the segment between (1, 0) and (0, 1). PyTorch and JAX return (1/2, 1/2), which
@@ -437,10 +556,10 @@ def minimum(x: Tensor, other: Tensor, *, jacobian: float | MaxPoolChoice | None 
         >>> x.grad, y.grad
         (tensor([1., 1.]), tensor([0., 0.]))
     """
-    return pair("minimum", x, other, fixed(Jacobians(maximum=jacobian), seed))
+    return pair("minimum", x, other, fixed("maximum", jacobian, seed=seed))
 
 
-def fmax(x: Tensor, other: Tensor, *, jacobian: float | MaxPoolChoice | None = None, seed: int = 0) -> Tensor:
+def fmax(x: Tensor, other: Tensor, *, jacobian: float | ShareName | None = None, seed: int = 0) -> Tensor:
     r"""The greater of two entries, NaN aside.
 
     At x = y the Clarke Jacobian is the segment between (1, 0) and (0, 1). PyTorch returns (1/2, 1/2), which is also
@@ -465,10 +584,10 @@ def fmax(x: Tensor, other: Tensor, *, jacobian: float | MaxPoolChoice | None = N
         >>> x.grad, y.grad
         (tensor([1., 1.]), tensor([0., 0.]))
     """
-    return pair("fmax", x, other, fixed(Jacobians(maximum=jacobian), seed))
+    return pair("fmax", x, other, fixed("maximum", jacobian, seed=seed))
 
 
-def fmin(x: Tensor, other: Tensor, *, jacobian: float | MaxPoolChoice | None = None, seed: int = 0) -> Tensor:
+def fmin(x: Tensor, other: Tensor, *, jacobian: float | ShareName | None = None, seed: int = 0) -> Tensor:
     r"""The smaller of two entries, NaN aside.
 
     At x = y the Clarke Jacobian is the segment between (1, 0) and (0, 1). PyTorch returns (1/2, 1/2), which is also
@@ -493,4 +612,69 @@ def fmin(x: Tensor, other: Tensor, *, jacobian: float | MaxPoolChoice | None = N
         >>> x.grad, y.grad
         (tensor([1., 1.]), tensor([0., 0.]))
     """
-    return pair("fmin", x, other, fixed(Jacobians(maximum=jacobian), seed))
+    return pair("fmin", x, other, fixed("maximum", jacobian, seed=seed))
+
+
+class _Reduction(ChosenFunction):
+    fields = ("max",)
+
+    def __init__(
+        self,
+        dim: int | tuple[int, ...] | None = None,
+        keepdim: bool = False,
+        *,
+        jacobian: float | ShareName | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(jacobian, seed, dim=dim, keepdim=keepdim, jacobian=jacobian)
+
+    def forward(self, x: Tensor) -> Any:
+        """Reduce a tensor of any shape."""
+        return reduction(type(self).__name__.lower(), x, self.selection, self.given["dim"], self.given["keepdim"])
+
+
+class _Pair(ChosenFunction):
+    fields = ("maximum",)
+
+    def __init__(self, *, jacobian: float | ShareName | None = None, seed: int = 0) -> None:
+        super().__init__(jacobian, seed, jacobian=jacobian)
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        """Compare two tensors whose shapes broadcast."""
+        return pair(type(self).__name__.lower(), x, other, self.selection)
+
+
+class Max(_Reduction):
+    """:func:`~nslightning.ops.max` as a module."""
+
+
+class Min(_Reduction):
+    """:func:`~nslightning.ops.min` as a module."""
+
+
+class Amax(_Reduction):
+    """:func:`~nslightning.ops.amax` as a module."""
+
+
+class Amin(_Reduction):
+    """:func:`~nslightning.ops.amin` as a module."""
+
+
+class Aminmax(_Reduction):
+    """:func:`~nslightning.ops.aminmax` as a module."""
+
+
+class Maximum(_Pair):
+    """:func:`~nslightning.ops.maximum` as a module."""
+
+
+class Minimum(_Pair):
+    """:func:`~nslightning.ops.minimum` as a module."""
+
+
+class Fmax(_Pair):
+    """:func:`~nslightning.ops.fmax` as a module."""
+
+
+class Fmin(_Pair):
+    """:func:`~nslightning.ops.fmin` as a module."""

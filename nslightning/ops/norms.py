@@ -1,21 +1,41 @@
-"""Norms: of vectors, in normalisation, and over pooling windows."""
+"""The absolute value and the norms: of numbers and of vectors, in losses, in normalisation, over pooling windows."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from nslightning.jacobians import Jacobians
-from nslightning.jacobians import Rule as ChoiceRule
-from nslightning.ops.autograd.routing import RULES, Rule, around, dimensions, fixed, own, restored, wide
-from nslightning.ops.autograd.selection import Selection
+from nslightning.ops.autograd.nodes import OwnFunction
+from nslightning.ops.autograd.pointwise import pointwise, pointwise_operation
+from nslightning.ops.autograd.routing import ROUTES, Route, around, at_zero, dimensions, own, restored, wide
+from nslightning.ops.autograd.selection import Selection, fixed
+from nslightning.ops.loss_arguments import arguments, reduction
+from nslightning.ops.module_base import ChosenFunction, ChosenModule
+from nslightning.ops.record import Call, Kernels, Kink, Operation, Rule, only, plain, register, spelled
 
-__all__ = ["chosen_norm", "norm", "norm_pool", "norm_pool2d", "normalize", "tied_norms", "unit"]
+__all__ = [
+    "Abs",
+    "L1Loss",
+    "Norm",
+    "NormPool2d",
+    "Normalize",
+    "abs",
+    "l1_loss",
+    "norm",
+    "norm_pool2d",
+    "normalize",
+]
+
+aten = torch.ops.aten
 
 
+# ------------------------------------------------------------------------------------------------------- mechanism
 def _zero(tensors: tuple[Tensor, ...], parameters: tuple[Any, ...]) -> tuple[Tensor]:
     return (tensors[1] == 0,)
 
@@ -33,7 +53,7 @@ def _everywhere(
     return (restored(each, *parameters).expand_as(tensors[0]),)
 
 
-RULES["norm"] = Rule("norm", 1, _zero, _everywhere, native=0.0, reduces=True)
+ROUTES["norm"] = Route("norm", 1, _zero, _everywhere, native=0.0, reduces=True)
 
 
 @own
@@ -110,7 +130,7 @@ def norm_pool(x: Tensor, selection: Selection, kernel: tuple[int, int]) -> Tenso
     return chosen_norm(windows, selection, 2.0, (-3, -1))
 
 
-class _PublishedNorms(torch.autograd.Function):
+class _PublishedNorms(OwnFunction):
     """The norms of windows (..., height, columns, width), formed in the input's own precision."""
 
     @staticmethod
@@ -143,7 +163,250 @@ def tied_norms(x: Tensor, p: float = 2.0, dim: Any = None) -> tuple[int, int]:
     return int(torch.count_nonzero(values == 0)), values.numel()
 
 
+@own
+def absolute(
+    x: Tensor, target: Tensor, selection: Selection, reduction: str = "mean", weight: Tensor | None = None
+) -> Tensor:
+    """The absolute error with the choice of ``abs`` that ``selection`` names at backward time.
+
+    Args:
+        x: Input, any shape, floating dtype.
+        target: Target of a shape that broadcasts with the input's.
+        selection: The choice, read when the backward runs.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        weight: A weight for each entry.
+
+    Returns:
+        ``torch.nn.functional.l1_loss(x, target, reduction=reduction, weight=weight)``, bit for bit.
+    """
+    weights: dict[str, Any] = {} if weight is None else {"weight": weight}
+    loss: Tensor = F.l1_loss(x, target, reduction=reduction, **weights)
+    u = x - target
+    scale = u.new_ones(()) if weight is None else weight.detach()
+    if reduction == "mean":
+        scale = scale / (u.numel() if weight is None else scale.sum())
+    return around("abs", selection, ((), True), u, scale, loss)
+
+
+# ------------------------------------------------------------------------------------------- spellings of the norms
+def _norm(x: Tensor, p: Any = "fro", dim: Any = None, keepdim: bool = False, out: Any = None, dtype: Any = None) -> Any:
+    p = 2.0 if p in ("fro", None) else p
+    if out is not None or not isinstance(p, (int, float)) or not 1 <= p < math.inf or x.is_complex():
+        return None
+    return x, p, dim, keepdim, dtype, torch.norm
+
+
+def _linalg_norm(x: Tensor, ord: Any = None, dim: Any = None, keepdim: bool = False, **rest: Any) -> Any:
+    dims = x.dim() if dim is None else 1 if isinstance(dim, int) else len(dim)
+    if ord is not None and ord != "fro" and dims != 1:
+        return None  # of a matrix: its singular values, or the greatest sum
+    given = _norm(x, ord, dim, keepdim, **rest)
+    return given and (*given[:-1], torch.linalg.vector_norm)
+
+
+def _vector_norm(x: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, **rest: Any) -> Any:
+    given = _norm(x, ord, dim, keepdim, **rest)
+    return given and (*given[:-1], torch.linalg.vector_norm)
+
+
+def _distance(x: Tensor, other: Tensor, p: float = 2) -> Any:
+    if torch.is_autocast_enabled(x.device.type):
+        return None  # some devices would subtract in another precision
+    return _norm(x - other, p)
+
+
+def _pairwise_distance(x1: Tensor, x2: Tensor, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False) -> Any:
+    return _norm(x1 - x2 + eps, p, -1, keepdim)
+
+
+def _euclidean(parse: Callable[..., Any], *args: Any, **kwargs: Any) -> Call | None:
+    given = parse(*args, **kwargs)
+    return None if given is None or given[1] == 1 else Call(given[0], ("norm", *given[1:]))
+
+
+def _of_absolutes(parse: Callable[..., Any], *args: Any, **kwargs: Any) -> Call | None:
+    given = parse(*args, **kwargs)
+    if given is None or given[1] != 1:
+        return None
+    return Call(given[0], within=lambda selection, x: chosen_norm(x, selection, *given[1:]))
+
+
+def _normalized(x: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Any = None) -> Call | None:
+    if out is not None or not 1 <= p < math.inf:
+        return None
+    return Call(x, ("normalize", p, dim, eps))
+
+
+_NORMS: tuple[tuple[Callable[..., Any], tuple[Any, ...]], ...] = (
+    (_norm, (torch.norm, Tensor.norm)),
+    (_linalg_norm, (torch.linalg.norm,)),
+    (_vector_norm, (torch.linalg.vector_norm, aten.linalg_vector_norm)),
+    (_distance, (torch.dist, Tensor.dist)),
+    (_pairwise_distance, (F.pairwise_distance, torch.pairwise_distance)),
+)
+
+
+def _apply_norm(selection: Selection, call: Call) -> Tensor:
+    function, *parameters = call.parameters
+    return (unit if function == "normalize" else chosen_norm)(call.x, selection, *parameters)
+
+
+def _norm_ties(call: Call) -> tuple[int, int]:
+    function, p, dim = call.parameters[:3]
+    if function == "norm":
+        return tied_norms(call.x, p, dim)
+    norms = torch.linalg.vector_norm(call.x, p, dim)  # a zero vector is divided by eps: no tie
+    return int(torch.count_nonzero(norms == call.parameters[3])), norms.numel()
+
+
+def _p(low: float, high: float) -> Callable[[Any], bool]:
+    """Whether a pairwise distance has an exponent in an interval."""
+    return lambda m: low <= m.norm <= high and m.norm != math.inf
+
+
+def _pairwise_module(call: Callable[..., Call | None], m: Any, x1: Tensor, x2: Tensor) -> Call | None:
+    return call(_pairwise_distance, x1, x2, m.norm, m.eps, m.keepdim)
+
+
+# ---------------------------------------------------------------------------------------------- the absolute value
+_ARGUMENTS = {name: tuple(arguments(name)) for name in ("l1_loss", "smooth_l1_loss")}
+
+
+def _l1(x: Tensor, target: Tensor, how: str, weight: Tensor | None) -> Call:
+    def within(selection: Selection, u: Tensor) -> Tensor:
+        return absolute(u, u.new_zeros(()).expand_as(u), selection, how, weight)  # |u - 0| is |u| to the bit
+
+    if target.size() != x.size():
+        F.l1_loss(x.detach(), target.detach())  # warns, or raises
+    if torch.is_autocast_enabled(x.device.type):  # subtract in the precision that it would
+        precision = F.l1_loss(x.new_zeros(()), target.new_zeros(())).dtype
+        x, target = x.to(precision), target.to(precision)
+    return Call(x - target, within=within)
+
+
+def _l1_function(function: str, *args: Any, **kwargs: Any) -> Call | None:
+    given = dict(zip(_ARGUMENTS[function], args, strict=False)) | kwargs
+    if function == "smooth_l1_loss" and given.get("beta", 1.0) != 0:
+        return None  # smooth
+    return _l1(given["x"], given["target"], reduction(given), given.get("weight"))
+
+
+#: L1 losses and 1-norms are absolute values inside.
+_ABSOLUTES = {
+    function: call
+    for parse, functions in _NORMS
+    for function, call in spelled(partial(_of_absolutes, parse), *functions).items()
+}
+ABS = register(
+    pointwise_operation(
+        "abs",
+        (Kink("x = 0", lambda: 0.0, lambda: (-1.0, 1.0)),),
+        Kernels(forward=aten.abs.default, forward_=aten.abs_.default, backward=lambda g, x: g * x.sgn()),
+        apply=lambda selection, call: (
+            pointwise("abs", call.x, selection, inplace=call.inplace)
+            if call.within is None
+            else call.within(selection, call.x)
+        ),
+        formula="|x|",
+        choice="The derivative of the absolute value at 0.",
+        modules={
+            nn.L1Loss: lambda m, x, target, weight=None: _l1(x, target, m.reduction, weight),
+            nn.SmoothL1Loss: only(lambda m: m.beta == 0, lambda m, x, target: _l1(x, target, m.reduction, None)),
+            nn.PairwiseDistance: only(lambda m: m.norm == 1, partial(_pairwise_module, _of_absolutes)),
+        },
+        functions=plain("abs")
+        | plain("absolute")
+        | spelled(lambda x: Call(x), Tensor.__abs__)
+        | {getattr(F, name): partial(_l1_function, name) for name in ("l1_loss", "smooth_l1_loss")}
+        | _ABSOLUTES,
+        jax=1.0,
+        note="L1 losses and 1-norms take it at each of their entries.",
+        example=torch.abs,
+    )
+)
+ROUTES["abs"] = at_zero("abs", float(ABS.stock()[0] or 0.0))
+register(
+    Operation(
+        name="norm",
+        formula="the Euclidean norm of vectors",
+        kinks=(Kink("x = 0", clarke="the unit ball", stock="0"),),
+        choice="What each entry of a vector whose Euclidean norm is 0 receives, times ``g``; the reference is 0.",
+        apply=_apply_norm,
+        ties=_norm_ties,
+        modules={nn.PairwiseDistance: only(lambda m: 1 < m.norm < math.inf, partial(_pairwise_module, _euclidean))},
+        functions={F.normalize: _normalized}
+        | {f: call for parse, fs in _NORMS for f, call in spelled(partial(_euclidean, parse), *fs).items()},
+        corners=lambda *parameters: (),  # one number for all entries names few elements of a ball
+        note="A number c gives each entry c g; JAX and TensorFlow return NaN.",
+        references=(
+            "Boustany, On the numerical reliability of nonsmooth autodiff: a MaxPool case study, TMLR 2024 "
+            "(NormPool: version 1 is 0, version 2 is 1)"
+        ),
+        example=lambda x: x.norm(),
+        at=(0.0,),
+    )
+)
+
+
 # --------------------------------------------------------------------------------------------------------- public
+def abs(x: Tensor, at_zero: float | None = None, inplace: bool = False) -> Tensor:
+    r"""The absolute value with a chosen derivative at 0.
+
+    The Clarke Jacobian at 0 is [-1, 1]. PyTorch and TensorFlow return 0, JAX 1.
+
+    Args:
+        x: Input, any shape, floating dtype.
+        at_zero: The derivative at 0; ``None`` is the reference.
+        inplace: Overwrite ``x``.
+
+    Returns:
+        ``torch.abs(x)``, bit for bit.
+
+    Raises:
+        ValueError: If ``at_zero`` is not a finite number.
+
+    Example:
+        >>> import torch
+        >>> x = torch.zeros(1, requires_grad=True)
+        >>> abs(x, at_zero=1.0).sum().backward()
+        >>> x.grad
+        tensor([1.])
+    """
+    return pointwise("abs", x, fixed("abs", at_zero), inplace=inplace)
+
+
+def l1_loss(
+    x: Tensor, target: Tensor, reduction: str = "mean", weight: Tensor | None = None, *, at_zero: float | None = None
+) -> Tensor:
+    r"""The absolute error with a chosen derivative where input and target are equal.
+
+    .. math:: \ell = |x - t|.
+
+    The Clarke Jacobian at x = t is [-1, 1]. PyTorch and TensorFlow return 0, JAX 1. ``smooth_l1_loss`` with beta = 0 is
+    the same function; with beta > 0 it is smooth, and so is ``huber_loss``.
+
+    Args:
+        x: Input, any shape, floating dtype.
+        target: Target of a shape that broadcasts with the input's.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        weight: A weight for each entry.
+        at_zero: The derivative of the absolute value at 0; None is the reference.
+
+    Returns:
+        ``torch.nn.functional.l1_loss(...)``, bit for bit.
+
+    Raises:
+        ValueError: If ``at_zero`` is not a finite number.
+
+    Example:
+        >>> x = torch.tensor([1.0, 3.0], requires_grad=True)
+        >>> l1_loss(x, torch.tensor([1.0, 2.0]), "sum", at_zero=1.0).backward()
+        >>> x.grad
+        tensor([1., 1.])
+    """
+    return absolute(x, target, fixed("abs", at_zero), reduction, weight)
+
+
 def norm(
     x: Tensor,
     dim: int | tuple[int, ...] | None = None,
@@ -177,7 +440,7 @@ def norm(
         tensor([[0.6000, 0.8000],
                 [0.5000, 0.5000]])
     """
-    return chosen_norm(x, fixed(Jacobians(norm=at_zero)), 2.0, dim, keepdim)
+    return chosen_norm(x, fixed("norm", at_zero), 2.0, dim, keepdim)
 
 
 def normalize(x: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, *, at_eps: float | None = None) -> Tensor:
@@ -208,11 +471,11 @@ def normalize(x: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, *, at
         tensor([[0.0000, 0.5000]])
     """
     choice = None if at_eps is None else (at_eps, at_eps)
-    return unit(x, fixed(Jacobians(clamp=choice)), p, dim, eps)
+    return unit(x, fixed("clamp", choice), p, dim, eps)
 
 
 def norm_pool2d(
-    x: Tensor, kernel_size: int | tuple[int, int], *, at_zero: float | None = None, rule: ChoiceRule = "exact"
+    x: Tensor, kernel_size: int | tuple[int, int], *, at_zero: float | None = None, rule: Rule = "exact"
 ) -> Tensor:
     r"""Pooling by the Euclidean norm of each window, with a chosen gradient at windows of zeros.
 
@@ -242,4 +505,64 @@ def norm_pool2d(
                   [1., 1.]]]])
     """
     kernel = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
-    return norm_pool(x, fixed(Jacobians(norm=at_zero, rule=rule)), (kernel[0], kernel[1]))
+    return norm_pool(x, fixed("norm", at_zero, rule), (kernel[0], kernel[1]))
+
+
+class Abs(ChosenFunction):
+    """:func:`~nslightning.ops.abs` as a module."""
+
+    fields = ("abs",)
+
+    def __init__(self, inplace: bool = False, *, at_zero: float | None = None) -> None:
+        super().__init__(at_zero, inplace=inplace, at_zero=at_zero)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The absolute value of a tensor of any shape."""
+        return pointwise("abs", x, self.selection, inplace=self.given["inplace"])
+
+
+class L1Loss(ChosenModule, nn.L1Loss, choice="at_zero"):
+    """:func:`~nslightning.ops.l1_loss` as a module."""
+
+
+class Norm(ChosenFunction):
+    """:func:`~nslightning.ops.norm` as a module."""
+
+    fields = ("norm",)
+
+    def __init__(
+        self, dim: int | tuple[int, ...] | None = None, keepdim: bool = False, *, at_zero: float | None = None
+    ) -> None:
+        super().__init__(at_zero, dim=dim, keepdim=keepdim, at_zero=at_zero)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The norms of the vectors of a tensor of any shape."""
+        return chosen_norm(x, self.selection, 2.0, self.given["dim"], self.given["keepdim"])
+
+
+class Normalize(ChosenFunction):
+    """:func:`~nslightning.ops.normalize` as a module."""
+
+    fields = ("clamp",)
+
+    def __init__(self, p: float = 2.0, dim: int = 1, eps: float = 1e-12, *, at_eps: float | None = None) -> None:
+        super().__init__(None if at_eps is None else (at_eps, at_eps), p=p, dim=dim, eps=eps, at_eps=at_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the vectors of a tensor of any shape."""
+        p, dim, eps, _ = self.given.values()
+        return unit(x, self.selection, p, dim, eps)
+
+
+class NormPool2d(ChosenFunction):
+    """:func:`~nslightning.ops.norm_pool2d` as a module: NormPool, of which version 1 is 0 and version 2 is 1."""
+
+    fields = ("norm",)
+
+    def __init__(self, kernel_size: int | tuple[int, int], *, at_zero: float | None = None) -> None:
+        super().__init__(at_zero, kernel_size=kernel_size, at_zero=at_zero)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pool a tensor of shape (N, C, H, W) or (C, H, W)."""
+        height, width = nn.modules.utils._pair(self.given["kernel_size"])
+        return norm_pool(x, self.selection, (height, width))

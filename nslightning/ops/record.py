@@ -1,17 +1,61 @@
-"""What the registry's entries are made of: a nonsmooth operation, and one evaluation of it."""
+"""What the package knows of a nonsmooth operation: one record each, and the tables that are made of the records.
+
+A record stands in the file of its operation's family. :class:`~nslightning.Jacobians`, the surgery, the probes, the
+audit and the docs read it; :func:`register` adds one, from inside the package or from outside.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from fractions import Fraction
+from types import GenericAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Union, get_args
 
 import torch
 from torch import Tensor, nn
 
-from nslightning.ops.autograd.selection import Selection
+from nslightning._torch import overloads
+from nslightning.spelling import did_you_mean
 
-__all__ = ["Call", "Operation", "positional", "spelled"]
+if TYPE_CHECKING:
+    from nslightning.ops.autograd.selection import Selection
+
+__all__ = [
+    "FUNCTIONS",
+    "MODULES",
+    "OPERATIONS",
+    "RULES",
+    "Call",
+    "Choice",
+    "Kernels",
+    "Kink",
+    "ModuleSpelling",
+    "Operation",
+    "Rule",
+    "follow",
+    "known",
+    "only",
+    "plain",
+    "positional",
+    "register",
+    "spelled",
+]
+
+#: ``"exact"`` respects the chain rule; ``"published"`` is the arithmetic of the papers' released code.
+Rule = Literal["exact", "published"]
+RULES: tuple[str, ...] = get_args(Rule)
+
+
+class Choice(Protocol):
+    """What chooses: an object with a field for each operation, such as :class:`~nslightning.Jacobians`, and a rule."""
+
+    @property
+    def rule(self) -> str:
+        """One of :data:`RULES`."""
+
+    def __getattr__(self, operation: str) -> Any: ...
 
 
 class Call(NamedTuple):
@@ -32,38 +76,405 @@ class Call(NamedTuple):
     within: Callable[[Selection, Tensor], Any] | None = None
 
 
-@dataclass(frozen=True, eq=False)
+def _never(*parameters: Any) -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class Kink:
+    """Where an operation's Jacobian is not unique.
+
+    Args:
+        where: The points, as a formula.
+        position: The point, a function of the operation's parameters; NaN where these make no kink, and a tensor where
+            a parameter is one. None where entries are compared with each other, not with a number.
+        sides: The derivatives on the left and on the right, a function of the parameters. A side that differs from
+            entry to entry is a tensor, or None.
+        jumps: Whether the function jumps there, a function of the parameters: then it has no Clarke Jacobian.
+        clarke: The Clarke Jacobian in words, where numbers do not tell it.
+        stock: What stock PyTorch returns in words, where the two sides do not tell it.
+
+    Example:
+        >>> zero = Kink("x = 0", position=lambda slope: 0.0, sides=lambda slope: (slope, 1.0))
+        >>> zero.sides(0.25)
+        (0.25, 1.0)
+    """
+
+    where: str
+    position: Callable[..., Any] | None = None
+    sides: Callable[..., tuple[Any, Any]] | None = None
+    jumps: Callable[..., bool] = _never
+    clarke: str = ""
+    stock: str = ""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Kernels:
+    """What a pointwise operation is made of; :mod:`~nslightning.ops.autograd.pointwise` puts the choice around it.
+
+    Args:
+        forward: The stock kernel, ``(x, *parameters) -> y``.
+        backward: The stock backward kernel, ``(g, saved, *parameters) -> gradient``.
+        saves: What the backward reads: the output (shared with the next layer) or the input. In place the output
+            stands for the input where it tells the same (``"either"``), else a copy of the input is kept.
+        forward_: The stock kernel that overwrites ``x``; without one, ``forward``'s result is copied there.
+        backward_: The backward that stock takes in place, ``(g, output, *parameters) -> gradient``, where that is
+            another one.
+        prepare: What becomes of the input and the parameters before all else. Tensors among the parameters come
+            first; where the backward returns a tuple, its other members are their gradients, still of ``x``'s shape.
+        published: Whether the published rule drops the incoming gradient at ties.
+    """
+
+    forward: Callable[..., Tensor]
+    backward: Callable[..., Tensor | tuple[Tensor, ...]]
+    saves: Literal["output", "input", "either"] = "input"
+    forward_: Callable[..., Tensor] | None = None
+    backward_: Callable[..., Tensor] | None = None
+    prepare: Callable[..., tuple[Tensor, tuple[Any, ...]]] = lambda x, *parameters: (x, parameters)
+    published: bool = False
+
+    def overwrite(self, x: Tensor, *parameters: Any) -> Tensor:
+        """Overwrite a tensor with the stock result.
+
+        Args:
+            x: The input.
+            *parameters: The operation's own.
+
+        Returns:
+            ``x``.
+        """
+        return x.copy_(self.forward(x, *parameters)) if self.forward_ is None else self.forward_(x, *parameters)
+
+
+@dataclass(frozen=True)
+class ModuleSpelling:
+    """How a class of modules spells an operation.
+
+    Args:
+        parse: ``(module, *args, **kwargs) -> call``.
+        claims: Whether a module of the class is the operation: a Hardtanh between 0 and 6 is a ReLU6.
+    """
+
+    parse: Callable[..., Call | None]
+    claims: Callable[[Any], bool]
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Call | None:
+        """The call that a module makes of its arguments.
+
+        Args:
+            module: The module.
+            *args: What its forward is given.
+            **kwargs: The same by name.
+
+        Returns:
+            The call; None where the arguments make it another operation.
+        """
+        return self.parse(module, *args, **kwargs)
+
+
+def only(claims: Callable[[Any], bool], parse: Callable[..., Call | None]) -> ModuleSpelling:
+    """A module class that is an operation under a condition alone.
+
+    Args:
+        claims: Whether a module is.
+        parse: As in :class:`ModuleSpelling`.
+
+    Returns:
+        An entry of :attr:`Operation.modules`.
+    """
+    return ModuleSpelling(parse, claims)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Operation:
-    """A nonsmooth operation.
+    """All that the package knows of one nonsmooth operation.
 
     Args:
         name: The field of :class:`~nslightning.Jacobians` that chooses its Jacobian.
+        formula: The function.
+        kinks: Where its Jacobian is not unique; a pair of numbers chooses the derivatives of two kinks.
+        choice: What the number chosen means, as the field's documentation.
         apply: Evaluates a call under a selection.
         ties: Counts a call's ties: ``(tied evaluations, all evaluations)``.
-        modules: The module classes that are this operation, each with what turns ``(module, *args)`` into a
-            call.
-        functions: The functions and methods that are, each with what turns its arguments into a call; this
+        modules: The module classes that spell it, each with what turns ``(module, *args)`` into a call; with
+            :func:`only`, under a condition.
+        functions: The functions and methods that spell it, each with what turns its arguments into a call; this
             returns None where the arguments make it another operation.
+        kernels: What a pointwise operation is made of; None for all others.
+        shares: Whether it shares a gradient over several entries: then the choice is a number beta or a name of
+            :data:`~nslightning.ops.autograd.shares.SHARES`.
+        names: The other choices that have a name.
+        default: The field's default; None is the reference too.
+        jax: The choice that JAX makes; None where it agrees with PyTorch, has no such function, or returns NaN.
+        tensorflow: The choice that TensorFlow and Keras make; None as for JAX.
+        taken: What stock PyTorch takes at each kink, as the share of the way from the left to the right derivative:
+            probed from the installed version when the record is made. Empty where it is no number.
+        corners: Elements of the Clarke Jacobian between which all others lie, ``*parameters -> choices``; without it,
+            the derivatives on the two sides. Empty where the choices name no such elements.
+        remedy: What an audit advises where its ties matter.
+        rounding_remedy: The same where rounding alone makes the ties that matter.
+        note: What else there is to say.
+        references: Where the choice was studied.
+        example: The function as a model writes it, for plots and checks.
+        at: The parameters of the example; for an operation that shares, the value of its equal entries.
     """
 
     name: str
+    formula: str
+    kinks: tuple[Kink, ...]
+    choice: str
     apply: Callable[[Selection, Call], Any]
     ties: Callable[[Call], tuple[int, int]]
-    modules: dict[type[nn.Module], Callable[..., Call | None]] = field(default_factory=dict)
-    functions: dict[Callable, Callable[..., Call | None]] = field(default_factory=dict)
+    modules: Mapping[type[nn.Module], Callable[..., Call | None]] = field(default_factory=dict)
+    functions: Mapping[Callable, Callable[..., Call | None]] = field(default_factory=dict)
+    kernels: Kernels | None = None
+    shares: bool = False
+    names: tuple[str, ...] = ()
+    default: Any = None
+    jax: Any = None
+    tensorflow: Any = None
+    taken: tuple[float, ...] = ()
+    corners: Callable[..., tuple[Any, ...]] | None = None
+    remedy: str = ""
+    rounding_remedy: str = ""
+    note: str = ""
+    references: str = ""
+    example: Callable[[Tensor], Tensor] | None = None
+    at: tuple[Any, ...] = ()
 
     def __reduce__(self) -> Any:
-        return _operation, (self.name,)  # one of each kind: pickles and copies name it
+        return _named, (self.name,)  # there is one of each: pickles and copies name it
+
+    def claims(self, module: nn.Module) -> bool:
+        """Whether a module is this operation.
+
+        Args:
+            module: Any module.
+
+        Returns:
+            True if its class, or the nearest of its base classes that has a record, spells the operation, and the
+            module's own settings make it no other one.
+
+        Example:
+            >>> [name for name, operation in OPERATIONS.items() if operation.claims(nn.Hardtanh(0, 6))]
+            ['relu6']
+        """
+        cls = next((c for c in type(module).__mro__ if c in MODULES), None)
+        if cls is None or cls not in self.modules:
+            return False
+        spelling = self.modules[cls]
+        return spelling.claims(module) if isinstance(spelling, ModuleSpelling) else True
+
+    def positions(self, *parameters: Any) -> list[Any]:
+        """The points where a pointwise operation has its kinks.
+
+        Args:
+            *parameters: The operation's own.
+
+        Returns:
+            A number or a tensor for each kink, NaN where the parameters make none.
+
+        Example:
+            >>> OPERATIONS["hardtanh"].positions(-2.0, 3.0)
+            [-2.0, 3.0]
+        """
+        return [kink.position(*parameters) for kink in self.kinks if kink.position is not None]
+
+    def stock(self, *parameters: Any) -> tuple[float | None, ...]:
+        """The derivatives that the installed PyTorch returns at the kinks.
+
+        Args:
+            *parameters: The operation's own.
+
+        Returns:
+            A number for each kink; None where it differs from entry to entry.
+
+        Example:
+            >>> OPERATIONS["leaky_relu"].stock(0.25), OPERATIONS["hardswish"].stock()
+            ((0.25,), (0.0, 1.0))
+        """
+        between = []
+        for kink, share in zip(self.kinks, self.taken, strict=True):
+            assert kink.sides is not None  # who has no derivatives takes none of them
+            left, right = kink.sides(*parameters)
+            taken = left if share == 0 else right if share == 1 else None
+            if share not in (0, 1) and isinstance(left, (int, float)) and isinstance(right, (int, float)):
+                taken = left + share * (right - left)
+            between.append(float(taken) if isinstance(taken, (int, float)) else None)
+        return tuple(between)
+
+    def elements(self, *parameters: Any) -> tuple[Any, ...]:
+        """Choices between which the whole Clarke Jacobian lies: its ends at a kink, corners for shared gradients.
+
+        Where a function jumps these are the derivatives on its two sides.
+
+        Args:
+            *parameters: The operation's own.
+
+        Returns:
+            Values of the field; empty where no choices of the field are such elements.
+
+        Example:
+            >>> OPERATIONS["hardswish"].elements()
+            ((0.0, 1.5), (-0.5, 1.0))
+        """
+        if self.corners is not None:
+            return self.corners(*parameters)
+        ends: list[Any] = []
+        for side in (0, 1):
+            chosen: list[Any] = [kink.sides(*parameters)[side] for kink in self.kinks if kink.sides is not None]
+            # What differs from entry to entry is no number; where stock takes it, the reference names it.
+            as_stock = len(chosen) == 1 and self.taken == (side,)
+            ends.append(None if as_stock else chosen[0] if len(chosen) == 1 else tuple(chosen))
+        return tuple(ends)
+
+    def checked(self, value: Any) -> Any:
+        """A choice for this operation, as it is stored.
+
+        Args:
+            value: None for the reference, a number, a pair of numbers for two kinks, or a name.
+
+        Returns:
+            The same, with numbers as floats and pairs as tuples.
+
+        Raises:
+            ValueError: If it is no choice of this operation.
+
+        Example:
+            >>> OPERATIONS["relu6"].checked([0, 1])
+            (0.0, 1.0)
+        """
+        if value is None:
+            return None
+        if isinstance(value, str) and self.choices:
+            known(self.name, value, (*self.choices, "a number"))
+            return value
+        if len(self.kinks) == 1:
+            return _number(self.name, value)
+        if not isinstance(value, (tuple, list)) or len(value) != len(self.kinks):
+            count = {2: "two"}.get(len(self.kinks), str(len(self.kinks)))
+            raise ValueError(
+                f"{self.name} takes {count} numbers, the derivatives at its {count} kinks; given {value!r}"
+            )
+        return tuple(_number(self.name, v) for v in value)
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The choices that have a name."""
+        return (*SHARE_NAMES, *self.names) if self.shares else self.names
+
+    @property
+    def hint(self) -> Any:
+        """The type of the field that chooses."""
+        types: list[Any] = [float if len(self.kinks) == 1 else GenericAlias(tuple, (float,) * len(self.kinks)), None]
+        if self.choices:
+            types.insert(1, Literal.__getitem__(self.choices))
+        return Union.__getitem__(tuple(types))
+
+    @property
+    def advice(self) -> str:
+        """What an audit advises where its ties matter."""
+        return self.remedy or (
+            f"Look at what brings {self.name} to these points, or fix the choice and record it: "
+            f"patch(model, Jacobians({self.name}=...))."
+        )
+
+    @property
+    def rounding_advice(self) -> str:
+        """What an audit advises where rounding alone makes the ties that matter."""
+        return self.rounding_remedy or (
+            "Compute what enters these sites in float32, or fix the choice and record it: "
+            f"patch(model, Jacobians({self.name}=...))."
+        )
 
 
-def _operation(name: str) -> Operation:
-    from nslightning.ops.registry import OPERATIONS  # which is made of these
+#: The named ways to share a gradient over entries that tie; :mod:`~nslightning.ops.autograd.shares` says what they do.
+ShareName = Literal["native", "first", "last", "minimal", "random", "sum"]
+SHARE_NAMES: tuple[str, ...] = get_args(ShareName)
 
+#: Every operation by its name.
+OPERATIONS: dict[str, Operation] = {}
+#: The operations that a module class, a function or a method may spell; the arguments tell which one.
+MODULES: dict[type[nn.Module], tuple[Operation, ...]] = {}
+FUNCTIONS: dict[Callable, tuple[Operation, ...]] = {}
+
+_FOLLOWERS: list[Callable[[Operation], None]] = []
+
+
+def register(operation: Operation) -> Operation:
+    """Make an operation known: it becomes a field of ``Jacobians``, ``patch`` reaches it, probes and audits name it.
+
+    Models that were patched before do not take it: patch them again.
+
+    Args:
+        operation: Its record.
+
+    Returns:
+        The same.
+
+    Raises:
+        ValueError: If the name is no name of a field, or is taken.
+        TypeError: If something else than an :class:`Operation` is given.
+    """
+    if not isinstance(operation, Operation):
+        raise TypeError(f"register takes an Operation; given {operation!r}")
+    name = operation.name
+    if not name.isidentifier() or name.startswith("_") or name in ("rule", "preset", "to_dict"):
+        raise ValueError(f"{name!r} cannot be a field of Jacobians: take a lowercase name such as 'my_relu'")
+    if name in OPERATIONS:
+        raise ValueError(f"there is an operation {name!r} already: take another name")
+    OPERATIONS[name] = operation
+    for cls in operation.modules:
+        MODULES[cls] = (*MODULES.get(cls, ()), operation)
+    for function in operation.functions:
+        FUNCTIONS[function] = (*FUNCTIONS.get(function, ()), operation)
+    for follower in _FOLLOWERS:
+        follower(operation)
+    return operation
+
+
+def follow(follower: Callable[[Operation], None]) -> None:
+    """Have a function called with every operation that is registered from now on.
+
+    For what is made of the records and stands above them.
+
+    Args:
+        follower: Takes the operation.
+    """
+    _FOLLOWERS.append(follower)
+
+
+def _named(name: str) -> Operation:
     return OPERATIONS[name]
 
 
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name} takes finite numbers; given {value!r}")
+    return float(value)
+
+
+def known(kind: str, name: str, allowed: Iterable[Any]) -> None:
+    """Raise unless a name is one of those that are allowed.
+
+    Args:
+        kind: What is named.
+        name: The name.
+        allowed: The names there are.
+
+    Raises:
+        ValueError: Else, with the name that was probably meant.
+    """
+    allowed = tuple(allowed)
+    if name not in allowed:
+        raise ValueError(
+            f"{kind} {name!r} is not known{did_you_mean(name, allowed)} Allowed: {', '.join(map(str, allowed))}"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------- spellings
 def positional(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments as the registry takes them: PyTorch's functions and modules call the input ``input``.
+    """Keyword arguments as the records take them: PyTorch's functions and modules call the input ``input``.
 
     Args:
         kwargs: As given to a function or a module.
@@ -84,6 +495,38 @@ def spelled(call: Callable[..., Call | None], *functions: Callable) -> dict[Call
     Returns:
         What :class:`Operation` takes.
     """
-    packets = [f for f in functions if isinstance(f, torch._ops.OpOverloadPacket)]
-    overloads = [getattr(f, name) for f in packets for name in f.overloads() if "out" not in name]
-    return dict.fromkeys((*functions, *overloads), call)
+    return dict.fromkeys((*functions, *(overload for f in functions for overload in overloads(f))), call)
+
+
+def plain(name: str) -> dict[Callable, Callable[..., Call | None]]:
+    """The spellings of an operation without parameters of its own, in torch's three homes and ATen.
+
+    Args:
+        name: The name of its functions and methods; in place with an underscore.
+
+    Returns:
+        What :class:`Operation` takes.
+    """
+    homes = (nn.functional, torch, Tensor, torch.ops.aten)
+    functions = [f for home in homes if (f := getattr(home, name, None)) is not None]
+    overwriting = [f for home in homes if (f := getattr(home, f"{name}_", None)) is not None]
+    return spelled(lambda x, inplace=False: Call(x, inplace=inplace), *functions) | spelled(
+        lambda x: Call(x, inplace=True), *overwriting
+    )
+
+
+def as_words(value: float) -> str:
+    """A derivative as one writes it.
+
+    Args:
+        value: A number.
+
+    Returns:
+        A whole number or a small fraction where it is one, else four digits.
+
+    Example:
+        >>> as_words(-0.5), as_words(1 / 6), as_words(1.7580993408473766)
+        ('-1/2', '1/6', '1.758')
+    """
+    near = Fraction(value).limit_denominator(12)
+    return str(near) if math.isclose(near, value, rel_tol=1e-12, abs_tol=1e-12) else f"{value:.4g}"

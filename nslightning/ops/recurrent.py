@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nslightning.ops.autograd.pointwise import pointwise
 from nslightning.ops.autograd.selection import Selection
-from nslightning.ops.pointwise import pointwise
 from nslightning.ops.record import Call
 
 __all__ = ["RECURRENT", "Recurrence"]

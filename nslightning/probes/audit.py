@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nslightning.jacobians import Jacobians
+from nslightning.ops.record import OPERATIONS
 from nslightning.probes.divergence import Divergence, divergence, measure
 from nslightning.probes.gradients import gradients
 from nslightning.probes.ties import Ties, counting
@@ -429,28 +430,6 @@ def verdict(found: Audit, dtype: str) -> str:
     return "matters" if largest > _visible(found, dtype) else "rounding" if largest else "dead ties"
 
 
-# What to change where ties of an operation matter: made by the network or the data, or by rounding.
-_REMEDY = {
-    "max_pool": (
-        "Windows tie where their largest entries are equal: on constant parts of an image, on the zeros behind a ReLU, "
-        "behind constant channels. Use a strided convolution or average pooling, or fix the choice and record it: "
-        "patch(model, Jacobians(max_pool='minimal')) takes the element of least norm."
-    ),
-    "relu": (
-        "A ReLU meets exact zeros behind dead channels, another ReLU, a batch norm whose weight and bias are 0 "
-        "(residual branches often start so, and leave it in the first steps: audit trained weights too), zero padding, "
-        "and underflow. Look at these layers' weights, keep alpha = 0 (stock) and record it; SiLU or GELU have no ties."
-    ),
-}
-_REMEDY["relu6"] = _REMEDY["relu"].replace("A ReLU meets exact zeros", "A ReLU6 meets its kinks 0 and 6")
-_PRECISION = {
-    "max_pool": "Compute what is pooled in float32, use average pooling, or fix the choice and record it: "
-    "patch(model, Jacobians(max_pool='minimal')) takes the element of least norm.",
-    "relu": "Compute what enters these sites in float32, or keep alpha = 0 (stock) and record it.",
-}
-_PRECISION["relu6"] = _PRECISION["relu"]
-
-
 def _advice(found: Audit) -> list[str]:
     groups: dict[str, list[str]] = {}
     for dtype in found.dtypes:
@@ -526,8 +505,9 @@ def _matters(found: Audit, dtypes: list[str]) -> list[str]:
             f"gradient by {worst.relative:.2g} of its norm in {worst.dtype} (rounding: {rounding(worst.dtype):.1e}), "
             f"most in {layer} ({100 * share:.1f} % of the squared difference). {_places(found, operations, where)}"
         )
-        remedies = _PRECISION if "64" in found.dtypes and "64" not in where else _REMEDY
-        lines[-1] += "".join(f" {remedies[o]}" for o in operations if o in remedies)
+        rounded = "64" in found.dtypes and "64" not in where
+        records = [OPERATIONS[name] for name in operations if name in OPERATIONS]
+        lines[-1] += "".join(f" {record.rounding_advice if rounded else record.advice}" for record in records)
         if presets := [name for name in ("jax", "tensorflow") if any(s.choice == name for s in spreads)]:
             lines[-1] += (
                 f" {' and '.join(presets)} choose otherwise: a port there gets other gradients, which "

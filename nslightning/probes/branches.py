@@ -22,8 +22,7 @@ from nslightning.jacobians import Jacobians
 from nslightning.ops.autograd.routing import dimensions
 from nslightning.ops.autograd.selection import Selection
 from nslightning.ops.losses import HINGES
-from nslightning.ops.pointwise import POINTWISE
-from nslightning.ops.registry import Call, Operation
+from nslightning.ops.record import Call, Operation
 
 __all__ = ["Branches"]
 
@@ -102,8 +101,8 @@ def _operands(call: Call) -> list[Tensor]:
 def _impose(operation: Operation, call: Call, seen: Call) -> None:
     """Move the operands of a call, which are detached or not, to the branch of a recorded one."""
     x = call.x.detach()
-    if operation.name in POINTWISE:
-        _move(call.x, _beside_kinks(POINTWISE[operation.name].kinks, call, seen))
+    if operation.kernels is not None:
+        _move(call.x, _beside_kinks(operation.positions, call, seen))
     elif operation.name == "max":
         _move(call.x, _reduced(call, seen))
     elif operation.name == "max_pool":
@@ -129,16 +128,16 @@ def _beside(x: Tensor, kink: Tensor, side: Tensor) -> Tensor:
     return torch.where(there | side.isnan() | kink.isnan(), x, nearest)
 
 
-def _beside_kinks(kinks: Callable[..., tuple[tuple[Any, Any], ...]], call: Call, seen: Call) -> Tensor:
+def _beside_kinks(positions: Callable[..., list[Any]], call: Call, seen: Call) -> Tensor:
     x = call.x.detach()
-    pairs = list(zip(kinks(*call.parameters), kinks(*seen.parameters), strict=True))
+    pairs = list(zip(positions(*call.parameters), positions(*seen.parameters), strict=True))
     ties = []
-    for (kink, _), (before, _) in pairs:
+    for kink, before in pairs:
         at = torch.as_tensor(kink, dtype=x.dtype, device=x.device)
         side = ((seen.x > before).to(x.dtype) - (seen.x < before).to(x.dtype)).masked_fill(seen.x.isnan(), float("nan"))
         x = _beside(x, at, side)
         ties.append((side == 0) & (seen.x == before) & ~at.isnan())
-    for ((kink, _), _), tied in zip(pairs, ties, strict=True):  # a tie with one kink is nothing that another moves
+    for (kink, _), tied in zip(pairs, ties, strict=True):  # a tie with one kink is nothing that another moves
         x = torch.where(tied, torch.as_tensor(kink, dtype=x.dtype, device=x.device), x)
     return x
 

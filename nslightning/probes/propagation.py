@@ -18,7 +18,7 @@ from nslightning._torch import is_compiled
 from nslightning.jacobians import Jacobians
 from nslightning.ops.autograd.nodes import operation_of
 from nslightning.ops.autograd.selection import Selection
-from nslightning.ops.pointwise import POINTWISE
+from nslightning.ops.record import OPERATIONS
 from nslightning.probes.gradients import gradients, wanted
 from nslightning.probes.graph import (
     UnseenError,
@@ -477,7 +477,8 @@ def _any(d: Tensor) -> bool:
 
 def _below_gate(node: Any) -> GradientEdge | None:
     """What lies below a node where a difference may die: a pointwise operation with one input, ours or PyTorch's."""
-    if operation_of(node) not in POINTWISE and type(node) not in _stock_gates():
+    record = OPERATIONS.get(operation_of(node) or "")
+    if (record is None or record.kernels is None) and type(node) not in _stock_gates():
         return None
     inputs = [(below, output) for below, output in node.next_functions if below is not None]
     if len(inputs) != 1 or hasattr(inputs[0][0], "variable"):  # a leaf's gradient is accumulated there
@@ -503,4 +504,5 @@ def _linear_part(jacobians: Jacobians) -> Jacobians:
     """What a choice does to an incoming difference: the constants that the published rule adds are no part of it."""
     if jacobians.rule == "exact":
         return jacobians
-    return replace(jacobians, rule="exact", relu=0.0, relu6=(0.0, 0.0))
+    constants = [op.name for op in OPERATIONS.values() if op.kernels is not None and op.kernels.published]
+    return replace(jacobians, rule="exact", **dict.fromkeys(constants))

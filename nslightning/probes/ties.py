@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from nslightning._torch import is_compiled
 from nslightning.jacobians import Jacobians
+from nslightning.ops.autograd.pooling import tied_windows
 from nslightning.ops.autograd.selection import Selection
-from nslightning.ops.max_pool import tied_windows
-from nslightning.ops.pointwise import POINTWISE
-from nslightning.ops.registry import Call, Operation
+from nslightning.ops.record import Call, Operation
 from nslightning.surgery import selections
 
 __all__ = ["TieCounts", "Ties", "counting", "observing", "ties"]
@@ -142,9 +141,9 @@ def counting(model: nn.Module) -> Iterator[TieCounts]:
 
 def _structure(operation: Operation, call: Call) -> tuple[int, int]:
     """How many of a call's ties are structural, and how many are pooling windows with the maximum 0."""
-    if operation.name in POINTWISE:
+    if operation.kernels is not None:
         structural = 0
-        for position, _ in POINTWISE[operation.name].kinks(*call.parameters):
+        for position in operation.positions(*call.parameters):
             tied = call.x == position
             structural += int(torch.count_nonzero(tied & _in_every_sample(tied)))
         return structural, 0

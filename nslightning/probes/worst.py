@@ -15,11 +15,10 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import CheckpointError
 
 from nslightning.jacobians import Jacobians
+from nslightning.ops.autograd.fractional import Fractional
 from nslightning.ops.autograd.nodes import gradients_under, operation_of, selection_of
-from nslightning.ops.fractional import Fractional
-from nslightning.ops.max_pool import tied_windows
-from nslightning.ops.pointwise import POINTWISE
-from nslightning.ops.registry import Call, Operation
+from nslightning.ops.autograd.pooling import tied_windows
+from nslightning.ops.record import OPERATIONS, Call, Operation
 from nslightning.probes.gradients import gradients_in_turn, wanted
 from nslightning.probes.graph import operation_nodes
 from nslightning.probes.propagation import recording, refuse_eager_only, refuse_unseen
@@ -29,22 +28,6 @@ from nslightning.probes.ties import observing
 from nslightning.surgery import using
 
 __all__ = ["Worst", "worst_choice"]
-
-# Elements of each operation's Clarke Jacobian: at a kink its two ends, of a pooling window some of its corners.
-_ELEMENTS: dict[str, tuple[dict[str, Any], ...]] = {
-    "relu": ({"relu": 0.0}, {"relu": 1.0}),
-    "relu6": ({"relu6": (0.0, 0.0)}, {"relu6": (1.0, 1.0)}),
-    "leaky_relu": ({"leaky_relu": None}, {"leaky_relu": 1.0}),
-    "hardtanh": ({"hardtanh": (0.0, 0.0)}, {"hardtanh": (1.0, 1.0)}),
-    "hardswish": ({"hardswish": (-0.5, 1.0)}, {"hardswish": (0.0, 1.5)}),
-    "hardsigmoid": ({"hardsigmoid": (0.0, 0.0)}, {"hardsigmoid": (1 / 6, 1 / 6)}),
-    "softshrink": ({"softshrink": (0.0, 0.0)}, {"softshrink": (1.0, 1.0)}),
-    "elu": ({"elu": None}, {"elu": 1.0}),
-    "selu": ({"selu": None}, {"selu": 1.0507009873554805}),
-    "abs": ({"abs": -1.0}, {"abs": 1.0}),
-    "max_pool": ({"max_pool": "first"}, {"max_pool": "last"}, *({"max_pool": "random"},) * 4),
-}
-
 
 #: How far a search went: every corner was tried; no other choice at one tie alone is larger; or slopes were followed.
 Guarantee = Literal["all corners", "single ties", "slopes"]
@@ -142,7 +125,9 @@ def worst_choice(
     def note(site: str, operation: Operation, call: Call) -> None:
         if call.x.requires_grad:
             edge = get_gradient_edge(call.x)
-            met.append(_Met((edge.node, edge.output_nr), site, operation.name, _tied(operation, call)))
+            elements = tuple(Jacobians(**{operation.name: one}) for one in operation.elements(*call.parameters))
+            tied = _tied(operation, call) if elements else None
+            met.append(_Met((edge.node, edge.output_nr), site, operation.name, tied, elements))
 
     def work(loss: Tensor) -> Worst:
         return _Search(model, loss, reference, met).run(starts, rounds, evaluations)
@@ -155,24 +140,32 @@ def worst_choice(
 
 
 class _Met(NamedTuple):
-    """An evaluation at a site: where its input lies in the graph, its name and operation, and which of it ties."""
+    """An evaluation at a site.
+
+    Args:
+        edge: Where its input lies in the graph.
+        site: The site's name.
+        operation: The operation's.
+        tied: Which of its entries, or pooling windows, tie; None where it is not told.
+        elements: Those of the operation's Clarke Jacobian between which all others lie.
+    """
 
     edge: tuple[Any, int]
     site: str
     operation: str
     tied: Tensor | None
+    elements: tuple[Jacobians, ...]
 
 
 def _tied(operation: Operation, call: Call) -> Tensor | None:
     """The entries, or the pooling windows, that tie; None where it is not told."""
-    if operation.name not in _ELEMENTS:
-        return None
     with torch.no_grad():
-        if operation.name in POINTWISE:
-            kinks = POINTWISE[operation.name].kinks(*call.parameters)
-            return torch.stack([call.x.detach() == position for position, _ in kinks]).any(0) if kinks else None
-        windows = call.parameters[0]
-        return None if isinstance(windows, Fractional) else tied_windows(call.x.detach(), windows) > 1
+        if operation.kernels is not None:
+            positions = operation.positions(*call.parameters)
+            return torch.stack([call.x.detach() == position for position in positions]).any(0)
+        if operation.name != "max_pool" or isinstance(call.parameters[0], Fractional):
+            return None
+        return tied_windows(call.x.detach(), call.parameters[0]) > 1
 
 
 class _Search:
@@ -200,7 +193,7 @@ class _Search:
             below = [node.next_functions[0], *node.next_functions[0][0].next_functions[:1]]
             name = operation_of(node)
             found = next((m for edge in below for m in met if m.edge == edge and m.operation == name), None)
-            if found is not None and found.operation in _ELEMENTS:
+            if found is not None and found.elements:
                 self.nodes[node] = found
             else:
                 unvaried.append("?" if found is None else found.site)
@@ -215,7 +208,7 @@ class _Search:
             first = {node: torch.zeros((), dtype=torch.long) for node in self.nodes}
             shapes = self._shapes(first)
             ties = self._ties(shapes)
-            elements = [len(_ELEMENTS[self.nodes[node].operation]) for node, _ in ties]
+            elements = [len(self.nodes[node].elements) for node, _ in ties]
             if math.prod(elements) <= evaluations:
                 self._try_all(shapes, ties, elements)
             else:
@@ -282,10 +275,10 @@ class _Search:
 
     def _follow_slopes(self, shapes: Mapping[Any, torch.Size], starts: int, rounds: int) -> None:
         """Climb from several corners, at all ties at once."""
-        for start in range(-starts, max(len(_ELEMENTS[m.operation]) for m in self.nodes.values())):
+        for start in range(-starts, max(len(m.elements) for m in self.nodes.values())):
             corner = {}
             for number, (node, shape) in enumerate(shapes.items()):
-                elements = len(_ELEMENTS[self.nodes[node].operation])
+                elements = len(self.nodes[node].elements)
                 generator = torch.Generator().manual_seed(1000 * -start + number if start < 0 else 0)
                 corner[node] = (
                     torch.randint(elements, shape, generator=generator)
@@ -341,7 +334,8 @@ def _square(g: Tensor) -> float:
 class _Mixture:
     """For every tie its own mixture of Jacobians: weights that sum to 1, one set per element.
 
-    They are of the shape of a pooling's output, for a window is one tie, and else of the operation's input.
+    They are of the shape of the result where the operation shares a gradient, for a window is one tie, and else of its
+    input.
 
     Args:
         nodes: What is varied.
@@ -368,33 +362,35 @@ class _Mixture:
     def _weights(self, node: Any, like: Tensor) -> Tensor:
         if node not in self.weights:
             index = self.corner[node].to(like.device).expand(like.shape)
-            elements = len(_ELEMENTS[self.nodes[node].operation])
+            elements = len(self.nodes[node].elements)
             corner = torch.stack([index == k for k in range(elements)])  # weight 1 for the element of each index
             self.weights[node] = corner.to(like.detach()).requires_grad_()
         return self.weights[node]
 
     def _hooks(self, node: Any) -> list[Any]:
-        elements, selection = _ELEMENTS[self.nodes[node].operation], selection_of(node)
+        elements, selection = self.nodes[node].elements, selection_of(node)
         assert selection is not None  # it is a node of an operation with elements
-        of_windows = self.nodes[node].operation == "max_pool"
+        of_results = OPERATIONS[self.nodes[node].operation].shares
         reference = selection.jacobians
 
         def prepare(above: tuple[Any, ...]) -> None:
             # Stock's choice may send nothing at all to an input, and a hook can put nothing in the place of nothing.
-            selection.set(Jacobians(**elements[0]))
+            selection.set(elements[0])
 
         def mixed(below: tuple[Any, ...], above: tuple[Any, ...]) -> tuple[Any, ...] | None:
             selection.set(reference)
             g, *rest = above
             if g is None:
                 return None
-            total: Any = 0
+            total: list[Any] = [None] * len(node.next_functions)
             for k, element in enumerate(elements):
-                incoming = self._weights(node, g)[k] * g if of_windows else g
+                incoming = self._weights(node, g)[k] * g if of_results else g
                 with selection.other_streams(k):
-                    values = gradients_under(node, Jacobians(**element), incoming, *rest)
-                value = next(v for v in values if v is not None)  # the first tensor's; what is no tensor has none
-                total = total + (value if of_windows else self._weights(node, value)[k] * value)
-            return (total, *below[1:])
+                    parts = gradients_under(node, element, incoming, *rest)
+                for i, part in enumerate(parts):
+                    if part is not None and (of_results or i == 0):
+                        share = part if of_results else self._weights(node, part)[k] * part
+                        total[i] = share if total[i] is None else total[i] + share
+            return tuple(total) if of_results else (total[0], *below[1:])
 
         return [node.register_prehook(prepare), node.register_hook(mixed)]

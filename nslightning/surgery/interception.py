@@ -29,7 +29,8 @@ from nslightning._torch import (
     while_compiling,
 )
 from nslightning.ops.autograd.selection import Selection
-from nslightning.ops.registry import FUNCTIONS, UNSUPPORTED_FUNCTIONS, Call, Operation, positional
+from nslightning.ops.record import FUNCTIONS, Call, Operation, positional
+from nslightning.ops.unreached import UNSUPPORTED_FUNCTIONS
 from nslightning.surgery.report import Site, UnreachedError
 from nslightning.surgery.state import CHECKPOINT, Part, Surgery
 

@@ -33,7 +33,7 @@ from nslightning._torch import (
     without_mode,
 )
 from nslightning.ops.autograd import native
-from nslightning.ops.registry import OPERATIONS, positional
+from nslightning.ops.record import OPERATIONS, positional
 from nslightning.surgery.graph import foreign_nodes, structure, tensors
 from nslightning.surgery.interception import (
     FunctionalCalls,

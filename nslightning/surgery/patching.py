@@ -15,7 +15,8 @@ from torch import nn
 from nslightning._torch import call_with_hooks, forget_kept_attributes, is_compiled, kept_attributes
 from nslightning.jacobians import Jacobians
 from nslightning.ops.autograd.selection import Selection
-from nslightning.ops.registry import MODULES, UNSUPPORTED_MODULES
+from nslightning.ops.record import MODULES
+from nslightning.ops.unreached import UNSUPPORTED_MODULES
 from nslightning.spelling import closest
 from nslightning.surgery.methods import Caller, ClassName, LeftAlone, Method, SiteForward, SiteText, nothing_to_patch
 from nslightning.surgery.plan import Plan, Selector, matches, text
@@ -329,9 +330,6 @@ def _root(model: nn.Module) -> Part:
     raise ValueError(f"{kind} is not patched{hint}")
 
 
-_ANY = torch.empty(0, 0, 0, 0, 0)  # enough dimensions for every module to say which operation it is
-
-
 def _refuse(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch takes a torch.nn.Module; given {type(model).__name__}")
@@ -433,8 +431,7 @@ def _find(model: nn.Module, surgery: Surgery) -> Iterator[tuple[nn.Module, Part,
         cls = _whose_forward(module, MODULES)
         operation = None
         if cls is not None:  # the first that its parameters make it, if any: an ELU may be smooth
-            made = (op for op in MODULES[cls] if op.modules[cls](module, _ANY) is not None)
-            operation = next(made, None)
+            operation = next((op for op in MODULES[cls] if op.claims(module)), None)
         methods: dict[str, type[Method]] = {}
         unreached: str | None = None
         if isinstance(module, torch.jit.ScriptModule):

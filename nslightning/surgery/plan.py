@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from nslightning.jacobians import Jacobians
+from nslightning.ops.record import OPERATIONS
 from nslightning.spelling import did_you_mean
 
 __all__ = ["One", "Plan", "Rule", "Selector", "matches", "selectors", "text"]
@@ -19,8 +20,6 @@ __all__ = ["One", "Plan", "Rule", "Selector", "matches", "selectors", "text"]
 Selector: TypeAlias = "str | re.Pattern[str] | type[nn.Module] | Iterable[Selector]"
 One: TypeAlias = "str | re.Pattern[str] | type[nn.Module]"
 
-_FIELDS = tuple(f.name for f in dataclasses.fields(Jacobians))
-_OPERATIONS = tuple(name for name in _FIELDS if name != "rule")
 _WHERE = ("operation", "module", "name", "stage", "call")
 
 
@@ -67,7 +66,7 @@ class Rule:
     def __post_init__(self) -> None:
         if isinstance(self.jacobians, Mapping):
             for field in self.jacobians:
-                _known("Jacobian", field, _FIELDS)
+                _known("Jacobian", field, (*OPERATIONS, "rule"))
             whole = Jacobians(**self.jacobians)
             object.__setattr__(self, "jacobians", {field: getattr(whole, field) for field in self.jacobians})
         elif not isinstance(self.jacobians, Jacobians):
@@ -80,7 +79,7 @@ class Rule:
                 raise TypeError(f"{what} takes a name or several; given {given!r}")
             object.__setattr__(self, what, several)
         for operation in self.operation:
-            _known("operation", operation, _OPERATIONS)
+            _known("operation", operation, tuple(OPERATIONS))
         object.__setattr__(self, "module", tuple(map(_class, selectors("module", self.module))))
         object.__setattr__(self, "name", selectors("name", self.name))
         object.__setattr__(self, "call", _range(self.call))
@@ -149,7 +148,7 @@ class Rule:
         if not isinstance(given, Mapping):
             raise TypeError(f"a rule is a mapping such as {{stage: layer1, relu: 0.5}}; given {given!r}")
         for key in given:
-            _known("key of a rule", key, (*_WHERE, *_FIELDS))
+            _known("key of a rule", key, (*_WHERE, *OPERATIONS, "rule"))
         choice = {key: value for key, value in given.items() if key not in _WHERE}
         if not choice:
             raise ValueError(f"the rule {dict(given)} decides nothing: add a choice, such as relu: 0.5")

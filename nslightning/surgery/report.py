@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from nslightning.files import write_text
 from nslightning.jacobians import Jacobians
-from nslightning.ops.registry import UNREACHED
+from nslightning.ops.unreached import UNREACHED
 from nslightning.surgery.plan import Plan
 
 __all__ = ["PatchReport", "PatchWarning", "Site", "UnreachedError"]

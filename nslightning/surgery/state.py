@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from nslightning.ops.autograd.selection import Selection
-from nslightning.ops.registry import OPERATIONS, Operation
+from nslightning.ops.record import OPERATIONS, Operation
 from nslightning.surgery.plan import Plan, Selector, matches, selectors, text
 from nslightning.surgery.report import PatchReport, Site, UnreachedError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["empty_as_stock", "image_layout", "laid_out_as", "storage_order"]
+__all__ = ["empty_as_stock", "image_layout", "is_dense", "laid_out_as", "storage_order", "stored"]
 
 
 def storage_order(x: Tensor) -> tuple[int, ...]:
@@ -74,3 +74,33 @@ def laid_out_as(x: Tensor, other: Tensor) -> Tensor:
     if x.stride() == other.stride():
         return x
     return torch.empty_like(other, dtype=x.dtype).copy_(x)
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether a tensor is one block of numbers with strides.
+
+    Args:
+        x: Any tensor.
+
+    Returns:
+        False for sparse, nested and MKL-DNN tensors.
+    """
+    return x.layout == torch.strided and not x.is_nested
+
+
+def stored(x: Tensor) -> Tensor:
+    """The entries that a tensor stores, whatever its layout.
+
+    Args:
+        x: Any tensor.
+
+    Returns:
+        ``x`` itself where it is dense; of a sparse or nested tensor its values, of an MKL-DNN tensor a copy.
+    """
+    if is_dense(x):
+        return x
+    if x.is_mkldnn:
+        return x.to_dense()
+    if x.is_nested:
+        return torch.cat([part.reshape(-1) for part in x.unbind()])
+    return x.detach().coalesce().values() if x.layout == torch.sparse_coo else x.detach().values()

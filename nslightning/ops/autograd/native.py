@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nslightning._torch import in_functorch, is_transformed
 from nslightning.ops.kernels import build, cpu
+from nslightning.ops.record import OPERATIONS as RECORDS
 
 if TYPE_CHECKING:
     from nslightning.ops.autograd.selection import Selection
@@ -90,7 +91,7 @@ def _library() -> ModuleType | None:
         return None
     library = module_from_spec(spec)
     loader.exec_module(library)
-    at_lower, at_upper = _clamp_at_bounds()
+    at_lower, at_upper = RECORDS["clamp"].stock(-1.0, 1.0)
     library.connect(_SELF, cpu.addresses(_KERNELS), at_lower, at_upper)
     return library
 
@@ -106,14 +107,6 @@ def state() -> str:
     if not cpu.available():
         return "no CPU kernels"
     return "built" if build.library().exists() else "not built"
-
-
-def _clamp_at_bounds() -> tuple[float, float]:
-    """Stock's derivatives of ``clamp`` at its lower and at its upper bound: 1 up to torch 2.13, 0 in 2.15."""
-    with torch.inference_mode(False), torch.enable_grad():
-        x = torch.tensor([-1.0, 1.0], device="cpu", requires_grad=True)
-        lower, upper = torch.autograd.grad(x.clamp(-1, 1).sum(), x)[0].tolist()
-    return lower, upper
 
 
 def _choice(library: ModuleType, selection: Selection) -> Any:

@@ -129,7 +129,10 @@ def gradients_under(node: Any, jacobians: Any, *incoming: Tensor | None) -> tupl
         gradients = node._forward_cls.backward(node, *incoming)
     finally:
         selection.set(before)
-    return gradients if isinstance(gradients, tuple) else (gradients,)
+    gradients = gradients if isinstance(gradients, tuple) else (gradients,)
+    # A function written in Python also answers for arguments that are no tensors, and that need no gradient.
+    needed = iter([g for g, needs in zip(gradients, node.needs_input_grad, strict=True) if needs])
+    return tuple(None if below is None else next(needed) for below, _ in node.next_functions)
 
 
 def release(node: Any) -> bool:

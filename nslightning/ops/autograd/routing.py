@@ -10,26 +10,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial, wraps
+from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from nslightning.jacobians import Jacobians
+from nslightning._torch import disable_function_modes, in_forward_mode, in_functorch
+from nslightning.ops.autograd.layouts import is_dense
 from nslightning.ops.autograd.nodes import NonsmoothFunction
-from nslightning.ops.autograd.selection import Selection, data_dependent, read_now
+from nslightning.ops.autograd.selection import Selection, data_dependent, guarded, read_now
 
-__all__ = ["RULES", "Rule", "around", "dimensions", "fixed", "own", "restored", "wide"]
+__all__ = ["ROUTES", "Route", "around", "at_zero", "dimensions", "own", "restored", "wide"]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
 @dataclass(frozen=True, eq=False)
-class Rule:
-    """How one kind of operation shares the gradients of its ties.
+class Route:
+    """How the gradients of one kind of operation go around the stock operation at ties.
 
     Args:
         field: The field of :class:`~nslightning.Jacobians` that chooses.
@@ -43,6 +43,8 @@ class Rule:
         added: One result may sum over ties and others: the gradients are added to the stock ones, which are 0 at
             the ties.
         reduces: The parameters begin with the dimensions that were reduced away, and whether they are kept.
+        remember: ``(tensors, parameters) -> tensors``: what stands for the tensors after the forward, where stock does
+            not keep the input, and the next layer may overwrite it. ``ties`` and ``gradients`` then see these.
     """
 
     field: str
@@ -52,10 +54,23 @@ class Rule:
     native: float | None = None
     added: bool = False
     reduces: bool = False
+    remember: Callable[..., tuple[Tensor, ...]] | None = None
 
 
-def _at_zero(field: str, native: float) -> Rule:
-    r"""For results that are sums of :math:`s\,f(u)`, f with a kink at 0: the inputs are u, the constants s."""
+#: The routes by name; an operation may have several.
+ROUTES: dict[str, Route] = {}
+
+
+def at_zero(field: str, native: float) -> Route:
+    r"""A route for results that are sums of :math:`s\,f(u)`, f with a kink at 0: the inputs are u, the constants s.
+
+    Args:
+        field: The field that chooses f's derivative at 0.
+        native: Stock's.
+
+    Returns:
+        The route.
+    """
 
     def ties(tensors: tuple[Tensor, ...], parameters: tuple[Any, ...]) -> tuple[Tensor]:
         u, scale = tensors
@@ -68,23 +83,7 @@ def _at_zero(field: str, native: float) -> Rule:
         g = restored(g, *parameters).to(wide(g))
         return (torch.where(tied, g * (choice[0] - native) * scale, 0).to(u.dtype),)
 
-    return Rule(field, 1, ties, gradients, native, added=True, reduces=True)
-
-
-def _clamp_min_at_bound() -> float:
-    """What the installed torch returns for the derivative of ``clamp_min`` at its bound: 1 up to 2.13, 0 in 2.15."""
-    with torch.inference_mode(False), torch.enable_grad():
-        x = torch.zeros(1, device="cpu", requires_grad=True)
-        return torch.autograd.grad(x.clamp_min(0).sum(), x)[0].item()
-
-
-_BOUND = _clamp_min_at_bound()
-RULES: dict[str, Rule] = {
-    "abs": _at_zero("abs", 0.0),
-    "clamp_min": _at_zero("clamp", _BOUND),
-    "hinge": _at_zero("hinge", _BOUND),
-    "multi_margin": _at_zero("hinge", 0.0),  # has a kernel of its own
-}
+    return Route(field, 1, ties, gradients, native, added=True, reduces=True)
 
 
 class _Around(NonsmoothFunction):
@@ -93,27 +92,32 @@ class _Around(NonsmoothFunction):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(rule: str, selection: Selection, parameters: tuple[Any, ...], *tensors: Tensor) -> Tensor:
+    def forward(route: str, kept: int, selection: Selection, parameters: tuple[Any, ...], *tensors: Tensor) -> Tensor:
         # Not a view: the result may be overwritten wherever stock's may, for the version counter is shared.
         return tensors[-1].detach()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.rule, ctx.selection, ctx.parameters, *tensors = inputs
-        ctx.operation = RULES[ctx.rule].field
-        ctx.save_for_backward(*tensors[:-1])  # not the result: the next layer may overwrite it
+        ctx.route, kept, ctx.selection, ctx.parameters, *tensors = inputs
+        ctx.operation, ctx.tensors = ROUTES[ctx.route].field, len(tensors)
+        ctx.save_for_backward(*tensors[kept:-1])  # not the result: the next layer may overwrite it
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        rule, selection, tensors = RULES[ctx.rule], ctx.selection, ctx.saved_tensors
-        vjp = partial(_vjp, rule, ctx.parameters, tensors, g)
+        route, selection, tensors = ROUTES[ctx.route], ctx.selection, ctx.saved_tensors
+        vjp = partial(_vjp, route, ctx.parameters, tensors, g)
+        leave = False  # whether all is left to the stock operation
         if not torch.compiler.is_compiling():
             if selection.recorder is not None:
                 selection.recorder(ctx, lambda other: vjp(other)[0])
-            if _stock(rule, _choice(rule, selection)):
-                return (None, None, None, *(None for _ in tensors), g)
+            leave = bool(_stock(route, _choice(route, selection)))
+            if leave and not selection.dense_gradients:
+                return (*[None] * (3 + ctx.tensors), g)
         gradients, rest = vjp(selection)
-        return (None, None, None, *gradients, *(None for _ in tensors[rule.inputs :]), rest)
+        if leave:
+            gradients, rest = tuple(map(torch.zeros_like, gradients)), g
+        none: list[None] = [None] * (ctx.tensors - 1 - route.inputs)
+        return (*(None,) * 4, *gradients, *none, rest)
 
 
 class _AroundBothWays(_Around):
@@ -122,75 +126,84 @@ class _AroundBothWays(_Around):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _Around.setup_context(ctx, inputs, output)
-        ctx.save_for_forward(*inputs[3:-1])
+        kept, tensors = inputs[1], inputs[4:]
+        ctx.save_for_forward(*tensors[kept:-1])
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
-        rule, parameters, last = RULES[ctx.rule], ctx.parameters, cast(Tensor, tangents[-1])
+        route, parameters, last = ROUTES[ctx.route], ctx.parameters, cast(Tensor, tangents[-1])
         # The gradients are coefficients times g, and 0 or 1 times g is left to stock: with g = 1 these are the numbers.
-        coefficients, left = _vjp(rule, parameters, ctx.saved_tensors, torch.ones_like(last), ctx.selection)
-        if _stock(rule, _choice(rule, ctx.selection)):
+        coefficients, left = _vjp(route, parameters, ctx.saved_tensors, torch.ones_like(last), ctx.selection)
+        if _stock(route, _choice(route, ctx.selection)):
             return last.clone()
-        shape = restored(last, *parameters[:2]).shape if rule.reduces else last.shape
-        chosen = [(c * t).sum_to_size(shape) for c, t in zip(coefficients, tangents[3:], strict=False) if t is not None]
+        shape = restored(last, *parameters[:2]).shape if route.reduces else last.shape
+        chosen = [(c * t).sum_to_size(shape) for c, t in zip(coefficients, tangents[4:], strict=False) if t is not None]
         return left * last + sum(chosen, torch.zeros_like(last).view(shape)).view(last.shape)
 
 
 def _vjp(
-    rule: Rule, parameters: tuple[Any, ...], tensors: tuple[Tensor, ...], g: Tensor, selection: Selection
+    route: Route, parameters: tuple[Any, ...], tensors: tuple[Tensor, ...], g: Tensor, selection: Selection
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """What ties send to the inputs under a selection, and what is left for the stock operation."""
     compiled = torch.compiler.is_compiling()
-    choice = _choice(rule, selection)
+    choice = _choice(route, selection)
     if compiled:
         choice = read_now(choice, g)
-    stock = _stock(rule, choice)
-    if rule.native is not None:
-        choice = torch.where(stock, rule.native, choice)
+    stock = _stock(route, choice)
+    if route.native is not None:
+        choice = torch.where(stock, route.native, choice)
     uniform: Callable[[Tensor], Tensor] | None = None
-    if not compiled and getattr(selection.jacobians, rule.field) == "random":
+    if not compiled and getattr(selection.jacobians, route.field) == "random":
         uniform = partial(torch.rand_like, dtype=wide(g), generator=selection.generator(g.device))
-    tied, *known = rule.ties(tensors, parameters)
-    gradients = rule.gradients(choice.to(wide(g)).unbind(), uniform, g, tensors, parameters, tied, *known)
+    tied, *known = route.ties(tensors, parameters)
+    gradients = route.gradients(choice.to(wide(g)).unbind(), uniform, g, tensors, parameters, tied, *known)
     if compiled:  # one graph serves every choice, stock's own among them
         gradients = tuple(torch.where(stock, 0, gradient) for gradient in gradients)
         tied = tied & ~stock
-    return gradients, g if rule.added else g.masked_fill(tied, 0)
+    return gradients, g if route.added else g.masked_fill(tied, 0)
 
 
-def _choice(rule: Rule, selection: Selection) -> Tensor:
-    return (selection.shares if rule.native is None else selection.kinks)[rule.field]
+def _choice(route: Route, selection: Selection) -> Tensor:
+    return (selection.shares if route.native is None else selection.kinks)[route.field]
 
 
-def _stock(rule: Rule, choice: Tensor) -> Tensor:
+def _stock(route: Route, choice: Tensor) -> Tensor:
     """Whether a choice is to leave everything to the stock operation."""
-    return choice[0] == 1 if rule.native is None else choice[0].isnan()
+    return choice[0] == 1 if route.native is None else choice[0].isnan()
 
 
-def around(rule: str, selection: Selection, parameters: tuple[Any, ...], *tensors: Tensor) -> Tensor:
+def around(route: str, selection: Selection, parameters: tuple[Any, ...], *tensors: Tensor) -> Tensor:
     """Give a stock operation's result the Jacobian that a selection chooses at ties.
 
     Args:
-        rule: A key of :data:`RULES`.
+        route: A key of :data:`ROUTES`.
         selection: The choice, read when the backward runs.
-        parameters: What the rule wants to know of the operation.
-        *tensors: The rule's inputs and constants; at last the stock operation's result.
+        parameters: What the route wants to know of the operation.
+        *tensors: The route's inputs and constants; at last the stock operation's result.
 
     Returns:
         The result, in the same memory.
     """
-    result = tensors[-1]
+    result, way = tensors[-1], ROUTES[route]
     eager = not torch.compiler.is_compiling()
-    tangents = eager and forward_ad._current_level >= 0
+    tangents = eager and in_forward_mode()
     # Inside a `torch.func` transform a tensor does not always tell that a derivative is asked for.
-    asked = tangents or (eager and torch._C._functorch.peek_interpreter_stack() is not None)
-    if not (asked or (torch.is_grad_enabled() and result.requires_grad)) or result.numel() == 0:
+    asked = tangents or (eager and in_functorch())
+    if not (asked or (torch.is_grad_enabled() and result.requires_grad)):
         return result
-    given = tuple(tensor.detach() for tensor in tensors[:-1])
-    if data_dependent(result) and not RULES[rule].ties(given, parameters)[0].any():
+    if not all(map(is_dense, tensors)):
+        return guarded(result, way.field, selection)
+    if result.numel() == 0:
+        return result
+    known = tuple(tensor.detach() for tensor in tensors[:-1])
+    kept = 0  # how many tensors are not saved for the backward
+    if way.remember is not None:
+        known, kept = way.remember(known, parameters), way.inputs
+        tensors = (*tensors[: way.inputs], *known, result)
+    if data_dependent(result) and not way.ties(known, parameters)[0].any():
         return result
     node = _AroundBothWays if tangents else _Around
-    return cast(Tensor, node.apply(rule, selection, parameters, *tensors))
+    return cast(Tensor, node.apply(route, kept, selection, parameters, *tensors))
 
 
 def own(operation: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -205,7 +218,7 @@ def own(operation: Callable[_P, _R]) -> Callable[_P, _R]:
 
     @wraps(operation)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        with torch._C.DisableTorchFunction():
+        with disable_function_modes():
             return operation(*args, **kwargs)
 
     return run
@@ -245,21 +258,3 @@ def restored(t: Tensor, dims: tuple[int, ...], keepdim: bool) -> Tensor:
     for d in () if keepdim else sorted(dims):
         t = t.unsqueeze(d)
     return t
-
-
-@lru_cache(maxsize=1024)
-def _kept(jacobians: Jacobians) -> Selection:
-    return Selection(jacobians)
-
-
-def fixed(jacobians: Jacobians, seed: int = 0) -> Selection:
-    """A selection that nobody changes, for calls that name their choice.
-
-    Args:
-        jacobians: The choice.
-        seed: Seeds a random choice: then each call starts a stream of its own.
-
-    Returns:
-        The selection.
-    """
-    return Selection(jacobians, seed) if "random" in jacobians.to_dict().values() else _kept(jacobians)

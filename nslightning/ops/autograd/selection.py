@@ -4,44 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
-from nslightning.jacobians import NONSMOOTH, Jacobians
+from nslightning._torch import in_dispatch_mode, in_functorch, is_legacy_batch, is_tracing, is_zero_tensor
+from nslightning.ops.autograd.shares import PoolWeights, pool_weights, shares
+from nslightning.ops.record import OPERATIONS, RULES, Choice, Operation, Rule, follow, known
 
 __all__ = [
+    "OwnChoice",
     "Selection",
     "concrete",
     "data_dependent",
+    "fixed",
+    "guarded",
     "pool_coefficients",
     "pool_difference_coefficients",
     "read_now",
 ]
-
-# The named ways to share a pooling window's gradient g over its k tied entries, as (share, whole, each, last): an
-# entry receives g * (share / k + each), and one target entry g * whole more: the first tied one, or the last.
-_POOL_WEIGHTS: dict[str, tuple[float, float, float, float]] = {
-    "native": (0.0, 1.0, 0.0, 0.0),
-    "first": (0.0, 1.0, 0.0, 0.0),
-    "last": (0.0, 1.0, 0.0, 1.0),
-    "minimal": (1.0, 0.0, 0.0, 0.0),
-    "random": (0.0, 1.0, 0.0, 0.0),
-    "sum": (0.0, 0.0, 1.0, 0.0),
-}
-
-# The same for a maximum that stock shares in one of several ways, as (native, share, each, first, last): an entry
-# receives stock's own share times native, and of g share / k + each, and the first and the last one so much more.
-_SHARES: dict[str, tuple[float, ...]] = {
-    "native": (1.0, 0.0, 0.0, 0.0, 0.0),
-    "minimal": (0.0, 1.0, 0.0, 0.0, 0.0),
-    "sum": (0.0, 0.0, 1.0, 0.0, 0.0),
-    "first": (0.0, 0.0, 0.0, 1.0, 0.0),
-    "last": (0.0, 0.0, 0.0, 0.0, 1.0),
-    "random": (float("inf"),) * 5,  # drawn in eager mode; refused by `read_now`
-}
 
 
 @torch.library.custom_op("nslightning::read_now", mutates_args=())
@@ -74,42 +59,78 @@ def _(values: Tensor, gradient: Tensor) -> Tensor:
     return torch.empty_like(values)
 
 
+@dataclass(frozen=True)
+class OwnChoice:
+    """The choice that a call or a module names itself: of its own operations, stock's for all others.
+
+    Args:
+        operations: The operations that it is for.
+        value: What it chooses for each of them.
+        rule: The arithmetic.
+
+    Raises:
+        ValueError: If the value is no choice of such an operation, or the rule is not known.
+
+    Example:
+        >>> choice = OwnChoice(("relu",), 0.5)
+        >>> choice.relu, choice.hardswish
+        (0.5, None)
+    """
+
+    operations: tuple[str, ...]
+    value: Any = None
+    rule: Rule = "exact"
+
+    def __post_init__(self) -> None:
+        for name in self.operations:
+            object.__setattr__(self, "value", OPERATIONS[name].checked(self.value))
+        known("rule", self.rule, RULES)
+
+    def __getattr__(self, operation: str) -> Any:
+        if operation not in OPERATIONS:
+            raise AttributeError(f"there is no operation {operation!r}")
+        return self.value if operation in self.operations else None
+
+
 class Selection:
     """The Jacobian choice now in force; every backward pass reads it when it runs.
 
-    The choice is held twice: as the frozen :class:`~nslightning.Jacobians` that eager code reads, and as small CPU
-    tensors that a compiled backward reads, filled in place so that no recompilation is needed. A context variable
-    would not do: CUDA backward passes run on other threads.
+    The choice is held twice: as the frozen object that eager code reads, and as small CPU tensors that a compiled
+    backward reads, filled in place so that no recompilation is needed. A context variable would not do: CUDA backward
+    passes run on other threads.
 
     Args:
-        jacobians: The choice to start with.
+        jacobians: The choice to start with: :class:`~nslightning.Jacobians`, or another object with a field for each
+            operation and ``rule``.
         seed: Seeds the private generators of the ``"random"`` choice; the global random streams are never touched.
 
     Example:
+        >>> from nslightning import Jacobians
         >>> selection = Selection(Jacobians(relu=1.0))
         >>> selection.set(Jacobians(relu=0.5))
         >>> selection.jacobians.relu
         0.5
     """
 
-    def __init__(self, jacobians: Jacobians, seed: int = 0) -> None:
+    def __init__(self, jacobians: Choice, seed: int = 0) -> None:
         self.seed = seed
-        self.watched = torch.zeros(2, dtype=torch.bool)  # by a recorder, by an observer: read by C++ nodes
         self.shared: Any = None  # these tensors' memory as the C++ nodes hold it
         self._observer: Callable[[str, Any, Any], None] | None = None
         self._recorder: Callable[..., None] | None = None
+        # Whether a backward has to give each input a gradient, zeros where it leaves all to the stock operation.
+        self.dense_gradients = False
         self._generators: dict[torch.device, torch.Generator] = {}
         # float64 0-d and 1-d CPU tensors never promote the gradients they multiply. They are ordinary ones also where
         # the model is patched under `torch.inference_mode` or `torch.device("meta")`.
+        self.kinks: dict[str, Tensor] = {}
+        self.shares: dict[str, Tensor] = {}
         with torch.inference_mode(False), torch.device("cpu"):
+            self.watched = torch.zeros(2, dtype=torch.bool)  # by a recorder, by an observer: read by C++ nodes
             self.published = torch.zeros((), dtype=torch.bool)
-            self.kinks = {
-                name: torch.zeros(len(op.kinks), dtype=torch.float64)
-                for name, op in NONSMOOTH.items()
-                if "native" not in op.names  # those share a gradient over several entries
-            }
             self.pool = torch.zeros(4, dtype=torch.float64)
-            self.shares = {name: torch.zeros(5, dtype=torch.float64) for name in ("max", "maximum")}
+            for operation in OPERATIONS.values():
+                self._hold(operation)
+        _LIVE.add(self)
         self.set(jacobians)
 
     @property
@@ -137,13 +158,21 @@ class Selection:
         self._recorder = recorder
         self.watched.data[0] = recorder is not None
 
-    def set(self, jacobians: Jacobians) -> None:
+    def _hold(self, operation: Operation) -> None:
+        """Make the tensor of an operation's choice, with the reference."""
+        if operation.shares:
+            self.shares[operation.name] = _compiled(shares(None), None)
+        else:
+            reference = [float("nan")] * len(operation.kinks)
+            self.kinks[operation.name] = torch.tensor(reference, dtype=torch.float64, device="cpu")
+
+    def set(self, jacobians: Choice) -> None:
         """Make ``jacobians`` the choice that every later backward pass takes.
 
         Args:
             jacobians: The choice.
         """
-        self.jacobians = jacobians
+        self.jacobians: Any = jacobians  # a `Choice`, of the caller's own type
         # `.data` fills without touching the version counter that autograd checks: changing the choice between
         # forward and backward is what this object is for.
         self.published.data.fill_(jacobians.rule == "published")
@@ -151,12 +180,10 @@ class Selection:
         for name, values in self.kinks.items():
             for i, value in enumerate(self.at_kinks(name)):
                 values.data[i] = float("nan") if value is None else float("inf") if isinstance(value, str) else value
-        weights = (float("inf"),) * 4 if jacobians.max_pool == "random" else self.pool_weights()
-        self.pool.data.copy_(torch.tensor(weights, dtype=torch.float64, device="cpu"))
         for name, values in self.shares.items():
-            choice = getattr(jacobians, name) or 0.0
-            shares = _SHARES[choice] if isinstance(choice, str) else (1 - choice, choice, 0.0, 0.0, 0.0)
-            values.data.copy_(torch.tensor(shares, dtype=torch.float64, device="cpu"))
+            values.data.copy_(_compiled(shares(choice := getattr(jacobians, name)), choice))
+        pooling = jacobians.max_pool
+        self.pool.data.copy_(_compiled(pool_weights(pooling), pooling))
 
     def at_kinks(self, operation: str) -> tuple[float | str | None, ...]:
         """The derivatives at the kinks of a pointwise operation.
@@ -172,19 +199,14 @@ class Selection:
             return (None,) * len(self.kinks[operation])
         return value if isinstance(value, tuple) else (value,)
 
-    def pool_weights(self) -> tuple[float, float, float, float]:
+    def pool_weights(self) -> PoolWeights:
         """The choice of max pooling as weights.
 
         Returns:
             ``(share, whole, each, last)``: of ``k`` tied entries each receives ``g * (share / k + each)``, and the
             first one (the last one if ``last`` is 1) receives ``g * whole`` more.
         """
-        choice = self.jacobians.max_pool
-        if choice is None:
-            return _POOL_WEIGHTS["native"]
-        if isinstance(choice, str):
-            return _POOL_WEIGHTS[choice]
-        return (choice, 1.0 - choice, 0.0, 0.0)
+        return pool_weights(self.jacobians.max_pool)
 
     def generator(self, device: torch.device) -> torch.Generator:
         """The private random stream of the ``"random"`` choice on a device.
@@ -215,7 +237,7 @@ class Selection:
             seed: Seeds the other streams.
 
         Example:
-            >>> selection, cpu = Selection(Jacobians(max_pool="random")), torch.device("cpu")
+            >>> selection, cpu = Selection(OwnChoice(("max_pool",), "random")), torch.device("cpu")
             >>> with selection.other_streams(1):
             ...     _ = torch.rand(1, generator=selection.generator(cpu))
             >>> torch.equal(torch.rand(1, generator=selection.generator(cpu)),
@@ -237,6 +259,77 @@ class Selection:
 
     def __repr__(self) -> str:
         return f"Selection({self.jacobians!r})"
+
+
+_LIVE: WeakSet[Selection] = WeakSet()
+
+
+@follow
+def _hold_everywhere(operation: Operation) -> None:
+    with torch.inference_mode(False):
+        for selection in _LIVE:
+            selection._hold(operation)
+
+
+def _compiled(weights: tuple[float, ...], choice: Any) -> Tensor:
+    """The weights as a compiled backward reads them: infinite for a random choice, which `read_now` refuses."""
+    return torch.tensor([float("inf") if choice == "random" else w for w in weights], dtype=torch.float64, device="cpu")
+
+
+def fixed(operations: str | tuple[str, ...], value: Any, rule: Rule = "exact", seed: int = 0) -> Selection:
+    """A selection that stays as it is, for calls that name their choice.
+
+    Args:
+        operations: The operation, or several.
+        value: The choice.
+        rule: The arithmetic.
+        seed: Seeds a random choice: then each call starts a stream of its own.
+
+    Returns:
+        The selection.
+
+    Raises:
+        ValueError: If the value is no choice of the operation, or the rule is not known.
+
+    Example:
+        >>> fixed("softshrink", (0.0, 1.0)).at_kinks("softshrink")
+        (0.0, 1.0)
+    """
+    choice = OwnChoice((operations,) if isinstance(operations, str) else operations, value, rule)
+    return Selection(choice, seed) if choice.value == "random" else _kept(choice)
+
+
+def guarded(y: Tensor, operation: str, selection: Selection) -> Tensor:
+    """A stock result that takes no choice, because of its layout: a backward that would need one is refused.
+
+    Args:
+        y: The result of a stock operation.
+        operation: Whose it is.
+        selection: The choice, read when the backward runs.
+
+    Returns:
+        ``y``. Its backward raises a ``RuntimeError`` under another choice than the reference, and where somebody
+        records what choices change.
+    """
+
+    def refuse(g: Tensor) -> None:
+        record, choice = OPERATIONS[operation], getattr(selection.jacobians, operation)
+        reference = choice is None or choice == record.default
+        if not reference or selection.recorder is not None:
+            raise RuntimeError(
+                f"{operation} of a tensor of layout {y.layout}{' (nested)' if y.is_nested else ''} has PyTorch's own "
+                f"derivative only; given {operation}={choice!r}. Make the tensor dense before it (x.to_dense(), or "
+                "padding), or skip this site."
+            )
+
+    if y.requires_grad:
+        y.register_hook(refuse)
+    return y
+
+
+@lru_cache(maxsize=1024)
+def _kept(choice: OwnChoice) -> Selection:
+    return Selection(choice)
 
 
 @lru_cache(maxsize=256)
@@ -314,14 +407,13 @@ def concrete(x: Tensor) -> bool:
         True in eager mode. Not while compiling or tracing or under ``torch.func`` transforms, nor for a tensor's
         subclass, a batch of gradients (``is_grads_batched``), one whose negation is put off or zeros without memory.
     """
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+    if torch.compiler.is_compiling() or is_tracing() or in_functorch() or in_dispatch_mode():
         return False
     return (
-        torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._len_torch_dispatch_stack() == 0
-        and type(x) in (Tensor, torch.nn.Parameter)
-        and not torch._C._functorch.is_legacy_batchedtensor(x)
-        and not (x.is_neg() or x._is_zerotensor())
+        type(x) in (Tensor, torch.nn.Parameter)
+        and x.layout == torch.strided
+        and not is_legacy_batch(x)
+        and not (x.is_neg() or is_zero_tensor(x))
     )
 
 

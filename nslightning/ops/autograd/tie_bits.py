@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nslightning._torch import in_functorch
 from nslightning.ops.autograd.selection import Selection, concrete, data_dependent
 from nslightning.ops.kernels import cpu as cpu_kernels
 
@@ -102,7 +103,7 @@ def chosen_value(derivative: float | str, constant: bool, selection: Selection, 
     """
     if not isinstance(derivative, str):
         return torch.full_like(g, derivative) if constant else g * derivative
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if in_functorch():
         raise RuntimeError(
             'relu="random" draws once per tie, and under torch.func transforms the ties are not known. '
             "Choose a number there, or take the gradient with torch.autograd."

@@ -1,8 +1,9 @@
 """Fused CUDA kernels, in Triton, for the operations whose ATen composition passes over the memory most often.
 
-Each computes what the composition in :mod:`~nslightning.ops.pointwise` or :mod:`~nslightning.ops.max_pool` does, in one
-pass forward and one backward. For the backward ReLU keeps its output, as stock, and one bit per entry; max pooling two
-bytes per window, where stock keeps its input and an eight-byte index. No atomics: the same bits on every run.
+Each computes what the composition in :mod:`~nslightning.ops.autograd.pointwise` or
+:mod:`~nslightning.ops.autograd.pooling` does, in one pass forward and one backward. For the backward ReLU keeps its
+output, as stock, and one bit per entry; max pooling two bytes per window, where stock keeps its input and an eight-byte
+index. No atomics: the same bits on every run.
 """
 
 from __future__ import annotations

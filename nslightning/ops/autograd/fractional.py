@@ -2,8 +2,8 @@
 
 Each channel of each image has windows of its own, drawn at random: Graham, *Fractional Max-Pooling*, 2014. Where some
 are tied, the entries of all are gathered side by side, which makes the windows disjoint and regular, and
-:mod:`~nslightning.ops.max_pool` does the rest. On CUDA devices the gradients of overlapping windows are added in no
-fixed order, as in the stock kernel.
+:mod:`~nslightning.ops.autograd.pooling` does the rest. On CUDA devices the gradients of
+overlapping windows are added in no fixed order, as in the stock kernel.
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from nslightning.jacobians import Jacobians, MaxPoolChoice
-from nslightning.ops.autograd.routing import fixed, own
+from nslightning._torch import in_forward_mode
+from nslightning.ops.autograd.pooling import pool, tied_windows
+from nslightning.ops.autograd.routing import own
 from nslightning.ops.autograd.selection import Selection, data_dependent
 from nslightning.ops.autograd.windows import Regular
-from nslightning.ops.max_pool import pool, tied_windows
 
-__all__ = ["Fractional", "fractional_max_pool2d", "fractional_max_pool3d", "pool_fractional", "tied_fractional"]
+__all__ = ["Fractional", "pool_fractional", "tied_fractional"]
 
 aten = torch.ops.aten
 
@@ -114,7 +113,7 @@ def pool_fractional(x: Tensor, selection: Selection, windows: Fractional, return
     Raises:
         ValueError: If the choice is another than the reference under the published rule.
     """
-    if data_dependent(x) and forward_ad._current_level < 0 and tied_fractional(x, windows)[0] == 0:
+    if data_dependent(x) and not in_forward_mode() and tied_fractional(x, windows)[0] == 0:
         output, indices = windows.stock(x)
         return (output, indices) if return_indices else output
     entries, places = windows.entries(x)
@@ -136,89 +135,3 @@ def tied_fractional(x: Tensor, windows: Fractional) -> tuple[int, int]:
     with torch.no_grad():
         count = tied_windows(windows.entries(x)[0], windows.gathered)
     return int(torch.count_nonzero(count > 1)), count.numel()
-
-
-def _selection(jacobian: float | MaxPoolChoice | None, seed: int) -> Selection:
-    return fixed(Jacobians(max_pool=jacobian), seed)
-
-
-def fractional_max_pool2d(
-    x: Tensor,
-    kernel_size: int | tuple[int, int],
-    output_size: int | tuple[int, int] | None = None,
-    output_ratio: float | tuple[float, float] | None = None,
-    return_indices: bool = False,
-    _random_samples: Tensor | None = None,
-    *,
-    jacobian: float | MaxPoolChoice | None = None,
-    seed: int = 0,
-) -> Tensor | tuple[Tensor, Tensor]:
-    r"""2-d fractional max pooling with a chosen element of its generalised Jacobian.
-
-    The Clarke Jacobian at ties and the choices are those of :func:`max_pool2d`; PyTorch takes the first tied entry in
-    row-major order. Windows may overlap, and an entry receives the sum over its windows. JAX has no such operation.
-
-    Args:
-        x: Input of shape (N, C, H, W) or (C, H, W), floating dtype.
-        kernel_size: Window height and width.
-        output_size: The number of windows, one for both dimensions or one each.
-        output_ratio: Their number as a share of the input's size, where ``output_size`` is None.
-        return_indices: Also return the flat index, within each channel, of the entry that PyTorch picks.
-        _random_samples: What places the windows, shape (N, C, 2); None draws from PyTorch's stream, as stock does.
-        jacobian: As in :func:`max_pool2d`.
-        seed: Seeds the private random stream of ``jacobian="random"``.
-
-    Returns:
-        ``torch.nn.functional.fractional_max_pool2d(...)``, bit for bit.
-
-    Raises:
-        ValueError: If the choice is unknown; if neither size nor ratio is given.
-
-    Example:
-        >>> x = torch.zeros(1, 2, 2, requires_grad=True)
-        >>> fractional_max_pool2d(x, 2, 1, jacobian="minimal").sum().backward()
-        >>> x.grad
-        tensor([[[0.2500, 0.2500],
-                 [0.2500, 0.2500]]])
-    """
-    windows = Fractional(2, x, kernel_size, output_size, output_ratio, _random_samples)
-    return cast(Tensor, pool_fractional(x, _selection(jacobian, seed), windows, return_indices))
-
-
-def fractional_max_pool3d(
-    x: Tensor,
-    kernel_size: int | tuple[int, int, int],
-    output_size: int | tuple[int, int, int] | None = None,
-    output_ratio: float | tuple[float, float, float] | None = None,
-    return_indices: bool = False,
-    _random_samples: Tensor | None = None,
-    *,
-    jacobian: float | MaxPoolChoice | None = None,
-    seed: int = 0,
-) -> Tensor | tuple[Tensor, Tensor]:
-    r"""3-d fractional max pooling with a chosen element of its generalised Jacobian; see :func:`fractional_max_pool2d`.
-
-    Args:
-        x: Input of shape (N, C, D, H, W) or (C, D, H, W), floating dtype.
-        kernel_size: Window depth, height and width.
-        output_size: The number of windows, one for all dimensions or one each.
-        output_ratio: Their number as a share of the input's size, where ``output_size`` is None.
-        return_indices: Also return the flat index, within each channel, of the entry that PyTorch picks.
-        _random_samples: What places the windows, shape (N, C, 3); None draws from PyTorch's stream, as stock does.
-        jacobian: As in :func:`max_pool2d`.
-        seed: Seeds the private random stream of ``jacobian="random"``.
-
-    Returns:
-        ``torch.nn.functional.fractional_max_pool3d(...)``, bit for bit.
-
-    Raises:
-        ValueError: If the choice is unknown; if neither size nor ratio is given.
-
-    Example:
-        >>> x = torch.zeros(1, 3, 3, 3, requires_grad=True)
-        >>> fractional_max_pool3d(x, 2, 1, jacobian="sum").sum().backward()
-        >>> x.grad.sum()
-        tensor(8.)
-    """
-    windows = Fractional(3, x, kernel_size, output_size, output_ratio, _random_samples)
-    return cast(Tensor, pool_fractional(x, _selection(jacobian, seed), windows, return_indices))

@@ -1,4 +1,4 @@
-"""Max pooling with a chosen way to share the gradient over the tied entries of a window."""
+"""The mechanism of max pooling with a chosen way to share the gradient over the tied entries of a window."""
 
 from __future__ import annotations
 
@@ -8,32 +8,17 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from nslightning.jacobians import Jacobians, MaxPoolChoice, Rule
+from nslightning._torch import in_forward_mode, in_functorch, is_legacy_batch
 from nslightning.ops.autograd import fused, native
 from nslightning.ops.autograd.nodes import NonsmoothFunction, OwnFunction
-from nslightning.ops.autograd.routing import fixed
-from nslightning.ops.autograd.selection import Selection, data_dependent, read_now
+from nslightning.ops.autograd.selection import Selection, data_dependent, fixed, read_now
 from nslightning.ops.autograd.windows import Adaptive, Regular, Windows
 
-__all__ = [
-    "adaptive",
-    "adaptive_max_pool1d",
-    "adaptive_max_pool2d",
-    "adaptive_max_pool3d",
-    "max_pool1d",
-    "max_pool2d",
-    "max_pool3d",
-    "pool",
-    "regular",
-    "tied_windows",
-]
+__all__ = ["adaptive", "pool", "regular", "tied_windows"]
 
 aten = torch.ops.aten
 Geometry = Regular | Adaptive
-_Pair = tuple[int, int]
-_Triple = tuple[int, int, int]
 _NATIVE = (0.0, 1.0, 0.0, 0.0)  # the weights of the reference choice
 # What a window's gradient g becomes at each of its k tied entries, g * (share / k + each), and at one more, g * whole.
 _Weights = tuple[float | Tensor, float | Tensor, float | Tensor]
@@ -165,12 +150,12 @@ class _Take(_Linear):
 
 def _forward_mode() -> bool:
     """Whether tangents may be about."""
-    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+    return not torch.compiler.is_compiling() and in_forward_mode()
 
 
 def _differentiable(x: Tensor) -> bool:
     """Whether a derivative may be asked for; a tensor inside a ``torch.func`` transform does not always tell."""
-    if _forward_mode() or (not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack()):
+    if _forward_mode() or (not torch.compiler.is_compiling() and in_functorch()):
         return True
     return torch.is_grad_enabled() and x.requires_grad
 
@@ -258,7 +243,7 @@ def _in_parts(
     I is the channels where these come last in memory, so that inner loops run over them; else it is 1, and B counts
     all channels of all images.
     """
-    if not torch.compiler.is_compiling() and any(map(torch._C._functorch.is_legacy_batchedtensor, tensors)):
+    if not torch.compiler.is_compiling() and any(map(is_legacy_batch, tensors)):
         raise RuntimeError(
             "max pooling with a chosen Jacobian does not take the batches of is_grads_batched=True or vectorize=True, "
             "which PyTorch makes without its vmap rule. Use torch.func: jacrev, jacfwd, or vmap over vjp."
@@ -381,7 +366,7 @@ def pool(x: Tensor, selection: Selection, geometry: Geometry, return_indices: bo
     x = _autocast(x, geometry, return_indices)
     if isinstance(geometry, Regular):
         _refuse_empty_windows(x, geometry)
-    transformed = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+    transformed = not torch.compiler.is_compiling() and in_functorch()
     if (
         isinstance(geometry, Regular)
         and not (return_indices or published or transformed or _forward_mode())
@@ -398,8 +383,8 @@ def pool(x: Tensor, selection: Selection, geometry: Geometry, return_indices: bo
         beta = selection.jacobians.max_pool or 0.0
         if isinstance(beta, str):
             raise ValueError(f'the published rule of max pooling takes a number beta; given "{beta}"')
-        minimal = pool(x, fixed(Jacobians(max_pool="minimal")), geometry)
-        reference = pool(x, fixed(Jacobians()), geometry)
+        minimal = pool(x, fixed("max_pool", "minimal"), geometry)
+        reference = pool(x, fixed("max_pool", None), geometry)
         output = beta * minimal + (1 - beta) * reference
     return (output, indices) if return_indices else output
 
@@ -447,12 +432,6 @@ def tied_windows(x: Tensor, geometry: Geometry) -> Tensor:
         return _in_parts(count, geometry, output, (x, output), dtype=dtype)
 
 
-def _jacobian(jacobian: float | MaxPoolChoice | None, rule: Rule, seed: int) -> Selection:
-    """A named choice can be shared by all calls; "random" has a stream, so each call starts its own."""
-    jacobians = Jacobians(max_pool=jacobian, rule=rule)
-    return Selection(jacobians, seed) if jacobian == "random" else fixed(jacobians)
-
-
 def regular(
     dims: int, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
 ) -> Regular:
@@ -493,250 +472,3 @@ def adaptive(dims: int, x: Tensor, output_size: Any) -> Adaptive:
 def _each(dims: int, given: Any) -> tuple[int, ...]:
     given = tuple(given) if isinstance(given, Sequence) else (given,)
     return tuple(int(n) for n in (given * dims if len(given) == 1 else given))
-
-
-def max_pool1d(
-    x: Tensor,
-    kernel_size: int | tuple[int],
-    stride: int | tuple[int] | None = None,
-    padding: int | tuple[int] = 0,
-    dilation: int | tuple[int] = 1,
-    ceil_mode: bool = False,
-    return_indices: bool = False,
-    *,
-    jacobian: float | MaxPoolChoice | None = None,
-    seed: int = 0,
-) -> Tensor | tuple[Tensor, Tensor]:
-    r"""1-d max pooling with a chosen element of its generalised Jacobian.
-
-    The choices, and what PyTorch and the other libraries return at ties, are those of :func:`max_pool2d`, of which
-    this is one row.
-
-    Args:
-        x: Input of shape (N, C, L) or (C, L), floating dtype.
-        kernel_size: Window length.
-        stride: Steps between windows; ``None`` is the kernel size.
-        padding: Implicit -inf padding, at most half the kernel.
-        dilation: Steps between the entries of a window.
-        ceil_mode: Round the output's size up.
-        return_indices: Also return the index, within each channel, of the entry that PyTorch picks.
-        jacobian: As in :func:`max_pool2d`.
-        seed: Seeds the private random stream of ``jacobian="random"``.
-
-    Returns:
-        ``torch.nn.functional.max_pool1d(...)``, bit for bit.
-
-    Raises:
-        ValueError: If the choice is unknown; if padding and dilation leave a window without entries.
-
-    Example:
-        >>> x = torch.tensor([[3.0, 3.0, 1.0, 2.0]], requires_grad=True)
-        >>> max_pool1d(x, 2, jacobian=0.5).sum().backward()
-        >>> x.grad
-        tensor([[0.7500, 0.2500, 0.0000, 1.0000]])
-    """
-    geometry = regular(1, kernel_size, stride, padding, dilation, ceil_mode)
-    return pool(x, _jacobian(jacobian, "exact", seed), geometry, return_indices)  # type: ignore[no-any-return] # one tensor or two
-
-
-def max_pool2d(
-    x: Tensor,
-    kernel_size: int | _Pair,
-    stride: int | _Pair | None = None,
-    padding: int | _Pair = 0,
-    dilation: int | _Pair = 1,
-    ceil_mode: bool = False,
-    return_indices: bool = False,
-    *,
-    jacobian: float | MaxPoolChoice | None = None,
-    rule: Rule = "exact",
-    seed: int = 0,
-) -> Tensor | tuple[Tensor, Tensor]:
-    r"""2-d max pooling with a chosen element of its generalised Jacobian.
-
-    In a window whose maximum is reached by :math:`k > 1` entries the Clarke Jacobian is the convex hull of the unit
-    vectors of these entries. PyTorch (and JAX, TensorFlow on a CPU) gives the whole gradient to the first of them in
-    row-major order; with a number :math:`\beta`, entry p of a tied window receives
-
-    .. math:: g\,\bigl(\beta / k + (1 - \beta)\,[p \text{ is the first}]\bigr),
-
-    computed in float32 (float64 for float64) and rounded once per entry. Windows without a tie, and windows whose
-    maximum is NaN, keep the stock gradient bit for bit, whatever the choice. Boustany, *On the numerical reliability
-    of nonsmooth autodiff: a MaxPool case study*, TMLR 2024, section 3.
-
-    Args:
-        x: Input of shape (N, C, H, W) or (C, H, W), floating dtype.
-        kernel_size: Window height and width.
-        stride: Steps between windows; ``None`` is the kernel size.
-        padding: Implicit -inf padding, at most half the kernel.
-        dilation: Steps between the entries of a window.
-        ceil_mode: Round the output's size up.
-        return_indices: Also return the flat index, within each channel, of the entry that PyTorch picks.
-        jacobian: A number beta, or ``"native"``, ``"first"``, ``"last"``, ``"minimal"``, ``"random"``, ``"sum"``;
-            see :class:`~nslightning.Jacobians`. ``None`` is the reference.
-        rule: ``"published"`` computes ``beta * a + (1 - beta) * a`` in the working precision, as the released code
-            does, forward and backward: for a large beta this is wrong everywhere, tie or not.
-        seed: Seeds the private random stream of ``jacobian="random"``; the global streams are never used.
-
-    Returns:
-        ``torch.nn.functional.max_pool2d(...)``, bit for bit under the exact rule.
-
-    Raises:
-        ValueError: If the choice is unknown, or not a number under the published rule; if padding and dilation leave
-            a window without entries.
-
-    Example:
-        >>> x = torch.zeros(1, 1, 2, 2, requires_grad=True)
-        >>> max_pool2d(x, 2, jacobian="minimal").sum().backward()
-        >>> x.grad
-        tensor([[[[0.2500, 0.2500],
-                  [0.2500, 0.2500]]]])
-    """
-    geometry = regular(2, kernel_size, stride, padding, dilation, ceil_mode)
-    return pool(x, _jacobian(jacobian, rule, seed), geometry, return_indices)  # type: ignore[no-any-return] # one tensor or two
-
-
-def max_pool3d(
-    x: Tensor,
-    kernel_size: int | _Triple,
-    stride: int | _Triple | None = None,
-    padding: int | _Triple = 0,
-    dilation: int | _Triple = 1,
-    ceil_mode: bool = False,
-    return_indices: bool = False,
-    *,
-    jacobian: float | MaxPoolChoice | None = None,
-    seed: int = 0,
-) -> Tensor | tuple[Tensor, Tensor]:
-    r"""3-d max pooling with a chosen element of its generalised Jacobian.
-
-    The Clarke Jacobian at ties and the choices are those of :func:`max_pool2d`. PyTorch gives the whole gradient to
-    the first tied entry in row-major order, and so do the choices ``"native"``, ``"first"`` and ``beta = 0``.
-
-    Args:
-        x: Input of shape (N, C, D, H, W) or (C, D, H, W), floating dtype.
-        kernel_size: Window depth, height and width.
-        stride: Steps between windows; ``None`` is the kernel size.
-        padding: Implicit -inf padding, at most half the kernel.
-        dilation: Steps between the entries of a window.
-        ceil_mode: Round the output's size up.
-        return_indices: Also return the flat index, within each channel, of the entry that PyTorch picks.
-        jacobian: As in :func:`max_pool2d`.
-        seed: Seeds the private random stream of ``jacobian="random"``.
-
-    Returns:
-        ``torch.nn.functional.max_pool3d(...)``, bit for bit.
-
-    Raises:
-        ValueError: If the choice is unknown; if padding and dilation leave a window without entries.
-
-    Example:
-        >>> x = torch.zeros(1, 2, 2, 2, requires_grad=True)
-        >>> max_pool3d(x, 2, jacobian="minimal").sum().backward()
-        >>> x.grad.unique()
-        tensor([0.1250])
-    """
-    geometry = regular(3, kernel_size, stride, padding, dilation, ceil_mode)
-    return pool(x, _jacobian(jacobian, "exact", seed), geometry, return_indices)  # type: ignore[no-any-return] # one tensor or two
-
-
-def adaptive_max_pool1d(
-    x: Tensor,
-    output_size: int | tuple[int],
-    return_indices: bool = False,
-    *,
-    jacobian: float | MaxPoolChoice | None = None,
-    seed: int = 0,
-) -> Tensor | tuple[Tensor, Tensor]:
-    r"""1-d adaptive max pooling with a chosen element of its generalised Jacobian; see :func:`adaptive_max_pool2d`.
-
-    Args:
-        x: Input of shape (N, C, L) or (C, L), floating dtype.
-        output_size: The number of windows.
-        return_indices: Also return the index, within each channel, of the entry that PyTorch picks.
-        jacobian: As in :func:`max_pool2d`.
-        seed: Seeds the private random stream of ``jacobian="random"``.
-
-    Returns:
-        ``torch.nn.functional.adaptive_max_pool1d(...)``, bit for bit.
-
-    Raises:
-        ValueError: If the choice is unknown.
-
-    Example:
-        >>> x = torch.tensor([[3.0, 3.0, 1.0, 2.0]], requires_grad=True)
-        >>> adaptive_max_pool1d(x, 1, jacobian="last").sum().backward()
-        >>> x.grad
-        tensor([[0., 1., 0., 0.]])
-    """
-    return pool(x, _jacobian(jacobian, "exact", seed), adaptive(1, x, output_size), return_indices)  # type: ignore[no-any-return] # one tensor or two
-
-
-def adaptive_max_pool2d(
-    x: Tensor,
-    output_size: int | tuple[int | None, int | None] | None,
-    return_indices: bool = False,
-    *,
-    jacobian: float | MaxPoolChoice | None = None,
-    seed: int = 0,
-) -> Tensor | tuple[Tensor, Tensor]:
-    r"""2-d adaptive max pooling with a chosen element of its generalised Jacobian.
-
-    Of n windows over s entries, window i holds the entries from :math:`\lfloor i s / n \rfloor` up to
-    :math:`\lceil (i + 1) s / n \rceil`, in each dimension; neighbours overlap where n does not divide s. The Clarke
-    Jacobian at ties and the choices are those of :func:`max_pool2d`; PyTorch takes the first tied entry in row-major
-    order. JAX and TensorFlow have no such operation.
-
-    Args:
-        x: Input of shape (N, C, H, W) or (C, H, W), floating dtype.
-        output_size: The number of windows, one for both dimensions or one each; None is the input's size.
-        return_indices: Also return the flat index, within each channel, of the entry that PyTorch picks.
-        jacobian: As in :func:`max_pool2d`.
-        seed: Seeds the private random stream of ``jacobian="random"``.
-
-    Returns:
-        ``torch.nn.functional.adaptive_max_pool2d(...)``, bit for bit.
-
-    Raises:
-        ValueError: If the choice is unknown.
-
-    Example:
-        >>> x = torch.zeros(1, 2, 2, requires_grad=True)
-        >>> adaptive_max_pool2d(x, 1, jacobian="minimal").sum().backward()
-        >>> x.grad
-        tensor([[[0.2500, 0.2500],
-                 [0.2500, 0.2500]]])
-    """
-    return pool(x, _jacobian(jacobian, "exact", seed), adaptive(2, x, output_size), return_indices)  # type: ignore[no-any-return] # one tensor or two
-
-
-def adaptive_max_pool3d(
-    x: Tensor,
-    output_size: int | tuple[int | None, int | None, int | None] | None,
-    return_indices: bool = False,
-    *,
-    jacobian: float | MaxPoolChoice | None = None,
-    seed: int = 0,
-) -> Tensor | tuple[Tensor, Tensor]:
-    r"""3-d adaptive max pooling with a chosen element of its generalised Jacobian; see :func:`adaptive_max_pool2d`.
-
-    Args:
-        x: Input of shape (N, C, D, H, W) or (C, D, H, W), floating dtype.
-        output_size: The number of windows, one for all dimensions or one each; None is the input's size.
-        return_indices: Also return the flat index, within each channel, of the entry that PyTorch picks.
-        jacobian: As in :func:`max_pool2d`.
-        seed: Seeds the private random stream of ``jacobian="random"``.
-
-    Returns:
-        ``torch.nn.functional.adaptive_max_pool3d(...)``, bit for bit.
-
-    Raises:
-        ValueError: If the choice is unknown.
-
-    Example:
-        >>> x = torch.zeros(1, 2, 2, 2, requires_grad=True)
-        >>> adaptive_max_pool3d(x, (1, 2, None), jacobian="sum").sum().backward()
-        >>> x.grad.unique()
-        tensor([1.])
-    """
-    return pool(x, _jacobian(jacobian, "exact", seed), adaptive(3, x, output_size), return_indices)  # type: ignore[no-any-return] # one tensor or two

@@ -1,0 +1,308 @@
+"""The mechanism of pointwise operations with kinks: ReLU and its relatives, the hard activations, the absolute value.
+
+The forward is the stock kernel. The backward is the stock backward kernel, then the entries that sat exactly on a kink
+are overwritten with the chosen derivative times the incoming gradient. When the forward met no kink, in eager mode on a
+CPU, the operation *is* the stock one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from nslightning._torch import in_forward_mode, in_functorch, is_tracing, is_view
+from nslightning.ops.autograd import fused, native
+from nslightning.ops.autograd.layouts import is_dense, storage_order, stored
+from nslightning.ops.autograd.nodes import NonsmoothFunction
+from nslightning.ops.autograd.selection import Selection, data_dependent, guarded, read_now
+from nslightning.ops.autograd.tie_bits import TieBits, chosen_value, find_ties, overwrite
+from nslightning.ops.record import OPERATIONS, Call, Kernels, Kink, Operation
+
+__all__ = ["pointwise", "pointwise_operation"]
+
+
+def pointwise_operation(
+    name: str,
+    kinks: tuple[Kink, ...],
+    kernels: Kernels,
+    *,
+    at: tuple[Any, ...] = (),
+    apply: Callable[[Selection, Call], Any] | None = None,
+    ties: Callable[[Call], tuple[int, int]] | None = None,
+    **facts: Any,
+) -> Operation:
+    """The record of an operation that acts on each entry by itself.
+
+    Args:
+        name: The field of :class:`~nslightning.Jacobians` that chooses its derivatives.
+        kinks: Its kinks.
+        kernels: What it is made of.
+        at: Parameters with which it has all its kinks; there the installed PyTorch is asked what it returns at them.
+        apply: Evaluates a call, where that is more than the kernels.
+        ties: Counts a call's ties, where that is more than the entries of its input.
+        **facts: The other fields of :class:`~nslightning.ops.record.Operation`.
+
+    Returns:
+        The record, for :func:`~nslightning.ops.register`.
+
+    Raises:
+        ValueError: If the derivative at a kink is not between those on its two sides.
+    """
+
+    def evaluate(selection: Selection, call: Call) -> Tensor:
+        return pointwise(name, call.x, selection, *call.parameters, inplace=call.inplace)
+
+    def count(call: Call) -> tuple[int, int]:
+        x, positions = stored(call.x), OPERATIONS[name].positions(*call.parameters)
+        return sum(int(torch.count_nonzero(x == position)) for position in positions), x.numel()
+
+    taken = tuple(_taken(name, kernels, kink, at) for kink in kinks)
+    return Operation(
+        name=name,
+        kinks=kinks,
+        kernels=kernels,
+        apply=apply or evaluate,
+        ties=ties or count,
+        taken=taken,
+        at=at,
+        **facts,
+    )
+
+
+def _taken(name: str, kernels: Kernels, kink: Kink, at: tuple[Any, ...]) -> float:
+    """What the installed PyTorch takes at a kink: 0 for the left derivative, 1 for the right, between them a share."""
+    if kink.position is None or kink.sides is None:
+        raise ValueError(f"a kink of {name} has no position or no derivatives: both are functions of its parameters")
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.tensor([float(kink.position(*at))], dtype=torch.float64, device="cpu", requires_grad=True)
+        given, parameters = kernels.prepare(x, *at)
+        y = kernels.forward(given, *parameters)
+        if y.grad_fn is not None:
+            (g,) = torch.autograd.grad(y, x)
+        else:  # a forward of one's own, which PyTorch does not differentiate
+            saved = y if kernels.saves == "output" else given.detach()
+            gradients = kernels.backward(torch.ones_like(y), saved, *parameters)
+            g = gradients[0] if isinstance(gradients, tuple) else gradients
+    left, right = (float(side) for side in kink.sides(*at))
+    share = 0.0 if g.item() == left else 1.0 if g.item() == right else (g.item() - left) / (right - left)
+    if not 0 <= share <= 1:
+        raise ValueError(
+            f"{name} has the derivative {g.item()} at {kink.where}, which is not between {left} and {right}"
+        )
+    return share
+
+
+class _Kinked(NonsmoothFunction):
+    """Stock forward; stock backward with the chosen derivative at the recorded ties."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        operation: str,
+        selection: Selection,
+        inplace: bool,
+        overwritten: bool,
+        parameters: tuple[Any, ...],
+        order: tuple[int, ...] | None,
+        given: int,
+        *tensors: Tensor,
+    ) -> Tensor:
+        kernels = _kernels(operation)
+        if inplace:
+            kernels.overwrite(x, *tensors[:given], *parameters)
+            return x
+        return kernels.forward(x, *tensors[:given], *parameters)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, ctx.operation, ctx.selection, inplace, ctx.overwritten, ctx.parameters, ctx.order, ctx.given, *tensors = (
+            inputs
+        )
+        if inplace:
+            ctx.mark_dirty(x)
+        kernels = _kernels(ctx.operation)
+        from_output = inplace or kernels.saves == "output" or (ctx.overwritten and kernels.backward_ is not None)
+        saved = output if from_output else x
+        ctx.save_for_backward(saved, *tensors)
+        ctx.save_for_forward(saved, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        saved, *tensors = ctx.saved_tensors
+        selection, given = ctx.selection, tensors[: ctx.given]
+        vjp = partial(_vjp, ctx, saved, given, tensors[ctx.given :], g)
+        if not torch.compiler.is_compiling() and selection.recorder is not None:
+            selection.recorder(ctx, lambda other: vjp(other)[0])
+        gradient, *others = vjp(selection)
+        others = [other.sum_to_size(tensor.shape) for other, tensor in zip(others, given, strict=False)]
+        return (gradient, *(None,) * 7, *others, *(None,) * (len(tensors) - len(others)))
+
+
+class _Transformable(_Kinked):
+    """The same for ``torch.func`` and forward-mode differentiation, which the compiler does not take.
+
+    The operation acts on each entry by itself, so its Jacobian is diagonal: what carries gradients down carries
+    tangents up.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor | None, *tangents: Any) -> Tensor:
+        saved, *tensors = ctx.saved_tensors
+        given, ties = tensors[: ctx.given], tensors[ctx.given :]
+        result = torch.zeros_like(saved)
+        if tangent is not None:
+            result = _vjp(ctx, saved, given, ties, tangent, ctx.selection, published=False)[0]
+        for i, direction in enumerate(tangents[7 : 7 + ctx.given]):
+            if direction is not None:  # zeros, for what has no gradient
+                result = sum(_stock_vjp(ctx, direction.expand_as(saved), saved, given)[1 + i :][:1], result)
+        return result
+
+
+def _kernels(operation: str) -> Kernels:
+    kernels = OPERATIONS[operation].kernels
+    assert kernels is not None  # `pointwise` is called for pointwise operations
+    return kernels
+
+
+def _stock_vjp(ctx: Any, g: Tensor, saved: Tensor, given: list[Tensor]) -> tuple[Tensor, ...]:
+    """The stock gradients with respect to the input, and to tensors among the parameters."""
+    kernels = _kernels(ctx.operation)
+    backward = kernels.backward if not ctx.overwritten or kernels.backward_ is None else kernels.backward_
+    gradients = backward(g, saved, *given, *ctx.parameters)
+    return gradients if isinstance(gradients, tuple) else (gradients,)
+
+
+def _vjp(
+    ctx: Any,
+    saved: Tensor,
+    given: list[Tensor],
+    ties: list[Tensor],
+    g: Tensor,
+    selection: Selection,
+    published: bool = True,
+) -> tuple[Tensor, ...]:
+    """The gradients with respect to the input, and to tensors among the parameters, under a selection.
+
+    ``ties`` holds a mask per kink where the node's ``order`` is None, else the two tensors of a :class:`TieBits`.
+    """
+    operation, kernels, order = OPERATIONS[ctx.operation], _kernels(ctx.operation), ctx.order
+    gradient, *others = _stock_vjp(ctx, g, saved, given)
+    if torch.compiler.is_compiling():
+        for i, mask in enumerate(ties):
+            gradient = _choose_compiled(operation, selection, i, mask, g, gradient)
+        return (gradient, *others)
+    constant = published and selection.jacobians.rule == "published" and kernels.published
+    references = operation.stock(*given, *ctx.parameters)
+    for i, (reference, derivative) in enumerate(zip(references, selection.at_kinks(operation.name), strict=True)):
+        if derivative is None or (derivative == reference and (derivative == 0 or not constant)):
+            continue
+        if order is None:
+            gradient = torch.where(ties[i], chosen_value(derivative, constant, selection, g, ties[i]), gradient)
+        else:
+            bits = TieBits(*ties[2 * i : 2 * i + 2])
+            gradient = overwrite(gradient, g, bits, order, derivative, constant, selection)
+    return (gradient, *others)
+
+
+def _choose_compiled(
+    operation: Operation, selection: Selection, i: int, mask: Tensor, g: Tensor, gradient: Tensor
+) -> Tensor:
+    """Overwrite the entries at one kink, reading the choice as tensors: one compiled backward serves every choice."""
+    derivative = read_now(selection.kinks[operation.name], g)[i]
+    value = (g * derivative).to(g.dtype)  # rounded once, as in eager mode
+    if operation.kernels is not None and operation.kernels.published:
+        value = torch.where(read_now(selection.published, g), derivative.to(g.dtype), value)
+    return torch.where(mask & ~torch.isnan(derivative), value, gradient)
+
+
+class _Saved(NamedTuple):
+    """What a node says of its evaluation, where it is none of Python's."""
+
+    operation: str
+    parameters: tuple[float | None, ...]
+    overwritten: bool = False
+    order: None = None
+
+
+def _composed(
+    operation: str, parameters: tuple[float, ...], saved: tuple[Tensor], g: Tensor, selection: Selection
+) -> Tensor:
+    """The gradient for what a C++ node saved: the input."""
+    (x,) = saved
+    numbers: tuple[float | None, ...] = {"leaky_relu": parameters[:1], "hardtanh": parameters}.get(operation, ())
+    if operation == "clamp":
+        numbers = tuple(None if math.isnan(bound) else bound for bound in parameters)
+    ties = [x.detach() == position for position in OPERATIONS[operation].positions(*numbers)]
+    return _vjp(_Saved(operation, numbers), x, [], ties, g, selection)[0]
+
+
+for _name in native.OPERATIONS[1:-1]:
+    native.composition(_name, partial(_composed, _name))
+
+
+def pointwise(operation: str, x: Tensor, selection: Selection, *parameters: Any, inplace: bool = False) -> Tensor:
+    """Apply a pointwise operation whose derivative at its kinks is the one ``selection`` names at backward time.
+
+    Args:
+        operation: The name of a pointwise operation.
+        x: Input, any shape, floating dtype.
+        selection: The choice, read when the backward runs.
+        *parameters: The operation's own parameters, such as LeakyReLU's slope.
+        inplace: Overwrite ``x``.
+
+    Returns:
+        The stock operation's result, bit for bit.
+
+    Raises:
+        ValueError: If LeakyReLU is to work in place with a negative slope.
+    """
+    if (result := native.pointwise(operation, x, selection, parameters, inplace)) is not NotImplemented:
+        return cast(Tensor, result)
+    record, kernels = OPERATIONS[operation], _kernels(operation)
+    x, parameters = kernels.prepare(x, *parameters)
+    transformed = _transformed(x)
+    stock = kernels.overwrite if inplace else kernels.forward
+    if not (transformed or _differentiated(x, *parameters)):
+        return stock(x, *parameters)
+    if not is_dense(x):
+        return guarded(stock(x, *parameters), operation, selection)
+    if inplace and operation == "leaky_relu" and parameters[0] < 0:
+        raise ValueError(f"leaky_relu in place needs a negative slope >= 0, as in stock PyTorch; given {parameters[0]}")
+    if operation == "relu" and not transformed and fused.fits(x):
+        return fused.relu(x, selection, inplace)
+    positions = record.positions(*parameters)
+    order = storage_order(x) if data_dependent(x) and x.is_floating_point() else None
+    if order is None:
+        ties = [x.detach() == position for position in positions]
+    else:
+        ties = [part for tie in find_ties(x.detach(), positions, order) or () for part in tie]
+    if not ties:  # most forwards end here
+        return stock(x, *parameters)
+    given = [p for p in parameters if isinstance(p, Tensor)]
+    settings = tuple(parameters[len(given) :]), order, len(given), *given, *ties
+    function = _Transformable if transformed else _Kinked
+    # In place on a view, autograd would put the node inside another one, where it cannot be asked for its ties; a trace
+    # takes no function that works in place.
+    apart = not torch.compiler.is_compiling() and (is_view(x) or is_tracing())
+    if inplace and (transformed or (kernels.saves == "input" and kernels.backward_ is None) or apart):
+        # Inside a transform the derivative is formed from the input, whether it is overwritten or not.
+        return x.copy_(function.apply(x.clone(), operation, selection, False, not transformed, *settings))
+    return cast(Tensor, function.apply(x, operation, selection, inplace, inplace, *settings))
+
+
+def _differentiated(*given: Any) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in given)
+
+
+def _transformed(x: Tensor) -> bool:
+    """Whether a ``torch.func`` transform or forward-mode differentiation may be looking."""
+    if torch.compiler.is_compiling():
+        return False
+    return in_functorch() or in_forward_mode()

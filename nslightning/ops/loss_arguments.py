@@ -1,0 +1,52 @@
+"""The arguments of PyTorch's losses, in all the ways in which they may be given."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch.nn.functional as F
+
+from nslightning._torch import legacy_reduction
+
+__all__ = ["arguments", "defaults", "reduction"]
+
+
+def arguments(function: str) -> dict[str, Any]:
+    """The arguments of a function of ``torch.nn.functional``; those of torch have the same ones without the legacy.
+
+    Args:
+        function: Its name.
+
+    Returns:
+        Their defaults by name, in order, the input under our name for it.
+    """
+    given = inspect.signature(getattr(F, function)).parameters
+    return {("x" if name == "input" else name): parameter.default for name, parameter in given.items()}
+
+
+def defaults(function: str) -> dict[str, Any]:
+    """Those of the arguments that have a default.
+
+    Args:
+        function: The name of a function of ``torch.nn.functional``.
+
+    Returns:
+        The defaults by name.
+    """
+    return {name: value for name, value in arguments(function).items() if value is not inspect.Parameter.empty}
+
+
+def reduction(given: dict[str, Any]) -> str:
+    """How a loss is reduced, from the arguments that its functions have had over the years.
+
+    Args:
+        given: The arguments by name; those about the reduction are taken out.
+
+    Returns:
+        ``"mean"``, ``"sum"`` or ``"none"``.
+    """
+    size_average, reduce, how = (given.pop(name, None) for name in ("size_average", "reduce", "reduction"))
+    if size_average is not None or reduce is not None:
+        return legacy_reduction(size_average, reduce)
+    return ("none", "mean", "sum")[how] if isinstance(how, int) else how or "mean"
