@@ -1,7 +1,9 @@
 """A run that is stopped and goes on: real processes, real signals, and what the record says afterwards."""
 
 import json
+import shutil
 import signal
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -96,3 +98,92 @@ def logged(folder: Path) -> pd.DataFrame:
     """What a run logged, but for what it measured by the clock."""
     table = pd.read_csv(folder / "metrics.csv")
     return table[sorted(c for c in table if not c.endswith(("/seconds", "/share")))]
+
+
+def test_another_choice_is_another_segment(zygote, tmp_path):
+    """Ctrl-C with 130; then a choice that is asked for: record, table and figure tell the two apart."""
+    folder = tmp_path / "runs/quickstart/001"
+    first = zygote.start("fit", *QUICK, "--model.jacobians.relu=1", "--trainer.max_epochs=4000", *SHORT, cwd=tmp_path)
+    first.until(lambda: len(steps_of(folder / "metrics.csv")) > 3)
+    first.send(signal.SIGINT)
+    assert first.wait() == 130, first.said
+    assert "Traceback" not in first.said
+    step = checkpoint(folder)["global_step"]
+    assert f"stopped by Ctrl-C: stopped at step {step}; go on with: nslightning fit" in first.said
+    old = (folder / "divergence.png").read_bytes()
+
+    words = ("--ckpt_path=last", f"--trainer.max_epochs={step // 4 + 4}", "--model.jacobians.relu=0.5")
+    status, said = zygote.run("fit", *QUICK, *words, cwd=tmp_path)
+    assert status == 0, said
+    assert "the checkpoint was made under relu=1.0, and this run has relu=0.5" in said
+    one, two = record(folder)["segments"]
+    assert (one["from_step"], one["to_step"], one["choice"]) == (0, step, "relu=1")
+    assert (two["from_step"], two["to_step"], two["choice"]) == (step, None, "relu=0.5")
+    assert two["changed"]["model.jacobians.relu"] == [1.0, 0.5]
+    assert one["config"]["model"]["jacobians"]["relu"] == 1.0
+    rows = pd.read_csv(folder / "divergence.csv")
+    assert set(rows["reference"][rows["step"] < step]) == {"relu=1"}
+    assert set(rows["reference"][rows["step"] >= step]) == {"relu=0.5"}
+    assert (folder / "divergence.png").read_bytes() != old
+    assert runs.choice_changes(folder) == [(step, "relu=1 to relu=0.5")]
+
+    status, said = zygote.run("fit", *QUICK, "--ckpt_path=last", "--model.optimizer.lr=0.5", cwd=tmp_path)
+    assert status == 2
+    assert "a run that goes on keeps its optimizer and schedule" in said
+
+
+def test_slurm_checkpoints_belong_to_the_run(zygote, tmp_path):
+    """A job's checkpoint in the folder it was started in is not another job's; a requeued job finds its own."""
+    slurm = {
+        "SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "1", "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NTASKS_PER_NODE": "1", "SLURM_JOB_NUM_NODES": "1",
+    }  # fmt: skip
+    words = ("fit", *QUICK, *SHORT, "--name=job", "--trainer.max_epochs=4000")
+    folder = tmp_path / "runs/job/001"
+    first = zygote.start(*words, cwd=tmp_path, **slurm)
+    first.until(lambda: runs.last_checkpoint(folder))
+    first.send(signal.SIGUSR1)
+    first.until(lambda: list(folder.glob("hpc_ckpt_*.ckpt")))
+    first.send(signal.SIGKILL, group=True)
+    assert first.wait() == 137
+    assert not list(tmp_path.glob("*.ckpt"))
+    at = torch.load(folder / "hpc_ckpt_1.ckpt", weights_only=True)["global_step"]
+
+    shutil.copy(folder / "hpc_ckpt_1.ckpt", tmp_path)
+    other = ("fit", *QUICK, *SHORT, "--name=other", "--trainer.max_epochs=1")
+    status, said = zygote.run(*other, cwd=tmp_path, **slurm | {"SLURM_JOB_ID": "78"})
+    assert status == 0, said
+    assert record(tmp_path / "runs/other/001")["resumed_at_step"] is None
+
+    again = (*words, f"--trainer.max_epochs={at // 4 + 2}")
+    status, said = zygote.run(*again, cwd=tmp_path, SLURM_RESTART_COUNT="1", **slurm)
+    assert status == 0, said
+    assert [f.name for f in folder.parent.iterdir()] == ["001"]
+    assert record(folder)["resumed_at_step"] >= at
+
+
+def test_measurements_stop_and_go_on(zygote, tmp_path):
+    """`lr-search` and `zones`, by either signal."""
+    search = ("lr-search", *QUICK[:3], *SHORT, "--trials=3", "--epochs=4000")
+    running = zygote.start(*search, cwd=tmp_path)
+    running.until(lambda: list(tmp_path.glob("runs/lr-search/trials/config/*")))
+    time.sleep(3)
+    running.send(signal.SIGTERM)
+    assert running.wait() == 143, running.said
+    assert running.said.rstrip().splitlines()[-1] == "interrupted; the same command goes on"
+    assert "Traceback" not in running.said
+
+    zones = (
+        "zones",
+        "--data=FashionMNISTSample",
+        "--batches=1",
+        "--precisions=[32]",
+        "--chunk=1",
+        "--half-width=0.001",
+    )
+    running = zygote.start(*zones, cwd=tmp_path)
+    running.until(lambda: list(tmp_path.glob("runs/zones/zones/cells/*.json")))
+    running.send(signal.SIGINT)
+    assert running.wait() == 130, running.said
+    assert running.said.rstrip().splitlines()[-1] == "interrupted; the same command goes on"
+    assert "Traceback" not in running.said

@@ -384,6 +384,30 @@ def test_without_the_extra_the_error_names_it(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "report.html").exists()
 
 
+def test_a_run_that_changed_its_choice_shows_its_segments(tmp_path):
+    """The table, the choice by its steps, and a line of the figure for each reference."""
+    folder = write_run(tmp_path / "x" / "001", relu=0.5)
+    record = json.loads((folder / "run.json").read_text())
+    record["segments"] = [
+        {"from_step": 0, "to_step": 15, "choice": "relu=1", "git": "aaaa", "resumed_at": [10]},
+        {"from_step": 15, "choice": "relu=0.5", "git": "bbbb", "changed": {"model.jacobians.relu": [1.0, 0.5]}},
+    ]
+    (folder / "run.json").write_text(json.dumps(record))
+    rows = ["step,choice,reference,parameter,l1,l2,linf,relative,cosine"]
+    rows += [f"{step},zero,{'relu=1' if step < 15 else 'relu=0.5'},,1,1,1,0.1,1" for step in (0, 10, 20)]
+    (folder / "divergence.csv").write_text("\n".join(rows) + "\n")
+    run = read_run(folder)
+    assert run.choice == "relu=1 from step 0; then relu=0.5 from step 15"
+    source = page([run])
+    section = source[source.index('id="segments"') : source.index('id="settings"')]
+    cells = re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", section)
+    assert {"0 to 15", "15", "relu=1", "relu=0.5", "the beginning", "10", "bbbb"} <= set(cells)
+    assert "model.jacobians.relu: 1 to 0.5" in cells
+    assert "zero against relu=1" in source
+    assert "zero against relu=0.5" in source
+    assert 'id="segments"' not in page([read_run(write_run(tmp_path / "plain"))])
+
+
 def test_runs_are_found_at_any_depth_of_an_experiment(tmp_path):
     deep = write_run(tmp_path / "grid" / "precision" / "a" / "001")
     with pytest.raises(ReportError, match="does not exist"):

@@ -125,6 +125,7 @@ def page(runs: Sequence[Run]) -> str:
         _ties(runs),
         _zones(runs),
         _weights(runs),
+        *_segments(runs),
         _Section("Settings", tables=[_settings(runs)]),
         _Section("Provenance", tables=[_compared(runs, [_provenance(run) for run in runs])]),
         _patches(runs),
@@ -530,8 +531,26 @@ def _settings(runs: Sequence[Run]) -> str:
     return _compared(runs, [{k: v for k, v in r.config.items() if not _NOT_SETTINGS.fullmatch(k)} for r in runs])
 
 
+def _segments(runs: Sequence[Run]) -> list[_Section]:
+    """What changed while runs went on; nothing where nothing did."""
+    rows = []
+    for run in runs:
+        told = run.segments
+        for i, segment in enumerate(told if len(told) > 1 else ()):
+            end = "" if segment.to_step is None else f" to {segment.to_step}"
+            changed = [f"{name}: {short(then)} to {short(now)}" for name, (then, now) in segment.changed.items()]
+            resumed = ", ".join(map(str, segment.resumed_at)) or _MISSING
+            rows.append([run.name, f"{segment.from_step}{end}", segment.choice or _MISSING,
+                         "; ".join(changed) if i else "the beginning", resumed, segment.git or _MISSING])  # fmt: skip
+    if not rows:
+        return []
+    note = "A run that goes on under another config, choice, code or machine starts a new segment."
+    head = ["run", "steps", "choice in use", "what changed", "went on at", "commit"]
+    return [_Section("Segments", tables=[_table(head, rows)], note=note)]
+
+
 def _provenance(run: Run) -> dict[str, Any]:
-    record = flatten({key: value for key, value in run.record.items() if key != "patch"})
+    record = flatten({key: value for key, value in run.record.items() if key not in ("patch", "segments")})
     patch = run.record.get("patch") or {}
     return record | {"patched model": patch.get("model"), "patch fingerprint": patch.get("fingerprint")}
 

@@ -13,6 +13,7 @@ import pandas as pd
 import yaml
 
 from nslightning.choices import choice_label, short
+from nslightning.runs import Segment, segments
 
 __all__ = ["ReportError", "Run", "choice_label", "find_runs", "flatten", "read_run", "short"]
 
@@ -52,8 +53,17 @@ class Run:
 
     @property
     def choice(self) -> str:
-        """The Jacobian choice in use, in short."""
+        """The Jacobian choice in use, in short; of a run that changed it, each one with its steps."""
+        told = [(s.from_step, s.choice) for s in self.segments]
+        changes = [pair for i, pair in enumerate(told) if i == 0 or pair[1] != told[i - 1][1]]
+        if len(changes) > 1:
+            return "; then ".join(f"{choice} from step {step}" for step, choice in changes)
         return choice_label((self.record.get("patch") or {}).get("jacobians"))
+
+    @property
+    def segments(self) -> list[Segment]:
+        """The steps under one config, choice, code and machine each."""
+        return segments(self.record)
 
     def last(self, metric: str) -> float | None:
         """The value logged last under that name.
@@ -200,7 +210,13 @@ def _numbers(texts: pd.Series, file: Path) -> pd.Series:
 def _divergence(file: Path) -> pd.DataFrame | None:
     numbers = ("step", "relative")
     rows = _text_table(file, ("choice", "parameter", *numbers))
-    return rows if rows is None else rows.assign(**{name: _numbers(rows[name], file) for name in numbers})
+    if rows is None:
+        return None
+    rows = rows.assign(**{name: _numbers(rows[name], file) for name in numbers})
+    # Compared with another choice in use, a choice is another line.
+    if "reference" in rows and rows["reference"].nunique() > 1:
+        rows = rows.assign(choice=rows["choice"] + " against " + rows["reference"])
+    return rows
 
 
 def _metrics(file: Path) -> pd.DataFrame:
