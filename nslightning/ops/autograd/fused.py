@@ -148,6 +148,13 @@ def relu(x: Tensor, selection: Selection, inplace: bool = False) -> Tensor:
     return cast(Tensor, _ReLU.apply(x, selection, inplace))
 
 
+@cache
+def _stock_relu() -> type:
+    """The class of the nodes of PyTorch's own ReLU."""
+    with torch.inference_mode(False), torch.enable_grad():
+        return type(torch.relu(torch.zeros(1, device="cpu", requires_grad=True)).grad_fn)
+
+
 class _MaxPool2d(NonsmoothFunction):
     """Keeps the input, as stock, and two bytes per window, where stock keeps an eight-byte index.
 
@@ -158,7 +165,7 @@ class _MaxPool2d(NonsmoothFunction):
     def forward(ctx: Any, x: Tensor, geometry: Regular, selection: Selection, composed: Any) -> Tensor:
         # What a window of zeros shares out ends in the ReLU right below, which is 0 there whatever the choice: the
         # stock operation's node says that none of its own entries tied.
-        dies = x.grad_fn is not None and x.grad_fn.name() == "ReluBackward0"
+        dies = type(x.grad_fn) is _stock_relu()
         y, reached, ctx.tied = _kernels(x.device.type).pool_forward(
             x, _numbers(geometry), _size(geometry, *x.shape[1:]), zeros=not dies
         )
