@@ -8,6 +8,7 @@ if __name__ == "callbacks":
 
 from .arithmetic_setting import ArithmeticSetting
 from .gradient_divergence import GradientDivergence
+from .loss_watch import LossWatch
 from .non_finite_guard import NonFinite, NonFiniteError, NonFiniteGuard
 from .nonsmooth_patch import NonsmoothPatch
 from .run_record import RunRecord
@@ -20,6 +21,7 @@ from .zone_monitor import ZoneMonitor
 __all__ = [
     "ArithmeticSetting",
     "GradientDivergence",
+    "LossWatch",
     "NonFinite",
     "NonFiniteError",
     "NonFiniteGuard",

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import pandas as pd
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
-from test_callbacks_shared import RELU1, train
+from test_callbacks_shared import RELU1, Skips, batches, train
 
 from nslightning import Jacobians
-from nslightning.callbacks import GradientDivergence
+from nslightning.callbacks import GradientDivergence, LossWatch
 from nslightning.callbacks.verdict import divergence_in_words
 
 
@@ -78,3 +78,15 @@ def test_the_end_of_a_training_says_what_it_measured_and_shows_it(tmp_path, capl
 def test_a_choice_that_changes_nothing_changes_nothing(tmp_path):
     trainer = train(tmp_path, GradientDivergence({"same": Jacobians()}, 1))
     assert trainer.callback_metrics["divergence/same/relative"] == torch.tensor(0.0)
+
+
+def test_a_loss_that_is_not_finite_is_told_at_the_end(tmp_path, recwarn):
+    watch = LossWatch()
+    train(tmp_path / "a", watch, loader=batches(bad=3))
+    (told,) = [str(w.message) for w in recwarn if "not finite" in str(w.message)]
+    assert "on 3 of 6 batches, at step 3 first" in told  # the weights are not finite afterwards
+    assert "NonFiniteGuard" in told
+    recwarn.clear()
+    train(tmp_path / "b", watch)
+    train(tmp_path / "c", watch, module=Skips())
+    assert not [w for w in recwarn if "not finite" in str(w.message)]

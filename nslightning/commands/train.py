@@ -146,7 +146,7 @@ class TrainCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Add what every run has: its own folder, the metrics file, seeds per step, the record, an orderly stop."""
-        from nslightning.callbacks import ArithmeticSetting, RunRecord, StepSeed
+        from nslightning.callbacks import ArithmeticSetting, LossWatch, RunRecord, StepSeed
 
         trainer = self._get(self.config_init, "trainer")
         given = trainer.callbacks or []
@@ -166,7 +166,7 @@ class TrainCLI(LightningCLI):
             if not config.trainer.fast_dev_run:
                 config.trainer.logger = self._loggers_given
             record = RunRecord(self.config_dump, config.seed_everything, sys.argv[2:], self.start.checkpoint)
-            callbacks = [StepSeed(config.seed_everything), *callbacks, record]
+            callbacks = [StepSeed(config.seed_everything), *callbacks, LossWatch(), record]
             if self.folder is not None and trainer.logger is not False and not trainer.fast_dev_run:
                 loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
                 trainer.logger = [runs.MetricsFile(self.folder), *(x for x in loggers if isinstance(x, Logger))]
