@@ -742,6 +742,8 @@ def test_mini_batches_of_one_draw_are_not_independent(experiment_file, monkeypat
     assert found["n"] == 2
     assert found["sd"] == pytest.approx(0.15)  # of 0.9 and 0.6, over the root of 2
     assert found["inside"] == "yes"
+    alike = pd.DataFrame([{**row, "value": 20.0} for row in told])
+    assert comparison(experiment, alike)["inside"].item() == "yes"  # two draws with all leave 22 to 100 % open
     one = comparison(experiment, pd.DataFrame(told[:2])).iloc[0]
     assert math.isnan(one["sd"])
     assert one["inside"] == ""  # one draw tells no spread

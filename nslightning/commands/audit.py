@@ -160,10 +160,11 @@ def _audit(given: argparse.Namespace, outputs: dict[str, Path]) -> int:
         load_weights(network, read_checkpoint(given.weights)["state_dict"], str(given.weights))
     batches = [(_fit(images, network, given.model), labels) for images, labels in batches]
 
+    from nslightning.arithmetic import Arithmetic
     from nslightning.probes.audit import audit
     from nslightning.report.audit import page, table
 
-    with progress() as tell:
+    with Arithmetic().applied(), progress() as tell:
         found = audit(
             network,
             batches,

@@ -133,12 +133,14 @@ def cost(
     import torch
     from torch import nn
 
+    from nslightning.arithmetic import Arithmetic
     from nslightning.models.backbones import create_backbone, input_channels
     from nslightning.probes.cost import cost_ratio, cost_scaling
     from nslightning.probes.cost_data import CostReport, CostScaling
     from nslightning.report.cost import scaling_table, table
     from nslightning.report.cost_figures import plot_cost, plot_scaling
 
+    Arithmetic().switch()  # float32 means float32
     target = torch.device(device)
     if target.type != "cpu":
         torch.zeros((), device=target)  # a device that is not there says so before anything is built

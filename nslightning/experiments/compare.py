@@ -43,7 +43,8 @@ def comparison(experiment: Experiment, results: pd.DataFrame) -> pd.DataFrame:
     taken together, with p from both. A ``probability`` has that of our mean over the draws, :math:`s / \sqrt n`,
     together with that of the published share. A ``share`` of mini-batches has the spread s of the draws' own shares;
     inside means at most Student's 97.5 % quantile with n - 1 degrees of freedom times :math:`s \sqrt{1/n +
-    1/n_{published}}`. One draw tells no spread, and nothing is said then.
+    1/n_{published}}`. Where all n draws say 0, or all 1, it means what n such draws cannot exclude at 5 %,
+    :math:`1 - 0.05^{1/n}`. One draw tells no spread, and nothing is said then.
 
     Published rows of another data set than the one that ran stand beside nothing.
 
@@ -190,6 +191,8 @@ def _row(
     elif statistic == "share":
         spread = math.nan
         limit = _student(n) * spread_of_draws * math.sqrt(1 / n + 1 / entry.get("draws", 1))
+        if limit == 0 and mean in (0, 1):  # all alike: no better known than so many draws can tell
+            limit = 1 - 0.05 ** (1 / n)
     elif statistic == "probability":
         spread = _binomial(there, count)
         limit = 2 * math.hypot(spread, sd)

@@ -51,7 +51,7 @@ class Lattice:
     Example:
         >>> lattice = Lattice(0.5)
         >>> [float(b) for b in lattice(torch.tensor([0, 2**23, 2**24 - 1]))]
-        [-0.5, 0.0, 0.49999994039535522]
+        [-0.5, 0.0, 0.4999999403953552]
     """
 
     def __init__(self, bound: float) -> None:
