@@ -23,7 +23,7 @@ from nslightning.arithmetic.record import switches
 from nslightning.callbacks import ArithmeticSetting
 from nslightning.data import FashionMNISTSample
 from nslightning.experiments import settings
-from nslightning.experiments.cells import compute
+from nslightning.experiments.computing import compute
 from nslightning.jacobians import Jacobians
 from nslightning.models import ImageClassifier
 from nslightning.models.paper import lenet5
