@@ -300,9 +300,9 @@ bool any_equal_blocks(const T* x, int64_t n, T one, T other, const std::atomic<b
 
 // The gradient of a piecewise linear operation. `through` is set where the incoming gradient is left as it is. Returns
 // whether an entry is NaN: what stock makes of it depends on the place where it lies.
-template <typename T>
-bool linear_backward_some(const T* g, const T* x, T* gradient, uint8_t* through, int64_t n, const Linear& how,
-                          bool constant) {
+template <bool THROUGH, bool CONSTANT, typename T>
+bool linear_backward_some(const T* __restrict g, const T* __restrict x, T* __restrict gradient,
+                          uint8_t* __restrict through, int64_t n, const Linear& how) {
   const T low = static_cast<T>(how.low), high = static_cast<T>(how.high), slope = static_cast<T>(how.slope);
   const T first = static_cast<T>(how.position[0]), second = static_cast<T>(how.position[1]);
   const T at_first = static_cast<T>(how.derivative[0]), at_second = static_cast<T>(how.derivative[1]);
@@ -313,23 +313,24 @@ bool linear_backward_some(const T* g, const T* x, T* gradient, uint8_t* through,
     nan |= value != value;
     const bool inside = !(value <= low) & !(value >= high);
     const T outside = select(flat, T(0), incoming * slope);
-    const T one = constant ? at_first : incoming * at_first, other = constant ? at_second : incoming * at_second;
+    const T one = CONSTANT ? at_first : incoming * at_first, other = CONSTANT ? at_second : incoming * at_second;
     const bool at_one = value == first, at_other = value == second;
     gradient[i] = select(at_other, other, select(at_one, one, select(inside, incoming, outside)));
-    if (through) through[i] = inside & !at_one & !at_other;
+    if (THROUGH) through[i] = inside & !at_one & !at_other;
   }
   return nan;
 }
 
 // The derivative times the incoming gradient, written over the gradient of the entries at one of two positions.
-template <typename T>
-void replace_some(const T* g, const T* x, T* gradient, uint8_t* tied, int64_t n, const Linear& how) {
+template <bool TIED, typename T>
+void replace_some(const T* __restrict g, const T* __restrict x, T* __restrict gradient, uint8_t* __restrict tied,
+                  int64_t n, const Linear& how) {
   const T first = static_cast<T>(how.position[0]), second = static_cast<T>(how.position[1]);
   const T at_first = static_cast<T>(how.derivative[0]), at_second = static_cast<T>(how.derivative[1]);
   for (int64_t i = 0; i < n; ++i) {
     const bool at_one = x[i] == first, at_other = x[i] == second;
     gradient[i] = select(at_other, g[i] * at_second, select(at_one, g[i] * at_first, gradient[i]));
-    if (tied) tied[i] = at_one | at_other;
+    if (TIED) tied[i] = at_one | at_other;
   }
 }
 
@@ -737,10 +738,14 @@ void pool_backward_rows(const T* g, const uint16_t* masks, const Weights<T>& wei
   }                                                                                                                    \
   VECTORISED bool linear_backward(const T* g, const T* x, T* gradient, uint8_t* through, int64_t n,                    \
                                   const Linear& how, bool constant) {                                                  \
-    return linear_backward_some(g, x, gradient, through, n, how, constant);                                            \
+    if (constant && through) return linear_backward_some<true, true>(g, x, gradient, through, n, how);                 \
+    if (constant) return linear_backward_some<false, true>(g, x, gradient, through, n, how);                           \
+    if (through) return linear_backward_some<true, false>(g, x, gradient, through, n, how);                            \
+    return linear_backward_some<false, false>(g, x, gradient, through, n, how);                                        \
   }                                                                                                                    \
   VECTORISED void replace(const T* g, const T* x, T* gradient, uint8_t* tied, int64_t n, const Linear& how) {          \
-    replace_some(g, x, gradient, tied, n, how);                                                                        \
+    if (tied) replace_some<true>(g, x, gradient, tied, n, how);                                                        \
+    else replace_some<false>(g, x, gradient, tied, n, how);                                                            \
   }                                                                                                                    \
   VECTORISED void mark(const T* x, int64_t n, int64_t size, T position, uint8_t* bits, bool* met, int64_t begin,       \
                        int64_t end) {                                                                                  \
