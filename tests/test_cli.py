@@ -116,6 +116,8 @@ BAD_FILES = {
     "      init_args: {choices: {odd: {rleu: 1}}}\n",
     "class.yaml": "trainer:\n  callbacks:\n    - class_path: nslightning.callbacks.GradientDiverg\n",
     "argument.yaml": "data:\n  class_path: MNIST\n  init_args: {batch_sise: 2}\n",
+    "null.yaml": "model:\n  jacobians: null\n",
+    "twice.yaml": "model:\n  backbone: paper/lenet5\nmodel:\n  pretrained: false\n",
     "bad.ckpt": "hello",
 }
 
@@ -177,6 +179,13 @@ MISTAKES = [
     ("--config choice.yaml", ["'odd'", "max_pool 'minmal'", "did you mean 'minimal'"]),
     ("--config field.yaml", ["'odd'", "'rleu'", "did you mean 'relu'", "Fields: relu"]),
     ("--config class.yaml", ["GradientDiverg'", "did you mean 'GradientDivergence'"]),
+    ("--config null.yaml", ["--model.jacobians=null names no choice"]),
+    ("--config twice.yaml", ["twice.yaml, line 3: model is given twice, first in line 1"]),
+    ("--output=bad.ckpt", ["bad.ckpt cannot be written: it is a file", "--output=FOLDER"]),
+    ("--trainer.gradient_clip_val=-1", ["--trainer.gradient_clip_val=-1", "from 0 on"]),
+    ("--trainer.accumulate_grad_batches=0", ["--trainer.accumulate_grad_batches=0", "at least 1"]),
+    ("--trainer.limit_train_batches=0", ["--trainer.limit_train_batches=0", "nothing would happen"]),
+    ("--trainer.default_root_dir=x", ["--trainer.default_root_dir=x is not used", "--output"]),
     ("--config argument.yaml", ["--data.batch_sise", "did you mean 'batch_size'"]),
 ]
 

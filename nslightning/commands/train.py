@@ -112,6 +112,11 @@ class TrainCLI(LightningCLI):
             raise ValueError(f"--name={config.name} is to be the name of one folder in --output={config.output}")
         if not 0 <= config.seed_everything < 2**32:
             raise ValueError(f"--seed_everything={config.seed_everything} is to be from 0 to 2**32 - 1")
+        if self.task != "own" and config.model.get("jacobians", "") is None:
+            raise ValueError(
+                "--model.jacobians=null names no choice: leave it out for PyTorch's own, or name one, such as "
+                "--model.jacobians.relu=1 or --model.jacobians=jax"
+            )
         trainer_options.check(config.trainer, self.config.subcommand)
         if self.start.checkpoint is None and config.ckpt_path is None and self.config.subcommand != "fit":
             rank_zero_warn("no --ckpt_path was given: the weights are the initial ones")
