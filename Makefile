@@ -99,6 +99,10 @@ docs: setup ## Build the documentation into build/site, without network; a warni
 docs-serve: setup ## Show the documentation while it is written
 	$(BIN)/mkdocs serve
 
+.PHONY: notebooks
+notebooks: setup ## Run the notebooks, and write them with their outputs beside their sources
+	$(PY) docs/make_notebooks.py
+
 ##@ Checks
 
 .PHONY: test
