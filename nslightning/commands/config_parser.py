@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentParser, get_loader, set_dumper, set_loader
 
-from nslightning.choices import to_jacobians
 from nslightning.commands.config_files import refuse_duplicates
 from nslightning.commands.rewritten import explained
 
@@ -42,6 +41,8 @@ def _spelled_out(content: Any) -> Any:
 
 
 def _fields(word: str) -> dict[str, Any]:
+    from nslightning.choices import to_jacobians  # imports torch, and a word is rare
+
     return {name: list(v) if isinstance(v, tuple) else v for name, v in to_jacobians(word).to_dict().items()}
 
 

@@ -17,12 +17,11 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 from nslightning.files import write_text
-from nslightning.jacobians import Jacobians
 
 __all__ = ["COMMANDS", "Option", "options", "short", "whole"]
 
@@ -88,8 +87,8 @@ def options(command: str) -> list[Option]:
     found += [o for o in model if command != "twins" or o.flag != "--model.jacobians"]
     if command != "twins":
         found += [
-            Option("Jacobian choice, as --model.jacobians=jax or", f"--model.jacobians.{f.name}", "", "")
-            for f in fields(Jacobians)
+            Option("Jacobian choice, as --model.jacobians=jax or", f"--model.jacobians.{name}", "", "")
+            for name in (*_operations(), "rule")
         ]
     names = ", ".join(_data_sets())
     found += [
@@ -184,6 +183,16 @@ def _data_sets() -> Iterator[str]:
     for name in ast.literal_eval(listed):
         if not name.endswith(("Error", "DataModule")):
             yield name
+
+
+def _operations() -> Iterator[str]:
+    """The names of the operations that have a choice, from their records: importing these takes torch."""
+    for file in sorted((_PACKAGE / "ops").glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("Operation", "pointwise_operation"):
+                name = next((k.value for k in node.keywords if k.arg == "name"), node.args[0] if node.args else None)
+                if isinstance(name, ast.Constant):
+                    yield str(name.value)
 
 
 def _of_class(file: str, name: str, prefix: str) -> list[Option]:
