@@ -113,8 +113,9 @@ def test_the_origin_is_found_whatever_the_step_takes_and_returns(module, step, t
 
 def test_an_iterator_is_given_back_as_it_was(tmp_path):
     module = Fetches()
+    before = vars(module).get("training_step")  # surgery may have put one there
     train(tmp_path, NonFiniteGuard(), module=module)
-    assert "training_step" not in vars(module)
+    assert vars(module).get("training_step") is before
     other = Fetches()
     train(tmp_path, module=other)
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), other.parameters(), strict=True))
