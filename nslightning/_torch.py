@@ -55,6 +55,7 @@ __all__ = [
     "legacy_reduction",
     "native_nn",
     "number_of",
+    "outside_every_mode",
     "overloads",
     "runs_module_hooks",
     "sequence_number",
@@ -126,6 +127,20 @@ def is_transformed(x: Tensor) -> bool:
         True for such a tensor, also after the transform has ended.
     """
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))
+
+
+@contextmanager
+def outside_every_mode() -> Iterator[None]:
+    """Make ordinary tensors inside the block, whatever mode or ``torch.func`` transform is running.
+
+    Yields:
+        Control, with inference mode, dispatch modes and transforms switched off.
+    """
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with torch.inference_mode(False), temporarily_clear_interpreter_stack(), _disable_current_modes():
+        yield
 
 
 def is_view(x: Tensor) -> bool:

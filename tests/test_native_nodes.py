@@ -413,3 +413,26 @@ def test_sites_and_graphs_are_freed():
     del y
     gc.collect()
     assert gone[1]() is None
+
+
+@pytest.mark.parametrize("surrounding", ["inference", "device", "fake", "transform"])
+def test_a_selection_is_the_same_wherever_it_was_made(surrounding):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    made = []
+
+    def make(x):
+        made.append(Selection(Jacobians(relu=0.5)))
+        return x.sum()
+
+    if surrounding == "transform":
+        torch.func.grad(make)(torch.ones(2))
+    else:
+        modes = {"inference": torch.inference_mode, "device": lambda: torch.device("meta"), "fake": FakeTensorMode}
+        with modes[surrounding]():
+            made.append(Selection(Jacobians(relu=0.5)))
+    x = torch.zeros(3, requires_grad=True)
+    y = pointwise("relu", x, made[0])
+    assert native.describe(y.grad_fn) is not None
+    made[0].set(Jacobians(relu=0.25))
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.full((3,), 0.25))

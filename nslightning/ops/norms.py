@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nslightning.ops.autograd.layouts import autocasts
 from nslightning.ops.autograd.nodes import OwnFunction
 from nslightning.ops.autograd.pointwise import pointwise, pointwise_operation
 from nslightning.ops.autograd.routing import ROUTES, Route, around, at_zero, dimensions, own, restored, wide
@@ -210,7 +211,7 @@ def _vector_norm(x: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False
 
 
 def _distance(x: Tensor, other: Tensor, p: float = 2) -> Any:
-    if torch.is_autocast_enabled(x.device.type):
+    if autocasts(x):
         return None  # some devices would subtract in another precision
     return _norm(x - other, p)
 
@@ -278,7 +279,7 @@ def _l1(x: Tensor, target: Tensor, how: str, weight: Tensor | None) -> Call:
 
     if target.size() != x.size():
         F.l1_loss(x.detach(), target.detach())  # warns, or raises
-    if torch.is_autocast_enabled(x.device.type):  # subtract in the precision that it would
+    if autocasts(x):  # subtract in the precision that it would
         precision = F.l1_loss(x.new_zeros(()), target.new_zeros(())).dtype
         x, target = x.to(precision), target.to(precision)
     return Call(x - target, within=within)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nslightning.ops.autograd.layouts import stored
+from nslightning.ops.autograd.layouts import autocasts, stored
 from nslightning.ops.autograd.pointwise import pointwise, pointwise_operation
 from nslightning.ops.autograd.selection import fixed
 from nslightning.ops.module_base import ChosenModule
@@ -257,7 +257,7 @@ class LeakyReLU(ChosenModule, nn.LeakyReLU, choice="at_zero"):
 # ----------------------------------------------------------------------------------------------------------- PReLU
 def _along_channels(x: Tensor, weight: Tensor) -> tuple[Tensor, tuple[Tensor]]:
     """What ``F.prelu`` does before its kernel: autocast's dtype, its complaints, the slopes along dimension 1."""
-    if torch.is_autocast_enabled(x.device.type):
+    if autocasts(x):
         dtype = F.prelu(x.detach().flatten()[:1], weight.detach().flatten()[:1]).dtype
         x, weight = x.to(dtype), weight.to(dtype)
     channels = x.shape[1] if x.dim() > 1 else 1

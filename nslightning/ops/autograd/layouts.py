@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["empty_as_stock", "image_layout", "is_dense", "laid_out_as", "storage_order", "stored"]
+__all__ = ["autocasts", "empty_as_stock", "image_layout", "is_dense", "laid_out_as", "storage_order", "stored"]
 
 
 def storage_order(x: Tensor) -> tuple[int, ...]:
@@ -59,6 +59,19 @@ def empty_as_stock(x: Tensor) -> Tensor:
     if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
         return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     return torch.empty_like(x)
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is in force on a tensor's device.
+
+    Args:
+        x: Any tensor.
+
+    Returns:
+        False too for devices that have no autocast, such as meta.
+    """
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def laid_out_as(x: Tensor, other: Tensor) -> Tensor:

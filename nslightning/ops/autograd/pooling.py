@@ -379,14 +379,40 @@ def pool(x: Tensor, selection: Selection, geometry: Geometry, return_indices: bo
     else:
         function = _MaxPool if torch.compiler.is_compiling() else _TransformableMaxPool
         output, indices = function.apply(x, geometry, selection)
-    if published:
+    if published and isinstance(geometry, Regular):
         beta = selection.jacobians.max_pool or 0.0
         if isinstance(beta, str):
             raise ValueError(f'the published rule of max pooling takes a number beta; given "{beta}"')
-        minimal = pool(x, fixed("max_pool", "minimal"), geometry)
+        minimal = _published_minimal(x, geometry)
         reference = pool(x, fixed("max_pool", None), geometry)
         output = beta * minimal + (1 - beta) * reference
     return (output, indices) if return_indices else output
+
+
+class _DividedGradient(torch.autograd.Function):
+    """The identity; its gradient is divided by a tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, by: Tensor) -> Tensor:
+        ctx.save_for_backward(by)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        (by,) = ctx.saved_tensors
+        return g / by, None
+
+
+def _published_minimal(x: Tensor, geometry: Regular) -> Tensor:
+    """Equal shares as the released code forms them: the gradient is divided by the number of tied entries first.
+
+    The exact rule multiplies it by a coefficient, which rounds otherwise where that number is no power of 2. In half
+    precision both are formed in float32 and rounded once.
+    """
+    if x.dtype not in (torch.float32, torch.float64) or not _differentiable(x):
+        return cast(Tensor, pool(x, fixed("max_pool", "minimal"), geometry))
+    count = tied_windows(x.detach(), geometry).to(x.dtype).clamp(min=1)
+    return cast(Tensor, _DividedGradient.apply(pool(x, fixed("max_pool", "sum"), geometry), count))
 
 
 def _autocast(x: Tensor, geometry: Geometry, return_indices: bool) -> Tensor:

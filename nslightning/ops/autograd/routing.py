@@ -106,16 +106,12 @@ class _Around(NonsmoothFunction):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         route, selection, tensors = ROUTES[ctx.route], ctx.selection, ctx.saved_tensors
         vjp = partial(_vjp, route, ctx.parameters, tensors, g)
-        leave = False  # whether all is left to the stock operation
         if not torch.compiler.is_compiling():
             if selection.recorder is not None:
                 selection.recorder(ctx, lambda other: vjp(other)[0])
-            leave = bool(_stock(route, _choice(route, selection)))
-            if leave and not selection.dense_gradients:
+            if _stock(route, _choice(route, selection)):
                 return (*[None] * (3 + ctx.tensors), g)
         gradients, rest = vjp(selection)
-        if leave:
-            gradients, rest = tuple(map(torch.zeros_like, gradients)), g
         none: list[None] = [None] * (ctx.tensors - 1 - route.inputs)
         return (*(None,) * 4, *gradients, *none, rest)
 

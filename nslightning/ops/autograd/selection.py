@@ -9,10 +9,18 @@ from functools import lru_cache
 from typing import Any
 from weakref import WeakSet
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from nslightning._torch import in_dispatch_mode, in_functorch, is_legacy_batch, is_tracing, is_zero_tensor
+from nslightning._torch import (
+    in_dispatch_mode,
+    in_functorch,
+    is_legacy_batch,
+    is_tracing,
+    is_zero_tensor,
+    outside_every_mode,
+)
 from nslightning.ops.autograd.shares import PoolWeights, pool_weights, shares
 from nslightning.ops.record import OPERATIONS, RULES, Choice, Operation, Rule, follow, known
 
@@ -41,7 +49,7 @@ def read_now(values: Tensor, gradient: Tensor) -> Tensor:
         gradient: The incoming gradient; not read.
 
     Returns:
-        A copy of ``values``.
+        A copy of ``values`` on the gradient's device, where the compiled kernels read it.
 
     Raises:
         RuntimeError: If the choice is random: it is drawn for the ties alone, whose number a compiled graph does not
@@ -51,12 +59,12 @@ def read_now(values: Tensor, gradient: Tensor) -> Tensor:
         raise RuntimeError(
             'the choice "random" cannot be taken by a compiled backward. Choose something else, or do not compile.'
         )
-    return values.clone()
+    return values.to(gradient.device, copy=True)
 
 
 @read_now.register_fake
 def _(values: Tensor, gradient: Tensor) -> Tensor:
-    return torch.empty_like(values)
+    return torch.empty_like(values, device=gradient.device)
 
 
 @dataclass(frozen=True)
@@ -117,19 +125,15 @@ class Selection:
         self.shared: Any = None  # these tensors' memory as the C++ nodes hold it
         self._observer: Callable[[str, Any, Any], None] | None = None
         self._recorder: Callable[..., None] | None = None
-        # Whether a backward has to give each input a gradient, zeros where it leaves all to the stock operation.
-        self.dense_gradients = False
         self._generators: dict[torch.device, torch.Generator] = {}
-        # float64 0-d and 1-d CPU tensors never promote the gradients they multiply. They are ordinary ones also where
-        # the model is patched under `torch.inference_mode` or `torch.device("meta")`.
+        # float64 0-d and 1-d CPU tensors never promote the gradients they multiply.
         self.kinks: dict[str, Tensor] = {}
         self.shares: dict[str, Tensor] = {}
-        with torch.inference_mode(False), torch.device("cpu"):
-            self.watched = torch.zeros(2, dtype=torch.bool)  # by a recorder, by an observer: read by C++ nodes
-            self.published = torch.zeros((), dtype=torch.bool)
-            self.pool = torch.zeros(4, dtype=torch.float64)
-            for operation in OPERATIONS.values():
-                self._hold(operation)
+        self.watched = _memory([False, False])  # by a recorder, by an observer: read by C++ nodes
+        self.published = _memory(False)
+        self.pool = _memory([0.0] * 4)
+        for operation in OPERATIONS.values():
+            self._hold(operation)
         _LIVE.add(self)
         self.set(jacobians)
 
@@ -141,7 +145,7 @@ class Selection:
     @observer.setter
     def observer(self, observer: Callable[[str, Any, Any], None] | None) -> None:
         self._observer = observer
-        self.watched.data[1] = observer is not None
+        self.watched.numpy()[1] = observer is not None
 
     @property
     def recorder(self) -> Callable[..., None] | None:
@@ -156,15 +160,14 @@ class Selection:
     @recorder.setter
     def recorder(self, recorder: Callable[..., None] | None) -> None:
         self._recorder = recorder
-        self.watched.data[0] = recorder is not None
+        self.watched.numpy()[0] = recorder is not None
 
     def _hold(self, operation: Operation) -> None:
         """Make the tensor of an operation's choice, with the reference."""
         if operation.shares:
-            self.shares[operation.name] = _compiled(shares(None), None)
+            self.shares[operation.name] = _memory(_compiled(shares(None), None))
         else:
-            reference = [float("nan")] * len(operation.kinks)
-            self.kinks[operation.name] = torch.tensor(reference, dtype=torch.float64, device="cpu")
+            self.kinks[operation.name] = _memory([float("nan")] * len(operation.kinks))
 
     def set(self, jacobians: Choice) -> None:
         """Make ``jacobians`` the choice that every later backward pass takes.
@@ -173,17 +176,18 @@ class Selection:
             jacobians: The choice.
         """
         self.jacobians: Any = jacobians  # a `Choice`, of the caller's own type
-        # `.data` fills without touching the version counter that autograd checks: changing the choice between
-        # forward and backward is what this object is for.
-        self.published.data.fill_(jacobians.rule == "published")
+        # NumPy writes past the version counter that autograd checks: changing the choice between forward and backward
+        # is what this object is for. It also writes past every mode and transform.
+        self.published.numpy()[...] = jacobians.rule == "published"
         # NaN stands for the reference, infinity for a random choice, which `read_now` refuses.
         for name, values in self.kinks.items():
             for i, value in enumerate(self.at_kinks(name)):
-                values.data[i] = float("nan") if value is None else float("inf") if isinstance(value, str) else value
+                number = float("nan") if value is None else float("inf") if isinstance(value, str) else value
+                values.numpy()[i] = number
         for name, values in self.shares.items():
-            values.data.copy_(_compiled(shares(choice := getattr(jacobians, name)), choice))
+            values.numpy()[:] = _compiled(shares(choice := getattr(jacobians, name)), choice)
         pooling = jacobians.max_pool
-        self.pool.data.copy_(_compiled(pool_weights(pooling), pooling))
+        self.pool.numpy()[:] = _compiled(pool_weights(pooling), pooling)
 
     def at_kinks(self, operation: str) -> tuple[float | str | None, ...]:
         """The derivatives at the kinks of a pointwise operation.
@@ -271,9 +275,15 @@ def _hold_everywhere(operation: Operation) -> None:
             selection._hold(operation)
 
 
-def _compiled(weights: tuple[float, ...], choice: Any) -> Tensor:
+def _compiled(weights: tuple[float, ...], choice: Any) -> list[float]:
     """The weights as a compiled backward reads them: infinite for a random choice, which `read_now` refuses."""
-    return torch.tensor([float("inf") if choice == "random" else w for w in weights], dtype=torch.float64, device="cpu")
+    return [float("inf") if choice == "random" else w for w in weights]
+
+
+def _memory(values: list[float] | list[bool] | bool) -> Tensor:
+    """An ordinary CPU tensor in every surrounding: inference mode, a default device, fake tensors, a transform."""
+    with outside_every_mode():
+        return torch.from_numpy(np.array(values))
 
 
 def fixed(operations: str | tuple[str, ...], value: Any, rule: Rule = "exact", seed: int = 0) -> Selection:
@@ -360,10 +370,12 @@ def pool_coefficients(
         >>> pool_coefficients(0.0, 1.0, 0.0, torch.float32)[:, 2]  # the reference: all to the target
         tensor([0., 1.])
     """
-    rest = torch.div(share, torch.arange(17, dtype=dtype, device="cpu").clamp_(min=1)) + each
-    rows = torch.stack([rest, torch.full_like(rest, whole) if apart else rest + whole])
-    rows[:, :2] = torch.tensor([[0.0], [1.0]]) if apart else 1.0  # no tie: all to the target, which is the only one
-    return rows.to(device)
+    # Formed on the device: a copy from the host would wait for it.
+    count = torch.arange(17, dtype=dtype, device=device)
+    rest = torch.div(share, count.clamp(min=1)) + each
+    target = torch.full_like(rest, whole) if apart else rest + whole
+    # No tie: all to the target, which is the only one.
+    return torch.stack([torch.where(count < 2, 0.0 if apart else 1.0, rest), torch.where(count < 2, 1.0, target)])
 
 
 def pool_difference_coefficients(
@@ -393,8 +405,8 @@ def pool_difference_coefficients(
     (*one, last), (*other, other_last) = weights, less
     if one[1] and other[1] and last != other_last:
         return None
-    table = pool_coefficients(*one, torch.float64) - pool_coefficients(*other, torch.float64)
-    return table.to(device, dtype), bool(last if one[1] else other_last)
+    table = pool_coefficients(*one, torch.float64, device) - pool_coefficients(*other, torch.float64, device)
+    return table.to(dtype), bool(last if one[1] else other_last)
 
 
 def concrete(x: Tensor) -> bool:
