@@ -129,9 +129,10 @@ class Selection:
         # float64 0-d and 1-d CPU tensors never promote the gradients they multiply.
         self.kinks: dict[str, Tensor] = {}
         self.shares: dict[str, Tensor] = {}
-        self.watched = _memory([False, False])  # by a recorder, by an observer: read by C++ nodes
-        self.published = _memory(False)
-        self.pool = _memory([0.0] * 4)
+        self._numbers: dict[str, np.ndarray] = {}  # the same memory, by operation or by attribute
+        self.watched = self._memory(".watched", [False, False])  # by a recorder, by an observer: read by C++ nodes
+        self.published = self._memory(".published", False)
+        self.pool = self._memory(".pool", [0.0] * 4)
         for operation in OPERATIONS.values():
             self._hold(operation)
         _LIVE.add(self)
@@ -145,7 +146,7 @@ class Selection:
     @observer.setter
     def observer(self, observer: Callable[[str, Any, Any], None] | None) -> None:
         self._observer = observer
-        self.watched.numpy()[1] = observer is not None
+        self._numbers[".watched"][1] = observer is not None
 
     @property
     def recorder(self) -> Callable[..., None] | None:
@@ -160,14 +161,20 @@ class Selection:
     @recorder.setter
     def recorder(self, recorder: Callable[..., None] | None) -> None:
         self._recorder = recorder
-        self.watched.numpy()[0] = recorder is not None
+        self._numbers[".watched"][0] = recorder is not None
+
+    def _memory(self, name: str, values: list[float] | list[bool] | bool) -> Tensor:
+        """An ordinary CPU tensor in every surrounding: inference mode, a default device, fake tensors, a transform."""
+        self._numbers[name] = np.array(values)
+        with outside_every_mode():
+            return torch.from_numpy(self._numbers[name])
 
     def _hold(self, operation: Operation) -> None:
         """Make the tensor of an operation's choice, with the reference."""
         if operation.shares:
-            self.shares[operation.name] = _memory(_compiled(shares(None), None))
+            self.shares[operation.name] = self._memory(operation.name, _compiled(shares(None), None))
         else:
-            self.kinks[operation.name] = _memory([float("nan")] * len(operation.kinks))
+            self.kinks[operation.name] = self._memory(operation.name, [float("nan")] * len(operation.kinks))
 
     def set(self, jacobians: Choice) -> None:
         """Make ``jacobians`` the choice that every later backward pass takes.
@@ -178,16 +185,16 @@ class Selection:
         self.jacobians: Any = jacobians  # a `Choice`, of the caller's own type
         # NumPy writes past the version counter that autograd checks: changing the choice between forward and backward
         # is what this object is for. It also writes past every mode and transform.
-        self.published.numpy()[...] = jacobians.rule == "published"
+        self._numbers[".published"][...] = jacobians.rule == "published"
         # NaN stands for the reference, infinity for a random choice, which `read_now` refuses.
-        for name, values in self.kinks.items():
+        for name in self.kinks:
             for i, value in enumerate(self.at_kinks(name)):
                 number = float("nan") if value is None else float("inf") if isinstance(value, str) else value
-                values.numpy()[i] = number
-        for name, values in self.shares.items():
-            values.numpy()[:] = _compiled(shares(choice := getattr(jacobians, name)), choice)
+                self._numbers[name][i] = number
+        for name in self.shares:
+            self._numbers[name][:] = _compiled(shares(choice := getattr(jacobians, name)), choice)
         pooling = jacobians.max_pool
-        self.pool.numpy()[:] = _compiled(pool_weights(pooling), pooling)
+        self._numbers[".pool"][:] = _compiled(pool_weights(pooling), pooling)
 
     def at_kinks(self, operation: str) -> tuple[float | str | None, ...]:
         """The derivatives at the kinks of a pointwise operation.
@@ -278,12 +285,6 @@ def _hold_everywhere(operation: Operation) -> None:
 def _compiled(weights: tuple[float, ...], choice: Any) -> list[float]:
     """The weights as a compiled backward reads them: infinite for a random choice, which `read_now` refuses."""
     return [float("inf") if choice == "random" else w for w in weights]
-
-
-def _memory(values: list[float] | list[bool] | bool) -> Tensor:
-    """An ordinary CPU tensor in every surrounding: inference mode, a default device, fake tensors, a transform."""
-    with outside_every_mode():
-        return torch.from_numpy(np.array(values))
 
 
 def fixed(operations: str | tuple[str, ...], value: Any, rule: Rule = "exact", seed: int = 0) -> Selection:
