@@ -54,6 +54,7 @@ __all__ = [
     "kept_attributes",
     "legacy_reduction",
     "native_nn",
+    "never_compile",
     "number_of",
     "outside_every_mode",
     "overloads",
@@ -506,6 +507,20 @@ def compile_as(original: Callable[..., Any], replacement: Callable[..., Any]) ->
         replacement: A function written in Python.
     """
     torch.compiler.substitute_in_graph(original, skip_signature_check=True)(replacement)
+
+
+def never_compile(functions: Iterable[Callable[..., Any]]) -> None:
+    """Let ``torch.compile`` leave the code of functions alone where it compiles frame by frame, after a graph break.
+
+    What they call is compiled as before.
+
+    Args:
+        functions: Functions written in Python.
+    """
+    from torch._dynamo.eval_frame import skip_code
+
+    for function in functions:
+        skip_code(function.__code__)
 
 
 def traced_functions() -> list[tuple[str, str, str]]:

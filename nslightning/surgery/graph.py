@@ -19,7 +19,7 @@ __all__ = ["Foreign", "foreign_nodes", "structure", "tensors"]
 
 # Linear in what gradients pass through: the boxes have none.
 _SMOOTH = ("torchvision_roi_align_default", "torchvision_ps_roi_align_default")
-_OURS = ("nslightning_read_now_default",)
+_OURS = ("nslightning_read_now_default", "nslightning_chosen_default")
 _OPAQUE = (str, bytes, int, float, complex, bool, type(None), type, ModuleType, FunctionType, BuiltinFunctionType,
            MethodType, torch.dtype, torch.device, torch.Generator)  # fmt: skip
 _MOST = 10_000  # objects that a search for tensors looks into

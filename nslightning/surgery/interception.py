@@ -25,12 +25,13 @@ from nslightning._torch import (
     disable_function_modes,
     disabled_torch_function,
     is_operator,
+    never_compile,
     sequence_number,
-    while_compiling,
 )
 from nslightning.ops.autograd.selection import Selection
 from nslightning.ops.record import FUNCTIONS, Call, Operation, positional
 from nslightning.ops.unreached import UNSUPPORTED_FUNCTIONS
+from nslightning.surgery.exporting import exported
 from nslightning.surgery.report import Site, UnreachedError
 from nslightning.surgery.state import CHECKPOINT, Part, Surgery
 
@@ -190,6 +191,9 @@ def evaluate(operation: Operation, selection: Selection, call: Call) -> Any:
     Returns:
         What the stock call returns; a subclass of tensors comes back as itself.
     """
+    if torch.compiler.is_exporting() and torch.is_grad_enabled():
+        with disable_function_modes():
+            return exported(operation, selection, call)
     with disable_function_modes():
         result = operation.apply(selection, call)
     if torch.compiler.is_compiling() or disabled_torch_function(type(call.x)) or call.inplace:
@@ -365,25 +369,20 @@ def _within(runs: tuple[FunctionalCalls, ...], function: Callable[[], Any]) -> A
 
 
 # ------------------------------------------------------------------------------------------------- compiler
-@while_compiling
-def teach_the_compiler() -> bool:
+@cache
+def teach_the_compiler(eager: tuple[Callable[..., Any], ...]) -> None:
     """Make ``torch.compile`` hand to the mode what eager mode hands to it; once, when a patched model is compiled.
 
     In torch 2.15 it passes over functions that end with an underscore, ``torch.relu_`` or ``F.elu_``, over
     ``F.hardswish`` and ``F.hardsigmoid``, and over ``abs(x)``: these kept PyTorch's own derivative, in silence.
 
-    Returns:
-        True.
+    Args:
+        eager: Functions of the surgery's for eager mode, which it need not compile after a graph break.
     """
-    _teach()
-    return True
-
-
-@cache
-def _teach() -> None:
     compile_functions_for_modes(f for f in (*FUNCTIONS, *UNSUPPORTED_FUNCTIONS) if not is_operator(f))
     for absolute in (builtins.abs, operator.abs):
         compile_as(absolute, _absolute)
+    never_compile((*eager, _Threads.follow, _Threads.release, running, begun.__wrapped__))  # type: ignore[attr-defined]
 
 
 def _absolute(x: Any, /) -> Any:

@@ -31,7 +31,8 @@ def _wanted(position: int) -> Callable[[Any], bool]:
 KINKS: dict[str, Callable[[Any], bool]] = {
     # pointwise
     "Abs": _always, "Clamp": _always, "ClampMin": _always, "ClampMax": _always, "Relu": _always, "Prelu": _always,
-    "PreluKernel": _always, "LeakyRelu": _always, "RreluWithNoise": _always, "Threshold": _always,
+    "PreluKernel": _always, "LeakyRelu": _always, "RreluWithNoise": _always, "RreluWithNoiseFunctional": _always,
+    "Threshold": _always,
     "Hardtanh": _always, "Hardsigmoid": _always, "Hardswish": _always, "Hardshrink": _always, "Softshrink": _always,
     "Elu": lambda node: abs(getattr(node, "_saved_alpha", 0) * getattr(node, "_saved_input_scale", 1) - 1) > 1e-12,
     "Logit": lambda node: getattr(node, "_saved_eps", 0.0) is not None, "Hypot": _always,
@@ -48,8 +49,8 @@ KINKS: dict[str, Callable[[Any], bool]] = {
     "SegmentReduce": _saved("reduce", "max", "min"), "SparseMmReduceImpl": _saved("reduce", "amax", "amin"),
     "EmbeddingBag": _saved("mode", 2),
     # norms, distances, singular values and eigenvalues
-    "Norm": _always, "LinalgVectorNorm": _always, "Dist": _always, "CdistForward": _always, "EuclideanDist": _always,
-    "PdistForward": _always, "Renorm": _always, "Std": _always, "StdMean": _always,
+    "Norm": _always, "LinalgVectorNorm": _always, "Dist": _always, "Cdist": _always, "EuclideanDist": _always,
+    "Pdist": _always, "Renorm": _always, "Std": _always, "StdMean": _always,
     "LinalgSvd": _always, "LinalgEigh": _always, "LinalgEig": _always,
     # losses of one kernel
     "MultiMarginLoss": _always, "MultilabelMarginLoss": _always, "SmoothL1Loss": _saved("beta", 0.0),
@@ -60,7 +61,7 @@ KINKS: dict[str, Callable[[Any], bool]] = {
     "CudnnRnn": _saved("mode", 0), "MiopenRnn": _saved("mode", 0),
 }  # fmt: skip
 
-_NODE = re.compile(r"(?:Foreach)?(\w+?)Backward\d*")
+_NODE = re.compile(r"(?:Foreach)?(\w+?)(?:Forward)?Backward\d*(?:Scalar|ScalarList|List|Tensor)?")
 
 
 def kink(node: Any) -> str | None:

@@ -68,6 +68,8 @@ class Method:
 
     def __init__(self, module: nn.Module, name: str, part: Part, replaced: Any = _NONE) -> None:
         self.ref, self.name, self.part, self.replaced = weakref.ref(module), name, part, replaced
+        for attribute in ("__doc__", "__module__", "__annotations__"):  # which would be those of this class
+            self.__dict__[attribute] = getattr(self.stock(module), attribute, None)
 
     @property
     def module(self) -> nn.Module:
@@ -271,8 +273,6 @@ class Caller(Method):
     ) -> Any:
         part = self.part
         surgery, key = part.surgery, (part, self.name, module.training)
-        if surgery.refused is not None:
-            raise UnreachedError(surgery.report.model, [surgery.refused])
         recording = torch.is_grad_enabled() and key not in surgery.looked
         if not surgery.catching and not recording and not surgery.counted and not surgery.watched:
             return method(*args, **kwargs)
@@ -349,7 +349,7 @@ class Caller(Method):
         return not any(x.requires_grad for x in (*given, *module.parameters()))
 
     def _compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        teach_the_compiler()
+        _teach_the_compiler()
         part, module = self.part, self.module
         surgery, method = part.surgery, self.stock(module)
         if not (torch.is_grad_enabled() or surgery.watched) or compiling_run(surgery):
@@ -358,25 +358,19 @@ class Caller(Method):
             return method(*args, **kwargs)
         with FunctionalCalls(surgery, part):
             result = method(*args, **kwargs)
-        if refused := self._look_at_trace():
-            raise UnreachedError.of(surgery.report.model, part.names[0], "custom", refused)
+        self._look_at_trace()
         return result
 
     @while_compiling
-    def _look_at_trace(self) -> str:
-        """Name the custom functions in the graph being traced, which the compiler hides behind one node of its own.
-
-        Returns:
-            The first one where the surgery is strict, else an empty text.
-        """
+    def _look_at_trace(self) -> bool:
+        """Name the custom functions in the graph being traced, which the compiler hides behind one node of its own."""
         surgery = self.part.surgery
         for name in _traced_custom_functions():
             site = surgery.row(self.part, "custom", name, False, "unreached")
             site.calls = site.calls or 1
             if surgery.strict and self.part.chosen:
-                surgery.refused = site  # the compiler swallows what is raised, and runs the code without itself
-                return name
-        return ""
+                raise _TracedUnreachedError(surgery.report.model, [site])
+        return True
 
     def _finish(self, run: FunctionalCalls, module: nn.Module, given: Any, result: Any) -> None:
         """Put what a run evaluated into the report, and look at the graph that it made if anything is new."""
@@ -399,6 +393,10 @@ class Caller(Method):
             warnings.warn(nothing_to_patch(report), PatchWarning, stacklevel=4)
 
 
+class _TracedUnreachedError(UnreachedError, AssertionError):
+    """The same, raised while the compiler traces: it swallows errors of other kinds, and goes on without itself."""
+
+
 class LeftAlone(Caller):
     """The ``forward`` of a module that is an operation and is left alone: the function that it calls is not caught."""
 
@@ -417,6 +415,13 @@ class LeftAlone(Caller):
 FunctionalCalls.entrances |= {
     method.__code__ for method in (Caller._outermost, Caller._inside, Caller._driven, Caller._compiled)
 }
+
+
+@while_compiling
+def _teach_the_compiler() -> bool:
+    """What the compiler has to know of patched models; it is told when it first meets one."""
+    teach_the_compiler((*_EAGER, foreign_nodes, structure, tensors))
+    return True
 
 
 def _traced_custom_functions() -> Iterator[str]:
@@ -461,6 +466,9 @@ def _look(run: FunctionalCalls, module: nn.Module, given: Any, result: Any) -> N
 
 def _owned(run: FunctionalCalls, number: int) -> bool:
     return any(start <= number < end for start, end in run.owned)
+
+
+_EAGER = (Caller._outermost, Caller._inside, Caller._driven, Caller._finish, _accessor, _look, _has_gradient)
 
 
 def nothing_to_patch(report: PatchReport) -> str:

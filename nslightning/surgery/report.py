@@ -24,7 +24,7 @@ class PatchWarning(UserWarning):
     """Something about a patch that its owner will want to know."""
 
 
-_NODE = re.compile(r"\w+Backward\d*")
+_NODE = re.compile(r"\w+Backward\d+\w*")
 
 
 @dataclass

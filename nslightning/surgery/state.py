@@ -43,7 +43,6 @@ class Surgery:
         counted: Whether a rule depends on the number of a call.
         catching: Whether some module has code that may call functions: only then a mode watches for them.
         looked: What has been looked at: the methods that ran, and the structure of what they returned.
-        refused: What a compiler met that cannot be reached.
         sites: The objects that run the module sites.
     """
 
@@ -64,7 +63,6 @@ class Surgery:
         self.counted = any(rule.call is not None for rule in plan.rules)
         self.catching = True
         self.looked: set[Any] = set()
-        self.refused: Site | None = None
         self.sites: WeakSet[Any] = WeakSet()
         self._rows: dict[tuple[str, str, bool, tuple[int, ...]], Site] = {}
 

@@ -1,0 +1,341 @@
+"""What the graph of a forward shows: kinks that no site made, custom backwards, and when it is looked at again."""
+
+import dataclasses
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from bits import bits
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+from nslightning import Jacobians, PatchWarning, patch, using
+from nslightning.probes import ties
+from nslightning.surgery import UnreachedError, report
+from nslightning.surgery.kinks import KINKS
+
+HALF = Jacobians(relu=0.5)
+
+
+class Shift(nn.Module):
+    """A function of a parameter, so that a gradient passes."""
+
+    def __init__(self, call, shape=(4, 4), dtype=torch.float32):
+        super().__init__()
+        self.call, self.w = call, nn.Parameter(torch.zeros(shape, dtype=dtype))
+
+    def forward(self, x):
+        return self.call(x + self.w)
+
+
+# ------------------------------------------------------------------------------------ PyTorch's own formulas
+# A formula that compares, selects, or takes a sign or a norm may belong to a kink. These do not:
+SMOOTH = {
+    "where _where masked_fill masked_scatter masked_select": "the mask is the model's own",
+    "nan_to_num": "a jump at infinity",
+    "copysign fmod remainder nextafter sgn angle atan2": "a jump, or not defined there: no derivative is near",
+    "xlogy special_xlog1py special_entr": "an infinite derivative at 0",
+    "sinc mvlgamma special_i0e special_i1 special_i1e i0 special_i0": "smooth: another formula at 0",
+    "pow float_power": "an infinite derivative at 0, or none",
+    "prod cumprod": "a polynomial, differentiated without a division by 0",
+    "smooth_l1_loss huber_loss": "continuously differentiable for a positive width",
+    "log_sigmoid_forward softplus": "smooth: another formula where numbers would overflow",
+    "celu soft_margin_loss logsumexp logaddexp logaddexp2 logcumsumexp _logcumsumexp log_softmax": "smooth",
+    "fake_quantize _fake_quantize _fused_moving_avg": "a straight-through estimator is a convention everywhere",
+}
+
+
+def formulas():
+    yaml = pytest.importorskip("yaml")
+    torchgen = pytest.importorskip("torchgen")
+    path = Path(torchgen.__file__).parent / "packaged/autograd/derivatives.yaml"
+    if not path.exists():
+        pytest.skip(f"this build of PyTorch ships no {path.name}")
+    for entry in yaml.safe_load(path.read_text()):
+        name = re.split(r"[.(]", entry["name"])[0]
+        forms = {k: v for k, v in entry.items() if k not in ("name", "dispatch", "output_differentiability", "result")}
+        yield name, " ".join(str(v) for v in forms.values())
+
+
+def camel(name):
+    """How PyTorch names the node of an operation."""
+    return "".join(part[:1].upper() + part[1:] for part in name.split("_")).replace("2d", "2D").replace("3d", "3D")
+
+
+KINKED = re.compile(
+    r"\.sgn\(\)|[^_]threshold_backward\(|hard\w+_backward|shrink_backward|relu\w*_backward|(?<![cg])elu_backward|clamp_backward|"
+    r"where\(self [<>]|self == (min|max|other|scalar)|evenly_distribute|value_selecting|scale_grad_by_count|"
+    r"aminmax_backward|cummaxmin|norm_backward\(|dist_backward|(?<!un)max_pool\dd\w*_backward|_reduce_backward|svd_backward|"
+    r"linalg_eig_backward|std_backward|std_mean_backward|margin_loss_backward|renorm_backward|logit_backward|"
+    r"embedding_bag_backward|grid_sampler_\w+_backward|grad \* self / result"
+)
+NOT_A_NORM = re.compile(r"(batch|layer|group|rms|weight)_norm\w*_backward")
+
+
+def test_every_formula_that_has_a_kink_is_known():
+    excused = {name for names in SMOOTH for name in names.split()}
+    unknown = set()
+    for name, forms in formulas():
+        if name.endswith(("_backward", "_backward_data")):  # a second derivative
+            continue
+        if KINKED.search(NOT_A_NORM.sub("", forms)):
+            operation = camel(name.removeprefix("_foreach_").lstrip("_").rstrip("_")).removesuffix("Forward")
+            if operation not in KINKS and name.rstrip("_") not in excused and not name.startswith(tuple(excused)):
+                unknown.add((name, operation))
+    assert not unknown
+
+
+def test_every_known_kink_is_an_operation_of_pytorch():
+    names = {camel(name.lstrip("_")).removesuffix("Forward") for name, _ in formulas()}
+    versions = {"MaxPool2D", "Prelu"}  # of other versions and devices
+    assert set(KINKS) - names <= versions
+
+
+# --------------------------------------------------------------------------------------------- what is named
+@torch.jit.script
+def scripted(x):
+    return torch.relu(x)
+
+
+INDEX = torch.tensor([0, 0, 1, 1])
+UNSEEN = {
+    "scripted": (scripted, "ReluBackward0"),
+    "private relu6": (lambda x: torch._C._nn.relu6(x), "HardtanhBackward0"),
+    "private leaky": (lambda x: torch._C._nn.leaky_relu(x), "LeakyReluBackward0"),
+    "scatter_reduce": (
+        lambda x: x.new_zeros(2, 4).scatter_reduce(0, INDEX[:, None].expand(4, 4), x, "amin"),
+        "ScatterRed",
+    ),
+    "index_reduce": (lambda x: x.new_zeros(2, 4).index_reduce(0, INDEX, x, "amax"), "IndexReduceBackward0"),
+    "segment_reduce": (
+        lambda x: torch.segment_reduce(x, "max", lengths=torch.tensor([2, 2])),
+        "SegmentReduceBackward0",
+    ),
+    "embedding_bag": (lambda x: F.embedding_bag(INDEX.view(2, 2), x, mode="max"), "EmbeddingBagBackward0"),
+    "sort": (lambda x: x.sort(1)[0], "SortBackward0"),
+    "msort": (lambda x: torch.msort(x), "SortBackward0"),
+    "quantile": (lambda x: x.quantile(0.5, 1), "quantile"),
+    "nanquantile": (lambda x: torch.nanquantile(x, 0.5), "nanquantile"),
+    "svdvals": (lambda x: torch.linalg.svdvals(x), "LinalgSvdBackward0"),
+    "nuclear norm": (lambda x: torch.linalg.matrix_norm(x, "nuc"), "LinalgSvdBackward0"),
+    "matrix norm": (lambda x: torch.linalg.matrix_norm(x), "LinalgVectorNormBackward0"),
+    "cosine": (lambda x: F.cosine_similarity(x, x.flip(0)), "Backward0"),
+    "logit": (lambda x: x.logit(0.3), "LogitBackward0"),
+    "std": (lambda x: x.std(0), "StdBackward0"),
+    "foreach abs": (lambda x: torch._foreach_abs([x])[0], "AbsBackward0"),
+    "foreach clamp": (lambda x: torch._foreach_clamp_min([x], 0)[0], "ClampMinBackward0"),
+    "hypot": (lambda x: torch.hypot(x, 2 * x), "HypotBackward0"),
+    "complex abs": (lambda x: torch.complex(x, x).abs(), "AbsBackward0"),
+    "grid": (lambda x: F.grid_sample(torch.ones(1, 1, 4, 4), x.view(1, 2, 4, 2), align_corners=False), "GridSampler"),
+}
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_a_kink_that_no_call_shows_is_named(name):
+    call, node = UNSEEN[name]
+    x = torch.arange(16.0).view(4, 4) / 8
+    with pytest.raises(UnreachedError, match=node):
+        patch(Shift(call), Jacobians(), example=x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PatchWarning)
+        found = patch(nn.Sequential(nn.Identity(), Shift(call)), Jacobians(), example=x, strict=False)
+    (site, *_) = found.unreached
+    assert site.name == "1"  # the module whose code made it
+    assert node in site.kind
+    assert not patch(nn.Sequential(nn.ReLU(), Shift(call)), Jacobians(), skip="1", example=x).unreached
+
+
+SMOOTH_CALLS = {
+    "elu": lambda x: F.elu(x),
+    "celu": lambda x: F.celu(x, 0.3),
+    "gelu": lambda x: F.gelu(x),
+    "logit": lambda x: (x / 4 + 0.1).logit(),
+    "scatter sum": lambda x: x.new_zeros(2, 4).scatter_reduce(0, INDEX[:, None].expand(4, 4), x, "sum"),
+    "bag of means": lambda x: F.embedding_bag(INDEX.view(2, 2), x, mode="mean"),
+    "grid of images": lambda x: F.grid_sample(x.view(1, 1, 4, 4), torch.zeros(1, 2, 4, 2), align_corners=False),
+    "where": lambda x: torch.where(x > 0, x, 0 * x),
+    "huber": lambda x: F.huber_loss(x, torch.zeros(4, 4)),
+    "indices": lambda x: x * x.detach().sort(1)[1],
+}
+
+
+@pytest.mark.parametrize("name", SMOOTH_CALLS)
+def test_smooth_nodes_are_passed_over(name):
+    with pytest.warns(PatchWarning, match="nothing to patch"):
+        found = patch(Shift(SMOOTH_CALLS[name]), Jacobians(), example=torch.arange(16.0).view(4, 4) / 8)
+    assert found.sites == []
+
+
+def test_what_lies_below_the_model_is_not_the_models():
+    model = Shift(F.relu)
+    patch(model, Jacobians())
+    x = torch.zeros(4, 4, requires_grad=True)
+    model(torch.linalg.svdvals(x).expand(4, 4))
+
+
+# ----------------------------------------------------------------------------------------- recurrent networks
+def rnn_grads(model, out, wanted):
+    return [bits(g) for g in torch.autograd.grad([o.sum() for o in out], wanted, retain_graph=True)]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_layers": 2, "bidirectional": True}, {"bias": False}, {"num_layers": 3, "dropout": 0.5}],
+    ids=str,
+)
+def test_relu_inside_a_recurrent_network(options, batch_first, packed):
+    torch.manual_seed(0)
+    stock = nn.RNN(3, 4, nonlinearity="relu", batch_first=batch_first, **options)
+    model = nn.RNN(3, 4, nonlinearity="relu", batch_first=batch_first, **options)
+    model.load_state_dict(stock.state_dict())
+    x = torch.randn(5, 5, 3)
+    given = pack_padded_sequence(x, [5, 4, 4, 2, 1], batch_first) if packed else x
+    found = patch(model, Jacobians(), strict=True)
+    outs = []
+    for m in (stock, model):
+        torch.manual_seed(1)
+        out, hidden = m(given)
+        outs.append((out.data if packed else out, hidden))
+    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(*outs, strict=True))
+    a, b = (rnn_grads(m, out, list(m.parameters())) for m, out in zip((stock, model), outs, strict=True))
+    assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+    assert [(s.operation, s.how) for s in found.sites] == [("relu", "functional")]
+
+
+def test_the_choice_inside_a_recurrent_network():
+    rnn, cell = nn.RNN(2, 3, nonlinearity="relu"), nn.RNNCell(2, 3, nonlinearity="relu")
+    x = torch.ones(3, 2)
+    for module in (rnn, cell):
+        for p in module.parameters():
+            nn.init.zeros_(p)
+    patch(rnn, HALF), patch(cell, HALF)
+    # Three steps of three units at 0 with no weight between the steps.
+    assert torch.autograd.grad(rnn(x)[0].sum(), rnn.bias_ih_l0)[0].tolist() == [1.5] * 3
+    out = cell(x)
+    assert torch.autograd.grad(out.sum(), cell.bias_hh, retain_graph=True)[0].tolist() == [1.5] * 3
+    with using(cell, Jacobians(relu=1.0)):
+        assert torch.autograd.grad(out.sum(), cell.bias_hh)[0].tolist() == [3.0] * 3
+    assert sum(row.tied for row in ties(rnn, x).values()) == 9
+    smooth = nn.RNN(2, 3)  # tanh
+    with pytest.warns(PatchWarning, match="nothing to patch"):
+        patch(smooth, HALF, example=x)
+
+
+# -------------------------------------------------------------------------------------------- looking again
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g * ctx.saved_tensors[0]
+
+
+@dataclasses.dataclass
+class Output:
+    y: torch.Tensor
+
+
+class Holder:
+    def __init__(self, y):
+        self.inside = {"deep": [y]}
+
+
+class Sometimes(nn.Module):
+    """Runs a custom function, or not."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.lin, self.how = nn.Linear(2, 3), how
+
+    def forward(self, x, extra=False):
+        x = self.lin(x).relu()
+        y = Square.apply(x) if extra or (self.how != "argument" and (self.training or self.how != "training")) else x
+        if self.how == "attribute":
+            self.aux = y.sum()
+            return x
+        if self.how == "object":
+            return Holder(y)
+        if self.how == "argument":
+            return (x, y) if extra else x
+        return Output(y) if self.how == "dataclass" else y
+
+
+@pytest.mark.parametrize("how", ["plain", "dataclass", "attribute", "object"])
+def test_custom_functions_are_found_wherever_their_result_goes(how):
+    model = Sometimes(how)
+    patch(model, Jacobians())
+    with pytest.raises(UnreachedError, match="Square, whose backward is its own"):
+        model(torch.ones(1, 2))
+
+
+def test_a_new_mode_and_a_new_structure_are_looked_at():
+    model = Sometimes("training")
+    patch(model, Jacobians(), example=torch.ones(1, 2))  # in evaluation mode
+    model.eval()(torch.ones(1, 2))
+    with pytest.raises(UnreachedError, match="Square"):
+        model.train()(torch.ones(1, 2))
+    model = Sometimes("argument")
+    patch(model, Jacobians(), example=torch.ones(1, 2))
+    model.eval()(torch.ones(1, 2))
+    with pytest.raises(UnreachedError, match="Square"):
+        model(torch.ones(1, 2), extra=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"fullgraph": True}], ids=str)
+def test_custom_functions_in_compiled_code_are_found(options):
+    torch._dynamo.reset()
+    model = Sometimes("plain")
+    patch(model, Jacobians())
+    compiled = torch.compile(model, backend="aot_eager", **options)
+    for _ in range(2):
+        with pytest.raises(Exception, match=r"no Jacobian choice reaches.*Square") as caught:
+            compiled(torch.ones(1, 2))
+    assert options or isinstance(caught.value, UnreachedError)
+    loose = Sometimes("plain")
+    found = patch(loose, Jacobians(), strict=False)
+    torch.compile(loose, backend="aot_eager")(torch.ones(1, 2))
+    assert [(s.operation, s.how) for s in found.unreached] == [("custom", "unreached")]
+    torch._dynamo.reset()
+
+
+def test_calls_are_those_of_the_first_forward():
+    class Again(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.act, self.times = nn.Parameter(torch.zeros(2)), nn.ReLU(), 1
+
+        def forward(self):
+            x = self.w
+            for _ in range(self.times):
+                x = F.relu(self.act(x))
+            return x
+
+    model = Again()
+    patch(model, HALF)
+    for model.times in (1, 2, 3):
+        model().sum().backward()
+    assert [(s.how, s.calls) for s in report(model).sites] == [("module", 1), ("functional", 1)]
+
+
+def test_ties_are_counted_without_gradients_where_a_checkpoint_calls_a_function():
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(2, 2)
+
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(lambda y: F.relu(self.lin(y) * 0), x, use_reentrant=False)
+
+    model = Checkpointed()
+    patch(model, HALF)
+    with torch.no_grad():  # nothing is computed again
+        counts = ties(model, torch.ones(1, 2))
+    assert [row.tied for row in counts.values()] == [2]

@@ -1,0 +1,475 @@
+"""How a module is patched: its class stays, its methods are stood for, and whoever looks at it sees what it was."""
+
+import copy
+import gc
+import inspect
+import pickle
+import subprocess
+import sys
+import threading
+import typing
+import warnings
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from functools import wraps
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+from torchvision.models.feature_extraction import create_feature_extractor
+
+from nslightning import Jacobians, PatchWarning, Plan, patch, unpatch, using
+from nslightning.surgery import report
+from nslightning.surgery.methods import FAST
+
+HALF = Jacobians(relu=0.5)
+
+
+class Net(nn.Module):
+    """A parameter at 0 on both sides of its ways."""
+
+    def __init__(self):
+        super().__init__()
+        self.k, self.act, self.lin = nn.Parameter(torch.zeros(3)), nn.ReLU(), nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        """Adds a kink at 0."""
+        return self.act(F.relu(self.k)) * scale + x
+
+    def encode(self, x):
+        return F.relu(self.k) + x
+
+    def encode_in_thread(self, x):
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(self.work, x).result()
+
+    def thread(self, x):
+        results = []
+        threads = [threading.Thread(target=lambda: results.append(F.relu(self.k) + x)) for _ in range(2)]
+        [t.start() for t in threads]
+        [t.join() for t in threads]
+        return results[0]
+
+    def work(self, x):
+        return torch.relu(self.k) + x
+
+    def stream(self, n):
+        received = None
+        for i in range(n):
+            received = yield F.relu(self.k) * (1 if received is None else received) + i
+        return F.relu(self.k)
+
+    @wraps(work)
+    def decorated(self, *args):
+        return Net.work(self, *args)
+
+    def _hidden(self, x):
+        return self.k.clamp(min=0) + x
+
+    @staticmethod
+    def static(x):
+        return x.relu()
+
+
+def slope(y, model):
+    return torch.autograd.grad(y.sum(), model.k)[0].tolist()
+
+
+X = torch.zeros(3)
+
+
+# ---------------------------------------------------------------------------------------------------- identity
+def test_the_method_passes_for_the_one_it_stands_for():
+    stock, model = Net(), Net()
+    patch(model, HALF)
+    for m, n in ((stock, model), (stock.act, model.act)):
+        assert type(m) is type(n)
+        assert type(m).forward is type(n).forward
+        a, b = m.forward, n.forward
+        assert inspect.signature(a) == inspect.signature(b)
+        assert inspect.getfullargspec(a) == inspect.getfullargspec(b)
+        assert inspect.ismethod(b)
+        assert typing.get_type_hints(a) == typing.get_type_hints(b)
+        assert (a.__doc__, a.__name__, a.__qualname__, a.__module__) == (
+            b.__doc__,
+            b.__name__,
+            b.__qualname__,
+            b.__module__,
+        )
+        assert b.__wrapped__ == n.__class__.forward.__get__(n)
+        assert (b.__self__, b.__func__) == (n, a.__func__)
+        assert inspect.getsource(b) == inspect.getsource(a)
+        assert repr(b).startswith("<patched <bound method")
+    assert list(inspect.signature(model.encode).parameters) == ["x"]
+    assert inspect.isgeneratorfunction(model.stream)
+    assert set(model.state_dict()) == set(stock.state_dict())
+    assert "stream" not in dir(nn.Module)
+
+
+def test_a_patched_model_is_freed_like_any_other():
+    model = Net()
+    patch(model, HALF)
+    model(X).sum().backward()
+    parameter, gone = weakref.ref(model.k), model.forward
+    gc.disable()
+    try:
+        del model
+        assert parameter() is None  # without the collector of cycles
+    finally:
+        gc.enable()
+    with pytest.raises(ReferenceError, match="keep the module"):
+        gone(X)
+
+
+def test_subclass_hooks_and_parametrisations_know_nothing_of_it():
+    class Registered(nn.Module):
+        known: typing.ClassVar[dict[str, type]] = {}
+
+        def __init_subclass__(cls, **kwargs):
+            assert cls.__name__ not in Registered.known
+            Registered.known[cls.__name__] = cls
+
+    class Own(Registered):
+        def __init__(self):
+            super().__init__()
+            self.k, self.lin = nn.Parameter(torch.zeros(3)), nn.Linear(3, 3)
+
+        def forward(self, x):
+            return torch.relu(self.k) + x + 0 * self.lin(x)
+
+    model = Own()
+    parametrizations.weight_norm(model.lin)
+    patch(model, HALF)
+    assert Registered.known == {"Own": Own}
+    assert slope(model(X), model) == [0.5] * 3
+    parametrize.remove_parametrizations(model.lin, "weight")
+    assert slope(model(X), model) == [0.5] * 3
+    unpatch(model)
+    assert slope(model(X), model) == [0.0] * 3
+
+
+def test_what_dispatches_on_the_class_finds_it():
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.MaxPool1d(3))
+    patch(model, HALF)
+    assert [type(m) for m in model] == [nn.Linear, nn.ReLU, nn.MaxPool1d]
+    assert {nn.ReLU: "kink"}[type(model[1])] == "kink"
+
+
+def test_a_shallow_copy_runs_its_own_attributes():
+    model = nn.PReLU(init=0.5)
+    patch(model, Jacobians())
+    twin = copy.copy(model)
+    twin._parameters = {"weight": nn.Parameter(torch.tensor([0.25]))}  # as nn.DataParallel makes its replicas
+    assert twin(torch.tensor([-1.0])).item() == -0.25
+    assert model(torch.tensor([-1.0])).item() == -0.5
+
+
+# ---------------------------------------------------------------------------------------------------- entrances
+ENTRANCES = {
+    "forward": lambda m: m(X) - m.act(m.k) + m.act(m.k),
+    "encode": lambda m: m.encode(X),
+    "decorated": lambda m: m.decorated(X),
+    "in a pool of threads": lambda m: m.encode_in_thread(X),
+    "in threads": lambda m: m.thread(X),
+    "generator": lambda m: next(m.stream(1)),
+    "of a part": lambda m: nn.ModuleList([m])[0].encode(X),
+}
+
+
+@pytest.mark.parametrize("name", ENTRANCES)
+def test_every_method_is_an_entrance(name):
+    model = Net()
+    stock = copy.deepcopy(model)
+    patch(model, HALF)
+    want = 0.25 if name == "forward" else 0.5
+    assert torch.equal(ENTRANCES[name](model), ENTRANCES[name](stock))
+    assert slope(ENTRANCES[name](model), model) == [want] * 3
+    assert slope(ENTRANCES[name](stock), stock) == [0.0] * 3
+    assert torch._C._len_torch_function_stack() == 0
+    assert threading.Thread.start.__module__ == "threading"  # as before
+    assert ThreadPoolExecutor.submit.__module__ == "concurrent.futures.thread"
+
+
+def test_private_methods_and_those_of_several_models():
+    model, other = Net(), Net()
+    patch(model, Jacobians(clamp=(0.25, 0.25))), patch(other, HALF)
+    assert slope(model._hidden(X), model) == [0.25] * 3
+    stock = Net()
+    assert slope(other._hidden(X), other) == slope(stock._hidden(X), stock)
+    both = model.encode(X) + other.encode(X)
+    assert torch.autograd.grad(both.sum(), [model.k, other.k])[1].tolist() == [0.5] * 3
+
+
+def test_a_generator_is_driven_as_it_was():
+    model, stock = Net(), Net()
+    patch(model, HALF)
+    for make in (lambda: model.stream(3), lambda: stock.stream(3)):
+        generator = make()
+        assert inspect.isgenerator(generator)
+        values = [next(generator), generator.send(2.0), generator.send(3.0)]
+        with pytest.raises(StopIteration) as stop:
+            generator.send(0.0)
+        assert stop.value.value.tolist() == [0.0] * 3
+        assert [v[0].item() for v in values] == [0, 1, 2]
+    generator = model.stream(3)
+    next(generator)
+    assert slope(generator.send(2.0), model) == [1.0] * 3  # 2 * 0.5
+    with pytest.raises(KeyError):
+        generator.throw(KeyError("thrown"))
+    generator = model.stream(3)
+    next(generator)
+    generator.close()
+    assert torch._C._len_torch_function_stack() == 0
+
+
+class Lit(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.k = nn.Parameter(torch.zeros(3))
+
+    def training_step(self, batch, index):
+        return (F.relu(self.k) + batch).sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 1.0)
+
+
+def test_a_lightning_step():
+    model = Lit()
+    patch(model, HALF)
+    assert slope(model.training_step(X, 0), model) == [0.5] * 3
+    assert is_overridden("training_step", model)
+    assert not is_overridden("validation_step", model)
+    trainer = L.Trainer(
+        max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(model, torch.utils.data.DataLoader(torch.zeros(1, 3)))
+    assert model.k.tolist() == [-0.5] * 3
+
+
+# ------------------------------------------------------------------------------------- tracers, graphs, exporters
+def test_graph_modules_keep_the_patch():
+    graph = torch.fx.symbolic_trace(Net())
+    patch(graph, HALF)
+    meta = dict(graph.meta)
+    for module in (graph, copy.deepcopy(graph), torch.optim.swa_utils.AveragedModel(graph).module):
+        assert slope(module(X), module) == [0.25] * 3
+    graph.recompile()
+    assert slope(graph(X), graph) == [0.25] * 3
+    twin = copy.deepcopy(graph)
+    with using(twin, Jacobians(relu=1.0)):
+        assert slope(twin(X), twin) == [1.0] * 3
+        assert slope(graph(X), graph) == [0.25] * 3
+    with pytest.raises(pickle.PicklingError, match="unpatch the model first"):
+        pickle.dumps(graph)
+    unpatch(graph), unpatch(twin)
+    for module in (graph, twin):
+        assert slope(module(X), module) == [0.0] * 3
+    assert meta
+    assert graph.meta == {}
+    pickle.loads(pickle.dumps(graph))
+
+
+def test_symbolic_tracing_keeps_the_choice_or_says_what_to_do():
+    inside = nn.Sequential(Net())
+    patch(inside, HALF)
+    traced = torch.fx.symbolic_trace(inside)
+    out = traced(X)
+    assert slope(out, inside[0]) == [0.25] * 3
+    model = Net()
+    patch(model, HALF)
+    with pytest.raises(RuntimeError, match="unpatch the model first"):
+        torch.fx.symbolic_trace(model)
+    assert "Net(" in repr(model)
+    modules = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    patch(modules, HALF)
+    nn.init.zeros_(modules[0].weight), nn.init.zeros_(modules[0].bias)
+    traced = torch.fx.symbolic_trace(modules)
+    assert torch.autograd.grad(traced(X).sum(), modules[0].bias)[0].tolist() == [0.5] * 3
+
+
+def test_torchvisions_feature_extractor():
+    model = torchvision.models.resnet18(num_classes=2).eval()
+    patch(model, HALF)
+    with pytest.raises(RuntimeError, match="unpatch the model first"):
+        create_feature_extractor(model, ["layer1"])
+    x = torch.randn(1, 3, 32, 32)
+    unpatch(model)
+    patch(model, HALF, example=x)  # now it is known that only modules have kinks
+    features = create_feature_extractor(model, ["layer1"])
+    with using(model, Jacobians(relu=1.0)):
+        assert torch.equal(features(x)["layer1"], model.layer1(model.maxpool(model.relu(model.bn1(model.conv1(x))))))
+    assert any("jacobian" in repr(m) for m in features.modules())
+
+
+def test_scripting_says_what_to_do():
+    for model in (Net(), nn.Sequential(nn.ReLU())):
+        patch(model, HALF)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with pytest.raises(
+                Exception, match=r"torch\.jit\.script drops the Jacobian choice: unpatch the model first"
+            ):
+                torch.jit.script(model)
+
+
+class Pooled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.act, self.pool = nn.Conv2d(1, 2, 1), nn.ReLU(inplace=True), nn.MaxPool2d(2)
+        self.slope = nn.PReLU()
+        nn.init.zeros_(self.conv.weight), nn.init.zeros_(self.conv.bias)
+
+    def forward(self, x):
+        x = self.slope(self.pool(self.act(self.conv(x))))
+        return x + F.hardtanh(x, -2.0, 2.0) + x.clamp(min=0) + torch.maximum(x, torch.zeros(()))
+
+
+def test_export_keeps_the_choice_now_in_force():
+    model, x = Pooled(), torch.ones(1, 1, 2, 2)
+    stock = Pooled()
+    stock.load_state_dict(model.state_dict())
+    patch(model, Jacobians(relu=1.0, max_pool="minimal", prelu=0.25, clamp=(0.5, 0.5), maximum="first"))
+    exported = torch.export.export(model, (x,)).module()
+    assert torch.equal(exported(x), stock(x))
+    grads = [
+        torch.autograd.grad(m(x).square().sum() + m(x).sum(), [p for _, p in sorted(m.named_parameters())])
+        for m in (model, exported, stock)
+    ]
+    for a, b in zip(*grads[:2], strict=True):
+        assert torch.equal(a, b)
+    assert not all(torch.equal(a, b) for a, b in zip(*grads[1:], strict=True))
+
+
+def test_export_refuses_what_a_graph_cannot_keep():
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.k = nn.Parameter(torch.zeros(3))
+
+        def forward(self, x):
+            return F.l1_loss(self.k, x)
+
+    model = Loss()
+    patch(model, Jacobians(abs=1.0))
+    with pytest.raises(Exception, match=r"with strict=False; or unpatch the model first"):
+        torch.export.export(model, (X,), strict=True)
+    with pytest.raises(Exception, match=r"torch\.export does not keep .* abs: unpatch the model first"):
+        torch.export.export(model, (X,))
+
+
+# ------------------------------------------------------------------------------------------------- the quick way
+def test_the_quick_way_is_tried_first_once_the_report_is_complete():
+    asked, made = [], []
+
+    def make(module, selection):
+        made.append((module, selection))
+
+        def fast(x):
+            asked.append(x)
+            return x * 2 if x.numel() == 1 else NotImplemented
+
+        return fast
+
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    patch(model, HALF)
+    one = torch.ones(1)
+    FAST["relu"], before = make, FAST.get("relu")
+    try:
+        assert model[1].forward.fast is None
+        with torch.no_grad():
+            model(X)
+        assert model[1].forward.fast is None
+        model(X)
+        assert made == []
+        model(X)
+        assert [(m, s.jacobians) for m, s in made] == [(model[1], HALF)]
+        assert model[1](one).item() == 2
+        assert torch.equal(model[1](torch.ones(3)), torch.ones(3))  # not taken
+        n = len(asked)
+        model[1](input=one)
+        torch.compile(model[1], backend="eager", fullgraph=True)(one)
+        assert len(asked) == n
+        counted = nn.Sequential(nn.ReLU())
+        patch(counted, Plan([{"call": 0, "relu": 1}]))
+        for _ in range(3):
+            counted(torch.ones(1, requires_grad=True))
+        assert counted[0].forward.fast is None
+        twin = copy.deepcopy(model)
+        assert twin[1].forward.fast is None
+    finally:
+        FAST.pop("relu")
+        if before is not None:
+            FAST["relu"] = before
+
+
+# ------------------------------------------------------------------------------------------------ nothing global
+def test_patch_neither_imports_the_compiler_nor_changes_the_process():
+    code = (
+        "import sys, threading, torch; from torch import nn; from nslightning import *;"
+        "start, relu, dynamo = threading.Thread.start, torch.nn.functional.relu, 'torch._dynamo' in sys.modules;"
+        "m = nn.Sequential(nn.Linear(2, 2), nn.ReLU()); patch(m, Jacobians(relu=1.0), example=torch.ones(1, 2));"
+        "m(torch.ones(1, 2)).sum().backward();"
+        "assert threading.Thread.start is start and torch.nn.functional.relu is relu;"
+        "assert dynamo or 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+@pytest.mark.parametrize("where", [torch.inference_mode, lambda: torch.device("meta")], ids=["inference", "meta"])
+def test_where_a_model_is_patched_does_not_matter(where):
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    nn.init.zeros_(model[0].weight), nn.init.zeros_(model[0].bias)
+    with where():
+        patch(model, HALF)
+    for run in (model, torch.compile(model, backend="aot_eager")):
+        with using(model, Jacobians(relu=1.0)):
+            assert torch.autograd.grad(run(torch.ones(1, 2)).sum(), model[0].bias)[0].tolist() == [1.0, 1.0]
+    with where(), using(model, Jacobians(relu=1.0)):
+        pass
+    torch._dynamo.reset()
+
+
+def test_compiled_autograd():
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1))
+    nn.init.zeros_(model[0].weight), nn.init.zeros_(model[0].bias), nn.init.ones_(model[2].weight)
+    patch(model, HALF)
+    with torch._dynamo.utils.maybe_enable_compiled_autograd(True):
+        for _ in range(2):
+            model.zero_grad()
+            model(torch.ones(3, 2)).sum().backward()
+            assert model[0].bias.grad.tolist() == [1.5] * 4
+    torch._dynamo.reset()
+
+
+def test_a_method_replaced_after_the_patch_is_undone_first():
+    model = Net()
+    patch(model, HALF)
+    inner = model.forward
+    model.forward = lambda x: inner(x) + 1
+    assert slope(model(X), model) == [0.25] * 3
+    with pytest.raises(ValueError, match="forward of the model was replaced after the patch: undo that first"):
+        unpatch(model)
+    model.forward = inner
+    unpatch(model)
+    assert "forward" not in vars(model)
+
+
+def test_a_setup_method_is_no_forward():
+    model = Lit()
+    found = patch(model, HALF)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PatchWarning)
+        model.configure_optimizers()
+    assert not found.traced
+    model.training_step(X, 0)
+    assert report(model).traced

@@ -1,0 +1,296 @@
+"""The same call, the same bits, watched or not, also where PyTorch itself takes another path under a mode."""
+
+import ast
+import copy
+import importlib
+import importlib.util
+import inspect
+import itertools
+import sys
+import types
+import unittest
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from bits import bits
+from torch import Tensor, nn
+from torch.overrides import has_torch_function
+from torch.utils._pytree import tree_flatten, tree_map
+
+from nslightning import Jacobians, PatchWarning, patch
+from nslightning.probes import counting
+from nslightning.surgery.interception import FORGETFUL
+from nslightning.surgery.methods import Caller
+
+# Modules of PyTorch's whose functions hand a call to a mode, written in Python.
+HANDLED = (
+    "torch.nn.functional",
+    "torch.functional",
+    "torch._tensor",
+    "torch.nn.init",
+    "torch._linalg_utils",
+    "torch._lowrank",
+    "torch._lobpcg",
+    "torch.autograd",
+)
+
+
+class Calls(nn.Module):
+    """A model that calls a function."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.call = call
+
+    def forward(self, *args, **kwargs):
+        return self.call(*args, **kwargs)
+
+
+def watched(call):
+    """A function as a patched model's code calls it."""
+    model = Calls(call)
+    patch(model, Jacobians(), strict=False)
+    return model
+
+
+# --------------------------------------------------------------------------------- read off PyTorch's source
+def handlers(module):
+    """Each function of a module that hands a call to a mode, with the parameters that it forgets."""
+    for function in ast.walk(ast.parse(inspect.getsource(importlib.import_module(module)))):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        given = function.args
+        parameters = {a.arg for a in (*given.posonlyargs, *given.args, *given.kwonlyargs)}
+        parameters |= {a.arg for a in (given.vararg, given.kwarg) if a is not None}
+        for call in ast.walk(function):
+            if isinstance(call, ast.Call) and ast.unparse(call.func) == "handle_torch_function":
+                passed = [*call.args[2:], *(k.value for k in call.keywords)]
+                names = {n.id for value in passed for n in ast.walk(value) if isinstance(n, ast.Name)}
+                yield function.name, ast.unparse(call.args[0]), parameters - names
+
+
+def test_the_functions_whose_handler_forgets_arguments_are_known():
+    forgetful = {
+        target.rpartition(".")[2]
+        for module in HANDLED
+        for name, target, forgotten in handlers(module)
+        # These pass on what they made of their arguments; a wrapper of methods passes on all that it is given.
+        if forgotten
+        and name not in ("einsum", "backward", "grad", "_handle_torch_function_and_wrap_type_error_to_not_implemented")
+    }
+    assert forgetful == {f.__name__ for f in FORGETFUL}
+
+
+def test_the_modules_that_ask_for_a_mode_are_known():
+    asking = set()
+    for name in ("activation", "transformer", "rnn", "linear", "conv", "loss", "pooling", "batchnorm", "sparse"):
+        for node in ast.walk(ast.parse(inspect.getsource(importlib.import_module(f"torch.nn.modules.{name}")))):
+            if isinstance(node, ast.ClassDef) and "has_torch_function" in ast.unparse(node):
+                asking.add(node.name)
+    assert asking == {cls.__name__ for cls in Caller.FUSED}
+
+
+# ------------------------------------------------------------------------------------------- forgotten arguments
+def test_forgotten_arguments_are_passed():
+    x, w = torch.tensor([1.0, 2.0], requires_grad=True), torch.tensor([10.0, 100.0])
+    for kwargs in ({"reduction": "sum", "weight": w}, {"weight": w}, {"reduction": "none"}):
+        stock, ours = (f(x, torch.zeros(2), **kwargs) for f in (F.l1_loss, watched(F.l1_loss)))
+        assert torch.equal(stock, ours)
+        assert torch.equal(*(torch.autograd.grad(y.sum(), x)[0] for y in (stock, ours)))
+    out = torch.empty(2, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated in favour of linalg.multi_dot
+        made = watched(torch.chain_matmul)(torch.ones(2, 2), torch.ones(2, 2), out=out)
+    assert made is out
+    wide = torch.ones(2, 1, 3)
+    assert watched(Tensor.dim_order)(wide) == wide.dim_order()
+    with pytest.raises(RuntimeError, match="unique dim order"):
+        watched(Tensor.dim_order)(torch.empty(1, 1), ambiguity_check=True)
+
+
+# ------------------------------------------------------------------------------------------------- all functions
+def samples(kind):
+    """PyTorch's own samples of arguments for its functions, two for each: the first, and the fullest."""
+    if importlib.util.find_spec("expecttest") is None:  # what PyTorch's own tests compare texts with
+        sys.modules["expecttest"] = types.SimpleNamespace(TestCase=unittest.TestCase)
+    try:
+        invocations = importlib.import_module("torch.testing._internal.common_methods_invocations")
+    finally:
+        if isinstance(sys.modules.get("expecttest"), types.SimpleNamespace):
+            del sys.modules["expecttest"]
+    for op in invocations.op_db:
+        if (
+            torch.float32 not in op.dtypes
+            or op.op is None
+            or op.name.startswith("nn.functional.") != (kind == "functional")
+        ):
+            continue
+        try:
+            given = list(itertools.islice(op.sample_inputs("cpu", torch.float32, requires_grad=False), 20))
+        except Exception:  # a sample may need a library that is not installed
+            continue
+        if given:
+            fullest = max(given, key=lambda s: len(s.kwargs) + len(s.args))
+            for sample in {id(s): s for s in (given[0], fullest)}.values():
+                yield op, sample
+
+
+def outcome(call, args, kwargs):
+    """What a call returns or raises, to the bit."""
+    args, kwargs = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs))
+    torch.manual_seed(0)
+    try:
+        result = call(*args, **kwargs)
+    except Exception as error:
+        return type(error).__name__
+    leaves, spec = tree_flatten(result)
+    shown = []
+    for x in leaves:
+        if isinstance(x, Tensor):
+            dense = x.to_dense() if x.layout != torch.strided else x
+            shown.append((x.dtype, tuple(x.shape), x.stride() if x.layout == torch.strided else (), x.requires_grad))
+            dense = dense.resolve_conj().resolve_neg()
+            shown.append(dense.to(torch.complex64) if dense.dtype == torch.complex32 else dense)
+        else:
+            shown.append(x if isinstance(x, (int, float, bool, str, type(None))) else type(x))
+    return str(spec), shown
+
+
+def alike(a, b):
+    if isinstance(a, str) or isinstance(b, str):
+        return a == b
+    if a[0] != b[0] or len(a[1]) != len(b[1]):
+        return False
+    for x, y in zip(a[1], b[1], strict=True):
+        if isinstance(x, Tensor):
+            if not (torch.equal(x, y) or torch.allclose(x, y, rtol=0, atol=0, equal_nan=True)):
+                return False
+        elif x != y and not (isinstance(x, float) and x != x):
+            return False
+    return True
+
+
+# They return memory that is not initialised.
+UNDEFINED = ("empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided", "resize_as_")
+
+
+@pytest.mark.parametrize(
+    ("kind", "least"),
+    [("functional", 120), pytest.param("other", 500, marks=pytest.mark.slow)],
+    ids=["functional", "all"],
+)
+def test_every_function_returns_the_same_bits(kind, least):
+    different, compared = [], 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for op, sample in samples(kind):
+            if op.name in UNDEFINED:
+                continue
+            args = (sample.input, *sample.args)
+            stock = outcome(op.op, args, sample.kwargs)
+            if not alike(stock, outcome(op.op, args, sample.kwargs)):
+                continue  # it differs from call to call
+            compared += 1
+            if not alike(stock, outcome(watched(op.op), args, sample.kwargs)):
+                different.append((op.name, op.variant_test_name))
+    assert compared > least
+    assert different == []
+
+
+# ------------------------------------------------------------------------------------------------- fused modules
+def encoder(**options):
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, **options)
+    return nn.TransformerEncoder(layer, 2)
+
+
+FUSED = {
+    "encoder": lambda: encoder(),
+    "normed first": lambda: encoder(norm_first=True),
+    "layer": lambda: nn.TransformerEncoderLayer(16, 2, 32, batch_first=True),
+    "inside": lambda: nn.Sequential(nn.Linear(16, 16), encoder(), nn.ReLU()),
+}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_kernels_stay_where_no_gradient_passes(name, dtype, training):
+    torch.manual_seed(0)
+    stock = FUSED[name]().to(dtype).requires_grad_(False).train(training)
+    model = nn.Sequential(copy.deepcopy(stock), nn.Linear(16, 2).to(dtype))
+    head = copy.deepcopy(model[1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PatchWarning)
+        patch(model, Jacobians())
+    x = torch.randn(2, 5, 16, dtype=dtype)
+    for enabled in (True, False):
+        for watch in (False, True):
+            with torch.set_grad_enabled(enabled):
+                torch.manual_seed(1)
+                want = head(stock(x))
+                torch.manual_seed(1)
+                if watch:
+                    with counting(model):
+                        out = model(x)
+                else:
+                    out = model(x)
+            assert torch.equal(bits(out), bits(want))
+
+
+def test_attention_alone_and_with_weights():
+    torch.manual_seed(0)
+    stock = nn.MultiheadAttention(16, 2, batch_first=True).eval()
+    model = Calls(copy.deepcopy(stock)).eval()
+    patch(model, Jacobians(), strict=False)
+    x = torch.randn(2, 5, 16)
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            for a, b in zip(stock(x, x, x), model(x, x, x), strict=True):
+                assert torch.equal(bits(a), bits(b))
+
+
+# ------------------------------------------------------------------------------------------ other modes, subclasses
+class Tagged(Tensor):
+    pass
+
+
+class Logging(torch.overrides.TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_subclasses_come_back_and_modes_of_others_go_on():
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), Calls(F.relu), nn.MaxPool1d(2))
+    patch(model, Jacobians(relu=0.5))
+    out = model(torch.ones(1, 2).as_subclass(Tagged))
+    assert type(out) is Tagged
+    with Logging() as mode:
+        model(torch.ones(1, 2))
+    assert F.linear in mode.seen
+    with torch.device("meta"):
+        assert nn.Linear(2, 2).weight.is_meta
+        assert not model(torch.ones(1, 2, device="cpu")).is_meta
+    assert not has_torch_function((torch.ones(1),))
+
+
+class Seeing(Tensor):
+    """A tensor whose class decides what functions do with it."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_a_tensor_whose_class_decides_is_named():
+    model = Calls(lambda x, w: F.relu(x * w))
+    w = nn.Parameter(torch.zeros(2))
+    patch(model, Jacobians())
+    with pytest.raises(ValueError, match="relu on a Seeing, whose class sees the call first"):
+        model(torch.ones(2).as_subclass(Seeing), w)
