@@ -24,8 +24,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from nslightning import Jacobians, PatchWarning, Plan, patch, unpatch, using
-from nslightning.surgery import report
-from nslightning.surgery.methods import FAST
+from nslightning.surgery import methods, report
 
 HALF = Jacobians(relu=0.5)
 
@@ -366,10 +365,10 @@ def test_export_refuses_what_a_graph_cannot_keep():
 
 
 # ------------------------------------------------------------------------------------------------- the quick way
-def test_the_quick_way_is_tried_first_once_the_report_is_complete():
+def test_the_quick_way_is_tried_first_once_the_report_is_complete(monkeypatch):
     asked, made = [], []
 
-    def make(module, selection):
+    def make(operation, module, selection):
         made.append((module, selection))
 
         def fast(x):
@@ -381,33 +380,27 @@ def test_the_quick_way_is_tried_first_once_the_report_is_complete():
     model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
     patch(model, HALF)
     one = torch.ones(1)
-    FAST["relu"], before = make, FAST.get("relu")
-    try:
-        assert model[1].forward.fast is None
-        with torch.no_grad():
-            model(X)
-        assert model[1].forward.fast is None
+    monkeypatch.setattr(methods.native, "site", make)
+    assert model[1].forward.fast is None
+    with torch.no_grad():
         model(X)
-        assert made == []
-        model(X)
-        assert [(m, s.jacobians) for m, s in made] == [(model[1], HALF)]
-        assert model[1](one).item() == 2
-        assert torch.equal(model[1](torch.ones(3)), torch.ones(3))  # not taken
-        n = len(asked)
-        model[1](input=one)
-        torch.compile(model[1], backend="eager", fullgraph=True)(one)
-        assert len(asked) == n
-        counted = nn.Sequential(nn.ReLU())
-        patch(counted, Plan([{"call": 0, "relu": 1}]))
-        for _ in range(3):
-            counted(torch.ones(1, requires_grad=True))
-        assert counted[0].forward.fast is None
-        twin = copy.deepcopy(model)
-        assert twin[1].forward.fast is None
-    finally:
-        FAST.pop("relu")
-        if before is not None:
-            FAST["relu"] = before
+    assert model[1].forward.fast is None
+    model(X)
+    assert made == []
+    model(X)
+    assert [(m, s.jacobians) for m, s in made] == [(model[1], HALF)]
+    assert model[1](one).item() == 2
+    assert torch.equal(model[1](torch.ones(3)), torch.ones(3))  # not taken
+    n = len(asked)
+    model[1](input=one)
+    torch.compile(model[1], backend="eager", fullgraph=True)(one)
+    assert len(asked) == n
+    assert copy.deepcopy(model)[1].forward.fast is None
+    counted = nn.Sequential(nn.ReLU())
+    patch(counted, Plan([{"call": 0, "relu": 1}]))
+    for _ in range(3):
+        counted(torch.ones(1, requires_grad=True))
+    assert counted[0].forward.fast is None
 
 
 # ------------------------------------------------------------------------------------------------ nothing global

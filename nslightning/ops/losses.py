@@ -64,6 +64,8 @@ def _triplet_margin(
 
 
 def _multi_margin(x: Tensor, target: Tensor, p: int = 1, margin: float = 1.0, weight: Tensor | None = None) -> _Hinge:
+    if x.dim() == 0:  # one class, and no hinge
+        x, target = x.unsqueeze(0), target.unsqueeze(0)
     target = target.unsqueeze(-1) if x.dim() == target.dim() + 1 else target
     others = torch.ones_like(x).scatter(-1, target, 0) / x.shape[-1]
     return margin - x.gather(-1, target) + x, others if weight is None else others * weight[target]

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from nslightning.jacobians import Jacobians
 from nslightning.ops.autograd.selection import Selection
-from nslightning.ops.max_pool import Regular
-from nslightning.ops.registry import OPERATIONS, Call, Operation
+from nslightning.ops.autograd.windows import Regular
+from nslightning.ops.record import OPERATIONS, Call, Operation
 
 __all__ = ["exported"]
 
@@ -50,8 +50,10 @@ def _backward(ctx: Any, gradients: list[Tensor]) -> tuple[Tensor | None, list[Te
         leaves = [t.detach().requires_grad_() for t in ctx.saved_tensors]
         results = _results(_evaluate(leaves[0], leaves[1:], ctx.spec))
         pairs = [(y, g) for y, g, floating in zip(results, gradients, ctx.floating, strict=True) if floating]
-        first, *rest = torch.autograd.grad([y for y, _ in pairs], leaves, [g for _, g in pairs], allow_unused=True)
-    return first, rest, None
+        found: list[Tensor | None] = list(
+            torch.autograd.grad([y for y, _ in pairs], leaves, [g for _, g in pairs], allow_unused=True)
+        )
+    return found[0], found[1:], None
 
 
 chosen.register_autograd(_backward, setup_context=_keep)

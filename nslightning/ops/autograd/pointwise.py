@@ -20,7 +20,7 @@ from nslightning.ops.autograd import fused, native
 from nslightning.ops.autograd.layouts import is_dense, storage_order, stored
 from nslightning.ops.autograd.nodes import NonsmoothFunction
 from nslightning.ops.autograd.selection import Selection, data_dependent, guarded, read_now
-from nslightning.ops.autograd.tie_bits import TieBits, chosen_value, find_ties, overwrite
+from nslightning.ops.autograd.tie_bits import TieBits, as_mask, chosen_value, find_ties, overwrite
 from nslightning.ops.record import OPERATIONS, Call, Kernels, Kink, Operation
 
 __all__ = ["pointwise", "pointwise_operation"]
@@ -195,7 +195,10 @@ def _vjp(
     operation, kernels, order = OPERATIONS[ctx.operation], _kernels(ctx.operation), ctx.order
     gradient, *others = _stock_vjp(ctx, g, saved, given)
     if torch.compiler.is_compiling():
-        for i, mask in enumerate(ties):
+        masks = ties  # a compiled backward of an eager forward has the packed ties of eager mode
+        if order is not None:
+            masks = [as_mask(TieBits(*ties[i : i + 2]), g, order) for i in range(0, len(ties), 2)]
+        for i, mask in enumerate(masks):
             gradient = _choose_compiled(operation, selection, i, mask, g, gradient)
         return (gradient, *others)
     constant = published and selection.jacobians.rule == "published" and kernels.published

@@ -18,7 +18,7 @@ from nslightning._torch import in_functorch
 from nslightning.ops.autograd.selection import Selection, concrete, data_dependent
 from nslightning.ops.kernels import cpu as cpu_kernels
 
-__all__ = ["TieBits", "chosen_value", "find_ties", "overwrite"]
+__all__ = ["TieBits", "as_mask", "chosen_value", "find_ties", "overwrite"]
 
 _BLOCK = 1 << 16  # entries a thread takes at a time; with a few temporaries, they fit its cache
 _COMPILED_BLOCK = 1 << 13  # and where the loops are compiled, which are split over the threads by blocks
@@ -169,11 +169,24 @@ def _compiled(x: Tensor) -> bool:
 def _mask(ties: TieBits, length: int) -> Tensor:
     """The ties of a tensor of so many entries, in the order in which they were found, bool."""
     size = 8 * ties.bits.shape[1]
-    mask = torch.zeros(length, dtype=torch.bool, device=ties.bits.device)
-    for number, bits in zip(ties.blocks.tolist(), ties.bits, strict=True):
-        block = mask[number * size : (number + 1) * size]
-        block.copy_(_unpack(bits)[: block.numel()])
-    return mask
+    blocks = (ties.bits.unsqueeze(1) & _WEIGHTS[torch.uint8].to(ties.bits.device)).ne(0).flatten(1)
+    mask = torch.zeros(-(-length // size), size, dtype=torch.bool, device=ties.bits.device)
+    return mask.index_copy(0, ties.blocks, blocks).view(-1)[:length]
+
+
+def as_mask(ties: TieBits, x: Tensor, order: tuple[int, ...]) -> Tensor:
+    """The ties as a mask.
+
+    Args:
+        ties: The ties of a tensor.
+        x: A tensor of its shape.
+        order: The order in which they were found.
+
+    Returns:
+        Bool, of the shape of ``x``.
+    """
+    places = [int(i) for i in order]  # compiled autograd hands over numbers that it does not know
+    return _mask(ties, x.numel()).view([x.shape[i] for i in places]).movedim(list(range(len(places))), places)
 
 
 def _unpack(bits: Tensor) -> Tensor:
