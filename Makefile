@@ -37,6 +37,7 @@ help: ## Show every target
 # .partial stands while the environment is being changed: found at the start, the last setup was interrupted,
 # a package may be half there, and the environment is built again from nothing (the cache makes that quick).
 $(VENV)/.ready: requirements.lock pyproject.toml nslightning/ops/kernels/cpu.cpp nslightning/ops/kernels/nodes.cpp \
+		nslightning/ops/kernels/arguments.h \
 		nslightning/arithmetic/sequential.cpp | $(LOCAL_UV)
 	@if [[ -e $(VENV)/.partial ]]; then rm -rf $(VENV); fi; \
 	if [[ -e $@ ]]; then mv $@ $(VENV)/.partial; \

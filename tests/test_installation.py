@@ -19,6 +19,7 @@ def test_the_version_says_which_ways_are_in_force(capsys, monkeypatch):
     shown = capsys.readouterr().out
     assert "torch" in shown
     assert "C++ autograd nodes" in shown
+    assert "NSLIGHTNING_NATIVE=cuda asks for them" in shown
     monkeypatch.setenv("NSLIGHTNING_NATIVE", "0")
     main(["--version", "--verbose"])
     assert "switched off by NSLIGHTNING_NATIVE=0" in capsys.readouterr().out

@@ -187,6 +187,32 @@ def test_pooling_nodes_have_the_bits_and_strides_of_stock_and_of_the_python_node
                 assert torch.equal(ours, without(run, jacobian)[1]), (layout, jacobian)
 
 
+def test_an_infinite_gradient_of_a_window_without_ties_reaches_its_entry_alone():
+    x = torch.arange(81.0).view(1, 1, 9, 9)
+    x[0, 0, 0, :3] = 100.0  # a tie in the first row of windows
+    x.requires_grad_()
+    for choice in ("minimal", "sum", 10.0, "last", 0.0):
+        y = pool(x, Selection(Jacobians(max_pool=choice)), regular(2, 3, 2))
+        g = torch.ones_like(y)
+        g[0, 0, :, -1] = float("inf")
+        (ours,) = torch.autograd.grad(y, x, g)
+        assert not ours.isnan().any(), choice
+        assert ours.isinf().sum() == 4
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_slope_of_zero_multiplies_infinite_gradients_as_stock(dtype):
+    x = torch.tensor([-1.0, 0.0, 1.0, -2.0], dtype=dtype, requires_grad=True)
+    g = torch.tensor([-float("inf"), 1.0, 3.0, -5.0], dtype=dtype)
+    for choice in (None, 0.5):
+        y = pointwise("leaky_relu", x, Selection(Jacobians(leaky_relu=choice)), 0.0)
+        assert native.describe(y.grad_fn) is not None
+        ours, stock = torch.autograd.grad(y, x, g)[0], torch.autograd.grad(F.leaky_relu(x, 0.0), x, g)[0]
+        others = torch.arange(4) != 1
+        assert_same(ours[others], stock[others])
+        assert ours[1] == (choice or 0.0)
+
+
 def test_what_the_nodes_do_not_take_goes_the_python_way():
     selection = Selection(Jacobians(relu=0.5, max_pool=0.5))
     x = torch.zeros(1, 1, 4, 4, requires_grad=True)

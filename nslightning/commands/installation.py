@@ -15,6 +15,12 @@ _NODES = {
     "no CPU kernels": "not in force, since the C++ kernels are missing",
     "switched off": "switched off by NSLIGHTNING_NATIVE=0",
 }
+_NODES_ON_CUDA = {
+    "in force": "in force, as NSLIGHTNING_NATIVE=cuda asks; no GPU has run them yet: check your results",
+    "not asked for": "not in force, since no GPU has run them yet: NSLIGHTNING_NATIVE=cuda asks for them",
+    "no nodes": "not in force, since there are no C++ autograd nodes",
+    "no NVRTC": "not in force, since NVRTC is missing: install nvidia-cuda-nvrtc of PyTorch's CUDA version",
+}
 
 
 def describe() -> str:
@@ -37,6 +43,7 @@ def describe() -> str:
         "GPU": cuda,
         "C++ kernels on a CPU": kernels,
         "C++ autograd nodes": _NODES[native.state()],
+        "C++ autograd nodes on CUDA": _NODES_ON_CUDA[native.cuda_state()],
         "Triton kernels on CUDA": triton,
     }
     width = max(map(len, rows))

@@ -1,12 +1,14 @@
 """The C++ autograd nodes, where they were built: a patched call then costs the host what a stock call costs.
 
 The nodes (``ops/kernels/nodes.cpp``) take the calls that networks make in training: plain tensors in eager mode on a
-CPU. Each function here returns ``NotImplemented`` for any other call, and the Python nodes take it, with the same bits.
+CPU, and where ``NSLIGHTNING_NATIVE=cuda`` is set on a CUDA device. Each function here returns ``NotImplemented`` for
+any other call, and the Python nodes take it, with the same bits.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from functools import cache, partial
 from importlib.machinery import ExtensionFileLoader
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from nslightning._torch import in_functorch, is_transformed
-from nslightning.ops.kernels import build, cpu
+from nslightning.ops.kernels import build, cpu, cuda
 from nslightning.ops.record import OPERATIONS as RECORDS
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ __all__ = [
     "Described",
     "backward",
     "composition",
+    "cuda_state",
     "describe",
     "max_pool2d",
     "pointwise",
@@ -107,6 +110,20 @@ def state() -> str:
     if not cpu.available():
         return "no CPU kernels"
     return "built" if build.library().exists() else "not built"
+
+
+def cuda_state() -> str:
+    """Whether the C++ nodes take CUDA tensors, too, for ``nslightning --version --verbose``.
+
+    Returns:
+        ``"in force"``, ``"not asked for"`` (no GPU has run these kernels yet, so ``NSLIGHTNING_NATIVE=cuda`` has to ask
+        for them), ``"no nodes"`` (:func:`state` says why) or ``"no NVRTC"``.
+    """
+    if state() != "built":
+        return "no nodes"
+    if os.environ.get("NSLIGHTNING_NATIVE") != "cuda":
+        return "not asked for"
+    return "in force" if cuda.available() else "no NVRTC"
 
 
 def _choice(library: ModuleType, selection: Selection) -> Any:
@@ -239,6 +256,30 @@ def release(node: Any) -> bool:
 
 
 # ---------------------------------------------------------------------------------------- called by the C++ nodes
+def _connect(index: int) -> bool:
+    """Load the CUDA kernels for a device that a node met for the first time, if they are in force.
+
+    Returns:
+        Whether to ask never again: not while a CUDA graph is captured, when nothing may be loaded.
+    """
+    if cuda_state() != "in force" or torch.version.hip is not None:
+        return True
+    if torch.cuda.is_current_stream_capturing():
+        return False
+    library = _library()
+    assert library is not None  # it called
+    major, minor = torch.cuda.get_device_capability(index)
+    try:
+        library.load(index, cuda.image(10 * major + minor), cuda.DRIVER, False)
+    except RuntimeError as error:
+        warnings.warn(
+            f"The C++ autograd nodes do not take tensors on cuda:{index}, as NSLIGHTNING_NATIVE=cuda asks: {error} "
+            "The Python nodes run, with the same bits.",
+            stacklevel=2,
+        )
+    return True
+
+
 def _composed(
     operation: str, parameters: tuple[Any, ...], selection: Selection, saved: tuple[Tensor, ...], g: Tensor, _: Any
 ) -> Tensor:
@@ -260,6 +301,7 @@ class _Module:
     """What ``nodes.cpp`` calls."""
 
     _composed = staticmethod(_composed)
+    _connect = staticmethod(_connect)
     _record = staticmethod(_record)
 
 

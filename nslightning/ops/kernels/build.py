@@ -22,6 +22,7 @@ import torch
 __all__ = ["SOURCE", "BuildError", "build", "cache_folder", "library"]
 
 SOURCE = Path(__file__).with_name("nodes.cpp")
+_HEADER = Path(__file__).with_name("arguments.h")
 _FLAGS = ("-std=c++20", "-O2", "-g0", "-fPIC", "-shared", "-fvisibility=hidden", "-w")
 
 
@@ -46,7 +47,7 @@ def library() -> Path:
     Returns:
         The file, which may not exist.
     """
-    source = hashlib.sha256(SOURCE.read_bytes() + repr(_FLAGS).encode()).hexdigest()[:12]
+    source = hashlib.sha256(SOURCE.read_bytes() + _HEADER.read_bytes() + repr(_FLAGS).encode()).hexdigest()[:12]
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     return cache_folder() / f"nodes-torch{torch.__version__}-{source}{suffix}"
 
@@ -77,7 +78,7 @@ def build(*, again: bool = False) -> Path:
         made = Path(folder) / into.name
         command = [compiler, *_FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={abi}"]
         command += [f"-isystem{path}" for path in headers] + [str(SOURCE), "-o", str(made)]
-        command += [f"-L{home / 'lib'}", "-ltorch_python", "-ltorch_cpu", "-ltorch", "-lc10"]
+        command += [f"-L{home / 'lib'}", "-ltorch_python", "-ltorch_cpu", "-ltorch", "-lc10", "-ldl"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             shown = "\n".join(done.stderr.strip().splitlines()[:30])

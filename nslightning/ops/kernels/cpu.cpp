@@ -279,7 +279,8 @@ void overwrite_blocks(T* gradient, const T* g, const int64_t* numbers, const uin
 // -------------------------------------------------------------- operations of one or two kinks, from their input itself
 
 // Where entries count as ties, and the derivatives there; a position that is NaN counts none. Between the bounds the
-// derivative is 1, else `slope`; a bound that is NaN is absent.
+// derivative is 1. Elsewhere it is `slope`, and where that is NaN the gradient is 0, that of an infinite one, too. A bound
+// that is NaN is absent.
 struct Linear {
   double position[2], derivative[2], low, high, slope;
 };
@@ -306,7 +307,7 @@ bool linear_backward_some(const T* __restrict g, const T* __restrict x, T* __res
   const T low = static_cast<T>(how.low), high = static_cast<T>(how.high), slope = static_cast<T>(how.slope);
   const T first = static_cast<T>(how.position[0]), second = static_cast<T>(how.position[1]);
   const T at_first = static_cast<T>(how.derivative[0]), at_second = static_cast<T>(how.derivative[1]);
-  const bool flat = slope == 0;
+  const bool flat = slope != slope;
   Bits<T> nan = 0;
   for (int64_t i = 0; i < n; ++i) {
     const T value = x[i], incoming = g[i];
@@ -559,10 +560,8 @@ struct Shares {
       rest[i] = g[i] * weights.rest[count];
       target[i] = g[i] * weights.target[count];
     }
-    if (weights.difference()) {
-      clear(weights.rest, rest.data(), n);
-      clear(weights.target, target.data(), n);
-    }
+    if (weights.difference() || weights.apart) clear(weights.rest, rest.data(), n);
+    if (weights.difference()) clear(weights.target, target.data(), n);
   }
 
   // Nothing of an infinite gradient is nothing.
@@ -1091,7 +1090,7 @@ void pool_backward_all(const H* g, const uint16_t* masks, const Weights<float>& 
 }  // namespace
 
 // Of the arguments below, as in cpu.py and nodes.cpp.
-EXPORT const int64_t version = 7;
+EXPORT const int64_t version = 8;
 
 // The names end in the entries' dtype.
 #define ENTRIES(T, NAME)                                                                                               \

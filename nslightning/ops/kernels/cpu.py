@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_VERSION = 7  # of the functions' arguments, as in cpu.cpp
+_VERSION = 8  # of the functions' arguments, as in cpu.cpp
 
 
 def available() -> bool:

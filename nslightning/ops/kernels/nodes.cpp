@@ -7,7 +7,11 @@
 // the same saved tensors and with the same bits.
 //
 // Built by build.py for one version of PyTorch. The loops over the memory are cpu.cpp's, whose addresses native.py
-// hands over: they need no header of PyTorch's.
+// hands over: they need no header of PyTorch's. On a CUDA device they are cuda.cu's, launched by NVIDIA's driver on
+// PyTorch's current stream. There no value is looked at and nothing is waited for.
+
+#define PY_SSIZE_T_CLEAN
+#include "arguments.h"
 
 #include <ATen/TensorIterator.h>
 #include <ATen/Parallel.h>
@@ -33,6 +37,7 @@
 #include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/threshold_backward.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -41,8 +46,11 @@
 #include <torch/csrc/jit/frontend/tracer.h>
 #include <torch/custom_class.h>
 
+#include <dlfcn.h>
 #include <structmember.h>
 
+#include <array>
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <memory>
@@ -83,14 +91,209 @@ Kernels kernels[DTYPES];
 const at::ScalarType dtypes[DTYPES] = {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf};
 const char* const dtype_names[DTYPES] = {"float32", "float64", "bfloat16", "float16"};
 
-const Kernels* kernels_of(const Tensor& x) {
+int dtype_of(const Tensor& x) {
   for (int i = 0; i < DTYPES; ++i) {
-    if (x.scalar_type() == dtypes[i]) return kernels[i].any_equal ? &kernels[i] : nullptr;
+    if (x.scalar_type() == dtypes[i]) return i;
   }
-  return nullptr;
+  return -1;
+}
+
+const Kernels* kernels_of(const Tensor& x) {
+  const int dtype = dtype_of(x);
+  return dtype >= 0 && kernels[dtype].any_equal ? &kernels[dtype] : nullptr;
 }
 
 constexpr double ABSENT = std::numeric_limits<double>::quiet_NaN();  // no entry equals it
+
+// ------------------------------------------------------------------------------------------------------- CUDA devices
+
+enum DeviceKernel : int {
+  RELU_FORWARD, RELU_BACKWARD, LINEAR_BACKWARD, REPLACE, POOL_FORWARD, POOL_BACKWARD, POOL_FORWARD_WIDE,
+  POOL_BACKWARD_WIDE, DEVICE_KERNELS
+};
+
+const char* const DEVICE_KERNEL_NAMES[DEVICE_KERNELS] = {
+    "relu_forward", "relu_backward", "linear_backward", "replace",
+    "pool_forward", "pool_backward", "pool_forward_wide", "pool_backward_wide"};
+
+// The functions of NVIDIA's driver that are called here, as cuda.h declares them; a result other than 0 is an error.
+struct Driver {
+  int (*cuInit)(unsigned);
+  int (*cuDeviceGet)(int*, int);
+  int (*cuDevicePrimaryCtxRetain)(void**, int);
+  int (*cuCtxGetCurrent)(void**);
+  int (*cuCtxSetCurrent)(void*);
+  int (*cuModuleLoadData)(void**, const void*);
+  int (*cuModuleGetFunction)(void**, void*, const char*);
+  int (*cuGetErrorString)(int, const char**);
+  int (*cuLaunchKernel)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**,
+                        void**);
+
+  explicit Driver(const char* library) {
+    void* opened = dlopen(library, RTLD_NOW);
+    TORCH_CHECK(opened, "NVIDIA's driver cannot be loaded: ", dlerror());
+    const auto find = [&](const char* name, auto& into) {
+      into = reinterpret_cast<std::decay_t<decltype(into)>>(dlsym(opened, name));
+      TORCH_CHECK(into, library, " has no function ", name);
+    };
+    find("cuInit", cuInit);
+    find("cuDeviceGet", cuDeviceGet);
+    find("cuDevicePrimaryCtxRetain", cuDevicePrimaryCtxRetain);
+    find("cuCtxGetCurrent", cuCtxGetCurrent);
+    find("cuCtxSetCurrent", cuCtxSetCurrent);
+    find("cuModuleLoadData", cuModuleLoadData);
+    find("cuModuleGetFunction", cuModuleGetFunction);
+    find("cuGetErrorString", cuGetErrorString);
+    find("cuLaunchKernel", cuLaunchKernel);
+  }
+
+  void check(int result, const char* call) const {
+    if (result == 0) return;
+    const char* text = nullptr;
+    cuGetErrorString(result, &text);
+    TORCH_CHECK(false, call, ": ", text ? text : "unknown error", " (", result, ")");
+  }
+};
+
+// Makes a device's context the current one: PyTorch may not have touched the device in this thread.
+struct InContext {
+  const Driver& driver;
+  void *context, *before = nullptr;
+
+  InContext(const Driver& driver, void* context) : driver(driver), context(context) {
+    driver.check(driver.cuCtxGetCurrent(&before), "cuCtxGetCurrent");
+    if (before != context) driver.check(driver.cuCtxSetCurrent(context), "cuCtxSetCurrent");
+  }
+  ~InContext() {
+    if (before && before != context) driver.cuCtxSetCurrent(before);
+  }
+};
+
+// A device and its kernels. It is never freed, since graphs may be replayed when the interpreter goes away.
+struct Device {
+  Driver driver;
+  void* context = nullptr;
+  void* functions[DEVICE_KERNELS][DTYPES] = {};
+
+  Device(const char* library, int index, const void* image) : driver(library) {
+    int device;
+    driver.check(driver.cuInit(0), "cuInit");
+    driver.check(driver.cuDeviceGet(&device, index), "cuDeviceGet");
+    driver.check(driver.cuDevicePrimaryCtxRetain(&context, device), "cuDevicePrimaryCtxRetain");
+    const InContext current(driver, context);
+    void* module;
+    driver.check(driver.cuModuleLoadData(&module, image), "cuModuleLoadData");
+    for (int kernel = 0; kernel < DEVICE_KERNELS; ++kernel) {
+      for (int dtype = 0; dtype < DTYPES; ++dtype) {
+        const std::string name = std::string(DEVICE_KERNEL_NAMES[kernel]) + "_" + dtype_names[dtype];
+        driver.check(driver.cuModuleGetFunction(&functions[kernel][dtype], module, name.c_str()), name.c_str());
+      }
+    }
+  }
+};
+
+constexpr int DEVICES = 64;
+std::array<std::atomic<const Device*>, DEVICES> devices{};
+std::array<std::atomic<bool>, DEVICES> asked{};  // whether native.py was asked to connect them
+std::atomic<bool> host_is_device{false};         // CPU tensors take the way of CUDA tensors: for a test without a GPU
+
+// The device whose kernels work on a tensor; null on a CPU, and where the kernels are not loaded.
+const Device* gpu_of(const Tensor& x) {
+  if (x.is_cuda()) return x.get_device() < DEVICES ? devices[x.get_device()].load() : nullptr;
+  return host_is_device && x.device().is_cpu() ? devices[0].load() : nullptr;
+}
+
+// The handle that the driver takes of a stream of PyTorch's.
+template <typename Stream>
+void* handle_of(const Stream& stream) {
+  if constexpr (requires { stream.native_handle(); }) {
+    return stream.native_handle();
+  } else {  // of an older PyTorch, where a CUDAStream is its only member, a Stream
+    using Handle = void* (*)(const Stream*);
+    static const auto handle = [] {
+      void* library = dlopen("libc10_cuda.so", RTLD_NOW | RTLD_NOLOAD);
+      return reinterpret_cast<Handle>(library ? dlsym(library, "_ZNK3c104cuda10CUDAStream6streamEv") : nullptr);
+    }();
+    TORCH_CHECK(handle, "this PyTorch does not tell the handle of a stream");
+    return handle(&stream);
+  }
+}
+
+void* stream_of(const Tensor& x) {
+  if (!x.is_cuda()) return nullptr;
+  return handle_of(c10::impl::VirtualGuardImpl(x.device().type()).getStream(x.device()));
+}
+
+// Start a kernel on so many threads, on the current stream. The arguments have the types of the kernel's parameters.
+template <typename... Arguments>
+void launch(const Tensor& x, DeviceKernel kernel, int64_t threads, Arguments... arguments) {
+  if (threads == 0) return;
+  const Device& device = *gpu_of(x);
+  void* pointers[] = {&arguments...};
+  const auto blocks = (threads + BLOCK - 1) / BLOCK;
+  TORCH_CHECK(blocks < (int64_t{1} << 31), "a tensor of ", x.numel(), " entries is too large for one launch");
+  const InContext current(device.driver, device.context);
+  device.driver.check(
+      device.driver.cuLaunchKernel(device.functions[kernel][dtype_of(x)], static_cast<unsigned>(blocks), 1, 1, BLOCK, 1,
+                                   1, 0, stream_of(x), pointers, nullptr),
+      DEVICE_KERNEL_NAMES[kernel]);
+}
+
+int64_t groups(const Tensor& x) { return (x.numel() + GROUP - 1) / GROUP; }
+
+// Call work(number of the dtype that a tensor's arithmetic is done in).
+template <typename Work>
+void in_wide(const Tensor& x, Work work) {
+  if (x.scalar_type() == at::kDouble) work(double());
+  else work(float());
+}
+
+// A number as an entry of the tensor has it.
+double as_entry(const Tensor& x, double value) {
+  switch (x.scalar_type()) {
+    case at::kHalf: return static_cast<float>(at::Half(static_cast<float>(value)));
+    case at::kBFloat16: return static_cast<float>(at::BFloat16(static_cast<float>(value)));
+    default: return value;
+  }
+}
+
+// `how` as the kernels of cpu.cpp take it.
+template <typename W>
+Linear<W> linear(const Tensor& x, const double* how) {
+  const auto wide = [](double value) { return static_cast<W>(value); };
+  return {{wide(as_entry(x, how[0])), wide(as_entry(x, how[1]))}, {wide(how[2]), wide(how[3])}, wide(how[4]),
+          wide(how[5]), wide(how[6])};
+}
+
+// A pooling's geometry as the kernels of cpu.cpp take it, for those of cuda.cu.
+template <typename I>
+Geometry<I> windows(const int64_t* at) {
+  Geometry<I> of;
+  divide_by(at[1], of.channels), divide_by(at[2], of.height), divide_by(at[3], of.width);
+  divide_by(at[4], of.rows), divide_by(at[5], of.columns);
+  for (int i = 0; i < 2; ++i) {
+    divide_by(at[8 + i], of.stride[i]), divide_by(at[12 + i], of.dilation[i]);
+    of.kernel[i] = static_cast<I>(at[6 + i]), of.padding[i] = static_cast<I>(at[10 + i]);
+  }
+  of.last = at[14] != 0;
+  return of;
+}
+
+int64_t narrow_limit = (int64_t{1} << 31) - (1 << 16);  // entries that 32 bits count, with room for the last block
+
+// Start a pooling's kernel on one thread per entry of `result`.
+template <typename... Arguments>
+void launch_pool(const Tensor& result, const Tensor& input, DeviceKernel kernel, const int64_t* at, const void* from,
+                 void* or_masks, void* into, Arguments... arguments) {
+  const auto n = static_cast<long long>(result.numel());
+  const bool wide = std::max(result.numel(), input.numel()) > narrow_limit;
+  if (wide) {
+    launch(input, static_cast<DeviceKernel>(kernel + 2), n, from, or_masks, into, n, windows<long long>(at),
+           arguments...);
+  } else {
+    launch(input, kernel, n, from, or_masks, into, n, windows<int>(at), arguments...);
+  }
+}
 
 // ------------------------------------------------------------------------------------------------------- the choice
 
@@ -146,13 +349,18 @@ bool plain_thread() {
          !torch::jit::tracer::isTracing();
 }
 
-// Whether a tensor is numbers in memory, each in a place of its own, on a CPU.
+// Whether a tensor is numbers in memory, each in a place of its own, on a CPU or a device whose kernels are loaded.
 bool plain(const Tensor& x) {
   static const auto allowed =
       c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::AutogradCPU,
                            c10::DispatchKey::AutocastCPU, c10::DispatchKey::AutogradFunctionality});
-  return x.defined() && (x.key_set().raw_repr() & ~allowed.raw_repr()) == 0 && x.layout() == at::kStrided && kernels_of(x) &&
-         x.is_non_overlapping_and_dense();
+  static const auto allowed_on_cuda =
+      c10::DispatchKeySet({c10::DispatchKey::CUDA, c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::AutogradCUDA,
+                           c10::DispatchKey::AutocastCUDA, c10::DispatchKey::AutogradFunctionality});
+  if (!x.defined() || x.layout() != at::kStrided || !kernels_of(x)) return false;
+  if (x.is_cuda() && !gpu_of(x)) return false;
+  const auto& keys = x.is_cuda() ? allowed_on_cuda : allowed;
+  return (x.key_set().raw_repr() & ~keys.raw_repr()) == 0 && x.is_non_overlapping_and_dense();
 }
 
 bool differentiated(const Tensor& x) { return at::GradMode::is_enabled() && x.requires_grad(); }
@@ -297,10 +505,11 @@ Tensor composed(const Call& call, const variable_list& saved, const Tensor& g) {
   return THPVariable_Unpack(result.get());
 }
 
-// Whether a kernel of ours may work on a gradient: it is numbers in memory, and will not be differentiated again.
-bool final(const Tensor& g) {
+// Whether a kernel of ours may work on a gradient: it is numbers in memory where those are that the node saved, and will
+// not be differentiated again.
+bool final(const Tensor& g, const Tensor& saved) {
   return !at::GradMode::is_enabled() && plain_thread() && kernels_of(g) && g.layout() == at::kStrided &&
-         !g.is_neg() && !g._is_zerotensor() && g.device().is_cpu() &&
+         !g.is_neg() && !g._is_zerotensor() && g.device() == saved.device() &&
          !g.key_set().has(c10::DispatchKey::Python) && !g.key_set().has(c10::DispatchKey::FuncTorchBatched) &&
          !g.key_set().has(c10::DispatchKey::Batched) && !g.key_set().has(c10::DispatchKey::Functionalize);
 }
@@ -318,9 +527,15 @@ Tensor relu_gradient(const Call& call, const variable_list& saved, const Tensor&
   const bool constant = *call.choice->published;
   const Tensor &y = saved[0], &bits = saved[1];
   if (std::isnan(alpha) || (alpha == 0 && !constant)) return at::threshold_backward(g, y, 0);
-  if (std::isinf(alpha) || !final(g)) return composed(call, saved, g);
+  if (std::isinf(alpha) || !final(g, y)) return composed(call, saved, g);
   return filled(like(y, g), y, [&](void* into) {
     const Tensor incoming = laid_out_as(g, y);
+    if (gpu_of(y)) {
+      return in_wide(y, [&](auto wide) {
+        launch(y, RELU_BACKWARD, groups(y), incoming.const_data_ptr(), y.const_data_ptr(), bits.const_data_ptr(), into,
+               static_cast<long long>(y.numel()), static_cast<decltype(wide)>(alpha), constant);
+      });
+    }
     kernels_of(y)->relu_backward(incoming.const_data_ptr(), y.const_data_ptr(), bits.const_data_ptr<uint8_t>(), into,
                                  y.numel(), alpha, constant, at::get_num_threads());
   });
@@ -364,17 +579,25 @@ Tensor pointwise_gradient(const Call& call, const variable_list& saved, const Te
     const bool as_stock = std::isnan(derivative) || (derivative == reference && (derivative == 0 || !constant));
     if (!as_stock) how[i] = kinks[i].position, how[2 + i] = derivative;
   }
-  if (!final(g)) return composed(call, saved, g);
+  if (!final(g, x)) return composed(call, saved, g);
   const auto* kernel = kernels_of(x);
+  const bool on_device = gpu_of(x);
+  const auto n = static_cast<long long>(x.numel());
   const int64_t threads = at::get_num_threads();
   if (call.op == RELU6 || call.op == HARDTANH || call.op == LEAKY_RELU) {
     const bool leaky = call.op == LEAKY_RELU, unit = call.op == RELU6;
     how[4] = leaky || unit ? 0 : call.parameters[0];
     how[5] = leaky ? ABSENT : unit ? 6 : call.parameters[1];
-    how[6] = leaky ? call.parameters[0] : 0;
+    how[6] = leaky ? call.parameters[0] : ABSENT;
     const Tensor incoming = laid_out_as(g, x);
     bool nan = false;
     const Tensor gradient = filled(leaky ? like(x, g) : like(g, x), x, [&](void* into) {
+      if (on_device) {
+        return in_wide(x, [&](auto wide) {
+          launch(x, LINEAR_BACKWARD, groups(x), incoming.const_data_ptr(), x.const_data_ptr(), into, n,
+                 linear<decltype(wide)>(x, how), constant);
+        });
+      }
       nan = kernel->linear_backward(incoming.const_data_ptr(), x.const_data_ptr(), into, x.numel(), how, constant,
                                     threads);
     });
@@ -384,7 +607,14 @@ Tensor pointwise_gradient(const Call& call, const variable_list& saved, const Te
   const Tensor gradient = stock_backward(call, g, x);
   if (std::isnan(how[0]) && std::isnan(how[1])) return gradient;
   const Tensor at = laid_out_as(x, gradient), incoming = laid_out_as(g, gradient);
-  kernel->replace(incoming.const_data_ptr(), at.const_data_ptr(), gradient.data_ptr(), x.numel(), how, threads);
+  if (on_device) {
+    in_wide(x, [&](auto wide) {
+      launch(x, REPLACE, groups(x), incoming.const_data_ptr(), at.const_data_ptr(), gradient.data_ptr(), n,
+             linear<decltype(wide)>(x, how));
+    });
+  } else {
+    kernel->replace(incoming.const_data_ptr(), at.const_data_ptr(), gradient.data_ptr(), x.numel(), how, threads);
+  }
   return gradient;
 }
 
@@ -408,11 +638,21 @@ bool disjoint(const int64_t* geometry) {
 Tensor pool_gradient(const Call& call, const variable_list& saved, const Tensor& g) {
   const Tensor &x = saved[0], &masks = saved[1];
   const double* weights = call.choice->pool;
-  if (std::isinf(weights[0]) || !final(g)) return composed(call, saved, g);
+  if (std::isinf(weights[0]) || !final(g, x)) return composed(call, saved, g);
   const bool vertex = weights[0] == 0 && weights[1] == 1 && weights[2] == 0;
   const bool apart = !(disjoint(call.geometry) || vertex || weights[1] == 0), last = weights[3] != 0;
   const Tensor gradient = at::empty(x.sizes(), x.options().memory_format(x.suggest_memory_format()));
   const Tensor incoming = laid_out_as(g, masks);
+  if (gpu_of(x)) {
+    in_wide(x, [&](auto wide) {
+      const auto number = [](double value) { return static_cast<decltype(wide)>(value); };
+      const Shares<decltype(wide)> shares{number(weights[0]), number(weights[1]), number(weights[2]), last, apart,
+                                          vertex};
+      launch_pool(gradient, x, POOL_BACKWARD, call.geometry, incoming.const_data_ptr(),
+                  const_cast<void*>(masks.const_data_ptr()), gradient.data_ptr(), shares);
+    });
+    return gradient;
+  }
   const auto fill = [&](const void* table) {
     kernels_of(x)->pool_backward(incoming.const_data_ptr(), masks.const_data_ptr<int16_t>(), table,
                                  gradient.data_ptr(), call.geometry, last, apart, vertex, at::get_num_threads());
@@ -456,11 +696,18 @@ struct Nonsmooth : torch::autograd::Function<Node> {
 struct ReLU : Nonsmooth<ReLU> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const CallPtr& call) {
     const auto* kernel = kernels_of(x);
-    const bool half = x.element_size() == 2;  // whose output is stock's, written after the ties are known
+    const bool on_device = gpu_of(x);
+    // On a CPU the output of half precisions is stock's, written after the ties are known.
+    const bool half = x.element_size() == 2 && !on_device;
     Tensor y = call->inplace || half ? x : like(x);
     const Tensor bits = at::empty({(x.numel() + 7) / 8}, x.options().dtype(at::kByte));
-    kernel->relu_forward(x.const_data_ptr(), const_cast<void*>(y.const_data_ptr()), bits.data_ptr<uint8_t>(),
-                         x.numel(), at::get_num_threads());
+    if (on_device) {
+      launch(x, RELU_FORWARD, groups(x), x.const_data_ptr(), const_cast<void*>(y.const_data_ptr()), bits.data_ptr(),
+             static_cast<long long>(x.numel()));
+    } else {
+      kernel->relu_forward(x.const_data_ptr(), const_cast<void*>(y.const_data_ptr()), bits.data_ptr<uint8_t>(),
+                           x.numel(), at::get_num_threads());
+    }
     if (half) {
       if (call->inplace) {
         at::AutoDispatchBelowADInplaceOrView below;  // its version is counted where it is marked as dirty
@@ -476,11 +723,20 @@ struct ReLU : Nonsmooth<ReLU> {
   }
 };
 
-// Keeps the input, as stock.
+// Keeps the input, as stock; a copy of it where it is overwritten.
 struct Pointwise : Nonsmooth<Pointwise> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const CallPtr& call) {
-    keep(ctx, call, {x});
-    return stock_forward(*call, x);
+    if (!call->inplace) {
+      keep(ctx, call, {x});
+      return stock_forward(*call, x);
+    }
+    keep(ctx, call, {like(x).copy_(x)});
+    {
+      at::AutoDispatchBelowADInplaceOrView below;  // its version is counted where it is marked as dirty
+      stock_forward_(*call, x);
+    }
+    ctx->mark_dirty({x});
+    return x;
   }
 };
 
@@ -491,6 +747,11 @@ struct MaxPool2d : Nonsmooth<MaxPool2d> {
     const auto format = x.suggest_memory_format();
     const Tensor y = at::empty({at[0], at[1], at[4], at[5]}, x.options().memory_format(format));
     const Tensor masks = at::empty_like(y, y.options().dtype(at::kShort));
+    if (gpu_of(x)) {  // where to look would be to wait: a window may be tied
+      launch_pool(y, x, POOL_FORWARD, at, x.const_data_ptr(), y.data_ptr(), masks.data_ptr());
+      keep(ctx, call, {x, masks});
+      return y;
+    }
     // What a window of zeros shares out ends in the stock ReLU right below, whatever the choice: none of its own
     // entries tied, or its gradient at 0 is not ours to choose.
     const auto& below = x.grad_fn();
@@ -514,11 +775,11 @@ Tensor apply(const CallPtr& call, const Tensor& x) {
   }
   Kink kinks[2];
   kinks_of(*call, kinks);
-  if (!needed || !kernels_of(x)->any_equal(x.const_data_ptr(), x.numel(), kinks[0].position, kinks[1].position,
-                                           at::get_num_threads())) {
-    return call->inplace ? stock_forward_(*call, x) : stock_forward(*call, x);
-  }
-  if (call->inplace && (call->op != RELU || x.is_view() || x.is_leaf())) return Tensor();
+  const bool tied = gpu_of(x) || kernels_of(x)->any_equal(x.const_data_ptr(), x.numel(), kinks[0].position,
+                                                             kinks[1].position, at::get_num_threads());
+  if (!needed || !tied) return call->inplace ? stock_forward_(*call, x) : stock_forward(*call, x);
+  if (call->inplace && (x.is_view() || x.is_leaf())) return Tensor();
+  if (call->inplace && call->op == LEAKY_RELU && call->parameters[0] < 0) return Tensor();  // refused there
   return call->op == RELU ? ReLU::apply(x, call) : Pointwise::apply(x, call);
 }
 
@@ -543,6 +804,11 @@ AutogradContext* context_of(torch::autograd::Node* node) {
 
 PyObject* applied(const CallPtr& call, PyObject* object) {
   const Tensor x = THPVariable_Unpack(object);
+  if (x.is_cuda() && x.get_device() < DEVICES && !asked[x.get_device()] && plain_thread()) {
+    THPObjectPtr known(PyObject_CallMethod(python, "_connect", "i", static_cast<int>(x.get_device())));
+    if (!known) throw python_error();
+    asked[x.get_device()] = PyObject_IsTrue(known.get());
+  }
   Tensor result;
   {
     NoGIL free;
@@ -591,7 +857,8 @@ bool complete(Call& call, bool ceil_mode, const Tensor& x) {
   }
   for (int i = 0; i < 4; ++i) at[i] = x.size(i);
   at[14] = !contiguous;
-  return x.element_size() > 2 || disjoint(at);  // stock rounds each sum of overlapping windows, in an order of its own
+  // On a CPU stock rounds each sum of overlapping windows, in an order of its own.
+  return x.element_size() > 2 || gpu_of(x) || x.is_cuda() || disjoint(at);
 }
 
 // ------------------------------------------------------------------------- a patched module's call, as a Python object
@@ -872,8 +1139,34 @@ PyObject* connect(PyObject*, PyObject* args) {
   END_HANDLE_TH_ERRORS
 }
 
+// load(index, image, driver, host): the kernels for a CUDA device, and the library that launches them. `host` lets CPU
+// tensors take them, for a test without a GPU; without an image they no longer do.
+PyObject* load(PyObject*, PyObject* args) {
+  HANDLE_TH_ERRORS
+  int index, host;
+  const char *image, *library;
+  Py_ssize_t size;
+  if (!PyArg_ParseTuple(args, "iz#sp", &index, &image, &size, &library, &host)) return nullptr;
+  TORCH_CHECK(index >= 0 && index < DEVICES, "no device ", index);
+  devices[index] = image ? new Device(library, index, image) : nullptr;
+  host_is_device = host && image;
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
+// count_in_64_bits(beyond): for a test: the entries beyond which indices have 64 bits. Returns what it was.
+PyObject* count_in_64_bits(PyObject*, PyObject* beyond) {
+  HANDLE_TH_ERRORS
+  const int64_t before = narrow_limit;
+  narrow_limit = PyLong_AsLongLong(beyond);
+  return PyLong_FromLongLong(before);
+  END_HANDLE_TH_ERRORS
+}
+
 PyMethodDef methods[] = {
     {"connect", connect, METH_VARARGS, nullptr},
+    {"load", load, METH_VARARGS, nullptr},
+    {"count_in_64_bits", count_in_64_bits, METH_O, nullptr},
     {"share", share, METH_VARARGS, nullptr},
     {"site", make_site, METH_VARARGS, nullptr},
     {"pointwise", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(pointwise)), METH_FASTCALL, nullptr},

@@ -1,0 +1,129 @@
+"""Compiles the CUDA kernels (``cuda.cu``) for a device, by NVRTC, which comes with PyTorch's wheels for CUDA.
+
+Neither a CUDA toolkit nor a device is needed to compile. The binary is kept in the folder of the C++ nodes (see
+:mod:`~nslightning.ops.kernels.build`), which launch the kernels. Its name holds the device's architecture and a hash of
+the source.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import sys
+import tempfile
+from ctypes.util import find_library
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from nslightning.ops.kernels import build
+
+__all__ = ["DRIVER", "CompilationError", "available", "compiled", "image"]
+
+#: The library of NVIDIA's driver, by which the nodes launch kernels.
+DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+_SOURCE = Path(__file__).with_name("cuda.cu")
+# No contraction: a product is rounded before it is added, as everywhere else.
+_OPTIONS = ("-std=c++17", "--device-as-default-execution-space", "--fmad=false", "--ftz=false", "--prec-div=true")
+
+
+class CompilationError(RuntimeError):
+    """NVRTC is not installed, or could not compile the kernels."""
+
+
+@cache
+def _nvrtc() -> ctypes.CDLL | None:
+    """NVRTC as PyTorch's wheels bring it, else as the system has it."""
+    spec = find_spec("nvidia")
+    folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec is not None else []
+    pattern = "libnvrtc.so.*" if sys.platform != "win32" else "nvrtc64_*.dll"
+    files = [str(path) for folder in folders for path in sorted(folder.glob(f"*/*/{pattern}"))]
+    system = find_library("nvrtc")
+    for name in (*files, *(() if system is None else (system,))):
+        try:
+            return ctypes.CDLL(name)
+        except OSError:  # another platform's, or half installed
+            continue
+    return None
+
+
+def available() -> bool:
+    """Whether there is a compiler for CUDA kernels."""
+    return _nvrtc() is not None
+
+
+def image(architecture: int) -> bytes:
+    """The kernels compiled for an architecture, from the cache or by NVRTC, in some seconds.
+
+    Args:
+        architecture: The device's compute capability, such as 90 for 9.0.
+
+    Returns:
+        What ``cuModuleLoadData`` takes.
+
+    Raises:
+        CompilationError: If there is no NVRTC, or it does not know the architecture.
+    """
+    headers = _SOURCE.with_name("arguments.h").read_bytes()
+    source = hashlib.sha256(_SOURCE.read_bytes() + headers + repr(_OPTIONS).encode()).hexdigest()[:12]
+    kept = build.cache_folder() / f"kernels-sm{architecture}-{source}.cubin"
+    if kept.exists():
+        return kept.read_bytes()
+    binary = compiled(architecture)
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as file:
+            file.write(binary)
+        Path(file.name).replace(kept)  # at once, so that no other process reads half a file
+    except OSError:  # a folder that cannot be written: the next process compiles again
+        pass
+    return binary
+
+
+def compiled(architecture: int) -> bytes:
+    """Compile the kernels.
+
+    Args:
+        architecture: As in :func:`image`.
+
+    Returns:
+        See there.
+
+    Raises:
+        CompilationError: See there; the message holds what NVRTC says.
+    """
+    nvrtc = _nvrtc()
+    if nvrtc is None:
+        raise CompilationError("there is no NVRTC: install nvidia-cuda-nvrtc of the CUDA version of PyTorch")
+    header = _SOURCE.with_name("arguments.h")
+    program = ctypes.c_void_p()
+    _check(
+        nvrtc,
+        nvrtc.nvrtcCreateProgram(
+            ctypes.byref(program), _SOURCE.read_bytes(), _SOURCE.name.encode(), 1,
+            (ctypes.c_char_p * 1)(header.read_bytes()), (ctypes.c_char_p * 1)(header.name.encode()),
+        ),
+    )  # fmt: skip
+    try:
+        options = [option.encode() for option in (f"--gpu-architecture=sm_{architecture}", *_OPTIONS)]
+        failed = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
+        if failed:
+            log = _read(nvrtc, program, "ProgramLog").rstrip(b"\0").decode(errors="replace")
+            raise CompilationError(f"NVRTC could not compile {_SOURCE.name} for sm_{architecture}: {log or failed}")
+        return _read(nvrtc, program, "CUBIN")
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _read(nvrtc: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
+    size = ctypes.c_size_t()
+    _check(nvrtc, getattr(nvrtc, f"nvrtcGet{what}Size")(program, ctypes.byref(size)))
+    buffer = ctypes.create_string_buffer(size.value)
+    _check(nvrtc, getattr(nvrtc, f"nvrtcGet{what}")(program, buffer))
+    return buffer.raw
+
+
+def _check(nvrtc: ctypes.CDLL, status: int) -> None:
+    if status:
+        nvrtc.nvrtcGetErrorString.restype = ctypes.c_char_p
+        raise CompilationError(f"NVRTC: {nvrtc.nvrtcGetErrorString(status).decode()}")
