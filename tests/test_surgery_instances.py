@@ -431,8 +431,10 @@ def test_where_a_model_is_patched_does_not_matter(where):
     torch._dynamo.reset()
 
 
-def test_compiled_autograd_with_the_python_nodes(monkeypatch):
-    monkeypatch.setattr(methods.native, "_library", lambda: None)
+@pytest.mark.parametrize("nodes", ["C++", "Python"])
+def test_compiled_autograd(nodes, monkeypatch):
+    if nodes == "Python":
+        monkeypatch.setattr(methods.native, "_library", lambda: None)
     torch._dynamo.reset()
     model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1))
     nn.init.zeros_(model[0].weight), nn.init.zeros_(model[0].bias), nn.init.ones_(model[2].weight)

@@ -469,8 +469,18 @@ Tensor stock_forward_(const Call& call, Tensor x) {
   }
 }
 
-const CallPtr call_of(AutogradContext* ctx) {
-  return c10::static_intrusive_pointer_cast<Call>(ctx->saved_data.begin()->second.toCapsule());
+// A node keeps its call in a hook that does nothing, and where the call lies as a number: compiled autograd takes
+// numbers among what a node saves, and no objects.
+struct Keeper : torch::autograd::FunctionPreHook {
+  CallPtr call;
+
+  explicit Keeper(CallPtr call) : call(std::move(call)) {}
+  variable_list operator()(const variable_list& incoming) override { return incoming; }
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const override {}
+};
+
+const Call& call_of(AutogradContext* ctx) {
+  return *reinterpret_cast<const Call*>(ctx->saved_data.at("call").toInt());
 }
 
 PyObject* wrapped(const Tensor& tensor) {
@@ -679,14 +689,14 @@ template <typename Node>
 struct Nonsmooth : torch::autograd::Function<Node> {
   static variable_list backward(AutogradContext* ctx, variable_list incoming) {
     if (!incoming[0].defined()) return {Tensor(), Tensor()};
-    const CallPtr call = call_of(ctx);
+    const Call& call = call_of(ctx);
     const variable_list saved = ctx->get_saved_variables();
-    record(*call, saved, incoming[0]);
-    return {gradient_of(*call, saved, incoming[0]), Tensor()};
+    record(call, saved, incoming[0]);
+    return {gradient_of(call, saved, incoming[0]), Tensor()};
   }
 
   static void keep(AutogradContext* ctx, const CallPtr& call, variable_list tensors) {
-    ctx->saved_data[""] = c10::IValue::make_capsule(call);
+    ctx->saved_data["call"] = static_cast<int64_t>(reinterpret_cast<intptr_t>(call.get()));
     ctx->save_for_backward(std::move(tensors));
     ctx->set_materialize_grads(false);
   }
@@ -765,13 +775,18 @@ struct MaxPool2d : Nonsmooth<MaxPool2d> {
 
 // ------------------------------------------------------------------------------------------------- calls from Python
 
+Tensor kept(Tensor result, const CallPtr& call) {
+  result.grad_fn()->add_pre_hook(std::make_unique<Keeper>(call));
+  return result;
+}
+
 // Apply an operation; an undefined tensor where the Python way has to take it.
 Tensor apply(const CallPtr& call, const Tensor& x) {
   const bool needed = differentiated(x);
   if (!plain(x) || !plain_thread() || torch::autograd::isFwGradDefined(x) || call->choice->observed()) return Tensor();
   if (call->op == MAX_POOL) {
     if (!needed || *call->choice->published) return Tensor();
-    return MaxPool2d::apply(x, call);
+    return kept(MaxPool2d::apply(x, call), call);
   }
   Kink kinks[2];
   kinks_of(*call, kinks);
@@ -780,7 +795,7 @@ Tensor apply(const CallPtr& call, const Tensor& x) {
   if (!needed || !tied) return call->inplace ? stock_forward_(*call, x) : stock_forward(*call, x);
   if (call->inplace && (x.is_view() || x.is_leaf())) return Tensor();
   if (call->inplace && call->op == LEAKY_RELU && call->parameters[0] < 0) return Tensor();  // refused there
-  return call->op == RELU ? ReLU::apply(x, call) : Pointwise::apply(x, call);
+  return kept(call->op == RELU ? ReLU::apply(x, call) : Pointwise::apply(x, call), call);
 }
 
 bool is_tensor(PyObject* object) {
@@ -1077,8 +1092,8 @@ PyObject* describe(PyObject*, PyObject* object) {
   HANDLE_TH_ERRORS
   auto* context = context_of(object);
   if (!context || context->saved_data.empty()) Py_RETURN_NONE;
-  const CallPtr call = call_of(context);
-  return Py_BuildValue("(sOO)", NAMES[call->op], call->selection, call->tied ? Py_True : Py_False);
+  const Call& call = call_of(context);
+  return Py_BuildValue("(sOO)", NAMES[call.op], call.selection, call.tied ? Py_True : Py_False);
   END_HANDLE_TH_ERRORS
 }
 
@@ -1090,12 +1105,12 @@ PyObject* backward(PyObject*, PyObject* args) {
   auto* context = context_of(object);
   TORCH_CHECK(context, "not one of the package's nodes");
   if (incoming == Py_None) Py_RETURN_NONE;
-  const CallPtr call = call_of(context);
+  const Call& call = call_of(context);
   const Tensor g = THPVariable_Unpack(incoming);
   Tensor result;
   {
     NoGIL free;
-    result = gradient_of(*call, context->get_saved_variables(), g);
+    result = gradient_of(call, context->get_saved_variables(), g);
   }
   return THPVariable_Wrap(result);
   END_HANDLE_TH_ERRORS
