@@ -817,7 +817,16 @@ AutogradContext* context_of(torch::autograd::Node* node) {
   return context_of<MaxPool2d>(node);
 }
 
+// Whether compiled autograd is switched on: it takes Python's nodes whole, and C++ nodes with a break in its graph.
+bool compiled_autograd() {
+  static PyObject* const name = PyUnicode_InternFromString("torch._dynamo.compiled_autograd");
+  static PyObject* const flag = PyUnicode_InternFromString("compiled_autograd_enabled");
+  PyObject* module = PyDict_GetItem(PyImport_GetModuleDict(), name);  // absent as long as nothing was compiled
+  return module && PyModule_Check(module) && PyDict_GetItem(PyModule_GetDict(module), flag) == Py_True;
+}
+
 PyObject* applied(const CallPtr& call, PyObject* object) {
+  if (compiled_autograd()) return Py_NewRef(Py_NotImplemented);
   const Tensor x = THPVariable_Unpack(object);
   if (x.is_cuda() && x.get_device() < DEVICES && !asked[x.get_device()] && plain_thread()) {
     THPObjectPtr known(PyObject_CallMethod(python, "_connect", "i", static_cast<int>(x.get_device())));
