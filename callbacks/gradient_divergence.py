@@ -12,14 +12,13 @@ from weakref import WeakSet
 
 import pandas as pd
 import torch
-import torch._functorch.config
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from nslightning._torch import hooks_of, is_compiled, runs_module_hooks
+from nslightning._torch import hooks_of, is_compiled, keep_saved_buffers, runs_module_hooks
 from nslightning.choices import Choices, choice_label, named_choices
 from nslightning.jacobians import Jacobians
 from nslightning.models import Twins
@@ -194,7 +193,7 @@ class GradientDivergence(Callback):
         if any(map(is_compiled, pl_module.modules())):
             # A compiled backward may overwrite what the forward saved ("donated buffers"); it could not run once per
             # choice then. The setting holds for what is compiled under it, so what is compiled already goes.
-            self._settings.enter_context(torch._functorch.config.patch(donated_buffer=False))
+            self._settings.enter_context(keep_saved_buffers())
             torch.compiler.reset()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

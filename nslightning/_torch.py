@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from types import CodeType
 from typing import Any, ParamSpec, TypeVar
 
@@ -18,6 +19,14 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import _reduction
 from torch.nn.modules._functions import BackwardHookFunction
+
+# What torch.optim's own optimizers are written with: how they read a number that may be a tensor, choose between their
+# implementations, and switch gradients on for `differentiable=True`.
+from torch.optim.optimizer import _default_to_fused_or_foreach as default_to_fused_or_foreach
+from torch.optim.optimizer import _get_scalar_dtype as scalar_dtype
+from torch.optim.optimizer import _get_value as number_of_tensor
+from torch.optim.optimizer import _to_scalar as scalar_of
+from torch.optim.optimizer import _use_grad_for_differentiable as use_grad_for_differentiable
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -28,6 +37,7 @@ __all__ = [
     "call_with_hooks",
     "compile_as",
     "compile_functions_for_modes",
+    "default_to_fused_or_foreach",
     "disable_function_modes",
     "disabled_torch_function",
     "foreach_add",
@@ -51,16 +61,22 @@ __all__ = [
     "is_transformed",
     "is_view",
     "is_zero_tensor",
+    "keep_saved_buffers",
     "kept_attributes",
     "legacy_reduction",
     "native_nn",
     "never_compile",
     "number_of",
+    "number_of_tensor",
     "outside_every_mode",
     "overloads",
     "runs_module_hooks",
+    "saved_tensor_names",
+    "scalar_dtype",
+    "scalar_of",
     "sequence_number",
     "traced_functions",
+    "use_grad_for_differentiable",
     "while_compiling",
     "without_mode",
     "without_post_accumulate_hooks",
@@ -142,6 +158,30 @@ def outside_every_mode() -> Iterator[None]:
 
     with torch.inference_mode(False), temporarily_clear_interpreter_stack(), _disable_current_modes():
         yield
+
+
+@cache
+def saved_tensor_names(kind: type) -> tuple[str, ...]:
+    """The attributes under which backward nodes of a kind give access to what they saved.
+
+    Args:
+        kind: The class of a backward node of autograd's own.
+
+    Returns:
+        Their names; empty for nodes of custom functions.
+    """
+    return tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
+
+
+def keep_saved_buffers() -> Any:
+    """A context in which a compiled backward leaves what the forward saved alone, so that it may run again.
+
+    Returns:
+        The context manager; it holds for what is compiled inside it.
+    """
+    import torch._functorch.config
+
+    return torch._functorch.config.patch(donated_buffer=False)
 
 
 def is_view(x: Tensor) -> bool:

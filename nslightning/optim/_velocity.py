@@ -7,15 +7,9 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import (
-    Optimizer,
-    ParamsT,
-    _default_to_fused_or_foreach,
-    _get_value,
-    _to_scalar,
-    _use_grad_for_differentiable,
-)
+from torch.optim.optimizer import Optimizer, ParamsT
 
+from nslightning._torch import default_to_fused_or_foreach, number_of_tensor, scalar_of, use_grad_for_differentiable
 from nslightning.spelling import did_you_mean
 
 Decay: TypeAlias = Literal["published", "decoupled"]
@@ -104,7 +98,7 @@ class VelocityForm(Optimizer):
                 if key in FULL_PRECISION:
                     self.state[param][key] = value.to(device=param.device, dtype=precise)
 
-    @_use_grad_for_differentiable
+    @use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.
 
@@ -228,7 +222,7 @@ def hyperparameter(group: dict[str, Any], name: str, device: torch.device) -> Sc
     value = group[name]
     if not isinstance(value, Tensor):
         return float(value) if isinstance(value, int) else value
-    return _to_scalar(value).to(device) if on_device(group) else float(_get_value(value))
+    return scalar_of(value).to(device) if on_device(group) else float(number_of_tensor(value))
 
 
 def on_device(group: dict[str, Any]) -> bool:
@@ -362,7 +356,7 @@ def _blocks(columns: list[list[Tensor]], foreach: bool | None) -> Iterator[list[
     """
     weights = columns[0]
     if foreach is None:
-        _, foreach = _default_to_fused_or_foreach(weights, differentiable=False, use_fused=False)
+        _, foreach = default_to_fused_or_foreach(weights, differentiable=False, use_fused=False)
     plain = all(type(t) in (Tensor, torch.nn.Parameter) and t.is_cpu for t in weights)
     if plain and not torch.compiler.is_compiling():
         yield from _cache_blocks(columns, BLOCK_PER_THREAD * torch.get_num_threads(), together=foreach)

@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT, _get_scalar_dtype, _get_value
+from torch.optim.optimizer import ParamsT
 
+from nslightning._torch import number_of_tensor, scalar_dtype
 from nslightning.optim._velocity import (
     Decay,
     Scalar,
@@ -125,7 +126,7 @@ class INNAprop(VelocityForm):
         if "step" not in state:
             # On the CPU, where Python reads it for nothing, unless a kernel or a captured graph reads it.
             device = param.device if group["capturable"] or group["fused"] else "cpu"
-            state["step"] = torch.zeros((), dtype=_get_scalar_dtype(group["fused"]), device=device)
+            state["step"] = torch.zeros((), dtype=scalar_dtype(group["fused"]), device=device)
             state["exp_avg_sq"] = zeros_state(param)
 
     def _update(
@@ -210,7 +211,7 @@ def _adamw_(
 def _corrections(sigma: float, steps: list[Tensor], as_tensors: bool) -> Any:
     """Give sqrt(1 - sigma^t) for each step count, as floats or as tensors on the steps' device."""
     if not as_tensors:
-        return [(1 - sigma ** _get_value(step)) ** 0.5 for step in steps]
+        return [(1 - sigma ** number_of_tensor(step)) ** 0.5 for step in steps]
     # In float32, 1 - sigma^t loses half of its digits for small t; expm1 does not.
     corrections = torch._foreach_mul(steps, math.log(sigma) if sigma else -math.inf)
     torch._foreach_expm1_(corrections)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
 from typing import Any
 
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.utils.checkpoint import CheckpointFunction
 
-from nslightning._torch import function_of, hides_its_inside, is_compiled_function
+from nslightning._torch import function_of, hides_its_inside, is_compiled_function, saved_tensor_names
 from nslightning.jacobians import Jacobians
 from nslightning.ops.autograd.nodes import is_own, kept_ties, operation_of, release
 from nslightning.surgery import Plan
@@ -202,18 +201,14 @@ def freeing(nodes: Iterable[Any]) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    handles = [node.register_hook(_release(node)) for node in nodes if _saved(node.__class__) or is_own(node)]
+    handles = [
+        node.register_hook(_release(node)) for node in nodes if saved_tensor_names(node.__class__) or is_own(node)
+    ]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-@cache
-def _saved(kind: type) -> list[str]:
-    """The names under which backward nodes of a kind give access to the tensors that they saved."""
-    return [name for name in dir(kind) if name.startswith("_raw_saved_")]
 
 
 def _release(node: Any) -> Callable[..., None]:
@@ -222,7 +217,7 @@ def _release(node: Any) -> Callable[..., None]:
     def drop(*_: Any) -> None:
         if release(node):
             return
-        for name in _saved(node.__class__):
+        for name in saved_tensor_names(node.__class__):
             held = getattr(node, name)
             for one in held if isinstance(held, tuple | list) else (held,):
                 # Nothing was saved, or hooks of somebody else's (a checkpoint's) have it.
