@@ -310,7 +310,7 @@ class GradientDivergence(Callback):
         (other,) = gradients(loss, module, one).values()
         reason = ""
         try:
-            agrees(other, own, d)
+            agrees(loss, other, own, d)
         except UnseenError as error:
             reason = str(error)
         self._checked = True

@@ -47,6 +47,7 @@ __all__ = [
     "function_of",
     "fx_tracer",
     "fx_tracers_code",
+    "gradient_dtypes",
     "has_autograd_formula",
     "hides_its_inside",
     "hooks_of",
@@ -171,6 +172,18 @@ def saved_tensor_names(kind: type) -> tuple[str, ...]:
         Their names; empty for nodes of custom functions.
     """
     return tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
+
+
+def gradient_dtypes(node: Any) -> tuple[torch.dtype, ...]:
+    """The dtypes of the gradients that come to a backward node.
+
+    Args:
+        node: A backward node.
+
+    Returns:
+        One for each output of its forward.
+    """
+    return tuple(metadata.dtype for metadata in node._input_metadata)
 
 
 def keep_saved_buffers() -> Any:

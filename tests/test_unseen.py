@@ -357,3 +357,23 @@ def test_recording_names_strangers():
         loss.backward(retain_graph=True)
     with pytest.raises(UnseenError, match="runs relu inside"):
         met.refuse_strangers(loss)
+
+
+def test_rounding_under_autocast_does_not_pass_for_a_nonlinear_backward():
+    """The demo in bf16-mixed: gradients of float32 parameters, of which parts were rounded to 8 bits."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(200, 10),
+    )  # fmt: skip
+    patch(model, Jacobians())
+    x = torch.rand(32, 1, 28, 28).mul(4).round().div(4)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(x).float().logsumexp(1).mean()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for beta in (10.0, 100.0):
+            choice = {"beta": Jacobians(max_pool=beta)}
+            result = divergence(loss, model, choice, method="propagate", retain_graph=True)["beta"]
+            assert result.method == "propagate"
+            assert result.l2 > 0

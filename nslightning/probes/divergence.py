@@ -182,7 +182,7 @@ def _propagated(
     if found[largest].l2:
         (carried,) = (d for _, d in met.carried({largest: alike[largest]}, named))
         (other,) = gradients_in_turn(loss, model, [alike[largest]], named, retain_graph=retain_graph)
-        agrees(other, base, carried)
+        agrees(loss, other, base, carried)
     return {name: replace(d, method="propagate") for name, d in found.items()}
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from nslightning._torch import is_compiled
+from nslightning._torch import gradient_dtypes, is_compiled
 from nslightning.jacobians import Jacobians
 from nslightning.ops.autograd.nodes import operation_of
 from nslightning.ops.autograd.selection import Selection
@@ -355,12 +355,16 @@ def differences(
     return base, {name: dict(d) for name, d in met.carried(choices, named, retain_graph=retain_graph)}
 
 
-def agrees(gradients: Mapping[str, Tensor], reference: Mapping[str, Tensor], carried: Mapping[str, Tensor]) -> None:
+def agrees(
+    loss: Tensor, gradients: Mapping[str, Tensor], reference: Mapping[str, Tensor], carried: Mapping[str, Tensor]
+) -> None:
     """Raise if a difference that was carried down is not the one of the gradients, up to what rounding makes of these.
 
     It is where everything that gradients pass on their way is linear; hooks and custom backwards need not be.
 
     Args:
+        loss: What they are gradients of. Under autocast parts of its graph have fewer digits than the parameters, and
+            round more.
         gradients: A choice's.
         reference: The other choice's.
         carried: What the choice adds to them, as :meth:`Recording.carried` says.
@@ -376,7 +380,9 @@ def agrees(gradients: Mapping[str, Tensor], reference: Mapping[str, Tensor], car
         a, b, d = (t.detach().to(wide(t.dtype)) for t in map(dense, (a, b, d)))
         gap = math.hypot(gap, float((a - b - d).norm()))
         size = math.hypot(size, float(a.norm()), float(b.norm()), float(d.norm()))
-    eps = max((torch.finfo(t.dtype).eps for t in reference.values()), default=0.0)
+    passed = {dtype for node in reachable([loss.grad_fn]) for dtype in gradient_dtypes(node)}
+    dtypes = passed | {t.dtype for t in reference.values()}
+    eps = max((torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point or dtype.is_complex), default=0.0)
     if math.isfinite(gap) and gap > _ROUNDINGS * eps * size:
         raise UnseenError(
             "a difference does not add up as gradients do: a hook or a custom backward on its way is not linear (it "

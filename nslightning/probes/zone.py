@@ -252,7 +252,7 @@ def _compare(
     if method == "propagate":
         carried = met.carry(met.starts(a), a, tensors)
         try:
-            agrees(other, one, dict(zip(named, carried, strict=True)))
+            agrees(loss, other, one, dict(zip(named, carried, strict=True)))
             return observed, noise, _Difference(carried, terms), method
         except UnseenError:
             method = "subtract"
