@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from nslightning.ops.registry import OPERATIONS
+from nslightning.ops.record import OPERATIONS
 from torch import nn
 
 from nslightning import Jacobians, patch
