@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from nslightning.ops.record import OPERATIONS
 from torch import nn
 
 from nslightning import Jacobians, patch
+from nslightning.ops.record import OPERATIONS
 from nslightning.probes import zone
 from nslightning.probes.branches import Branches
 

@@ -118,7 +118,7 @@ def samples(kind):
     try:
         invocations = importlib.import_module("torch.testing._internal.common_methods_invocations")
         # The import forbids this process to set flags of torch.backends, which other tests do.
-        vars(torch.backends)["__allow_nonbracketed_mutation_flag"] = True
+        torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
     finally:
         if isinstance(sys.modules.get("expecttest"), types.SimpleNamespace):
             del sys.modules["expecttest"]
