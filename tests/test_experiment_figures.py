@@ -74,7 +74,6 @@ def results(tmp_path_factory):
     output = tmp_path_factory.mktemp("results")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "compute", made_up)
-        patch.setattr(engine, "_environment", dict)
         for file in FILES:
             engine.run(Experiment.read(file, "smoke"), output)
         for name in ("mnist_lenet_beta", "mnist_volume_relu", "cifar10_vgg_volume_max_pool"):
@@ -402,7 +401,6 @@ def test_what_is_wrong_is_told_and_nothing_is_written(results, tmp_path, capsys)
 
 def test_run_makes_the_results_first(results, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(engine, "compute", made_up)
-    monkeypatch.setattr(engine, "_environment", dict)
     argv = ["figure", "fig3", "--run", "smoke", "--output", str(tmp_path / "results"), "--out", str(tmp_path / "out")]
     assert command.main([*argv, "--workers", "1", "--device", "cpu"]) == 0
     assert sorted(p.name for p in (tmp_path / "results").iterdir()) == ["cifar10_vgg_alpha", "cifar10_vgg_beta"]
