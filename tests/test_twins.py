@@ -427,7 +427,7 @@ def test_config_trains_two_batches(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--task=text"], "only image classifiers have twins"),
+        (["--task=text"], "--task=text is not one of twins, which takes images"),
         (["--data=Synthetic"], "--model.choices is needed"),
         (["--data=Synthetic", "--model.choices.a.relo=1"], "relo"),
         (["--data=Synthetic", "--model.choices.a={}", "--model.control=false"], "at least two"),
