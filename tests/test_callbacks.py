@@ -39,6 +39,7 @@ from nslightning.callbacks import gradient_divergence as divergence_module
 from nslightning.data import Synthetic
 from nslightning.models import ImageClassifier, Twins
 from nslightning.probes import Ties
+from nslightning.runs.environment import _commit
 from nslightning.surgery import selections
 
 NORMS = ["l1", "l2", "linf", "relative", "cosine"]
@@ -389,7 +390,7 @@ def test_overflow_is_reported(tmp_path):
     assert not finite[overflowed].any()
     assert finite.any()
     assert totals["l1"][finite].max() < 100  # unscaled by the scale of its own step
-    assert (tmp_path / "divergence.csv").read_text().splitlines()[1] == "0,relu1,,nan,nan,nan,nan,nan,propagate"
+    assert (tmp_path / "divergence.csv").read_text().splitlines()[1] == "0,relu1,native,,nan,nan,nan,nan,nan,propagate"
 
 
 def test_one_forward_and_one_backward_per_choice(tmp_path):
@@ -997,21 +998,21 @@ def git(folder, *arguments):
 
 
 def test_environment(tmp_path, monkeypatch):
-    assert runs._commit(tmp_path) is None
+    assert _commit(tmp_path) is None
     repository = tmp_path / "code"
     repository.mkdir()
     git(repository, "init")
-    assert runs._commit(repository) is None  # no commit yet
+    assert _commit(repository) is None  # no commit yet
     (repository / "a.py").write_text("1")
     git(repository, "add", "a.py")
     git(repository, "commit", "-m", "first")
-    clean = runs._commit(repository)
+    clean = _commit(repository)
     assert len(clean) == 40
     (repository / "sub").mkdir()
     (repository / "a.py").write_text("2")
-    assert runs._commit(repository / "sub") == f"{clean}+changes"
+    assert _commit(repository / "sub") == f"{clean}+changes"
     monkeypatch.setenv("PATH", "")
-    assert runs._commit(repository) is None  # no git either
+    assert _commit(repository) is None  # no git either
     found = runs.environment()
     assert found["versions"]["torch"] == torch.__version__
     assert found["python"] == sys.version.split()[0]
