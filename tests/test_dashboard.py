@@ -23,13 +23,20 @@ def logged(tmp_path_factory):
     from nslightning.callbacks import GradientDivergence, TieMonitor, TwinDivergence, WeightDivergence, ZoneMonitor
     from nslightning.models import ImageClassifier, Twins
 
-    keys, tables = set(), {}
+    keys, tables, summarised = set(), {}, set()
+
+    class Run:
+        """W&B's run, which is asked to summarise metrics."""
+
+        def define_metric(self, name, **options):
+            summarised.add(name)
 
     class Recorder(WandbLogger):
         """W&B's logger without W&B."""
 
         def __init__(self):
             self._checkpoint_callbacks = {}
+            self._experiment = Run()
 
         def log_metrics(self, metrics, step=None):
             keys.update(metrics)
@@ -56,6 +63,7 @@ def logged(tmp_path_factory):
             default_root_dir=tmp_path_factory.mktemp("run"),
         )  # fmt: skip
         trainer.fit(module, DataLoader(images, 2), DataLoader(images, 2))
+    assert "divergence/*" in summarised
     return keys, tables
 
 
