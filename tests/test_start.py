@@ -233,6 +233,17 @@ def test_a_requeued_job_takes_the_checkpoint_that_lightning_left_it(monkeypatch)
     assert (found.folder, found.checkpoint) == (folder, folder / "hpc_ckpt_1.ckpt")
 
 
+def test_a_further_process_begins_or_goes_on_as_the_first_does(monkeypatch):
+    """Outside SLURM too: it is told the folder, and what is in the folder says which of the two it is."""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("NSLIGHTNING_RUN_FOLDER", "runs/x/001")
+    Path("runs/x/001").mkdir(parents=True)
+    assert start(["fit", "--name=x"], "fit")[0].folder is None
+    assert runs.new_run_folder("runs", "x") == Path("runs/x/001")
+    folder = write_run(Path("runs/x/001"))
+    assert start(["fit", "--name=x"], "fit")[0].folder == folder
+
+
 # --- one process per folder
 
 

@@ -90,8 +90,8 @@ def folder_of_job(output: str | Path, name: str) -> Path | None:
         The first run of that name that this job began, that has a checkpoint and is not finished; None where there is
         none, or this is no batch job.
     """
-    if (shared := _from_parent()) is not None:
-        return shared
+    if (shared := _from_parent()) is not None:  # which is that of a new run, where the first process begins one
+        return shared if checkpoints_in(shared) else None
     job = _job()
     if job is None:
         return None
