@@ -49,7 +49,7 @@ commands:
 {commands}
 
   nslightning COMMAND --help   the options of a command
-  nslightning --version        the installed version (--verbose: what it runs on, and which kernels are in force)
+  nslightning --version        the installed version (--verbose: what it runs on, which kernels are in force)
   nslightning --print-completion bash|zsh|tcsh    completion for a shell, as in
                                eval "$(nslightning --print-completion bash)"
 
