@@ -274,8 +274,8 @@ def test_fit_then_test_validate_predict(in_trained, capfd):
     model = ImageClassifier.load_from_checkpoint(in_trained / "checkpoints/best.ckpt").eval()
     data = FashionMNISTSample()
     data.setup("test")
-    with torch.no_grad():
-        pairs = [(model(x).softmax(1), y) for x, y in data.test_dataloader()]
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):  # the config's precision
+        pairs = [(model(x).float().softmax(1), y) for x, y in data.test_dataloader()]
     probabilities, labels = (torch.cat(part) for part in zip(*pairs, strict=True))
     assert found["image"].tolist() == list(range(len(labels)))
     assert found["class"].tolist() == probabilities.argmax(1).tolist()
@@ -556,7 +556,7 @@ def test_seed_sets_initial_weights_and_order(monkeypatch):
 def test_record_tells_seed_and_command(in_trained):
     record = json.loads((in_trained / "run.json").read_text())
     assert record["seed"] == 0
-    assert record["precision"] == "32-true"
+    assert record["precision"] == "bf16-mixed"  # as the config asks
     assert record["data"]["dataset"] == "fashion_mnist_sample"
 
 
