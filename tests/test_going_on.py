@@ -4,15 +4,20 @@ import json
 import shutil
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.utils.data import DataLoader
 from zygote import Zygote
 
 from nslightning import runs
+from nslightning.commands.run_callbacks import StopWhenAsked
+from nslightning.commands.stopping import Signals, Stopped, signals
 
 QUICK = ("--config", "configs/quickstart.yaml", "--trainer.enable_progress_bar=false", "--trainer.logger=true")
 SHORT = ("--trainer.limit_train_batches=4", "--trainer.limit_val_batches=1")
@@ -92,6 +97,63 @@ def test_the_readme_s_two_commands(zygote, tmp_path):
     whole = logged(tmp_path / "runs/whole/001")
     pd.testing.assert_frame_equal(logged(folder), whole, check_exact=True)
     assert whole["val/loss"].notna().sum() == end
+
+
+class Logs(LightningModule):
+    """Logs at its steps and at its epochs' ends."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def training_step(self, batch, batch_idx):
+        loss = self.weight * batch.mean()
+        self.log("loss", loss, on_step=True, on_epoch=True)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Asks(Callback):
+    """A signal comes in the middle of a step."""
+
+    def __init__(self, kept: Signals, step: int):
+        self.kept, self.step = kept, step
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == self.step:
+            self.kept.signum = signal.SIGTERM
+
+
+@pytest.mark.parametrize("step", [0, 1, 2, 4, 5, 6])
+def test_what_the_last_step_logged_is_not_lost(step, tmp_path):
+    """Wherever in an epoch it is stopped: at a step whose row is due, and at another."""
+
+    def fit(name, at, checkpoint=None):
+        folder = tmp_path / name / "001"
+        with signals() as kept:
+            last = StopWhenAsked(kept, folder)
+            trainer = Trainer(
+                max_epochs=2, accelerator="cpu", log_every_n_steps=2, callbacks=[Asks(kept, at), last],
+                logger=runs.MetricsFile(folder), enable_progress_bar=False, enable_model_summary=False,
+            )  # fmt: skip
+            # Lightning puts those that save checkpoints at the end.
+            trainer.callbacks.append(trainer.callbacks.pop(trainer.callbacks.index(last)))
+            with suppress(Stopped, SystemExit):
+                trainer.fit(Logs(), DataLoader(torch.ones(16), batch_size=4), ckpt_path=checkpoint)
+        return last
+
+    stopped = fit("parts", step)
+    assert (stopped.saved, stopped.step) == (True, step + 1)
+    fit("parts", None, stopped.file)
+    fit("whole", None)
+    parts, whole = (pd.read_csv(tmp_path / name / "001/metrics.csv") for name in ("parts", "whole"))
+    # Of an epoch that it was stopped in, Lightning takes the mean over the steps since.
+    pd.testing.assert_frame_equal(parts[["epoch", "step", "loss_step"]], whole[["epoch", "step", "loss_step"]])
+    assert (parts["loss_epoch"].notna() == whole["loss_epoch"].notna()).all()
+    assert whole["loss_step"].notna().sum() == 4
+    assert whole["loss_epoch"].notna().sum() == 2
 
 
 def logged(folder: Path) -> pd.DataFrame:

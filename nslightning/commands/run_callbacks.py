@@ -116,6 +116,9 @@ class StopWhenAsked(Callback):
         fetcher = trainer.fit_loop._data_fetcher
         validates = fetcher is not None and epoch._should_check_val_fx(fetcher)
         if self._asked(trainer) and not epoch.batch_progress.is_last_batch and not validates:
+            # Lightning writes what was logged after this hook, and the step is not taken again.
+            trainer._logger_connector.on_batch_end()
+            trainer._logger_connector.update_train_step_metrics()
             self._stop(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
