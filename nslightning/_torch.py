@@ -7,6 +7,7 @@ its private name was seen to work (2.11 and 2.15, where nothing else is said). N
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -475,7 +476,8 @@ def fx_tracers_code() -> CodeType | None:
         The code; None as long as ``torch.fx`` was not imported.
     """
     tracing = sys.modules.get("torch.fx._symbolic_trace")
-    return None if tracing is None else tracing.Tracer.trace.__code__
+    # The first compilation puts a wrapper in the method's place.
+    return None if tracing is None else inspect.unwrap(tracing.Tracer.trace).__code__
 
 
 def fx_tracer(values: Iterable[Any]) -> Any:
