@@ -53,7 +53,7 @@ KINKS: dict[str, Callable[[Any], bool]] = {
     "Pdist": _always, "Renorm": _always, "Std": _always, "StdMean": _always,
     "LinalgSvd": _always, "LinalgEigh": _always, "LinalgEig": _always,
     # losses of one kernel
-    "MultiMarginLoss": _always, "MultilabelMarginLoss": _always, "SmoothL1Loss": _saved("beta", 0.0),
+    "MultiMarginLoss": _saved("p", 1), "MultilabelMarginLoss": _always, "SmoothL1Loss": _saved("beta", 0.0),
     # bilinear samples have a kink at each pixel, in the grid
     "GridSampler2D": _wanted(1), "GridSampler3D": _wanted(1), "GridSampler2DCpuFallback": _wanted(1),
     "CudnnGridSampler": _wanted(1),
