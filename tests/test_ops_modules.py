@@ -8,7 +8,7 @@ import torch
 from bits import bits
 from torch import nn
 
-from nslightning import Jacobians, ops, patch
+from nslightning import Jacobians, UnreachedError, ops, patch
 from nslightning.ops.record import MODULES
 
 X = torch.tensor([[[0.0, 0.0, 6.0, -0.5], [3.0, -3.0, 0.5, 0.5], [1.0, -1.0, 1.0, 0.0]]])  # (1, 3, 4): on every kink
@@ -181,6 +181,18 @@ def test_a_patch_leaves_their_choice_alone():
         want = gradients(model, inputs)[1]
         patch(model, Jacobians(relu=1.0, max="first", max_pool="minimal"))
         assert torch.equal(gradients(model, inputs)[1], want)
+
+    class Called(nn.Module):
+        def forward(self, x):
+            y = ops.amax(x, 1, jacobian="first")
+            return y * x.amax() if self.training else y + torch.sort(x).values.sum()
+
+    x = torch.tensor([[2.0, 1.0]], requires_grad=True)
+    model = Called()
+    patch(model, Jacobians(max="first"))
+    model(x)  # the call with a choice of its own is not named, nor is the one that takes the patch's
+    with pytest.raises(UnreachedError, match="SortBackward0"):  # what stands beside it is
+        model.eval()(x)
 
 
 @pytest.mark.parametrize(

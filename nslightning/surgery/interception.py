@@ -28,6 +28,7 @@ from nslightning._torch import (
     never_compile,
     sequence_number,
 )
+from nslightning.ops.autograd.routing import watchers
 from nslightning.ops.autograd.selection import Selection
 from nslightning.ops.record import FUNCTIONS, Call, Operation, positional
 from nslightning.ops.unreached import UNSUPPORTED_FUNCTIONS
@@ -90,6 +91,16 @@ class FunctionalCalls(TorchFunctionMode):
             site: A row of the report.
         """
         self.evaluations[id(site)] = (site, self.evaluations.get(id(site), (site, 0))[1] + 1)
+
+    def own(self, start: int, end: int) -> None:
+        """Note that an operation with a choice of its own made some nodes.
+
+        Args:
+            start: The number of the first node.
+            end: The number after the last one's.
+        """
+        if any(run.origin is self for run in _here.runs):  # node numbers are a thread's
+            self.owned.append((start, end))
 
     def number(self, part: Part, operation: str) -> int:
         """The number, from 0, of the call of an operation that a module now makes.
@@ -289,6 +300,8 @@ def begun(run: FunctionalCalls) -> Iterator[None]:
     before = _here.runs
     _here.runs = (*before, run)
     _threads.follow()
+    if run.recording:
+        watchers.append(run.own)
     try:
         if run.surgery.catching:
             with run:
@@ -297,6 +310,8 @@ def begun(run: FunctionalCalls) -> Iterator[None]:
             yield
     finally:
         run.over = True
+        if run.recording:
+            watchers.remove(run.own)
         _threads.release()
         _here.runs = before
 

@@ -398,7 +398,7 @@ class _TracedUnreachedError(UnreachedError, AssertionError):
 
 
 class LeftAlone(Caller):
-    """The ``forward`` of a module that is an operation and is left alone: the function that it calls is not caught."""
+    """The ``forward`` of a module that is an operation and is left alone: what it makes is not looked at."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the method."""
@@ -409,7 +409,11 @@ class LeftAlone(Caller):
         run = running(self.part.surgery)
         if run is None:
             return self.stock(module)(*args, **kwargs)
-        return self._inside(run, module, self.stock(module), args, kwargs)
+        start = sequence_number() if run.recording else 0
+        result = self._inside(run, module, self.stock(module), args, kwargs)
+        if run.recording:
+            run.owned.append((start, sequence_number()))
+        return result
 
 
 FunctionalCalls.entrances |= {
@@ -460,7 +464,9 @@ def _look(run: FunctionalCalls, module: nn.Module, given: Any, result: Any) -> N
         if node.operation != "custom" and (not run.recording or _owned(run, node.number)):
             continue
         part = next((part for start, end, part in run.spans if start <= node.number < end), run.part)
-        if part.chosen:
+        if part.site is not None and part.site.how == "unreached" and node.operation != "custom":
+            run.count(part.site)  # the module is named already
+        elif part.chosen:
             run.count(surgery.unreached(part, node.operation, node.kind))
 
 

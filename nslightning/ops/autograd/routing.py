@@ -16,15 +16,17 @@ from typing import Any, ParamSpec, TypeVar, cast
 import torch
 from torch import Tensor
 
-from nslightning._torch import disable_function_modes, in_forward_mode, in_functorch
+from nslightning._torch import disable_function_modes, in_forward_mode, in_functorch, sequence_number
 from nslightning.ops.autograd.layouts import is_dense
 from nslightning.ops.autograd.nodes import NonsmoothFunction
 from nslightning.ops.autograd.selection import Selection, data_dependent, guarded, read_now
 
-__all__ = ["ROUTES", "Route", "around", "at_zero", "dimensions", "own", "restored", "wide"]
+__all__ = ["ROUTES", "Route", "around", "at_zero", "dimensions", "own", "restored", "watchers", "wide"]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+#: Told of the range of autograd nodes that an operation's own call made; empty but while somebody looks at a graph.
+watchers: list[Callable[[int, int], None]] = []
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,7 +217,13 @@ def own(operation: Callable[_P, _R]) -> Callable[_P, _R]:
     @wraps(operation)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         with disable_function_modes():
-            return operation(*args, **kwargs)
+            if torch.compiler.is_compiling() or not watchers:
+                return operation(*args, **kwargs)
+            start = sequence_number()
+            result = operation(*args, **kwargs)
+            for watcher in tuple(watchers):
+                watcher(start, sequence_number())
+            return result
 
     return run
 
