@@ -470,7 +470,8 @@ def _advice(found: Audit) -> list[str]:
     }
     if untouched:
         lines.append(f"Ties of {', '.join(sorted(untouched))} were met, and none of the choices measured changes them.")
-    unreached = [site_label(site.name) for site in found.sites if site.how == "unreached"]
+    # Once for each module, whose code may have several rows.
+    unreached = list(dict.fromkeys(site_label(s.name) for s in found.sites if s.how == "unreached"))
     if unreached:
         shown = ", ".join(unreached[:3]) + (f" and {len(unreached) - 3} more" if len(unreached) > 3 else "")
         lines.append(
