@@ -31,7 +31,7 @@ from nslightning.arithmetic.record import processor
 from nslightning.jacobians import Jacobians
 from nslightning.probes.cost_data import STOCK, ChoiceCost, CostReport, CostScaling, ModuleCost, Timing
 from nslightning.probes.ties import ties
-from nslightning.surgery import PatchWarning, patch, selections, surgeries, unpatch
+from nslightning.surgery import PatchWarning, chooses, patch, selections, surgeries, unpatch
 
 __all__ = ["BOUND", "cost_ratio", "cost_scaling"]
 
@@ -357,11 +357,10 @@ def _modules(
 ) -> tuple[list[ModuleCost], dict[str, str]]:
     found, unmeasured = [], {}
     for name, (args, kwargs, calls) in _innermost_calls(variants[STOCK], run).items():
-        stock = variants[STOCK].get_submodule(name)
         for choice, variant in variants.items():
             module = variant.get_submodule(name)
-            if choice != STOCK and type(module) is type(stock):
-                continue  # not patched: its cost is the stock one's
+            if choice != STOCK and not chooses(module):
+                continue  # nothing to choose: its cost is the stock one's
             try:
                 timed = _module(module, args, kwargs, repetitions, warmup, device)
             except RuntimeError as error:
@@ -418,9 +417,12 @@ def _module(
 ) -> tuple[Timing, Timing] | None:
     """Time one module's forward and gradient; None where it takes no part in the backward."""
     if getattr(module, "inplace", False):
-        module = copy.copy(module)
         # A leaf cannot be overwritten, and a second call would see the first one's result.
         module.__dict__["inplace"] = False
+        try:
+            return _module(module, args, kwargs, repetitions, warmup, device)
+        finally:
+            module.__dict__["inplace"] = True
     wanted = [t for t in [*module.parameters(), *_tensors((args, kwargs))] if t.requires_grad]
     outputs = [t for t in _tensors(module(*args, **kwargs)) if t.requires_grad]
     if not wanted or not outputs:

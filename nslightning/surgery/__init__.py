@@ -2,6 +2,7 @@
 
 from nslightning.surgery.patching import (
     choices,
+    chooses,
     patch,
     preview,
     report,
@@ -22,6 +23,7 @@ __all__ = [
     "Site",
     "UnreachedError",
     "choices",
+    "chooses",
     "patch",
     "preview",
     "report",

@@ -15,6 +15,7 @@ from torch import nn
 from nslightning._torch import call_with_hooks, forget_kept_attributes, is_compiled, kept_attributes
 from nslightning.jacobians import Jacobians
 from nslightning.ops.autograd.selection import Selection
+from nslightning.ops.module_base import ChosenFunction, ChosenModule
 from nslightning.ops.record import MODULES
 from nslightning.ops.unreached import UNSUPPORTED_MODULES
 from nslightning.spelling import closest
@@ -25,6 +26,7 @@ from nslightning.surgery.state import PART, Part, Surgery
 
 __all__ = [
     "choices",
+    "chooses",
     "patch",
     "preview",
     "report",
@@ -299,6 +301,19 @@ def selections(model: nn.Module) -> dict[str, Selection]:
     }
 
 
+def chooses(module: nn.Module) -> bool:
+    """Whether a module of a patched model, called alone, takes a choice anywhere in its own code.
+
+    Args:
+        module: Any module, after the model ran.
+
+    Returns:
+        True for a site, and for a module whose code calls functions that are sites.
+    """
+    part: Part | None = module.__dict__.get(PART)
+    return part is not None and (part.operation is not None or part.may_call) and part.chosen
+
+
 def surgeries(model: nn.Module) -> dict[str, Surgery]:
     """The surgeries that a model's parts went through.
 
@@ -444,7 +459,7 @@ def _find(model: nn.Module, surgery: Surgery) -> Iterator[tuple[nn.Module, Part,
             choice = getattr(surgery.plan.choice(rules), operation.name)
             part.site = Site(name, operation.name, choice, "module", kind, tuple(aliases), inplace)
             part.site.decided = surgery.plan.explain(rules, operation.name)
-        elif operation is not None:
+        elif operation is not None or isinstance(module, (ChosenFunction, ChosenModule)):  # these choose themselves
             methods = {"forward": LeftAlone}
         else:
             part.calls = _calls(module)
