@@ -35,7 +35,9 @@ def steps_of(file: Path) -> list[int]:
     """The steps that a table has rows of; an unfinished row does not count."""
     if not file.exists():
         return []
-    header, *rows = file.read_text().splitlines(keepends=True)
+    if not (text := file.read_text()):  # created, and not written to yet
+        return []
+    header, *rows = text.splitlines(keepends=True)
     place = header.strip().split(",").index("step")
     return [int(float(row.split(",")[place])) for row in rows if row.endswith("\n")]
 
