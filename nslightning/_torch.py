@@ -276,7 +276,7 @@ def foreach_norm(tensors: Sequence[Tensor], p: float) -> list[Tensor]:
     """The p-norms of tensors, by few kernels.
 
     Args:
-        tensors: Tensors of one dtype on one device, none of them empty.
+        tensors: Tensors of one dtype on one device; each has entries.
         p: The exponent.
 
     Returns:
