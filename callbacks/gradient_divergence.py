@@ -13,7 +13,7 @@ from weakref import WeakSet
 import pandas as pd
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -34,6 +34,7 @@ from nslightning.probes import (
 )
 from nslightning.probes.graph import opaque_nodes, reachable, reruns_forward
 from nslightning.probes.propagation import agrees, refuse_random, refuse_unseen
+from nslightning.probes.shards import is_shard
 from nslightning.runs import choice_changes
 from nslightning.surgery import selections
 
@@ -60,7 +61,8 @@ class GradientDivergence(Callback):
     resumed run goes on with the account. A number for ``every_n_steps`` measures the same steps in each run.
 
     Gradients are unscaled (fp16 loss scaling, gradient accumulation) and, under DDP, taken on each process's own batch
-    for all choices and then averaged over the processes, as DDP does with the gradients it trains on. With gradient
+    for all choices and then averaged over the processes, as DDP does with the gradients it trains on; all processes
+    measure in the same way. Under FSDP2 gradients are subtracted shard by shard, and the norms added up. With gradient
     accumulation the first batch of the step is measured. Where scaled gradients overflow, the values are not finite.
 
     Logged at each measured step:
@@ -131,6 +133,7 @@ class GradientDivergence(Callback):
         self._recorded: Recording | None = None
         self._others: dict[str, dict[str, Tensor]] = {}
         self._own: dict[str, Tensor] = {}
+        self._before: dict[str, Tensor | None] = {}  # of parameters that are distributed
         self._hooks: list[RemovableHandle] = []
         self._seconds = 0.0
         self._name, self._folder = "divergence", Path()
@@ -183,10 +186,12 @@ class GradientDivergence(Callback):
                     raise
                 self._subtracts = str(reason)
                 self._say(self._subtracts)
-        if isinstance(trainer.strategy, ParallelStrategy) and not isinstance(trainer.strategy, DDPStrategy):
+        measurable = isinstance(trainer.strategy, (DDPStrategy, ModelParallelStrategy))
+        if isinstance(trainer.strategy, ParallelStrategy) and not measurable:
             raise ValueError(
-                "GradientDivergence needs whole gradients on every process: train on one device or with "
-                f"--trainer.strategy=ddp, not {type(trainer.strategy).__name__}"
+                "GradientDivergence reads gradients parameter by parameter: train on one device, with "
+                "--trainer.strategy=ddp or with FSDP2 (ModelParallelStrategy), not "
+                f"{type(trainer.strategy).__name__}"
             )
         self._measured_step = -1
         self._name, self._folder = own_name(trainer, self, "divergence"), run_folder(trainer)
@@ -221,11 +226,11 @@ class GradientDivergence(Callback):
         if not due or step == self._measured_step:
             return
         self._measured_step = step
-        if reruns_forward(loss) and trainer.world_size > 1:
+        if trainer.world_size > 1 and _any_process(trainer, reruns_forward(loss)):
             # Gradients that arrive in `grad` alone would start DDP's exchange.
             self._say("a checkpoint with use_reentrant=True under DDP", "measures no step with")
             return
-        reason = self._subtracts or _unseen(loss, pl_module)
+        reason = _agreed(trainer, self._subtracts or _unseen(loss, pl_module))
         if reason:
             if not self._subtracts:
                 self._say(reason)
@@ -242,8 +247,15 @@ class GradientDivergence(Callback):
             if self._recorded is None:
                 self._recorded = self._open.enter_context(recording(pl_module))
                 self._open.enter_context(_keeping_graph(pl_module, self._recorded))
-            if self._hooked or not self._checked or any(opaque_nodes(loss)):
+            if _any_process(trainer, self._hooked or not self._checked or any(opaque_nodes(loss))):
                 self._recorded.whole, self._loss = True, loss
+
+        # FSDP2 assigns the gradients of its shards, which pass no hook; what was there is of an earlier batch.
+        self._before = {
+            name: None if p.grad is None else p.grad.detach().clone()
+            for name, p in pl_module.named_parameters()
+            if p.requires_grad and is_shard(p)
+        }
 
         def keep(name: str, gradient: Tensor) -> None:
             # A copy: the engine may hand this very tensor on to `grad`, where DDP and the scaler overwrite it. A
@@ -256,30 +268,35 @@ class GradientDivergence(Callback):
         self._hooks = [
             p.register_hook(lambda g, name=name: keep(name, g))
             for name, p in pl_module.named_parameters()
-            if p.requires_grad
+            if p.requires_grad and not is_shard(p)
         ]
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare with the gradients that the training backward has just produced."""
-        if not self._hooks:
+        if not self._hooks and not self._before:
             return
         clock = _Clock(pl_module.device)
         scale = loss_scale(trainer)
         recorded, others, own, loss = self._recorded, self._others, self._own, self._loss
+        named = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
+        for name, before in self._before.items():
+            after = named[name].grad
+            if after is not None:
+                own[name] = after.detach().clone() if before is None else after.detach() - before
         self._forget()
         shared = any(c._recorded is recorded for c in _alike(trainer))
-        named = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
         # A parameter that the loss does not depend on got no gradient.
         own = {name: own.get(name, torch.zeros_like(p)) for name, p in named.items()}
         with undisturbed(pl_module, trainer.global_step):
-            reason = "" if recorded is None or loss is None else _strangers(recorded, loss)
+            reason = "" if recorded is None or loss is None else _agreed(trainer, _strangers(recorded, loss))
             found: dict[str, Divergence] = {}
             if recorded is not None and not reason:
                 carried = recorded.carried(self.choices, named, retain_graph=shared or loss is not None)
                 differences = ((choice, _means(trainer, d)) for choice, d in carried)
                 found = measure_differences(differences, _means(trainer, own))
                 found = {choice: replace(d, method="propagate") for choice, d in found.items()}
-                if loss is not None and (self._hooked or not self._checked) and any(d.l2 for d in found.values()):
+                check = loss is not None and _any_process(trainer, self._hooked or not self._checked)
+                if check and loss is not None and any(d.l2 for d in found.values()):
                     reason = self._nonlinear(trainer, pl_module, recorded, loss, own, found)
             if reason:
                 self._say(reason)
@@ -314,10 +331,8 @@ class GradientDivergence(Callback):
         except UnseenError as error:
             reason = str(error)
         self._checked = True
-        if trainer.world_size > 1 and trainer.strategy.reduce_boolean_decision(bool(reason), all=False):
-            reason = reason or "on another process a difference does not add up as gradients do"
-        self._subtracts = reason
-        return reason
+        self._subtracts = _agreed(trainer, reason)
+        return self._subtracts
 
     def _say(self, reason: str, what: str = "subtracts gradients instead of propagating differences:") -> None:
         """Say once what is done otherwise than asked for, and why."""
@@ -380,6 +395,7 @@ class GradientDivergence(Callback):
             hook.remove()
         self._open.close()
         self._others, self._own, self._hooks, self._recorded, self._loss = {}, {}, [], None, None
+        self._before = {}
 
     def _record(self, trainer: Trainer, found: Mapping[str, Divergence]) -> None:
         step, name = trainer.global_step, self._name
@@ -430,12 +446,34 @@ def loss_scale(trainer: Trainer) -> float:
     return (scaler.get_scale() if scaler is not None else 1.0) / trainer.accumulate_grad_batches
 
 
+def _any_process(trainer: Trainer, decision: bool) -> bool:
+    """Whether a process decides so: then all do, for what they average has to be of one kind."""
+    return trainer.strategy.reduce_boolean_decision(decision, all=False) if trainer.world_size > 1 else decision
+
+
+def _agreed(trainer: Trainer, reason: str) -> str:
+    """Why gradients are subtracted, on all processes if on one; empty if they are not."""
+    one_cannot = _any_process(trainer, bool(reason))
+    return reason or ("another process cannot propagate differences" if one_cannot else "")
+
+
 def _means(trainer: Trainer, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Average gradients of this process over all processes."""
+    """Average gradients of this process over all processes; its own stay what they are.
+
+    Those that are distributed are the averages already.
+    """
     if trainer.world_size == 1:
         return gradients
-    wide = {name: g if g.dtype == torch.float64 else g.float() for name, g in gradients.items()}
-    return {name: trainer.strategy.reduce(g.contiguous(), reduce_op="mean") for name, g in wide.items()}
+    means = {}
+    for name, g in gradients.items():
+        if is_shard(g):
+            means[name] = g
+            continue
+        dtype = torch.float64 if g.dtype == torch.float64 else torch.float32
+        # A copy: Lightning averages in place.
+        copy = torch.empty_like(g, dtype=dtype, memory_format=torch.contiguous_format).copy_(g)
+        means[name] = trainer.strategy.reduce(copy, reduce_op="mean")
+    return means
 
 
 def _unscaled(d: Divergence, scale: float) -> Divergence:
