@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nslightning.commands.dashes import with_new_spellings
+from nslightning.commands.devices import check_device
+from nslightning.commands.endings import CallError, ended
 from nslightning.commands.plain_parser import Arguments
 from nslightning.commands.progress import progress
 from nslightning.files import expanded, write_text
@@ -39,10 +41,6 @@ until then is shown and written.
 """
 
 
-class CallError(ValueError):
-    """The command was called wrongly: exit status 2."""
-
-
 def main(argv: list[str]) -> int:
     """Run the command.
 
@@ -58,19 +56,13 @@ def main(argv: list[str]) -> int:
     """
     parser = make_parser(f"nslightning {argv[0]}")
     given = parser.parse_args(with_new_spellings(parser, argv[1:], {"--dtypes": "--precisions"}))
-    outputs = {kind: path for kind in ("json", "html") if (path := getattr(given, kind)) is not None}
-    try:
-        _check_outputs(outputs)
-        return _audit(given, outputs)
-    except CallError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted before anything was measured", file=sys.stderr)
-        return 130
-    except (ValueError, RuntimeError, OSError) as error:  # DataError is a RuntimeError
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 1
+    return ended(
+        parser.prog,
+        lambda: _audit(given),
+        interrupted="interrupted before anything was measured",
+        output="--json or --html",
+        fault=1,
+    )
 
 
 def make_parser(prog: str) -> Arguments:
@@ -144,16 +136,15 @@ def _check_outputs(outputs: dict[str, Path]) -> None:
         raise CallError(f"--json and --html name one file, {outputs['json']}")
 
 
-def _audit(given: argparse.Namespace, outputs: dict[str, Path]) -> int:
+def _audit(given: argparse.Namespace) -> int:
+    outputs = {kind: path for kind in ("json", "html") if (path := getattr(given, kind)) is not None}
+    _check_outputs(outputs)
+
     import torch
 
     from nslightning.models.weights import load_weights, read_checkpoint
 
-    try:
-        torch.zeros((), device=given.device)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the latter
-        raise CallError(f"--device {given.device} cannot be used here: {str(error).splitlines()[0]}") from error
-
+    check_device(given.device)
     torch.manual_seed(given.seed)
     network, batches, what = _model_and_data(given)
     if given.weights is not None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nslightning.commands.dashes import spelled_with_dashes, with_new_spellings
+from nslightning.commands.devices import check_device
+from nslightning.commands.endings import ended
 from nslightning.commands.progress import progress
 from nslightning.files import expanded
 
@@ -39,15 +40,7 @@ def main(argv: list[str]) -> int:
     given.pop("config")
     # Read when torch is imported: the profiler that measures memory would else write to stderr.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    try:
-        cost(**given)
-    except KeyboardInterrupt:
-        print("\ninterrupted; nothing was written", file=sys.stderr)
-        return 130
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"nslightning cost: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1  # a mistaken call, or a machine that cannot
-    return 0
+    return ended(parser.prog, lambda: cost(**given), interrupted="interrupted; nothing was written")
 
 
 def make_parser(prog: str) -> ArgumentParser:
@@ -95,7 +88,7 @@ def cost(
     widths: list[int] | None = None,
     seed: int = 0,
     output: str = "runs/cost",
-) -> None:
+) -> int:
     """Measure, print the report, and write it.
 
     The network is freshly initialised and in training mode; images are standard normal, labels uniform.
@@ -114,9 +107,11 @@ def cost(
         seed: Seeds the initialisation and the images.
         output: Folder for cost.json, cost.csv, cost.png and cost.pdf.
 
+    Returns:
+        0.
+
     Raises:
-        ValueError: If an argument is not admissible.
-        RuntimeError: If the device cannot be used.
+        ValueError: If an argument is not admissible, or the device is not here.
         OSError: If the output cannot be written.
     """
     from nslightning.choices import named_choices
@@ -141,9 +136,8 @@ def cost(
     from nslightning.report.cost_figures import plot_cost, plot_scaling
 
     Arithmetic().switch()  # float32 means float32
+    check_device(device)
     target = torch.device(device)
-    if target.type != "cpu":
-        torch.zeros((), device=target)  # a device that is not there says so before anything is built
     dtype = getattr(torch, _DTYPES[precision])
     options = backbone_options or {}
 
@@ -183,3 +177,4 @@ def cost(
         for path in written:
             path.replace(folder / path.name)
     print(f"\nWritten to {folder}: {', '.join(path.name for path in written)}")
+    return 0

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from pathlib import Path
 
+from nslightning.commands.endings import ended
+from nslightning.commands.plain_parser import Arguments
 from nslightning.commands.report import check_output
 from nslightning.files import expanded, write_text
 
@@ -37,31 +38,24 @@ def main(argv: list[str]) -> int:
     """
     parser = make_parser(f"nslightning {argv[0]}")
     given = parser.parse_args(argv[1:])
+    return ended(parser.prog, lambda: _define(given), output="--out=FILE")
 
-    try:
-        if not given.apply:
-            check_output(given.out)
-        from nslightning import dashboard
 
-        if given.apply:
-            print(dashboard.apply(given.entity, given.project, given.name))
-        else:
-            content = dashboard.definition(given.entity, given.project, given.name)
-            write_text(given.out, json.dumps(content, indent=2) + "\n")
-            print(f"{given.out}: written; --apply makes the view at W&B")
-    except (ImportError, ValueError, OSError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
-    except Exception as error:
-        # wandb has its own exceptions for a missing login, a refusal and a lost connection.
-        if not type(error).__module__.startswith(("wandb", "requests")):
-            raise
-        print(f"{parser.prog}: error: W&B: {error}\n  log in with `wandb login`, and see --entity", file=sys.stderr)
-        return 1
+def _define(given: argparse.Namespace) -> int:
+    if not given.apply:
+        check_output(given.out)
+    from nslightning import dashboard
+
+    if given.apply:
+        print(dashboard.apply(given.entity, given.project, given.name))
+        return 0
+    content = dashboard.definition(given.entity, given.project, given.name)
+    write_text(given.out, json.dumps(content, indent=2) + "\n")
+    print(f"{given.out}: written; --apply makes the view at W&B")
     return 0
 
 
-def make_parser(prog: str) -> argparse.ArgumentParser:
+def make_parser(prog: str) -> Arguments:
     """The command's parser.
 
     Args:
@@ -70,7 +64,7 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     Returns:
         The parser.
     """
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog=prog,
         description=__doc__,
         epilog=_EPILOG,

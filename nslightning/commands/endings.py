@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import errno
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-__all__ = ["Ending", "ending_of", "root_of"]
+__all__ = ["CallError", "Ending", "ended", "ending_of", "root_of"]
 
 # jsonargparse's accounts of all the types that it tried, around the error that says why.
 _WRAPPED = ("Does not validate against any", "Problem with given class_path", "Parser key", "Problem instantiating")
 
-_DISK = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EROFS: "the disk is read-only",
-    errno.EACCES: "it may not be written",
-    errno.EPERM: "it may not be written",
-    errno.ENOTDIR: "a part of its path is a file",
-    errno.EEXIST: "there is a file of that name",
-    errno.EIO: "the disk does not answer",
+#: What the system says of a place, and whether another place would help.
+_PLACE = {
+    errno.EROFS: "cannot be written: the disk is read-only",
+    errno.EACCES: "may not be read or written by this user",
+    errno.EPERM: "may not be read or written by this user",
+    errno.ENOTDIR: "is a file, and a folder is needed there",
+    errno.EEXIST: "is a file, and a folder is needed there",
+    errno.EISDIR: "is a folder, and a file is needed there",
+    errno.ENAMETOOLONG: "has a longer name than the disk takes",
 }
+_DISK = {
+    errno.ENOSPC: "cannot be written: the disk is full",
+    errno.EDQUOT: "cannot be written: the disk quota is used up",
+    errno.EIO: "cannot be read or written: the disk does not answer",
+}
+
+
+class CallError(ValueError):
+    """The command was called wrongly: exit status 2, also where other errors have another one."""
 
 
 class Ending:
@@ -34,6 +44,47 @@ class Ending:
 
     def __init__(self, status: int, message: str) -> None:
         self.status, self.message = status, message
+
+
+def ended(
+    program: str,
+    work: Callable[[], int],
+    *,
+    interrupted: str = "interrupted",
+    output: str = "--output=FOLDER",
+    fault: int = 2,
+) -> int:
+    """Do a command's work, and say in a line or two how it ended where it did not end well.
+
+    Args:
+        program: What the command is called.
+        work: Does it.
+        interrupted: What to say after Ctrl-C.
+        output: The option that names where the command writes.
+        fault: The exit status for what is refused and is no :class:`CallError`: 1 for a command whose model or data
+            are more often at fault than its call.
+
+    Returns:
+        The exit status: the work's own; else 1 where something outside the call is at fault, 2 where the call is, 130
+        after an interruption.
+
+    Raises:
+        Exception: What is a bug: its traceback is wanted.
+
+    Example:
+        >>> ended("nslightning x", lambda: 0)
+        0
+    """
+    try:
+        return work()
+    except KeyboardInterrupt:
+        print(f"\n{interrupted}", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if (ending := ending_of(error, began=False, output=output)) is None:
+            raise
+        print(f"{program}: error: {ending.message}", file=sys.stderr)
+        return ending.status if isinstance(error, CallError) or ending.status != 2 else fault
 
 
 def root_of(error: BaseException) -> BaseException:
@@ -50,56 +101,58 @@ def root_of(error: BaseException) -> BaseException:
     return error
 
 
-def ending_of(error: BaseException, *, began: bool, go_on: str | None = None) -> Ending | None:
+def ending_of(
+    error: BaseException, *, began: bool, go_on: str | None = None, output: str = "--output=FOLDER"
+) -> Ending | None:
     """How a command ends that raised an error.
 
     Args:
         error: What it raised.
         began: Whether the work had begun. What goes wrong before is a mistake in the call.
         go_on: The command that goes on with what was done, where there is one.
+        output: The option that names where the command writes.
 
     Returns:
         Status and message; None for what is a bug: its traceback is wanted.
     """
     cause = root_of(error)
     kinds: tuple[Callable[[BaseException, bool], Ending | None], ...] = (
-        _data, _disk, _own, _wandb, _memory, _network, _mistake, _callback,
+        _data, _system, _own, _wandb, _memory, _network, _model, _mistake, _callback,
     )  # fmt: skip
     for kind in kinds:
         if (ending := kind(cause, began)) is not None:
             if go_on is not None and ending.status == 1:
                 ending.message += f"\n  go on with: {go_on}"
+            elif isinstance(cause, OSError) and cause.errno in _PLACE and not began:
+                ending.message += f"; {output} names another place to write to"
             return ending
     return None
 
 
 def _data(error: BaseException, began: bool) -> Ending | None:
     """Data that are missing or damaged."""
-    from nslightning.data import DataError
+    from nslightning.data.verify import DataError
 
     if not isinstance(error, DataError):
         return None
     return Ending(1, str(error).rpartition("DataError: ")[2].strip())  # a worker puts its traceback before the message
 
 
-def _disk(error: BaseException, began: bool) -> Ending | None:
-    """A file that could not be written."""
-    if not isinstance(error, OSError) or error.errno not in _DISK:
+def _system(error: BaseException, began: bool) -> Ending | None:
+    """A file or folder that the system refuses."""
+    if not isinstance(error, OSError) or error.errno not in (*_PLACE, *_DISK):
         return None
     where = error.filename2 or error.filename
-    reason = _DISK[error.errno]
-    if where is None:
-        where = "a file"
-    elif error.errno in (errno.ENOTDIR, errno.EEXIST):
-        part = next((p for p in (Path(str(where)), *Path(str(where)).parents) if p.is_file()), Path(str(where)))
-        where, reason = str(part), "it is a file, and a folder is needed there"
-    call = error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO) and not began
-    hint = "; --output=FOLDER says where runs are kept" if call else ""
-    return Ending(2 if call else 1, f"{where} cannot be written: {reason}{hint}")
+    if error.errno in (errno.ENOTDIR, errno.EEXIST) and where is not None:
+        where = next((p for p in (Path(str(where)), *Path(str(where)).parents) if p.is_file()), where)
+    reason = (_PLACE | _DISK)[error.errno]
+    return Ending(1 if began or error.errno in _DISK else 2, f"{'a file' if where is None else where} {reason}")
 
 
 def _own(error: BaseException, began: bool) -> Ending | None:
     """What a callback of ours was asked to find, and found."""
+    if "lightning.pytorch" not in sys.modules:
+        return None
     from nslightning.callbacks import NonFiniteError
 
     return Ending(1, str(error)) if isinstance(error, NonFiniteError) else None
@@ -110,18 +163,18 @@ def _wandb(error: BaseException, began: bool) -> Ending | None:
     if not type(error).__module__.startswith("wandb"):
         return None
     first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    way = "set WANDB_MODE=offline to train without an account, or log in with `wandb login`"
-    return Ending(1 if began else 2, f"W&B: {first.strip()}\n  {way}")
+    way = "log in with `wandb login`, or set WANDB_MODE=offline to train without an account"
+    return Ending(1, f"W&B: {first.strip()}\n  {way}")
 
 
 def _memory(error: BaseException, began: bool) -> Ending | None:
     """The device's memory is used up."""
-    import torch
-
-    if not isinstance(error, torch.OutOfMemoryError):
+    torch = sys.modules.get("torch")
+    refused = isinstance(error, RuntimeError) and "not enough memory" in str(error)  # how a CPU says it
+    if torch is None or not (refused or isinstance(error, torch.OutOfMemoryError)):
         return None
     first = str(error).splitlines()[0]
-    return Ending(1, f"{first}\n  a smaller --data.batch_size, or --trainer.accumulate_grad_batches, needs less")
+    return Ending(1, f"{first}\n  a smaller batch, or --trainer.accumulate_grad_batches, needs less")
 
 
 def _network(error: BaseException, began: bool) -> Ending | None:
@@ -133,17 +186,35 @@ def _network(error: BaseException, began: bool) -> Ending | None:
     return Ending(1, f"something could not be fetched: {first}")
 
 
+def _model(error: BaseException, began: bool) -> Ending | None:
+    """A model of the caller's that does not run, or does not take what it was given."""
+    if "torch" not in sys.modules:
+        return None
+    from nslightning.models.own import OwnNetworkError
+    from nslightning.probes.audit import NotRunningError
+
+    return Ending(1, str(error)) if isinstance(error, (OwnNetworkError, NotRunningError)) else None
+
+
 def _mistake(error: BaseException, began: bool) -> Ending | None:
     """What was given is not allowed, or not there."""
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-
-    from nslightning.surgery import UnreachedError
-
-    kinds = (FileNotFoundError, ImportError, ValueError, MisconfigurationException)
-    if isinstance(error, UnreachedError):  # which the first step may find
+    if isinstance(error, CallError):
         return Ending(2, str(error))
-    if began or not isinstance(error, kinds):
+    kinds: tuple[type[BaseException], ...] = (FileNotFoundError, ImportError, ValueError)
+    if "lightning.pytorch" in sys.modules:
+        from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+        from nslightning.surgery import UnreachedError
+
+        if isinstance(error, UnreachedError):  # which the first step may find
+            return Ending(2, str(error))
+        kinds += (MisconfigurationException,)
+    if began or not isinstance(error, (*kinds, OSError)):
         return None
+    if isinstance(error, FileNotFoundError) and error.errno is not None:
+        return Ending(2, f"there is no file or folder {error.filename2 or error.filename}")
+    if not isinstance(error, kinds):  # what else the system says
+        return Ending(1, str(error))
     named = _raised_in(error.__traceback__)
     return Ending(2, f"{named}: {error}" if named and not _is_ours(named) else str(error))
 
@@ -165,6 +236,8 @@ def _is_ours(name: str) -> bool:
 
 def _raised_in(traceback: TracebackType | None) -> str | None:
     """The callback, logger or plugin in whose method an error was raised; None where it was elsewhere."""
+    if "lightning.pytorch" not in sys.modules:
+        return None
     from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment, Precision
     from lightning.pytorch import Callback
     from lightning.pytorch.loggers import Logger

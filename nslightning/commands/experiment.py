@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nslightning.commands.devices import check_device
+from nslightning.commands.endings import ended
 from nslightning.commands.plain_parser import Arguments
 from nslightning.files import expanded, write_text
 from nslightning.spelling import did_you_mean
@@ -41,19 +43,7 @@ def main(argv: Sequence[str]) -> int:
     """
     parser = make_parser(f"nslightning {argv[0]}")
     given = parser.parse_args(list(argv[1:]))
-    from nslightning.experiments import Experiment  # after --help
-
-    try:
-        overrides = {k: v[-1] for k, v in _pairs(given.set, "--set").items()}
-        quirks = given.as_published
-        experiments = [Experiment.read(_found(file), given.scale, overrides, quirks) for file in given.files]
-        return max(_run(experiment, given) for experiment in experiments)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"nslightning experiment: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on", file=sys.stderr)
-        return 130
+    return ended(parser.prog, lambda: _read_and_run(given), interrupted="interrupted; the same command goes on")
 
 
 def make_parser(prog: str) -> Arguments:
@@ -93,6 +83,15 @@ def make_parser(prog: str) -> Arguments:
     )
     parser.add_argument("--list", action="store_true", help="list the cells and whether they are finished; run nothing")
     return parser
+
+
+def _read_and_run(given: argparse.Namespace) -> int:
+    from nslightning.experiments import Experiment  # after --help
+
+    overrides = {k: v[-1] for k, v in _pairs(given.set, "--set").items()}
+    quirks = given.as_published
+    experiments = [Experiment.read(_found(file), given.scale, overrides, quirks) for file in given.files]
+    return max(_run(experiment, given) for experiment in experiments)
 
 
 def _run(experiment: Experiment, given: argparse.Namespace) -> int:
@@ -166,11 +165,7 @@ def _resources(device: str | None, workers: int | None) -> tuple[str, int]:
     import torch
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):  # no such kind, none of it here, or PyTorch without it
-        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        raise ValueError(f"--device={device} is not here; there is {', '.join(there)}") from None
+    check_device(device)
     if workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         workers = 4 if device.startswith("cuda") else cores

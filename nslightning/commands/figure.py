@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from nslightning.commands.endings import ended
 from nslightning.commands.plain_parser import Arguments
 from nslightning.files import expanded
 from nslightning.spelling import did_you_mean
@@ -54,21 +54,21 @@ def main(argv: Sequence[str]) -> int:
         parser.error(f"--out {given.out} is a file, and is to be a folder")
     if given.name == "all" and not given.run:
         parser.error("all needs --run SCALE; what is finished is skipped")
-    try:
-        from nslightning.experiments.figures import FIGURES, feeding, find
+    return ended(parser.prog, lambda: _figures(given), output="--out=FOLDER")
 
-        names = list(FIGURES) if given.name in (None, "all") else [given.name]
+
+def _figures(given: argparse.Namespace) -> int:
+    from nslightning.experiments.figures import FIGURES, feeding, find
+
+    names = list(FIGURES) if given.name in (None, "all") else [given.name]
+    for name in names:
+        find(name)
+    if given.list:
         for name in names:
-            find(name)
-        if given.list:
-            for name in names:
-                drawing = FIGURES[name]
-                fed = ", ".join(feeding(name)) if drawing.needs_results else "no results needed"
-                print(f"{name}\n    {drawing.title}\n    from: {fed}\n    paper: {drawing.paper}")
-            return 0
-    except (ImportError, ValueError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
+            drawing = FIGURES[name]
+            fed = ", ".join(feeding(name)) if drawing.needs_results else "no results needed"
+            print(f"{name}\n    {drawing.title}\n    from: {fed}\n    paper: {drawing.paper}")
+        return 0
     status = _run(given, names) if given.run else 0
     return status if status in (2, 130) else max(status, _draw(given, names))
 
@@ -134,10 +134,11 @@ def _draw(given: argparse.Namespace, names: Sequence[str]) -> int:
         if given.run:
             found = [Path(given.output) / e / given.run for e in feeding(name)]
             results = [f for f in found if (f / "results.csv").is_file()]
-        try:
+
+        def drawn(name: str = name, results: Sequence[Path] = results) -> int:
             for file in draw(name, results, given.out):
                 print(file)
-        except (ValueError, OSError) as error:
-            print(f"nslightning figure: error: {error}", file=sys.stderr)
-            worst = 2
+            return 0
+
+        worst = max(worst, ended("nslightning figure", drawn, output="--out=FOLDER"))
     return worst

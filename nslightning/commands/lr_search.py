@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nslightning.commands.endings import ended
 from nslightning.files import expanded, write_text
 from nslightning.spelling import closest
 
@@ -50,14 +51,7 @@ def main(argv: list[str]) -> int:
         if close and "." not in word.partition("=")[0]:
             print(f"nslightning lr-search: error: not understood: {word}; did you mean {close[0]}?", file=sys.stderr)
             return 2
-    try:
-        return _search(given, fit)
-    except (ValueError, ImportError) as error:
-        print(f"nslightning lr-search: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on", file=sys.stderr)
-        return 130
+    return ended(parser.prog, lambda: _search(given, fit), interrupted="interrupted; the same command goes on")
 
 
 def make_parser(prog: str) -> argparse.ArgumentParser:

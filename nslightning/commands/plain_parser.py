@@ -3,20 +3,42 @@
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from nslightning.spelling import closest
 
-__all__ = ["Arguments"]
+__all__ = ["Arguments", "refuse_unknown"]
 
 
 class Arguments(argparse.ArgumentParser):
     """A parser whose errors are a few lines, with the nearest option that exists, and exit status 2."""
 
+    def parse_args(  # type: ignore[override] # whose overloads differ in their return type only
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
+        """Parse a command line; an option that is not known is named before any that is missing."""
+        refuse_unknown(self, args or ())
+        return super().parse_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         """Print what is wrong and end with status 2."""
-        known = [option for option in self._option_string_actions if option.startswith("--")]
-        given = [word.partition("=")[0].rstrip(":") for word in message.split() if word.startswith("--")]
-        meant = [n for word in given if word not in known for n in closest(word, known)]
-        hint = f"\n  did you mean {meant[0]!r}?" if meant else ""
-        self.exit(2, f"{self.prog}: error: {message}{hint}\n  {self.prog} --help lists all options\n")
+        self.exit(2, f"{self.prog}: error: {message}\n  {self.prog} --help lists all options\n")
+
+
+def refuse_unknown(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """End with status 2 if a word is an option that a parser does not have, with the nearest one that it has.
+
+    Args:
+        parser: The parser.
+        words: The command line.
+    """
+    known = [option for option in parser._option_string_actions if option.startswith("--")]
+    for word in words:
+        if word == "--":
+            return
+        option = word.partition("=")[0]
+        if option.startswith("--") and option not in known:
+            near = closest(option, known)
+            hint = f"\n  did you mean {near[0]!r}?" if near else ""
+            parser.error(f"there is no option {option}{hint}")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
+from nslightning.commands.endings import ended
+from nslightning.commands.plain_parser import Arguments
 from nslightning.files import expanded, write_text
 
 __all__ = ["main", "make_parser"]
@@ -34,22 +35,21 @@ def main(argv: list[str]) -> int:
     """
     parser = make_parser(f"nslightning {argv[0]}")
     given = parser.parse_args(argv[1:])
+    return ended(parser.prog, lambda: _report(given), output="--out=FILE")
 
-    try:
-        check_output(given.out)
-        from nslightning.report import find_runs, page, read_run
 
-        runs = [read_run(folder) for folder in find_runs(given.runs)]
-        write_text(given.out, page(runs))
-    except (ImportError, ValueError, OSError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
+def _report(given: argparse.Namespace) -> int:
+    check_output(given.out)
+    from nslightning.report import find_runs, page, read_run
+
+    runs = [read_run(folder) for folder in find_runs(given.runs)]
+    write_text(given.out, page(runs))
     size = given.out.stat().st_size / 1e6
     print(f"{given.out}: {len(runs)} run{'s' * (len(runs) != 1)}, {size:.1f} MB; open it in any browser")
     return 0
 
 
-def make_parser(prog: str) -> argparse.ArgumentParser:
+def make_parser(prog: str) -> Arguments:
     """The command's parser.
 
     Args:
@@ -58,7 +58,7 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     Returns:
         The parser.
     """
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog=prog,
         description=__doc__,
         epilog=_EPILOG,

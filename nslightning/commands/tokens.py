@@ -1,8 +1,9 @@
 """Turn text into the token files that a language model is trained on."""
 
 import argparse
-import sys
 
+from nslightning.commands.endings import ended
+from nslightning.commands.plain_parser import Arguments
 from nslightning.files import expanded
 
 __all__ = ["main", "make_parser"]
@@ -19,21 +20,19 @@ def main(argv: list[str]) -> int:
     """
     parser = make_parser(f"nslightning {argv[0]}")
     arguments = parser.parse_args(argv[1:])
+    return ended(parser.prog, lambda: _tokens(arguments), output="--out=FOLDER")
 
-    from nslightning.data import DataError
+
+def _tokens(arguments: argparse.Namespace) -> int:
     from nslightning.data.tokens import prepare
 
-    try:
-        meta = prepare(arguments.text, arguments.out, arguments.tokenizer, arguments.val)
-    except (DataError, ImportError, ValueError, OSError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, DataError) else 2
+    meta = prepare(arguments.text, arguments.out, arguments.tokenizer, arguments.val)
     counts = ", ".join(f"{count} tokens in {split}.bin" for split, count in meta["tokens"].items())
     print(f"{arguments.out}: {counts}, vocabulary {meta['vocab_size']}")
     return 0
 
 
-def make_parser(prog: str) -> argparse.ArgumentParser:
+def make_parser(prog: str) -> Arguments:
     """The command's parser.
 
     Args:
@@ -42,7 +41,7 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     Returns:
         The parser.
     """
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog=prog,
         description="Turn text files into train.bin, val.bin and meta.json for nslightning.data.TokenFile.",
         allow_abbrev=False,

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nslightning.commands.dashes import spelled_with_dashes, with_new_spellings
+from nslightning.commands.devices import check_device
+from nslightning.commands.endings import ended
 from nslightning.files import expanded
 
 if TYPE_CHECKING:
@@ -35,16 +37,7 @@ def main(argv: list[str]) -> int:
     given = parser.parse_args(with_new_spellings(parser, argv[1:], {"--options": "--backbone-options"})).as_dict()
     given.pop("config")
 
-    from nslightning.data.verify import DataError
-
-    try:
-        return zones(**given)
-    except (ValueError, OSError, DataError) as error:
-        print(f"nslightning zones: error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, DataError) else 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on", file=sys.stderr)
-        return 130
+    return ended(parser.prog, lambda: zones(**given), interrupted="interrupted; the same command goes on")
 
 
 def make_parser(prog: str) -> ArgumentParser:
@@ -145,6 +138,7 @@ def zones(
     for name, value in {"chunk": chunk, "draws": draws, "batch_size": batch_size, "batches": batches}.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} is at least 1; given {value}")
+    check_device(device)
     if not precisions:
         raise ValueError("precisions names at least one of 16, 32, 64")
     if tau is not None and norm not in ("linf_sum", "l1_sum"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,13 +18,17 @@ from torch import nn
 
 from nslightning.spelling import did_you_mean
 
-__all__ = ["OwnNameError", "current_folder_importable", "is_own", "own_network", "without_own_code"]
+__all__ = ["OwnNameError", "OwnNetworkError", "current_folder_importable", "is_own", "own_network", "without_own_code"]
 
 _ONLY_NAMES = ContextVar("_ONLY_NAMES", default=False)
 
 
 class OwnNameError(ValueError):
     """A name of the form ``package.module:factory`` that names no factory and no network."""
+
+
+class OwnNetworkError(RuntimeError):
+    """Code of one's own that fails, or a network of it that does not run."""
 
 
 def is_own(name: str) -> bool:
@@ -81,7 +86,7 @@ def own_network(name: str, offered: dict[str, Any] | None = None, options: dict[
     Raises:
         OwnNameError: If there is no such module, or no such factory in it; or inside :func:`without_own_code`.
         ValueError: If ``options`` are given to what takes none.
-        RuntimeError: If the code itself fails.
+        OwnNetworkError: If the code itself fails.
     """
     if _ONLY_NAMES.get():
         raise OwnNameError(
@@ -105,7 +110,7 @@ def own_network(name: str, offered: dict[str, Any] | None = None, options: dict[
             network = factory(**arguments)
         except Exception as error:
             given = ", ".join(f"{k}={v!r}" for k, v in arguments.items())
-            raise RuntimeError(f"{name}({given}) failed with {type(error).__name__}: {error}") from error
+            raise OwnNetworkError(f"{name}({given}) failed with {_failure(error)}") from error
     if not isinstance(network, nn.Module):
         raise OwnNameError(f"{name}() returns a {type(network).__name__}, not an nn.Module")
     return network
@@ -118,17 +123,25 @@ def _look_up(where: str, attribute: str) -> Any:
     except ModuleNotFoundError as error:
         missing = error.name or where
         if where != missing and not where.startswith(f"{missing}."):
-            raise RuntimeError(f"{where} was found, and imports {missing}, which is not there") from error
+            raise OwnNetworkError(f"{where} was found, and imports {missing}, which is not there") from error
         files = [f.stem for f in sorted(Path.cwd().glob("*.py"))]
         hint = did_you_mean(f"{where}:{attribute}", [f"{file}:{attribute}" for file in files], otherwise="")
         raise OwnNameError(f"there is no module {missing!r} in {Path.cwd()} or installed{hint}") from error
     except Exception as error:
-        raise RuntimeError(f"importing {where} failed with {type(error).__name__}: {error}") from error
+        raise OwnNetworkError(f"importing {where} failed with {_failure(error)}") from error
     if not hasattr(module, attribute):
         public = [n for n, v in vars(module).items() if not n.startswith("_") and callable(v)]
         hint = did_you_mean(f"{where}:{attribute}", [f"{where}:{other}" for other in public], otherwise="")
         raise OwnNameError(f"module {where} has no {attribute!r}{hint}")
     return getattr(module, attribute)
+
+
+def _failure(error: Exception) -> str:
+    """An error of code of one's own, with the line that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = [frame for frame in frames if Path(frame.filename).is_relative_to(Path.cwd())]
+    line = f" ({Path(inside[-1].filename).name}, line {inside[-1].lineno})" if inside else ""
+    return f"{type(error).__name__}: {error}{line}"
 
 
 def _arguments(name: str, factory: Any, offered: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from nslightning.probes.gradients import gradients
 from nslightning.probes.ties import Ties, counting
 from nslightning.surgery import PatchReport, PatchWarning, patch
 
-__all__ = ["CHOICES", "DTYPES", "Audit", "SiteTies", "Spread", "audit"]
+__all__ = ["CHOICES", "DTYPES", "Audit", "NotRunningError", "SiteTies", "Spread", "audit"]
 
 DTYPES = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32, "64": torch.float64}
 
@@ -32,6 +32,10 @@ CHOICES: dict[str, Jacobians] = {
     "beta=minimal": Jacobians(max_pool="minimal"),
     "beta=10": Jacobians(max_pool=10.0),
 }
+
+
+class NotRunningError(RuntimeError):
+    """A model that runs in none of the precisions that were asked for."""
 
 
 @dataclass(frozen=True)
@@ -225,7 +229,7 @@ def audit(
 
     Raises:
         ValueError: If an argument is not admissible, the model is patched, or its outputs or labels do not fit.
-        RuntimeError: If the model runs in none of the dtypes.
+        NotRunningError: If the model runs in none of the dtypes.
         KeyboardInterrupt: If it is interrupted before one of the dtypes is done. Later on the findings are those of the
             dtypes that are, and the others are ``not_run``.
 
@@ -271,7 +275,7 @@ def audit(
                 spreads.append(_spread(choice, dtype, per_batch, top))
     if not reports:
         first = next(iter(failed.values()))
-        raise RuntimeError(f"the model runs in none of {', '.join(failed)}: {_line(first)}") from first
+        raise NotRunningError(f"the model runs in none of {', '.join(failed)}: {_line(first)}") from first
     return Audit(
         model=name or type(model).__name__,
         data=data,
