@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nslightning.data import DataError
+from nslightning.data import Augmentation, DataError, Preprocessing
 from nslightning.data.images import FileImages, read_image
 
 RAMP = np.linspace(0, 65535, 12 * 10).astype(np.uint16).reshape(12, 10)
@@ -21,6 +21,10 @@ def pixels(path):
         image = read_image(str(path))
     assert image.mode == "RGB"
     return np.asarray(image)
+
+
+def unscaled(size):
+    return Preprocessing("unscaled", size, 224 / 256, mean=(0.0,) * 3, std=(1.0,) * 3)
 
 
 def gray(values):
@@ -116,7 +120,7 @@ def test_an_animation_is_its_first_frame(ending, tmp_path):
 @pytest.mark.parametrize("shape", [(1, 1), (1, 40), (40, 1)])
 def test_an_image_of_one_pixel_fills_the_batch(shape, augment, tmp_path):
     Image.fromarray(np.full(shape, 51, np.uint8)).save(tmp_path / "a.png")
-    images = FileImages([(str(tmp_path / "a.png"), 0)], 16, augment, [0.0] * 3, [1.0] * 3)
+    images = FileImages([(str(tmp_path / "a.png"), 0)], unscaled(16), Augmentation() if augment else None)
     batch, _ = images.__getitems__([0])
     assert torch.equal(batch, torch.full((1, 3, 16, 16), 0.2))
 
@@ -124,7 +128,7 @@ def test_an_image_of_one_pixel_fills_the_batch(shape, augment, tmp_path):
 def test_sixteen_bits_make_no_ties(tmp_path):
     """Read without scaling, every pixel above 255 was white: one value, and a tie in every window."""
     Image.fromarray(RAMP[6:]).save(tmp_path / "a.png")
-    batch, _ = FileImages([(str(tmp_path / "a.png"), 0)], 8, False, [0.0] * 3, [1.0] * 3).__getitems__([0])
+    batch, _ = FileImages([(str(tmp_path / "a.png"), 0)], unscaled(8)).__getitems__([0])
     assert len(batch[0, 0].unique()) > 20
 
 

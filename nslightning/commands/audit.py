@@ -294,8 +294,8 @@ def _data(given: argparse.Namespace, shape: tuple[int, ...] | None = None) -> tu
 def _folder(folder: Path, given: argparse.Namespace, size: int) -> tuple[list[Batch], str, int | None]:
     import torch
 
-    from nslightning.data.folder import MEAN, STD
     from nslightning.data.images import FileImages
+    from nslightning.data.preprocessing import HE2016
     from nslightning.data.verify import data_error
 
     files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in _SUFFIXES and f.is_file())
@@ -305,7 +305,7 @@ def _folder(folder: Path, given: argparse.Namespace, size: int) -> tuple[list[Ba
         raise data_error(folder, f"count: {len(files)} images in it, {wanted} needed", fix)
     classes = sorted({f.parent.name for f in files})
     labelled = len(classes) > 1 and all(f.parent != folder for f in files)
-    images = FileImages([(str(f), classes.index(f.parent.name)) for f in files], size, False, MEAN, STD, given.seed)
+    images = FileImages([(str(f), classes.index(f.parent.name)) for f in files], HE2016.at(size))
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(given.seed)).tolist()[:wanted]
     batches: list[Batch] = []
     for start in range(0, wanted, given.batch_size):

@@ -47,7 +47,8 @@ class TrainLoader(DataLoader[Batch]):
         if not isinstance(sampler, TrainSampler):  # `overfit_batches` puts a SequentialSampler here
             return {}
         batch = (self.batch_size or 1) * sampler.num_replicas
-        return {"items": sampler.items, "batch_size x processes": batch, "seed": sampler.seed}
+        state = {"items": sampler.items, "batch_size x processes": batch, "seed": sampler.seed}
+        return state if sampler.repeats == 1 else {**state, "repeats": sampler.repeats}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Make the next epoch an interrupted one.
@@ -158,7 +159,7 @@ class ResumableDataModule(LightningDataModule, ABC):
         """
         items = self._split("train")
         rank, world = self._place(items)
-        sampler = TrainSampler(items, self.batch_size, self.seed, rank, world)
+        sampler = TrainSampler(items, self.batch_size, self.seed, rank, world, items.repeats)
         loader = TrainLoader(items, batch_size=self.batch_size, sampler=sampler, **self._options(items))
         loader.trainer = self.trainer
         return loader

@@ -1,31 +1,33 @@
 """Data sets of image files: ImageNet, and any folder of one's own."""
 
+import warnings
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torchvision import datasets
 
+from nslightning.data.augmentation import Augmentation
 from nslightning.data.base import ImageDataModule, Split
 from nslightning.data.images import FileImages
+from nslightning.data.preprocessing import Preprocessing, preprocessing_of
 from nslightning.data.sampler import Draws
 from nslightning.data.verify import data_error, data_folder
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 
 
 class ImageFolder(ImageDataModule):
     """One's own images: ``<root>/train/<class>/<image>``, ``<root>/val/...`` and, if there is one, ``test``.
 
-    Training: random resized crop and flip; else resize (256 for 224) and centre crop; ImageNet's mean and
-    std.
-
     Args:
         root: The folder with train and val.
-        image_size: Height and width of the images.
+        image_size: Height and width of the images; by default the preprocessing's own.
         batch_size: Training images per batch of one process.
         eval_batch_size: Images per batch in validation and test.
         workers: Processes that read images; about one per core.
         seed: Seed of the order and of the augmentation.
+        preprocessing: ``he2016`` (resized to 256 for a centre crop of 224, bilinear, ImageNet's mean and standard
+            deviation), or that of pretrained weights: ``timm/<name>``, ``torchvision/<name>``.
+        augmentation: What training images undergo, such as ``{auto_augment: rand-m9-mstd0.5-inc1, erasing: 0.25}``
+            (:class:`~nslightning.data.Augmentation`); by default a random resized crop and a flip.
     """
 
     name = "image_folder"
@@ -33,19 +35,38 @@ class ImageFolder(ImageDataModule):
     def __init__(
         self,
         root: str,
-        image_size: int = 224,
+        image_size: int | None = None,
         batch_size: int = 128,
         eval_batch_size: int = 100,
         workers: int = 4,
         seed: int = 0,
+        preprocessing: str = "he2016",
+        augmentation: Augmentation = Augmentation(),  # noqa: B008 # frozen
     ) -> None:
         super().__init__(batch_size, eval_batch_size, workers, seed)
-        if image_size < 1:
+        if image_size is not None and image_size < 1:
             raise ValueError(f"image_size is {image_size}; it must be at least 1")
         self.folder: Path = Path(root).expanduser()
-        self.image_shape = (3, image_size, image_size)
+        self.preprocessing = preprocessing_of(preprocessing).at(image_size)
+        self.augmentation = augmentation
+        self.image_shape = (3, self.preprocessing.size, self.preprocessing.size)
         self.variant = "own images"
         self.num_classes = self._count_classes()
+
+    def setup(self, stage: str) -> None:
+        """Read what a stage needs, and compare the preprocessing with that of the model's pretrained weights.
+
+        Args:
+            stage: ``fit``, ``validate``, ``test`` or ``predict``.
+        """
+        super().setup(stage)
+        expected = _expected(None if self.trainer is None else self.trainer.lightning_module)
+        if expected is not None and not expected.at(self.preprocessing.size).same_as(self.preprocessing):
+            warnings.warn(
+                f"the pretrained weights of {expected.name} expect another preprocessing than"
+                f" {self.preprocessing.name}, and lose accuracy without it: --data.preprocessing={expected.name}",
+                stacklevel=2,
+            )
 
     def _fix(self) -> str:
         return (
@@ -68,7 +89,8 @@ class ImageFolder(ImageDataModule):
     def _load(self, split: Split) -> Draws:
         if split == "test" and not (self.folder / "test").is_dir():
             return self._split("val")
-        return FileImages(self._samples(split), self.image_shape[1], split == "train", MEAN, STD, self.seed)
+        augmentation = self.augmentation if split == "train" else None
+        return FileImages(self._samples(split), self.preprocessing, augmentation, self.seed)
 
     def _samples(self, split: Split) -> list[tuple[str, int]]:
         folder = self.folder / split
@@ -91,13 +113,15 @@ class ImageNet(ImageFolder):
 
     Args:
         root: The folder with train and val; by default imagenet in the folder of data sets.
-        image_size: Height and width of the images.
+        image_size: Height and width of the images; by default the preprocessing's own.
         batch_size: Training images per batch of one process.
         eval_batch_size: Images per batch in validation and test.
         workers: Processes that read images; about one per core.
         verify: Refuse anything but 1,000 classes, 1,281,167 training and 50,000 validation images. False
             admits a part, and the run's record says so.
         seed: Seed of the order and of the augmentation.
+        preprocessing: As in :class:`ImageFolder`.
+        augmentation: As in :class:`ImageFolder`.
     """
 
     name = "imagenet"
@@ -106,15 +130,19 @@ class ImageNet(ImageFolder):
     def __init__(
         self,
         root: str | None = None,
-        image_size: int = 224,
+        image_size: int | None = None,
         batch_size: int = 128,
         eval_batch_size: int = 100,
         workers: int = 4,
         verify: bool = True,
         seed: int = 0,
+        preprocessing: str = "he2016",
+        augmentation: Augmentation = Augmentation(),  # noqa: B008 # frozen
     ) -> None:
         folder = data_folder() / "imagenet" if root is None else Path(root)
-        super().__init__(str(folder), image_size, batch_size, eval_batch_size, workers, seed)
+        super().__init__(
+            str(folder), image_size, batch_size, eval_batch_size, workers, seed, preprocessing, augmentation
+        )
         self.verify = verify
         self._complete: dict[str, bool] = {}
 
@@ -145,3 +173,15 @@ class ImageNet(ImageFolder):
         self.verified = all(self._complete.values())
         self.variant = "official, by its counts" if self.verified else "not the official counts"
         return samples
+
+
+def _expected(model: Any) -> Preprocessing | None:
+    """The preprocessing of a model's pretrained weights; None where it has none, or they say nothing."""
+    settings: Any = getattr(model, "hparams", {})
+    name = settings.get("backbone")
+    if not settings.get("pretrained") or not isinstance(name, str) or ":" in name:
+        return None
+    try:
+        return preprocessing_of(name)
+    except ValueError:
+        return None

@@ -8,9 +8,10 @@ from urllib.error import URLError
 import torch
 from torchvision import datasets
 
+from nslightning.data.augmentation import Augmentation
 from nslightning.data.base import ImageDataModule, Split
-from nslightning.data.folder import MEAN, STD
 from nslightning.data.images import FileImages
+from nslightning.data.preprocessing import HE2016
 from nslightning.data.sampler import HOLDOUT, generator
 from nslightning.data.verify import data_error, data_folder
 
@@ -104,7 +105,8 @@ class Food101(ImageDataModule):
         return self._files([samples[i] for i in chosen], self.augment and split == "train")
 
     def _files(self, samples: list[tuple[str, int]], augment: bool = False) -> FileImages:
-        return FileImages(samples, self.image_shape[1], augment, MEAN, STD, self.seed)
+        augmentation = Augmentation() if augment else None
+        return FileImages(samples, HE2016.at(self.image_shape[1]), augmentation, self.seed)
 
     def _samples(self, part: str) -> list[tuple[str, int]]:
         """Path and label of every image that the official list of a part names."""

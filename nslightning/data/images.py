@@ -8,9 +8,10 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.functional import pad
-from torchvision.transforms import v2
 
-from nslightning.data.sampler import AUGMENT, Batch, Draws, generator, seeded
+from nslightning.data.augmentation import Augmentation
+from nslightning.data.preprocessing import Preprocessing, ToBytes
+from nslightning.data.sampler import AUGMENT, ERASE, Batch, Draws, generator, seeded
 from nslightning.data.verify import data_error
 
 _UNKNOWN_SCALE = ("F", "F;16", "F;32")  # Pillow's modes of floating-point numbers; "I" is 16 bits of a PNG or a PGM
@@ -110,29 +111,22 @@ class FileImages(Draws):
 
     Args:
         samples: Path and label of every image.
-        size: Height and width of the result.
-        augment: Random resized crop and flip (He et al. 2016) instead of resize and centre crop.
-        mean: One mean per channel.
-        std: One standard deviation per channel.
-        seed: Seed of the augmentation, which depends on (seed, epoch, index) only.
+        preprocessing: Size, crop, interpolation, mean and standard deviation.
+        augmentation: What training images undergo; None for images that are evaluated.
+        seed: Seed of the augmentation, which depends on (seed, epoch, index, repeat) only.
     """
 
     def __init__(
         self,
         samples: Sequence[tuple[str, int]],
-        size: int,
-        augment: bool,
-        mean: Sequence[float],
-        std: Sequence[float],
+        preprocessing: Preprocessing,
+        augmentation: Augmentation | None = None,
         seed: int = 0,
     ) -> None:
-        self.samples, self.mean, self.std, self.seed = samples, mean, std, seed
-        steps = (
-            [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
-            if augment
-            else [v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)]
-        )
-        self.transform = v2.Compose([*steps, v2.PILToTensor()])
+        self.samples, self.preprocessing, self.augmentation, self.seed = samples, preprocessing, augmentation, seed
+        self.repeats = 1 if augmentation is None else augmentation.repeats
+        self._transforms: dict[int, ToBytes] = {}  # by the size of the result
+        self._transform(0)  # so that a mistaken setting raises here
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -141,7 +135,7 @@ class FileImages(Draws):
         """Read a batch.
 
         Args:
-            draws: ``epoch * len(self) + index`` for every image.
+            draws: ``(epoch * repeats + repeat) * len(self) + index`` for every image, all of one epoch.
 
         Returns:
             Images, float32 ``(N, 3, size, size)``, and labels, int64 ``(N,)``.
@@ -149,15 +143,29 @@ class FileImages(Draws):
         Raises:
             DataError: If a file cannot be decoded.
         """
-        pixels, labels = [], []
-        for draw in draws:
-            epoch, index = divmod(draw, len(self))
+        pixels, labels, keys = [], [], [divmod(draw, len(self)) for draw in draws]
+        for time, index in keys:
             path, label = self.samples[index]
             image = read_image(path)
-            with seeded(AUGMENT, self.seed, epoch, index):
-                pixels.append(self.transform(image))
+            with seeded(AUGMENT, self.seed, time, index):
+                pixels.append(self._transform(time // self.repeats)(image))
             labels.append(label)
-        return normalise(torch.stack(pixels), self.mean, self.std), torch.tensor(labels)
+        images = normalise(torch.stack(pixels), self.preprocessing.mean, self.preprocessing.std)
+        if self.augmentation is not None and self.augmentation.erasing:
+            for row, (time, index) in enumerate(keys):
+                with seeded(ERASE, self.seed, time, index):
+                    images[row] = self.augmentation.erase(images[row])
+        return images, torch.tensor(labels)
+
+    def _transform(self, epoch: int) -> ToBytes:
+        own = self.preprocessing.size
+        size = own if self.augmentation is None else self.augmentation.size(epoch, own)
+        if size not in self._transforms:
+            preprocessing = self.preprocessing.at(size)
+            self._transforms[size] = (
+                preprocessing.evaluation() if self.augmentation is None else self.augmentation.training(preprocessing)
+            )
+        return self._transforms[size]
 
 
 def read_image(path: str) -> Image.Image:

@@ -1,9 +1,11 @@
 """Which item is seen when: a function of seed, epoch and position alone.
 
 An item is an image, or a block of tokens. A training draw is one integer, ``epoch * items + index``: it tells
-the data set which item to read *and* which augmentation to apply, in whatever worker or process it is read.
+the data set which item to read *and* which augmentation to apply, in whatever worker or process it is read. Where an
+epoch sees an image several times, ``epoch * repeats + repeat`` takes the place of ``epoch``.
 """
 
+import random
 from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -15,7 +17,7 @@ from torch.utils.data import Dataset, DistributedSampler
 
 Batch = tuple[Tensor, Tensor]
 
-ORDER, AUGMENT, HOLDOUT, PIXELS = 1, 2, 3, 4  # what a generator is for: the streams of one seed must differ
+ORDER, AUGMENT, HOLDOUT, PIXELS, ERASE = 1, 2, 3, 4, 5  # what a generator is for: the streams of one seed must differ
 
 
 def _seed(purpose: int, *key: int) -> int:
@@ -26,7 +28,7 @@ def generator(purpose: int, *key: int) -> torch.Generator:
     """A CPU random generator of its own for one purpose.
 
     Args:
-        purpose: ``ORDER``, ``AUGMENT``, ``HOLDOUT`` or ``PIXELS``.
+        purpose: ``ORDER``, ``AUGMENT``, ``HOLDOUT``, ``PIXELS`` or ``ERASE``.
         key: Non-negative integers, such as seed and epoch.
 
     Returns:
@@ -41,24 +43,29 @@ def generator(purpose: int, *key: int) -> torch.Generator:
 
 @contextmanager
 def seeded(purpose: int, *key: int) -> Iterator[None]:
-    """Seed torch's global CPU generator inside the block and put its state back afterwards.
+    """Seed the global CPU streams of torch, NumPy and Python inside the block, and put their states back afterwards.
 
-    For code that draws from the global generator (torchvision's transforms). ``torch.manual_seed`` would
-    also reseed the GPUs.
+    For code that draws from them: torchvision's transforms from torch's, timm's from the others. ``torch.manual_seed``
+    would also reseed the GPUs.
 
     Args:
-        purpose: ``ORDER``, ``AUGMENT``, ``HOLDOUT`` or ``PIXELS``.
+        purpose: ``ORDER``, ``AUGMENT``, ``HOLDOUT``, ``PIXELS`` or ``ERASE``.
         key: Non-negative integers, such as seed, epoch and index.
 
     Yields:
         Nothing.
     """
-    state = torch.get_rng_state()
-    torch.default_generator.manual_seed(_seed(purpose, *key))
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002 # the stream that timm reads
+    seed = _seed(purpose, *key)
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
     try:
         yield
     finally:
-        torch.set_rng_state(state)
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])  # noqa: NPY002
 
 
 class Draws(Dataset[Batch]):
@@ -66,9 +73,11 @@ class Draws(Dataset[Batch]):
 
     Attributes:
         in_memory: Whether items cost so little to serve that workers would only slow it down.
+        repeats: How often one epoch of training sees an item that it sees.
     """
 
     in_memory: ClassVar[bool] = False
+    repeats: int = 1
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -106,25 +115,36 @@ class TrainSampler(DistributedSampler[int]):
         seed: Seed of the order.
         rank: This process.
         world: The number of processes.
+        repeats: How often an epoch sees an item; the repeats follow each other, so that they go to different
+            processes, and the epoch holds one item of ``repeats``.
 
     >>> list(TrainSampler(range(6), 3, seed=0)) == list(TrainSampler(range(6), 3, seed=0))
     True
+    >>> sorted(n % 6 for n in TrainSampler(range(6), 3, seed=0, repeats=3))
+    [0, 0, 0, 2, 2, 2]
     >>> len(TrainSampler(range(7), 2, seed=0, rank=1, world=2))  # not 7 / 2 but 3, less a batch of one item
     2
     """
 
-    def __init__(self, dataset: Sized, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self, dataset: Sized, batch_size: int, seed: int, rank: int = 0, world: int = 1, repeats: int = 1
+    ) -> None:
         super().__init__(dataset, world, rank, seed=seed)  # type: ignore[arg-type] # only its len matters
-        self.items = len(dataset)
-        self.num_samples = self.items // world
+        self.items, self.repeats = len(dataset), repeats
+        if self.items < repeats:
+            raise ValueError(f"{self.items} items cannot be repeated {repeats} times in an epoch of as many draws")
+        self.num_samples = self.items // repeats * repeats // world
         if self.num_samples > batch_size > 1 and self.num_samples % batch_size == 1:
             self.num_samples -= 1
         self.start = 0  # draws of this process to pass over, when an epoch is resumed
 
     def __iter__(self) -> Iterator[int]:
         order = torch.randperm(self.items, generator=generator(ORDER, self.seed, self.epoch))
-        mine = order[self.rank : self.num_samples * self.num_replicas : self.num_replicas]
-        return iter((mine[self.start :] + self.epoch * self.items).tolist())
+        order = order[: self.items // self.repeats].repeat_interleave(self.repeats)
+        times = self.epoch * self.repeats + torch.arange(len(order)) % self.repeats
+        draws = times * self.items + order
+        mine = draws[self.rank : self.num_samples * self.num_replicas : self.num_replicas]
+        return iter(mine[self.start :].tolist())
 
     def __len__(self) -> int:
         return self.num_samples
