@@ -28,7 +28,7 @@ failed=()
 part 120 build "$python" -m nslightning.ops.kernels.build
 part 30 version "$python" -m nslightning --version --verbose
 part 30 "in force" "$python" -c 'from nslightning.ops.autograd import native as n; exit(n.cuda_state() != "in force" and n.cuda_state())'
-part 120 exactness "$python" -m pytest -q -p no:cacheprovider -m "cuda and not slow" tests/test_cuda_nodes.py tests/test_cost.py \
+part 200 exactness "$python" -m pytest -q -p no:cacheprovider -m "cuda and not slow" tests/test_cuda_nodes.py tests/test_cost.py \
 	tests/test_optim.py
 part 60 "2^31 entries" "$python" -m pytest -q -p no:cacheprovider -m slow tests/test_cuda_nodes.py
 part 40 host "$python" -m benchmarks.host --device cuda --seconds 0.3 --out "$into/host_cuda.json"

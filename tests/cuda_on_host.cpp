@@ -1,15 +1,19 @@
 // The kernels of cuda.cu compiled for a CPU, behind the functions of NVIDIA's driver that nodes.cpp calls.
 //
 // A launch unpacks its arguments as the driver does, from the types of the kernel's parameters, and runs one thread after
-// the other. What is not a launch counts in `calls`, so that a test sees what the nodes ask the driver for.
+// the other. While `capturing` is set, a launch keeps copies of its arguments instead, and `replay` runs it: as in a CUDA
+// graph, what an argument points to is read then.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <map>
 #include <string>
+#include <tuple>
 #include <utility>
+#include <vector>
 
 namespace {
 
@@ -69,7 +73,7 @@ void narrowed(float x, Float16& into) {
 namespace {
 
 struct Kernel {
-  virtual void run(void** arguments) const = 0;
+  virtual std::function<void()> with(void** arguments) const = 0;
 };
 
 template <typename... Arguments>
@@ -77,11 +81,15 @@ struct KernelOf final : Kernel {
   void (*function)(Arguments...);
   explicit KernelOf(void (*function)(Arguments...)) : function(function) {}
 
-  void run(void** arguments) const override { run(arguments, std::index_sequence_for<Arguments...>()); }
+  std::function<void()> with(void** arguments) const override {
+    return with(arguments, std::index_sequence_for<Arguments...>());
+  }
 
   template <std::size_t... I>
-  void run(void** arguments, std::index_sequence<I...>) const {
-    function(*static_cast<std::remove_reference_t<Arguments>*>(arguments[I])...);
+  std::function<void()> with(void** arguments, std::index_sequence<I...>) const {
+    return [function = function, copies = std::tuple<Arguments...>(*static_cast<Arguments*>(arguments[I])...)] {
+      std::apply(function, copies);
+    };
   }
 };
 
@@ -97,6 +105,7 @@ const Kernel* kernel(void (*function)(Arguments...)) {
 const std::map<std::string, const Kernel*> kernels = {OF(float32), OF(float64), OF(bfloat16), OF(float16)};
 
 int context = 0, other_context = 0;
+std::vector<std::function<void()>> graph;  // the launches that were captured
 thread_local void* current = nullptr;
 
 }  // namespace
@@ -104,7 +113,8 @@ thread_local void* current = nullptr;
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 extern "C" {
-int fail = 0;  // what the next launches return
+int fail = 0;       // what the next launches return
+int capturing = 0;  // whether launches are captured
 long long launches = 0, loads = 0;
 char launched[64] = "";  // the name of the last kernel
 }
@@ -126,6 +136,7 @@ EXPORT int cuModuleGetFunction(const void** function, void*, const char* name) {
   *function = &*at;
   return 0;
 }
+EXPORT int cuStreamIsCapturing(void*, int* status) { return *status = capturing, current == &context ? 0 : 201; }
 EXPORT int cuGetErrorString(int, const char** into) { return *into = "a failure that a test asked for", 0; }
 EXPORT int cuLaunchKernel(const void* function, unsigned x, unsigned y, unsigned z, unsigned bx, unsigned by, unsigned bz,
                           unsigned shared, void* stream, void** arguments, void** extra) {
@@ -135,12 +146,20 @@ EXPORT int cuLaunchKernel(const void* function, unsigned x, unsigned y, unsigned
   const auto& named = *static_cast<const std::pair<const std::string, const Kernel*>*>(function);
   ++launches;
   std::strncpy(launched, named.first.c_str(), sizeof(launched) - 1);
-  blockDim = {bx, 1, 1};
-  for (blockIdx.x = 0; blockIdx.x < x; ++blockIdx.x) {
-    for (threadIdx.x = 0; threadIdx.x < bx; ++threadIdx.x) named.second->run(arguments);
-  }
+  const auto all_threads = [thread = named.second->with(arguments), x, bx] {
+    blockDim = {bx, 1, 1};
+    for (blockIdx.x = 0; blockIdx.x < x; ++blockIdx.x) {
+      for (threadIdx.x = 0; threadIdx.x < bx; ++threadIdx.x) thread();
+    }
+  };
+  if (capturing) graph.push_back(all_threads);
+  else all_threads();
   return 0;
 }
+EXPORT void replay() {
+  for (const auto& launch : graph) launch();
+}
+EXPORT void forget_graph() { graph.clear(); }
 // Whether a division by multiplication and shift is one, around every multiple and at the ends.
 EXPORT bool divides(int value) {
   nslightning::Divisor<int> by;

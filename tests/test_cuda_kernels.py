@@ -7,6 +7,7 @@ tests see the launches, the arguments as a driver unpacks them, and the bits.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import shutil
@@ -21,7 +22,7 @@ from kernel_checks import WEIGHTS, naive_pool
 from test_native_nodes import GRADIENTS, LAYOUTS, POINTWISE, POOLS, assert_same, tied_input
 from torch import nn
 
-from nslightning import Jacobians
+from nslightning import Jacobians, ops
 from nslightning.ops.autograd import native, nodes
 from nslightning.ops.autograd.pointwise import pointwise
 from nslightning.ops.autograd.pooling import pool, regular
@@ -111,7 +112,9 @@ def driver(host_driver):
     library.load(0, b"an image", str(host_driver), True)
     loaded = ctypes.CDLL(str(host_driver))
     yield loaded
-    ctypes.c_int.in_dll(loaded, "fail").value = 0
+    for name in ("fail", "capturing"):
+        ctypes.c_int.in_dll(loaded, name).value = 0
+    loaded.forget_graph()
     library.load(0, None, str(host_driver), True)
 
 
@@ -438,3 +441,134 @@ def test_graphs_are_freed(driver):
     y.sum().backward()
     del y
     assert gone() is None
+
+
+# ------------------------------------------------------------------------------------------------------ captured steps
+@pytest.fixture
+def graphs(driver, monkeypatch):
+    """CPU tensors have memory of their own for a choice, as CUDA tensors have, and a capture that the test begins."""
+    capturing = ctypes.c_int.in_dll(driver, "capturing")
+    monkeypatch.setattr("nslightning.ops.autograd.selection._has_own_memory", lambda device: True)
+    monkeypatch.setattr("nslightning.ops.autograd.selection._has_graphs", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(capturing.value))
+
+    pool = []  # keeps what the captured launches write to, as a graph's memory pool does
+
+    @contextlib.contextmanager
+    def capture():
+        capturing.value = 1
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: pool.append(t.detach()) or t, lambda t: t):
+                yield
+        finally:
+            capturing.value = 0
+
+    return capture
+
+
+#: An operation, the entries at which it kinks, and the choices between replays; the first is in force at the capture.
+CAPTURED = {
+    "relu": ((0.0,), (None, 1.0, 0.0, 0.25)),
+    "relu6": ((0.0, 6.0), (None, (0.5, 0.25), (0.0, 0.0), (1.0, 1.0))),
+    "leaky_relu": ((0.0,), (None, 0.5, 0.1, 0.0)),
+    "hardtanh": ((-1.0, 2.0), (None, (0.5, 0.25), (0.0, 1.0))),
+    "hardswish": ((-3.0, 3.0), (None, (0.5, 0.25), (0.0, 1.0))),
+    "hardsigmoid": ((-3.0, 3.0), (None, (0.5, 0.25))),
+    "clamp": ((-0.5, 2.0), (None, (0.5, 0.25), (1.0, 1.0))),
+}
+
+
+@pytest.mark.parametrize("rule", ["exact", "published"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CAPTURED)
+def test_a_replayed_backward_takes_the_choice_in_force_then(name, dtype, rule, driver, graphs):
+    kinks, choices = CAPTURED[name]
+    parameters = POINTWISE[name][0]
+    selection = Selection(Jacobians())
+    leaf = tied_input(kinks, dtype).nan_to_num(1.0).requires_grad_()
+    y = pointwise(name, leaf, selection, *parameters)  # the forward before the capture makes the memory
+    torch.manual_seed(3)
+    g = torch.randn(y.shape).to(dtype)
+    g.view(-1)[::7] = INFINITY  # which times 0 is NaN, where stock writes 0
+    with graphs():
+        (result,) = torch.autograd.grad(y, leaf, g, retain_graph=True)
+    for choice in (*choices, *reversed(choices)):
+        jacobians = Jacobians(**{name: choice}, rule=rule)
+        selection.set(jacobians)
+        if name in ("hardswish", "hardsigmoid", "clamp"):  # stock's own kernel, which ran at the capture, is replayed
+            (stock,) = torch.autograd.grad(pointwise(name, leaf, Selection(Jacobians()), *parameters), leaf, g)
+            result.copy_(stock)
+        else:
+            result.fill_(NAN)
+        driver.replay()
+        (want,) = torch.autograd.grad(pointwise(name, leaf, Selection(jacobians), *parameters), leaf, g)
+        assert torch.equal(result.nan_to_num(123.0), want.nan_to_num(123.0)), choice
+        if choice == choices[1] and rule == "exact":
+            assert not torch.equal(want.nan_to_num(123.0), torch.autograd.grad(
+                pointwise(name, leaf, Selection(Jacobians()), *parameters), leaf, g
+            )[0].nan_to_num(123.0))  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("geometry", ["2x2", "3x3 overlapping"])
+def test_a_replayed_pooling_takes_the_choice_in_force_then(geometry, dtype, driver, graphs):
+    windows = regular(2, *((2,) if geometry == "2x2" else (3, 2, 1)))
+    x = torch.randint(0, 2, (2, 3, 8, 8), generator=torch.Generator().manual_seed(5)).to(dtype).requires_grad_()
+    selection = Selection(Jacobians(max_pool="minimal"))
+    y = pool(x, selection, windows)
+    g = torch.randn(y.shape, generator=torch.Generator().manual_seed(6)).to(dtype)
+    with graphs():
+        (result,) = torch.autograd.grad(y, x, g, retain_graph=True)
+    different = set()
+    for choice in ("minimal", None, "last", 10.0, "sum", 0.3):
+        selection.set(Jacobians(max_pool=choice))
+        result.fill_(NAN)
+        driver.replay()
+        (want,) = torch.autograd.grad(pool(x, Selection(Jacobians(max_pool=choice)), windows), x, g)
+        assert torch.equal(result, want), choice
+        different.add(tuple(want.flatten().tolist()))
+    assert len(different) == 6
+
+
+def test_a_whole_captured_step_follows_the_choice(driver, graphs):
+    """Forward and backward are captured together; the graph outlives the selection."""
+    selection = Selection(Jacobians(relu=1.0))
+    x, g = torch.tensor([-1.0, 0.0, 2.0, 0.0], requires_grad=True), torch.tensor([1.0, 2.0, 3.0, 4.0])
+    pointwise("relu", x, selection)
+    with graphs():
+        y = pointwise("relu", x, selection)
+        (result,) = torch.autograd.grad(y, x, g)
+    for alpha in (0.5, 0.0, 1.0):
+        selection.set(Jacobians(relu=alpha))
+        driver.replay()
+        assert torch.equal(result, torch.tensor([0.0, 2.0 * alpha, 3.0, 4.0 * alpha]))
+    gone = weakref.ref(selection)
+    del selection, y
+    assert gone() is None
+    torch.full((1000,), 77.0)  # would take freed memory
+    result.fill_(NAN)
+    driver.replay()
+    assert torch.equal(result, torch.tensor([0.0, 2.0, 3.0, 4.0]))
+
+
+def test_what_cannot_be_captured_is_refused(driver, graphs):
+    x = torch.zeros(3, requires_grad=True)
+    selection = Selection(Jacobians(relu=1.0))
+    with graphs(), pytest.raises(RuntimeError, match="run one step before the capture"):
+        pointwise("relu", x, selection).sum().backward()
+    y = pointwise("relu", x, selection)
+    with graphs(), pytest.raises(RuntimeError, match="changes inside a captured step"):
+        selection.set(Jacobians(relu=0.0))
+    selection.set(Jacobians(relu="random"))
+    with graphs(), pytest.raises(RuntimeError, match="captured in a CUDA graph"):
+        torch.autograd.grad(y.sum(), x)
+
+
+def test_a_call_that_names_its_choice_is_captured_with_it(driver, graphs):
+    """It never changes, so that no memory and no step before is needed."""
+    x = torch.zeros(3, requires_grad=True)
+    with graphs():
+        g = torch.ones(3)
+        (result,) = torch.autograd.grad(ops.relu(x, 0.5), x, g)
+    driver.replay()
+    assert torch.equal(result, torch.full((3,), 0.5))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from test_native_nodes import GRADIENTS, LAYOUTS, POINTWISE, POOLS, assert_same, tied_input
 from torch import nn
 
-from nslightning import Jacobians, patch
+from nslightning import Jacobians, patch, using
 from nslightning.ops.autograd import native
 from nslightning.ops.autograd.pointwise import pointwise
 from nslightning.ops.autograd.pooling import pool, regular
@@ -146,6 +146,61 @@ def test_a_step_is_captured_in_a_cuda_graph():
     torch.cuda.synchronize()
     for p, gradient in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, gradient)
+
+
+@pytest.mark.parametrize("nodes", ["C++", "Python"])
+def test_a_replay_takes_the_choice_in_force_then(nodes, monkeypatch):
+    if nodes == "Python":  # with Triton's kernels
+        monkeypatch.setattr(native, "_library", lambda: None)
+    model, x = network(), torch.randint(-1, 2, (4, 3, 16, 16), device="cuda").float()
+    parameters = list(model.parameters())
+    choices = (
+        Jacobians(),
+        Jacobians(relu=1.0, max_pool="minimal", relu6=(0.5, 0.25), leaky_relu=0.7, hardswish=(0.5, 0.5)),
+        Jacobians(max_pool="last"),
+        Jacobians(max_pool=10.0, relu=0.25),
+        Jacobians(relu=0.25, rule="published"),
+    )
+
+    def step():
+        return torch.autograd.grad(model(x).square().sum(), parameters)
+
+    want = []
+    for choice in choices:
+        with using(model, choice):
+            want.append([g.clone() for g in step()])
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        gradients = step()
+    seen = set()
+    for choice, expected in list(zip(choices, want, strict=True)) * 2:
+        with using(model, choice):
+            graph.replay()
+        for one, other in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(one, other)
+        seen.add(tuple(one.norm().item() for one in gradients))
+    assert len(seen) == len(choices)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_compiled_step_takes_the_choice_in_force(mode):
+    torch._dynamo.reset()
+    model, x = network(), torch.randint(-1, 2, (4, 3, 16, 16), device="cuda").float()
+    compiled = torch.compile(model, mode=mode)
+    for choice in (Jacobians(), Jacobians(relu=1.0), Jacobians(relu=1.0, max_pool="minimal"), Jacobians()) * 3:
+        with using(model, choice):
+            torch.compiler.cudagraph_mark_step_begin()
+            got = torch.autograd.grad(compiled(x).square().sum(), list(model.parameters()))
+            got = [g.clone() for g in got]
+            want = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+        for one, other in zip(got, want, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_autocast_and_every_run_give_the_same_bits():

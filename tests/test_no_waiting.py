@@ -97,9 +97,13 @@ def test_tables_are_formed_on_the_device():
 
 
 def test_a_compiled_backward_reads_the_choice_on_the_gradients_device():
-    values = Selection(Jacobians(relu=0.5)).kinks["relu"]
-    assert values.device.type == "cpu"
-    assert read_now(values, torch.empty(3, device="meta")).device.type == "meta"
+    selection, g = Selection(Jacobians(relu=0.5)), torch.empty(3, device="meta")
+    with Watch() as watch:
+        values = selection.on(g.device)["relu"]
+        selection.set(Jacobians(relu=1.0))
+        assert read_now(values, g).device.type == "meta"
+    assert watch.seen == []
+    assert selection.on(torch.device("cpu"))["relu"] is selection.kinks["relu"]
 
 
 def test_the_published_minimal_divides_before_it_multiplies():

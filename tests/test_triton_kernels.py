@@ -38,9 +38,11 @@ def test_compiles_without_a_device(dtype, capability, tmp_path, monkeypatch) -> 
     geometry: dict[str, Any] = {**shape, "DH": 1, "DW": 1, **wide}
     sources = [
         (kernels._relu_forward, [values, values, "*u8", "i32"], {"ROWS": 128}),
-        (kernels._relu_backward, [values, values, "*u8", values, "i32", "fp32"], {"CONSTANT": False, "ROWS": 128}),
+        (kernels._relu_backward, [values, values, "*u8", values, "i32", "fp32", "i32"], {"MEMORY": False, "ROWS": 128}),
+        (kernels._relu_backward, [values, values, "*u8", values, "i32", "*fp64", "*i1"], {"MEMORY": True, "ROWS": 128}),
         (kernels._pool_forward, [values, values, "*i16", "i32"], geometry),
-        (kernels._pool_backward, [values, "*i16", "*fp32", values, "i32"], {**geometry, "LAST_TIED": True}),
+        (kernels._pool_backward, [values, "*i16", "*fp32", "i32", values, "i32"], {**geometry, "MEMORY": False}),
+        (kernels._pool_backward, [values, "*i16", "*fp32", "*fp64", values, "i32"], {**geometry, "MEMORY": True}),
     ]
     for kernel, types, constants in sources:
         signature = dict(zip(kernel.arg_names, types, strict=False)) | dict.fromkeys(constants, "constexpr")

@@ -74,6 +74,49 @@ def test_relu_takes_the_kernels(choice, layout, monkeypatch) -> None:
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("alpha", [None, 0.0, 1.0, -2.5], ids=str)
+@pytest.mark.parametrize("rule", ["exact", "published"])
+def test_relu_reads_the_choice_from_the_selections_memory(alpha, rule) -> None:
+    from nslightning import Jacobians
+    from nslightning.ops.autograd.selection import Selection
+
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randint(-1, 2, (3, 700), generator=generator).float()
+    g = torch.randn(x.shape, generator=generator)
+    g.view(-1)[::5] = float("inf")
+    y, bits = triton_kernels.relu_forward(x)
+    memory = Selection(Jacobians(relu=alpha, rule=rule)).memory
+    read = triton_kernels.relu_backward(g, y, bits, memory["relu"], constant=memory[".published"])
+    want = torch.where(x > 0, g, 0.0)
+    if alpha is not None and (alpha != 0 or rule == "published"):
+        want = torch.where(x == 0, torch.full_like(g, alpha) if rule == "published" else g * alpha, want)
+    assert torch.equal(read, want)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
+def test_max_pool_reads_the_choice_from_the_selections_memory(weights) -> None:
+    from nslightning.ops.autograd.selection import pool_coefficients
+
+    generator = torch.Generator().manual_seed(6)
+    x, geometry = torch.randint(0, 2, (2, 2, 9, 9), generator=generator).float(), ((3, 3), (2, 2), (0, 0), (1, 1))
+    y, mask, _ = pool_forward(x, geometry, (4, 4))
+    g = torch.randn(y.shape, generator=generator)
+    share, whole, each, last = torch.tensor(weights, dtype=torch.float64).unbind()
+    table = pool_coefficients.__wrapped__(share, whole, each, torch.float32)
+    read = triton_kernels.pool_shares(g, mask, geometry, (9, 9), table, last)
+    assert torch.equal(read, pool_backward(g, mask, geometry, (9, 9), weights))
+
+
+@pytest.mark.parametrize("size", [(4, 4), (2, 8), (1, 16)], ids=str)
+def test_a_window_whose_sixteen_entries_tie(size) -> None:
+    x = torch.zeros(1, 1, *(2 * n for n in size))
+    geometry = (size, size, (0, 0), (1, 1))
+    _, mask, _ = pool_forward(x, geometry, (2, 2))
+    g = torch.arange(1.0, 5.0).view(1, 1, 2, 2)
+    assert torch.equal(pool_backward(g, mask, geometry, x.shape[2:], (1, 0, 0, 0)),
+                       (g / 16).repeat_interleave(size[0], 2).repeat_interleave(size[1], 3))  # fmt: skip
+
+
 def test_relu_in_place_and_random(on_cpu) -> None:
     from nslightning import Jacobians
     from nslightning.ops.autograd.pointwise import pointwise

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nslightning.ops.autograd.routing import ROUTES, Route, around, dimensions, own, restored, wide
-from nslightning.ops.autograd.selection import Selection, fixed
+from nslightning.ops.autograd.selection import Selection, fixed, replayed
 from nslightning.ops.module_base import ChosenFunction
 from nslightning.ops.record import Call, Kink, Operation, ShareName, register, spelled
 
@@ -87,7 +87,7 @@ def _share(
         native, share, at = torch.zeros(3, dtype=wide(g)).unbind()
         rank = _rank(reached, dims)
         at = (rank == (uniform(count) * count).floor() + 1).to(wide(g))
-    elif torch.compiler.is_compiling() or first + last != 0:
+    elif replayed(g) or first + last != 0:
         rank = _rank(reached, dims)
         at = each + first * (rank == 1) + last * (rank == count)
     if picked is None:  # stock shares equally

@@ -19,7 +19,13 @@ from torch import Tensor
 from nslightning.ops.autograd import native
 from nslightning.ops.autograd.layouts import storage_order
 from nslightning.ops.autograd.nodes import NonsmoothFunction
-from nslightning.ops.autograd.selection import Selection, concrete, pool_difference_coefficients
+from nslightning.ops.autograd.selection import (
+    Selection,
+    concrete,
+    pool_coefficients,
+    pool_difference_coefficients,
+    replayed,
+)
 from nslightning.ops.autograd.tie_bits import chosen_value
 from nslightning.ops.autograd.windows import AT_ONCE, Regular
 
@@ -101,6 +107,9 @@ class _ReLU(NonsmoothFunction):
 
 
 def _relu_vjp(y: Tensor, bits: Tensor, g: Tensor, selection: Selection) -> Tensor:
+    if replayed(g) and _final(g):
+        alpha, rule = selection.read("relu", g), selection.read(".published", g)
+        return cast(Tensor, _kernels(y.device.type).relu_backward(g, y, bits, alpha, constant=rule))
     (derivative,) = selection.at_kinks("relu")
     constant = selection.jacobians.rule == "published"
     if derivative is None or (derivative == 0 and not constant):
@@ -204,10 +213,14 @@ def pool_gradient(
     Returns:
         The gradient, of ``x``'s shape.
     """
-    if selection.jacobians.max_pool == "random" or not _final(g):
+    if not _final(g) or (selection.jacobians.max_pool == "random" and not replayed(g)):
         return composed(x, g, selection)
-    size, weights = (x.shape[2], x.shape[3]), selection.pool_weights()
-    return cast(Tensor, _kernels(x.device.type).pool_backward(g, reached, _numbers(geometry), size, weights))
+    kernels, size = _kernels(x.device.type), (x.shape[2], x.shape[3])
+    if replayed(g):
+        share, whole, each, last = selection.read(".pool", g).unbind()
+        table = pool_coefficients.__wrapped__(share, whole, each, torch.float32, g.device)  # no tensors in the cache
+        return cast(Tensor, kernels.pool_shares(g, reached, _numbers(geometry), size, table, last))
+    return cast(Tensor, kernels.pool_backward(g, reached, _numbers(geometry), size, selection.pool_weights()))
 
 
 def pool_difference(

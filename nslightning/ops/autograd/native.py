@@ -134,7 +134,7 @@ def _choice(library: ModuleType, selection: Selection) -> Any:
         kinks = tuple(selection.kinks[name] for name in OPERATIONS[:-1])
         tensors = (*kinks, selection.pool, selection.published, selection.watched)
         plain = not any(is_transformed(tensor) for tensor in tensors)
-        selection.shared = library.share(kinks, *tensors[-3:]) if plain else False
+        selection.shared = library.share(kinks, *tensors[-3:], selection.constant) if plain else False
     return selection.shared or None
 
 
@@ -280,6 +280,14 @@ def _connect(index: int) -> bool:
     return True
 
 
+def _hold(selection: Selection, x: Tensor) -> None:
+    """Give the nodes of a selection the memory on a device that captured launches read."""
+    if (numbers := selection.meet(x)) is not None:
+        library, kinks = _library(), tuple(numbers[name] for name in OPERATIONS[:-1])
+        assert library is not None  # it called
+        library.hold(selection.shared, x.device.index or 0, kinks, numbers[".pool"], numbers[".published"])
+
+
 def _composed(
     operation: str, parameters: tuple[Any, ...], selection: Selection, saved: tuple[Tensor, ...], g: Tensor, _: Any
 ) -> Tensor:
@@ -302,6 +310,7 @@ class _Module:
 
     _composed = staticmethod(_composed)
     _connect = staticmethod(_connect)
+    _hold = staticmethod(_hold)
     _record = staticmethod(_record)
 
 

@@ -19,7 +19,7 @@ from nslightning._torch import in_forward_mode, in_functorch, is_tracing, is_vie
 from nslightning.ops.autograd import fused, native
 from nslightning.ops.autograd.layouts import is_dense, storage_order, stored
 from nslightning.ops.autograd.nodes import NonsmoothFunction
-from nslightning.ops.autograd.selection import Selection, data_dependent, guarded, read_now
+from nslightning.ops.autograd.selection import Selection, data_dependent, guarded, replayed
 from nslightning.ops.autograd.tie_bits import TieBits, as_mask, chosen_value, find_ties, overwrite
 from nslightning.ops.record import OPERATIONS, Call, Kernels, Kink, Operation
 
@@ -194,12 +194,14 @@ def _vjp(
     """
     operation, kernels, order = OPERATIONS[ctx.operation], _kernels(ctx.operation), ctx.order
     gradient, *others = _stock_vjp(ctx, g, saved, given)
-    if torch.compiler.is_compiling():
+    if replayed(g):
         masks = ties  # a compiled backward of an eager forward has the packed ties of eager mode
         if order is not None:
             masks = [as_mask(TieBits(*ties[i : i + 2]), g, order) for i in range(0, len(ties), 2)]
-        for i, mask in enumerate(masks):
-            gradient = _choose_compiled(operation, selection, i, mask, g, gradient)
+        for i, (mask, reference) in enumerate(zip(masks, operation.stock(*given, *ctx.parameters), strict=True)):
+            chosen = selection.read(operation.name, g)[i]
+            rule = selection.read(".published", g) if published and kernels.published else None
+            gradient = _choose_when_replayed(chosen, reference, rule, mask, g, gradient)
         return (gradient, *others)
     constant = published and selection.jacobians.rule == "published" and kernels.published
     references = operation.stock(*given, *ctx.parameters)
@@ -214,15 +216,16 @@ def _vjp(
     return (gradient, *others)
 
 
-def _choose_compiled(
-    operation: Operation, selection: Selection, i: int, mask: Tensor, g: Tensor, gradient: Tensor
+def _choose_when_replayed(
+    derivative: Tensor, reference: float | None, rule: Tensor | None, mask: Tensor, g: Tensor, gradient: Tensor
 ) -> Tensor:
-    """Overwrite the entries at one kink, reading the choice as tensors: one compiled backward serves every choice."""
-    derivative = read_now(selection.kinks[operation.name], g)[i]
+    """Overwrite the entries at one kink, with the choice in tensors: one recorded backward serves every choice."""
     value = (g * derivative).to(g.dtype)  # rounded once, as in eager mode
-    if operation.kernels is not None and operation.kernels.published:
-        value = torch.where(read_now(selection.published, g), derivative.to(g.dtype), value)
-    return torch.where(mask & ~torch.isnan(derivative), value, gradient)
+    as_stock = torch.zeros_like(mask) if reference is None else derivative == reference
+    if rule is not None:
+        value = torch.where(rule, derivative.to(g.dtype), value)
+        as_stock = as_stock & ((derivative == 0) | ~rule)
+    return torch.where(mask & ~(torch.isnan(derivative) | as_stock), value, gradient)
 
 
 class _Saved(NamedTuple):
@@ -270,6 +273,7 @@ def pointwise(operation: str, x: Tensor, selection: Selection, *parameters: Any,
         return cast(Tensor, result)
     record, kernels = OPERATIONS[operation], _kernels(operation)
     x, parameters = kernels.prepare(x, *parameters)
+    selection.meet(x)
     transformed = _transformed(x)
     stock = kernels.overwrite if inplace else kernels.forward
     if not (transformed or _differentiated(x, *parameters)):

@@ -12,7 +12,7 @@ from torch import Tensor
 from nslightning._torch import in_forward_mode, in_functorch, is_legacy_batch
 from nslightning.ops.autograd import fused, native
 from nslightning.ops.autograd.nodes import NonsmoothFunction, OwnFunction
-from nslightning.ops.autograd.selection import Selection, data_dependent, fixed, read_now
+from nslightning.ops.autograd.selection import Selection, data_dependent, fixed, replayed
 from nslightning.ops.autograd.windows import Adaptive, Regular, Windows
 
 __all__ = ["adaptive", "pool", "regular", "tied_windows"]
@@ -182,11 +182,12 @@ def _folded(function: Any, size: int, in_dims: tuple[int | None, ...], args: tup
 
 def _vjp(x: Tensor, indices: Tensor, g: Tensor, geometry: Geometry, selection: Selection) -> Tensor:
     """The gradient with respect to the input under a selection."""
-    if torch.compiler.is_compiling():
+    if replayed(g):
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        share, whole, each, last = read_now(selection.pool, g).to(wide).unbind()
+        share, whole, each, last = selection.read(".pool", g).to(wide).unbind()
         target = torch.where(last > 0, _Target.forward(x, indices, geometry, None), indices)
-        return _Give.forward(g, x, target, geometry, (share, whole, each))
+        give = _Give.forward if torch.compiler.is_compiling() else _Give.apply
+        return cast(Tensor, give(g, x, target, geometry, (share, whole, each)))
     target, weights = _chosen(x, indices, geometry, selection)
     return cast(Tensor, _Give.apply(g, x, target, geometry, weights))
 
@@ -228,7 +229,7 @@ def _chosen(x: Tensor, indices: Tensor, geometry: Geometry, selection: Selection
 
 def _is_vertex(weights: _Weights) -> bool:
     """Whether each window's gradient goes to one entry."""
-    return not torch.compiler.is_compiling() and weights == (0.0, 1.0, 0.0)
+    return not any(isinstance(weight, Tensor) for weight in weights) and weights == (0.0, 1.0, 0.0)
 
 
 def _in_parts(
@@ -348,6 +349,7 @@ def pool(x: Tensor, selection: Selection, geometry: Geometry, return_indices: bo
     Raises:
         ValueError: If a window has no entries; if the choice has no published rule.
     """
+    selection.meet(x)
     if isinstance(geometry, Regular) and geometry.dims == 2 and not return_indices:
         sizes = geometry.kernel, geometry.stride, geometry.padding, geometry.dilation
         if (result := native.max_pool2d(x, selection, *sizes, geometry.ceil_mode)) is not NotImplemented:  # type: ignore[arg-type] # of two dimensions

@@ -19,7 +19,7 @@ from torch import Tensor
 from nslightning._torch import disable_function_modes, in_forward_mode, in_functorch, sequence_number
 from nslightning.ops.autograd.layouts import is_dense
 from nslightning.ops.autograd.nodes import NonsmoothFunction
-from nslightning.ops.autograd.selection import Selection, data_dependent, guarded, read_now
+from nslightning.ops.autograd.selection import Selection, data_dependent, guarded, replayed
 
 __all__ = ["ROUTES", "Route", "around", "at_zero", "dimensions", "own", "restored", "watchers", "wide"]
 
@@ -108,11 +108,10 @@ class _Around(NonsmoothFunction):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         route, selection, tensors = ROUTES[ctx.route], ctx.selection, ctx.saved_tensors
         vjp = partial(_vjp, route, ctx.parameters, tensors, g)
-        if not torch.compiler.is_compiling():
-            if selection.recorder is not None:
-                selection.recorder(ctx, lambda other: vjp(other)[0])
-            if _stock(route, _choice(route, selection)):
-                return (*[None] * (3 + ctx.tensors), g)
+        if not torch.compiler.is_compiling() and selection.recorder is not None:
+            selection.recorder(ctx, lambda other: vjp(other)[0])
+        if not replayed(g) and _stock(route, _choice(route, selection)):
+            return (*[None] * (3 + ctx.tensors), g)
         gradients, rest = vjp(selection)
         none: list[None] = [None] * (ctx.tensors - 1 - route.inputs)
         return (*(None,) * 4, *gradients, *none, rest)
@@ -143,19 +142,17 @@ def _vjp(
     route: Route, parameters: tuple[Any, ...], tensors: tuple[Tensor, ...], g: Tensor, selection: Selection
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """What ties send to the inputs under a selection, and what is left for the stock operation."""
-    compiled = torch.compiler.is_compiling()
-    choice = _choice(route, selection)
-    if compiled:
-        choice = read_now(choice, g)
+    recorded = replayed(g)
+    choice = selection.read(route.field, g) if recorded else _choice(route, selection)
     stock = _stock(route, choice)
     if route.native is not None:
         choice = torch.where(stock, route.native, choice)
     uniform: Callable[[Tensor], Tensor] | None = None
-    if not compiled and getattr(selection.jacobians, route.field) == "random":
+    if not recorded and getattr(selection.jacobians, route.field) == "random":
         uniform = partial(torch.rand_like, dtype=wide(g), generator=selection.generator(g.device))
     tied, *known = route.ties(tensors, parameters)
     gradients = route.gradients(choice.to(wide(g)).unbind(), uniform, g, tensors, parameters, tied, *known)
-    if compiled:  # one graph serves every choice, stock's own among them
+    if recorded:  # one graph serves every choice, stock's own among them
         gradients = tuple(torch.where(stock, 0, gradient) for gradient in gradients)
         tied = tied & ~stock
     return gradients, g if route.added else g.masked_fill(tied, 0)
@@ -183,6 +180,7 @@ def around(route: str, selection: Selection, parameters: tuple[Any, ...], *tenso
         The result, in the same memory.
     """
     result, way = tensors[-1], ROUTES[route]
+    selection.meet(result)
     eager = not torch.compiler.is_compiling()
     tangents = eager and in_forward_mode()
     # Inside a `torch.func` transform a tensor does not always tell that a derivative is asked for.

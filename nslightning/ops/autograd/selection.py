@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
-from weakref import WeakSet
+from functools import lru_cache, partial
+from typing import Any, cast
+from weakref import WeakSet, WeakValueDictionary
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from nslightning._torch import (
     is_tracing,
     is_zero_tensor,
     outside_every_mode,
+    while_compiling,
 )
 from nslightning.ops.autograd.shares import PoolWeights, pool_weights, shares
 from nslightning.ops.record import OPERATIONS, RULES, Choice, Operation, Rule, follow, known
@@ -34,37 +35,86 @@ __all__ = [
     "pool_coefficients",
     "pool_difference_coefficients",
     "read_now",
+    "replayed",
 ]
 
 
 @torch.library.custom_op("nslightning::read_now", mutates_args=())
 def read_now(values: Tensor, gradient: Tensor) -> Tensor:
-    """Read a selection's tensor inside a compiled backward.
+    """Read a selection's tensor in a backward that is compiled, or captured in a CUDA graph.
 
     The compiler may move what depends on the forward's inputs alone into the forward, and a choice read there
     would be the one in force then. Naming the incoming gradient keeps the read in the backward.
 
     Args:
-        values: A tensor of a :class:`Selection`.
+        values: A tensor of a :class:`Selection`, on the gradient's device.
         gradient: The incoming gradient; not read.
 
     Returns:
-        A copy of ``values`` on the gradient's device, where the compiled kernels read it.
+        A copy of ``values``.
 
     Raises:
-        RuntimeError: If the choice is random: it is drawn for the ties alone, whose number a compiled graph does not
-            know.
+        RuntimeError: If the choice is random: it is drawn for the ties alone, whose number a graph does not know.
     """
-    if torch.isinf(values).any():
+    on_host = values.numpy() if values.device.type == "cpu" else _ON_HOST.get(values.data_ptr())
+    if on_host is not None and np.isinf(on_host).any():  # a replay, which runs none of this, returns infinities
         raise RuntimeError(
-            'the choice "random" cannot be taken by a compiled backward. Choose something else, or do not compile.'
+            'the choice "random" cannot be taken by a compiled backward, nor by one that is captured in a CUDA graph. '
+            "Choose something else, or run it in eager mode."
         )
-    return values.to(gradient.device, copy=True)
+    return values.clone()
 
 
 @read_now.register_fake
 def _(values: Tensor, gradient: Tensor) -> Tensor:
-    return torch.empty_like(values, device=gradient.device)
+    return torch.empty_like(values)
+
+
+#: By the address of a selection's numbers on a device, the same numbers on the host.
+_ON_HOST: WeakValueDictionary[int, np.ndarray] = WeakValueDictionary()
+#: What captured graphs read: these may be replayed when the model is gone.
+_REPLAYED: set[Tensor] = set()
+
+
+def replayed(g: Tensor) -> bool:
+    """Whether a backward is recorded, to run again without its Python code: compiled, or captured in a CUDA graph.
+
+    Such a backward reads the choice from tensors, see :meth:`Selection.read`, and no path may depend on the choice.
+
+    Args:
+        g: The incoming gradient.
+
+    Returns:
+        True while a compiler traces, or the stream of ``g``'s device is captured.
+    """
+    return torch.compiler.is_compiling() or _captured(g.device)
+
+
+def _captured(device: torch.device) -> bool:
+    return _has_graphs(device) and torch.cuda.is_current_stream_capturing()
+
+
+def _slot(device: torch.device) -> str:
+    """The attribute of a selection that holds its numbers on a device."""
+    return f"_on_{device.type}_{device.index}"
+
+
+def _write(tensor: Tensor, numbers: np.ndarray, places: Iterable[int]) -> None:
+    """Write numbers into a device's memory, each by a kernel that has it as an argument."""
+    with torch.no_grad():
+        # `data` has a version counter of its own, so that a graph may have saved the tensor.
+        flat = tensor.data.view(-1)
+        for i in places:
+            flat[i].fill_(numbers[i].item())
+
+
+def _has_graphs(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _has_own_memory(device: torch.device) -> bool:
+    """Whether a device does not read the host's memory."""
+    return device.type != "cpu"
 
 
 @dataclass(frozen=True)
@@ -103,14 +153,16 @@ class OwnChoice:
 class Selection:
     """The Jacobian choice now in force; every backward pass reads it when it runs.
 
-    The choice is held twice: as the frozen object that eager code reads, and as small CPU tensors that a compiled
-    backward reads, filled in place so that no recompilation is needed. A context variable would not do: CUDA backward
-    passes run on other threads.
+    The choice is held twice: as the frozen object that eager code reads, and as small tensors that are filled in place.
+    A compiled backward reads these, which takes no recompilation, and a captured CUDA graph when it is replayed. On a
+    device they are filled on its current stream, by kernels: nothing waits, and nothing is copied from the host. A
+    context variable would not do: CUDA backward passes run on other threads.
 
     Args:
         jacobians: The choice to start with: :class:`~nslightning.Jacobians`, or another object with a field for each
             operation and ``rule``.
         seed: Seeds the private generators of the ``"random"`` choice; the global random streams are never touched.
+        constant: Whether the choice never changes.
 
     Example:
         >>> from nslightning import Jacobians
@@ -120,8 +172,8 @@ class Selection:
         0.5
     """
 
-    def __init__(self, jacobians: Choice, seed: int = 0) -> None:
-        self.seed = seed
+    def __init__(self, jacobians: Choice, seed: int = 0, *, constant: bool = False) -> None:
+        self.seed, self.constant = seed, constant
         self.shared: Any = None  # these tensors' memory as the C++ nodes hold it
         self._observer: Callable[[str, Any, Any], None] | None = None
         self._recorder: Callable[..., None] | None = None
@@ -129,7 +181,9 @@ class Selection:
         # float64 0-d and 1-d CPU tensors never promote the gradients they multiply.
         self.kinks: dict[str, Tensor] = {}
         self.shares: dict[str, Tensor] = {}
-        self._numbers: dict[str, np.ndarray] = {}  # the same memory, by operation or by attribute
+        self.memory: dict[str, Tensor] = {}  # these and the next, by operation or by attribute
+        self._numbers: dict[str, np.ndarray] = {}  # the same memory
+        self._devices: dict[torch.device, dict[str, Tensor]] = {}  # the same numbers on devices
         self.watched = self._memory(".watched", [False, False])  # by a recorder, by an observer: read by C++ nodes
         self.published = self._memory(".published", False)
         self.pool = self._memory(".pool", [0.0] * 4)
@@ -167,7 +221,8 @@ class Selection:
         """An ordinary CPU tensor in every surrounding: inference mode, a default device, fake tensors, a transform."""
         self._numbers[name] = np.array(values)
         with outside_every_mode():
-            return torch.from_numpy(self._numbers[name])
+            self.memory[name] = torch.from_numpy(self._numbers[name])
+        return self.memory[name]
 
     def _hold(self, operation: Operation) -> None:
         """Make the tensor of an operation's choice, with the reference."""
@@ -183,6 +238,7 @@ class Selection:
             jacobians: The choice.
         """
         self.jacobians: Any = jacobians  # a `Choice`, of the caller's own type
+        before = {name: numbers.copy() for name, numbers in self._numbers.items()} if self._devices else {}
         # NumPy writes past the version counter that autograd checks: changing the choice between forward and backward
         # is what this object is for. It also writes past every mode and transform.
         self._numbers[".published"][...] = jacobians.rule == "published"
@@ -195,6 +251,100 @@ class Selection:
             self._numbers[name][:] = _compiled(shares(choice := getattr(jacobians, name)), choice)
         pooling = jacobians.max_pool
         self._numbers[".pool"][:] = _compiled(pool_weights(pooling), pooling)
+        for device, tensors in self._devices.items():
+            for name, tensor in tensors.items():
+                self._fill(device, tensor, name, before.get(name))
+
+    def _fill(self, device: torch.device, tensor: Tensor, name: str, before: np.ndarray | None) -> None:
+        """Write the numbers that changed into a device's memory, on its current stream."""
+        numbers = np.atleast_1d(self._numbers[name])
+        changed = list(range(len(numbers)))
+        if before is not None:
+            equal = np.array_equal if numbers.dtype == bool else partial(np.array_equal, equal_nan=True)
+            old = np.atleast_1d(before)
+            changed = [i for i in changed if not equal(numbers[i], old[i])]
+        if not changed:
+            return
+        if before is not None and _captured(device):
+            raise RuntimeError(
+                "the Jacobian choice changes inside a captured step, so that each replay would set it again. Change it "
+                "between replays, or capture a graph for each choice."
+            )
+        with outside_every_mode():
+            _write(tensor, numbers, changed)
+
+    def meet(self, x: Tensor) -> dict[str, Tensor] | None:
+        """Make the memory that captured graphs read, before one is captured.
+
+        Args:
+            x: An operation's input.
+
+        Returns:
+            What :meth:`on` returns for its device, if that has such memory.
+        """
+        if torch.compiler.is_compiling():  # `read` makes it where a graph wants it
+            return None
+        wanted = _has_graphs(x.device) and not (self.constant or x.device in self._devices)
+        if wanted and concrete(x) and not _captured(x.device):
+            self._prepare(x.device)
+        return self._devices.get(x.device)
+
+    @while_compiling
+    def _prepare(self, device: torch.device) -> bool:
+        """Make a device's memory; a compiler runs this when it traces a call of it."""
+        if device not in self._devices:
+            with outside_every_mode():
+                memory = {n: torch.empty(t.shape, dtype=t.dtype, device=device) for n, t in self.memory.items()}
+            for name, tensor in memory.items():
+                self._fill(device, tensor, name, None)
+                if device.type != "meta":
+                    _ON_HOST[tensor.data_ptr()] = self._numbers[name]
+            self._devices[device] = memory
+            setattr(self, _slot(device), memory)
+        return True
+
+    def on(self, device: torch.device) -> dict[str, Tensor]:
+        """The numbers of the choice in the memory of a device, where they are rewritten when it changes.
+
+        Args:
+            device: The device.
+
+        Returns:
+            By operation, and ``".pool"`` and ``".published"``.
+
+        Raises:
+            RuntimeError: If the device's stream is captured and no operation of this choice ran there before.
+        """
+        if not _has_own_memory(device):
+            return self.memory
+        if not torch.compiler.is_compiling() and device not in self._devices and _captured(device):
+            raise RuntimeError(
+                "a captured step reads the Jacobian choice from the device's memory, which an ordinary step makes "
+                "there: run one step before the capture"
+            )
+        self._prepare(device)
+        memory: dict[str, Tensor] = getattr(self, _slot(device))  # a compiler may know the dictionary as it was before
+        return memory
+
+    def read(self, name: str, g: Tensor) -> Tensor:
+        """The numbers of the choice as a backward reads them that is :func:`replayed`.
+
+        Args:
+            name: An operation, ``".pool"`` or ``".published"``.
+            g: The incoming gradient.
+
+        Returns:
+            A new tensor on ``g``'s device. NaN stands for the reference.
+        """
+        if torch.compiler.is_compiling():
+            return cast(Tensor, read_now(self.on(g.device)[name], g))
+        if self.constant:  # filled at each replay
+            constant, numbers = torch.empty_like(self.memory[name], device=g.device), np.atleast_1d(self._numbers[name])
+            _write(constant, numbers, range(len(numbers)))
+            return constant
+        values = self.on(g.device)[name]
+        _REPLAYED.add(values)
+        return cast(Tensor, read_now(values, g))
 
     def at_kinks(self, operation: str) -> tuple[float | str | None, ...]:
         """The derivatives at the kinks of a pointwise operation.
@@ -263,7 +413,7 @@ class Selection:
             self.seed, self._generators = before
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"jacobians": self.jacobians, "seed": self.seed}
+        return {"jacobians": self.jacobians, "seed": self.seed, "constant": self.constant}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc] # a fresh start is what unpickling means here
@@ -307,7 +457,7 @@ def fixed(operations: str | tuple[str, ...], value: Any, rule: Rule = "exact", s
         (0.0, 1.0)
     """
     choice = OwnChoice((operations,) if isinstance(operations, str) else operations, value, rule)
-    return Selection(choice, seed) if choice.value == "random" else _kept(choice)
+    return Selection(choice, seed, constant=True) if choice.value == "random" else _kept(choice)
 
 
 def guarded(y: Tensor, operation: str, selection: Selection) -> Tensor:
@@ -340,14 +490,14 @@ def guarded(y: Tensor, operation: str, selection: Selection) -> Tensor:
 
 @lru_cache(maxsize=1024)
 def _kept(choice: OwnChoice) -> Selection:
-    return Selection(choice)
+    return Selection(choice, constant=True)
 
 
 @lru_cache(maxsize=256)
 def pool_coefficients(
-    share: float,
-    whole: float,
-    each: float,
+    share: float | Tensor,
+    whole: float | Tensor,
+    each: float | Tensor,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     *,
@@ -374,7 +524,7 @@ def pool_coefficients(
     # Formed on the device: a copy from the host would wait for it.
     count = torch.arange(17, dtype=dtype, device=device)
     rest = torch.div(share, count.clamp(min=1)) + each
-    target = torch.full_like(rest, whole) if apart else rest + whole
+    target = torch.zeros_like(rest) + whole if apart else rest + whole
     # No tie: all to the target, which is the only one.
     return torch.stack([torch.where(count < 2, 0.0 if apart else 1.0, rest), torch.where(count < 2, 1.0, target)])
 

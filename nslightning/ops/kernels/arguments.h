@@ -18,15 +18,65 @@ struct Linear {
   W position[2], derivative[2], low, high, slope;
 };
 
+// Whether a chosen derivative leaves a kink to stock's arithmetic: NaN stands for the reference. `constant` is the
+// published rule, which drops the incoming gradient.
+inline bool as_stock(double derivative, double reference, bool constant) {
+  return derivative != derivative || (derivative == reference && (derivative == 0 || !constant));
+}
+
+// Where a launch that is captured in a CUDA graph reads the choice when it is replayed: in the device's memory of the
+// selection. A launch that runs now carries the choice itself, and has no such memory.
+struct Later {
+  const double* memory;    // the derivatives at the kinks, or null
+  const bool* published;   // whether the published rule is in force; null where an operation has none of its own
+  double reference[2];     // stock's derivatives
+  int kinks;
+
+  bool constant() const { return published && *published; }
+
+  // All kinks' positions count as ties beforehand.
+  template <typename W>
+  void settle(Linear<W>& how, bool& rule) const {
+    if (!memory) return;
+    const W zero = 0, absent = zero / zero;  // NaN, which no entry equals
+    rule = constant();
+    for (int i = 0; i < kinks; ++i) {
+      how.derivative[i] = static_cast<W>(memory[i]);
+      if (as_stock(memory[i], reference[i], rule)) how.position[i] = absent;
+    }
+  }
+
+  // Of ReLU: stock writes 0 at 0.
+  template <typename W>
+  void settle(W& derivative, bool& rule) const {
+    if (!memory) return;
+    rule = constant();
+    const bool stock = as_stock(memory[0], reference[0], rule);
+    derivative = stock ? 0 : static_cast<W>(memory[0]);
+    rule = rule || stock;
+  }
+};
+
 // How a window with k > 1 tied entries shares its gradient g: each receives g * (share / k + each), and the target
 // g * whole more.
 template <typename W>
 struct Shares {
   W share, whole, each;
-  bool last;    // whether the target is the last tied entry, else the first
-  bool apart;   // whether what the targets receive is summed up apart
-  bool vertex;  // whether the target receives all
+  bool last;             // whether the target is the last tied entry, else the first
+  bool apart;            // whether what the targets receive is summed up apart
+  bool vertex;           // whether the target receives all
+  bool disjoint;         // whether no two windows overlap
+  const double* memory;  // where a captured launch reads the weights, as in Later
 };
+
+// By the weights of a selection's memory: share, whole, each, last.
+template <typename W>
+Shares<W> shares_of(const double* weights, bool disjoint) {
+  const bool vertex = weights[0] == 0 && weights[1] == 1 && weights[2] == 0;
+  const bool apart = !(disjoint || vertex || weights[1] == 0);
+  return {static_cast<W>(weights[0]), static_cast<W>(weights[1]), static_cast<W>(weights[2]), weights[3] != 0, apart,
+          vertex, disjoint, nullptr};
+}
 
 // A number to divide by. Where indices have 32 bits, a multiplication and a shift divide: n / value is
 // (high word of n * factor + n) >> shift for every n from 0 to 2^31 - 1.

@@ -161,9 +161,11 @@ void relu_forward(const T* x, T* y, byte* bits, long long n) {
 }
 
 template <typename T>
-void relu_backward(const T* g, const T* y, const byte* bits, T* gradient, long long n, Wide<T> alpha, bool constant) {
+void relu_backward(const T* g, const T* y, const byte* bits, T* gradient, long long n, Wide<T> alpha, bool constant,
+                   const Later& later) {
   const Part part(n);
   if (part.size <= 0) return;
+  later.settle(alpha, constant);
   Group<T> incoming, output;
   part.read(g, incoming);
   part.read(y, output);
@@ -180,10 +182,12 @@ void relu_backward(const T* g, const T* y, const byte* bits, T* gradient, long l
 
 // The gradient of a piecewise linear operation. What is NaN compares as in stock's kernels.
 template <typename T>
-void linear_backward(const T* g, const T* x, T* gradient, long long n, Linear<Wide<T>> how, bool constant) {
+void linear_backward(const T* g, const T* x, T* gradient, long long n, Linear<Wide<T>> how, bool constant,
+                     const Later& later) {
   const Part part(n);
   const bool leaky = how.slope == how.slope;
   if (part.size <= 0) return;
+  later.settle(how, constant);
   Group<T> incoming, input;
   part.read(g, incoming);
   part.read(x, input);
@@ -205,9 +209,11 @@ void linear_backward(const T* g, const T* x, T* gradient, long long n, Linear<Wi
 
 // The derivative times the incoming gradient, written over the gradient of the entries at one of two positions.
 template <typename T>
-void replace(const T* g, const T* x, T* gradient, long long n, Linear<Wide<T>> how) {
+void replace(const T* g, const T* x, T* gradient, long long n, Linear<Wide<T>> how, const Later& later) {
   const Part part(n);
+  bool constant = false;
   if (part.size <= 0) return;
+  later.settle(how, constant);
   Group<T> input;
   part.read(x, input);
 #pragma unroll
@@ -312,9 +318,10 @@ I first_window(I at, I kernel, const Divisor<I>& stride, const Divisor<I>& dilat
 // One entry: what the windows that hold it give, added up in their order in memory, as stock adds up.
 template <typename T, typename I>
 void pool_backward(const T* g, const short* masks, T* gradient, long long n, const Geometry<I>& of,
-                   const Shares<Wide<T>>& shares) {
+                   Shares<Wide<T>> shares) {
   const I at = thread<I>();
   if (at >= n) return;
+  if (shares.memory) shares = shares_of<Wide<T>>(shares.memory, shares.disjoint);
   const Place<I> entry(at, of.height, of.width, of);
   const I down = entry.row + of.padding[0], across = entry.column + of.padding[1];
   I last_row = down / of.stride[0], last_column = across / of.stride[1];
@@ -361,16 +368,17 @@ void pool_backward(const T* g, const short* masks, T* gradient, long long n, con
     nslightning::relu_forward(x, y, bits, n);                                                                         \
   }                                                                                                                   \
   KERNEL relu_backward_##NAME(const T* g, const T* y, const unsigned char* bits, T* gradient, long long n,            \
-                              nslightning::Wide<T> alpha, bool constant) {                                            \
-    nslightning::relu_backward(g, y, bits, gradient, n, alpha, constant);                                             \
+                              nslightning::Wide<T> alpha, bool constant, nslightning::Later later) {                  \
+    nslightning::relu_backward(g, y, bits, gradient, n, alpha, constant, later);                                      \
   }                                                                                                                   \
   KERNEL linear_backward_##NAME(const T* g, const T* x, T* gradient, long long n,                                     \
-                                nslightning::Linear<nslightning::Wide<T>> how, bool constant) {                       \
-    nslightning::linear_backward(g, x, gradient, n, how, constant);                                                   \
+                                nslightning::Linear<nslightning::Wide<T>> how, bool constant,                         \
+                                nslightning::Later later) {                                                           \
+    nslightning::linear_backward(g, x, gradient, n, how, constant, later);                                            \
   }                                                                                                                   \
   KERNEL replace_##NAME(const T* g, const T* x, T* gradient, long long n,                                             \
-                        nslightning::Linear<nslightning::Wide<T>> how) {                                              \
-    nslightning::replace(g, x, gradient, n, how);                                                                     \
+                        nslightning::Linear<nslightning::Wide<T>> how, nslightning::Later later) {                    \
+    nslightning::replace(g, x, gradient, n, how, later);                                                              \
   }                                                                                                                   \
   POOLING(T, NAME, int, )                                                                                             \
   POOLING(T, NAME, long long, wide_)

@@ -54,6 +54,8 @@
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <mutex>
+#include <set>
 #include <string>
 
 // As in ATen/functorch/DynamicLayer.h, which needs a header that PyTorch does not install.
@@ -86,6 +88,8 @@ struct Kernels {
   void (*pool_backward)(const void*, const int16_t*, const void*, void*, const int64_t*, bool, bool, bool, int64_t);
 };
 
+constexpr double ABSENT = std::numeric_limits<double>::quiet_NaN();  // no entry equals it
+
 constexpr int DTYPES = 4;
 Kernels kernels[DTYPES];
 const at::ScalarType dtypes[DTYPES] = {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf};
@@ -102,8 +106,6 @@ const Kernels* kernels_of(const Tensor& x) {
   const int dtype = dtype_of(x);
   return dtype >= 0 && kernels[dtype].any_equal ? &kernels[dtype] : nullptr;
 }
-
-constexpr double ABSENT = std::numeric_limits<double>::quiet_NaN();  // no entry equals it
 
 // ------------------------------------------------------------------------------------------------------- CUDA devices
 
@@ -126,6 +128,7 @@ struct Driver {
   int (*cuModuleLoadData)(void**, const void*);
   int (*cuModuleGetFunction)(void**, void*, const char*);
   int (*cuGetErrorString)(int, const char**);
+  int (*cuStreamIsCapturing)(void*, int*);
   int (*cuLaunchKernel)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**,
                         void**);
 
@@ -144,6 +147,7 @@ struct Driver {
     find("cuModuleLoadData", cuModuleLoadData);
     find("cuModuleGetFunction", cuModuleGetFunction);
     find("cuGetErrorString", cuGetErrorString);
+    find("cuStreamIsCapturing", cuStreamIsCapturing);
     find("cuLaunchKernel", cuLaunchKernel);
   }
 
@@ -224,6 +228,15 @@ void* stream_of(const Tensor& x) {
   return handle_of(c10::impl::VirtualGuardImpl(x.device().type()).getStream(x.device()));
 }
 
+// Whether what a stream is given now is captured in a CUDA graph, to run when that is replayed.
+bool captured(const Tensor& x) {
+  const Device& device = *gpu_of(x);
+  int status = 0;
+  const InContext current(device.driver, device.context);
+  device.driver.check(device.driver.cuStreamIsCapturing(stream_of(x), &status), "cuStreamIsCapturing");
+  return status != 0;
+}
+
 // Start a kernel on so many threads, on the current stream. The arguments have the types of the kernel's parameters.
 template <typename... Arguments>
 void launch(const Tensor& x, DeviceKernel kernel, int64_t threads, Arguments... arguments) {
@@ -298,16 +311,48 @@ void launch_pool(const Tensor& result, const Tensor& input, DeviceKernel kernel,
 // ------------------------------------------------------------------------------------------------------- the choice
 
 // The memory of a Selection's tensors. NaN stands for the reference, infinity for a random choice.
-struct Choice {
+struct Numbers {
   const double* kinks[MAX_POOL];
   const double* pool;  // share, whole, each, last
   const bool* published;
-  const bool* watched;  // by a recorder of backwards, by an observer of forwards
   std::vector<Tensor> kept;
+
+  // `kinks` is a tuple of tensors, in the order of NAMES.
+  Numbers(PyObject* of_kinks, PyObject* of_pool, PyObject* of_rule) {
+    TORCH_CHECK(PyTuple_Check(of_kinks) && PyTuple_GET_SIZE(of_kinks) == MAX_POOL, "the kinks of ", int(MAX_POOL),
+                " operations are wanted");
+    for (int op = 0; op < MAX_POOL; ++op) {
+      kinks[op] = static_cast<const double*>(memory(PyTuple_GET_ITEM(of_kinks, op), at::kDouble));
+    }
+    pool = static_cast<const double*>(memory(of_pool, at::kDouble));
+    published = static_cast<const bool*>(memory(of_rule, at::kBool));
+  }
+
+  const void* memory(PyObject* object, at::ScalarType dtype) {
+    const Tensor tensor = THPVariable_Unpack(object);
+    TORCH_CHECK(tensor.scalar_type() == dtype && tensor.is_contiguous());
+    kept.push_back(tensor);
+    return tensor.const_data_ptr();
+  }
+};
+
+struct Choice : Numbers {
+  const bool* watched;  // by a recorder of backwards, by an observer of forwards
+  bool fixed;           // whether it never changes
+  // The same numbers in the memory of devices, for what is captured there; made once and kept as long as this.
+  mutable std::array<std::atomic<const Numbers*>, DEVICES> on_device{};
+
+  Choice(PyObject* kinks, PyObject* pool, PyObject* rule, PyObject* of_watched, bool fixed)
+      : Numbers(kinks, pool, rule), watched(static_cast<const bool*>(memory(of_watched, at::kBool))), fixed(fixed) {}
+  ~Choice() {
+    for (auto& numbers : on_device) delete numbers.load();
+  }
 
   bool recorded() const { return watched[0]; }
   bool observed() const { return watched[1]; }
 };
+
+int index_of(const Tensor& x) { return x.is_cuda() ? x.get_device() : 0; }
 
 struct GIL {
   PyGILState_STATE state = PyGILState_Ensure();
@@ -532,18 +577,41 @@ void record(const Call& call, const variable_list& saved, const Tensor& g) {
   ask_python("_record", call, saved, g, node.get());
 }
 
+// The memory where a launch reads the choice when it is replayed; null for a launch that runs now.
+const Numbers* when_replayed(const Call& call, const Tensor& x) {
+  const auto& choice = call.choice;
+  if (!gpu_of(x) || choice->fixed || !captured(x)) return nullptr;
+  const Numbers* numbers = choice->on_device[index_of(x)];
+  TORCH_CHECK(numbers, "a captured step reads the Jacobian choice from the device's memory, which an ordinary step makes "
+                       "there: run one step before the capture");
+  // A graph may be replayed when the model is gone.
+  static auto& kept = *new std::set<std::shared_ptr<const Choice>>();
+  static std::mutex one_at_a_time;
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
+  kept.insert(choice);
+  return numbers;
+}
+
+Later later(const Numbers* numbers, Op op, bool has_rule, double first, double second = 0) {
+  if (!numbers) return {};
+  return {numbers->kinks[op], has_rule ? numbers->published : nullptr, {first, second},
+          op == RELU || op == LEAKY_RELU ? 1 : 2};
+}
+
 Tensor relu_gradient(const Call& call, const variable_list& saved, const Tensor& g) {
   const double alpha = call.choice->kinks[RELU][0];
   const bool constant = *call.choice->published;
   const Tensor &y = saved[0], &bits = saved[1];
-  if (std::isnan(alpha) || (alpha == 0 && !constant)) return at::threshold_backward(g, y, 0);
+  const Numbers* replayed = when_replayed(call, y);
+  if (!replayed && as_stock(alpha, 0, constant)) return at::threshold_backward(g, y, 0);
   if (std::isinf(alpha) || !final(g, y)) return composed(call, saved, g);
   return filled(like(y, g), y, [&](void* into) {
     const Tensor incoming = laid_out_as(g, y);
     if (gpu_of(y)) {
       return in_wide(y, [&](auto wide) {
         launch(y, RELU_BACKWARD, groups(y), incoming.const_data_ptr(), y.const_data_ptr(), bits.const_data_ptr(), into,
-               static_cast<long long>(y.numel()), static_cast<decltype(wide)>(alpha), constant);
+               static_cast<long long>(y.numel()), static_cast<decltype(wide)>(alpha), constant,
+               later(replayed, RELU, true, 0));
       });
     }
     kernels_of(y)->relu_backward(incoming.const_data_ptr(), y.const_data_ptr(), bits.const_data_ptr<uint8_t>(), into,
@@ -578,6 +646,7 @@ Tensor pointwise_gradient(const Call& call, const variable_list& saved, const Te
   const Tensor& x = saved[0];
   const double* chosen = call.choice->kinks[call.op];
   const bool constant = call.op == RELU6 && *call.choice->published;
+  const Numbers* replayed = when_replayed(call, x);
   Kink kinks[2];
   kinks_of(call, kinks);
   // As the kernels take it: the positions that count as ties, the derivatives there; the bounds, the slope outside.
@@ -585,10 +654,11 @@ Tensor pointwise_gradient(const Call& call, const variable_list& saved, const Te
   for (int i = 0; i < 2; ++i) {
     const double derivative = std::isnan(kinks[i].position) ? ABSENT : chosen[i];
     if (std::isinf(derivative)) return composed(call, saved, g);
-    const double reference = kinks[i].reference;
-    const bool as_stock = std::isnan(derivative) || (derivative == reference && (derivative == 0 || !constant));
-    if (!as_stock) how[i] = kinks[i].position, how[2 + i] = derivative;
+    if (replayed || !as_stock(derivative, kinks[i].reference, constant)) {
+      how[i] = kinks[i].position, how[2 + i] = derivative;
+    }
   }
+  const Later late = later(replayed, call.op, call.op == RELU6, kinks[0].reference, kinks[1].reference);
   if (!final(g, x)) return composed(call, saved, g);
   const auto* kernel = kernels_of(x);
   const bool on_device = gpu_of(x);
@@ -605,7 +675,7 @@ Tensor pointwise_gradient(const Call& call, const variable_list& saved, const Te
       if (on_device) {
         return in_wide(x, [&](auto wide) {
           launch(x, LINEAR_BACKWARD, groups(x), incoming.const_data_ptr(), x.const_data_ptr(), into, n,
-                 linear<decltype(wide)>(x, how), constant);
+                 linear<decltype(wide)>(x, how), constant, late);
         });
       }
       nan = kernel->linear_backward(incoming.const_data_ptr(), x.const_data_ptr(), into, x.numel(), how, constant,
@@ -620,7 +690,7 @@ Tensor pointwise_gradient(const Call& call, const variable_list& saved, const Te
   if (on_device) {
     in_wide(x, [&](auto wide) {
       launch(x, REPLACE, groups(x), incoming.const_data_ptr(), at.const_data_ptr(), gradient.data_ptr(), n,
-             linear<decltype(wide)>(x, how));
+             linear<decltype(wide)>(x, how), late);
     });
   } else {
     kernel->replace(incoming.const_data_ptr(), at.const_data_ptr(), gradient.data_ptr(), x.numel(), how, threads);
@@ -649,31 +719,31 @@ Tensor pool_gradient(const Call& call, const variable_list& saved, const Tensor&
   const Tensor &x = saved[0], &masks = saved[1];
   const double* weights = call.choice->pool;
   if (std::isinf(weights[0]) || !final(g, x)) return composed(call, saved, g);
-  const bool vertex = weights[0] == 0 && weights[1] == 1 && weights[2] == 0;
-  const bool apart = !(disjoint(call.geometry) || vertex || weights[1] == 0), last = weights[3] != 0;
+  const Numbers* replayed = when_replayed(call, x);
   const Tensor gradient = at::empty(x.sizes(), x.options().memory_format(x.suggest_memory_format()));
   const Tensor incoming = laid_out_as(g, masks);
   if (gpu_of(x)) {
     in_wide(x, [&](auto wide) {
-      const auto number = [](double value) { return static_cast<decltype(wide)>(value); };
-      const Shares<decltype(wide)> shares{number(weights[0]), number(weights[1]), number(weights[2]), last, apart,
-                                          vertex};
+      auto shares = shares_of<decltype(wide)>(weights, disjoint(call.geometry));
+      shares.memory = replayed ? replayed->pool : nullptr;
       launch_pool(gradient, x, POOL_BACKWARD, call.geometry, incoming.const_data_ptr(),
                   const_cast<void*>(masks.const_data_ptr()), gradient.data_ptr(), shares);
     });
     return gradient;
   }
+  const auto shares = shares_of<double>(weights, disjoint(call.geometry));
   const auto fill = [&](const void* table) {
     kernels_of(x)->pool_backward(incoming.const_data_ptr(), masks.const_data_ptr<int16_t>(), table,
-                                 gradient.data_ptr(), call.geometry, last, apart, vertex, at::get_num_threads());
+                                 gradient.data_ptr(), call.geometry, shares.last, shares.apart, shares.vertex,
+                                 at::get_num_threads());
   };
   if (x.scalar_type() == at::kDouble) {
     double table[2 * COUNTS];
-    pool_table(weights, apart, table);
+    pool_table(weights, shares.apart, table);
     fill(table);
   } else {
     float table[2 * COUNTS];
-    pool_table(weights, apart, table);
+    pool_table(weights, shares.apart, table);
     fill(table);
   }
   return gradient;
@@ -832,6 +902,10 @@ PyObject* applied(const CallPtr& call, PyObject* object) {
     THPObjectPtr known(PyObject_CallMethod(python, "_connect", "i", static_cast<int>(x.get_device())));
     if (!known) throw python_error();
     asked[x.get_device()] = PyObject_IsTrue(known.get());
+  }
+  if (gpu_of(x) && !call->choice->fixed && !call->choice->on_device[index_of(x)] && plain_thread()) {
+    THPObjectPtr held(PyObject_CallMethod(python, "_hold", "OO", call->selection, object));
+    if (!held) throw python_error();
   }
   Tensor result;
   {
@@ -1010,29 +1084,31 @@ int op_of(const char* name) {
   return -1;
 }
 
-// share(kinks, pool, published, watched): the memory of a Selection's tensors; kinks in the order of NAMES.
+// share(kinks, pool, published, watched, fixed): the memory of a Selection's tensors; kinks in the order of NAMES.
 PyObject* share(PyObject*, PyObject* args) {
   HANDLE_TH_ERRORS
   PyObject *kinks, *pool, *published, *watched;
-  if (!PyArg_ParseTuple(args, "O!OOO", &PyTuple_Type, &kinks, &pool, &published, &watched)) return nullptr;
-  TORCH_CHECK(PyTuple_GET_SIZE(kinks) == MAX_POOL, "share takes the kinks of ", int(MAX_POOL), " operations");
-  auto choice = std::make_unique<Choice>();
-  const auto memory = [&](PyObject* object, at::ScalarType dtype) {
-    const Tensor tensor = THPVariable_Unpack(object);
-    TORCH_CHECK(tensor.device().is_cpu() && tensor.scalar_type() == dtype && tensor.is_contiguous());
-    choice->kept.push_back(tensor);
-    return tensor.const_data_ptr();
-  };
-  for (int op = 0; op < MAX_POOL; ++op) {
-    choice->kinks[op] = static_cast<const double*>(memory(PyTuple_GET_ITEM(kinks, op), at::kDouble));
-  }
-  choice->pool = static_cast<const double*>(memory(pool, at::kDouble));
-  choice->published = static_cast<const bool*>(memory(published, at::kBool));
-  choice->watched = static_cast<const bool*>(memory(watched, at::kBool));
-  auto* held = new std::shared_ptr<const Choice>(std::move(choice));
+  int fixed;
+  if (!PyArg_ParseTuple(args, "OOOOp", &kinks, &pool, &published, &watched, &fixed)) return nullptr;
+  auto* held = new std::shared_ptr<const Choice>(new Choice(kinks, pool, published, watched, fixed));
   return PyCapsule_New(held, CHOICE, [](PyObject* capsule) {
     delete static_cast<std::shared_ptr<const Choice>*>(PyCapsule_GetPointer(capsule, CHOICE));
   });
+  END_HANDLE_TH_ERRORS
+}
+
+// hold(choice, index, kinks, pool, published): the same numbers in the memory of a device.
+PyObject* hold(PyObject*, PyObject* args) {
+  HANDLE_TH_ERRORS
+  PyObject *capsule, *kinks, *pool, *published;
+  int index;
+  if (!PyArg_ParseTuple(args, "OiOOO", &capsule, &index, &kinks, &pool, &published)) return nullptr;
+  const auto& choice = choice_of(capsule);
+  TORCH_CHECK(index >= 0 && index < DEVICES, "no device ", index);
+  auto numbers = std::make_unique<const Numbers>(kinks, pool, published);
+  const Numbers* none = nullptr;  // nodes may read what is there: it stays
+  if (choice->on_device[index].compare_exchange_strong(none, numbers.get())) numbers.release();
+  Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
 }
 
@@ -1192,6 +1268,7 @@ PyMethodDef methods[] = {
     {"load", load, METH_VARARGS, nullptr},
     {"count_in_64_bits", count_in_64_bits, METH_O, nullptr},
     {"share", share, METH_VARARGS, nullptr},
+    {"hold", hold, METH_VARARGS, nullptr},
     {"site", make_site, METH_VARARGS, nullptr},
     {"pointwise", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(pointwise)), METH_FASTCALL, nullptr},
     {"max_pool2d", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(max_pool2d)), METH_FASTCALL, nullptr},

@@ -46,7 +46,13 @@ def _relu_forward(x, y, bits, n, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _relu_backward(g, y, bits, gradient, n, alpha, CONSTANT: tl.constexpr, ROWS: tl.constexpr):
+def _relu_backward(g, y, bits, gradient, n, alpha, constant, MEMORY: tl.constexpr, ROWS: tl.constexpr):
+    if MEMORY:  # of a selection, read when a captured launch is replayed
+        alpha = tl.load(alpha)
+        constant = tl.load(constant).to(tl.int32)
+        stock = (alpha != alpha) | ((alpha == 0) & (constant == 0))  # the reference, which writes 0
+        alpha = tl.where(stock, 0.0, alpha).to(tl.float32)
+        constant = tl.where(stock, 1, constant)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     bit = tl.arange(0, 8)
     at = row[:, None] * 8 + bit[None, :]
@@ -55,10 +61,7 @@ def _relu_backward(g, y, bits, gradient, n, alpha, CONSTANT: tl.constexpr, ROWS:
     output = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
     byte = tl.load(bits + row, mask=row * 8 < n, other=0).to(tl.int32)
     tied = ((byte[:, None] >> bit[None, :]) & 1) != 0
-    if CONSTANT:
-        chosen = tl.zeros_like(incoming) + alpha
-    else:
-        chosen = incoming * alpha
+    chosen = tl.where(constant != 0, tl.zeros_like(incoming) + alpha, incoming * alpha)
     found = tl.where(output <= 0, tl.where(tied, chosen, 0.0), incoming)
     tl.store(gradient + at, found.to(gradient.dtype.element_ty), mask=inside)
 
@@ -93,15 +96,18 @@ def relu_forward(x: Tensor, *, inplace: bool = False) -> tuple[Tensor, Tensor]:
     return y, bits
 
 
-def relu_backward(g: Tensor, y: Tensor, bits: Tensor, alpha: float, *, constant: bool = False) -> Tensor:
+def relu_backward(
+    g: Tensor, y: Tensor, bits: Tensor, alpha: float | Tensor, *, constant: bool | Tensor = False
+) -> Tensor:
     """The gradient of ReLU with the derivative ``alpha`` at 0.
 
     Args:
         g: Incoming gradient, of ``y``'s shape and dtype.
         y: The output of :func:`relu_forward`.
         bits: The ties from there.
-        alpha: ReLU'(0).
-        constant: Write ``alpha`` itself at ties, the published rule.
+        alpha: ReLU'(0), or the selection's memory of it, shape (1,), float64, which is read when the kernel runs.
+        constant: Write ``alpha`` itself at ties, the published rule; if ``alpha`` is a tensor, the memory of that,
+            0-d, bool.
 
     Returns:
         The gradient with respect to the input; ``alpha * g`` is formed in float32 and rounded once.
@@ -111,7 +117,9 @@ def relu_backward(g: Tensor, y: Tensor, bits: Tensor, alpha: float, *, constant:
     if y.numel():
         rows = _BLOCK // 8
         grid = (triton.cdiv(y.numel(), _BLOCK),)
-        _relu_backward[grid](g, y, bits, gradient, y.numel(), alpha, CONSTANT=constant, ROWS=rows)
+        memory = isinstance(alpha, Tensor)
+        rule = constant if memory else int(constant)
+        _relu_backward[grid](g, y, bits, gradient, y.numel(), alpha, rule, MEMORY=memory, ROWS=rows)
     return gradient
 
 
@@ -182,13 +190,15 @@ def _ones(m):
 
 @triton.jit
 def _pool_backward(
-    g, mask, weights, gradient, n,
+    g, mask, weights, last_tied, gradient, n,
     C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    DH: tl.constexpr, DW: tl.constexpr, LAST: tl.constexpr, LAST_TIED: tl.constexpr, WIDE: tl.constexpr,
+    DH: tl.constexpr, DW: tl.constexpr, LAST: tl.constexpr, MEMORY: tl.constexpr, WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = _mine(BLOCK, WIDE)
+    if MEMORY:
+        last_tied = tl.load(last_tied)
     image, channel, h, w = _place(at, C, H, W, LAST)
     total = tl.zeros((BLOCK,), tl.float32)
     # The windows that an entry may lie in, in their order in the memory, as the stock kernel adds them up.
@@ -204,10 +214,7 @@ def _pool_backward(
         q = tl.where(inside, (i // DH) * KW + j // DW, 0)
         window = _where(image, channel, row, column, C, OH, OW, LAST)
         reached = tl.load(mask + window, mask=inside, other=0).to(tl.int32) & 0xFFFF
-        if LAST_TIED:
-            chosen = (reached >> q) == 1
-        else:
-            chosen = (reached & ((1 << q) - 1)) == 0
+        chosen = tl.where(last_tied != 0, reached >> q == 1, (reached & ((1 << q) - 1)) == 0)
         incoming = tl.load(g + window, mask=inside, other=0.0).to(tl.float32)
         weight = tl.load(weights + _ones(reached) + tl.where(chosen, 17, 0))
         given = (((reached >> q) & 1) != 0) & (weight != 0)  # an infinite gradient times 0 is NaN
@@ -285,7 +292,7 @@ def pool_shares(
     geometry: Sequence[tuple[int, int]],
     size: tuple[int, int],
     coefficients: Tensor,
-    last: bool,
+    last: bool | Tensor,
 ) -> Tensor:
     """What :func:`pool_backward` does, by coefficients: those of a difference, say.
 
@@ -295,7 +302,7 @@ def pool_shares(
         geometry: See there.
         size: See there.
         coefficients: As :func:`~nslightning.ops.autograd.selection.pool_coefficients` has them, on the device, float32.
-        last: Whether the target is the last tied entry.
+        last: Whether the target is the last tied entry; or the memory of that, 0-d, float64: not 0 if it is.
 
     Returns:
         The gradient with respect to the input.
@@ -305,8 +312,9 @@ def pool_shares(
     gradient = torch.empty((*mask.shape[:2], *size), dtype=g.dtype, device=g.device, memory_format=layout)
     if gradient.numel():
         _pool_backward[(triton.cdiv(gradient.numel(), _BLOCK),)](
-            g, mask, coefficients, gradient, gradient.numel(),
+            g, mask, coefficients, last if isinstance(last, Tensor) else int(last), gradient, gradient.numel(),
             mask.shape[1], *size, *mask.shape[2:], *sum(geometry, ()),
-            LAST=layout == torch.channels_last, LAST_TIED=last, WIDE=gradient.numel() >= 2**31, BLOCK=_BLOCK,
+            LAST=layout == torch.channels_last, MEMORY=isinstance(last, Tensor), WIDE=gradient.numel() >= 2**31,
+            BLOCK=_BLOCK,
         )  # fmt: skip
     return gradient
