@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nslightning.ops import relu
 
-__all__ = ["max_of_library", "max_of_relus", "max_of_scan", "program_difference", "zero_of_relus"]
+__all__ = [
+    "max_of_library",
+    "max_of_relus",
+    "max_of_scan",
+    "program_difference",
+    "program_of_formula",
+    "zero_of_relus",
+]
 
 Program = Callable[[Sequence[Tensor]], Tensor]
 
@@ -114,3 +122,37 @@ def program_difference(one: Program, other: Program, v: Sequence[float], t: floa
     first = one([at * float(w) for w in v])
     (derivative,) = torch.autograd.grad(first - second, at)
     return float(derivative)
+
+
+def program_of_formula(clauses: Sequence[Sequence[int]]) -> Callable[[Sequence[Any]], Any]:
+    r"""A program that is differentiable at 0 exactly where a formula has no solution.
+
+    The formula is a conjunction of disjunctions of literals, and the program
+
+    .. math:: F(x) = \min_{\text{clauses}} \max_{\text{literals}} \mathrm{relu}(\pm x_k),
+
+    which ReLUs compute with weights -1, 0 and 1, since :math:`\max(a, b) = b + \mathrm{relu}(a - b)`. With variable k
+    true where :math:`x_k > 0`, F(x) is above 0 exactly where x solves the formula. F is never below 0, and
+    :math:`F(tx) = tF(x)` for t > 0. So F is 0 everywhere where there is no solution, and has a kink at 0 where there
+    is one: to tell whether a program is differentiable at a point is as hard as to solve such formulas, which is
+    NP-hard. The theorem is that of Bolte, Boustany, Pauwels and Pesquet-Popescu 2023; the reduction is ours.
+
+    Args:
+        clauses: Each a list of literals: k for variable k, counted from 1, and -k for its negation.
+
+    Returns:
+        The program, of as many inputs as there are variables.
+
+    Example:
+        >>> from nslightning.probes import clarke
+        >>> clarke(program_of_formula([[1, 2], [-1, -2]]), [0, 0]).differentiable  # x1 and not x2 solves it
+        False
+        >>> clarke(program_of_formula([[1], [-1]]), [0]).differentiable
+        True
+    """
+
+    def program(x: Sequence[Any]) -> Any:
+        literals = {sign * (k + 1): max(0, sign * v) for k, v in enumerate(x) for sign in (1, -1)}
+        return min(max(literals[literal] for literal in clause) for clause in clauses)
+
+    return program

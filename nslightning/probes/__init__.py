@@ -1,5 +1,6 @@
 """Measuring what a Jacobian choice changes, without Lightning."""
 
+from nslightning.probes.clarke import Clarke, clarke
 from nslightning.probes.cost import cost_ratio, cost_scaling
 from nslightning.probes.divergence import (
     NORMS,
@@ -20,6 +21,7 @@ from nslightning.probes.zone import THRESHOLDS, Zone, differs_bitwise, l1_sum, l
 __all__ = [
     "NORMS",
     "THRESHOLDS",
+    "Clarke",
     "Divergence",
     "MethodWarning",
     "Recording",
@@ -27,6 +29,7 @@ __all__ = [
     "UnseenError",
     "Worst",
     "Zone",
+    "clarke",
     "cost_ratio",
     "cost_scaling",
     "counting",
