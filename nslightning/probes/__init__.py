@@ -13,6 +13,7 @@ from nslightning.probes.divergence import (
 )
 from nslightning.probes.gradients import gradients
 from nslightning.probes.graph import UnseenError
+from nslightning.probes.guarantee import Guarantee, clarke_guarantee
 from nslightning.probes.propagation import Recording, differences, recording
 from nslightning.probes.ties import Ties, counting, ties
 from nslightning.probes.worst import Worst, worst_choice
@@ -23,6 +24,7 @@ __all__ = [
     "THRESHOLDS",
     "Clarke",
     "Divergence",
+    "Guarantee",
     "MethodWarning",
     "Recording",
     "Ties",
@@ -30,6 +32,7 @@ __all__ = [
     "Worst",
     "Zone",
     "clarke",
+    "clarke_guarantee",
     "cost_ratio",
     "cost_scaling",
     "counting",

@@ -17,6 +17,7 @@ from nslightning.jacobians import Jacobians
 from nslightning.ops.record import OPERATIONS
 from nslightning.probes.divergence import Divergence, divergence, measure
 from nslightning.probes.gradients import gradients
+from nslightning.probes.guarantee import Guarantee, clarke_guarantee
 from nslightning.probes.ties import Ties, counting
 from nslightning.surgery import PatchReport, PatchWarning, patch
 
@@ -92,6 +93,24 @@ class Spread:
 
 
 @dataclass(frozen=True)
+class ClarkeCheck:
+    """Whether theorems promise that stock PyTorch's gradient lies in the Clarke subdifferential.
+
+    Args:
+        holds: Whether they do on these batches. False means that it is not known.
+        always: Whether they do on every batch.
+        bound: At most this share of the values that its biases may have puts an evaluation of a batch on a kink, the
+            largest of the batches; None where that is not known (:attr:`nslightning.probes.Guarantee.bound`).
+        missing: The sites that no theorem covers, with the reason.
+    """
+
+    holds: bool
+    always: bool
+    bound: float | None
+    missing: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Audit:
     """What an audit found.
 
@@ -110,6 +129,8 @@ class Audit:
         spreads: One per dtype and choice.
         noise: Per dtype, the largest relative difference of the reference's gradient taken twice, by
             subtraction.
+        clarke: Per dtype, whether theorems promise an element of the Clarke subdifferential; empty in findings that
+            were written before this was looked at.
     """
 
     model: str
@@ -125,6 +146,7 @@ class Audit:
     sites: list[SiteTies]
     spreads: list[Spread]
     noise: dict[str, float]
+    clarke: dict[str, ClarkeCheck] = field(default_factory=dict)
 
     @property
     def largest(self) -> float:
@@ -168,7 +190,7 @@ class Audit:
             >>> Audit.from_dict(json.loads(json.dumps(found.to_dict()))) == found
             True
         """
-        given = {f.name: plain[f.name] for f in fields(cls)}
+        given = {f.name: plain[f.name] for f in fields(cls) if f.name in plain or f.name != "clarke"}
         given["shape"] = tuple(given["shape"])
         given["choices"] = {name: Jacobians(**choice).to_dict() for name, choice in given["choices"].items()}
         given["noise"] = {dtype: float(value) for dtype, value in given["noise"].items()}
@@ -184,6 +206,7 @@ class Audit:
             )
             for s in given["spreads"]
         ]
+        given["clarke"] = {dtype: ClarkeCheck(**check) for dtype, check in plain.get("clarke", {}).items()}
         return cls(**given)
 
 
@@ -251,6 +274,7 @@ def audit(
     ties: dict[str, dict[str, Ties]] = {}
     spreads: list[Spread] = []
     noise: dict[str, float] = {}
+    clarke: dict[str, ClarkeCheck] = {}
     failed: dict[str, BaseException] = {}
     tell = progress or (lambda line: None)
     wanted = list(dict.fromkeys(dtypes))
@@ -261,7 +285,7 @@ def audit(
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", PatchWarning)  # nothing to patch: the advice says it
                     report = patch(network, Jacobians(), seed=seed, strict=False)
-                    counts, found, floor = _measure(network, batches, dtype, choices, seed, tell)
+                    counts, found, floor, guarantees = _measure(network, batches, dtype, choices, seed, tell)
             except KeyboardInterrupt:  # what is measured is kept, where there is something
                 if not reports:
                     raise
@@ -271,6 +295,7 @@ def audit(
                 failed[dtype] = error
                 continue
             reports[dtype], ties[dtype], noise[dtype] = report, counts, floor
+            clarke[dtype] = _check(report, guarantees)
             for choice, per_batch in found.items():
                 spreads.append(_spread(choice, dtype, per_batch, top))
     if not reports:
@@ -290,6 +315,7 @@ def audit(
         sites=_sites(reports, ties),
         spreads=spreads,
         noise=noise,
+        clarke=clarke,
     )
 
 
@@ -300,11 +326,12 @@ def _measure(
     choices: Mapping[str, Jacobians],
     seed: int,
     tell: Callable[[str], None],
-) -> tuple[dict[str, Ties], dict[str, list[Divergence]], float]:
-    """Ties over all batches, each choice's divergence per batch, and the noise floor, of a patched network."""
+) -> tuple[dict[str, Ties], dict[str, list[Divergence]], float, list[Guarantee]]:
+    """Ties over all batches, each choice's divergence per batch, the noise floor and what theorems promise."""
     counts: dict[str, Ties] = {}
     found: dict[str, list[Divergence]] = {choice: [] for choice in choices}
     floors = []
+    guarantees = []
     buffers = {key: buffer.clone() for key, buffer in network.named_buffers()}
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     for i, (images, labels) in enumerate(batches):
@@ -313,8 +340,9 @@ def _measure(
             for key, buffer in network.named_buffers():
                 buffer.copy_(buffers[key])
         torch.manual_seed(seed + i)
+        x = images.to(device, DTYPES[dtype] if images.is_floating_point() else None)
+        guarantees.append(clarke_guarantee(network, x))
         with torch.enable_grad(), counting(network) as here:
-            x = images.to(device, DTYPES[dtype] if images.is_floating_point() else None)
             loss = _loss(network(x), labels, seed + i)
         for site, met in here.items():
             total = counts.setdefault(site, Ties(met.operation))
@@ -324,7 +352,25 @@ def _measure(
             found[choice].append(value)
         once, again = (gradients(loss, network, {"": Jacobians()})[""] for _ in range(2))
         floors.append(measure(again, once).relative)
-    return counts, found, max(floors, key=_badness)
+    return counts, found, max(floors, key=_badness), guarantees
+
+
+def _check(report: PatchReport, guarantees: Sequence[Guarantee]) -> ClarkeCheck:
+    """What theorems promise over all batches."""
+    missing = {
+        f"{row.name}:{row.kind}" if row.name else row.kind: "it keeps PyTorch's own derivative, which was not looked at"
+        for row in report.sites
+        if row.how == "unreached"
+    }
+    missing |= {s.site: f"{s.operation}, {s.reason}" for guarantee in guarantees for s in guarantee.missing}
+    bounds = [guarantee.bound for guarantee in guarantees]
+    known = not missing and all(bound is not None for bound in bounds)
+    return ClarkeCheck(
+        holds=not missing,
+        always=not missing and all(guarantee.always for guarantee in guarantees),
+        bound=max(bound for bound in bounds if bound is not None) if known else None,
+        missing=missing,
+    )
 
 
 def _loss(output: Any, labels: Tensor | None, seed: int) -> Tensor:
@@ -482,11 +528,34 @@ def _advice(found: Audit) -> list[str]:
             f"Not measured: {shown} {'keeps' if len(unreached) == 1 else 'keep'} PyTorch's own derivative, which this "
             "package has no choice for yet."
         )
+    lines += _clarke(found)
     if found.not_run:
         lines.append(
             f"{', '.join(found.not_run)} could not be run on {found.device}, so nothing is known about it; the reason "
             "is given with the divergences."
         )
+    return lines
+
+
+def _clarke(found: Audit) -> list[str]:
+    """Where theorems promise an element of the Clarke subdifferential, and why not elsewhere."""
+    groups: dict[str, list[str]] = {}
+    for dtype, check in found.clarke.items():
+        batches = "on every batch" if check.always else "on these batches"
+        text = f"Stock PyTorch's gradient is an element of the Clarke subdifferential {batches} (docs: Clarke)."
+        if not check.holds:
+            site, reason = next(iter(check.missing.items()))
+            more = f", and {len(check.missing) - 1} more sites" if len(check.missing) > 1 else ""
+            text = (
+                "No theorem promises that stock PyTorch's gradient is an element of the Clarke subdifferential "
+                f"(docs: Clarke): {site_label(site)} ({reason}){more}."
+            )
+        groups.setdefault(text, []).append(dtype)
+    lines = [f"In {', '.join(dtypes)}: {text}" for text, dtypes in groups.items()]
+    if bounds := {dtype: check.bound for dtype, check in found.clarke.items() if check.bound}:
+        shares = ", ".join(f"{percent(bound)} in {dtype}" for dtype, bound in bounds.items() if bound < 1)
+        if shares:
+            lines.append(f"Of the numbers that its biases may be, at most {shares} put such a batch on a kink.")
     return lines
 
 

@@ -14,10 +14,10 @@ from nslightning._torch import is_compiled
 from nslightning.jacobians import Jacobians
 from nslightning.ops.autograd.pooling import tied_windows
 from nslightning.ops.autograd.selection import Selection
-from nslightning.ops.record import Call, Operation
+from nslightning.ops.record import OPERATIONS, Call, Operation
 from nslightning.surgery import selections
 
-__all__ = ["TieCounts", "Ties", "counting", "observing", "ties"]
+__all__ = ["TieCounts", "Ties", "counting", "observing", "pools_of_zero", "ties"]
 
 
 @dataclass
@@ -158,6 +158,20 @@ def _structure(operation: Operation, call: Call) -> tuple[int, int]:
         structural = int(torch.count_nonzero(tied & (_in_every_sample(tied) | (largest == smallest))))
         return structural, int(torch.count_nonzero(tied & (largest == 0)))
     return 0, 0
+
+
+def pools_of_zero(call: Call) -> bool:
+    """Whether all windows of a max pooling that tie have the maximum 0.
+
+    Args:
+        call: A call of max pooling.
+
+    Returns:
+        Whether they do.
+    """
+    with torch.no_grad():
+        largest = OPERATIONS["max_pool"].apply(Selection(Jacobians()), call._replace(return_indices=False))
+        return not bool(torch.any((tied_windows(call.x, *call.parameters) > 1) & (largest != 0)))
 
 
 def _in_every_sample(tied: Tensor) -> Tensor:

@@ -1,0 +1,310 @@
+"""When theorems promise an element of the Clarke subdifferential, against the subdifferential itself."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import nslightning
+from nslightning import Jacobians
+from nslightning.probes import clarke, clarke_guarantee
+from nslightning.probes.audit import Audit, audit
+from nslightning.probes.guarantee import machine_numbers
+
+
+class Lemma2(nn.Module):
+    """relu(w x) - relu(-w x), which is w x: no biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(1))
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(torch.cat([x * self.w, -x * self.w], 1))
+        return y[:, :1] - y[:, 1:]
+
+
+class Lemma3(nn.Module):
+    """hardsigmoid(x + b), summed over the samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.b = nn.Parameter(torch.zeros(1))
+        self.kink = nn.Hardsigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.kink(x + self.b)
+
+
+class Lemma7(nn.Module):
+    """max(u + b, b) - max(-u + b, b), which is u: max pooling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.u, self.b = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+        self.pool = nn.MaxPool1d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one = torch.ones_like(x)
+        y = torch.cat([x * self.u, 0 * one, -x * self.u, 0 * one], 1) + self.b
+        p = self.pool(y[:, None])[:, 0]
+        return p[:, :1] - p[:, 1:]
+
+
+def gradient(model: nn.Module, x: Tensor) -> list[float]:
+    return [float(v) for g in torch.autograd.grad(model(x).sum(), list(model.parameters())) for v in g.flatten()]
+
+
+def hardsigmoid(x: Any) -> Any:
+    return min(max(x / 6 + 0.5, 0), 1)
+
+
+def patched(model: nn.Module, jacobians: Jacobians | None = None) -> nn.Module:
+    nslightning.patch(model, jacobians or Jacobians())
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "program", "inputs"),
+    [
+        (Lemma2(), [[1.0]], lambda p: max(0, p[0]) - max(0, -p[0]), 1),
+        (Lemma3(), [[3.0], [-3.0]], lambda p: hardsigmoid(3 + p[0]) + hardsigmoid(p[0] - 3), 1),
+        (Lemma7(), [[1.0]], lambda p: max(p[0] + p[1], p[1]) - max(-p[0] + p[1], p[1]), 2),
+    ],
+)
+def test_the_published_counterexamples_are_not_covered_and_are_no_elements(
+    model: nn.Module, x: Any, program: Any, inputs: int
+) -> None:
+    """Park, Chun and Lee 2024, lemmas 2, 3 and 7."""
+    found = clarke_guarantee(patched(model), torch.tensor(x))
+    assert not found.holds
+    assert not found.always
+    assert found.missing[0].tied > 0
+    subdifferential = clarke(program, [0] * inputs)
+    assert subdifferential.contains(gradient(model, torch.tensor(x)), tolerance=1e-6) is False
+
+
+def test_one_side_for_both_kinks_mends_the_third_lemma() -> None:
+    model, x = patched(Lemma3(), Jacobians(hardsigmoid=(0.0, 1 / 6))), torch.tensor([[3.0], [-3.0]])
+    choice = Jacobians(hardsigmoid=(0.0, 1 / 6))
+    found = clarke_guarantee(model, x, jacobians=choice)
+    assert found.always
+    assert "theorem 6" in found.sites[0].reason
+    subdifferential = clarke(lambda p: hardsigmoid(3 + p[0]) + hardsigmoid(p[0] - 3), [0])
+    assert subdifferential.contains(gradient(model, x), tolerance=1e-6)
+
+
+def test_a_batch_of_one_is_covered_whatever_the_shares() -> None:
+    model = patched(Lemma3())
+    found = clarke_guarantee(model, torch.tensor([[3.0]]))
+    assert (found.holds, found.always) == (True, False)
+    assert "theorem 1" in found.sites[0].reason
+
+
+def mlp(sizes: Sequence[int], bias: bool, seed: int) -> nn.Sequential:
+    """Small whole numbers for weights, so that ties are frequent and floats exact."""
+    layers: list[nn.Module] = []
+    for a, b in itertools.pairwise(sizes):
+        layers += [nn.Linear(a, b, bias=bias), nn.ReLU()]
+    draw = random.Random(seed)
+    model = nn.Sequential(*layers[:-1])
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.tensor([draw.randint(-1, 1) for _ in range(p.numel())], dtype=p.dtype).view_as(p))
+    return model
+
+
+def program_of(model: nn.Sequential, x: Tensor) -> Callable[[Sequence[Any]], Any]:
+    """The sum of a network's outputs over a batch, as a function of its parameters."""
+    shapes = [p.shape for p in model.parameters()]
+    bias = model[0].bias is not None
+
+    def program(flat: Sequence[Any]) -> Any:
+        rest, total = list(flat), 0
+        blocks = []
+        for shape in shapes:
+            blocks.append([rest.pop(0) for _ in range(shape.numel())])
+        for sample in x.tolist():
+            h = [int(v) for v in sample]
+            layers = len(shapes) // (1 + bias)
+            for i in range(layers):
+                weight, offset = blocks[i * (1 + bias)], blocks[i * 2 + 1] if bias else None
+                rows = len(weight) // len(h)
+                y = [sum(weight[r * len(h) + c] * v for c, v in enumerate(h)) for r in range(rows)]
+                y = [v + offset[r] for r, v in enumerate(y)] if offset is not None else y
+                h = [max(0, v) for v in y] if i + 1 < layers else y
+            total = total + sum(h)
+        return total
+
+    return program
+
+
+def flat(model: nn.Module) -> list[float]:
+    return [float(v) for p in model.parameters() for v in p.detach().flatten()]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("seed", range(4))
+def test_networks_with_biases_return_elements(seed: int, alpha: float) -> None:
+    """Theorem 6 on one hidden layer, batches of three, against the enumerated subdifferential."""
+    choice = Jacobians(relu=alpha)
+    model = patched(mlp([2, 2, 1], bias=True, seed=seed), choice)
+    x = torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
+    found = clarke_guarantee(model, x, jacobians=choice)
+    assert found.always
+    subdifferential = clarke(program_of(model, x), flat(model))
+    assert subdifferential.contains(gradient(model, x)) is True
+
+
+def test_ties_are_met_in_these_networks() -> None:
+    tied = [clarke_guarantee(patched(mlp([2, 2, 1], True, s)), torch.eye(2)).sites[0].tied for s in range(4)]
+    assert sum(map(bool, tied)) >= 2
+
+
+def test_without_biases_independent_samples_are_enough() -> None:
+    """Theorem 5: relu at 0 with weights alone."""
+    model = patched(mlp([2, 2, 1], bias=False, seed=0))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+        model[2].weight.copy_(torch.tensor([[1.0, -1.0]]))
+    independent, dependent = torch.eye(2), torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    found = clarke_guarantee(model, independent)
+    assert (found.holds, found.always, found.sites[0].tied) == (True, False, 2)
+    assert "theorem 5" in found.sites[0].reason
+    assert clarke(program_of(model, independent), flat(model)).contains(gradient(model, independent)) is True
+    found = clarke_guarantee(model, dependent)
+    assert not found.holds
+    assert "no trainable bias" in found.sites[0].reason
+
+
+def test_dependent_samples_may_leave_the_subdifferential() -> None:
+    """Without biases, samples 1 and -1: relu(w) - relu(-w) is w, and stock returns 0 at w = 0."""
+    net = patched(nn.Sequential(nn.Linear(1, 1, bias=False), nn.ReLU()))
+    with torch.no_grad():
+        net[0].weight.zero_()
+    x = torch.tensor([[1.0], [-1.0]])
+    assert not clarke_guarantee(net, x).holds
+    loss = net(x)[0] - net(x)[1]
+    (g,) = torch.autograd.grad(loss, net[0].weight)
+    assert clarke(lambda p: max(0, p[0]) - max(0, -p[0]), [0]).contains(g.flatten()) is False
+
+
+def test_without_a_tie_every_gradient_is_an_element() -> None:
+    found = clarke_guarantee(patched(nn.Sequential(nn.Linear(2, 3, bias=False), nn.ReLU6())), torch.randn(4, 2))
+    assert (found.holds, found.always) == (True, False)
+    assert "differentiable" in found.sites[0].reason
+
+
+class Residual(nn.Module):
+    """Two units that add what lies below, as in a ResNet."""
+
+    def __init__(self, norm: bool) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv2d(2, 2, 3, padding=1, bias=not norm) for _ in range(2)])
+        self.norms = nn.ModuleList([nn.BatchNorm2d(2) if norm else nn.Identity() for _ in range(2)])
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = self.relu(norm(conv(x)) + x)
+        return x.mean((2, 3))
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_residual_networks_have_their_biases(norm: bool) -> None:
+    found = clarke_guarantee(patched(Residual(norm)), torch.zeros(2, 2, 4, 4))
+    assert found.always
+    assert len(found.sites) == 2
+
+
+def test_frozen_and_shared_biases_do_not_count() -> None:
+    x = torch.zeros(2, 3)
+    frozen = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    nn.init.zeros_(frozen[0].bias)
+    frozen[0].bias.requires_grad_(False)
+    assert not clarke_guarantee(patched(frozen), x).holds
+    layer = nn.Linear(3, 3)
+    nn.init.zeros_(layer.bias)
+    twice = nn.Sequential(layer, nn.ReLU(), layer, nn.ReLU())
+    assert not clarke_guarantee(patched(twice), x).holds
+
+
+def test_the_published_rule_and_choices_outside_are_not_covered() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    nn.init.zeros_(model[0].bias)
+    patched(model)
+    for choice in (Jacobians(relu=1.0, rule="published"), Jacobians(relu=2.0), Jacobians(relu="random")):
+        assert not clarke_guarantee(model, torch.zeros(2, 3), jacobians=choice).holds, choice
+
+
+def test_pools_that_tie_at_zero_behind_a_relu_are_covered() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.MaxPool2d(2))
+    x = torch.zeros(1, 1, 4, 4)
+    with torch.no_grad():
+        model[0].bias.copy_(torch.tensor([-1.0, 0.0]))
+    patched(model)
+    found = clarke_guarantee(model, x)
+    assert found.holds
+    assert "theorem 8" in found.sites[1].reason
+    with torch.no_grad():
+        model[0].bias[0] = 1.0
+    found = clarke_guarantee(model, x)
+    assert not found.holds
+    assert found.missing[0].reason == "8 evaluations compare equal entries"
+
+
+def test_the_bound_counts_values_of_the_biases() -> None:
+    model = patched(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 4), nn.ReLU6()))
+    found = clarke_guarantee(model, torch.randn(5, 2))
+    assert found.bound == (5 * 3 + 2 * 5 * 4) / machine_numbers(torch.float32)
+    free = patched(nn.Sequential(nn.Linear(2, 3, bias=False), nn.ReLU()))
+    assert clarke_guarantee(free, torch.randn(5, 2)).bound is None
+
+
+def test_the_bound_is_kept_and_reached() -> None:
+    """One unit in float16: of all its biases, exactly one a sample puts it on the kink."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    every = every[every.isfinite() & ~((every == 0) & torch.signbit(every))]
+    assert len(every) == machine_numbers(torch.float16)
+    f = torch.tensor([0.5, -1.25, 3.0], dtype=torch.float16)
+    on_kink = (f[:, None] + every == 0).any(0).double().mean()
+    assert float(on_kink) == 3 / machine_numbers(torch.float16)
+
+
+def test_nothing_is_left_behind() -> None:
+    model = patched(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Dropout(), nn.ReLU()))
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    state = torch.random.get_rng_state()
+    clarke_guarantee(model, torch.randn(4, 2, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert all(torch.equal(before[name], buffer) for name, buffer in model.named_buffers())
+
+
+def test_the_audit_says_it_of_ones_own_network() -> None:
+    covered = audit(mlp([2, 3, 2], True, 0), [(torch.ones(4, 2), None)], dtypes=["32", "64"])
+    check = covered.clarke["32"]
+    assert (check.holds, check.always, check.missing) == (True, True, {})
+    assert check.bound == 12 / machine_numbers(torch.float32)
+    assert any("is an element of the Clarke subdifferential on every batch" in line for line in covered.advice)
+    assert any("put such a batch on a kink" in line for line in covered.advice)
+    assert Audit.from_dict(json.loads(json.dumps(covered.to_dict()))) == covered
+    free = audit(mlp([2, 3, 2], False, 0), [(torch.zeros(4, 2), None)], dtypes=["32"])
+    assert not free.clarke["32"].holds
+    assert free.clarke["32"].bound is None
+    assert list(free.clarke["32"].missing) == ["1"]
+    assert any(line.startswith("In 32: No theorem promises") and "1 (relu," in line for line in free.advice)
+
+
+def test_findings_of_before_can_be_read() -> None:
+    covered = audit(mlp([2, 3, 2], True, 0), [(torch.ones(4, 2), None)], dtypes=["32"])
+    plain = json.loads(json.dumps(covered.to_dict()))
+    del plain["clarke"]
+    assert Audit.from_dict(plain).clarke == {}
