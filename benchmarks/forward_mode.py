@@ -1,11 +1,14 @@
 """What p directional derivatives cost in forward mode, beside one backward, over the dimension p.
 
-The function is a ReLU network with one layer on R^p, the sum of relu(W x): to evaluate it is one product of a matrix and
-a vector. Its derivatives along p directions, the columns of D, are the columns of W D masked and summed: a product of two
-matrices. Nobody knows how to get them for less (Bolte, Boustany, Pauwels, Pesquet-Popescu, ICLR 2023).
+The function is a ReLU network with one layer on R^p, the sum of relu(W x): to evaluate it is one product of a matrix
+and a vector. Forward mode along p directions, the columns of D, computes W D: a product of two matrices. Where the
+function is differentiable a backward and D^T g give the same numbers for less. At x = 0 nothing of the kind does: the
+directional derivative along d is the sum of relu(W d), no linear function of d, and forward schemes for nonsmooth
+programs have to compute these. Bolte, Boustany, Pauwels and Pesquet-Popescu (ICLR 2023) bound their cost from below by
+that of a product of two p x p matrices.
 
-Run `python -m benchmarks.forward_mode` (about ten minutes on one core). Times are the thread's own, so that other processes
-count for little; the smallest of the repetitions.
+Run `python -m benchmarks.forward_mode` (about ten minutes on one core). Times are the thread's own, so that other
+processes count for little; the smallest of the repetitions.
 """
 
 from __future__ import annotations
