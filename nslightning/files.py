@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["expanded", "replacing", "write_text"]
+__all__ = ["expanded", "forget_partial", "replacing", "write_text"]
+
+_PARTIAL = ".partial-"  # how the name of a file begins that is not in its place yet
 
 
 @contextmanager
@@ -35,7 +37,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{_PARTIAL}{path.stem}-", suffix=path.suffix)
     os.close(handle)
     partial = Path(name)
     try:
@@ -47,6 +49,23 @@ def replacing(path: str | Path) -> Iterator[Path]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def forget_partial(folder: str | Path) -> None:
+    """Remove what a killed process was writing with :func:`replacing`, in a folder and the folders in it.
+
+    Args:
+        folder: A folder that no other process writes into.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(folder, ".partial-last-x1.ckpt").write_text("cut sho"), Path(folder, "a.txt").write_text("a")
+        ...     forget_partial(folder)
+        ...     print([f.name for f in Path(folder).iterdir()])
+        ['a.txt']
+    """
+    for partial in Path(folder).rglob(f"{_PARTIAL}*"):
+        partial.unlink(missing_ok=True)
 
 
 def _mode(path: Path) -> int:

@@ -102,19 +102,25 @@ def test_the_readme_s_two_commands(zygote, tmp_path):
 
 
 class Logs(LightningModule):
-    """Logs at its steps and at its epochs' ends."""
+    """Logs at its steps and at its epochs' ends; its rate of learning depends on the last epoch's mean loss."""
 
     def __init__(self):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(()))
 
     def training_step(self, batch, batch_idx):
-        loss = self.weight * batch.mean()
+        loss = -self.weight * batch.mean()
+        self.log("rate", self.optimizers().param_groups[0]["lr"])
         self.log("loss", loss, on_step=True, on_epoch=True)
         return loss
 
+    def on_train_epoch_end(self):
+        self.log("ended", float(self.current_epoch))
+
     def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        falling = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", patience=0)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": falling, "monitor": "loss"}}
 
 
 class Asks(Callback):
@@ -128,34 +134,55 @@ class Asks(Callback):
             self.kept.signum = signal.SIGTERM
 
 
-@pytest.mark.parametrize("step", [0, 1, 2, 4, 5, 6])
+def fit_until(folder: Path, at: int | None, checkpoint: Path | None = None, **options) -> StopWhenAsked:
+    """A training of two epochs of four steps, which a signal in the step `at` stops."""
+    with signals() as kept:
+        last = StopWhenAsked(kept, folder)
+        trainer = Trainer(
+            **{"max_epochs": 2, "accelerator": "cpu", "log_every_n_steps": 2} | options, callbacks=[Asks(kept, at), last],
+            logger=runs.MetricsFile(folder), enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        # Lightning puts those that save checkpoints at the end.
+        trainer.callbacks.append(trainer.callbacks.pop(trainer.callbacks.index(last)))
+        with suppress(Stopped, SystemExit):
+            trainer.fit(Logs(), DataLoader(torch.ones(16), batch_size=4), ckpt_path=checkpoint)
+    return last
+
+
+@pytest.mark.parametrize("step", range(8))
 def test_what_the_last_step_logged_is_not_lost(step, tmp_path):
-    """Wherever in an epoch it is stopped: at a step whose row is due, and at another."""
-
-    def fit(name, at, checkpoint=None):
-        folder = tmp_path / name / "001"
-        with signals() as kept:
-            last = StopWhenAsked(kept, folder)
-            trainer = Trainer(
-                max_epochs=2, accelerator="cpu", log_every_n_steps=2, callbacks=[Asks(kept, at), last],
-                logger=runs.MetricsFile(folder), enable_progress_bar=False, enable_model_summary=False,
-            )  # fmt: skip
-            # Lightning puts those that save checkpoints at the end.
-            trainer.callbacks.append(trainer.callbacks.pop(trainer.callbacks.index(last)))
-            with suppress(Stopped, SystemExit):
-                trainer.fit(Logs(), DataLoader(torch.ones(16), batch_size=4), ckpt_path=checkpoint)
-        return last
-
-    stopped = fit("parts", step)
-    assert (stopped.saved, stopped.step) == (True, step + 1)
-    fit("parts", None, stopped.file)
-    fit("whole", None)
-    parts, whole = (pd.read_csv(tmp_path / name / "001/metrics.csv") for name in ("parts", "whole"))
+    """Wherever in an epoch it is stopped: at a step whose row is due, at another, and at an epoch's last one."""
+    parts, whole = (tmp_path / name / "001" for name in ("parts", "whole"))
+    stopped = fit_until(parts, step)
+    assert stopped.step == step + 1
+    assert stopped.saved == (step < 7)  # with the last step of all it is done
+    if stopped.saved:
+        fit_until(parts, None, stopped.file)
+    fit_until(whole, None)
+    parts, whole = (pd.read_csv(folder / "metrics.csv") for folder in (parts, whole))
     # Of an epoch that it was stopped in, Lightning takes the mean over the steps since.
-    pd.testing.assert_frame_equal(parts[["epoch", "step", "loss_step"]], whole[["epoch", "step", "loss_step"]])
+    steps = ["epoch", "step", "loss_step", "rate", "ended"]
+    pd.testing.assert_frame_equal(parts[steps], whole[steps])
     assert (parts["loss_epoch"].notna() == whole["loss_epoch"].notna()).all()
     assert whole["loss_step"].notna().sum() == 4
     assert whole["loss_epoch"].notna().sum() == 2
+    if step in (3, 7):  # between two epochs nothing is lost
+        pd.testing.assert_frame_equal(parts, whole)
+
+
+def test_epochs_of_one_step_are_stopped_between_two(tmp_path):
+    """Every step is its epoch's last one; the rate of learning falls as it does without a stop."""
+    options = {"max_epochs": 6, "limit_train_batches": 1, "log_every_n_steps": 1}
+    for at in (0, 2, 4):
+        parts = tmp_path / f"parts{at}/001"
+        stopped = fit_until(parts, at, **options)
+        assert (stopped.saved, stopped.step) == (True, at + 1)
+        fit_until(parts, None, stopped.file, **options)
+    fit_until(tmp_path / "whole/001", None, **options)
+    whole = pd.read_csv(tmp_path / "whole/001/metrics.csv")
+    assert whole["rate"].dropna().nunique() > 1
+    for at in (0, 2, 4):
+        pd.testing.assert_frame_equal(pd.read_csv(tmp_path / f"parts{at}/001/metrics.csv"), whole)
 
 
 def logged(folder: Path) -> pd.DataFrame:

@@ -1,5 +1,7 @@
 """Commands in processes of their own that start at once: each is forked from one that has done the imports."""
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -76,6 +78,9 @@ class Zygote:
 
 
 def serve() -> None:
+    import matplotlib.backends.backend_agg
+    import matplotlib.backends.backend_pdf
+
     import nslightning.commands.lr_search
     import nslightning.commands.train
     import nslightning.commands.twins
@@ -84,6 +89,9 @@ def serve() -> None:
     import nslightning.figures  # noqa: F401
     from nslightning.cli import main
 
+    # What the first config costs a process, its parsers and their imports, is paid once.
+    with contextlib.redirect_stdout(io.StringIO()):
+        main(["fit", "--config", "configs/quickstart.yaml", "--print_config"])
     ended = {}
     for line in sys.stdin:
         request = json.loads(line)

@@ -128,12 +128,17 @@ class StopWhenAsked(Callback):
         if self._asked(trainer):
             self._stop(trainer)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop between two epochs; a training that is done anyway ends as it would have."""
-        done = trainer.fit_loop.epoch_loop._is_training_done
-        last = trainer.max_epochs is not None and 0 < trainer.max_epochs <= trainer.current_epoch + 1
-        if self._asked(trainer) and not (done or last or trainer.should_stop):
-            self._stop(trainer)
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop between two epochs: what the last one logged is written, its schedulers have taken their step."""
+        if not self._asked(trainer):
+            return
+        if not self.began:
+            raise Stopped(self.signals.signum or signal.SIGTERM)
+        # The new epoch is counted already, and Lightning would take it for one that was begun.
+        epochs = trainer.fit_loop.epoch_progress
+        epochs.total.ready -= 1
+        epochs.current.ready -= 1
+        self._stop(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Nothing is left to wait for."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from nslightning.files import write_text
+from nslightning.files import forget_partial, write_text
 
 __all__ = ["RunLock"]
 
@@ -47,6 +47,7 @@ class RunLock:
             "since": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
             "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         }
+        forget_partial(folder)
         write_text(self._holder, json.dumps(me) + "\n")
 
     def release(self) -> None:
