@@ -124,7 +124,9 @@ class RunRecord(Callback):
                 forget_from(Path(logger.experiment.metrics_file_path), trainer.global_step)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note that the run is finished."""
+        """Note that the run is finished, also where it was stopped after its last step and no step was left."""
+        folder = run_folder(trainer)
+        self._written = self._written or (trainer.is_global_zero and bool(read_record(folder)))
         self._note(trainer, "finished")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -38,6 +38,7 @@ __all__ = [
     "call_with_hooks",
     "compile_as",
     "compile_functions_for_modes",
+    "compiler_is_reading",
     "default_to_fused_or_foreach",
     "disable_function_modes",
     "disabled_torch_function",
@@ -57,6 +58,7 @@ __all__ = [
     "in_functorch",
     "is_compiled",
     "is_compiled_function",
+    "is_exporting",
     "is_legacy_batch",
     "is_operator",
     "is_tracing",
@@ -134,6 +136,17 @@ def is_tracing() -> bool:
         True while it is.
     """
     return torch._C._get_tracing_state() is not None
+
+
+def compiler_is_reading() -> bool:
+    """Whether ``torch.compile`` is looking at the code and the objects of a model, in this thread.
+
+    ``torch.compiler.is_compiling`` answers for the code that is compiled; this answers for the compiler's own.
+
+    Returns:
+        True while it is.
+    """
+    return torch._guards.TracingContext.try_get() is not None
 
 
 def is_transformed(x: Tensor) -> bool:
@@ -245,6 +258,17 @@ def is_compiled(module: nn.Module) -> bool:
         return True
     # Importing the compiler takes a second, and a module that it made has imported it.
     return type(module).__name__ == "OptimizedModule" and type(module).__module__.startswith("torch._dynamo")
+
+
+def is_exporting() -> bool:
+    """Whether ``torch.export`` is at work; code that ``torch.compile`` traces may ask, too.
+
+    The compiler of torch 2.11 answers True to ``torch.compiler.is_exporting`` whenever it traces.
+
+    Returns:
+        True while it is.
+    """
+    return torch.compiler._is_exporting_flag
 
 
 def is_operator(function: Callable[..., Any]) -> bool:

@@ -139,8 +139,9 @@ def fit_until(folder: Path, at: int | None, checkpoint: Path | None = None, **op
     with signals() as kept:
         last = StopWhenAsked(kept, folder)
         trainer = Trainer(
-            **{"max_epochs": 2, "accelerator": "cpu", "log_every_n_steps": 2} | options, callbacks=[Asks(kept, at), last],
-            logger=runs.MetricsFile(folder), enable_progress_bar=False, enable_model_summary=False,
+            **{"max_epochs": 2, "accelerator": "cpu", "log_every_n_steps": 2} | options,
+            callbacks=[Asks(kept, at), last], logger=runs.MetricsFile(folder),
+            enable_progress_bar=False, enable_model_summary=False,
         )  # fmt: skip
         # Lightning puts those that save checkpoints at the end.
         trainer.callbacks.append(trainer.callbacks.pop(trainer.callbacks.index(last)))

@@ -79,7 +79,7 @@ class Zygote:
 
 def serve() -> None:
     import matplotlib.backends.backend_agg
-    import matplotlib.backends.backend_pdf
+    import matplotlib.backends.backend_pdf  # noqa: F401
 
     import nslightning.commands.lr_search
     import nslightning.commands.train

@@ -154,8 +154,13 @@ class StopWhenAsked(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save also where the signal ended the loader's workers, which raises between two steps."""
-        self.signals.waits = False
-        if self.signals.signum is not None and self.began and not self._in_step and not self.saved:
+        over, self.signals.waits = not self.signals.waits, False
+        if self.signals.signum is None or not self.began or self._in_step or self.saved:
+            return
+        kept = (getattr(c, "_last_global_step_saved", None) for c in trainer.checkpoint_callbacks)
+        if over and trainer.global_step in kept:  # it came while the figures of a finished training were drawn
+            self.saved = True
+        else:
             self._save(trainer)
 
     def _asked(self, trainer: Trainer) -> bool:

@@ -24,6 +24,7 @@ from nslightning._torch import (
     compile_functions_for_modes,
     disable_function_modes,
     disabled_torch_function,
+    is_exporting,
     is_operator,
     never_compile,
     sequence_number,
@@ -202,7 +203,7 @@ def evaluate(operation: Operation, selection: Selection, call: Call) -> Any:
     Returns:
         What the stock call returns; a subclass of tensors comes back as itself.
     """
-    if torch.compiler.is_exporting() and torch.is_grad_enabled():
+    if is_exporting() and torch.is_grad_enabled():
         with disable_function_modes():
             return exported(operation, selection, call)
     with disable_function_modes():

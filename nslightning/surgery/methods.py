@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from nslightning._torch import (
     call_with_hooks,
+    compiler_is_reading,
     disable_function_modes,
     fx_tracer,
     fx_tracers_code,
@@ -95,11 +96,15 @@ class Method:
         """
         if self.is_replacement:
             return self.replaced  # type: ignore[no-any-return]
-        return getattr(type(module), self.name).__get__(module)  # type: ignore[no-any-return]
+        method = getattr(type(module), self.name)
+        if torch.compiler.is_compiling():  # the compiler of torch 2.11 does not follow a descriptor's `__get__`
+            return partial(method, module)
+        return method.__get__(module)  # type: ignore[no-any-return]
 
     @property  # type: ignore[misc] # a type that may be asked for, and not be set
     def __class__(self) -> type:  # what `inspect` and Lightning ask for
-        return MethodType
+        # The compiler of torch 2.11 would go on to what it takes for the method's function, and drop the choice.
+        return type(self) if compiler_is_reading() else MethodType
 
     @property
     def __wrapped__(self) -> Any:
