@@ -223,6 +223,20 @@ def is_view(x: Tensor) -> bool:
     return x._is_view()
 
 
+def kept_version(x: Tensor) -> Any:
+    """A context after which a tensor has the version that it had before.
+
+    For an autograd function that works in place: ``mark_dirty`` counts the overwriting, and the kernel counts it, too.
+
+    Args:
+        x: Any tensor.
+
+    Returns:
+        A context manager.
+    """
+    return torch.autograd._unsafe_preserve_version_counter(x)  # type: ignore[attr-defined]
+
+
 def disable_function_modes() -> Any:
     """A context in which no ``TorchFunctionMode`` and no ``__torch_function__`` sees a call.
 

@@ -56,6 +56,11 @@ def _pool_ties(call: Call) -> tuple[int, int]:
     return int(torch.count_nonzero(count > 1)), count.numel()
 
 
+def _pools(dims: int, x: Tensor) -> bool:
+    """Whether an input has the shape of images, and entries; PyTorch itself refuses the others."""
+    return x.dim() in (dims + 1, dims + 2) and x.numel() > 0
+
+
 def _regular_pool(
     dims: int,
     x: Tensor,
@@ -65,12 +70,16 @@ def _regular_pool(
     dilation: Any = 1,
     ceil_mode: bool = False,
     return_indices: bool = False,
-) -> Call:
+) -> Call | None:
+    if not _pools(dims, x):
+        return None
     geometry = regular(dims, kernel_size, stride, padding, dilation, ceil_mode)
     return Call(x, (geometry,), return_indices=return_indices)
 
 
-def _adaptive_pool(dims: int, x: Tensor, output_size: Any, return_indices: bool = False) -> Call:
+def _adaptive_pool(dims: int, x: Tensor, output_size: Any, return_indices: bool = False) -> Call | None:
+    if not _pools(dims, x):
+        return None
     return Call(x, (adaptive(dims, x, output_size),), return_indices=return_indices)
 
 
@@ -108,13 +117,23 @@ def _pool_modules() -> _Modules:
     return modules
 
 
+def _with_indices(plain: Callable[..., Call | None]) -> Callable[..., Call | None]:
+    """The same arguments, of a function that returns indices whatever an argument says."""
+
+    def call(*args: Any, **kwargs: Any) -> Call | None:
+        made = plain(*args, **kwargs)
+        return None if made is None else made._replace(return_indices=True)
+
+    return call
+
+
 def _pool_functions() -> _Functions:
     """The same in torch's homes and ATen; those that return indices do so whatever an argument says."""
     functions: _Functions = {}
     for dims in (1, 2, 3):
         for name, call in ((f"max_pool{dims}d", _regular_pool), (f"adaptive_max_pool{dims}d", _adaptive_pool)):
             plain = partial(call, dims)
-            indexed = lambda *args, plain=plain, **kwargs: plain(*args, **kwargs)._replace(return_indices=True)  # noqa: E731 # one for each name
+            indexed = _with_indices(plain)
             homes = [home for home in (torch, aten) if hasattr(home, name)]
             functions |= spelled(plain, getattr(F, name))
             functions |= spelled(plain if call is _regular_pool else indexed, *(getattr(home, name) for home in homes))
@@ -122,9 +141,9 @@ def _pool_functions() -> _Functions:
             homes = [home for home in (F, torch, aten) if hasattr(home, with_indices)]
             functions |= spelled(indexed, *(getattr(home, with_indices) for home in homes))
     for dims in (2, 3):
-        name, plain = f"fractional_max_pool{dims}d", partial(_fractional_pool, dims)
-        indexed = lambda *args, plain=plain, **kwargs: plain(*args, **kwargs)._replace(return_indices=True)  # noqa: E731 # one for each dimension
-        functions |= spelled(plain, getattr(F, name)) | spelled(indexed, getattr(F, f"{name}_with_indices"))
+        name, fractional = f"fractional_max_pool{dims}d", partial(_fractional_pool, dims)
+        indexed = _with_indices(fractional)
+        functions |= spelled(fractional, getattr(F, name)) | spelled(indexed, getattr(F, f"{name}_with_indices"))
         functions |= spelled(partial(_fractional_kernel, dims), native_nn(name), getattr(aten, name))
     return functions
 

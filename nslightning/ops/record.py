@@ -480,9 +480,9 @@ def positional(kwargs: dict[str, Any]) -> dict[str, Any]:
         kwargs: As given to a function or a module.
 
     Returns:
-        The same under our name for the input.
+        The same under our name for the input, without ``out``, which is no argument of the operation.
     """
-    return {("x" if k in ("input", "self") else k): v for k, v in kwargs.items()}
+    return {("x" if k in ("input", "self") else k): v for k, v in kwargs.items() if k != "out"}
 
 
 def spelled(call: Callable[..., Call | None], *functions: Callable) -> dict[Callable, Callable[..., Call | None]]:

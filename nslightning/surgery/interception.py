@@ -125,7 +125,9 @@ class FunctionalCalls(TorchFunctionMode):
             func = Tensor.norm
         if func in FORGETFUL and not torch.compiler.is_compiling():
             args, kwargs = _as_called(func, args, kwargs)
-        for operation in FUNCTIONS.get(func, ()):
+        # What is written into `out=` has no gradient, and PyTorch refuses it where one is wanted.
+        operations = FUNCTIONS.get(func, ()) if kwargs.get("out") is None else ()
+        for operation in operations:
             call = operation.functions[func](*args, **positional(kwargs))
             if call is not None and call.x.is_floating_point():
                 return self._reached(operation, call, func, args, kwargs)

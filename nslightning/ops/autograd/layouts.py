@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["autocasts", "empty_as_stock", "image_layout", "is_dense", "laid_out_as", "storage_order", "stored"]
+__all__ = [
+    "autocasts",
+    "duplicate",
+    "empty_as_stock",
+    "image_layout",
+    "is_dense",
+    "laid_out_as",
+    "storage_order",
+    "stored",
+]
 
 
 def storage_order(x: Tensor) -> tuple[int, ...]:
@@ -74,6 +83,27 @@ def autocasts(x: Tensor) -> bool:
     # The compiler of torch 2.11 does not follow the question; of these devices the answer is known.
     available = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
     return available and torch.is_autocast_enabled(device)
+
+
+def duplicate(x: Tensor) -> Tensor:
+    """A copy that lies in memory as the original does, gaps between the entries included.
+
+    A kernel takes another way through memory with gaps, and its exponentials round otherwise there.
+
+    Args:
+        x: Any tensor, dense or a view with gaps.
+
+    Returns:
+        A tensor with the same strides, of which gradients go to ``x``.
+
+    Example:
+        >>> duplicate(torch.zeros(3, 4)[:, :2]).stride()
+        (4, 1)
+    """
+    copy = x.clone()
+    if copy.stride() == x.stride():
+        return copy
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
 
 
 def laid_out_as(x: Tensor, other: Tensor) -> Tensor:

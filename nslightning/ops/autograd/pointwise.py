@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from nslightning._torch import in_forward_mode, in_functorch, is_tracing, is_view
+from nslightning._torch import in_forward_mode, in_functorch, is_tracing, is_view, kept_version
 from nslightning.ops.autograd import fused, native
-from nslightning.ops.autograd.layouts import is_dense, storage_order, stored
+from nslightning.ops.autograd.layouts import duplicate, is_dense, storage_order, stored
 from nslightning.ops.autograd.nodes import NonsmoothFunction
 from nslightning.ops.autograd.selection import Selection, data_dependent, guarded, replayed
 from nslightning.ops.autograd.tie_bits import TieBits, as_mask, chosen_value, find_ties, overwrite
@@ -114,7 +115,8 @@ class _Kinked(NonsmoothFunction):
     ) -> Tensor:
         kernels = _kernels(operation)
         if inplace:
-            kernels.overwrite(x, *tensors[:given], *parameters)
+            with nullcontext() if torch.compiler.is_compiling() else kept_version(x):  # `mark_dirty` counts it
+                kernels.overwrite(x, *tensors[:given], *parameters)
             return x
         return kernels.forward(x, *tensors[:given], *parameters)
 
@@ -278,6 +280,8 @@ def pointwise(operation: str, x: Tensor, selection: Selection, *parameters: Any,
     stock = kernels.overwrite if inplace else kernels.forward
     if not (transformed or _differentiated(x, *parameters)):
         return stock(x, *parameters)
+    if inplace and not transformed and x.is_leaf and x.requires_grad:
+        return stock(x, *parameters)  # PyTorch refuses before it overwrites
     if not is_dense(x):
         return guarded(stock(x, *parameters), operation, selection)
     if inplace and operation == "leaky_relu" and parameters[0] < 0:
@@ -300,7 +304,8 @@ def pointwise(operation: str, x: Tensor, selection: Selection, *parameters: Any,
     apart = not torch.compiler.is_compiling() and (is_view(x) or is_tracing())
     if inplace and (transformed or (kernels.saves == "input" and kernels.backward_ is None) or apart):
         # Inside a transform the derivative is formed from the input, whether it is overwritten or not.
-        return x.copy_(function.apply(x.clone(), operation, selection, False, not transformed, *settings))
+        original = x.clone() if transformed else duplicate(x)
+        return x.copy_(function.apply(original, operation, selection, False, not transformed, *settings))
     return cast(Tensor, function.apply(x, operation, selection, inplace, inplace, *settings))
 
 

@@ -758,11 +758,11 @@ Tensor gradient_of(const Call& call, const variable_list& saved, const Tensor& g
 template <typename Node>
 struct Nonsmooth : torch::autograd::Function<Node> {
   static variable_list backward(AutogradContext* ctx, variable_list incoming) {
-    if (!incoming[0].defined()) return {Tensor(), Tensor()};
+    if (!incoming[0].defined()) return {Tensor(), Tensor(), Tensor()};
     const Call& call = call_of(ctx);
     const variable_list saved = ctx->get_saved_variables();
     record(call, saved, incoming[0]);
-    return {gradient_of(call, saved, incoming[0]), Tensor()};
+    return {gradient_of(call, saved, incoming[0]), Tensor(), Tensor()};
   }
 
   static void keep(AutogradContext* ctx, const CallPtr& call, variable_list tensors) {
@@ -803,14 +803,20 @@ struct ReLU : Nonsmooth<ReLU> {
   }
 };
 
+// The input that an operation will overwrite, in a copy that has its history: a second derivative goes on through it.
+// No input of the node's: its gradient is that of the input itself.
+struct Original {
+  Tensor copy;
+};
+
 // Keeps the input, as stock; a copy of it where it is overwritten.
 struct Pointwise : Nonsmooth<Pointwise> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const CallPtr& call) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const CallPtr& call, const Original& original) {
     if (!call->inplace) {
       keep(ctx, call, {x});
       return stock_forward(*call, x);
     }
-    keep(ctx, call, {like(x).copy_(x)});
+    keep(ctx, call, {original.copy});
     {
       at::AutoDispatchBelowADInplaceOrView below;  // its version is counted where it is marked as dirty
       stock_forward_(*call, x);
@@ -865,7 +871,8 @@ Tensor apply(const CallPtr& call, const Tensor& x) {
   if (!needed || !tied) return call->inplace ? stock_forward_(*call, x) : stock_forward(*call, x);
   if (call->inplace && (x.is_view() || x.is_leaf())) return Tensor();
   if (call->inplace && call->op == LEAKY_RELU && call->parameters[0] < 0) return Tensor();  // refused there
-  return kept(call->op == RELU ? ReLU::apply(x, call) : Pointwise::apply(x, call), call);
+  if (call->op == RELU) return kept(ReLU::apply(x, call), call);
+  return kept(Pointwise::apply(x, call, Original{call->inplace ? like(x).copy_(x) : Tensor()}), call);
 }
 
 bool is_tensor(PyObject* object) {
