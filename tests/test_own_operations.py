@@ -53,7 +53,9 @@ def test_a_name_that_cannot_be_a_field_is_refused(name, says):
 
 def test_poolings_and_maxima_share_one_table():
     assert set(SHARES) == set(SHARE_NAMES)
-    assert {name for name, record in OPERATIONS.items() if record.shares} == {"max_pool", "max", "maximum"}
+    assert {name for name, record in OPERATIONS.items() if record.shares} == {
+        "max_pool", "max", "maximum", "scatter_max", "segment_max", "bag_max",
+    }  # fmt: skip
 
 
 def test_a_module_is_claimed_by_one_operation_at_most():

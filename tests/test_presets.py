@@ -17,6 +17,7 @@ BOUND = 1.0 if tuple(map(int, NEWEST.split(".")[:2])) < (2, 14) else 0.0
 ZERO = [-0.0, 0.0]
 PAIR = [[2.0, 2.0], [2.0, 2.0], [1.0, 2.0]]
 THREE = [2.0, 1.0, 2.0, 2.0]
+LONG = torch.zeros(4, dtype=torch.long)
 TABLE = {
     "relu": (ZERO, torch.relu, [0.0, 0.0]),
     "relu6": ([0.0, 6.0], F.relu6, [0.0, 0.0]),
@@ -37,6 +38,18 @@ TABLE = {
     "max": (THREE, lambda x: x.amax(), [1 / 3, 0.0, 1 / 3, 1 / 3]),
     "max, dim": (THREE, lambda x: x.max(0)[0], [1.0, 0.0, 0.0, 0.0]),
     "max, all": (THREE, lambda x: x.max(), [1 / 3, 0.0, 1 / 3, 1 / 3]),
+    "scatter_max": (THREE, lambda x: x.new_zeros(1).scatter_reduce(0, LONG, x, "amax"), [1 / 3, 0.0, 1 / 3, 1 / 3]),
+    "segment_max": (THREE, lambda x: torch.segment_reduce(x, "max", lengths=LONG[:1] + 4), [1 / 3, 0.0, 1 / 3, 1 / 3]),
+    "segment_max, of a negative gradient": (
+        THREE,
+        lambda x: -torch.segment_reduce(x, "max", lengths=LONG[:1] + 4),
+        [-1.0, 0.0, -1.0, -1.0],
+    ),
+    "bag_max": (
+        THREE,
+        lambda x: F.embedding_bag(torch.arange(4)[None], x[:, None], mode="max"),
+        [1.0, 0.0, 0.0, 0.0],
+    ),
     "maximum": (PAIR, lambda x: torch.maximum(x[:, 0], x[:, 1]), [[0.5, 0.5], [0.5, 0.5], [0.0, 1.0]]),
     "norm": ([0.0, 0.0], lambda x: x.norm(), [0.0, 0.0]),
     "hinge": ([1.0], lambda x: F.hinge_embedding_loss(x, -torch.ones(1)), [-BOUND]),

@@ -105,26 +105,23 @@ UNSEEN = {
     "scripted": (scripted, "ReluBackward0"),
     "private relu6": (lambda x: torch._C._nn.relu6(x), "HardtanhBackward0"),
     "private leaky": (lambda x: torch._C._nn.leaky_relu(x), "LeakyReluBackward0"),
-    "scatter_reduce": (
-        lambda x: x.new_zeros(2, 4).scatter_reduce(0, INDEX[:, None].expand(4, 4), x, "amin"),
-        "ScatterRed",
-    ),
-    "index_reduce": (lambda x: x.new_zeros(2, 4).index_reduce(0, INDEX, x, "amax"), "IndexReduceBackward0"),
-    "segment_reduce": (
-        lambda x: torch.segment_reduce(x, "max", lengths=torch.tensor([2, 2])),
+    "segment_reduce with a constant": (
+        lambda x: torch.segment_reduce(x, "max", lengths=torch.tensor([2, 2]), initial=1.0),
         "SegmentReduceBackward0",
     ),
-    "embedding_bag": (lambda x: F.embedding_bag(INDEX.view(2, 2), x, mode="max"), "EmbeddingBagBackward0"),
-    "sort": (lambda x: x.sort(1)[0], "SortBackward0"),
-    "msort": (lambda x: torch.msort(x), "SortBackward0"),
+    "the bag's kernel": (
+        lambda x: torch.embedding_bag(x, INDEX, torch.tensor([0, 2]), mode=2)[0],
+        "EmbeddingBagBackward0",
+    ),
+    "sort": (lambda x: x.sort(1)[0], "sort"),
+    "stable sort": (lambda x: torch.sort(x, stable=True)[0], "sort"),
+    "msort": (lambda x: torch.msort(x), "msort"),
+    "sort's operator": (lambda x: torch.ops.aten.sort.default(x)[0], "SortBackward0"),
     "quantile": (lambda x: x.quantile(0.5, 1), "quantile"),
     "nanquantile": (lambda x: torch.nanquantile(x, 0.5), "nanquantile"),
-    "svdvals": (lambda x: torch.linalg.svdvals(x), "LinalgSvdBackward0"),
-    "nuclear norm": (lambda x: torch.linalg.matrix_norm(x, "nuc"), "LinalgSvdBackward0"),
     "matrix norm": (lambda x: torch.linalg.matrix_norm(x), "LinalgVectorNormBackward0"),
     "cosine": (lambda x: F.cosine_similarity(x, x.flip(0)), "Backward0"),
     "logit": (lambda x: x.logit(0.3), "LogitBackward0"),
-    "std": (lambda x: x.std(0), "StdBackward0"),
     "foreach abs": (lambda x: torch._foreach_abs([x])[0], "AbsBackward0"),
     "foreach clamp": (lambda x: torch._foreach_clamp_min([x], 0)[0], "ClampMinBackward0"),
     "hypot": (lambda x: torch.hypot(x, 2 * x), "HypotBackward0"),
@@ -146,6 +143,42 @@ def test_a_kink_that_no_call_shows_is_named(name):
     assert site.name == "1"  # the module whose code made it
     assert node in site.kind
     assert not patch(nn.Sequential(nn.ReLU(), Shift(call)), Jacobians(), skip="1", example=x).unreached
+
+
+LEFT_CALLS = {
+    "svdvals": (lambda x: torch.linalg.svdvals(x), "LinalgSvdBackward0"),
+    "nuclear norm": (lambda x: torch.linalg.matrix_norm(x, "nuc"), "LinalgSvdBackward0"),
+    "eigvalsh": (lambda x: torch.linalg.eigvalsh(x + x.T), "LinalgEighBackward0"),
+    "std": (lambda x: x.std(0), "StdBackward0"),
+    "std_mean": (lambda x: torch.std_mean(x)[0], "StdMeanBackward0"),
+}
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("name", LEFT_CALLS)
+def test_where_there_is_nothing_to_choose_a_kink_is_named_and_is_no_error(name, strict):
+    call, node = LEFT_CALLS[name]
+    model, x = nn.Sequential(nn.ReLU(), Shift(call)), torch.arange(16.0).view(4, 4) / 8
+    with pytest.warns(PatchWarning, match=f"the {node} in 1 is left to PyTorch"):
+        found = patch(model, Jacobians(), example=x, strict=strict)
+    (site,) = found.unreached
+    assert (site.name, site.kind, site.choice) == ("1", node, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once is enough, in another mode too
+        model.train()(x).sum().backward()
+        model.eval()(x).sum().backward()
+    assert f"NOT REACHED  {node}" in str(found)
+
+
+def test_the_derivative_of_a_standard_deviation_that_treats_equal_entries_alike_is_zero():
+    """An element of the Clarke Jacobian is a direction of the ball without its mean: alike for all entries, it is 0."""
+    x = torch.full((5,), 2.0, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.grad(x.std(), x)[0].tolist() == [0.0] * 5
+    model = Shift(
+        lambda x: (x - x.mean()).norm() / 2, (5,), torch.float64
+    )  # the same function, of an operation that has a choice
+    patch(model, Jacobians(norm=0.7))
+    assert torch.autograd.grad(model(x), x)[0].abs().max() < 1e-15
 
 
 SMOOTH_CALLS = {

@@ -14,10 +14,11 @@ from nslightning.ops.exponential import *
 from nslightning.ops.norms import *
 from nslightning.ops.poolings import *
 from nslightning.ops.maxima import *
+from nslightning.ops.groups import *
 from nslightning.ops.losses import *
 
 # isort: on
-from nslightning.ops import clamps, exponential, losses, maxima, norms, poolings, rectifiers, shrinking
+from nslightning.ops import clamps, exponential, groups, losses, maxima, norms, poolings, rectifiers, shrinking
 from nslightning.ops.autograd.pointwise import pointwise_operation
 from nslightning.ops.record import Call, Kernels, Kink, Operation, register
 
@@ -29,4 +30,5 @@ __all__ += exponential.__all__
 __all__ += norms.__all__
 __all__ += poolings.__all__
 __all__ += maxima.__all__
+__all__ += groups.__all__
 __all__ += losses.__all__

@@ -13,7 +13,7 @@ __all__ = ["UNREACHED", "UNSUPPORTED_FUNCTIONS", "UNSUPPORTED_MODULES"]
 _RANKED = "no choice yet: equal entries are told apart by rank, and the result names the index of the one taken"
 _ROOT = "PyTorch composes it of a root, whose derivative at 0 is infinite; ops.norm_pool2d is its p = 2 with a choice"
 UNREACHED: dict[str, str] = {
-    **dict.fromkeys(("median", "nanmedian", "kthvalue", "topk", "quantile", "nanquantile"), _RANKED),
+    **dict.fromkeys(("median", "nanmedian", "kthvalue", "topk", "sort", "msort", "quantile", "nanquantile"), _RANKED),
     **dict.fromkeys(("cummax", "cummin"), "no choice yet: each result is a maximum of its own"),
     **dict.fromkeys(("lp_pool1d", "lp_pool2d", "lp_pool3d"), _ROOT),
     "norm": "p-norms are reached for 1 <= p < inf; with p = inf two kinks meet, and a matrix norm is a singular value",

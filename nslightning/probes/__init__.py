@@ -1,5 +1,6 @@
 """Measuring what a Jacobian choice changes, without Lightning."""
 
+from nslightning.probes.by_hand import Handwritten, handwritten
 from nslightning.probes.clarke import Clarke, clarke
 from nslightning.probes.cost import cost_ratio, cost_scaling
 from nslightning.probes.divergence import (
@@ -25,6 +26,7 @@ __all__ = [
     "Clarke",
     "Divergence",
     "Guarantee",
+    "Handwritten",
     "MethodWarning",
     "Recording",
     "Ties",
@@ -40,6 +42,7 @@ __all__ = [
     "differs_bitwise",
     "divergence",
     "gradients",
+    "handwritten",
     "l1_sum",
     "linf_sum",
     "measure",

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from nslightning.jacobians import Jacobians
 from nslightning.ops.record import OPERATIONS
+from nslightning.probes.by_hand import Handwritten, handwritten
 from nslightning.probes.divergence import Divergence, divergence, measure
 from nslightning.probes.gradients import gradients
 from nslightning.probes.guarantee import Guarantee, clarke_guarantee
 from nslightning.probes.ties import Ties, counting
 from nslightning.surgery import PatchReport, PatchWarning, patch
 
-__all__ = ["CHOICES", "DTYPES", "Audit", "NotRunningError", "SiteTies", "Spread", "audit"]
+__all__ = ["CHOICES", "DTYPES", "Audit", "ByHand", "NotRunningError", "SiteTies", "Spread", "audit"]
 
 DTYPES = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32, "64": torch.float64}
 
@@ -111,6 +112,26 @@ class ClarkeCheck:
 
 
 @dataclass(frozen=True)
+class ByHand:
+    """A line of the model's code that has a kink without an operation, and met ties.
+
+    Args:
+        name: The module whose code it is.
+        place: File and line.
+        code: The line.
+        ties: Per dtype (tied evaluations, all evaluations), over all batches.
+        relative: Per dtype, how much of its norm the gradient changes where the ties are decided otherwise, the largest
+            over the batches.
+    """
+
+    name: str
+    place: str
+    code: str
+    ties: dict[str, tuple[int, int]] = field(default_factory=dict)
+    relative: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Audit:
     """What an audit found.
 
@@ -131,6 +152,7 @@ class Audit:
             subtraction.
         clarke: Per dtype, whether theorems promise an element of the Clarke subdifferential; empty in findings that
             were written before this was looked at.
+        by_hand: Kinks that are written by hand, and met ties (:func:`~nslightning.probes.handwritten`).
     """
 
     model: str
@@ -147,6 +169,7 @@ class Audit:
     spreads: list[Spread]
     noise: dict[str, float]
     clarke: dict[str, ClarkeCheck] = field(default_factory=dict)
+    by_hand: list[ByHand] = field(default_factory=list)
 
     @property
     def largest(self) -> float:
@@ -190,7 +213,15 @@ class Audit:
             >>> Audit.from_dict(json.loads(json.dumps(found.to_dict()))) == found
             True
         """
-        given = {f.name: plain[f.name] for f in fields(cls) if f.name in plain or f.name != "clarke"}
+        given = {f.name: plain[f.name] for f in fields(cls) if f.name in plain or f.name not in ("by_hand", "clarke")}
+        given["by_hand"] = [
+            ByHand(
+                **line
+                | {"ties": {d: (tied, total) for d, (tied, total) in line["ties"].items()}}
+                | {"relative": {d: float(value) for d, value in line["relative"].items()}}
+            )
+            for line in given.get("by_hand", [])
+        ]
         given["shape"] = tuple(given["shape"])
         given["choices"] = {name: Jacobians(**choice).to_dict() for name, choice in given["choices"].items()}
         given["noise"] = {dtype: float(value) for dtype, value in given["noise"].items()}
@@ -275,6 +306,7 @@ def audit(
     spreads: list[Spread] = []
     noise: dict[str, float] = {}
     clarke: dict[str, ClarkeCheck] = {}
+    by_hand: dict[tuple[str, str], ByHand] = {}
     failed: dict[str, BaseException] = {}
     tell = progress or (lambda line: None)
     wanted = list(dict.fromkeys(dtypes))
@@ -285,7 +317,7 @@ def audit(
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", PatchWarning)  # nothing to patch: the advice says it
                     report = patch(network, Jacobians(), seed=seed, strict=False)
-                    counts, found, floor, guarantees = _measure(network, batches, dtype, choices, seed, tell)
+                    counts, found, floor, guarantees, lines = _measure(network, batches, dtype, choices, seed, tell)
             except KeyboardInterrupt:  # what is measured is kept, where there is something
                 if not reports:
                     raise
@@ -295,7 +327,9 @@ def audit(
                 failed[dtype] = error
                 continue
             reports[dtype], ties[dtype], noise[dtype] = report, counts, floor
-            clarke[dtype] = _check(report, guarantees)
+            for line in lines:
+                _add(by_hand, line, dtype, floor)
+            clarke[dtype] = _check(report, guarantees, lines)
             for choice, per_batch in found.items():
                 spreads.append(_spread(choice, dtype, per_batch, top))
     if not reports:
@@ -316,6 +350,7 @@ def audit(
         spreads=spreads,
         noise=noise,
         clarke=clarke,
+        by_hand=list(by_hand.values()),
     )
 
 
@@ -326,24 +361,34 @@ def _measure(
     choices: Mapping[str, Jacobians],
     seed: int,
     tell: Callable[[str], None],
-) -> tuple[dict[str, Ties], dict[str, list[Divergence]], float, list[Guarantee]]:
-    """Ties over all batches, each choice's divergence per batch, the noise floor and what theorems promise."""
+) -> tuple[dict[str, Ties], dict[str, list[Divergence]], float, list[Guarantee], list[Handwritten]]:
+    """Ties over all batches, each choice's divergence per batch, the noise floor, what theorems promise; kinks by hand."""
     counts: dict[str, Ties] = {}
     found: dict[str, list[Divergence]] = {choice: [] for choice in choices}
     floors = []
     guarantees = []
+    lines: list[Handwritten] = []
     buffers = {key: buffer.clone() for key, buffer in network.named_buffers()}
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     for i, (images, labels) in enumerate(batches):
         tell(f"{dtype}: batch {i + 1} of {len(batches)}, {' x '.join(map(str, images.shape))} on {device}")
-        with torch.no_grad():
-            for key, buffer in network.named_buffers():
-                buffer.copy_(buffers[key])
-        torch.manual_seed(seed + i)
         x = images.to(device, DTYPES[dtype] if images.is_floating_point() else None)
+
+        def begin(seed: int = seed + i) -> None:
+            with torch.no_grad():
+                for key, buffer in network.named_buffers():
+                    buffer.copy_(buffers[key])
+            torch.manual_seed(seed)
+
+        def forward(x: Tensor = x, labels: Tensor | None = labels, seed: int = seed + i) -> Tensor:
+            begin(seed)
+            with torch.enable_grad():
+                return _loss(network(x), labels, seed)
+
+        begin()
         guarantees.append(clarke_guarantee(network, x))
-        with torch.enable_grad(), counting(network) as here:
-            loss = _loss(network(x), labels, seed + i)
+        with counting(network) as here:
+            loss = forward()
         for site, met in here.items():
             total = counts.setdefault(site, Ties(met.operation))
             total.tied += met.tied
@@ -352,10 +397,11 @@ def _measure(
             found[choice].append(value)
         once, again = (gradients(loss, network, {"": Jacobians()})[""] for _ in range(2))
         floors.append(measure(again, once).relative)
-    return counts, found, max(floors, key=_badness), guarantees
+        lines += handwritten(network, forward)
+    return counts, found, max(floors, key=_badness), guarantees, lines
 
 
-def _check(report: PatchReport, guarantees: Sequence[Guarantee]) -> ClarkeCheck:
+def _check(report: PatchReport, guarantees: Sequence[Guarantee], lines: Sequence[Handwritten]) -> ClarkeCheck:
     """What theorems promise over all batches."""
     missing = {
         f"{row.name}:{row.kind}" if row.name else row.kind: "it keeps PyTorch's own derivative, which was not looked at"
@@ -363,6 +409,7 @@ def _check(report: PatchReport, guarantees: Sequence[Guarantee]) -> ClarkeCheck:
         if row.how == "unreached"
     }
     missing |= {s.site: f"{s.operation}, {s.reason}" for guarantee in guarantees for s in guarantee.missing}
+    missing |= {f"{line.module}:{line.place}": "a kink written by hand" for line in lines}
     bounds = [guarantee.bound for guarantee in guarantees]
     known = not missing and all(bound is not None for bound in bounds)
     return ClarkeCheck(
@@ -371,6 +418,16 @@ def _check(report: PatchReport, guarantees: Sequence[Guarantee]) -> ClarkeCheck:
         bound=max(bound for bound in bounds if bound is not None) if known else None,
         missing=missing,
     )
+
+
+def _add(found: dict[tuple[str, str], ByHand], line: Handwritten, dtype: str, floor: float) -> None:
+    """Add what one batch shows of a line to what is known of it; below the noise nothing is shown."""
+    if line.relative <= floor:
+        return
+    known = found.setdefault((line.module, line.place), ByHand(line.module or "(model)", line.place, line.code))
+    tied, total = known.ties.get(dtype, (0, 0))
+    known.ties[dtype] = tied + line.tied, total + line.total
+    known.relative[dtype] = max(known.relative.get(dtype, 0.0), line.relative)
 
 
 def _loss(output: Any, labels: Tensor | None, seed: int) -> Tensor:
@@ -529,6 +586,16 @@ def _advice(found: Audit) -> list[str]:
             "package has no choice for yet."
         )
     lines += _clarke(found)
+    for line in found.by_hand:
+        dtype = max(line.relative, key=lambda d: line.relative[d])
+        size = line.relative[dtype]
+        much = f"changes the gradient by {size:.2g} of its norm" if math.isfinite(size) else "makes a gradient of none"
+        tied, total = line.ties[dtype]
+        lines.append(
+            f"A kink written by hand: {line.name} compares at {line.place}, `{line.code}`. In {dtype} it ties in "
+            f"{percent(tied / total)} of its evaluations, and to decide them otherwise {much}. No choice reaches it: "
+            "write it with F.relu, torch.maximum, abs or amax."
+        )
     if found.not_run:
         lines.append(
             f"{', '.join(found.not_run)} could not be run on {found.device}, so nothing is known about it; the reason "

@@ -1,5 +1,6 @@
 """Find, patch, report and unpatch the nonsmooth operations of a model."""
 
+from nslightning.surgery.interception import FORGETFUL, arguments_as_called
 from nslightning.surgery.patching import (
     choices,
     chooses,
@@ -15,6 +16,7 @@ from nslightning.surgery.plan import Plan, Rule, Selector
 from nslightning.surgery.report import PatchReport, PatchWarning, Site, UnreachedError
 
 __all__ = [
+    "FORGETFUL",
     "PatchReport",
     "PatchWarning",
     "Plan",
@@ -22,6 +24,7 @@ __all__ = [
     "Selector",
     "Site",
     "UnreachedError",
+    "arguments_as_called",
     "choices",
     "chooses",
     "patch",

@@ -37,7 +37,16 @@ from nslightning.surgery.exporting import exported
 from nslightning.surgery.report import Site, UnreachedError
 from nslightning.surgery.state import CHECKPOINT, Part, Surgery
 
-__all__ = ["FORGETFUL", "FunctionalCalls", "begun", "compiling_run", "evaluate", "running", "teach_the_compiler"]
+__all__ = [
+    "FORGETFUL",
+    "FunctionalCalls",
+    "arguments_as_called",
+    "begun",
+    "compiling_run",
+    "evaluate",
+    "running",
+    "teach_the_compiler",
+]
 
 # Functions of torch whose handler forgets arguments where a mode is active: the mode would call them without.
 # tests/test_surgery_stock.py reads this off their source.
@@ -124,7 +133,7 @@ class FunctionalCalls(TorchFunctionMode):
         if func is Tensor.norm:  # a method written in Python, which a compiler hands over as a key of no dictionary
             func = Tensor.norm
         if func in FORGETFUL and not torch.compiler.is_compiling():
-            args, kwargs = _as_called(func, args, kwargs)
+            args, kwargs = arguments_as_called(func, args, kwargs)
         # What is written into `out=` has no gradient, and PyTorch refuses it where one is wanted.
         operations = FUNCTIONS.get(func, ()) if kwargs.get("out") is None else ()
         for operation in operations:
@@ -234,8 +243,19 @@ def _recomputed() -> bool:
     return False
 
 
-def _as_called(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments that a function of :data:`FORGETFUL` was called with: its frame on the stack still has them."""
+def arguments_as_called(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments that a function of :data:`FORGETFUL` was called with: its frame on the stack still has them.
+
+    Args:
+        func: The function, as a mode's ``__torch_function__`` gets it; that is to be the caller.
+        args: What it gets with it.
+        kwargs: The same.
+
+    Returns:
+        The positional and the keyword arguments.
+    """
     code: CodeType = func.__code__
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_code is not code:

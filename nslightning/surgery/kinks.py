@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["KINKS", "kink"]
+__all__ = ["KINKS", "LEFT", "kink"]
 
 
 def _always(node: Any) -> bool:
@@ -60,6 +60,19 @@ KINKS: dict[str, Callable[[Any], bool]] = {
     # recurrent kernels that apply a relu inside
     "CudnnRnn": _saved("mode", 0), "MiopenRnn": _saved("mode", 0),
 }  # fmt: skip
+
+_BASIS = (
+    "where singular values or eigenvalues are equal, or 0, its derivative is that of the basis which the decomposition "
+    "happens to return"
+)
+#: Kinks at which there is nothing to choose: they are named, and are no error.
+LEFT: dict[str, str] = {
+    **dict.fromkeys(
+        ("Std", "StdMean"),
+        "where all entries are equal, 0 is the only derivative that treats them alike, and PyTorch takes it",
+    ),
+    **dict.fromkeys(("LinalgSvd", "LinalgEigh", "LinalgEig"), _BASIS),
+}
 
 _NODE = re.compile(r"(?:Foreach)?(\w+?)(?:Forward)?Backward\d*(?:Scalar|ScalarList|List|Tensor)?")
 

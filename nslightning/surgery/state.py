@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import CodeType, FrameType
@@ -16,8 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from nslightning.ops.autograd.selection import Selection
 from nslightning.ops.record import OPERATIONS, Operation
+from nslightning.surgery.kinks import LEFT
 from nslightning.surgery.plan import Plan, Selector, matches, selectors, text
-from nslightning.surgery.report import PatchReport, Site, UnreachedError
+from nslightning.surgery.report import PatchReport, PatchWarning, Site, UnreachedError
 
 __all__ = ["CHECKPOINT", "PART", "Part", "Surgery"]
 
@@ -157,10 +159,15 @@ class Surgery:
         """The row of calls that keep PyTorch's own derivative.
 
         Raises:
-            UnreachedError: If the surgery is strict.
+            UnreachedError: If the surgery is strict, and there is something to choose.
         """
         site = self.row(part, operation, kind, inplace, "unreached")
-        if self.strict:
+        if operation in LEFT:
+            if not site.decided:
+                site.decided = LEFT[operation]
+                where = site.name or self.report.model
+                warnings.warn(f"the {kind} in {where} is left to PyTorch: {site.decided}", PatchWarning, stacklevel=2)
+        elif self.strict:
             raise UnreachedError(self.report.model, [site])
         return site
 

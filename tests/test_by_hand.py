@@ -1,0 +1,198 @@
+"""Kinks that are written by hand are found by deciding their ties otherwise; smooth code is left alone."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nslightning import Jacobians, patch
+from nslightning.probes import handwritten
+from nslightning.probes.audit import Audit, audit
+
+
+class Net(nn.Module):
+    """A function of the rows of a product, of which every other is 0 and has a gradient."""
+
+    def __init__(self, f):
+        super().__init__()
+        torch.manual_seed(0)
+        self.lin, self.f = nn.Linear(3, 4, bias=False), f
+
+    def forward(self, x):
+        y = self.lin(x)
+        return self.f(y - y.detach() * (torch.arange(len(y)) % 2 == 0).unsqueeze(1))
+
+
+def batch(dtype=torch.float32):
+    return torch.randn(6, 3, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def loss_of(model, x):
+    weights = torch.linspace(0.5, 2, 4).to(x.dtype)
+    return lambda: ((model(x) - 1) * weights).square().sum()
+
+
+def leaky(y):
+    z = y.clone()
+    z[z < 0] *= 0.1
+    return z
+
+
+def in_place(y):
+    return y * y.clone().detach().gt_(0)
+
+
+def branch(y):
+    return torch.stack([v if v > 0 else 0 * v for v in y.flatten()]).view(y.shape)
+
+
+def taken(y):
+    return y.gather(1, y.argmax(1, keepdim=True)) + 0 * y
+
+
+KINKS = {
+    "mask times": lambda y: y * (y > 0),
+    "mask as numbers": lambda y: y * (y >= 0).to(y.dtype),
+    "of what is detached": lambda y: y * (y.detach() > 0),
+    "where": lambda y: torch.where(y > 0, y, torch.zeros_like(y)),
+    "where, the other way": lambda y: torch.where(y <= 0, 0.0, y),
+    "method where": lambda y: y.where(y > 0, 0 * y),
+    "masked_fill": lambda y: y.masked_fill(y < 0, 0),
+    "masked_fill in place": lambda y: y.clone().masked_fill_(torch.lt(y, 0), 0),
+    "indexing": leaky,
+    "sign": lambda y: y * y.sign(),
+    "heaviside": lambda y: y * torch.heaviside(y.detach(), torch.zeros(())),
+    "in place": in_place,
+    "of two": lambda y: torch.where(y[:, :2] > y[:, 2:], y[:, :2], y[:, 2:]).repeat(1, 2),
+    "branches": branch,
+    "argmax": taken,
+    "elu": lambda y: torch.where(y > 0, y, 2 * torch.expm1(y)),
+    "bool product": lambda y: y * torch.logical_and(y > 0, y < 5),
+}
+
+
+@pytest.mark.parametrize("name", KINKS)
+@pytest.mark.parametrize("patched", [False, True])
+@pytest.mark.filterwarnings("ignore:.*nothing to patch")
+def test_kinks_are_found(name, patched):
+    model = Net(KINKS[name])
+    if patched:
+        patch(model, Jacobians(), example=batch())
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    found = handwritten(model, loss_of(model, batch()))
+    assert [(kink.module, kink.place.split(":")[0]) for kink in found] == [("", "test_by_hand.py")]
+    (kink,) = found
+    assert 0 < kink.tied <= kink.total
+    assert kink.relative > 1e-2
+    assert (
+        KINKS[name].__code__.co_firstlineno <= int(kink.place.split(":")[1]) < KINKS[name].__code__.co_firstlineno + 4
+    )
+    assert all(torch.equal(p, before[n]) and p.grad is None for n, p in model.named_parameters())
+
+
+def test_the_change_is_that_of_the_other_derivative():
+    """Of y (y > 0) the other derivative at 0 is 1, as of relu under another choice."""
+    x = batch(torch.float64)
+    model, other = Net(KINKS["mask times"]).double(), Net(F.relu).double()
+    (kink,) = handwritten(model, loss_of(model, x))
+    patch(other, Jacobians())
+    grads = []
+    for choice in (0.0, 1.0):
+        other_model = Net(F.relu).double()
+        patch(other_model, Jacobians(relu=choice))
+        grads.append(torch.autograd.grad(loss_of(other_model, x)(), other_model.lin.weight)[0])
+    assert kink.relative == pytest.approx(float((grads[1] - grads[0]).norm() / grads[0].norm()), abs=1e-12)
+    assert (kink.tied, kink.total) == (12, 24)
+
+
+SMOOTH = {
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "softmax": lambda y: y.softmax(-1),
+    "layer norm": lambda y: F.layer_norm(y, (4,)),
+    "huber by hand": lambda y: torch.where(y * y <= 0, y * y / 2, y * y / 2 + y**3),
+    "sinc by hand": lambda y: torch.where(y == 0, torch.ones_like(y), y.sin() / torch.where(y == 0, 1.0, y)),
+    "causal mask": lambda y: y.masked_fill(torch.ones(6, 4).triu(1) == 1, -1e4).softmax(-1),
+    "padding": lambda y: y * (torch.arange(4) < 2),
+    "a check": lambda y: y if bool((y >= -100).all()) else y * 2,
+    "attention": lambda y: F.scaled_dot_product_attention(y[None], y[None], y[None])[0],
+    "softplus by hand": lambda y: torch.where(y > 20, y, torch.log1p(y.clamp(max=20).exp())),
+    "a square by parts": lambda y: torch.where(y > 0, y * y, -(y * y)),
+    "max pooling of its own kernel": lambda y: F.max_pool1d(y, 2).repeat(1, 2),
+    "relu": F.relu,
+    "dropout": lambda y: F.dropout(y, 0.5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_what_has_no_kink_of_its_own_is_left_alone(name):
+    model = Net(SMOOTH[name])
+
+    def loss():
+        torch.manual_seed(3)
+        return loss_of(model, batch())()
+
+    assert handwritten(model, loss) == []
+
+
+def test_jumps_are_not_kinks():
+    model = Net(lambda y: y * 0 + (y > 0) + y)
+    assert handwritten(model, loss_of(model, batch())) == []
+
+
+def test_forgotten_arguments_are_passed_on():
+    """PyTorch's handler forgets the weight of an L1 loss where a mode is active."""
+    model, x = Net(lambda y: y * (y > 0)), batch()
+    seen = []
+
+    def loss():
+        seen.append(F.l1_loss(model(x), torch.ones(6, 4), weight=torch.full((6, 4), 7.0)))
+        return seen[-1]
+
+    assert len(handwritten(model, loss)) == 1
+    assert seen[0] == loss()
+
+
+def test_smooth_networks_cost_one_forward():
+    model = nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.TransformerEncoderLayer(4, 2, 8, activation="gelu"))
+    runs = []
+
+    def loss():
+        runs.append(0)
+        torch.manual_seed(0)
+        return model(batch()[None]).square().sum()
+
+    assert handwritten(model, loss) == []
+    assert len(runs) == 1
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(3, 4)
+        nn.init.zeros_(self.lin.weight), nn.init.zeros_(self.lin.bias)
+
+    def forward(self, x):
+        y = self.lin(x)
+        return torch.where(y > 0, y, 0) + x.sum()
+
+
+def test_an_audit_names_the_module_and_the_line():
+    model = nn.Sequential(nn.Linear(3, 3), Block(), nn.Linear(4, 2))
+    found = audit(model, [(batch(), None)] * 2, dtypes=["32", "64"])
+    (line,) = found.by_hand
+    assert (line.name, line.place.split(":")[0], line.code) == (
+        "1", "test_by_hand.py", "return torch.where(y > 0, y, 0) + x.sum()",
+    )  # fmt: skip
+    assert line.ties == {"32": (48, 48), "64": (48, 48)}
+    assert all(value > 0.01 for value in line.relative.values())
+    advice = [text for text in found.advice if "written by hand" in text]
+    assert len(advice) == 1
+    assert "1 compares at test_by_hand.py" in advice[0]
+    assert "F.relu" in advice[0]
+    assert Audit.from_dict(found.to_dict()) == found
+    older = found.to_dict()
+    del older["by_hand"]
+    assert Audit.from_dict(older).by_hand == []
+    smooth = audit(nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2)), [(batch(), None)], dtypes=["32"])
+    assert smooth.by_hand == []
