@@ -186,7 +186,8 @@ def test_an_audit_names_the_module_and_the_line():
     )  # fmt: skip
     assert line.ties == {"32": (48, 48), "64": (48, 48)}
     assert all(value > 0.01 for value in line.relative.values())
-    advice = [text for text in found.advice if "written by hand" in text]
+    advice = [text for text in found.advice if text.startswith("A kink written by hand")]
+    assert not found.clarke["32"].holds
     assert len(advice) == 1
     assert "1 compares at test_by_hand.py" in advice[0]
     assert "F.relu" in advice[0]

@@ -362,7 +362,7 @@ def _measure(
     seed: int,
     tell: Callable[[str], None],
 ) -> tuple[dict[str, Ties], dict[str, list[Divergence]], float, list[Guarantee], list[Handwritten]]:
-    """Ties over all batches, each choice's divergence per batch, the noise floor, what theorems promise; kinks by hand."""
+    """Ties over all batches, divergences per batch, the noise floor, what theorems promise, kinks written by hand."""
     counts: dict[str, Ties] = {}
     found: dict[str, list[Divergence]] = {choice: [] for choice in choices}
     floors = []
