@@ -127,6 +127,14 @@ def test_every_figure_is_drawn_at_smoke_scale(name, results, monkeypatch, tmp_pa
         told = figure.get_supxlabel().replace("\n", " ")
         assert "smoke scale" in told
         assert "made up" in told
+        (mark,) = [text.get_text() for text in figure.texts if text.get_gid() == "smoke"]
+        assert mark.startswith("SMOKE")
+        assert set(f.read(folders)["data"]) == set(mark.splitlines()[1].split(", "))
+
+
+def test_only_checks_are_marked_as_such(results):
+    figure = f.make("mnist-lenet-test", rows_of(results, "mnist_lenet_beta", "small"))
+    assert not [text for text in figure.texts if text.get_gid() == "smoke"]
 
 
 def test_boxes_hold_every_run_and_those_that_diverged_are_marked_and_counted(results):

@@ -1,34 +1,125 @@
-"""The findings' tables on the order of summation, recomputed from ``results/``."""
+"""Every number in the findings' tables, and those in their sentences, recomputed from ``results/``."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 
+from nslightning.experiments.published import table as published
+
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "findings.md").read_text()
-RESULTS = pd.read_csv(ROOT / "results" / "mnist_volume_exact" / "small" / "results.csv")
+Numbers = list[tuple[float, ...]]  # of a row: the numbers of each cell
 
 
-def row(start: str) -> list[str]:
-    """The cells of the table row that starts with some words, without emphasis."""
-    (line,) = [line for line in PAGE.splitlines() if line.replace("*", "").startswith(f"| {start} |")][:1]
-    return [cell.replace("*", "").strip() for cell in line.strip("|").split("|")[1:]]
+@cache
+def results(name: str) -> pd.DataFrame:
+    # A metric is called "nan", and must stay a word.
+    return pd.read_csv(ROOT / "results" / name / "results.csv", keep_default_na=False, na_values=[""])
 
 
-def counted(arithmetic: str, width: int, metric: str, depth: int) -> tuple[float, float]:
-    """The mean over the draws in per cent, and its standard deviation."""
-    which = RESULTS.query(
-        "arithmetic == @arithmetic and width == @width and metric == @metric and depth == @depth and batch_size == 256"
-    )["value"]
-    assert len(which) >= 3
-    return 100 * which.mean(), 100 * which.std() / math.sqrt(len(which))
+def tables() -> dict[str, dict[str, list[str]]]:
+    """The tables of the page by their header; the cells of each row by its first one. Emphasis is taken away."""
+    found: dict[str, dict[str, list[str]]] = {}
+    header = ""
+    for line in PAGE.splitlines():
+        cells = [cell.strip() for cell in line.replace("*", "").strip("|").split("|")]
+        if not line.startswith("|"):
+            header = ""
+        elif not header:
+            header = f"{cells[0]}: {', '.join(cells[1:])}"
+            assert header not in found
+            found[header] = {}
+        elif set(line) != {"|", "-"}:
+            assert cells[0] not in found[header]
+            found[header][cells[0]] = cells[1:]
+    return found
 
 
+TABLES = tables()
+
+
+def is_rounded(shown: str, value: float) -> bool:
+    """Whether a number as it is written is a value, rounded to the digits written."""
+    decimals = len(shown.partition(".")[2])
+    return abs(float(shown) - value) <= 0.5 * 10**-decimals + 1e-9
+
+
+def same(cell: str, values: tuple[float, ...]) -> bool:
+    shown = re.findall(r"-?\d*\.?\d+", cell)
+    return len(shown) == len(values) and all(map(is_rounded, shown, values))
+
+
+# ------------------------------------------------------------------------------------------------- training
+def accuracy(name: str, **where: Any) -> tuple[float, ...]:
+    """Mean and deviation of the last epoch's accuracy, and what the cell says of runs at chance and of NaN."""
+    rows = results(f"{name}/small")
+    rows = rows[rows["epoch"] == rows["epoch"].max()]
+    for column, value in where.items():
+        rows = rows[rows[column] == value]
+    runs = 100 * rows[rows["metric"] == "test_accuracy"]["value"]
+    if runs.empty:
+        return ()
+    assert len(runs) == 3
+    chance = sum(runs < 12)
+    diverged = int(rows[rows["metric"] == "nan"]["value"].sum())
+    return (runs.mean(), runs.std(), *([chance] if chance else []), *([diverged] if diverged else []))
+
+
+def alpha_row(rule: str) -> Numbers:
+    return [accuracy("mnist_mlp_alpha", rule=rule, relu=alpha) for alpha in (-10, -1, 0, 1, 10, 50)]
+
+
+def beta_row(bits: int, norm: bool, rule: str) -> Numbers:
+    return [
+        accuracy("mnist_lenet_beta", precision=bits, batch_norm=norm, rule=rule, max_pool=beta)
+        for beta in (0, 1, 100, 1000, 10000)
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------- S_01
+def sampled(bits: int, depth: int = 3, width: int = 256, batch_size: int = 256, rule: str = "exact") -> float:
+    rows = results("mnist_volume_relu/small")
+    draws = rows[
+        (rows["metric"] == "differing") & (rows["precision"] == bits) & (rows["depth"] == depth)
+        & (rows["width"] == width) & (rows["batch_size"] == batch_size) & (rows["rule"] == rule)
+    ]["value"]  # fmt: skip
+    assert len(draws) == 200
+    return 100 * float((draws > 0).mean())
+
+
+def paper_share(factor: str, bits: int, value: int) -> float | None:
+    rows = published("volume_relu_mnist")
+    rows = rows[(rows["factor"] == factor) & (rows["precision"] == bits) & (rows[factor] == value)]
+    return 100 * float(rows["mean"].item()) if len(rows) else None
+
+
+def beside_the_paper(factor: str, bits: int, values: tuple[int, ...]) -> Numbers:
+    row = []
+    for value in values:
+        paper = paper_share(factor, bits, value)
+        row.append((sampled(bits, **{factor: value}), *([] if paper is None else [paper])))
+    return row
+
+
+def counted(order: str, width: int, metric: str, depth: int, batch_size: int = 256) -> tuple[float, float]:
+    rows = results("mnist_volume_exact/small")
+    draws = rows[
+        (rows["arithmetic"] == order) & (rows["width"] == width) & (rows["metric"] == metric)
+        & (rows["depth"] == depth) & (rows["batch_size"] == batch_size)
+    ]["value"]  # fmt: skip
+    assert len(draws) == 3
+    return 100 * draws.mean(), 100 * draws.std() / math.sqrt(3)
+
+
+DEPTHS, WIDTHS, BATCHES = (1, 2, 3, 5, 6), (16, 64, 512, 1024), (16, 64, 512, 1024)
 ORDERS = {
     "bias last": "bias_last",
     "bias first, in blocks (MKL here)": "native",
@@ -36,18 +127,209 @@ ORDERS = {
 }
 
 
-@pytest.mark.parametrize("name", list(ORDERS))
-def test_shares_by_depth(name: str) -> None:
-    for cell, layers in zip(row(name), (1, 2, 3, 5, 6), strict=True):
-        mean, sd = (float(v) for v in re.split(r" ± ", cell))
-        found = counted(ORDERS[name], 256, f"probability_depth{layers}", 6)
-        assert (mean, sd) == pytest.approx(found, abs=0.0501)
+def by_depth(order: str) -> Numbers:
+    return [counted(order, 256, f"probability_depth{depth}", 6) for depth in DEPTHS]
 
 
-@pytest.mark.parametrize("name", ["bias last", "bias first, in blocks (MKL here)"])
-def test_shares_by_width(name: str) -> None:
-    page = PAGE[PAGE.index("| neurons in each of 3 layers | 16 | 64 | 512 |") :]
-    (line,) = [line for line in page.splitlines() if line.startswith(f"| {name} |")][:1]
-    for cell, width in zip(line.strip("|").split("|")[1:], (16, 64, 512), strict=True):
-        mean, sd = (float(v) for v in cell.split("±"))
-        assert (mean, sd) == pytest.approx(counted(ORDERS[name], width, "probability", 3), abs=0.0501)
+def by_width(order: str) -> Numbers:
+    return [counted(order, width, "probability", 3) for width in WIDTHS]
+
+
+def one_each(values: list[float | None]) -> Numbers:
+    return [(value,) for value in values if value is not None]
+
+
+# -------------------------------------------------------------------------------------------------- max pooling
+def passed(backbone: str, batch_size: int = 128, batch_norm: bool = False) -> Numbers:
+    """In 16, 32 and 64 bits: our share of the mini-batches and the paper's."""
+    row: Numbers = []
+    ours = results("cifar10_vgg_volume_max_pool/small")
+    paper = published("volume_max_pool_cifar10")
+    paper = paper[paper["figure"] == "impactfactors"]
+    factor = "batch_norm" if batch_norm else "batch_size" if batch_size != 128 else "network"
+    for bits in (16, 32, 64):
+        mine = ours[
+            (ours["backbone"] == f"paper/{backbone}") & (ours["batch_size"] == batch_size)
+            & (ours["batch_norm"] == batch_norm) & (ours["precision"] == bits)
+        ]  # fmt: skip
+        if mine.empty:
+            row.append(())
+            continue
+        sums = mine.groupby("metric")["value"].sum()
+        assert sums["batches"] == 40
+        theirs = paper[
+            (paper["factor"] == factor) & (paper["backbone"] == backbone) & (paper["batch_size"] == batch_size)
+            & (paper["batch_norm"] == batch_norm) & (paper["precision"] == bits)
+        ]  # fmt: skip
+        row.append((100 * sums["differing"] / sums["batches"], 100 * float(theirs["mean"].item())))
+    return row
+
+
+def zones(name: str, bits: int) -> Numbers:
+    rows = results(name)
+    sums = rows[rows["precision"] == bits].groupby("metric")["value"].sum()
+    assert sums["regular"] == sums["batches"] - sums["differing"]
+    return [(sums["differing"], sums["batches"]), (sums["compensation"],), (sums["bifurcation"],)]
+
+
+def decades(against: str, bits: int, names: tuple[str, ...]) -> Numbers:
+    rows = results("mnist_lenet_threshold/small")
+    sums = rows[(rows["against"] == against) & (rows["precision"] == bits)].groupby("metric")["value"].sum()
+    assert sums["batches"] == 938
+    norms = {k.removeprefix("norm_"): v for k, v in sums.items() if k.startswith("norm_")}
+    assert sum(norms.values()) == 938
+    assert set(norms) <= set(names)  # the table leaves no decade out
+    return [(100 * norms.get(name, 0) / 938,) for name in names]
+
+
+POOL, RELU = "{'max_pool': 1}", "{'relu': 1}"
+POOL_DECADES = ("zero", "1e-16", "1e-15", "1e-7", "1e-6", "1e-5", "1e-4", "1e-3", "1e-2")
+RELU_DECADES = ("zero", "1e-5", "1e-3", "1e-2")
+
+#: What each row of each table has to say.
+ROWS: dict[str, dict[str, Callable[[], Numbers]]] = {
+    "alpha: -10, -1, 0, 1, 10, 50": {
+        "exact": lambda: alpha_row("exact"),
+        "published": lambda: alpha_row("published"),
+    },
+    "bits, rule: beta 0, 1, 100, 10³, 10⁴": {
+        f"{bits}, {'batch norm, ' * norm}{rule}": lambda bits=bits, norm=norm, rule=rule: beta_row(bits, norm, rule)
+        for bits in (16, 32) for norm in (False, True) for rule in ("exact", "published")
+    },
+    "hidden layers of 256: 1, 2, 3, 5, 6": {
+        f"{bits} bit": lambda bits=bits: beside_the_paper("depth", bits, DEPTHS) for bits in (16, 32, 64)
+    },
+    "order of summation, by layers of 256: 1, 2, 3, 5, 6": {
+        "published": lambda: one_each([paper_share("depth", 32, depth) for depth in DEPTHS]),
+        "sampled here (MKL, 200 draws)": lambda: one_each([sampled(32, depth=depth) for depth in DEPTHS]),
+    } | {name: lambda order=order: by_depth(order) for name, order in ORDERS.items()},
+    "neurons in each of 3 layers: 16, 64, 256, 512, 1024": {
+        f"{bits} bit": lambda bits=bits: beside_the_paper("width", bits, (16, 64, 256, 512, 1024))
+        for bits in (16, 32, 64)
+    },
+    "mini-batch, 3 layers of 256: 16, 64, 256, 512, 1024": {
+        f"{bits} bit": lambda bits=bits: beside_the_paper("batch_size", bits, (16, 64, 256, 512, 1024))
+        for bits in (16, 32, 64)
+    },
+    "order of summation, by neurons in 3 layers: 16, 64, 512, 1024": {
+        "published": lambda: one_each([paper_share("width", 32, width) for width in WIDTHS]),
+        "sampled here (MKL, 200 draws)": lambda: one_each([sampled(32, width=width) for width in WIDTHS]),
+        "bias last": lambda: by_width("bias_last"),
+        "bias first, in blocks (MKL here)": lambda: by_width("native"),
+    },
+    "order of summation, by mini-batch: 16, 64, 512, 1024": {
+        "published": lambda: one_each([paper_share("batch_size", 32, size) for size in BATCHES]),
+        "bias first, in blocks (MKL here)": lambda: [
+            counted("native", 256, "probability", 3, size) for size in BATCHES
+        ],
+    },
+    ": 16 bit, 32 bit, 64 bit": {
+        "VGG11": lambda: passed("vgg11"),
+        "VGG13": lambda: passed("vgg13"),
+        "VGG16": lambda: passed("vgg16"),
+        "VGG19": lambda: passed("vgg19"),
+        "VGG11, batch 64": lambda: passed("vgg11", batch_size=64),
+        "VGG11, batch 256": lambda: passed("vgg11", batch_size=256),
+        "VGG11 with batch norm": lambda: passed("vgg11", batch_norm=True),
+    },
+    ": gradients differ in a bit, by rounding alone, over the reals": {
+        f"{bits} bit{', batch norm' * norm}": lambda bits=bits, norm=norm: zones(
+            "zones_cifar10_vgg11" + "_bn" * norm, bits
+        )
+        for bits in (32, 64) for norm in (False, True)
+    },
+    "MaxPool's beta, 0 against 1: exact zeros, " + ", ".join(POOL_DECADES[1:]): {
+        f"{bits} bit": lambda bits=bits: decades(POOL, bits, POOL_DECADES) for bits in (16, 32, 64)
+    },
+    "ReLU'(0), 0 against 1: exact zeros, " + ", ".join(RELU_DECADES[1:]): {
+        f"{bits} bit": lambda bits=bits: decades(RELU, bits, RELU_DECADES) for bits in (16, 32, 64)
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("header", list(TABLES))
+def test_every_row_of_every_table(header: str) -> None:
+    assert header in ROWS, f"no test knows the table {header!r}"
+    for name, cells in TABLES[header].items():
+        values = ROWS[header][name]()
+        assert len(cells) == len(values), name
+        for cell, expected in zip(cells, values, strict=True):
+            assert (cell == "" and not expected) or same(cell, expected), (name, cell, expected)
+
+
+def test_no_table_went_missing() -> None:
+    assert set(TABLES) == set(ROWS)
+    assert {h: set(rows) for h, rows in TABLES.items()} == {h: set(rows) for h, rows in ROWS.items()}
+
+
+def test_a_wrong_digit_would_be_seen() -> None:
+    assert same("99.20 ± .08", (99.204, 0.0811))
+    assert not same("99.20 ± .08", (99.206, 0.08))
+    assert not same("99.20", (99.2, 0.08))
+    assert not same("69.38 ± 50.26 (2 chance)", (69.38, 50.26, 1))
+
+
+# ----------------------------------------------------------------------------------------------------- sentences
+def said(pattern: str) -> tuple[str, ...]:
+    (match,) = re.findall(pattern, " ".join(PAGE.split()))
+    return match if isinstance(match, tuple) else (match,)
+
+
+def test_the_introduction() -> None:
+    rows = results("mnist_intro_relu/small")
+    rows = rows[rows["metric"] == "l1_distance"]
+    apart = rows[rows["value"] > 0]
+    (step,) = said(r"the same floats until iteration (\d+)")
+    # The distance is measured before each step: what iteration 65 does is seen before iteration 66.
+    assert set(apart["step"].groupby([apart["precision"], apart["rule"]]).min()) == {int(step) + 1}
+    assert set(apart["precision"]) == {32}
+    assert set(apart["twin"].astype(str)) == {"1"}
+    exact, rule = said(r"the weights are (\S+) apart .{1,60} under the exact rule, and (\S+) under the published one")
+    last = rows[(rows["step"] == 99) & (rows["precision"] == 32) & (rows["twin"].astype(str) == "1")]
+    by_rule = dict(zip(last["rule"], last["value"], strict=True))
+    assert f"{by_rule['exact']:.0e}" == f"{float(exact):.0e}"
+    assert is_rounded(rule, by_rule["published"])
+
+
+def test_the_published_rule_has_the_same_shares() -> None:
+    assert [sampled(bits, rule="published") for bits in (16, 32)] == [sampled(bits) for bits in (16, 32)]
+
+
+def test_sixty_four_bits() -> None:
+    settings, draws, images = said(r"in all (\d+) settings: ([\d,]+) draws of the weights, (\d+) million images")
+    rows = results("mnist_volume_relu/small")
+    rows = rows[(rows["precision"] == 64) & (rows["metric"] == "differing")]
+    assert rows["cell"].nunique() % int(settings) == 0
+    assert len(rows[["depth", "width", "batch_size"]].drop_duplicates()) == int(settings)
+    assert len(rows) == int(draws.replace(",", ""))
+    assert len(rows) * 60000 == int(images) * 10**6
+    assert rows["value"].sum() == 0
+
+
+def test_the_unexplained_widths() -> None:
+    small, large = said(r"16\.3 %, none of the orders here above ([\d.]+) %.{1,60}87\.3 %, none above ([\d.]+) %")
+    assert is_rounded(small, max(by_width(order)[1][0] for order in ("bias_last", "native")))
+    assert is_rounded(large, max(by_width(order)[3][0] for order in ("bias_last", "native")))
+    low, high = said(r"near the two rows with the bias last, ([\d.]+) and ([\d.]+) %")
+    assert is_rounded(low, by_depth("bias_last")[2][0])
+    assert is_rounded(high, by_depth("sequential")[2][0])
+
+
+def test_lenets_zones() -> None:
+    count = said(
+        r"rounding alone on all (\d+) mini-batches in 32 bits and on all (\d+) in 64 bits, and real on all (\d+)"
+    )
+    assert [zones("zones_mnist_lenet", bits) for bits in (32, 64)] == [[(40, 40), (40,), (0,)]] * 2
+    assert zones("zones_mnist_lenet", 16) == [(40, 40), (0,), (40,)]
+    assert set(count) == {"40"}
+
+
+def test_vgg13_is_two_draws() -> None:
+    rows = results("cifar10_vgg_volume_max_pool/small")
+    rows = rows[(rows["backbone"] == "paper/vgg13") & (rows["metric"] == "differing")]
+    assert sorted(rows["value"]) == sorted(map(int, said(r"are (\d+) and (\d+) of 20")))
+
+
+def test_runs_of_lenet() -> None:
+    (runs,) = said(r"`mnist_lenet_beta`, (\d+) runs")
+    assert results("mnist_lenet_beta/small")["cell"].nunique() == int(runs)

@@ -232,7 +232,19 @@ def make(name: str, rows: pd.DataFrame) -> Figure:
     if wrong:
         raise ValueError(f"{name} is not drawn from {wrong[0]}, but from {', '.join(fitting) or 'no results'}")
     with mpl.rc_context(_STYLE):
-        return drawing.make(rows)
+        figure = drawing.make(rows)
+        _mark_smoke(figure, rows)
+    return figure
+
+
+def _mark_smoke(figure: Figure, rows: pd.DataFrame) -> None:
+    """Write across a figure that it was drawn from a check, and from which data: it is no result."""
+    smoke = rows[rows["scale"] == "smoke"]
+    if len(smoke):
+        data = ", ".join(dict.fromkeys(smoke["data"].dropna().astype(str)))
+        text = figure.text(0.5, 0.5, f"SMOKE\n{data}", size=34, color="#b3261e", alpha=0.28, rotation=18,
+                           ha="center", va="center", weight="bold", zorder=10, gid="smoke")  # fmt: skip
+        text.set_in_layout(False)
 
 
 def draw(name: str, results: Sequence[str | Path], out: str | Path) -> list[Path]:
