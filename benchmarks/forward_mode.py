@@ -32,15 +32,13 @@ DIMENSIONS = (10, 30, 100, 300, 1000, 3000, 10000)
 CHUNK = 2000  # directions at once, which bounds the memory
 
 
-def smallest(run: Callable[[], Any], seconds: float, most: int = 1000) -> float:
-    run()  # the first call maps memory
+def smallest(run: Callable[[], Any], seconds: float) -> float:
+    """The smallest time of a call, of as many as fit in some seconds; of one alone, where that takes longer."""
     times: list[float] = []
-    while len(times) < 3 or (sum(times) < seconds and len(times) < most):
+    while not times or (sum(times) < seconds and len(times) < 1000):
         begun = time.thread_time()
         run()
         times.append(time.thread_time() - begun)
-        if sum(times) > 20 * seconds:
-            break
     return min(times)
 
 
