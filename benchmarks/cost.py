@@ -20,8 +20,8 @@ from nslightning import Jacobians
 from nslightning.models.backbones import create_backbone, input_channels
 from nslightning.probes.cost import BOUND, cost_ratio, cost_scaling
 from nslightning.probes.cost_data import CostReport, CostScaling
-from nslightning.report.cost import scaling_table, table
 from nslightning.report.cost_figures import plot_cost, plot_scaling
+from nslightning.report.cost_table import scaling_table, table
 
 CHOICES = {
     "relu0.5": Jacobians(relu=0.5),

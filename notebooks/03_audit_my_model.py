@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from nslightning.probes.audit import audit
-from nslightning.report.audit import table
+from nslightning.report.audit_text import table
 
 
 class Block(nn.Module):

@@ -1,4 +1,4 @@
-"""Figures, one function each. Each writes the file named and a PNG beside it."""
+"""Figures of single commands, a function each: it writes a file, and a PNG beside it."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def divergence_by_step(rows: pd.DataFrame, path: str | Path, changes: Sequence[t
     Args:
         rows: One row per step and choice, with columns ``step``, ``choice`` and ``relative``.
         path: The figure's file; a PNG of the same name is written beside it.
-        changes: Steps from which the choice in use, with which the others are compared, was another one; and what
-            changed, in words.
+        changes: Steps from which another choice was in use, with which the others are compared; and the change in
+            words.
 
     Returns:
         The path.
@@ -45,11 +45,11 @@ def divergence_by_step(rows: pd.DataFrame, path: str | Path, changes: Sequence[t
     path = Path(path)
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(5.5, 3.2))
-        for start, what in changes:
+        for start, change in changes:
             axis.axvline(start, color="0.4", lw=0.8, ls="--", zorder=0)
             look: dict[str, Any] = {"va": "top", "fontsize": 7, "rotation": 90, "color": "0.3"}
             look |= {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "xytext": (3, -3)}
-            axis.annotate(f"in use: {what}", (start, 1), **look)
+            axis.annotate(f"in use: {change}", (start, 1), **look)
         values = rows["relative"].to_numpy(float)
         positive = values[np.isfinite(values) & (values > 0)]
         low, high = (positive.min() / 5, positive.max() * 5) if len(positive) else (1e-8, 1.0)
@@ -63,7 +63,7 @@ def divergence_by_step(rows: pd.DataFrame, path: str | Path, changes: Sequence[t
             axis.plot(step[zero], np.full(zero.sum(), floor), "|", color=colour, ms=5, mew=1)
             axis.plot(step[bad], np.full(bad.sum(), high / 1.5), "x", color=colour, ms=5)
             notes = [
-                f"{n} of {len(y)} {what}" for n, what in ((zero.sum(), "exactly 0"), (bad.sum(), "not finite")) if n
+                f"{n} of {len(y)} {kind}" for n, kind in ((zero.sum(), "exactly 0"), (bad.sum(), "not finite")) if n
             ]
             if notes:
                 axis.lines[-3].set_label(f"{choice} ({', '.join(notes)})")

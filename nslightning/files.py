@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place and moved into it."""
+"""Files that are whole or missing: they are written beside their place and moved into it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PARTIAL = ".partial-"  # how the name of a file begins that is not in its place
 def replacing(path: str | Path) -> Iterator[Path]:
     """Write a file under another name, which takes its place at the end.
 
-    Whoever reads the file meanwhile, and whoever finds it after a crash or on a full disk, has the old one.
+    Until then the old file is in place: a reader sees it, and it remains after a crash and on a full disk.
 
     Args:
         path: The file; its folder is made.

@@ -8,6 +8,7 @@ from torch import nn
 from nslightning import Jacobians, patch
 from nslightning.probes import handwritten
 from nslightning.probes.audit import Audit, audit
+from nslightning.report.audit_text import advice
 
 
 class Net(nn.Module):
@@ -186,11 +187,11 @@ def test_an_audit_names_the_module_and_the_line():
     )  # fmt: skip
     assert line.ties == {"32": (48, 48), "64": (48, 48)}
     assert all(value > 0.01 for value in line.relative.values())
-    advice = [text for text in found.advice if text.startswith("A kink written by hand")]
+    paragraphs = [text for text in advice(found) if text.startswith("A kink written by hand")]
     assert not found.clarke["32"].holds
-    assert len(advice) == 1
-    assert "1 compares at test_by_hand.py" in advice[0]
-    assert "F.relu" in advice[0]
+    assert len(paragraphs) == 1
+    assert "1 compares at test_by_hand.py" in paragraphs[0]
+    assert "F.relu" in paragraphs[0]
     assert Audit.from_dict(found.to_dict()) == found
     older = found.to_dict()
     del older["by_hand"]

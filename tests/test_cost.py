@@ -22,8 +22,8 @@ from nslightning.choices import named_choice
 from nslightning.commands.cost import main
 from nslightning.probes.cost import BOUND, _innermost_calls, _interleaved, cost_ratio, cost_scaling
 from nslightning.probes.cost_data import ChoiceCost, CostReport, CostScaling, ModuleCost, Timing, slope
-from nslightning.report.cost import scaling_table, table
 from nslightning.report.cost_figures import plot_cost, plot_scaling
+from nslightning.report.cost_table import scaling_table, table
 
 QUICK = {"repetitions": 1, "warmup": 0, "per_module": False, "memory": False}
 RELU1 = {"relu1": Jacobians(relu=1.0)}

@@ -3,11 +3,15 @@
 import doctest
 import os
 import re
+import shlex
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
+import pandas as pd
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -27,13 +31,18 @@ def test_pages_with_examples_are_found():
     assert {"why", "quickstart", "surgery", "audit", "lightning-project", "other-loops", "port"} <= names
 
 
-@pytest.mark.parametrize("language", ["python"])
-def test_other_code_compiles(language):
+def test_other_code_compiles():
     """Fragments of somebody's script name what the page does not define: they have to be Python."""
     for page in PAGES:
-        for code in re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        for code in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
             if ">>>" not in code:
                 compile(code.replace("...)", ")"), str(page), "exec")
+
+
+def test_configs_in_pages_are_yaml():
+    for page in PAGES:
+        for text in re.findall(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+            assert isinstance(yaml.safe_load(text), dict), page
 
 
 def test_commands_of_pages_are_commands():
@@ -43,6 +52,55 @@ def test_commands_of_pages_are_commands():
         for code in re.findall(r"```(?:console|bash)\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
             for command in re.findall(r"(?:^|\s)nslightning ([a-z-]+)", code):
                 assert command in COMMANDS, (page, command)
+
+
+def calls(page):
+    """The command lines of nslightning in a page's console blocks, continued lines joined, comments left out."""
+    for code in re.findall(r"```(?:console|bash)\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        for line in code.replace("\\\n", " ").splitlines():
+            if "nslightning " in line and "$(" not in line:
+                yield shlex.split(line.partition("nslightning ")[2], comments=True)
+
+
+def test_the_audit_page_has_the_ranges_that_were_measured():
+    measured = pd.read_csv(ROOT / "benchmarks/results/concern_seeds.csv")
+    page = (ROOT / "docs/how-to/audit.md").read_text(encoding="utf-8")
+    name, shown = "", re.findall(r"^\| ?([\w ()-]*) ?\| (\d+) \| (bfloat16|float64) \| (.*) \| (.*) \|$", page, re.M)
+    assert len(shown) == 6
+    for network, pixels, dtype, *ranges in shown:
+        name = re.sub(r"ResNet-(\d+) \((\w+)\)", r"\2/resnet\1", network.strip()) or name
+        bits = {"bfloat16": "bf16", "float64": "64"}[dtype]
+        settings = (measured["pixels"] == int(pixels)) & (measured["precision"] == bits) & (measured["images"] == 4)
+        rows = measured[(measured["network"] == name) & settings]
+        assert len(rows) == 3
+        for text, values in zip(ranges, (100 * rows["alpha=1"], 100 * rows["beta=10"]), strict=True):
+            low, *high = re.findall(r"[\d.]+", text)
+            decimals = len(low.partition(".")[2])
+            assert (round(values.min(), decimals), round(values.max(), decimals)) == (
+                float(low),
+                float([low, *high][-1]),
+            )
+
+
+PARSED = ("audit", "cost", "dashboard", "experiment", "figure", "lr-search", "report", "tokens", "zones")
+
+
+def test_the_options_of_pages_are_options(monkeypatch):
+    """Each command takes the words that README and pages write, and needs no others. `fit` is test_configs' subject."""
+    from nslightning.cli import COMMANDS
+
+    monkeypatch.delenv("WANDB_ENTITY", raising=False)
+    tried = set()
+    for page in (*PAGES, ROOT / "README.md"):
+        for command, *words in calls(page):
+            if command in PARSED and words != ["--list"]:  # which ends before the parser
+                parser = import_module(COMMANDS[command][0]).make_parser(f"nslightning {command}")
+                try:
+                    parser.parse_args(words)
+                except SystemExit as end:
+                    pytest.fail(f"{page.name}: nslightning {command} {shlex.join(words)} ends with status {end.code}")
+                tried.add(command)
+    assert {"audit", "dashboard", "experiment", "report", "zones"} <= tried
 
 
 def test_the_glossary_defines_each_word():

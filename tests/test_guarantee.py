@@ -17,6 +17,7 @@ from nslightning import Jacobians
 from nslightning.probes import clarke, clarke_guarantee
 from nslightning.probes.audit import Audit, audit
 from nslightning.probes.guarantee import machine_numbers
+from nslightning.report.audit_text import advice
 
 
 class Lemma2(nn.Module):
@@ -293,14 +294,14 @@ def test_the_audit_says_it_of_ones_own_network() -> None:
     check = covered.clarke["32"]
     assert (check.holds, check.always, check.missing) == (True, True, {})
     assert check.bound == 12 / machine_numbers(torch.float32)
-    assert any("is an element of the Clarke subdifferential on every batch" in line for line in covered.advice)
-    assert any("put such a batch on a kink" in line for line in covered.advice)
+    assert any("is an element of the Clarke subdifferential on every batch" in line for line in advice(covered))
+    assert any("put such a batch on a kink" in line for line in advice(covered))
     assert Audit.from_dict(json.loads(json.dumps(covered.to_dict()))) == covered
     free = audit(mlp([2, 3, 2], False, 0), [(torch.zeros(4, 2), None)], dtypes=["32"])
     assert not free.clarke["32"].holds
     assert free.clarke["32"].bound is None
     assert list(free.clarke["32"].missing) == ["1"]
-    assert any(line.startswith("In 32: No theorem promises") and "1 (relu," in line for line in free.advice)
+    assert any(line.startswith("In 32: No theorem promises") and "1 (relu," in line for line in advice(free))
 
 
 def test_findings_of_before_can_be_read() -> None:

@@ -1,10 +1,13 @@
 """The report page: what runs recorded is in it, nothing else is asked for, and mistakes are told."""
 
+import hashlib
 import json
 import math
 import re
-import sys
+import shutil
+import subprocess
 from html.parser import HTMLParser
+from importlib.resources import files
 from itertools import pairwise
 
 import pandas as pd
@@ -12,10 +15,14 @@ import pytest
 
 from nslightning.commands.report import main
 from nslightning.report import ReportError, chart, find_runs, page, read_run
-from nslightning.report.read import choice_label, flatten
+from nslightning.report.run_folders import choice_label, flatten
 
-CHARTS = ("curves", "log_series", "layers", "ties", "zones")
-pytest.importorskip("vl_convert", reason="the extra `report` is not installed: vl-convert-python")
+VEGA = {  # sha256 of the files in build/ of the packages on npm
+    "vega.min.js": "ea6a5936381d06f912466354e2b6a20eb66c4d41f1ca9dff1e0236dfee6ee392",
+    "vega-lite.min.js": "6d5035fdd429b4bc6f91f3754426c3f516f3dbd8e08b105cfc2496bed4ebd254",
+    "vega-embed.min.js": "c7111a41190080938b14c1de00074d9bda16ef2199e2919dd038cddf97d87354",
+}
+CHARTS = ("curves", "dots", "log_series", "layers", "ties", "zones")
 
 
 def write_run(folder, *, relu=0.0, lr=0.1, steps=(0, 10, 20), **files):
@@ -82,7 +89,7 @@ class Page(HTMLParser):
 
     @property
     def figures(self):
-        return json.loads(self.scripts["figures"])["figures"]
+        return json.loads(self.scripts["figures"])["figures"] if self.scripts else []  # without figures, without Vega
 
     def rows(self, spec):
         """The data of the one figure with that spec, decoded as the page's script does."""
@@ -149,7 +156,7 @@ def test_runs_side_by_side_are_named_by_what_differs(tmp_path):
     made = Page(source)
     loss = next(f["columns"] for f in made.figures if f["spec"] == "curves")
     assert loss["label"]["values"] == ["native · lr=0.1", "relu=1 · lr=0.5"]
-    differing = re.findall(r"<tr class=differs><th scope=\"row\">(.*?)</th>", source)
+    differing = re.findall(r"<tr class=\"differs\"><th scope=\"row\">(.*?)</th>", source)
     told = [name.replace("<wbr>", "") for name in differing]
     assert told == ["model.jacobians", "model.optimizer.lr", "patch fingerprint"]
     assert set(made.rows("log_series")["line"]) == {
@@ -256,7 +263,7 @@ def test_names_from_files_cannot_leave_their_place(tmp_path):
     made = build(run)
     assert made.rows("log_series")["series"].tolist() == [evil]
     assert evil in made.text
-    assert len(made.scripts) == 3
+    assert len(made.scripts) == 5  # the figures' data, Vega's three, and the page's own
     assert [tag for tag, _ in made.addresses if tag != "a"] == []
 
 
@@ -282,7 +289,7 @@ def test_specs_compile(name, version):
     assert vegalite_to_vega(spec, vl_version=version)["marks"]
 
 
-@pytest.mark.parametrize("name", CHARTS)
+@pytest.mark.parametrize("name", [name for name in CHARTS if name != "dots"])  # which audits draw: test_audit.py
 def test_specs_draw_the_columns_that_the_page_gives_them(tmp_path, name):
     made = build(write_run(tmp_path / "a" / "001", **({"metrics__csv": ZONES} if name == "zones" else {})))
     columns = next(set(f["columns"]) for f in made.figures if f["spec"] == name)
@@ -307,6 +314,52 @@ def test_zeros_and_lost_values_are_drawn(tmp_path):
         + [("lost", "not finite", "point")] * 3
         + [("small", value, "point") for value in ("1e-7", "1.1e-6", "2.1e-6")]
     )
+
+
+def test_vega_is_the_build_that_its_authors_published():
+    folder = files("nslightning.report").joinpath("vega")
+    sums = {name: hashlib.sha256(folder.joinpath(name).read_bytes()).hexdigest() for name in VEGA}
+    assert sums == VEGA
+    readme, licences = (folder.joinpath(name).read_text(encoding="utf-8") for name in ("README.md", "LICENSES.txt"))
+    for name in VEGA:
+        version = re.search(rf"{name.removesuffix('.min.js')} (\d+\.\d+\.\d+)", readme)[0]
+        assert f"{version} (BSD-3-Clause)" in licences
+    assert "Redistribution and use in source and binary forms" in licences
+
+
+def test_a_figure_says_what_it_shows_and_takes_the_keyboard(tmp_path):
+    write_run(tmp_path / "runs" / "a" / "001")
+    source = page([read_run(folder) for folder in find_runs([tmp_path / "runs"])])
+    made = Page(source)
+    assert all(len(figure["alt"]) > 20 for figure in made.figures)
+    assert {f["focus"] for f in made.figures if f["spec"] in ("curves", "log_series")} == {"label", "series"}
+    regions = re.findall(r'<div class="scroll" tabindex="0" role="region" aria-label="(Table: [^"]+)"><table>', source)
+    assert len(regions) == source.partition("<script")[0].count("<table>") > 5
+    assert source.index('<a class="skip" href="#content">') < source.index("<h1>")
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no browser: neither chromium nor google-chrome is on the PATH")
+def test_a_browser_draws_every_figure(tmp_path):
+    """The page's own script and Vega at work: a drawing for each figure, with its description."""
+    write_run(tmp_path / "a" / "001")
+    write_run(tmp_path / "a" / "002", metrics__csv=ZONES)
+    source = page([read_run(folder) for folder in find_runs([tmp_path / "a"])])
+    (tmp_path / "page.html").write_text(source, encoding="utf-8")
+    command = [
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+        "--virtual-time-budget=10000", "--dump-dom", (tmp_path / "page.html").as_uri(),
+    ]  # fmt: skip
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    figures = Page(source).figures
+    assert {f["spec"] for f in figures} == set(CHARTS) - {"dots"}
+    shown = shown.partition("<script")[0]
+    assert "could not be drawn" not in shown
+    assert shown.count('class="marks"') == len(figures)
+    for figure in figures:
+        assert f'aria-label="{figure["alt"]}' in shown
 
 
 def test_choices_in_short():
@@ -373,15 +426,17 @@ def test_mistaken_calls_are_told(tmp_path, capsys, arguments, told):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_without_the_extra_the_error_names_it(tmp_path, capsys, monkeypatch):
-    from nslightning.report.page import bundle
+@pytest.mark.parametrize("opens", [True, False])
+def test_open_shows_the_page_in_the_browser(tmp_path, capsys, monkeypatch, opens):
+    import webbrowser
 
+    addresses = []
+    monkeypatch.setattr(webbrowser, "open", lambda address: bool(addresses.append(address)) or opens)
     write_run(tmp_path / "run")
-    monkeypatch.setitem(sys.modules, "vl_convert", None)
-    bundle.cache_clear()
-    assert main(["report", "run"]) == 2
-    assert "pip install 'nslightning[report]'" in capsys.readouterr().err
-    assert not (tmp_path / "report.html").exists()
+    assert main(["report", "run", "--open"]) == 0
+    assert addresses == [(tmp_path / "report.html").resolve().as_uri()]
+    out = capsys.readouterr()
+    assert ("there is no browser here" in out.err) == (not opens)
 
 
 def test_a_run_that_changed_its_choice_shows_its_segments(tmp_path):

@@ -153,7 +153,8 @@ def _audit(given: argparse.Namespace) -> int:
 
     from nslightning.arithmetic import Arithmetic
     from nslightning.probes.audit import audit
-    from nslightning.report.audit import page, table
+    from nslightning.report.audit_page import page
+    from nslightning.report.audit_text import advice, table
 
     with Arithmetic().applied(), progress() as tell:
         found = audit(
@@ -172,7 +173,8 @@ def _audit(given: argparse.Namespace) -> int:
         if kind == "json":
             import json
 
-            text = json.dumps(found.to_dict(), indent=2, allow_nan=False) + "\n"
+            plain = found.to_dict() | {"advice": advice(found)}
+            text = json.dumps(plain, indent=2, allow_nan=False) + "\n"
         else:
             text = page(found)
         write_text(path, text)

@@ -132,8 +132,8 @@ def cost(
     from nslightning.models.backbones import create_backbone, input_channels
     from nslightning.probes.cost import cost_ratio, cost_scaling
     from nslightning.probes.cost_data import CostReport, CostScaling
-    from nslightning.report.cost import scaling_table, table
     from nslightning.report.cost_figures import plot_cost, plot_scaling
+    from nslightning.report.cost_table import scaling_table, table
 
     Arithmetic().switch()  # float32 means float32
     check_device(device)

@@ -132,8 +132,8 @@ def _draw(given: argparse.Namespace, names: Sequence[str]) -> int:
     for name in names:
         results = given.results
         if given.run:
-            found = [Path(given.output) / e / given.run for e in feeding(name)]
-            results = [f for f in found if (f / "results.csv").is_file()]
+            folders = [Path(given.output) / e / given.run for e in feeding(name)]
+            results = [f for f in folders if (f / "results.csv").is_file()]
 
         def drawn(name: str = name, results: Sequence[Path] = results) -> int:
             for file in draw(name, results, given.out):

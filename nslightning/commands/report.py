@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from nslightning.commands.endings import ended
@@ -15,6 +16,7 @@ _EPILOG = """\
 examples:
   nslightning report runs/quickstart/001
   nslightning report runs/quickstart --out quickstart.html       # all its runs, side by side
+  nslightning report runs/quickstart/001 --open                  # and show it
 
 A run may still be going, or have been killed: the page shows what it recorded so far.
 exit status: 0 done; 2 the command was called wrongly, or a run's files cannot be read.
@@ -46,6 +48,11 @@ def _report(given: argparse.Namespace) -> int:
     write_text(given.out, page(runs))
     size = given.out.stat().st_size / 1e6
     print(f"{given.out}: {len(runs)} run{'s' * (len(runs) != 1)}, {size:.1f} MB; open it in any browser")
+    if given.open:
+        import webbrowser
+
+        if not webbrowser.open(given.out.resolve().as_uri()):
+            print(f"there is no browser here: copy {given.out} to a machine that has one", file=sys.stderr)
     return 0
 
 
@@ -69,6 +76,7 @@ def make_parser(prog: str) -> Arguments:
     parser.add_argument(
         "--out", type=expanded, default=Path("report.html"), metavar="FILE", help="the page (default: report.html)"
     )
+    parser.add_argument("--open", action="store_true", help="show the page in the browser")
     return parser
 
 

@@ -49,7 +49,7 @@ def create_backbone(
             torchvision network always takes 3 channels, so the caller repeats a gray image three times (see
             :func:`input_channels`).
         pretrained: start from the library's default ImageNet weights, downloaded on first use. The last layer
-            is drawn anew where ``num_classes`` is not the number of classes of the weights.
+            gets random weights where ``num_classes`` is not the number of classes of the weights.
         **options: handed to the network's own constructor. torchvision's GoogLeNet and Inception v3 are built
             without their auxiliary classifiers unless ``aux_logits=True``, since these turn the output in
             training into a tuple.
@@ -136,8 +136,8 @@ def _paper(
         raise _unknown(name, list_backbones("paper/*"))
     if pretrained:
         raise ValueError(f"{name} has no pretrained weights: the papers published none; use pretrained=False")
-    given = {"num_classes": num_classes, "image_shape": shape}
-    return _build(name, paper.NETWORKS[network], paper.NETWORKS[network].__module__, given, options)
+    fixed = {"num_classes": num_classes, "image_shape": shape}
+    return _build(name, paper.NETWORKS[network], paper.NETWORKS[network].__module__, fixed, options)
 
 
 def _timm(
@@ -147,7 +147,7 @@ def _timm(
     from timm.models import get_pretrained_cfg, model_entrypoint
 
     name = f"timm/{network}"
-    given: dict[str, Any] = {"num_classes": num_classes, "in_chans": shape[0], "pretrained": pretrained}
+    fixed: dict[str, Any] = {"num_classes": num_classes, "in_chans": shape[0], "pretrained": pretrained}
     module = timm.__name__
     if ":" not in network:  # hf-hub:... and local-dir:... are not in the registry
         architecture = network.partition(".")[0]
@@ -160,12 +160,12 @@ def _timm(
             raise _unknown(name, tagged) from error
         module = model_entrypoint(architecture).__module__
         if config is not None and config.fixed_input_size and "img_size" not in options:
-            given["img_size"] = shape[1:]
+            fixed["img_size"] = shape[1:]
 
     def factory(**kwargs: Any) -> nn.Module:
         return timm.create_model(network, **kwargs)
 
-    return _build(name, factory, module, given, options, downloads=pretrained)
+    return _build(name, factory, module, fixed, options, downloads=pretrained)
 
 
 #: torchvision's networks with auxiliary classifiers, and where they keep them.
@@ -186,21 +186,21 @@ def _torchvision(
             "timm's networks take any number of channels"
         )
     builder = torchvision.models.get_model_builder(network)
-    given: dict[str, Any] = {"weights": "DEFAULT" if pretrained else None}
+    fixed: dict[str, Any] = {"weights": "DEFAULT" if pretrained else None}
     if network.startswith("vit_") and shape[1] == shape[2] and "image_size" not in options:
-        given["image_size"] = shape[1]  # the position embedding depends on it
+        fixed["image_size"] = shape[1]  # the position embedding depends on it
     auxiliary = _AUXILIARY.get(network, ())
     keep = bool(auxiliary) and options.pop("aux_logits", False)
     if not pretrained:
-        given["num_classes"] = num_classes
+        fixed["num_classes"] = num_classes
         if auxiliary:
-            given |= {"aux_logits": keep, "init_weights": options.pop("init_weights", True)}
-        return _build(name, builder, builder.__module__, given, options)
+            fixed |= {"aux_logits": keep, "init_weights": options.pop("init_weights", True)}
+        return _build(name, builder, builder.__module__, fixed, options)
 
     # torchvision builds the network that the weights are for, classes and auxiliary classifiers included.
     if keep:
-        given["aux_logits"] = True
-    model: Any = _build(name, builder, builder.__module__, given, options, downloads=True)
+        fixed["aux_logits"] = True
+    model: Any = _build(name, builder, builder.__module__, fixed, options, downloads=True)
     if auxiliary and not keep:
         model.aux_logits = False
         for head in auxiliary:
@@ -212,7 +212,7 @@ def _torchvision(
 
 
 def _replace_head(name: str, model: nn.Module, classes: int, num_classes: int) -> None:
-    """Draw anew, for another number of classes, each layer that gives one output per class of the weights."""
+    """Replace, for another number of classes, each layer that gives one output per class of the weights."""
     heads = [
         (path, layer)
         for path, layer in model.named_modules()
@@ -238,7 +238,7 @@ def _build(
     name: str,
     factory: Callable[..., nn.Module],
     module: str,
-    given: dict[str, Any],
+    fixed: dict[str, Any],
     options: dict[str, Any],
     downloads: bool = False,
 ) -> nn.Module:
@@ -248,18 +248,18 @@ def _build(
         name: the backbone's full name.
         factory: what builds it.
         module: the module in which the class or function that refuses an option is looked up.
-        given: what :func:`create_backbone` sets.
-        options: what the caller set.
+        fixed: the arguments that :func:`create_backbone` sets.
+        options: the arguments that the caller set.
         downloads: whether the factory fetches weights.
     """
-    twice = given.keys() & options.keys()
+    twice = fixed.keys() & options.keys()
     if twice:
         raise ValueError(
             f"option {', '.join(map(repr, sorted(twice)))} of {name} is set already, from num_classes, "
             "image_shape and pretrained; leave it out of the options"
         )
     try:
-        return factory(**given, **options)
+        return factory(**fixed, **options)
     except TypeError as error:
         refusal = re.search(r"(\w+)(?:\.__init__)?\(\) got an unexpected keyword argument '(\w+)'", str(error))
         if refusal is None or refusal[2] not in options:

@@ -85,7 +85,7 @@ def own_network(name: str, offered: dict[str, Any] | None = None, options: dict[
 
     Raises:
         OwnNameError: If there is no such module, or no such factory in it; or inside :func:`without_own_code`.
-        ValueError: If ``options`` are given to what takes none.
+        ValueError: If there are ``options`` and the name is a network, which takes none.
         OwnNetworkError: If the code itself fails.
     """
     if _ONLY_NAMES.get():
@@ -109,8 +109,8 @@ def own_network(name: str, offered: dict[str, Any] | None = None, options: dict[
         try:
             network = factory(**arguments)
         except Exception as error:
-            given = ", ".join(f"{k}={v!r}" for k, v in arguments.items())
-            raise OwnNetworkError(f"{name}({given}) failed with {_failure(error)}") from error
+            call = ", ".join(f"{k}={v!r}" for k, v in arguments.items())
+            raise OwnNetworkError(f"{name}({call}) failed with {_failure(error)}") from error
     if not isinstance(network, nn.Module):
         raise OwnNameError(f"{name}() returns a {type(network).__name__}, not an nn.Module")
     return network

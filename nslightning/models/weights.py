@@ -78,10 +78,10 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor], source: str)
     odd = [name for name, value in wanted.items() if getattr(plain.get(f"{best}{name}"), "shape", None) != value.shape]
     if odd:
         stored = plain.get(f"{best}{odd[0]}")
-        there = "is missing" if stored is None else f"has shape {tuple(stored.shape)}"
+        fault = "is missing" if stored is None else f"has shape {tuple(stored.shape)}"
         raise ValueError(
             f"{source} holds the weights of another network: {len(odd)} of {len(wanted)} tensors differ, as {odd[0]}, "
-            f"which {there}, and is {tuple(wanted[odd[0]].shape)} here"
+            f"which {fault}, and is {tuple(wanted[odd[0]].shape)} here"
         )
     network.load_state_dict({name: plain[f"{best}{name}"] for name in wanted})
 

@@ -1,8 +1,7 @@
-"""INNA and INNAprop, whose theory rests on conservative gradients; schedules; parameter groups by rule."""
+"""INNA and INNAprop, whose theory rests on conservative gradients, and a schedule to go with them."""
 
-from nslightning.optim.groups import parameter_groups
 from nslightning.optim.inna import INNA
 from nslightning.optim.innaprop import INNAprop
-from nslightning.optim.schedule import TimmSchedule, WarmupCosine
+from nslightning.optim.schedule import WarmupCosine
 
-__all__ = ["INNA", "INNAprop", "TimmSchedule", "WarmupCosine", "parameter_groups"]
+__all__ = ["INNA", "INNAprop", "WarmupCosine"]

@@ -1,4 +1,4 @@
-"""How far a model's gradients depend on the Jacobian choice: its ties, the divergence, and what to make of it."""
+"""How far a model's gradients depend on the Jacobian choice: its ties, the divergence, and a verdict in one word."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nslightning.jacobians import Jacobians
-from nslightning.ops.record import OPERATIONS
 from nslightning.probes.by_hand import Handwritten, handwritten
 from nslightning.probes.divergence import Divergence, divergence, measure
 from nslightning.probes.gradients import gradients
@@ -22,7 +21,19 @@ from nslightning.probes.guarantee import Guarantee, clarke_guarantee
 from nslightning.probes.ties import Ties, counting
 from nslightning.surgery import PatchReport, PatchWarning, patch
 
-__all__ = ["CHOICES", "DTYPES", "Audit", "ByHand", "NotRunningError", "SiteTies", "Spread", "audit"]
+__all__ = [
+    "CHOICES",
+    "DTYPES",
+    "Audit",
+    "ByHand",
+    "NotRunningError",
+    "SiteTies",
+    "Spread",
+    "audit",
+    "rounding",
+    "verdict",
+    "visible",
+]
 
 DTYPES = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32, "64": torch.float64}
 
@@ -133,7 +144,7 @@ class ByHand:
 
 @dataclass(frozen=True)
 class Audit:
-    """What an audit found.
+    """The findings of an audit.
 
     Args:
         model: The model's name.
@@ -179,13 +190,8 @@ class Audit:
     @property
     def tied_sites(self) -> list[SiteTies]:
         """The sites that met a tie in some dtype, the most often tied first."""
-        found = [site for site in self.sites if any(tied for tied, _ in site.ties.values())]
-        return sorted(found, key=lambda site: -max(map(site.fraction, site.ties)))
-
-    @property
-    def advice(self) -> list[str]:
-        """What the numbers mean and what to change, a paragraph each."""
-        return _advice(self)
+        tied_sites = [site for site in self.sites if any(tied for tied, _ in site.ties.values())]
+        return sorted(tied_sites, key=lambda site: -max(map(site.fraction, site.ties)))
 
     def to_dict(self) -> dict[str, Any]:
         """The audit as plain data.
@@ -194,7 +200,7 @@ class Audit:
             JSON-ready values; numbers that are not finite are the words ``"nan"``, ``"inf"`` and ``"-inf"``, since
             JSON has no number for them.
         """
-        plain: dict[str, Any] = _finite(asdict(self) | {"advice": self.advice, "largest": self.largest})
+        plain: dict[str, Any] = _finite(asdict(self) | {"largest": self.largest})
         return plain
 
     @classmethod
@@ -209,36 +215,36 @@ class Audit:
 
         Example:
             >>> import json
-            >>> found = Audit("net", "synthetic", "cpu", True, "2", 1, (1, 2), {}, ["32"], {}, [], [], {"32": 0.0})
-            >>> Audit.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+            >>> measured = Audit("net", "synthetic", "cpu", True, "2", 1, (1, 2), {}, ["32"], {}, [], [], {"32": 0.0})
+            >>> Audit.from_dict(json.loads(json.dumps(measured.to_dict()))) == measured
             True
         """
-        given = {f.name: plain[f.name] for f in fields(cls) if f.name in plain or f.name not in ("by_hand", "clarke")}
-        given["by_hand"] = [
+        values = {f.name: plain[f.name] for f in fields(cls) if f.name in plain or f.name not in ("by_hand", "clarke")}
+        values["by_hand"] = [
             ByHand(
                 **line
                 | {"ties": {d: (tied, total) for d, (tied, total) in line["ties"].items()}}
                 | {"relative": {d: float(value) for d, value in line["relative"].items()}}
             )
-            for line in given.get("by_hand", [])
+            for line in values.get("by_hand", [])
         ]
-        given["shape"] = tuple(given["shape"])
-        given["choices"] = {name: Jacobians(**choice).to_dict() for name, choice in given["choices"].items()}
-        given["noise"] = {dtype: float(value) for dtype, value in given["noise"].items()}
-        given["sites"] = [
+        values["shape"] = tuple(values["shape"])
+        values["choices"] = {name: Jacobians(**choice).to_dict() for name, choice in values["choices"].items()}
+        values["noise"] = {dtype: float(value) for dtype, value in values["noise"].items()}
+        values["sites"] = [
             SiteTies(**site | {"ties": {d: (tied, total) for d, (tied, total) in site["ties"].items()}})
-            for site in given["sites"]
+            for site in values["sites"]
         ]
-        given["spreads"] = [
+        values["spreads"] = [
             Spread(
                 **s
                 | {name: float(s[name]) for name in ("relative", "cosine")}
                 | {"per_batch": [float(value) for value in s["per_batch"]]}
             )
-            for s in given["spreads"]
+            for s in values["spreads"]
         ]
-        given["clarke"] = {dtype: ClarkeCheck(**check) for dtype, check in plain.get("clarke", {}).items()}
-        return cls(**given)
+        values["clarke"] = {dtype: ClarkeCheck(**check) for dtype, check in plain.get("clarke", {}).items()}
+        return cls(**values)
 
 
 def audit(
@@ -261,7 +267,7 @@ def audit(
     batch once: the ties are those of that very forward, and the divergence is carried down from them
     (:func:`~nslightning.probes.divergence` with ``method="propagate"``), so a zero means that no tie of this batch
     matters. The loss is the cross-entropy of the logits, formed in at least float32. The copy is in training mode by
-    default, and its buffers (batch norm's running statistics) are put back before each batch; the given model and the
+    default, and its buffers (batch norm's running statistics) are put back before each batch; the model and the
     global random state are left untouched, and dropout draws the same stream in every dtype.
 
     Args:
@@ -290,8 +296,8 @@ def audit(
     Example:
         >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3))
         >>> _ = nn.init.zeros_(net[0].weight), nn.init.zeros_(net[0].bias)
-        >>> found = audit(net, [(torch.ones(2, 1, 4, 4), None)], dtypes=["32"])
-        >>> found.sites[0].ties["32"], found.largest > 0
+        >>> measured = audit(net, [(torch.ones(2, 1, 4, 4), None)], dtypes=["32"])
+        >>> measured.sites[0].ties["32"], measured.largest > 0
         ((16, 16), True)
     """
     if not batches or not dtypes or not choices:
@@ -317,7 +323,9 @@ def audit(
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", PatchWarning)  # nothing to patch: the advice says it
                     report = patch(network, Jacobians(), seed=seed, strict=False)
-                    counts, found, floor, guarantees, lines = _measure(network, batches, dtype, choices, seed, tell)
+                    counts, differences, floor, guarantees, lines = _measure(
+                        network, batches, dtype, choices, seed, tell
+                    )
             except KeyboardInterrupt:  # what is measured is kept, where there is something
                 if not reports:
                     raise
@@ -330,7 +338,7 @@ def audit(
             for line in lines:
                 _add(by_hand, line, dtype, floor)
             clarke[dtype] = _check(report, guarantees, lines)
-            for choice, per_batch in found.items():
+            for choice, per_batch in differences.items():
                 spreads.append(_spread(choice, dtype, per_batch, top))
     if not reports:
         first = next(iter(failed.values()))
@@ -364,7 +372,7 @@ def _measure(
 ) -> tuple[dict[str, Ties], dict[str, list[Divergence]], float, list[Guarantee], list[Handwritten]]:
     """Ties over all batches, divergences per batch, the noise floor, what theorems promise, kinks written by hand."""
     counts: dict[str, Ties] = {}
-    found: dict[str, list[Divergence]] = {choice: [] for choice in choices}
+    differences: dict[str, list[Divergence]] = {choice: [] for choice in choices}
     floors = []
     guarantees = []
     lines: list[Handwritten] = []
@@ -394,11 +402,11 @@ def _measure(
             total.tied += met.tied
             total.total += met.total
         for choice, value in divergence(loss, network, choices, method="propagate", retain_graph=True).items():
-            found[choice].append(value)
+            differences[choice].append(value)
         once, again = (gradients(loss, network, {"": Jacobians()})[""] for _ in range(2))
         floors.append(measure(again, once).relative)
         lines += handwritten(network, forward)
-    return counts, found, max(floors, key=_badness), guarantees, lines
+    return counts, differences, max(floors, key=_badness), guarantees, lines
 
 
 def _check(report: PatchReport, guarantees: Sequence[Guarantee], lines: Sequence[Handwritten]) -> ClarkeCheck:
@@ -464,19 +472,19 @@ def _spread(choice: str, dtype: str, per_batch: list[Divergence], top: int) -> S
 
 
 def _sites(reports: Mapping[str, PatchReport], ties: Mapping[str, Mapping[str, Ties]]) -> list[SiteTies]:
-    found: dict[tuple[str, str], SiteTies] = {}
+    sites: dict[tuple[str, str], SiteTies] = {}
     for dtype, report in reports.items():
         for row in report.sites:
             # What a module evaluates itself is counted under its name, a call under the module and the function.
             called = row.how == "functional" or (row.how == "unreached" and row.kind.islower())
             name = f"{row.name}:{row.kind}" if called else row.name
-            site = found.setdefault(
+            site = sites.setdefault(
                 (name, row.operation), SiteTies(name or "(model)", row.operation, row.how, row.kind)
             )
             if row.how != "unreached":
                 met = ties[dtype].get(name, Ties(row.operation))
                 site.ties[dtype] = (met.tied, met.total)
-    return list(found.values())
+    return list(sites.values())
 
 
 def _badness(value: float) -> float:
@@ -498,7 +506,6 @@ def _finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-# ---------------------------------------------------------------------------------------------------- advice
 def rounding(dtype: str) -> float:
     """The relative distance of two neighbouring numbers, below which a difference is like another order of sums.
 
@@ -511,205 +518,34 @@ def rounding(dtype: str) -> float:
     return float(torch.finfo(DTYPES[dtype]).eps)
 
 
-def _visible(found: Audit, dtype: str) -> float:
-    """The relative difference that can be told from rounding, and from what kernels do anew at each run."""
-    return max(rounding(dtype), found.noise[dtype])
+def visible(measured: Audit, dtype: str) -> float:
+    """The relative difference above which a choice, and neither rounding nor the kernels, changed the gradient.
+
+    Args:
+        measured: The audit.
+        dtype: One of its dtypes.
+
+    Returns:
+        The larger one of the dtype's machine epsilon and the noise floor.
+    """
+    return max(rounding(dtype), measured.noise[dtype])
 
 
-def verdict(found: Audit, dtype: str) -> str:
+def verdict(measured: Audit, dtype: str) -> str:
     """What the Jacobian choice does to the gradient in one dtype.
 
     Args:
-        found: The audit.
+        measured: The audit.
         dtype: One of its dtypes.
 
     Returns:
         ``"no ties"``, ``"dead ties"`` (met, and the divergence exactly 0), ``"rounding"`` (below the dtype's, or below
-        the noise floor),
-        ``"matters"`` or ``"not finite"``.
+        the noise floor), ``"matters"`` or ``"not finite"``.
     """
-    values = [spread.relative for spread in found.spreads if spread.dtype == dtype]
+    values = [spread.relative for spread in measured.spreads if spread.dtype == dtype]
     if not all(map(math.isfinite, values)):
         return "not finite"
-    if not any(site.ties.get(dtype, (0, 0))[0] for site in found.sites):
+    if not any(site.ties.get(dtype, (0, 0))[0] for site in measured.sites):
         return "no ties"
     largest = max(values)
-    return "matters" if largest > _visible(found, dtype) else "rounding" if largest else "dead ties"
-
-
-def _advice(found: Audit) -> list[str]:
-    groups: dict[str, list[str]] = {}
-    for dtype in found.dtypes:
-        groups.setdefault(verdict(found, dtype), []).append(dtype)
-    names = {key: ", ".join(f"{d}" for d in dtypes) for key, dtypes in groups.items()}
-    lines = []
-    if not any(site.how != "unreached" for site in found.sites):
-        lines.append("No operation with a Jacobian choice was found: there was nothing to choose.")
-    elif "no ties" in groups:
-        lines.append(
-            f"In {names['no ties']}: no ties. On this data your gradients do not depend on the Jacobian choice; a "
-            "library that chooses otherwise gives the same ones."
-        )
-    if "dead ties" in groups:
-        lines.append(
-            f"In {names['dead ties']}: only dead ties. {_most(found, groups['dead ties'])}, and the gradients of all "
-            "choices agree exactly: no tie receives a gradient and passes it on to a parameter. Nothing to change."
-        )
-    if "rounding" in groups:
-        largest = max((s for s in found.spreads if s.dtype in groups["rounding"]), key=lambda s: s.relative)
-        lines.append(
-            f"In {names['rounding']}: ties, but no more than rounding. The largest relative difference, "
-            f"{largest.relative:.1e} ({largest.choice}, {largest.dtype}), is below "
-            f"{_visible(found, largest.dtype):.1e}, what another order of summation may change."
-            + ("" if "matters" in groups else " Nothing to change.")
-        )
-    if "matters" in groups:
-        lines += _matters(found, groups["matters"])
-    if "not finite" in groups:
-        lines.append(
-            f"In {names['not finite']}: gradients that are not finite, or a reference gradient that is 0: a relative "
-            "difference says nothing there. Scale the inputs or the loss, or train in bf16 or 32."
-        )
-    untouched = {
-        site.operation
-        for site in found.tied_sites
-        if all(c.get(site.operation) == getattr(Jacobians(), site.operation) for c in found.choices.values())
-    }
-    if untouched:
-        lines.append(f"Ties of {', '.join(sorted(untouched))} were met, and none of the choices measured changes them.")
-    # Once for each module, whose code may have several rows.
-    unreached = list(dict.fromkeys(site_label(s.name) for s in found.sites if s.how == "unreached"))
-    if unreached:
-        shown = ", ".join(unreached[:3]) + (f" and {len(unreached) - 3} more" if len(unreached) > 3 else "")
-        lines.append(
-            f"Not measured: {shown} {'keeps' if len(unreached) == 1 else 'keep'} PyTorch's own derivative, which this "
-            "package has no choice for yet."
-        )
-    lines += _clarke(found)
-    for line in found.by_hand:
-        dtype = max(line.relative, key=lambda d: line.relative[d])
-        size = line.relative[dtype]
-        much = f"changes the gradient by {size:.2g} of its norm" if math.isfinite(size) else "makes a gradient of none"
-        tied, total = line.ties[dtype]
-        lines.append(
-            f"A kink written by hand: {line.name} compares at {line.place}, `{line.code}`. In {dtype} it ties in "
-            f"{percent(tied / total)} of its evaluations, and to decide them otherwise {much}. No choice reaches it: "
-            "write it with F.relu, torch.maximum, abs or amax."
-        )
-    if found.not_run:
-        lines.append(
-            f"{', '.join(found.not_run)} could not be run on {found.device}, so nothing is known about it; the reason "
-            "is given with the divergences."
-        )
-    return lines
-
-
-def _clarke(found: Audit) -> list[str]:
-    """Where theorems promise an element of the Clarke subdifferential, and why not elsewhere."""
-    groups: dict[str, list[str]] = {}
-    for dtype, check in found.clarke.items():
-        batches = "on every batch" if check.always else "on these batches"
-        text = f"Stock PyTorch's gradient is an element of the Clarke subdifferential {batches} (docs: Clarke)."
-        if not check.holds:
-            site, reason = next(iter(check.missing.items()))
-            more = f", and {len(check.missing) - 1} more sites" if len(check.missing) > 1 else ""
-            text = (
-                "No theorem promises that stock PyTorch's gradient is an element of the Clarke subdifferential "
-                f"(docs: Clarke): {site_label(site)} ({reason}){more}."
-            )
-        groups.setdefault(text, []).append(dtype)
-    lines = [f"In {', '.join(dtypes)}: {text}" for text, dtypes in groups.items()]
-    if bounds := {dtype: check.bound for dtype, check in found.clarke.items() if check.bound}:
-        shares = ", ".join(f"{percent(bound)} in {dtype}" for dtype, bound in bounds.items() if bound < 1)
-        if shares:
-            lines.append(f"Of the numbers that its biases may be, at most {shares} put such a batch on a kink.")
-    return lines
-
-
-def _matters(found: Audit, dtypes: list[str]) -> list[str]:
-    """For each operation, or the few that one choice changes together: how much, since where, and the remedy."""
-    tied = {site.operation for site in found.tied_sites}
-    groups: dict[tuple[str, ...], list[Spread]] = {}
-    for spread in found.spreads:
-        if spread.dtype in dtypes and spread.relative > _visible(found, spread.dtype):
-            changed = found.choices[spread.choice]
-            groups.setdefault(tuple(o for o in sorted(tied) if changed[o] != getattr(Jacobians(), o)), []).append(
-                spread
-            )
-    lines = []
-    for operations, spreads in groups.items():
-        where = [dtype for dtype in found.dtypes if any(s.dtype == dtype for s in spreads)]
-        worst = max(spreads, key=lambda s: s.relative)
-        layer, share = next(iter(worst.layers.items()))
-        lines.append(
-            f"{' and '.join(operations)}: the choice matters in {', '.join(where)}. {worst.choice} changes the "
-            f"gradient by {worst.relative:.2g} of its norm in {worst.dtype} (rounding: {rounding(worst.dtype):.1e}), "
-            f"most in {layer} ({100 * share:.1f} % of the squared difference). {_places(found, operations, where)}"
-        )
-        rounded = "64" in found.dtypes and "64" not in where
-        records = [OPERATIONS[name] for name in operations if name in OPERATIONS]
-        lines[-1] += "".join(f" {record.rounding_advice if rounded else record.advice}" for record in records)
-        if presets := [name for name in ("jax", "tensorflow") if any(s.choice == name for s in spreads)]:
-            lines[-1] += (
-                f" {' and '.join(presets)} choose otherwise: a port there gets other gradients, which "
-                f"Jacobians.preset('{presets[0]}') reproduces here."
-            )
-    return lines
-
-
-def _places(found: Audit, operations: Sequence[str], dtypes: Sequence[str]) -> str:
-    """The sites with ties of some operations, and whether rounding or the network made the ties."""
-    sites = [s for s in found.tied_sites if s.operation in operations and any(map(s.fraction, dtypes))]
-    shown = []
-    for site in sites[:3]:
-        most = max(dtypes, key=site.fraction)
-        shown.append(f"{site_label(site.name)} ({percent(site.fraction(most))} in {most})")
-    more = f" and {len(sites) - 3} more" if len(sites) > 3 else ""
-    text = f"Its ties are at {', '.join(shown)}{more}."
-    if "64" not in found.dtypes or dtypes == ["64"]:
-        return text
-    if "64" not in dtypes:
-        return f"{text} In 64 none of its ties matters: rounding makes the ones that do."
-    lasting = sum(site.fraction("64") > 0 for site in sites)
-    every = "They tie" if lasting == len(sites) else f"{lasting} of the {len(sites)} tie"
-    return f"{text} {every} in 64 as well: there the network or the data makes ties, not rounding alone."
-
-
-def _most(found: Audit, dtypes: list[str]) -> str:
-    site, dtype = max(
-        ((site, dtype) for site in found.tied_sites for dtype in dtypes), key=lambda pair: pair[0].fraction(pair[1])
-    )
-    count = sum(any(site.fraction(d) for d in dtypes) for site in found.tied_sites)
-    where = "1 site meets" if count == 1 else f"{count} sites meet"
-    return f"{where} ties, most often {site_label(site.name)} ({percent(site.fraction(dtype))} in {dtype})"
-
-
-def percent(fraction: float) -> str:
-    """A share that is not 0, in percent, never rounded to 0 or to 100.
-
-    Args:
-        fraction: Such as 0.5.
-
-    Returns:
-        Such as ``"50 %"``.
-
-    Example:
-        >>> percent(0.5), percent(1.0), percent(3e-6), percent(0.99999)
-        ('50 %', '100 %', '0.0003 %', '99.999 %')
-    """
-    digits = 3
-    while digits < 9 and fraction < 1 and float(f"{100 * fraction:.{digits}g}") == 100:
-        digits += 1
-    return f"{100 * fraction:.{digits}g} %"
-
-
-def site_label(name: str) -> str:
-    """A site's name for people: a call made by the model itself has no module's name before the colon.
-
-    Args:
-        name: A site's name.
-
-    Returns:
-        Such as ``"(model):relu"`` for ``":relu"``.
-    """
-    return f"(model){name}" if name.startswith(":") else name
+    return "matters" if largest > visible(measured, dtype) else "rounding" if largest else "dead ties"

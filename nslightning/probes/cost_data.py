@@ -1,4 +1,4 @@
-"""What a gradient cost, as plain data for files; :mod:`nslightning.report.cost` makes tables of it."""
+"""What a gradient cost, as plain data for files; :mod:`nslightning.report.cost_table` makes tables of it."""
 
 from __future__ import annotations
 

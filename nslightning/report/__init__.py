@@ -1,6 +1,11 @@
-"""What run folders hold, as one HTML page with interactive figures; the figures' Vega-Lite specs are in ``charts/``."""
+"""What run folders and audits hold, as HTML pages with interactive figures, and what is measured as text.
 
-from .page import chart, page
-from .read import ReportError, Run, find_runs, read_run
+``pages.py`` is the one place that makes HTML; the figures' Vega-Lite specs are in ``charts/``, and Vega itself is in
+``vega/``.
+"""
 
-__all__ = ["ReportError", "Run", "chart", "find_runs", "page", "read_run"]
+from .pages import chart
+from .run_folders import ReportError, RunFolder, find_runs, read_run
+from .runs_page import page
+
+__all__ = ["ReportError", "RunFolder", "chart", "find_runs", "page", "read_run"]

@@ -1,8 +1,10 @@
-"""What a gradient cost, as tables for a terminal."""
+"""The cost of a gradient, as tables for a terminal."""
 
 from __future__ import annotations
 
 from nslightning.probes.cost_data import STOCK, CostReport, CostScaling
+
+from .terminal import aligned
 
 __all__ = ["scaling_table", "table"]
 
@@ -35,20 +37,22 @@ def table(report: CostReport) -> str:
         f"{flops}; {report.ties:,} ties in {report.evaluations:,} evaluations"
         + (", so that the choices cannot differ" if not report.ties else ""),
         "",
-        *_table(
-            ("choice", "B ms", "B/F", "quartiles of B/F", "memory B/F", "max |dg|", f"<= {report.bound:g}"),
+        *aligned(
             [
-                (
-                    c.name,
-                    f"{c.gradient.minimum:.3g}",
-                    f"{report.ratio(c.name):.2f}",
-                    "  ".join(f"{q:.2f}" for q in c.spread),
-                    _cell(report.memory_ratio(c.name)),
-                    f"{c.max_difference:.3g}",
-                    "yes" if report.holds(c.name) else "NO",
-                )
-                for c in report.choices
-            ],
+                ("choice", "B ms", "B/F", "quartiles of B/F", "memory B/F", "max |dg|", f"<= {report.bound:g}"),
+                *(
+                    (
+                        c.name,
+                        f"{c.gradient.minimum:.3g}",
+                        f"{report.ratio(c.name):.2f}",
+                        "  ".join(f"{q:.2f}" for q in c.spread),
+                        _cell(report.memory_ratio(c.name)),
+                        f"{c.max_difference:.3g}",
+                        "yes" if report.holds(c.name) else "NO",
+                    )
+                    for c in report.choices
+                ),
+            ]
         ),
         "B: forward and backward. Ratios are of minima; memory by " + report.memory_method,
     ]
@@ -84,7 +88,7 @@ def scaling_table(scaling: CostScaling) -> str:
     rows.append(("slope", "", "", *(f"{slopes[name]:+.2f}" for name in names), forward))
     header = ("width", "parameters", "F ms", *(f"B/F {name}" for name in names), "p J/F")
     note = "Slopes of log(ratio) against log(parameters); theory: 0 for B/F, 1 for p J/F (forward mode)."
-    return "\n".join([*_table(header, rows), note])
+    return "\n".join([*aligned([header, *rows]), note])
 
 
 def _module_table(report: CostReport, most: int = 12) -> list[str]:
@@ -103,20 +107,8 @@ def _module_table(report: CostReport, most: int = 12) -> list[str]:
         for m in stock[:most]
     ]
     header = ("module", "kind", "calls", "F ms", "B ms", *(f"B/F {name}" for name in names))
-    return [*_table(header, rows, text=2), "=: not patched, so as stock"]
+    return [*aligned([header, *rows], texts=2), "=: not patched, so as stock"]
 
 
 def _cell(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
-
-
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]], text: int = 1) -> list[str]:
-    """Aligned columns: the first ``text`` to the left, numbers to the right."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if i < text else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in [header, *rows]
-    ]
-    return [lines[0].rstrip(), "  ".join("─" * w for w in widths), *(line.rstrip() for line in lines[1:])]

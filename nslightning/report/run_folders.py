@@ -1,4 +1,4 @@
-"""Run folders as data: whatever a run has recorded so far, also one that is still going or was killed."""
+"""Run folders as data: what a run has recorded so far. It may still be going, or have been killed."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import yaml
 from nslightning.choices import choice_label, short
 from nslightning.runs import Segment, segments
 
-__all__ = ["ReportError", "Run", "choice_label", "find_runs", "flatten", "read_run", "short"]
+__all__ = ["ReportError", "RunFolder", "choice_label", "find_runs", "flatten", "read_run", "short"]
 
 _NO_METRICS = pd.DataFrame({"step": [], "epoch": [], "metric": [], "value": []})
-_DEPTH = 3  # folders between the one given and a run: an experiment's, a grid's
+_DEPTH = 3  # folders between the one that is named and a run: an experiment's, a grid's
 
 
 class ReportError(ValueError):
@@ -26,7 +26,7 @@ class ReportError(ValueError):
 
 
 @dataclass
-class Run:
+class RunFolder:
     """What one run folder holds.
 
     Args:
@@ -54,8 +54,8 @@ class Run:
     @property
     def choice(self) -> str:
         """The Jacobian choice in use, in short; of a run that changed it, each one with its steps."""
-        told = [(s.from_step, s.choice) for s in self.segments]
-        changes = [pair for i, pair in enumerate(told) if i == 0 or pair[1] != told[i - 1][1]]
+        choices = [(s.from_step, s.choice) for s in self.segments]
+        changes = [pair for i, pair in enumerate(choices) if i == 0 or pair[1] != choices[i - 1][1]]
         if len(changes) > 1:
             return "; then ".join(f"{choice} from step {step}" for step, choice in changes)
         return choice_label((self.record.get("patch") or {}).get("jacobians"))
@@ -122,12 +122,12 @@ def find_runs(paths: Iterable[str | Path]) -> list[Path]:
     Raises:
         ReportError: If a path is no folder, or there is no run in it.
     """
-    found: dict[Path, Path] = {}
+    folders: dict[Path, Path] = {}
     for path in map(Path, paths):
         if not path.is_dir():
-            what = "is a file" if path.exists() else "does not exist"
+            fault = "is a file" if path.exists() else "does not exist"
             raise ReportError(
-                f"{path} {what}; give the folder of a run, such as runs/quickstart/001, or a folder of runs"
+                f"{path} {fault}; give the folder of a run, such as runs/quickstart/001, or a folder of runs"
             )
         inside = [path] if (path / "run.json").is_file() else []
         for depth in range(1, _DEPTH + 1) if not inside else ():
@@ -137,11 +137,11 @@ def find_runs(paths: Iterable[str | Path]) -> list[Path]:
                 f"{path} holds no run: a run's folder has a run.json, which `nslightning fit` writes before its first "
                 "step; runs are kept where --output says, by default in runs/<name>/<number>"
             )
-        found |= {folder.resolve(): folder for folder in inside}
-    return list(found.values())
+        folders |= {folder.resolve(): folder for folder in inside}
+    return list(folders.values())
 
 
-def read_run(folder: str | Path) -> Run:
+def read_run(folder: str | Path) -> RunFolder:
     """Read a run folder. A last line that a killed run left unfinished does not count.
 
     Args:
@@ -156,7 +156,7 @@ def read_run(folder: str | Path) -> Run:
     folder = Path(folder)
     metrics = folder / "metrics.csv"
     config = _mapping(folder / "config.yaml", yaml.safe_load) or {}
-    return Run(
+    return RunFolder(
         folder=folder,
         name="/".join(folder.resolve().parts[-2:]),
         record=_mapping(folder / "run.json", json.loads) or {},
