@@ -31,6 +31,10 @@ EXTRA = {
     "quickstart": [],
     "watched_lenet": [],  # of the same packaged sample, which takes no `verify`
     "resnet_imagenet": [*FAKE, *ONE_PROCESS, "--trainer.precision=bf16-mixed"],
+    "resnet_imagenet_fast": [*FAKE, *ONE_PROCESS, "--data.augmentation.sizes=[[0, 48], [1, 64]]"],
+    # The size of a vision transformer's images is its own.
+    "vit_imagenet": [*FAKE, *ONE_PROCESS, "--data.batch_size=6", "--data.augmentation.repeats=2"],
+    "convnext_imagenet": [*FAKE, *ONE_PROCESS, "--trainer.accumulate_grad_batches=1"],
     "imagenet_alpha": [*FAKE, *ONE_PROCESS],
     "imagenet_beta": [*FAKE, *ONE_PROCESS],
 }
@@ -52,7 +56,7 @@ def _fresh_wandb() -> Iterator[None]:
     wandb.teardown()
 
 
-SLOW = {"cifar100_densenet121", "resnet_imagenet"}
+SLOW = {"cifar100_densenet121", "convnext_imagenet", "resnet_imagenet", "resnet_imagenet_fast", "vit_imagenet"}
 
 
 @pytest.mark.parametrize(

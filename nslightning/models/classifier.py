@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,9 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from nslightning.jacobians import Jacobians
 from nslightning.models.backbones import create_backbone, input_channels
+from nslightning.models.mixing import Mixing
 from nslightning.models.patched import PatchedModule, at_least_float32
+from nslightning.optim import parameter_groups
 
 __all__ = ["ImageClassifier"]
 
@@ -41,9 +44,16 @@ class ImageClassifier(PatchedModule):
         pretrained: Start from the library's ImageNet weights.
         optimizer: Any optimizer class, given the parameters. A checkpoint of the command line holds its configuration;
             a callable given in Python is not stored, and is given again to ``load_from_checkpoint``.
-        lr_scheduler: Any scheduler class, stepped after each epoch. ``ReduceLROnPlateau`` watches ``val/loss``, or
+        lr_scheduler: Any scheduler class. ``ReduceLROnPlateau`` watches ``val/loss``, or
             what Lightning's own version of it is told to ``monitor``.
+        lr_interval: Whether the scheduler is stepped after each ``epoch`` or each ``step``; by default after each step
+            for those made for it (``OneCycleLR``, ``CyclicLR``), and after each epoch for all others.
+        parameter_rules: Settings of the optimizer for some of the parameters, such as
+            ``{match: vectors, weight_decay: 0}`` (:func:`~nslightning.optim.parameter_groups`).
+        layer_decay: Learning rate of a layer as a share of the next one's, for timm's networks.
         label_smoothing: Share of the target spread over all classes.
+        mixing: Mixup and CutMix of training batches (:class:`~nslightning.models.Mixing`); ``train/acc1`` then counts
+            the label with the larger share.
         compile: Compile the backbone with ``torch.compile``. One compiled backward serves every choice.
         channels_last: Keep images and weights in the channels-last memory format.
         seed: Seeds the ``"random"`` Jacobian choice.
@@ -74,7 +84,11 @@ class ImageClassifier(PatchedModule):
         pretrained: bool = False,
         optimizer: OptimizerCallable = _sgd,
         lr_scheduler: LRSchedulerCallable | None = None,
+        lr_interval: Literal["epoch", "step"] | None = None,
+        parameter_rules: list[dict[str, Any]] | None = None,
+        layer_decay: float | None = None,
         label_smoothing: float = 0.0,
+        mixing: Mixing | None = None,
         compile: bool = False,  # torch's own word
         channels_last: bool = False,
         seed: int = 0,
@@ -83,7 +97,11 @@ class ImageClassifier(PatchedModule):
         on_mismatch: Literal["warn", "refuse"] = "warn",
     ) -> None:
         super().__init__(jacobians, optimizer, lr_scheduler, compile, sites, strict, on_mismatch)
-        self.title = backbone
+        self.title, self.num_classes = backbone, num_classes
+        self._lr_interval, self._mixing = lr_interval, mixing
+        self._parameter_rules, self._layer_decay = parameter_rules or [], layer_decay
+        if mixing is not None:
+            self.hparams.update(mixing=asdict(mixing))  # plain data, so that checkpoints load with `weights_only`
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing is a share between 0 and 1; given {label_smoothing}")
         self._label_smoothing, self._channels_last = label_smoothing, channels_last
@@ -94,6 +112,7 @@ class ImageClassifier(PatchedModule):
             self.patch_network("backbone", network, example, seed)
         except RuntimeError as error:  # from the example's forward
             raise ValueError(f"{backbone} does not take images of shape {tuple(image_shape)}: {error}") from error
+        self.parameter_groups()  # so that a mistaken rule raises here
         if channels_last:
             self.backbone.to(memory_format=torch.channels_last)
         accuracy: dict[str, Metric | MetricCollection] = {"acc1": MulticlassAccuracy(num_classes, average="micro")}
@@ -118,11 +137,23 @@ class ImageClassifier(PatchedModule):
         logits: Tensor = self.backbone(x)
         return logits
 
+    def parameter_groups(self) -> Any:
+        """The parameters, in groups where rules or a layer decay make them.
+
+        Returns:
+            All parameters, or groups of them.
+        """
+        if not self._parameter_rules and self._layer_decay is None:
+            return self.parameters()
+        return parameter_groups(self.backbone, self._parameter_rules, self._layer_decay)
+
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """The loss of one batch, logged with its accuracy."""
+        if self._mixing is not None:
+            batch = self._mixing(batch[0], batch[1], self.num_classes)
         logits, y, loss = self._loss(batch, self._label_smoothing)
         self.log("train/loss", loss, prog_bar=True)
-        self.log("train/acc1", (logits.argmax(1) == y).float().mean(), prog_bar=True)
+        self.log("train/acc1", (logits.argmax(1) == (y if y.ndim == 1 else y.argmax(1))).float().mean(), prog_bar=True)
         return loss
 
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar, Literal, Self
 
@@ -12,16 +13,34 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import CyclicLR, OneCycleLR, ReduceLROnPlateau
 
 from nslightning._torch import is_compiled
 from nslightning.choices import to_jacobians
 from nslightning.jacobians import Jacobians
 from nslightning.models.checkpoint_note import CheckpointNote, plan_of
 from nslightning.models.own import without_own_code
+from nslightning.optim.groups import scale_learning_rates
+from nslightning.optim.schedule import WarmupCosine
 from nslightning.surgery import PatchReport, PatchWarning, Rule, patch
 
 __all__ = ["PatchedModule", "at_least_float32"]
+
+
+class _Shared:
+    """A factory that copies of a module share.
+
+    Those of the command line hold its parser, which cannot be copied, as averages of weights copy a module.
+    """
+
+    def __init__(self, factory: Callable[..., Any]) -> None:
+        self._factory = factory
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._factory(*arguments)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
 
 
 class PatchedModule(LightningModule):
@@ -52,8 +71,9 @@ class PatchedModule(LightningModule):
         ValueError: If ``"random"`` is to be compiled, or a rule is mistaken.
     """
 
-    #: What the scheduler is stepped by.
+    #: What a scheduler is stepped by that is not made for steps.
     scheduled_by: ClassVar[Literal["epoch", "step"]] = "epoch"
+    _lr_interval: Literal["epoch", "step"] | None = None
     patch_report: PatchReport
 
     def __init__(
@@ -84,7 +104,9 @@ class PatchedModule(LightningModule):
         if sites:
             self.hparams.update(sites=self.plan.to_list()[1:])
         self.jacobians, self._strict = jacobians, strict
-        self._optimizer, self._lr_scheduler, self._compile = optimizer, lr_scheduler, compile
+        self._optimizer = _Shared(optimizer)
+        self._lr_scheduler = None if lr_scheduler is None else _Shared(lr_scheduler)
+        self._compile = compile
         self._trained_with: str | None = None
 
     @classmethod
@@ -138,9 +160,37 @@ class PatchedModule(LightningModule):
         """
         return self.parameters()
 
+    def lr_interval(self, scheduler: Any) -> str:
+        """What a scheduler is stepped by.
+
+        Args:
+            scheduler: The scheduler.
+
+        Returns:
+            ``epoch`` or ``step``: what was asked for, else ``step`` for those that count steps by their nature, else
+            this class's own.
+        """
+        made_for_steps = isinstance(scheduler, (OneCycleLR, CyclicLR))
+        return self._lr_interval or ("step" if made_for_steps else self.scheduled_by)
+
+    def _training_length(self, interval: str) -> int:
+        """Steps or epochs of this training.
+
+        Raises:
+            ValueError: If it has no end.
+        """
+        steps = self.trainer.estimated_stepping_batches
+        length = steps if interval == "step" else self.trainer.max_epochs
+        if length is None or length < 0 or math.isinf(length):
+            raise ValueError(
+                "a schedule for all of a training needs its length: give --trainer.max_epochs, or the schedule's total"
+            )
+        return int(length)
+
     def configure_optimizers(self) -> Any:
         """The optimizer, and the scheduler if there is one."""
         optimizer = self._optimizer(self.parameter_groups())
+        scale_learning_rates(optimizer)
         if self._trained_with not in (None, type(optimizer).__name__):
             warnings.warn(
                 f"the checkpoint was trained with {self._trained_with}, and this model has"
@@ -151,7 +201,9 @@ class PatchedModule(LightningModule):
         if self._lr_scheduler is None:
             return optimizer
         scheduler = self._lr_scheduler(optimizer)
-        stepped: dict[str, Any] = {"scheduler": scheduler, "interval": self.scheduled_by}
+        stepped: dict[str, Any] = {"scheduler": scheduler, "interval": self.lr_interval(scheduler)}
+        if isinstance(scheduler, WarmupCosine) and scheduler.total is None:
+            scheduler.fit_to(self._training_length(stepped["interval"]))
         if isinstance(scheduler, ReduceLROnPlateau):
             # It waits for a metric of the validation; torch's own class does not name it.
             stepped |= {"interval": "epoch", "monitor": getattr(scheduler, "monitor", "val/loss")}
