@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 from zygote import Zygote
 
@@ -169,6 +170,37 @@ def test_what_the_last_step_logged_is_not_lost(step, tmp_path):
     assert whole["loss_epoch"].notna().sum() == 2
     if step in (3, 7):  # between two epochs nothing is lost
         pd.testing.assert_frame_equal(parts, whole)
+
+
+class Dies(Callback):
+    """The process is killed right after a checkpoint is written at the end of a step."""
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 4:
+            raise RuntimeError("killed")
+
+
+def test_a_checkpoint_counts_no_step_whose_row_is_missing(tmp_path):
+    """Lightning writes a step's row after the checkpoints of the step: a kill in between would lose it."""
+
+    def fit(name, *callbacks, checkpoint=None):
+        folder = tmp_path / name / "001"
+        with signals() as kept:
+            last, saves = StopWhenAsked(kept, folder), ModelCheckpoint(folder, "{step}", every_n_train_steps=1)
+            trainer = Trainer(
+                max_epochs=1, accelerator="cpu", log_every_n_steps=2, logger=runs.MetricsFile(folder),
+                callbacks=[saves], enable_progress_bar=False, enable_model_summary=False,
+            )  # fmt: skip
+            trainer.callbacks += [*callbacks, last]
+            trainer.fit(Logs(), DataLoader(torch.ones(24), batch_size=4), ckpt_path=checkpoint)
+        return pd.read_csv(folder / "metrics.csv")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        fit("parts", Dies())
+    parts = fit("parts", checkpoint=tmp_path / "parts/001/step=4.ckpt")
+    whole = fit("whole")
+    assert whole["loss_step"].notna().sum() == 3
+    pd.testing.assert_frame_equal(parts[["step", "loss_step"]], whole[["step", "loss_step"]])
 
 
 def test_epochs_of_one_step_are_stopped_between_two(tmp_path):

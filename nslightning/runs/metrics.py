@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import csv
 from argparse import Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.loggers.csv_logs import _ExperimentWriter
 from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from nslightning.files import replacing
 
@@ -66,6 +68,35 @@ class MetricsFile(CSVLogger):
     def __init__(self, folder: str | Path) -> None:
         folder = Path(folder)
         super().__init__(str(folder.parent.parent), folder.parent.name, folder.name, flush_logs_every_n_steps=1)
+        self._ahead: str | None = None
+
+    def log_ahead(self, trainer: Trainer) -> None:
+        """Write what the current step logged before Lightning does, which does it after a checkpoint of the step.
+
+        A process that is killed in between would leave a checkpoint that counts a step without its row.
+
+        Args:
+            trainer: The trainer, at the end of a step.
+        """
+        loggers = trainer.loggers
+        trainer.loggers = [self]
+        try:
+            trainer._logger_connector.update_train_step_metrics()
+        finally:
+            trainer.loggers = loggers
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Add a row; the same row, a second time in a row, is Lightning's own after :meth:`log_ahead`.
+
+        Args:
+            metrics: Values by name.
+            step: The step that they are of.
+        """
+        row = repr((step, sorted(metrics.items())))
+        if row != self._ahead:
+            super().log_metrics(dict(metrics), step)
+        self._ahead = row
 
     @property
     @rank_zero_experiment
