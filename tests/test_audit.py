@@ -608,7 +608,7 @@ def test_an_interrupted_audit_keeps_what_it_measured(tmp_path, capsys, monkeypat
     assert json.loads(file.read_text())["dtypes"] == ["32"]
     file.unlink()
     assert main([*command, "--precisions", "64", "32"]) == 130
-    assert "interrupted before anything was measured" in capsys.readouterr().err
+    assert "nslightning audit: stopped by Ctrl-C; nothing was measured yet" in capsys.readouterr().err
     assert not file.exists()
 
 

@@ -286,16 +286,22 @@ def test_slurm_checkpoints_belong_to_the_run(zygote, tmp_path):
     assert record(folder)["resumed_at_step"] >= at
 
 
+def last_line(running) -> str:
+    assert "Traceback" not in running.said
+    return running.said.rstrip().splitlines()[-1]
+
+
 def test_measurements_stop_and_go_on(zygote, tmp_path):
-    """`lr-search` and `zones`, by either signal."""
+    """`lr-search`, `zones` and `experiment`, by either signal: where they stopped, and how they go on."""
     search = ("lr-search", *QUICK[:3], *SHORT, "--trials=3", "--epochs=4000")
     running = zygote.start(*search, cwd=tmp_path)
     running.until(lambda: list(tmp_path.glob("runs/lr-search/trials/config/*")))
     time.sleep(3)
     running.send(signal.SIGTERM)
     assert running.wait() == 143, running.said
-    assert running.said.rstrip().splitlines()[-1] == "interrupted; the same command goes on"
-    assert "Traceback" not in running.said
+    assert last_line(running) == (
+        "nslightning lr-search: stopped by SIGTERM after 0 of 3 trials of 'config'; the same command goes on"
+    )
 
     zones = (
         "zones",
@@ -309,5 +315,46 @@ def test_measurements_stop_and_go_on(zygote, tmp_path):
     running.until(lambda: list(tmp_path.glob("runs/zones/zones/cells/*.json")))
     running.send(signal.SIGINT)
     assert running.wait() == 130, running.said
-    assert running.said.rstrip().splitlines()[-1] == "interrupted; the same command goes on"
-    assert "Traceback" not in running.said
+    line = last_line(running)
+    assert line.startswith("nslightning zones: stopped by Ctrl-C")
+    assert line.endswith("; the same command goes on")
+
+    grid = ("experiment", "mnist_lenet_beta", "--scale=smoke", "--workers=1", "--set=epochs=40")
+    cells = "results/*/smoke/cells/*.json"
+    running = zygote.start(*grid, cwd=tmp_path)
+    running.until(lambda: list(tmp_path.glob(cells)))
+    running.send(signal.SIGTERM)
+    assert running.wait() == 143, running.said
+    finished = len(list(tmp_path.glob(cells)))
+    assert f"stopped by SIGTERM after {finished} of " in last_line(running)
+    status, said = zygote.run(*grid, "--list", cwd=tmp_path)
+    assert (status, said.count(" finished ")) == (0, finished)
+
+
+def test_an_audit_that_is_stopped_says_what_is_left(zygote, tmp_path):
+    """Before anything is measured, and after the first precision."""
+    audit = ("audit", "paper/lenet5", "--data=FashionMNISTSample", "--batches=200", "--json=audit.json")
+    running = zygote.start(*audit, "--precisions", "32", "64", cwd=tmp_path)
+    time.sleep(1)
+    running.send(signal.SIGTERM)
+    assert running.wait() == 143, running.said
+    assert last_line(running) == "nslightning audit: stopped by SIGTERM; nothing was measured yet"
+    assert not (tmp_path / "audit.json").exists()
+
+
+def test_twins_stop_and_go_on(zygote, tmp_path):
+    """SIGTERM: 143, and the command that the last line names goes on to the end."""
+    twins = (
+        "twins", "--config", "configs/twins_mnist_lenet.yaml", "--data=FashionMNISTSample", "--trainer.logger=true",
+        "--trainer.enable_progress_bar=false", *SHORT, "--name=twins", "--divergence.every_n_steps=1",
+    )  # fmt: skip
+    running = zygote.start(*twins, "--trainer.max_epochs=4000", cwd=tmp_path)
+    running.until(lambda: len(steps_of(tmp_path / "runs/twins/001/metrics.csv")) > 3)
+    running.send(signal.SIGTERM)
+    assert running.wait() == 143, running.said
+    step = checkpoint(tmp_path / "runs/twins/001")["global_step"]
+    said, go_on = last_line(running).split("; go on with: nslightning ")
+    assert said == f"nslightning twins: stopped by SIGTERM: stopped at step {step}"
+    status, said = zygote.run(*go_on.split(), f"--trainer.max_epochs={step // 4 + 2}", cwd=tmp_path)
+    assert status == 0, said
+    assert record(tmp_path / "runs/twins/001")["ended"] == "finished"

@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
     return ended(
         parser.prog,
         lambda: _audit(given),
-        interrupted="interrupted before anything was measured",
+        go_on="nothing was measured yet",
         output="--json or --html",
         fault=1,
     )

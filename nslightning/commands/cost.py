@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
     given.pop("config")
     # Read when torch is imported: the profiler that measures memory would else write to stderr.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    return ended(parser.prog, lambda: cost(**given), interrupted="interrupted; nothing was written")
+    return ended(parser.prog, lambda: cost(**given), go_on="nothing was written")
 
 
 def make_parser(prog: str) -> ArgumentParser:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
+from nslightning.commands.stopping import Stopped
+
 __all__ = ["CallError", "Ending", "ended", "ending_of", "root_of"]
 
 # jsonargparse's accounts of all the types that it tried, around the error that says why.
@@ -50,7 +52,7 @@ def ended(
     program: str,
     work: Callable[[], int],
     *,
-    interrupted: str = "interrupted",
+    go_on: str = "nothing was written",
     output: str = "--output=FOLDER",
     fault: int = 2,
 ) -> int:
@@ -59,14 +61,14 @@ def ended(
     Args:
         program: What the command is called.
         work: Does it.
-        interrupted: What to say after Ctrl-C.
+        go_on: What to say after Ctrl-C or SIGTERM: how it goes on. Notes of the exception say where it stopped.
         output: The option that names where the command writes.
         fault: The exit status for what is refused and is no :class:`CallError`: 1 for a command whose model or data
             are more often at fault than its call.
 
     Returns:
         The exit status: the work's own; else 1 where something outside the call is at fault, 2 where the call is, 130
-        after an interruption.
+        after Ctrl-C and 143 after SIGTERM.
 
     Raises:
         Exception: What is a bug: its traceback is wanted.
@@ -77,9 +79,11 @@ def ended(
     """
     try:
         return work()
-    except KeyboardInterrupt:
-        print(f"\n{interrupted}", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        by = stop.by if isinstance(stop, Stopped) else "Ctrl-C"
+        where = "".join(f" {note}" for note in getattr(stop, "__notes__", ()))
+        print(f"\n{program}: stopped by {by}{where}; {go_on}", file=sys.stderr)
+        return stop.status if isinstance(stop, Stopped) else 130
     except Exception as error:
         if (ending := ending_of(error, began=False, output=output)) is None:
             raise

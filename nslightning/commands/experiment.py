@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     """
     parser = make_parser(f"nslightning {argv[0]}")
     given = parser.parse_args(list(argv[1:]))
-    return ended(parser.prog, lambda: _read_and_run(given), interrupted="interrupted; the same command goes on")
+    return ended(parser.prog, lambda: _read_and_run(given), go_on="the same command goes on")
 
 
 def make_parser(prog: str) -> Arguments:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nslightning.commands.endings import ended
+from nslightning.commands.stopping import Stopped
 from nslightning.files import expanded, write_text
 from nslightning.spelling import closest
 
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> int:
         if close and "." not in word.partition("=")[0]:
             print(f"nslightning lr-search: error: not understood: {word}; did you mean {close[0]}?", file=sys.stderr)
             return 2
-    return ended(parser.prog, lambda: _search(given, fit), interrupted="interrupted; the same command goes on")
+    return ended(parser.prog, lambda: _search(given, fit), go_on="the same command goes on")
 
 
 def make_parser(prog: str) -> argparse.ArgumentParser:
@@ -131,13 +132,16 @@ def _search(given: argparse.Namespace, fit: list[str]) -> int:
                 study.tell(trial, state=optuna.trial.TrialState.PRUNED)
                 print(f"{name}: trial {trial.number}: lr={lr:.5g} pruned after epoch {len(_reports(study, trial))}")
                 continue
-            except BaseException:
+            except BaseException as error:
                 study.tell(trial, state=optuna.trial.TrialState.FAIL)
+                error.add_note(_done(study, given.trials, name))
                 raise
             if status:
                 study.tell(trial, state=optuna.trial.TrialState.FAIL)
                 if status > 128:
-                    raise KeyboardInterrupt
+                    stop = Stopped(status - 128)
+                    stop.add_note(_done(study, given.trials, name))
+                    raise stop
                 return status
             study.tell(trial, value)
             print(f"{name}: trial {trial.number}: lr={lr:.5g} {given.metric}={value:.4f}")
@@ -161,6 +165,10 @@ def _trials_of(storage: Any, name: str) -> int:
 
 def _ended(study: optuna.Study) -> list[Any]:
     return [t for t in study.trials if t.state.name in ("COMPLETE", "PRUNED")]
+
+
+def _done(study: optuna.Study, trials: int, name: str) -> str:
+    return f"after {len(_ended(study))} of {trials} trials of {name!r}"
 
 
 def _reports(study: optuna.Study, trial: optuna.Trial) -> dict[int, float]:

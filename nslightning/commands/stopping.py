@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -71,6 +72,11 @@ class Signals:
 _current: list[Signals] = []
 
 
+def _end_quietly() -> None:
+    with suppress(ValueError):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextmanager
 def signals() -> Iterator[Signals]:
     """Handle Ctrl-C and SIGTERM by a :class:`Signals`, the outer command's where one command runs another.
@@ -92,6 +98,9 @@ def signals() -> Iterator[Signals]:
         yield handler
     finally:
         _current.pop()
+        # Once the command is done, Ctrl-C ends the process without an account of what Python was tidying up.
+        atexit.unregister(_end_quietly)
+        atexit.register(_end_quietly)
         for signum, old in before.items():
             with suppress(ValueError):
                 signal.signal(signum, signal.SIG_DFL if old is None else old)

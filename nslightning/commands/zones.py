@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
     given = parser.parse_args(with_new_spellings(parser, argv[1:], {"--options": "--backbone-options"})).as_dict()
     given.pop("config")
 
-    return ended(parser.prog, lambda: zones(**given), interrupted="interrupted; the same command goes on")
+    return ended(parser.prog, lambda: zones(**given), go_on="the same command goes on")
 
 
 def make_parser(prog: str) -> ArgumentParser:

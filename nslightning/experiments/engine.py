@@ -92,7 +92,7 @@ def run(
     missing = [p for p in planned if not (cells / f"{p.id}.json").exists()]
     _check(missing, folder)
     failed: list[tuple[Planned, str]] = []
-    started = time.monotonic()
+    started, done = time.monotonic(), 0
     try:
         for done, (cell, seconds, error) in enumerate(_computed(experiment.kind, missing, cells, workers, device), 1):
             if error is not None:
@@ -102,6 +102,9 @@ def run(
                 what = ", ".join(f"{k}={v}" for k, v in cell.varied.items())
                 state = f"failed: {error}" if error is not None else f"{seconds:.1f} s"
                 print(f"{done}/{len(missing)} [{_clock(left)} left] {what}: {state}", file=progress, flush=True)
+    except KeyboardInterrupt as stop:
+        stop.add_note(f"after {len(planned) - len(missing) + done} of {len(planned)} cells of {experiment.name}")
+        raise
     finally:  # an interrupted grid has its table too
         if any(cells.glob("*.json")):
             collect(experiment, output)
