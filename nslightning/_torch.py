@@ -79,6 +79,7 @@ __all__ = [
     "scalar_dtype",
     "scalar_of",
     "sequence_number",
+    "set_cudnn",
     "traced_functions",
     "use_grad_for_differentiable",
     "while_compiling",
@@ -715,3 +716,15 @@ def overloads(function: Callable[..., Any]) -> list[Callable[..., Any]]:
     if not isinstance(function, torch._ops.OpOverloadPacket):
         return []
     return [getattr(function, name) for name in function.overloads() if "out" not in name]
+
+
+def set_cudnn(switch: str, value: bool) -> None:
+    """Set a switch of cuDNN's, also where the process has called ``torch.backends.disable_global_flags``.
+
+    The public attribute raises there, and the context manager that is allowed takes all switches at once. Seen in 2.15.
+
+    Args:
+        switch: ``"allow_tf32"`` or ``"benchmark"``.
+        value: On or off.
+    """
+    getattr(torch._C, f"_set_cudnn_{switch}")(value)

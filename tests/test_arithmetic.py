@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -311,3 +314,18 @@ def test_half_products_are_one_of_them() -> None:
         expected = F.linear(x, w)
     with Arithmetic.parse("half_products").applied():
         assert torch.equal(F.linear(x, w), expected)
+
+
+def test_a_process_may_have_frozen_its_flags() -> None:
+    """torch.backends.disable_global_flags cannot be undone: it is called in a process of its own."""
+    code = (
+        "import torch; torch.backends.disable_global_flags()\n"
+        "from nslightning.arithmetic import Arithmetic\n"
+        "before = torch.backends.cudnn.allow_tf32\n"
+        "with Arithmetic.parse('tf32+cudnn_benchmark').applied():\n"
+        "    print(torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark)\n"
+        "print(torch.backends.cudnn.allow_tf32 == before, torch.backends.cudnn.benchmark)\n"
+        "Arithmetic().switch(); print(torch.backends.cudnn.allow_tf32)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.split() == ["True", "True", "True", "False", "False"], result.stderr

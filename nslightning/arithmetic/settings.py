@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from nslightning._torch import set_cudnn
 from nslightning.arithmetic.products import ORDERS, HalfProducts, Ordered, checked_order
 from nslightning.arithmetic.record import flushes
 from nslightning.arithmetic.rounding import RandomRounding
@@ -129,13 +130,13 @@ class Arithmetic:
         """
         torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
         torch.backends.cuda.matmul.allow_tf32 = self.tf32
-        torch.backends.cudnn.allow_tf32 = self.tf32
+        set_cudnn("allow_tf32", self.tf32)
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = self.reduced_reductions
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = self.reduced_reductions
         if self.deterministic:
             torch.use_deterministic_algorithms(True)
         if self.cudnn_benchmark:
-            torch.backends.cudnn.benchmark = True
+            set_cudnn("benchmark", True)
         torch.set_flush_denormal(self.flush_to_zero)
         if self.threads is not None:
             torch.set_num_threads(self.threads)
@@ -171,10 +172,11 @@ class Arithmetic:
                 yield
             finally:
                 torch.set_float32_matmul_precision(before[0])
-                matmul.allow_tf32, cudnn.allow_tf32 = before[1:3]
+                matmul.allow_tf32 = before[1]
+                set_cudnn("allow_tf32", before[2])
                 matmul.allow_fp16_reduced_precision_reduction = before[3]
                 matmul.allow_bf16_reduced_precision_reduction = before[4]
-                cudnn.benchmark = before[5]
+                set_cudnn("benchmark", before[5])
                 torch.use_deterministic_algorithms(strict[0], warn_only=strict[1])
                 torch.set_flush_denormal(flushed)
                 if torch.get_num_threads() != threads:
