@@ -10,6 +10,7 @@ import threading
 import typing
 import warnings
 import weakref
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from functools import wraps
 
@@ -319,6 +320,82 @@ def test_scripting_says_what_to_do():
                 Exception, match=r"torch\.jit\.script drops the Jacobian choice: unpatch the model first"
             ):
                 torch.jit.script(model)
+
+
+class Calls(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2)
+
+    def forward(self, x):
+        return F.max_pool2d(F.relu(self.bn(self.conv(x))), 2)
+
+
+def layers():
+    return nn.Sequential(
+        OrderedDict(conv=nn.Conv2d(1, 2, 1), bn=nn.BatchNorm2d(2), relu=nn.ReLU(), pool=nn.MaxPool2d(2))
+    )
+
+
+@pytest.mark.parametrize("make", [Calls, layers])
+def test_tracing_for_training_says_what_to_do(make):
+    model, x = make().eval(), torch.ones(1, 1, 4, 4)
+    patch(model, HALF)
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.trace drops the Jacobian choice: unpatch the model first"):
+        torch.jit.trace(model, x)
+    with torch.no_grad(), pytest.warns(PatchWarning, match="no Jacobian choice"):
+        traced = torch.jit.trace(model, x)
+    assert torch.equal(traced(x), model(x))
+    unpatch(model)
+    assert torch.equal(torch.jit.trace(model, x)(x), model(x))
+
+
+@pytest.mark.parametrize("make", [Calls, layers])
+@pytest.mark.filterwarnings("ignore")
+def test_fx_quantisation_says_what_to_do(make):
+    fx = pytest.importorskip("torch.ao.quantization.quantize_fx")
+    settings, x = torch.ao.quantization.get_default_qconfig_mapping(), torch.ones(1, 1, 4, 4)
+    for training, convert in (
+        (False, lambda m: fx.prepare_fx(m, settings, (x,))), (True, lambda m: fx.prepare_qat_fx(m, settings, (x,))),
+    ):  # fmt: skip
+        model = make().train(training)
+        patch(model, HALF)
+        with pytest.raises(RuntimeError, match="unpatch the model first"):
+            convert(model)
+        unpatch(model)
+        converted = convert(model)
+        patch(converted, HALF, strict=False)
+        assert converted(x).shape == (1, 2, 2, 2)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.filterwarnings("ignore")
+def test_fused_and_quantisation_aware_modules_keep_the_choice(training):
+    """The fused module holds the patched relu, or calls one inside the patched model."""
+    quantization = pytest.importorskip("torch.ao.quantization")
+    gradients = []
+    for choice in (HALF, Jacobians(relu=1.0)):
+        model, x = Fusable().train(training), torch.ones(1, 1, 4, 4)
+        patch(model, choice)
+        fuse = quantization.fuse_modules_qat if training else quantization.fuse_modules
+        fused = fuse(model, [["conv", "bn", "relu"]])
+        if training:
+            fused.qconfig = quantization.get_default_qat_qconfig("fbgemm")
+            fused = quantization.prepare_qat(fused)
+        biases = [p for name, p in fused.named_parameters() if name.endswith("bias")]
+        gradients.append(torch.autograd.grad(fused(x).sum(), biases))
+    assert any((a != b).any() for a, b in zip(*gradients, strict=True))
+
+
+class Fusable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.ReLU()
+        for p in (self.conv.weight, self.conv.bias, self.bn.bias):
+            nn.init.zeros_(p)
+
+    def forward(self, x):
+        return self.relu(self.bn(self.conv(x)))
 
 
 class Pooled(nn.Module):

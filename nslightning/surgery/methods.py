@@ -27,6 +27,7 @@ from nslightning._torch import (
     fx_tracer,
     fx_tracers_code,
     has_autograd_formula,
+    is_tracing,
     kept_attributes,
     sequence_number,
     traced_functions,
@@ -175,6 +176,8 @@ class SiteForward(Method):
         part = self.part
         surgery, (site, operation, cls) = part.surgery, part.reached
         compiling = torch.compiler.is_compiling()
+        if not compiling:
+            _refuse_tracing()
         module = self.module if compiling else _accessor(self, 3)
         with disable_function_modes():
             call = operation.modules[cls](module, *args, **positional(kwargs))
@@ -228,13 +231,29 @@ class ClassName(Method):
 
     def __call__(self) -> str:
         """The name."""
-        if self.part.may_call and not torch.compiler.is_compiling() and sys._getframe(1).f_code is fx_tracers_code():
-            raise RuntimeError(_FX)
+        caller = sys._getframe(1)
+        if not torch.compiler.is_compiling() and caller.f_code is fx_tracers_code():
+            if type(caller.f_locals.get("self")).__name__ == "QuantizationTracer":
+                raise RuntimeError(_QUANTIZE)
+            if self.part.may_call:
+                raise RuntimeError(_FX)
         return str(self.stock(self.module)())
 
 
 _FX = "torch.fx drops the Jacobian choice at functional calls: unpatch the model first, and patch the traced graph"
-_TRACE = "torch.jit.trace drops the Jacobian choice: unpatch the model first"
+_QUANTIZE = "FX quantisation replaces modules, and their Jacobian choice with them: unpatch the model first"
+
+
+def _refuse_tracing() -> None:
+    """Say that ``torch.jit.trace`` drops the choice: an error where gradients are on, for the trace may be trained."""
+    if not is_tracing():
+        return
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "torch.jit.trace drops the Jacobian choice: unpatch the model first, or trace it under torch.no_grad() to "
+            "run it only"
+        )
+    warnings.warn("a trace has PyTorch's own derivatives, and no Jacobian choice", PatchWarning, stacklevel=4)
 
 
 class Caller(Method):
@@ -253,6 +272,7 @@ class Caller(Method):
         surgery = self.part.surgery
         if torch.compiler.is_compiling():
             return self._compiled(args, kwargs)
+        _refuse_tracing()
         module = _accessor(self, 2)
         method = self.stock(module)
         if (tracer := fx_tracer((*args, *kwargs.values()))) is not None:

@@ -473,7 +473,7 @@ def _find(model: nn.Module, surgery: Surgery) -> Iterator[tuple[nn.Module, Part,
                 if module._forward_hooks or module._forward_pre_hooks:
                     methods[call_with_hooks()] = Caller
             elif isinstance(module, Caller.FUSED) or unsupported is not None or module is model:
-                methods = {"forward": Caller}
+                methods = {"forward": Caller} | ({"_get_name": ClassName} if module is model else {})
         if module is model and type(module).forward is nn.Module.forward and "forward" not in module.__dict__:
             methods.pop("forward", None)  # it has none
         if unreached is not None and part.chosen:
