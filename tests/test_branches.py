@@ -10,7 +10,10 @@ from nslightning.ops.record import OPERATIONS
 from nslightning.probes import zone
 from nslightning.probes.branches import Branches
 
-LAST = Jacobians(max="last", maximum="last", max_pool="last", hinge=1.0, relu=1.0, clamp=(1.0, 1.0))
+LAST = Jacobians(
+    max="last", maximum="last", max_pool="last", hinge=1.0, relu=1.0, clamp=(1.0, 1.0), scatter_max="last",
+    segment_max="last", norm=1.0,
+)  # fmt: skip
 
 
 class Compensated(nn.Module):
@@ -41,6 +44,14 @@ PICKS = {
     "relu": lambda m, y: y[:, 0] + F.relu(y[:, 1] - y[:, 2]),
     "clamp": lambda m, y: y[:, 0] + (y[:, 1] - y[:, 2]).clamp(0, 1),
     "clamp between tensors": lambda m, y: y[:, 0].clamp(y[:, 1].detach(), y[:, 1].detach() + 1),
+    "scatter": lambda m, y: y.new_full((2,), -1e3).scatter_reduce(
+        0, torch.arange(2).repeat_interleave(4), y.flatten(), "amax"
+    ),
+    "scatter with a base": lambda m, y: y[:, 0].scatter_reduce(0, torch.tensor([0, 1]), y[:, 1], "amin"),
+    "index": lambda m, y: y.T.new_full((1, 2), -1e3).index_reduce(0, torch.zeros(4, dtype=torch.long), y.T, "amax")[0],
+    "segments": lambda m, y: torch.segment_reduce(y.flatten(), "max", lengths=torch.tensor([4, 4])),
+    "norm": lambda m, y: y[:, 0] + (y[:, 1:2] - y[:, 2:3]).norm(dim=1),
+    "normalize": lambda m, y: y[:, 0] + 0 * F.normalize(y[:, 1:], dim=1).sum(1),
     "hinge": lambda m, y: y[:, 0] + F.margin_ranking_loss(y[:, 1], y[:, 2], torch.ones(len(y)), reduction="none"),
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -437,6 +437,44 @@ register(
         at=(1.0,),
     )
 )
+
+
+# ---------------------------------------------------------------------------------------------------------- members
+class Members(NamedTuple):
+    """The entries that a call compares, and what they stand beside.
+
+    Args:
+        entries: The entries, NaN where one belongs to no group.
+        group: To which group each belongs.
+        dim: The dimension that groups them.
+        shape: The results' shape.
+        base: What takes part as it stands in the results' places; None without it.
+        greatest: Whether the maximum is looked for, else the minimum.
+        memory: The memory that the entries stand in.
+    """
+
+    entries: Tensor
+    group: Tensor
+    dim: int
+    shape: torch.Size
+    base: Tensor | None
+    greatest: bool
+    memory: Tensor
+
+
+def _scatter_members(call: Call) -> Members:
+    base, (kind, dim, index, src, reduce, included) = call.x, call.parameters
+    base, dim, index, src = _entries(base, kind, dim, index, src)
+    return Members(src, index, dim, base.shape, base if included else None, reduce == "amax", src)
+
+
+def _segment_members(call: Call) -> Members:
+    entries, index, axis = _segments(call)
+    return Members(entries, index, axis, _segment_stock(call).shape, None, call.parameters[0] == "max", call.x)
+
+
+#: Who compares what, of the operations whose entries are no parameters.
+MEMBERS: dict[str, Callable[[Call], Members]] = {"scatter_max": _scatter_members, "segment_max": _segment_members}
 
 
 # --------------------------------------------------------------------------------------------------------- public

@@ -21,6 +21,7 @@ from nslightning._torch import in_functorch
 from nslightning.jacobians import Jacobians
 from nslightning.ops.autograd.routing import dimensions
 from nslightning.ops.autograd.selection import Selection
+from nslightning.ops.groups import MEMBERS, Members
 from nslightning.ops.losses import HINGES
 from nslightning.ops.record import Call, Operation
 
@@ -105,15 +106,21 @@ def _impose(operation: Operation, call: Call, seen: Call) -> None:
         _move(call.x, _beside_kinks(operation.positions, call, seen))
     elif operation.name == "max":
         _move(call.x, _reduced(call, seen))
+    elif operation.name in MEMBERS:
+        _move_members(MEMBERS[operation.name], call, seen)
     elif operation.name == "max_pool":
         _move(call.x, _pooled(operation, call, seen))
     elif operation.name == "maximum" and (larger := _larger(call)) is not None:
         move, other, sign = larger
         side = torch.sign(seen.x - seen.parameters[1]) * sign
         _move(move, _beside(move.detach(), other.detach().expand_as(move).to(move.dtype), side))
+    elif operation.name == "norm":
+        wrong = _off_norms(call, seen)
+        _move(call.x, torch.where(wrong, seen.x.to(x.dtype), x))
     elif not _same_branch(operation, call, seen):
+        off = _off_hinges(call, seen) if operation.name == "hinge" else None
         for operand, before in zip(_operands(call), _operands(seen), strict=True):
-            _move(operand, before.to(x.dtype))
+            _move(operand, _where_off(off, before.to(operand.dtype), operand.detach()))
 
 
 def _move(x: Tensor, to: Tensor) -> None:
@@ -163,6 +170,30 @@ def _first_and_below(x: Tensor, reached: Tensor, dims: tuple[int, ...]) -> Tenso
     top = x.masked_fill(~reached, -inf).amax(dims, keepdim=True)
     below = torch.minimum(x, torch.nextafter(top, torch.full_like(top, -inf)))
     return torch.where(reached, top, below)
+
+
+def _move_members(members: Callable[[Call], Members], call: Call, seen: Call) -> None:
+    """Entries that reached the maximum of their group get the value of the largest of them, all others stay below."""
+    now, before = members(call), members(seen)
+    sign = 1 if now.greatest else -1
+
+    def tops(start: Tensor | None, entries: Tensor, like: Tensor) -> Tensor:
+        lowest = torch.full(now.shape, -inf, dtype=like.dtype, device=like.device) if start is None else start
+        return lowest.scatter_reduce(now.dim, now.group, entries, "amax")
+
+    x, low = sign * now.entries.detach(), sign * before.entries
+    low_base = None if before.base is None else sign * before.base
+    top_before = tops(low_base, low.nan_to_num(-inf), low)
+    reached = low == top_before.gather(now.dim, now.group)
+    base = None if now.base is None else sign * now.base.detach()
+    base_reached = None if low_base is None else low_base == top_before
+    start = None if base is None or base_reached is None else base.masked_fill(~base_reached, -inf)
+    top = tops(start, x.masked_fill(~reached, -inf), x)
+    below = torch.nextafter(top, torch.full_like(top, -inf))
+    high = torch.where(reached, top.gather(now.dim, now.group), torch.minimum(x, below.gather(now.dim, now.group)))
+    _move(now.memory, torch.where(x.isnan() | low.isnan(), now.memory.detach(), sign * high))
+    if now.base is not None and base is not None and base_reached is not None:
+        _move(now.base, sign * torch.where(base_reached, top, torch.minimum(base, below)))
 
 
 def _larger(call: Call) -> tuple[Tensor, Tensor, int] | None:
@@ -256,12 +287,30 @@ def _itself(saved: Tensor) -> Tensor:
 
 def _same_branch(operation: Operation, call: Call, seen: Call) -> bool:
     """Whether another operation's own values lead to the recorded branch; a hinge that does not is moved there."""
-    if operation.name == "hinge":
-        return _same_hinges(call, seen)
-    if operation.name == "norm":
-        zero = [(t.x == 0).flatten() for t in (call, seen)]
-        return call.parameters[0] == "norm" and bool((zero[0] == zero[1]).all())
-    return False
+    return operation.name == "hinge" and _same_hinges(call, seen)
+
+
+def _off_norms(call: Call, seen: Call) -> Tensor:
+    """Which entries belong to vectors that are not on their recorded side of 0, or of the smallest divisor."""
+    function, p, dim = call.parameters[:3]
+    least = call.parameters[3] if function == "normalize" else 0.0
+    dims = dimensions(call.x, dim)
+    sides = [torch.sign(torch.linalg.vector_norm(t.x.detach(), p, dims, True) - least) for t in (call, seen)]
+    return (sides[0] != sides[1].to(sides[0].dtype)).expand_as(call.x)
+
+
+def _off_hinges(call: Call, seen: Call) -> Tensor:
+    """Which hinges are not on their recorded side."""
+    u, before = _hinges(call, call.x.detach()), _hinges(seen, seen.x)
+    return torch.sign(u) != torch.sign(before).to(u.dtype)
+
+
+def _where_off(off: Tensor | None, before: Tensor, now: Tensor) -> Tensor:
+    """Recorded values where something is off its branch, by samples if that is known; the replay's own elsewhere."""
+    if off is None or not off.dim() or not now.dim() or off.shape[0] != now.shape[0]:
+        return before
+    samples = off.flatten(1).any(1) if off.dim() > 1 else off
+    return torch.where(samples.view(-1, *(1,) * (now.dim() - 1)), before, now)
 
 
 def _hinges(call: Call, x: Tensor) -> Tensor:
