@@ -90,8 +90,10 @@ def check_max_pool(kernels, geometry, weights, layout, dtype=torch.float32) -> N
     for incoming in (g, infinite) if min(weights) >= 0 else (g,):  # else infinities may cancel
         found = kernels.pool_backward(incoming, mask, geometry, tuple(x.shape[2:]), weights)
         expected = naive_pool(x, incoming, geometry, weights)
-        torch.testing.assert_close(found.double(), expected, **close(dtype), equal_nan=True)
-        if weights == (0, 1, 0, 0) and kernels.pools(dtype, geometry):  # added up in the stock order
+        # Where windows overlap, a CPU rounds each sum in half precision: up to nine of them.
+        tolerance = {name: value * (9 if dtype.itemsize == 2 else 1) for name, value in close(dtype).items()}
+        torch.testing.assert_close(found.double(), expected, **tolerance, equal_nan=True)
+        if weights == (0, 1, 0, 0):  # added up in the stock order
             assert torch.equal(bits_of(found), bits_of(torch.autograd.grad(stock, x, incoming, True)[0]))
 
 

@@ -80,7 +80,6 @@ def pool_fits(x: Tensor, geometry: Regular) -> bool:
         and geometry.dims == 2
         and prod(geometry.kernel) <= AT_ONCE  # which the composition sums up in the same order
         and fits(x)
-        and _kernels(x.device.type).pools(x.dtype, _numbers(geometry))
         and any(x.is_contiguous(memory_format=layout) for layout in layouts)
     )
 

@@ -349,6 +349,11 @@ struct Geometry {
            2 * columns <= width;  // not those that are rounded up
   }
 
+  // Whether no two windows share an entry.
+  bool disjoint() const {
+    return stride[0] > dilation[0] * (kernel[0] - 1) && stride[1] > dilation[1] * (kernel[1] - 1);
+  }
+
   // How many of their rows are worked on at once: loops over short rows take longer than the copies that spare them.
   int64_t at_once() const { return std::max<int64_t>(1, BLOCK / 2 / columns); }
 
@@ -516,8 +521,24 @@ struct Weights {
   bool difference() const { return !apart && target[1] == 0; }
 };
 
+// How a sum is rounded: not at all, or as stock rounds each sum of entries of 16 bits.
+struct Exact {
+  template <typename T>
+  static T of(T sum) {
+    return sum;
+  }
+};
+template <typename H>
+struct As {
+  static float of(float sum) {
+    H entry;
+    narrowed(sum, entry);
+    return widened(entry);
+  }
+};
+
 // What the entries of one row of windows receive: all that reach the maximum `g`, unless some are `tied`, or `nothing`.
-template <typename T>
+template <typename T, typename Rounded = Exact>
 struct Shares {
   int64_t row = -1;
   bool tied = false, nothing = false;
@@ -558,10 +579,12 @@ struct Shares {
     for (int64_t i = 0; i < n; ++i) {
       const int count = ones(masks[i]);
       rest[i] = g[i] * weights.rest[count];
-      target[i] = g[i] * weights.target[count];
+      target[i] = Rounded::of(g[i] * weights.target[count]);
     }
-    if (weights.difference() || weights.apart) clear(weights.rest, rest.data(), n);
-    if (weights.difference()) clear(weights.target, target.data(), n);
+    if (weights.difference() || weights.apart) {
+      clear(weights.rest, rest.data(), n);
+      clear(weights.target, target.data(), n);
+    }
   }
 
   // Nothing of an infinite gradient is nothing.
@@ -575,7 +598,7 @@ struct Shares {
     const T *others = rest.data() + first, *one = target.data() + first;
     const uint16_t *all = masks + first, *at = which.data() + first;
     for (int64_t i = 0; i < n; ++i) {
-      into[i] += select(at[i] & bit, one[i], select(all[i] & bit, others[i], T(0)));
+      into[i] = Rounded::of(into[i] + select(at[i] & bit, one[i], select(all[i] & bit, others[i], T(0))));
     }
   }
 
@@ -607,12 +630,13 @@ struct Shares {
   void give(uint16_t bit, int64_t first, int64_t n, T* into, T* more) const {
     if (!tied) return add(bit, masks + first, g + first, n, into);
     add(bit, which.data() + first, target.data() + first, n, into);
-    add(bit, masks + first, rest.data() + first, n, more);
+    add<Exact>(bit, masks + first, rest.data() + first, n, more);
   }
 
+  template <typename Round = Rounded>
   static void add(uint16_t bit, const uint16_t* where, const T* values, int64_t n, T* into) {
     for (int64_t i = 0; i < n; ++i) {
-      into[i] += select(where[i] & bit, values[i], T(0));
+      into[i] = Round::of(into[i] + select(where[i] & bit, values[i], T(0)));
     }
   }
 };
@@ -652,12 +676,12 @@ void pool_backward_pairs(const T* g, const uint16_t* masks, const Weights<T>& we
 }
 
 // Of [begin, end): rows of the input.
-template <typename T>
+template <typename Rounded, typename T>
 void pool_backward_rows(const T* g, const uint16_t* masks, const Weights<T>& weights, T* gradient, const Geometry& at,
                         int64_t begin, int64_t end) {
   const int64_t inner = at.last ? at.channels : 1, line = at.columns * inner, stride = at.stride[1];
   const int64_t reach = (at.kernel[0] - 1) * at.dilation[0];
-  std::vector<Shares<T>> ring(reach / at.stride[0] + 1);  // of the rows of windows that an entry may lie in
+  std::vector<Shares<T, Rounded>> ring(reach / at.stride[0] + 1);  // of the rows of windows that an entry may lie in
   // One row of windows gives to every stride-th entry of a row. So that these lie side by side, each such phase is
   // summed up by itself; where the channels come last, they lie side by side already.
   const int64_t length = std::max(at.columns, (at.width + 2 * at.padding[1]) / stride + 1) +
@@ -761,7 +785,7 @@ void pool_backward_rows(const T* g, const uint16_t* masks, const Weights<T>& wei
   VECTORISED void pool_backward(const T* g, const uint16_t* masks, const Weights<T>& weights, T* gradient,             \
                                 const Geometry& at, int64_t begin, int64_t end) {                                      \
     if (at.pairs()) pool_backward_pairs(g, masks, weights, gradient, at, begin, end);                                  \
-    else pool_backward_rows(g, masks, weights, gradient, at, begin, end);                                              \
+    else pool_backward_rows<Exact>(g, masks, weights, gradient, at, begin, end);                                       \
   }
 
 INSTANCES(float)
@@ -794,6 +818,10 @@ INSTANCES(double)
       const uint16_t mask = static_cast<uint16_t>(-((tied[i] >> k) & 1));                                     \
       gradient[i].bits = (chosen.bits & mask) | (gradient[i].bits & ~mask);                                   \
     }                                                                                                         \
+  }                                                                                                           \
+  VECTORISED void pool_backward(As<T>, const float* g, const uint16_t* masks, const Weights<float>& weights,  \
+                                float* gradient, const Geometry& at, int64_t begin, int64_t end) {            \
+    pool_backward_rows<As<T>>(g, masks, weights, gradient, at, begin, end);                                   \
   }
 
 HALVES(BFloat16)
@@ -1081,8 +1109,12 @@ void pool_backward_all(const H* g, const uint16_t* masks, const Weights<float>& 
     const int64_t size = one.channels * one.height * one.width, windows = one.channels * one.rows * one.columns;
     std::vector<float> in(windows), out(size);
     widen(g + number * windows, in.data(), windows);
-    const int64_t units = one.pairs() ? one.rows : one.height;
-    pool_backward(in.data(), masks + number * windows, weights, out.data(), one, 0, units);
+    if (one.disjoint() || weights.difference()) {
+      const int64_t units = one.pairs() ? one.rows : one.height;
+      pool_backward(in.data(), masks + number * windows, weights, out.data(), one, 0, units);
+    } else {
+      pool_backward(As<H>(), in.data(), masks + number * windows, weights, out.data(), one, 0, one.height);
+    }
     narrow(out.data(), gradient + number * size, size);
   });
 }
@@ -1090,7 +1122,7 @@ void pool_backward_all(const H* g, const uint16_t* masks, const Weights<float>& 
 }  // namespace
 
 // Of the arguments below, as in cpu.py and nodes.cpp.
-EXPORT const int64_t version = 8;
+EXPORT const int64_t version = 9;
 
 // The names end in the entries' dtype.
 #define ENTRIES(T, NAME)                                                                                               \

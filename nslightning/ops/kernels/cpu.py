@@ -28,14 +28,13 @@ __all__ = [
     "pool_backward",
     "pool_forward",
     "pool_shares",
-    "pools",
     "relu_backward",
     "relu_forward",
     "sums",
 ]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_VERSION = 8  # of the functions' arguments, as in cpu.cpp
+_VERSION = 9  # of the functions' arguments, as in cpu.cpp
 
 
 def available() -> bool:
@@ -224,19 +223,6 @@ def pool_forward(
     return y, mask, bool(_run("pool_forward", x.dtype, x, y, mask, _numbers(x, y, geometry), zeros))
 
 
-def pools(dtype: torch.dtype, geometry: Sequence[tuple[int, int]]) -> bool:
-    """Whether the pooling kernels take a dtype with such windows.
-
-    Args:
-        dtype: The input's.
-        geometry: As in :func:`pool_forward`.
-
-    Returns:
-        False for half precisions where windows overlap: stock rounds each sum there, in an order of its own.
-    """
-    return dtype in DTYPES and (dtype.itemsize > 2 or _disjoint(geometry))
-
-
 def _disjoint(geometry: Sequence[tuple[int, int]]) -> bool:
     return all(s > d * (k - 1) for k, s, _, d in zip(*geometry, strict=True))
 
@@ -266,9 +252,10 @@ def pool_backward(
         The gradient with respect to the input.
     """
     share, whole, each, last = weights
-    # As the composition sums up: what the target receives beside its share, apart from the shares.
+    # As the composition sums up: what the target receives beside its share, apart from the shares. In half precision
+    # stock rounds each of its own sums.
     vertex = (share, whole, each) == (0, 1, 0)
-    apart = not (_disjoint(geometry) or vertex or whole == 0)
+    apart = not (_disjoint(geometry) or vertex or (whole == 0 and g.dtype.itemsize > 2))
     coefficients = pool_coefficients(share, whole, each, _wide(g.dtype), apart=apart)
     return _share(g, mask, geometry, size, coefficients, bool(last), apart, vertex)
 

@@ -698,6 +698,7 @@ Tensor pointwise_gradient(const Call& call, const variable_list& saved, const Te
   return gradient;
 }
 
+constexpr int64_t AT_ONCE = 12;  // as in windows.py
 constexpr int COUNTS = 17;  // a window's tied entries are 0 to 16
 
 // What an entry, and what the target, of a window with so many tied entries receives: pool_coefficients of selection.py.
@@ -731,7 +732,8 @@ Tensor pool_gradient(const Call& call, const variable_list& saved, const Tensor&
     });
     return gradient;
   }
-  const auto shares = shares_of<double>(weights, disjoint(call.geometry));
+  auto shares = shares_of<double>(weights, disjoint(call.geometry));
+  shares.apart |= x.element_size() == 2 && !shares.disjoint && !shares.vertex;  // stock's sums are rounded one by one
   const auto fill = [&](const void* table) {
     kernels_of(x)->pool_backward(incoming.const_data_ptr(), masks.const_data_ptr<int16_t>(), table,
                                  gradient.data_ptr(), call.geometry, shares.last, shares.apart, shares.vertex,
@@ -962,8 +964,8 @@ bool complete(Call& call, bool ceil_mode, const Tensor& x) {
   }
   for (int i = 0; i < 4; ++i) at[i] = x.size(i);
   at[14] = !contiguous;
-  // On a CPU stock rounds each sum of overlapping windows, in an order of its own.
-  return x.element_size() > 2 || gpu_of(x) || x.is_cuda() || disjoint(at);
+  // The shares of overlapping windows in half precision are summed up as they are composed, where that is at once.
+  return x.element_size() > 2 || gpu_of(x) || x.is_cuda() || disjoint(at) || kernel[0] * kernel[1] <= AT_ONCE;
 }
 
 // ------------------------------------------------------------------------- a patched module's call, as a Python object

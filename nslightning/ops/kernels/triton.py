@@ -24,7 +24,6 @@ __all__ = [
     "pool_backward",
     "pool_forward",
     "pool_shares",
-    "pools",
     "relu_backward",
     "relu_forward",
 ]
@@ -247,19 +246,6 @@ def pool_forward(
             WIDE=x.numel() >= 2**31, BLOCK=_BLOCK,
         )  # fmt: skip
     return y, mask, True
-
-
-def pools(dtype: torch.dtype, geometry: Sequence[tuple[int, int]]) -> bool:
-    """Whether the pooling kernels take a dtype with such windows: all, as sums are float32's in stock's kernel, too.
-
-    Args:
-        dtype: The input's.
-        geometry: As in :func:`pool_forward`.
-
-    Returns:
-        Whether the dtype is among :data:`DTYPES`.
-    """
-    return dtype in DTYPES
 
 
 def pool_backward(
