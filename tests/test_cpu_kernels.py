@@ -391,3 +391,20 @@ def test_in_place_counts_one_version(dtype):
     before = x._version
     assert ops.relu(x, 1.0, inplace=True) is x
     assert x._version == before + 1
+
+
+@pytest.mark.parametrize("native_nodes", [True, False], ids=["C++", "Python"])
+def test_zeros_matter_to_no_choice_behind_stocks_relu_alone(native_nodes, monkeypatch):
+    """A window of zeros behind a ReLU sends its gradient to entries where that dies; a LeakyReLU lets it through."""
+    from nslightning.ops.autograd.nodes import kept_ties
+
+    if not native_nodes:
+        monkeypatch.setattr("nslightning.ops.autograd.native._library", lambda: None)
+    x = torch.zeros(1, 1, 4, 4, requires_grad=True)
+    below = {
+        "relu": torch.relu, "relu6": F.relu6, "leaky_relu": F.leaky_relu, "prelu": lambda x: F.prelu(x, torch.ones(1)),
+        "threshold": lambda x: F.threshold(x, 0.0, 0.0), "exp": lambda x: x.exp() - 1,
+    }  # fmt: skip
+    for name, function in below.items():
+        y = pool(function(x), Selection(Jacobians(max_pool="minimal")), regular(2, 2))
+        assert kept_ties(y.grad_fn) == (name != "relu"), name

@@ -90,6 +90,9 @@ def naive(name, x, dim, gs, choice):
 def tied_tensor(dtype, shape=(3, 4, 5), seed=0):
     x = torch.randint(-1, 2, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
     x[0] += torch.randn(shape[1:], generator=torch.Generator().manual_seed(seed)).to(dtype)
+    entries = x.view(-1)
+    entries[[1, -1]], entries[[0, 2]] = 6.0, -6.0
+    assert int((x == x.max()).sum()) == int((x == x.min()).sum()) == 2  # tied over all dimensions, too
     return x.requires_grad_()
 
 
@@ -313,3 +316,28 @@ def test_counts():
     assert tied_reductions("amin", x) == (1, 1)
     assert tied_pairs(x, torch.tensor(1.0)) == (3, 6)
     assert tied_reductions("max", torch.tensor(1.0)) == (0, 1)
+
+
+WHOLE = slice(None)
+
+
+@pytest.mark.parametrize("choice", ["first", "last"])
+@pytest.mark.parametrize(
+    ("dims", "first", "last"),
+    [
+        ((0, 1), (0, 2, WHOLE), (1, 0, WHOLE)),
+        ((1, 0), (0, 2, WHOLE), (1, 0, WHOLE)),
+        ((2, 0), (0, WHOLE, 3), (1, WHOLE, 0)),
+        ((0, 2, 1), (0, 0, 3), (0, 1, 0)),
+    ],
+    ids=str,
+)
+def test_the_first_and_the_last_are_counted_in_the_order_of_the_entries(dims, first, last, choice):
+    """In whatever order the dimensions are named."""
+    x = torch.full((2, 3, 4), -1.0)
+    x[first] = x[last] = 0.0
+    x.requires_grad_()
+    ops.amax(x, dims, jacobian=choice).sum().backward()
+    want = torch.zeros(2, 3, 4)
+    want[first if choice == "first" else last] = 1.0
+    assert torch.equal(x.grad, want)

@@ -484,3 +484,31 @@ def test_introduction_example_zero_function():
         t = torch.zeros((), dtype=torch.float64, requires_grad=True)
         (g,) = torch.autograd.grad(relu(-t, alpha) + t - relu(t, alpha), t)
         assert g.item() == want
+
+
+@pytest.mark.parametrize("name", ["relu", "relu6"])
+def test_a_tangent_takes_the_exact_rule(name):
+    """The published rule drops the incoming gradient; a tangent comes from below and has none."""
+    choice = 0.5 if name == "relu" else (0.5, 0.25)
+    x, tangent = torch.tensor([-1.0, 0.0, 2.0]), torch.tensor([3.0, 4.0, 5.0])
+    operation = lambda x: getattr(ops, name)(x, choice, rule="published")  # noqa: E731
+    for value, change in (torch.func.jvp(operation, (x,), (tangent,)), forward_ad_of(operation, x, tangent)):
+        assert torch.equal(value, x.relu())
+        assert torch.equal(change, torch.tensor([0.0, 2.0, 5.0]))
+
+
+def forward_ad_of(operation, x, tangent):
+    with torch.autograd.forward_ad.dual_level():
+        return torch.autograd.forward_ad.unpack_dual(operation(torch.autograd.forward_ad.make_dual(x, tangent)))
+
+
+@pytest.mark.parametrize("native_nodes", [True, False], ids=["C++", "Python"])
+@pytest.mark.parametrize(("low", "high"), [(1.0, 1.0), (2.0, 1.0)])
+def test_a_clamp_to_a_point_is_constant(low, high, native_nodes, monkeypatch):
+    if not native_nodes:
+        monkeypatch.setattr("nslightning.ops.autograd.native._library", lambda: None)
+    x = torch.tensor([0.0, 1.0, 2.0, 3.0], requires_grad=True)
+    y = ops.clamp(x, low, high, at_bounds=(0.5, 0.25))
+    (want,) = torch.autograd.grad(x.clamp(low, high).sum(), x)
+    assert torch.equal(y, x.clamp(low, high))
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], want)

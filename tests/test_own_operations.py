@@ -34,8 +34,9 @@ assert Jacobians.preset("jax") != choice and hash(choice) != hash(Jacobians())
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == "square_gate"
-    assert lines[1].startswith("Patched Sequential: 1 square_gate with Jacobians(square_gate=-0.5)")
-    assert lines[2:] == ["1.0", "True", "[1.0, 1.0, 1.0]"]
+    assert lines[1] == "['square_gate=-1.0']"  # a choice that the audit made of the record
+    assert lines[2].startswith("Patched Sequential: 1 square_gate with Jacobians(square_gate=-0.5)")
+    assert lines[3:] == ["1.0", "True", "[1.0, 1.0, 1.0]"]
 
 
 @pytest.mark.parametrize(("name", "says"), [("relu", "already"), ("rule", "cannot be a field"), ("my op", "cannot be")])

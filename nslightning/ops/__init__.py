@@ -20,9 +20,12 @@ from nslightning.ops.losses import *
 # isort: on
 from nslightning.ops import clamps, exponential, groups, losses, maxima, norms, poolings, rectifiers, shrinking
 from nslightning.ops.autograd.pointwise import pointwise_operation
-from nslightning.ops.record import Call, Kernels, Kink, Operation, register
+from nslightning.ops.record import OPERATIONS, Call, Kernels, Kink, Operation, register
 
-__all__ = ["Call", "Kernels", "Kink", "Operation", "pointwise_operation", "register"]
+#: The operations that come with the package; what is registered from outside is not among them.
+PACKAGED = frozenset(OPERATIONS)
+
+__all__ = ["PACKAGED", "Call", "Kernels", "Kink", "Operation", "pointwise_operation", "register"]
 __all__ += rectifiers.__all__
 __all__ += clamps.__all__
 __all__ += shrinking.__all__

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nslightning.jacobians import Jacobians
+from nslightning.ops import PACKAGED
+from nslightning.ops.record import OPERATIONS
 from nslightning.probes.by_hand import Handwritten, handwritten
 from nslightning.probes.divergence import Divergence, divergence, measure
 from nslightning.probes.gradients import gradients
@@ -30,6 +32,7 @@ __all__ = [
     "SiteTies",
     "Spread",
     "audit",
+    "choices_of_an_audit",
     "rounding",
     "verdict",
     "visible",
@@ -37,7 +40,7 @@ __all__ = [
 
 DTYPES = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32, "64": torch.float64}
 
-#: The choices that an audit compares with stock PyTorch's.
+#: The choices that an audit compares with stock PyTorch's; :func:`choices_of_an_audit` adds those of own operations.
 CHOICES: dict[str, Jacobians] = {
     "jax": Jacobians.preset("jax"),
     "tensorflow": Jacobians.preset("tensorflow"),
@@ -45,6 +48,22 @@ CHOICES: dict[str, Jacobians] = {
     "beta=minimal": Jacobians(max_pool="minimal"),
     "beta=10": Jacobians(max_pool=10.0),
 }
+
+
+def choices_of_an_audit() -> dict[str, Jacobians]:
+    """What an audit compares with stock PyTorch's choice, unless it is given choices.
+
+    Returns:
+        :data:`CHOICES`, and of each operation that was registered from outside the package the ends of its Clarke
+        Jacobian that stock does not take, each by itself.
+    """
+    added: dict[str, Jacobians] = {}
+    for name, record in OPERATIONS.items():
+        if name not in PACKAGED:
+            added |= {
+                f"{name}={end}": Jacobians(**{name: end}) for end in record.elements(*record.at) if end is not None
+            }
+    return CHOICES | added
 
 
 class NotRunningError(RuntimeError):
@@ -252,7 +271,7 @@ def audit(
     batches: Sequence[tuple[Tensor, Tensor | None]],
     *,
     dtypes: Sequence[str] = tuple(DTYPES),
-    choices: Mapping[str, Jacobians] = CHOICES,
+    choices: Mapping[str, Jacobians] | None = None,
     device: str | torch.device = "cpu",
     training: bool = True,
     seed: int = 0,
@@ -275,7 +294,7 @@ def audit(
             dict of outputs the first counts.
         batches: Images, and labels or None for random ones.
         dtypes: Names in :data:`DTYPES`. One that the device cannot run is listed in ``not_run``.
-        choices: What to compare with stock PyTorch's choice.
+        choices: What to compare with stock PyTorch's choice; None is :func:`choices_of_an_audit`.
         device: Where to run.
         training: Training rather than evaluation mode.
         seed: Seeds random labels, dropout and random choices.
@@ -300,6 +319,7 @@ def audit(
         >>> measured.sites[0].ties["32"], measured.largest > 0
         ((16, 16), True)
     """
+    choices = choices_of_an_audit() if choices is None else choices
     if not batches or not dtypes or not choices:
         raise ValueError("an audit takes at least one batch, one dtype and one choice")
     if top < 1:

@@ -159,8 +159,7 @@ def relu(x: Tensor, selection: Selection, inplace: bool = False) -> Tensor:
 @cache
 def _stock_relu() -> type:
     """The class of the nodes of PyTorch's own ReLU."""
-    with torch.inference_mode(False), torch.enable_grad():
-        return type(torch.relu(torch.zeros(1, device="cpu", requires_grad=True)).grad_fn)
+    return type(native.stock_relu().grad_fn)
 
 
 class _MaxPool2d(NonsmoothFunction):

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from nslightning._torch import in_functorch, is_transformed
+from nslightning._torch import in_functorch, is_transformed, outside_every_mode
 from nslightning.ops.kernels import build, cpu, cuda
 from nslightning.ops.record import OPERATIONS as RECORDS
 
@@ -38,6 +38,7 @@ __all__ = [
     "release",
     "site",
     "state",
+    "stock_relu",
 ]
 
 #: The operations that have a C++ node, in the order in which ``nodes.cpp`` numbers them; max pooling comes last.
@@ -95,8 +96,14 @@ def _library() -> ModuleType | None:
     library = module_from_spec(spec)
     loader.exec_module(library)
     at_lower, at_upper = RECORDS["clamp"].stock(-1.0, 1.0)
-    library.connect(_SELF, cpu.addresses(_KERNELS), at_lower, at_upper)
+    library.connect(_SELF, cpu.addresses(_KERNELS), at_lower, at_upper, stock_relu())
     return library
+
+
+def stock_relu() -> Tensor:
+    """A result of PyTorch's own ReLU, whose backward node shows the class of such nodes."""
+    with outside_every_mode(), torch.enable_grad():
+        return torch.relu(torch.zeros(1, device="cpu", requires_grad=True))
 
 
 def state() -> str:

@@ -118,6 +118,8 @@ class _Kinked(NonsmoothFunction):
             with nullcontext() if torch.compiler.is_compiling() else kept_version(x):  # `mark_dirty` counts it
                 kernels.overwrite(x, *tensors[:given], *parameters)
             return x
+        if overwritten:  # as stock works on the memory that it overwrites: a kernel may round by the strides
+            return kernels.overwrite(duplicate(x), *tensors[:given], *parameters)
         return kernels.forward(x, *tensors[:given], *parameters)
 
     @staticmethod

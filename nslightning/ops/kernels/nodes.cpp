@@ -57,6 +57,7 @@
 #include <mutex>
 #include <set>
 #include <string>
+#include <typeinfo>
 
 // As in ATen/functorch/DynamicLayer.h, which needs a header that PyTorch does not install.
 namespace at::functorch {
@@ -467,6 +468,7 @@ struct Kink {
 };
 
 double at_lower = 0, at_upper = 0;  // stock's derivatives of clamp at its bounds, which depend on the version
+const std::type_info* stock_relu = &typeid(void);  // the class of the nodes of stock's ReLU
 
 void kinks_of(const Call& call, Kink (&kinks)[2]) {
   const double *p = call.parameters;
@@ -843,7 +845,7 @@ struct MaxPool2d : Nonsmooth<MaxPool2d> {
     // What a window of zeros shares out ends in the stock ReLU right below, whatever the choice: none of its own
     // entries tied, or its gradient at 0 is not ours to choose.
     const auto& below = x.grad_fn();
-    const bool dies = below && below->name() == "ReluBackward0";
+    const bool dies = below && typeid(*below) == *stock_relu;
     call->tied = kernels_of(x)->pool_forward(x.const_data_ptr(), y.data_ptr(), masks.data_ptr<int16_t>(), at, !dies,
                                              at::get_num_threads());
     keep(ctx, call, {x, masks});
@@ -1226,11 +1228,15 @@ void take(PyObject* addresses, const char* name, const char* dtype, F*& into) {
   into = reinterpret_cast<F*>(PyLong_AsVoidPtr(value));
 }
 
-// connect(module, addresses, at_lower, at_upper): native.py, the kernels by name, stock's derivatives of clamp.
+// connect(module, addresses, at_lower, at_upper, relu): native.py, the kernels by name, stock's derivatives of clamp, a
+// result of stock's ReLU.
 PyObject* connect(PyObject*, PyObject* args) {
   HANDLE_TH_ERRORS
-  PyObject *module, *addresses;
-  if (!PyArg_ParseTuple(args, "OO!dd", &module, &PyDict_Type, &addresses, &at_lower, &at_upper)) return nullptr;
+  PyObject *module, *addresses, *relu;
+  if (!PyArg_ParseTuple(args, "OO!ddO", &module, &PyDict_Type, &addresses, &at_lower, &at_upper, &relu)) return nullptr;
+  const auto node = THPVariable_Unpack(relu).grad_fn();
+  TORCH_CHECK(node, "the result of ReLU has no node");
+  stock_relu = &typeid(*node);
   for (int i = 0; i < DTYPES; ++i) {
     auto& of = kernels[i];
     const char* dtype = dtype_names[i];
