@@ -1,6 +1,5 @@
 """What a run must say of itself for its numbers to be traced."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -8,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info
 
 from nslightning.choices import choice_label
 from nslightning.files import write_text
@@ -18,6 +16,7 @@ from nslightning.runs.record import End, note_end, write_record
 from nslightning.surgery import PatchReport, surgeries
 
 from .measurements import run_folder
+from .showing import show_record, show_table
 
 __all__ = ["RunRecord"]
 
@@ -28,8 +27,8 @@ class RunRecord(Callback):
     """Prints what was patched, and writes a run's record into its folder before the first step.
 
     ``run.json`` holds the command, seed, precision, device, number of processes, git commit, versions, the data's
-    provenance and the patch fingerprint; ``patch_report.json`` and ``.txt`` hold every site. W&B gets the same as
-    the run's config, next to the config file's own content.
+    provenance and the patch fingerprint; ``patch_report.json`` and ``.txt`` hold every site. W&B, MLflow and
+    TensorBoard get the same, next to the config file's own content.
 
     A run that goes on under another config, choice, code or machine gets a new one of its ``segments``
     (:class:`~nslightning.runs.Segment`), so that every row it wrote belongs to what held when it was written.
@@ -114,12 +113,12 @@ class RunRecord(Callback):
         }
         write_record(folder, record)
         self._written = True
+        show_record(trainer, self.config, record)
+        if report is not None:
+            columns = ["site", "operation", "choice", "how", "kind", "inplace", "calls"]
+            rows = [[s.name, s.operation, str(s.choice), s.how, s.kind, s.inplace, s.calls] for s in report.sites]
+            show_table(trainer, "patch_report", columns, rows)
         for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                plain = json.loads(json.dumps(record, default=str))
-                logger.experiment.config.update({"config": self.config, "run": plain}, allow_val_change=True)
-                if report is not None:
-                    _log_sites(logger, report)
             if isinstance(logger, MetricsFile):
                 forget_from(Path(logger.experiment.metrics_file_path), trainer.global_step)
 
@@ -148,10 +147,3 @@ def _write(report: PatchReport, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     report.save(folder / "patch_report.json")
     write_text(folder / "patch_report.txt", f"{report}\n")
-
-
-@rank_zero_only
-def _log_sites(logger: WandbLogger, report: PatchReport) -> None:
-    columns = ["site", "operation", "choice", "how", "kind", "inplace", "calls"]
-    data = [[s.name, s.operation, str(s.choice), s.how, s.kind, s.inplace, s.calls] for s in report.sites]
-    logger.log_table("patch_report", columns=columns, data=data)

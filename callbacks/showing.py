@@ -1,15 +1,58 @@
-"""Tables and figures for every logger that can take them."""
+"""Records, tables and figures for every logger that can take them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
 
-__all__ = ["show_figure", "show_table", "summarise"]
+__all__ = ["show_figure", "show_file", "show_record", "show_table", "summarise"]
+
+
+def show_record(trainer: Trainer, config: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+    """Send what a run is to W&B, as its config; to MLflow, as a file; to TensorBoard, as text.
+
+    Args:
+        trainer: The trainer, on rank 0.
+        config: The run's configuration as plain data.
+        record: What ``run.json`` holds.
+    """
+    content = json.loads(json.dumps({"config": config, "run": record}, default=str))
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.config.update(content, allow_val_change=True)
+        elif isinstance(logger, MLFlowLogger):
+            logger.experiment.log_dict(logger.run_id, content, "run.json")
+        elif isinstance(logger, TensorBoardLogger):
+            text = json.dumps(content, indent=2).replace("\n", "\n    ")  # a block of code in Markdown
+            logger.experiment.add_text("run", f"    {text}", trainer.global_step)
+
+
+def show_file(trainer: Trainer, name: str, file: Path) -> None:
+    """Send a CSV file as a table, its numbers as numbers.
+
+    Args:
+        trainer: The trainer, on rank 0.
+        name: What it is called.
+        file: The file; nothing is sent where there is none.
+    """
+    if not file.is_file():
+        return
+    with file.open(newline="", encoding="utf-8") as table:
+        columns, *rows = list(csv.reader(table)) or [[]]
+    show_table(trainer, name, columns, [[_number(cell) for cell in row] for row in rows])
+
+
+def _number(cell: str) -> str | float:
+    try:
+        return float(cell)
+    except ValueError:
+        return cell
 
 
 def show_table(trainer: Trainer, name: str, columns: Sequence[str], data: Sequence[Sequence[Any]]) -> None:

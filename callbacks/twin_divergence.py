@@ -13,6 +13,7 @@ from nslightning.models import Twins
 from nslightning.probes import Divergence, measure
 
 from .measurements import append_rows, interval, log_step, own_name, run_folder, start_table
+from .showing import show_figure, show_file
 
 __all__ = ["TwinDivergence"]
 
@@ -113,6 +114,8 @@ class TwinDivergence(Callback):
             totals = rows[rows["parameter"] == ""]
             if len(totals):
                 twins_by_step(totals, self._file.with_suffix(".pdf"))
+                show_figure(trainer, f"{self._file.stem}/figure", self._file.with_suffix(".png"))
+            show_file(trainer, f"{self._file.stem}/table", self._file)
 
     def _measured(self, trainer: Trainer, module: LightningModule, what: str) -> list[dict[str, Any]]:
         """The distances of every twin's weights or gradients to the first one's."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from nslightning.probes import measure
 
 from .measurements import append_rows, begins_anew, interval, log_step, own_name, run_folder, start_table
+from .showing import show_file
 
 __all__ = ["WeightDivergence"]
 
@@ -115,6 +116,11 @@ class WeightDivergence(Callback):
         """Measure the final weights, whatever the interval."""
         if not trainer.interrupted:
             self._measure(trainer, pl_module, final=True)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Send the table to the loggers that take one."""
+        if trainer.is_global_zero:
+            show_file(trainer, f"{self._name}/table", self._file)
 
     def _measure(self, trainer: Trainer, module: LightningModule, final: bool = False) -> None:
         step = trainer.global_step

@@ -15,6 +15,7 @@ from nslightning.surgery import selections
 from .gradient_divergence import checked_names, loss_scale, undisturbed
 from .measurements import append_rows, interval, log_step, own_name, run_folder, start_table
 from .replay import NoLossError, ReplayedStep, silent, takes_iterator
+from .showing import show_file
 
 __all__ = ["ZoneMonitor"]
 
@@ -97,6 +98,11 @@ class ZoneMonitor(Callback):
             rows.append({"step": step, "choice": name, **row})
         if trainer.is_global_zero:
             append_rows(self._file, rows)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Send the table to the loggers that take one."""
+        if trainer.is_global_zero:
+            show_file(trainer, f"{self._name}/table", self._file)
 
     def _zone(
         self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int, choice: Jacobians

@@ -28,8 +28,8 @@ def path(name: str) -> Path:
     wanted = name.replace("\\", "/").removeprefix("./").removeprefix("configs/").removesuffix(".yaml")
     if wanted in packaged:
         return packaged[wanted]
+    hint = did_you_mean(wanted.removesuffix(".yml"), packaged)
     raise FileNotFoundError(
-        f"no packaged configuration is called {name!r}{did_you_mean(wanted.removesuffix('.yml'), packaged)}"
-        f" There are: {', '.join(sorted(name for name in packaged if not name.startswith('experiments/')))}."
-        " A file of your own is given by its path: --config ./mine.yaml"
+        f"there is no file {name}, and no packaged config of that name{hint} `nslightning` without a command lists "
+        "them; a file of your own is named by its path, as in --config ./mine.yaml"
     )

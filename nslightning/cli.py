@@ -33,6 +33,7 @@ COMMANDS = {
     "tokens": ("nslightning.commands.tokens", "turn text into the token files that a language model is trained on"),
     "cost": ("nslightning.commands.cost", "what a backbone's gradient costs under several Jacobian choices"),
     "audit": ("nslightning.commands.audit", "how far a model's gradients depend on the Jacobian choice"),
+    "schema": ("nslightning.commands.schema", "JSON schemas, from which an editor completes and checks YAML files"),
 }
 
 # Whose work begins with imports that take many seconds.
@@ -171,11 +172,9 @@ def _packaged_configs(argv: list[str]) -> list[str]:
             if i + 1 == len(argv):
                 raise FileNotFoundError(f"{flag} names a YAML file, such as {flag} configs/quickstart.yaml")
             value = argv[i + 1]
-        if Path(value).exists():
+        own = Path(value).expanduser()
+        if own.exists() and str(own) == value:
             continue
-        try:
-            path = str(configs.path(value))
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"there is no file {value}. {error}") from None
+        path = str(own if own.exists() else configs.path(value))
         found[i if equals else i + 1] = f"{flag}={path}" if equals else path
     return found

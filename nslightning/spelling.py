@@ -27,7 +27,8 @@ def closest(given: object, known: Iterable[str], most: int = 1, cutoff: float = 
     word, names = str(given), list(dict.fromkeys(map(str, known)))
     swapped = [name for name in names if name != word and sorted(name) == sorted(word)]
     alike = difflib.get_close_matches(word, names, most, cutoff)
-    return list(dict.fromkeys([*swapped, *alike]))[:most]
+    same = [name for name in names if name == word]
+    return list(dict.fromkeys([*same, *swapped, *alike]))[:most]
 
 
 def did_you_mean(given: object, known: Iterable[str], most: int = 1, *, otherwise: str = ".") -> str:

@@ -535,7 +535,7 @@ def test_folder_of_images(own, capsys):
         (["own_models:build", "--html", "missing/a.html"], 2, ["there is no folder missing"]),
         (["own_models:build", "--json", "."], 2, ["--json takes a file"]),
         (["own_models:build", "--json", "a", "--html", "a"], 2, ["name one file"]),
-        (["own_models:build", "--device", "cuda:99"], 2, ["--device=cuda:99 is not here: ", "There is cpu"]),
+        (["own_models:build", "--device", "cuda:99"], 2, ["--device=cuda:99 is not here. ", "There is cpu"]),
     ],
 )
 def test_wrong_calls_of_the_command(own, capsys, args, status, says):

@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -105,90 +104,6 @@ def test_version(capsys):
 
 # --- mistakes
 
-BAD_FILES = {
-    "broken.yaml": "model: [1, 2\n  x: }",
-    "text.yaml": "just some text",
-    "key.yaml": "model:\n  jacobians: {max_pol: 1}\n",
-    "group.yaml": "modle:\n  backbone: paper/lenet5\n",
-    "choice.yaml": "trainer:\n  callbacks:\n    - class_path: nslightning.callbacks.GradientDivergence\n"
-    "      init_args: {choices: {odd: {max_pool: minmal}}}\n",
-    "field.yaml": "trainer:\n  callbacks:\n    - class_path: nslightning.callbacks.GradientDivergence\n"
-    "      init_args: {choices: {odd: {rleu: 1}}}\n",
-    "class.yaml": "trainer:\n  callbacks:\n    - class_path: nslightning.callbacks.GradientDiverg\n",
-    "argument.yaml": "data:\n  class_path: MNIST\n  init_args: {batch_sise: 2}\n",
-    "null.yaml": "model:\n  jacobians: null\n",
-    "twice.yaml": "model:\n  backbone: paper/lenet5\nmodel:\n  pretrained: false\n",
-    "bad.ckpt": "hello",
-}
-
-# What is typed after a good config; what the message must say.
-MISTAKES = [
-    ("--modle.backbone=x", ["--modle.backbone", "did you mean 'model.backbone'"]),
-    ("--model.backbne=x", ["did you mean 'model.backbone'"]),
-    ("--model.alpha=1", ["did you mean 'model.jacobians.relu'"]),
-    ("--model.beta=1", ["did you mean 'model.jacobians.max_pool'"]),
-    ("--model.jacobians.rleu=1", ["did you mean 'model.jacobians.relu'"]),
-    ("--model.jacobians.max_pool=minimall", ["minimall", "native, first, last", "did you mean 'minimal'"]),
-    ("--model.jacobians.rule=publish", ["exact, published", "did you mean 'published'"]),
-    ("--model.jacobians.relu=abc", ["--model.jacobians.relu=abc", "a float"]),
-    ("--model.jacobians.relu=nan", ["nan", "float"]),
-    ("--model.jacobians.relu6=[1,2,3]", ["--model.jacobians.relu6", "2 values"]),
-    ("--trainer.max_epochs=many", ["--trainer.max_epochs=many", "an int"]),
-    ("--trainer.precision=16-mixd", ["bf16-mixed", "did you mean '16-mixed'"]),
-    ("--trainer.accelerator=gup", ["gup", "cuda"]),
-    ("--trainer.devices=3.5", ["devices"]),
-    ("--trainer.strategy=dddp", ["dddp", "ddp"]),
-    ("--model.backbone=paper/lenet", ["'paper/lenet'", "did you mean paper/lenet5"]),
-    ("--model.backbone=resnet18", ["timm/resnet18", "torchvision/resnet18"]),
-    ("'--model.backbone_options={batchnorm: 1}'", ["did you mean 'batch_norm'", "It takes"]),
-    ("--model.backbone=paper/vgg11", ["(1, 28, 28)", "32x32"]),
-    ("--model.backbone=torchvision/alexnet", ["torchvision/alexnet", "(1, 28, 28)"]),
-    ("--model.pretrained=true", ["no pretrained weights"]),
-    ("--model.label_smoothing=2", ["label_smoothing", "0 and 1"]),
-    ("--model.compile=true --model.jacobians.max_pool=random", ["random", "compile=False"]),
-    ("--model.compile=true", ["--model.compile=false"]),
-    ("--model.num_classes=3", ["--model.num_classes", "data.num_classes"]),
-    ("--model.optimizer=SDG", ["'SDG'", "torch.optim", "did you mean 'SGD'"]),
-    ("--model.optimizer=torch.optim.SGDD", ["torch.optim.SGDD", "did you mean 'SGD'"]),
-    ("--model.optimizer=INNApro", ["did you mean 'INNAprop'"]),
-    ("--model.optimizer.lrr=1", ["--model.optimizer.lrr", "takes lr, momentum", "did you mean 'lr'"]),
-    ("--model.optimizer.lr=-1", ["-1"]),
-    ("--model.lr_scheduler=CosineAnealingLR", ["did you mean 'CosineAnnealingLR'"]),
-    ("--data=MNSIT", ["'MNSIT'", "nslightning.data", "did you mean 'MNIST'"]),
-    ("--data.batch_sise=3", ["--data.batch_sise", "did you mean 'batch_size'"]),
-    ("--data.batch_size=0", ["batch_size is 0", "at least 1"]),
-    ("--data.batch_size=abc", ["--data.batch_size=abc", "an int"]),
-    ("--trainer.callbacks+=TieMonitr", ["did you mean 'TieMonitor'"]),
-    ("--trainer.callbacks+=TieMonitor --trainer.callbacks.every_n_step=3", ["did you mean 'every_n_steps'"]),
-    ("--trainer.callbacks+=TieMonitor --trainer.callbacks.every_n_steps=0", ["given 0"]),
-    ("--trainer.logger=WandbLoger", ["did you mean 'WandbLogger'"]),
-    ("--seed_everything=abc", ["--seed_everything=abc", "an int"]),
-    ("--seed_everything=-1", ["--seed_everything=-1", "0"]),
-    ("--name=../elsewhere", ["--name=../elsewhere"]),
-    ("--output", ["--output"]),
-    ("--ckpt_path=nope.ckpt", ["nope.ckpt"]),
-    ("--ckpt_path=bad.ckpt", ["bad.ckpt is damaged"]),
-    ("--ckpt_path=best", ["--ckpt_path=last"]),
-    ("--config nothere.yaml", ["there is no file nothere.yaml", "quickstart"]),
-    ("--config configs/quikstart.yaml", ["did you mean 'quickstart'"]),
-    ("--config", ["--config"]),
-    ("--config broken.yaml", ["line 2"]),
-    ("--config text.yaml", ["just some text", "mapping"]),
-    ("--config key.yaml", ["model.jacobians.max_pol", "did you mean 'model.jacobians.max_pool'"]),
-    ("--config group.yaml", ["modle.backbone", "did you mean 'model.backbone'"]),
-    ("--config choice.yaml", ["'odd'", "max_pool 'minmal'", "did you mean 'minimal'"]),
-    ("--config field.yaml", ["'odd'", "'rleu'", "did you mean 'relu'", "Fields: relu"]),
-    ("--config class.yaml", ["GradientDiverg'", "did you mean 'GradientDivergence'"]),
-    ("--config null.yaml", ["--model.jacobians=null names no choice"]),
-    ("--config twice.yaml", ["twice.yaml, line 3: model is given twice, first in line 1"]),
-    ("--output=bad.ckpt", ["bad.ckpt cannot be written: it is a file", "--output=FOLDER"]),
-    ("--trainer.gradient_clip_val=-1", ["--trainer.gradient_clip_val=-1", "from 0 on"]),
-    ("--trainer.accumulate_grad_batches=0", ["--trainer.accumulate_grad_batches=0", "at least 1"]),
-    ("--trainer.limit_train_batches=0", ["--trainer.limit_train_batches=0", "nothing would happen"]),
-    ("--trainer.default_root_dir=x", ["--trainer.default_root_dir=x is not used", "--output"]),
-    ("--config argument.yaml", ["--data.batch_sise", "did you mean 'batch_size'"]),
-]
-
 
 def check_mistake(status: int, text: str, said: list[str], expected: int) -> None:
     assert status == expected, text
@@ -199,20 +114,6 @@ def check_mistake(status: int, text: str, said: list[str], expected: int) -> Non
     assert "Union subtypes" not in text
     assert len(error.splitlines()) <= 4
     assert not Path("runs").exists(), sorted(Path("runs").rglob("*"))
-
-
-@pytest.mark.parametrize(("typed", "said"), MISTAKES, ids=[typed for typed, _ in MISTAKES])
-def test_mistake(typed, said, capfd):
-    for name, content in BAD_FILES.items():
-        Path(name).write_text(content)
-    before = sorted(p.name for p in Path().iterdir())
-    status, text = run(capfd, "fit", *QUICK, NO_LOGGER, *shlex.split(typed))
-    check_mistake(status, text, said, 2)
-    assert sorted(p.name for p in Path().iterdir()) == before
-
-
-def test_no_data_given(capfd):
-    check_mistake(*run(capfd, "fit", "--model.backbone=paper/lenet5"), ["--data", "configs/quickstart.yaml"], 2)
 
 
 @pytest.mark.parametrize("data", ["MNIST", "CIFAR10", "SVHN", "ImageNet", "ImageFolder"])

@@ -16,7 +16,7 @@ from lightning.pytorch import Trainer
 
 import nslightning.callbacks
 from nslightning.commands.run_callbacks import makes_again
-from nslightning.commands.train import Parser
+from nslightning.commands.training_cli import Parser
 
 KINDS = {
     "callbacks": (lightning.pytorch.callbacks, nslightning.callbacks),

@@ -571,7 +571,7 @@ def test_command_over_widths_from_a_config(tmp_path):
         (["--choices", "a:relu=1", "a:relu=0.5"], "one name"),
         (["--backbone=paper/lenet5", "--widths", "8", "16"], "hidden layers of paper/fc"),
         (["--batch-size=0"], "at least 1"),
-        (["--device=nowhere"], "--device=nowhere is not here: "),
+        (["--device=nowhere"], "--device=nowhere is not here; a GPU is named cuda"),
         (["--output=file"], "is a file"),
     ],
 )

@@ -106,7 +106,7 @@ def test_a_cell_counts_by_depth_and_the_same_again() -> None:
     ("options", "message"),
     [
         (["--precisions=[16]"], "it counts float32 numbers; given precision=16"),
-        (["--choice=m:max_pool=1"], "the choices differ in relu alone"),
+        (["--choices=m:max_pool=1"], "the choices differ in relu alone"),
         (["--backbone=paper/lenet5"], "it knows fully connected networks"),
         (["--options={batch_norm: true}"], "networks without batch norm"),
         (["--batches=3"], "give batches: null"),

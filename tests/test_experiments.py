@@ -431,7 +431,11 @@ def test_only_keeps_what_has_these_values(experiment_file):
         ("width: 4,", "widht: 4,", r"a train cell has no setting 'widht'; did you mean 'width'\?"),
         ("relu: [0, 1]", "relu: 1", r"relu varies over a list of values"),
         ("small: {}", "smal: {}", r"has 'smal'; did you mean 'small'\?"),
-        ("rule: [exact, published]", "rule: [exat]", r"rule 'exat' is not known; did you mean 'exact'\?"),
+        (
+            "rule: [exact, published]",
+            "rule: [exat]",
+            r"rule='exat' is not one of exact, published; did you mean 'exact'\?",
+        ),
         ("epochs: 1}", "epochs: 1, precision: 8}", r"precision=8 is not one of 16, 24, 32, 64"),
         ("backbone: paper/fc,", "", "missing 1 required keyword-only argument: 'backbone'"),
         ("epochs: 1}", "epochs: 1, learning_rate: searched}", r"paper B has no searched learning rate for .*shared_lr"),
@@ -828,7 +832,7 @@ def test_several_experiments_in_one_call_and_settings_in_the_name(experiment_fil
             "there is no file nowhere.yaml, and no packaged experiment of that name. There are: cifar10_",
         ),
         (["mnist_lenet_bta"], "no packaged experiment of that name; did you mean 'mnist_lenet_beta'?"),
-        (["little.yaml", "--scale", "medium"], "has no scale 'medium'; it has smoke, small, paper"),
+        (["little.yaml", "--scale", "medium"], "has no scale 'medium'. It has smoke, small, paper"),
         (["little.yaml", "--only", "rule"], "--only takes KEY=VALUE"),
         (["little.yaml", "--only", "rule=["], "--only rule=[: the value is no YAML"),
         (
@@ -856,7 +860,7 @@ def test_several_experiments_in_one_call_and_settings_in_the_name(experiment_fil
         (["little.yaml", "--workers", "two"], "invalid int value: 'two'\n  nslightning experiment --help"),
         (["little.yaml", "--output", "little.yaml"], "little.yaml is no folder that may be written to"),
         (["mnist_volume_relu", "--scale", "smoke", "--set", "against=relu"], "against='relu' is not a mapping"),
-        (["little.yaml", "--device", "gpu"], "--device=gpu is not here: "),
+        (["little.yaml", "--device", "gpu"], "--device=gpu is not here; a GPU is named cuda"),
         (["little.yaml", "--comapre"], "did you mean '--compare'?"),
     ],
 )

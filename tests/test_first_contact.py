@@ -125,6 +125,45 @@ def test_old_spellings_go_on_working_with_a_word(capsys):
     assert "batch_size" not in parser.format_help()
 
 
+def test_a_list_in_brackets_and_a_switch_that_stands_alone(capsys):
+    """As a config writes them, and as other commands do."""
+    from nslightning.commands import zones
+
+    parser = zones.make_parser("nslightning zones")
+    words = ["--precisions", "[16,32]", "--choice=a:relu=1", "--download", "--batch-size=3"]
+    read = parser.parse_args(with_new_spellings(parser, words, {"--choice": "--choices"}))
+    assert (read.precisions, read.choices, read.download, read.batch_size) == ([16, 32], ["a:relu=1"], True, 3)
+    told = capsys.readouterr().err
+    assert "--precisions=[16,32] is spelled --precisions 16 32 today" in told
+    assert "--choice is spelled --choices today" in told
+
+
+def test_the_same_things_have_the_same_names():
+    """In the commands that take choices, precisions, a device and batches."""
+    from importlib import import_module
+
+    options = {
+        command: set(import_module(COMMANDS[command][0]).make_parser("x")._option_string_actions)
+        for command in ("zones", "cost", "lr-search", "audit", "experiment", "tokens", "report", "figure", "dashboard")
+    }
+    for command, names in options.items():
+        assert not [name for name in names if "_" in name and name not in ("--print_config", "--print_shtab")], command
+    assert all("--choices" in options[command] for command in ("zones", "cost", "lr-search"))
+    assert all("--batch-size" in options[command] for command in ("zones", "cost", "audit"))
+    assert all("--precisions" in options[command] for command in ("zones", "audit"))
+    assert all({"--device", "--seed"} <= options[command] for command in ("zones", "cost", "audit"))
+    assert all("--download" in options[command] for command in ("zones", "audit", "experiment"))
+
+
+def test_a_training_takes_dashes(capsys):
+    words = ["fit", "--config", "configs/quickstart.yaml", "--data.batch-size=7", "--seed-everything=3"]
+    assert main([*words, "--model.jacobians.max-pool=minimal", "--print-config"]) == 0
+    shown = capsys.readouterr().out
+    assert "batch_size: 7" in shown
+    assert "seed_everything: 3" in shown
+    assert "max_pool: minimal" in shown
+
+
 @pytest.mark.parametrize("command", ["cost", "zones"])
 def test_options_of_a_config_keep_their_names(command, tmp_path):
     from importlib import import_module

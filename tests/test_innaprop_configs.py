@@ -31,9 +31,6 @@ HEAVY = {"imagenet_resnet50", "imagenet_vit_b_32", "food101_vgg11"}  # tens of m
 needs_transformers = pytest.mark.skipif(
     find_spec("transformers") is None, reason="transformers, of the extra `language`, is not installed"
 )
-needs_task = pytest.mark.skipif(
-    not hasattr(train, "TASKS"), reason="nslightning.commands.train has no TASKS: it trains images only"
-)
 SMALL = "{n_layer: 1, n_embd: 16, n_head: 2}"
 
 
@@ -89,7 +86,7 @@ def run(folder, name, root, monkeypatch, *more):
     [
         pytest.param(
             name,
-            marks=[pytest.mark.slow] * (name in HEAVY) + [needs_transformers, needs_task] * (name in TEXT),
+            marks=[pytest.mark.slow] * (name in HEAVY) + [needs_transformers] * (name in TEXT),
         )
         for name in INNAPROP
     ],

@@ -37,18 +37,19 @@ CASES = [
     (
         "a class has no such argument",
         "always: 1\nthing: " + THING % "knd: small",
-        ["--thing.knd", "did you mean 'kind'"],
+        ["--thing.knd", "did you mean '--thing.kind'"],
     ),
-    ("a config has no such option", "plain: {knd: small}", ["--plain.knd", "did you mean 'plain.kind'"]),
-    ("no such option", [*GIVEN, "--numbr=2"], ["not understood: --numbr=2", "did you mean 'number'"]),
+    ("a config has no such option", "plain: {knd: small}", ["--plain.knd", "did you mean '--plain.kind'"]),
+    ("no such option", [*GIVEN, "--numbr=2"], ["no option --numbr", "did you mean '--number'"]),
     ("set by another", [*GIVEN, "--plain.size=2"], ["--plain.size cannot be given", "set by number"]),
     ("needed", ["--number=2"], ["--always is needed"]),
+    ("no file", [*GIVEN, "--config=."], ["--config=", "it is a folder, and a YAML file is needed"]),
     ("no mapping", "just some text", ["not a mapping", "just some text"]),
     ("given twice", [*GIVEN, f"--thing={THING % 'kind: small, kind: large'}"], ["kind"]),
     ("no class path", [*GIVEN, "--thing=Thingg"], ["--thing", "'Thingg'"]),
     ("no such class", [*GIVEN, f"--thing={HERE}Thingg"], ["--thing", f"'{HERE}Thingg'"]),
     ("no such module", [*GIVEN, "--thing=no_such_module.Thing"], ["--thing", "no_such_module"]),
-    ("a value that is not allowed", [*GIVEN, "--number=two"], ["--number=two is not allowed; expected an int"]),
+    ("a value that is not allowed", [*GIVEN, "--number=two"], ["--number=two is not allowed; expected a whole number"]),
 ]
 
 

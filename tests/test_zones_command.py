@@ -22,7 +22,7 @@ def zones(folder, *options: str) -> int:
 
 def test_draws_are_added_until_the_interval_is_narrow_and_never_computed_twice(tmp_path, capsys) -> None:
     folder = tmp_path / "zones"
-    minimal = ["--choice=minimal:max_pool=minimal", "--precisions=[32]"]
+    minimal = ["--choices", "minimal:max_pool=minimal", "--precisions", "32"]
     assert zones(folder, *minimal, "--draws=2") == 0
     first = pd.read_csv(folder / "zones.csv").iloc[0]
     assert (first["draws"], first["batches"]) == (2, 4)
@@ -102,8 +102,8 @@ def test_the_interval_of_mini_batches_is_students(tmp_path) -> None:
     ("options", "message"),
     [
         (["--half-width=0"], "between 0 and 0.5"),
-        (["--choice=relu0:relu=0"], "the same choice"),
-        (["--choice=a:rely=0"], "did you mean 'relu'"),
+        (["--choices", "relu0:relu=0"], "the same choice"),
+        (["--choices=a:rely=0"], "did you mean 'relu'"),
         (["--tau=1"], "norm=zone has none"),
         (["--chunk=0"], "at least 1"),
         (["--backbone=paper/lenet6", "--draws=1"], "lenet5"),

@@ -10,7 +10,6 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nslightning.commands.dashes import with_new_spellings
 from nslightning.commands.devices import check_device
 from nslightning.commands.endings import CallError, ended
 from nslightning.commands.plain_parser import Arguments
@@ -55,7 +54,7 @@ def main(argv: list[str]) -> int:
         SystemExit: After ``--help`` (0) and for options that are not understood (2).
     """
     parser = make_parser(f"nslightning {argv[0]}")
-    given = parser.parse_args(with_new_spellings(parser, argv[1:], {"--dtypes": "--precisions"}))
+    given = parser.parse_args(argv[1:])
     return ended(
         parser.prog,
         lambda: _audit(given),
@@ -80,6 +79,7 @@ def make_parser(prog: str) -> Arguments:
         epilog=_EPILOG,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        renamed={"--dtypes": "--precisions", "--dtype": "--precisions"},
     )
     add = parser.add_argument
     add("model", metavar="MODEL",
@@ -91,6 +91,8 @@ def make_parser(prog: str) -> Arguments:
     add("--data", default="synthetic", metavar="DATA",
         help="synthetic (standard normal images, random labels), a folder of images, or a data set such as MNIST or "
         "FashionMNISTSample (default: synthetic)")  # fmt: skip
+    add("--download", nargs="?", const="true", default="false", choices=("true", "false"),
+        help="fetch data that are not there")  # fmt: skip
     add("--batches", type=_whole(1), default=1, metavar="N", help="batches to measure (default: 1)")
     add("--batch-size", type=_whole(1), default=4, metavar="N", help="images per batch (default: 4)")
     add("--image-size", type=_whole(1), metavar="N",
@@ -321,6 +323,7 @@ def _module(given: argparse.Namespace) -> tuple[list[Batch], str, int | None]:
     import torch.nn.functional as F
 
     from nslightning import data
+    from nslightning.experiments.data import download
 
     names = [n for n in data.__all__ if _is_image_data(getattr(data, n))]
     if given.data not in names:
@@ -328,6 +331,8 @@ def _module(given: argparse.Namespace) -> tuple[list[Batch], str, int | None]:
         raise CallError(
             f"--data {given.data}: there is no such folder or data set{hint} Data sets: synthetic, {', '.join(names)}"
         )
+    if given.download == "true":
+        download(given.data, ())
     source = getattr(data, given.data)(batch_size=given.batch_size, seed=given.seed, workers=0)
     source.prepare_data()
     loader: Iterable[tuple[Tensor, Tensor]] = source.train_dataloader()

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from nslightning.commands.endings import CallError
+from nslightning.spelling import did_you_mean
+
+_KINDS = ("cpu", "cuda", "mps")
+_ACCELERATORS = ("auto", "cpu", "cuda", "gpu", "mps", "tpu")
 
 __all__ = ["check_accelerator", "check_device"]
 
@@ -24,12 +28,11 @@ def check_device(device: str, option: str = "--device") -> None:
 
     try:
         torch.zeros((), device=device)
-    except (RuntimeError, AssertionError) as error:  # no such kind, none of it here, or PyTorch without it
-        reason = str(error).splitlines()[0].partition(". Please")[0].partition(" (Triggered")[0]
-        raise CallError(
-            f"{option}={device} is not here: {reason.rstrip('.')}. There is {', '.join(_present())}; "
-            f"{option}=cpu computes on the processor"
-        ) from None
+    except (RuntimeError, AssertionError):  # no such kind, none of it here, or PyTorch without it
+        present = _present()
+        known = device.partition(":")[0] in _KINDS
+        named = "." if known else "; a GPU is named cuda, cuda:1, ... or mps, the processor cpu."
+        raise CallError(f"{option}={device} is not here{named} There is {' and '.join(present)}") from None
 
 
 def check_accelerator(name: object) -> None:
@@ -43,6 +46,9 @@ def check_accelerator(name: object) -> None:
     """
     import torch
 
+    if isinstance(name, str) and name not in _ACCELERATORS:
+        hint = did_you_mean(name, _ACCELERATORS)
+        raise CallError(f"--trainer.accelerator={name} is none{hint} There are: {', '.join(_ACCELERATORS)}")
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     present["gpu"] = any(present.values())
     if isinstance(name, str) and not present.get(name, True):

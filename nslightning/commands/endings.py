@@ -121,7 +121,7 @@ def ending_of(
     """
     cause = root_of(error)
     kinds: tuple[Callable[[BaseException, bool], Ending | None], ...] = (
-        _data, _system, _own, _wandb, _memory, _network, _model, _mistake, _callback,
+        _data, _system, _own, _wandb, _memory, _network, _model, _mistake, _callback, _late, _frozen,
     )  # fmt: skip
     for kind in kinds:
         if (ending := kind(cause, began)) is not None:
@@ -232,6 +232,32 @@ def _callback(error: BaseException, began: bool) -> Ending | None:
     if named is None or named.startswith("nslightning."):
         return None
     return Ending(2, f"{named}: {type(error).__name__}: {error}")
+
+
+def _late(error: BaseException, began: bool) -> Ending | None:
+    """What one of Lightning's callbacks refuses only when it is there to be done, such as a metric nothing logs."""
+    if "lightning.pytorch" not in sys.modules or error.__traceback__ is None:
+        return None
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    named, last = _raised_in(error.__traceback__), error.__traceback__
+    while last.tb_next is not None:
+        last = last.tb_next
+    inside = str(last.tb_frame.f_globals.get("__name__")).startswith("lightning.pytorch.callbacks.")
+    if named is None or not inside or not isinstance(error, (MisconfigurationException, RuntimeError)):
+        return None
+    return Ending(2, f"{named}: {error}")
+
+
+def _frozen(error: BaseException, began: bool) -> Ending | None:
+    """A loss that no trained parameter takes part in."""
+    if not isinstance(error, RuntimeError) or "does not require grad and does not have a grad_fn" not in str(error):
+        return None
+    return Ending(
+        2,
+        "the loss depends on no parameter that is trained: all are frozen (a callback such as BackboneFinetuning "
+        "freezes them), or the loss is detached",
+    )
 
 
 def _is_ours(name: str) -> bool:

@@ -67,7 +67,10 @@ def make_parser(prog: str) -> Arguments:
     parser.add_argument("--output", default="results", type=expanded, help="where results are kept (default: results)")
     parser.add_argument("--workers", type=int, help="processes side by side; by default one per core, or 4 on a GPU")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; by default a GPU where there is one")
-    parser.add_argument("--download", choices=("true", "false"), default="false", help="fetch data that are not there")
+    parser.add_argument(
+        "--download", nargs="?", const="true", default="false", choices=("true", "false"),
+        help="fetch data that are not there",
+    )  # fmt: skip
     parser.add_argument("--compare", action="store_true", help="print and write the table beside the published numbers")
     parser.add_argument(
         "--only", action="append", default=[], metavar="KEY=VALUE[|VALUE]", help="only the cells with these values"

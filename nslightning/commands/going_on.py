@@ -223,6 +223,10 @@ def _from_file(call: Call, file: Path, fit: bool) -> Start:
     """A checkpoint by its path, with the config of its run where none is given."""
     if not file.exists():
         raise FileNotFoundError(f"--ckpt_path: there is no file {file}")
+    if file.is_dir():
+        inside = runs.checkpoints_in(file)
+        example = f": --ckpt_path={inside[0]}" if inside else ""
+        raise ValueError(f"--ckpt_path={file} is a folder, and a checkpoint is a file{example}")
     try:
         content = runs.read_checkpoint(file, _trusts(call))
     except ValueError as error:

@@ -6,11 +6,11 @@ import argparse
 import json
 import logging
 import math
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nslightning.commands.endings import ended
+from nslightning.commands.dashes import with_underscores
+from nslightning.commands.endings import CallError, ended
 from nslightning.commands.stopping import Stopped
 from nslightning.files import expanded, write_text
 from nslightning.spelling import closest
@@ -32,6 +32,10 @@ the same epoch is pruned. This is the search of both papers, with one difference
 All other options are those of `nslightning fit`."""
 
 
+#: Options of `fit` without a group.
+_OF_FIT = ("config", "name", "seed_everything", "task", "arithmetic", "ckpt_path", "weights_only", "model", "data")
+
+
 def main(argv: list[str]) -> int:
     """Run the command.
 
@@ -46,12 +50,16 @@ def main(argv: list[str]) -> int:
     """
     parser = make_parser(f"nslightning {argv[0]}")
     given, fit = parser.parse_known_args(argv[1:])
+    fit = with_underscores(fit)
     own = [option for option in parser._option_string_actions if option.startswith("--")]
-    for word in fit:
-        close = closest(word.partition("=")[0], own, cutoff=0.8)
-        if close and "." not in word.partition("=")[0]:
-            print(f"nslightning lr-search: error: not understood: {word}; did you mean {close[0]}?", file=sys.stderr)
-            return 2
+    known = [*own, *(f"--{name}" for name in _OF_FIT)]
+    for option in (word.partition("=")[0] for word in fit):
+        if option.startswith("--") and "." not in option and option not in known:
+            hint = f"\n  did you mean {near[0]!r}?" if (near := closest(option, known)) else ""
+            parser.exit(
+                2,
+                f"{parser.prog}: error: there is no option {option}{hint}\n  {parser.prog} --help lists all options\n",
+            )
     return ended(parser.prog, lambda: _search(given, fit), go_on="the same command goes on")
 
 
@@ -95,6 +103,8 @@ def _search(given: argparse.Namespace, fit: list[str]) -> int:
     for name in ("trials", "epochs"):
         if getattr(given, name) < 1:
             raise ValueError(f"--{name} is at least 1; given {getattr(given, name)}")
+    if not any(word.startswith(("--config", "-c", "--data")) for word in fit):
+        raise CallError("--data is needed, as in --config configs/quickstart.yaml or --data=MNIST")
     choices: dict[str, Jacobians | None] = {"config": None}
     if given.choices:
         choices = dict(named_choices(given.choices))
@@ -204,7 +214,7 @@ def _run(trial: optuna.Trial, command: list[str], metric: str) -> tuple[int, flo
     import optuna
     from lightning.pytorch import Callback, LightningModule, Trainer
 
-    from nslightning.commands import train
+    from nslightning.commands import train, training_cli
 
     seen: list[float] = []
 
@@ -221,7 +231,7 @@ def _run(trial: optuna.Trial, command: list[str], metric: str) -> tuple[int, flo
             if trial.should_prune():
                 raise optuna.TrialPruned
 
-    class Reporting(train.TrainCLI):
+    class Reporting(training_cli.TrainCLI):
         silent_stop = True
 
         def instantiate_trainer(self, **kwargs: Any) -> Any:

@@ -3,42 +3,58 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+from nslightning.commands.dashes import with_new_spellings
 from nslightning.spelling import closest
 
 __all__ = ["Arguments", "refuse_unknown"]
 
 
 class Arguments(argparse.ArgumentParser):
-    """A parser whose errors are a few lines, with the nearest option that exists, and exit status 2."""
+    """A parser whose errors are a few lines, with the nearest option that exists, and exit status 2.
+
+    Args:
+        renamed: Options that have another name today, by the old one.
+    """
+
+    def __init__(self, *args: Any, renamed: Mapping[str, str] | None = None, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.renamed = dict(renamed or {})
 
     def parse_args(  # type: ignore[override] # whose overloads differ in their return type only
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> Any:
         """Parse a command line; an option that is not known is named before any that is missing."""
-        refuse_unknown(self, args or ())
-        return super().parse_args(args, namespace)
+        words = with_new_spellings(self, sys.argv[1:] if args is None else args, self.renamed)
+        refuse_unknown(self, words, self.renamed)
+        return super().parse_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Print what is wrong and end with status 2."""
         self.exit(2, f"{self.prog}: error: {message}\n  {self.prog} --help lists all options\n")
 
 
-def refuse_unknown(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+def refuse_unknown(
+    parser: argparse.ArgumentParser, words: Sequence[str], renamed: Mapping[str, str] | None = None
+) -> None:
     """End with status 2 if a word is an option that a parser does not have, with the nearest one that it has.
 
     Args:
         parser: The parser.
         words: The command line.
+        renamed: Options that have another name today, by the old one.
     """
-    known = [option for option in parser._option_string_actions if option.startswith("--")]
+    known = {option: option for option in parser._option_string_actions if option.startswith("--")} | dict(
+        renamed or {}
+    )
     for word in words:
         if word == "--":
             return
         option = word.partition("=")[0]
         if option.startswith("--") and option not in known:
             near = closest(option, known)
-            hint = f"\n  did you mean {near[0]!r}?" if near else ""
+            hint = f"\n  did you mean {known[near[0]]!r}?" if near else ""
             parser.error(f"there is no option {option}{hint}")

@@ -26,6 +26,9 @@ _HOMES = {
     "model": ("nslightning.models",),  # last: the options above may be a model's
 }
 # The papers' letters, and the options that set them.
+# Python's types, in words.
+_TYPES = {"float": "a number", "int": "a whole number", "bool": "true or false", "list": "a list", "dict": "a mapping"}
+_COUNTS = {2: "two", 3: "three"}
 _VOCABULARY = {"alpha": "model.jacobians.relu", "beta": "model.jacobians.max_pool"}
 
 
@@ -78,19 +81,22 @@ def _option_of_a_class(found: re.Match[str], said: Rejection) -> Explanation:
     takes = _parameters(said.paths[-1]) if said.paths else []
     owner = f": {said.paths[-1]} takes {', '.join(takes)}" if takes else ""
     prefix = f"{said.key}." if said.key else ""
-    return f"there is no option --{prefix}{found[1]}{owner}", closest(found[1], takes)
+    near = closest(found[1], takes)
+    return f"there is no option --{prefix}{found[1]}{owner}", _options(f"{prefix}{name}" for name in near)
 
 
 def _option_in_a_config(found: re.Match[str], said: Rejection) -> Explanation:
     option = found[2] if found[1] is None or found[2].startswith(f"{found[1]}.") else f"{found[1]}.{found[2]}"
-    return f"there is no option --{option}", _near(option, said.known)
+    return f"there is no option --{option}", _options(_near(option, said.known))
 
 
 def _unrecognized(found: re.Match[str], said: Rejection) -> Explanation:
-    words = [w for w in re.findall(r"(?:^|\s)--([A-Za-z_][\w.]*)", found[1]) if w not in said.known]
-    if not words and re.search(r"\.ya?ml\b", found[1]):
-        return f"not understood: {found[1]}; a config file is named by --config", []
-    return f"not understood: {found[1]}", [n for w in words for n in _near(w, said.known)]
+    words = [w for w in re.findall(r"(?:^|\s)--([A-Za-z_][\w.-]*)", found[1]) if w not in said.known]
+    if not words and (file := re.search(r"\S+\.ya?ml\b", found[1])):
+        return f"{file[0]} stands alone: a config file is named by --config", [f"--config {file[0]}"]
+    if not words:
+        return f"not understood: {found[1]}; an option begins with --, as --model.backbone=paper/lenet5", []
+    return f"there is no option --{words[0]}", _options(_near(words[0], said.known))
 
 
 def _linked(found: re.Match[str], said: Rejection) -> Explanation:
@@ -100,18 +106,27 @@ def _linked(found: re.Match[str], said: Rejection) -> Explanation:
 def _required(found: re.Match[str], said: Rejection) -> Explanation:
     needed = found[1]
     prefix = f"{said.key}." if said.key and not needed.startswith(said.key) else ""
+    if said.paths and prefix:
+        return f"{said.paths[-1].rpartition('.')[2]} needs {needed}: give --{prefix}{needed}=...", []
     example = ", as in --config configs/quickstart.yaml or --data=MNIST" if needed == "data" else ""
     return f"--{prefix}{needed} is needed{example}", []
 
 
+def _no_file(found: re.Match[str], said: Rejection) -> Explanation:
+    reason = "there is no such file" if found[1] is None else "it is a folder, and a YAML file is needed"
+    return f"--{said.key}={found[1] or found[2]}: {reason}", []
+
+
 def _no_mapping(found: re.Match[str], said: Rejection) -> Explanation:
-    return f"the config is not a mapping of options to values, but {_line(found[1])}", []
+    return f"the config is not a mapping of options to values, but {_line(found[1]) or 'empty'}", []
 
 
 def _no_class(found: re.Match[str], said: Rejection) -> Explanation:
     given = ".".join(filter(None, found.groups()))
     homes = next((h for part, h in _HOMES.items() if part in said.key), ())
     names = [n for home in homes for n in dir(import_module(home)) if n[0].isupper()]
+    if given in names:
+        return f"--{said.key}={given} is of another kind than is needed here", []
     known_as = f"; expected a class of {' or '.join(homes)} by its name, or a class path" if homes else ""
     return f"--{said.key}: there is no class {given!r}{known_as}", closest(given.rpartition(".")[2], names)
 
@@ -125,6 +140,9 @@ def _value(found: re.Match[str], said: Rejection) -> Explanation:
         return _line(said.message), []
     names = _literals(said.value_text)
     given = found[1].strip().strip("'\"")
+    if made := re.match(r"Namespace\(class_path='([\w.]+)'", given):  # a class whose arguments do not suit it
+        name = made[1].rpartition(".")[2]
+        return f"--{said.key}={name} lacks arguments, or has wrong ones: give --{said.key}.ARGUMENT=...", []
     expected = f"; expected {' or '.join(wanted)}" if (wanted := _wanted(said.value_text, names)) else ""
     return f"--{said.key}={given} is not allowed{expected}", closest(given, names)
 
@@ -141,6 +159,7 @@ ROWS = (
     Row("no such option", re.compile(r"unrecognized arguments: (.*)", re.DOTALL), "root", _unrecognized),
     Row("set by another", re.compile(r'Linked "([\w.]+)" must be given via "([\w.]+)"'), "root", _linked),
     Row("needed", re.compile(r"the following arguments are required: (?:\w+\.)?(.*)"), "root", _required),
+    Row("no file", re.compile(r"Path is not a file: '(.*)'|Path does not exist: '(.*)'"), "root", _no_file),
     Row("no mapping", re.compile(r"Unexpected config: (.*)", re.DOTALL), "root", _no_mapping),
     Row("given twice", re.compile(r"line \d+: (\w+) is given twice"), "root", _twice),
     Row("no class path", re.compile(r"Expected a dot import path string: (\S+)"), "root", _no_class),
@@ -187,6 +206,11 @@ def explained(message: str, error: Exception | None, known: Iterable[str]) -> Ex
     for row in ROWS:
         if (found := row.pattern.search(getattr(said, row.of))) is not None:
             return row.explain(found, said)
+    reasons = re.findall(r'Parser key "([\w.]+)":\s*(?!Does not|Problem)(\S.*)', message)
+    if reasons:  # the innermost account of a value
+        inner, reason = reasons[-1]
+        key = said.key if said.key.endswith(inner) else ".".join(filter(None, (said.key, inner)))
+        return f"--{key}: {_line(reason)}", []
     return _line(message), []
 
 
@@ -207,26 +231,44 @@ def _parameters(path: str) -> list[str]:
 def _wanted(message: str, names: list[str]) -> list[str]:
     """The types and names that a message says are allowed."""
     rest = re.sub(r"typing\.Literal\[.*?\]", "", message)
-    if count := re.search(r"Expected a tuple with (\d+) elements", rest):
-        return [f"a list of {count[1]} values"]
-    types = [t for t in ("float", "int", "bool", "list", "dict") if re.search(rf"class '{t}'|\b{t}\[", rest)]
+    if pair := re.search(r"tuple\[((?:float|int)(?:, (?:float|int))*)\]", rest):
+        count = pair[1].count(",") + 1
+        return [f"{_COUNTS.get(count, count)} numbers, such as [{', '.join(['0'] * count)}]"]
+    if pair := re.search(r"[Ee]xpected a tuple with (\d+) elements", rest):
+        return [f"a list of {pair[1]} values"]
+    types = [t for t in _TYPES if re.search(rf"class '{t}'|\b{t}\[", rest)]
     classes = [c.rpartition(".")[2] for c in re.findall(r"<class '([\w.]+)'>", rest) if "." in c]
-    numbers = [f"an {t}" if t == "int" else f"a {t}" for t in types]
-    return [*numbers, *([f"one of {', '.join(names)}"] if names else []), *dict.fromkeys(classes)]
+    numbers = list(dict.fromkeys(_TYPES[t] for t in types if not (t == "int" and "float" in types)))
+    named = [names[0] if len(names) == 1 else f"one of {', '.join(names)}"] if names else []
+    return [*numbers, *named, *dict.fromkeys(classes)]
 
 
 def _near(word: str, known: Iterable[str]) -> list[str]:
-    """The option most like ``word``: in the same group if there is one, then by its last part, then in full."""
+    """The option most like ``word``: one of the same group, one of a group that was meant, then by its last part."""
+    names = sorted(known)
     group, _, last = word.rpartition(".")
-    siblings = {k.removeprefix(f"{group}."): k for k in sorted(known) if k.startswith(f"{group}.")} if group else {}
-    tails = {k.rpartition(".")[2]: k for k in sorted(known, key=lambda k: (-len(k), k))}
-    for names in (siblings, tails):
-        if close := closest(last, names, cutoff=0.7):
-            return [names[close[0]]]
-    if close := closest(word, sorted(known), cutoff=0.75):
+    if group:
+        siblings = {k.removeprefix(f"{group}."): k for k in names if k.startswith(f"{group}.")}
+        if close := closest(last, siblings, cutoff=0.7):
+            return [siblings[close[0]]]
+        groups = {k.rpartition(".")[0] for k in names if "." in k}
+        for meant in closest(group, groups, most=3, cutoff=0.75):
+            inside = {k.removeprefix(f"{meant}."): k for k in names if k.startswith(f"{meant}.")}
+            if close := closest(last, inside, cutoff=0.7):
+                return [inside[close[0]]]
+    elif close := closest(word, [k for k in names if "." not in k], cutoff=0.7):
+        return close
+    tails = {k.rpartition(".")[2]: k for k in sorted(names, key=lambda k: (-len(k), k))}
+    if close := closest(last, tails, cutoff=0.7):
+        return [tails[close[0]]]
+    if close := closest(word, names, cutoff=0.75):
         return close
     words = closest(last, _VOCABULARY, cutoff=0.7)
     return [_VOCABULARY[w] for w in words if _VOCABULARY[w] in known]
+
+
+def _options(names: Iterable[str]) -> list[str]:
+    return [f"--{name}" for name in names]
 
 
 def _literals(message: str) -> list[str]:

@@ -7,8 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 from jsonargparse import Namespace
+from lightning.pytorch.utilities import rank_zero_warn
 
-__all__ = ["check", "runs_on_cpu"]
+from nslightning.commands.devices import check_accelerator
+
+__all__ = ["check", "runs_on_cpu", "say_what_is_slow"]
 
 
 class Limit(NamedTuple):
@@ -31,7 +34,7 @@ def _at_least(low: float) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, (int, float)) and value >= low
 
 
-_NOTHING = "0 takes no batch, and nothing would happen: a number of batches from 1 on, or a share such as 0.1"
+_NOTHING = "a number of batches from 1 on, or a share such as 0.1: without a batch nothing would happen"
 
 #: One row per option.
 LIMITS = (
@@ -59,6 +62,7 @@ def check(trainer: Namespace, command: str) -> None:
     Raises:
         ValueError: If one has.
     """
+    check_accelerator(trainer.get("accelerator"))
     for limit in LIMITS:
         value = trainer.get(limit.option)
         if (not limit.commands or command in limit.commands) and value is not None and not limit.allows(value):
@@ -81,3 +85,26 @@ def runs_on_cpu(accelerator: Any) -> bool:
     """
     automatic = accelerator == "auto" and not (torch.cuda.is_available() or torch.backends.mps.is_available())
     return accelerator == "cpu" or automatic
+
+
+# Networks that train within minutes on a processor, by the beginning of their names.
+_SMALL = ("paper/lenet", "paper/fc", "mini")
+
+
+def say_what_is_slow(trainer: Namespace, network: str) -> None:
+    """Warn where a training that is meant for a GPU is about to begin without one.
+
+    Args:
+        trainer: The Trainer's options.
+        network: The network that is trained, by its name.
+    """
+    if not runs_on_cpu(trainer.accelerator) or trainer.fast_dev_run or network.startswith(_SMALL):
+        return
+    if str(trainer.precision) not in ("16-mixed", "16", "16-true"):
+        return
+    rank_zero_warn(
+        f"{network} in {trainer.precision} on a processor is slow: there is no GPU here, and a processor computes 16 "
+        "bits several times slower than 32. --trainer.precision=bf16-mixed or 32-true is faster, "
+        "--trainer.fast_dev_run=true tries one batch, --trainer.limit_train_batches=20 a few, and "
+        "--model.backbone=paper/lenet5 a small network"
+    )

@@ -8,14 +8,14 @@ from typing import ClassVar
 from lightning.pytorch.cli import LightningArgumentParser
 
 from nslightning.callbacks import TwinDivergence
-from nslightning.commands import train
+from nslightning.commands import train, training_cli
 from nslightning.data import ImageDataModule
 from nslightning.models import Twins
 
 __all__ = ["TwinsCLI", "main"]
 
 
-class TwinsCLI(train.TrainCLI):
+class TwinsCLI(training_cli.TrainCLI):
     """The command line of ``fit`` for :class:`~nslightning.models.Twins`, with deterministic kernels where they exist.
 
     What it adds: ``--divergence``, the options of :class:`~nslightning.callbacks.TwinDivergence`.

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import secrets
 import sys
+from collections.abc import Sequence
 from configparser import ConfigParser
 from configparser import Error as ConfigError
 from netrc import NetrcParseError, netrc
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 from jsonargparse import Namespace
@@ -16,20 +19,61 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from nslightning.spelling import did_you_mean
 
-__all__ = ["finish", "prepare"]
+__all__ = ["finish", "prepared"]
 
 _MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")
 
 
-def prepare(options: Namespace, folder: Path) -> None:
-    """Point a WandbLogger's options to a run's folder, and stay offline where there is no account.
+def prepared(loggers: Any, folder: Path, tags: Sequence[str]) -> Any:
+    """Point the WandbLoggers of a config to a run's folder; where W&B cannot be imported, go on without it.
 
     Args:
-        options: The logger's arguments, changed in place.
-        folder: The run's folder; its file ``wandb_id`` makes a run that goes on the same W&B run.
+        loggers: The Trainer's loggers, as options.
+        folder: The run's folder.
+        tags: The tags of a run whose config names none.
+
+    Returns:
+        The loggers to make; True, which is Lightning's default, where none is left.
 
     Raises:
         ValueError: If ``WANDB_MODE`` asks for what is not there.
+    """
+    several = isinstance(loggers, list)
+    kept = []
+    for logger in loggers if several else [loggers]:
+        if isinstance(logger, Namespace) and str(logger.get("class_path")).endswith("WandbLogger"):
+            if (reason := _missing()) is not None:
+                rank_zero_info(
+                    f"W&B is left out ({reason}); `pip install wandb` mends it. {folder}/metrics.csv has its numbers"
+                )
+                continue
+            _prepare(logger.init_args, folder)
+            # What the logger hands on to `wandb.init`: arguments of its own, where jsonargparse finds that function.
+            if "group" in logger.init_args:
+                logger.init_args.group = logger.init_args.group or folder.parent.name
+                logger.init_args.tags = logger.init_args.tags or list(tags)
+            else:
+                asked = dict(logger.get("dict_kwargs") or {})
+                logger.dict_kwargs = {"group": folder.parent.name, "tags": list(tags)} | asked
+        kept.append(logger)
+    if several:
+        return kept
+    return kept[0] if kept else True
+
+
+def _missing() -> str | None:
+    """Why W&B cannot be imported; None where it can."""
+    try:
+        importlib.import_module("wandb")
+    except Exception as error:  # whatever a half-installed package raises
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _prepare(options: Namespace, folder: Path) -> None:
+    """Point a WandbLogger's options to a run's folder, and stay offline where there is no account.
+
+    The file ``wandb_id`` in the folder makes a run that goes on the same W&B run.
     """
     options.save_dir = str(folder.absolute())  # W&B's own process keeps the folder it was started in
     options.name = options.name or f"{folder.parent.name}/{folder.name}"

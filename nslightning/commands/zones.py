@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main", "make_parser", "zones"]
 
+_RENAMED = {"--options": "--backbone-options", "--choice": "--choices"}
 _WIDEST = 10_000  # draws, where nothing else stops
 _KINDS = ("regular", "compensation", "bifurcation")
 
@@ -34,10 +35,10 @@ def main(argv: list[str]) -> int:
         SystemExit: After ``--help`` (0) and for arguments that are not understood (2).
     """
     parser = make_parser(f"nslightning {argv[0]}")
-    given = parser.parse_args(with_new_spellings(parser, argv[1:], {"--options": "--backbone-options"})).as_dict()
+    given = parser.parse_args(with_new_spellings(parser, argv[1:], _RENAMED)).as_dict()
     given.pop("config")
 
-    return ended(parser.prog, lambda: zones(**given), go_on="the same command goes on")
+    return ended(parser.prog, lambda: _each(**given), go_on="the same command goes on")
 
 
 def make_parser(prog: str) -> ArgumentParser:
@@ -53,18 +54,39 @@ def make_parser(prog: str) -> ArgumentParser:
 
     parser = HelpfulErrors(prog=prog, description=__doc__)
     parser.add_argument("--config", action="config", help="A YAML file with any of these arguments.")
-    parser.add_function_arguments(zones)
+    parser.add_function_arguments(zones, skip={"choice", "precisions"})
+    parser.add_argument(
+        "--choices", nargs="+", type=str, default=["relu1:relu=1"], metavar="NAME:FIELD=VALUE",
+        help="The choices that are compared with the reference, as relu1:relu=1 or minimal:max_pool=minimal; a preset "
+        "by its name, as jax. Each of several has a folder of its own in --output. (default: relu1:relu=1)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--precisions", nargs="+", type=Literal[16, 32, 64], default=[16, 32, 64], metavar="BITS",
+        help="Bits of parameters, images and arithmetic. (default: 16 32 64)",
+    )  # fmt: skip
     spelled_with_dashes(parser)
     return parser
 
 
+def _each(choices: list[str], output: str, **options: Any) -> int:
+    """A measurement for each choice; those of several have folders of their own."""
+    from nslightning.choices import named_choices
+
+    names = named_choices(choices)
+    folders = [output] if len(names) == 1 else [f"{output}/{name}" for name in names]
+    status = 0
+    for choice, folder in zip(choices, folders, strict=True):
+        status = max(status, zones(choice, output=folder, **options))
+    return status
+
+
 def zones(
+    choice: str,
     backbone: str = "paper/fc",
     backbone_options: dict[str, Any] | None = None,
     data: str = "MNIST",
     data_options: dict[str, Any] | None = None,
     download: bool = False,
-    choice: str = "relu1:relu=1",
     reference: str = "pytorch",
     precisions: list[Literal[16, 32, 64]] = [16, 32, 64],  # noqa: B006 # never changed; jsonargparse shows it
     normalise: bool = True,
@@ -90,12 +112,12 @@ def zones(
     again: a call that was interrupted goes on, a narrower interval adds draws. A folder holds one measurement.
 
     Args:
+        choice: The choice that is compared, as relu1:relu=1 or minimal:max_pool=minimal; a preset by its name, as jax.
         backbone: As for fit, such as paper/fc, paper/lenet5 or torchvision/resnet18.
         backbone_options: Its further arguments, as {"batch_norm":true} or {"hidden":[256,256,256]}.
         data: A data set: MNIST, CIFAR10, SVHN, FashionMNISTSample, ...
         data_options: Its arguments, as {"holdout":0}.
         download: Fetch the data that are not there.
-        choice: The choice that is compared, as relu1:relu=1 or minimal:max_pool=minimal; a preset by its name, as jax.
         reference: The one it is compared with.
         precisions: Bits of parameters, images and arithmetic.
         normalise: Subtract the data set's mean and divide by its deviation; false leaves pixels in [0, 1].

@@ -75,7 +75,11 @@ class ImageFolder(ImageDataModule):
         )
 
     def _count_classes(self) -> int:
-        return len(self._classes("train"))
+        classes = self._classes("train")
+        if len(classes) < 2:
+            failed = f"classes: one class, {classes[0]}, and a classifier needs at least two"
+            raise data_error(self.folder / "train", failed, self._fix())
+        return len(classes)
 
     def _classes(self, split: str) -> list[str]:
         folder = self.folder / split

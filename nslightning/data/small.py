@@ -139,7 +139,7 @@ class DownloadedImages(ImageDataModule):
     def _found(self, file: Path) -> Path:
         if not file.is_file():
             fix = (
-                "Add --data.download=true (for experiment and zones, --download=true) to download it, or name the"
+                "Add --data.download=true (for audit, experiment and zones, --download) to download it, or name the"
                 " folder that has it in NSLIGHTNING_DATA_DIR or --data.root."
             )
             raise data_error(file, f"missing: {self.name} is read from it and it is not there", fix)

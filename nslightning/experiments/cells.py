@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Self, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, Self, get_args, get_origin, get_type_hints
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from nslightning.arithmetic import Arithmetic
 from nslightning.experiments.optimizers import check_optimizer
@@ -16,6 +17,9 @@ from nslightning.spelling import did_you_mean
 __all__ = ["KINDS", "Cell", "Outcome", "TrainCell", "TwinCell", "ZoneCell", "settings"]
 
 Row = dict[str, Any]
+
+#: A setting that counts something.
+Count = Annotated[int, Field(ge=1)]
 
 #: Data modules that hold images out for validation unless told otherwise.
 _WITH_HOLDOUT = ("MNIST", "FashionMNIST", "CIFAR10", "CIFAR100", "SVHN", "Food101")
@@ -64,8 +68,8 @@ class Cell:
     backbone: str
     backbone_options: dict[str, Any] = field(default_factory=dict)
     batch_norm: bool | None = None
-    width: int | None = None
-    depth: int | None = None
+    width: Count | None = None
+    depth: Count | None = None
     dropout: float | None = None
     pool: Literal["max", "norm"] = "max"
     relu: float | Literal["random"] = 0.0
@@ -75,10 +79,10 @@ class Cell:
     arithmetic: str = "native"
     data: str = "MNIST"
     data_options: dict[str, Any] = field(default_factory=dict)
-    train_images: int | None = None
+    train_images: Count | None = None
     normalise: bool = True
     augment: bool = True
-    batch_size: int = 128
+    batch_size: Count = 128
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -151,7 +155,7 @@ class TrainCell(Cell):
         count_zeros: Count the exact zeros at ReLU inputs, per epoch.
     """
 
-    epochs: int = 10
+    epochs: Count = 10
     optimizer: str = "sgd"
     optimizer_options: dict[str, Any] | None = None
     learning_rate: float | Literal["searched"] = 0.01
@@ -160,8 +164,8 @@ class TrainCell(Cell):
     momentum: float = 0.9
     weight_decay: float = 5e-4
     schedule: Literal["cosine", "constant"] = "cosine"
-    schedule_epochs: int | None = None
-    eval_batch_size: int = 500
+    schedule_epochs: Count | None = None
+    eval_batch_size: Count = 500
     init: str | None = None
     shuffle: bool = True
     half_loss: bool = False
@@ -206,7 +210,7 @@ class TwinCell(TrainCell):
 
     choices: dict[str, dict[str, Any]]
     control: bool = True
-    steps: int | None = None
+    steps: Count | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -240,9 +244,9 @@ class ZoneCell(Cell):
     """
 
     against: dict[str, Any]
-    thetas: int = 1
+    thetas: Count = 1
     init: str = "torch"
-    batches: int | None = None
+    batches: Count | None = None
     shuffle: bool = True
     norm: Literal["bitwise_first_layer", "linf_sum", "l1_sum", "zone"] = "bitwise_first_layer"
     tau: float = 0.0
@@ -313,62 +317,47 @@ def settings(kind: str, given: dict[str, Any]) -> Cell:
             raise ValueError(
                 f"a {kind} cell has no setting {name!r}{did_you_mean(name, names)} It has: {', '.join(names)}"
             )
-    types = get_type_hints(made)
-    read = {name: _read(value, types[name]) for name, value in given.items()}
+    types = get_type_hints(made, include_extras=True)
+    read = {name: _read(name, value, types[name]) for name, value in given.items()}
     try:
-        cell = made(**read)
+        return made(**read)
     except TypeError as error:  # a setting without a default is missing
-        raise ValueError(_misfit(read, types) or f"a {kind} cell: {error}") from error
-    if wrong := _misfit(read, types):
-        raise ValueError(wrong)
-    return cell
+        raise ValueError(f"a {kind} cell: {error}") from error
 
 
-#: Settings that count something.
-_COUNTS = (
-    *("width", "depth", "train_images", "batch_size", "epochs", "schedule_epochs", "eval_batch_size", "steps"),
-    *("thetas", "batches"),
-)
+def _read(name: str, value: Any, allowed: Any) -> Any:
+    """A value of a setting's type; a number that YAML takes for a word, such as 1e-3, as a number."""
+    checked = TypeAdapter(allowed)
+    try:
+        checked.validate_python(value, strict=True)
+        return value  # as it was written: a cell's name is made of it
+    except ValidationError as error:
+        wrong = error.errors()
+    if isinstance(value, str):
+        with suppress(ValueError):  # pydantic's own is one
+            return checked.validate_python(float(value), strict=True)
+    if below := next((e["ctx"]["ge"] for e in wrong if e["type"] == "greater_than_equal"), None):
+        raise ValueError(f"{name}={value}: at least {below} is needed")
+    expected = dict.fromkeys(_EXPECTED.get(e["type"]) or f"one of {_names(allowed)}" for e in wrong)
+    if type(None) in get_args(allowed):
+        expected["null"] = None
+    hint = did_you_mean(value, _names(allowed).split(", "), otherwise="")
+    raise ValueError(f"{name}={value!r} is not {' or '.join(expected)}{hint}")
 
 
-def _read(value: Any, allowed: Any) -> Any:
-    """A number that YAML takes for a word, such as 1e-3, as a number."""
-    if isinstance(value, str) and not _fits(value, allowed) and _fits(0.0, allowed):
-        with suppress(ValueError):
-            return float(value)
-    return value
+#: pydantic's kinds of errors, in words; what is left is a name that is none of several.
+_EXPECTED = {
+    "float_type": "a number",
+    "int_type": "an integer",
+    "bool_type": "true or false",
+    "string_type": "a name",
+    "dict_type": "a mapping",
+}
 
 
-def _misfit(given: Mapping[str, Any], types: Mapping[str, Any]) -> str:
-    """The first value that is not of its setting's type, in words; empty where all are."""
-    for name, value in given.items():
-        if not _fits(value, types[name]):
-            return f"{name}={value!r} is not {_told(types[name])}"
-        if name in _COUNTS and value is not None and value < 1:
-            return f"{name}={value}: at least 1 is needed"
-    return ""
-
-
-def _fits(value: Any, allowed: Any) -> bool:
-    """Whether a value is of a setting's type."""
-    choices = get_args(allowed)
+def _names(allowed: Any) -> str:
+    """The names, or numbers, that a setting may be."""
+    options = get_args(allowed)
     if get_origin(allowed) is Literal:
-        return any(type(value) is type(c) and value == c for c in choices)
-    if get_origin(allowed) is dict:
-        return isinstance(value, dict)
-    if choices:  # a union
-        return any(_fits(value, one) for one in choices)
-    if isinstance(value, bool):
-        return allowed is bool
-    return isinstance(value, (int, float) if allowed is float else allowed)
-
-
-def _told(allowed: Any) -> str:
-    """A setting's type in words."""
-    choices = get_args(allowed)
-    if get_origin(allowed) is Literal:
-        return f"one of {', '.join(map(str, choices))}"
-    if choices and get_origin(allowed) is not dict:
-        return " or ".join(map(_told, choices))
-    words = {float: "a number", int: "an integer", bool: "true or false", str: "a name", type(None): "null"}
-    return words.get(allowed, "a mapping")
+        return ", ".join(map(str, options))
+    return ", ".join(filter(None, map(_names, options)))

@@ -106,11 +106,22 @@ class Experiment:
             raise ValueError(f"{path} is no experiment: it names no kind. configs/experiments has examples")
         _check_keys(path, content, _KEYS)
         scales = content.get("scales") or {}
+        if not isinstance(scales, dict):
+            raise ValueError(f"{path}: scales is a mapping of {', '.join(SCALES)}; given {scales!r}")
         _check_keys(path, scales, SCALES)
         if scale not in scales:
-            raise ValueError(f"{path} has no scale {scale!r}; it has {', '.join(scales) or 'none'}")
+            raise ValueError(
+                f"{path} has no scale {scale!r}{did_you_mean(scale, scales)} It has {', '.join(scales) or 'none'}"
+            )
         change = scales[scale] or {}
+        if not isinstance(change, dict):
+            raise ValueError(f"{path}: scales.{scale} is a mapping of what is otherwise there; given {change!r}")
         _check_keys(path, change, ("fixed", "vary", "grids", "compare"))
+        for part in (content, change):
+            for name, kind in {"fixed": dict, "vary": dict, "grids": list}.items():
+                if part.get(name) is not None and not isinstance(part[name], kind):
+                    words = "a mapping of settings" if kind is dict else "a list of mappings"
+                    raise ValueError(f"{path}: {name} is {words}; given {part[name]!r}")
         grids = content.get("grids") or [content.get("vary") or {}]
         if "grids" in change:
             grids = change["grids"]

@@ -152,6 +152,27 @@ class PatchedModule(LightningModule):
         if self._compile and not is_compiled(network):
             network.compile()
 
+    @property
+    def lr(self) -> float | None:
+        """The learning rate of a training that is prepared or runs: what a ``LearningRateFinder`` reads and sets.
+
+        Setting it is for all groups of parameters, and for the schedule from its beginning.
+        """
+        groups = [group for optimizer in self._optimizers() for group in optimizer.param_groups]
+        return float(groups[0]["lr"]) if groups else None
+
+    @lr.setter
+    def lr(self, lr: float) -> None:
+        for optimizer in self._optimizers():
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] = lr
+        for config in self._trainer.lr_scheduler_configs if self._trainer is not None else ():
+            if hasattr(config.scheduler, "base_lrs"):
+                config.scheduler.base_lrs = [lr] * len(config.scheduler.base_lrs)
+
+    def _optimizers(self) -> list[Any]:
+        return list(self._trainer.optimizers) if self._trainer is not None else []
+
     def parameter_groups(self) -> Any:
         """What the optimizer is given: the parameters, or groups of them.
 

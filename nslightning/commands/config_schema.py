@@ -1,0 +1,91 @@
+"""The JSON schema of configs, as jsonargparse makes it of the training commands' parsers."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+from jsonargparse._completions_jsonschema import ParserJsonschema  # what its --print_completion=jsonschema runs
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch.loggers import Logger
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from nslightning.commands.training_cli import TASKS, training_parser
+from nslightning.commands.twins import TwinsCLI
+
+__all__ = ["config_schema"]
+
+#: Whose arguments an editor completes; of other classes a config names the path and whatever they take.
+_DESCRIBED = (Callback, LightningDataModule, LightningModule, Logger, LRScheduler, Optimizer)
+#: Fits nothing.
+_NOTHING: dict[str, Any] = {"not": {}}
+# What the training hands over to an optimizer or a schedule.
+_HANDED = ("params", "optimizer")
+
+
+class _Schema(ParserJsonschema):
+    """jsonargparse's schema, with bare names and classes of the caller's own, and without what it stumbles over."""
+
+    def callable_schema(self, typehint: Any, action: Any) -> dict[str, Any]:
+        """An optimizer or a schedule, which a config describes as a class."""
+        returned = get_args(typehint)[-1] if get_args(typehint) else None
+        classes = [c for c in (get_args(returned) or (returned,)) if isinstance(c, type)]
+        described = [self.class_ref(c, action, subclass=True) for c in classes if issubclass(c, _DESCRIBED)]
+        return {"anyOf": [{"type": "string"}, *described]}
+
+    def subclass_def(self, class_type: Any, action: Any) -> dict[str, Any]:
+        """Classes by path or by bare name; those of the caller's own as well."""
+        if not (isinstance(class_type, type) and issubclass(class_type, _DESCRIBED)):
+            return {"anyOf": [{"type": "string"}, self.unknown_class_path_schema()]}
+        made: dict[str, Any] = super().subclass_def(class_type, action)
+        made["anyOf"] = forms = [form for form in made.get("anyOf", [made]) if form != _NOTHING]
+        known = [name for form in forms for name in form.get("properties", {}).get("class_path", {}).get("enum", ())]
+        if known:
+            other = self.unknown_class_path_schema()
+            other["properties"]["class_path"] = {"type": "string", "not": {"enum": sorted(known)}}
+            forms.append(other)
+        return made
+
+    def class_path_schema(self, class_path: str, action: Any) -> dict[str, Any]:
+        """A class, which its bare name names as well."""
+        try:
+            made: dict[str, Any] = super().class_path_schema(class_path, action)
+        except (AttributeError, ImportError):  # made while a program runs, as Lightning makes optimizers
+            return _NOTHING
+        made["properties"]["class_path"] = {"enum": [class_path, class_path.rpartition(".")[2]]}
+        arguments = made["properties"]["init_args"]
+        for name in _HANDED:
+            arguments.get("properties", {}).pop(name, None)
+        if "required" in arguments:
+            arguments["required"] = [name for name in arguments["required"] if name not in _HANDED]
+        if not arguments.get("required"):
+            made["required"] = ["class_path"]
+        return made
+
+
+def config_schema() -> dict[str, Any]:
+    """Make the schema.
+
+    Returns:
+        The schema as plain data: a config of one of the tasks or of twins, none of whose options needs to be there,
+        since several files add up.
+    """
+    forms, definitions = [], dict[str, Any]()
+    parsers = {task: training_parser(task) for task in TASKS} | {"twins": training_parser("images", TwinsCLI)}
+    for task, parser in parsers.items():
+        made: dict[str, Any] = _Schema().generate(parser)
+        definitions |= made.pop("$defs", {})
+        made.pop("required", None)
+        made.pop("$schema", None)
+        options = made["properties"]
+        options["task"] = {"enum": ["images" if task == "twins" else task]}
+        options["model"].pop("required", None)
+        if task == "text":
+            made["required"] = ["task"]
+        elif task == "own":
+            made["required"] = ["model"]
+        fields = options["model"].get("properties", {})
+        if "jacobians" in fields:  # a preset, or relu=1,max_pool=minimal
+            fields["jacobians"] = {"anyOf": [{"type": "string"}, fields["jacobians"]]}
+        forms.append(made)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "anyOf": forms, "$defs": definitions}
