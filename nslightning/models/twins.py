@@ -37,6 +37,8 @@ class _Twin(ImageClassifier):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Those of all twins, since one optimizer steps them."""
+        if self._trainer is None:  # when it is made: only whether the rules are right
+            return super().parameter_groups()
         twins = cast("Twins", self.trainer.lightning_module).named_twins().values()
         return [{"params": list(super(_Twin, t).parameter_groups()), "twin": t.name} for t in twins]
 
