@@ -8,6 +8,7 @@ without biases meet ties nearly everywhere. Rows are appended to a CSV as they a
 """
 
 import argparse
+import copy
 import csv
 import signal
 import time
@@ -24,6 +25,7 @@ import torchvision
 from timm.models import get_pretrained_cfg, list_models, list_modules
 from torch import Tensor, nn
 
+from benchmarks.families import MODELS, Built
 from nslightning import Jacobians, PatchReport, patch
 from nslightning.ops.unreached import UNREACHED
 from nslightning.surgery import using
@@ -119,7 +121,8 @@ def reported(report: PatchReport) -> Counter[str]:
 
 def bits(x: Tensor) -> Tensor:
     """The bytes of a tensor, so that NaN equals NaN and -0.0 differs from 0.0."""
-    return x.detach().clone(memory_format=torch.contiguous_format).view(torch.uint8)  # strides of 1 at size 1 too
+    flat = x.detach().clone(memory_format=torch.contiguous_format).reshape(-1)  # strides of 1 at size 1 too
+    return flat.view(torch.uint8)
 
 
 def same(a: list[Tensor | None], b: list[Tensor | None]) -> bool:
@@ -131,7 +134,8 @@ def same(a: list[Tensor | None], b: list[Tensor | None]) -> bool:
 def gradients(model: nn.Module, output: object, *, keep: bool = False) -> list[Tensor | None]:
     """The parameters' gradients of a fixed, generic function of the output."""
     wanted = [p for p in model.parameters() if p.requires_grad]
-    loss = sum((x * torch.linspace(-1, 1, x.numel()).view_as(x)).sum() for x in tensors(output))
+    ends = [x for x in tensors(output) if x.grad_fn is not None]
+    loss = sum((x * torch.linspace(-1, 1, x.numel()).view_as(x)).sum() for x in ends)
     return list(torch.autograd.grad(loss, wanted, allow_unused=True, retain_graph=keep))
 
 
@@ -165,16 +169,42 @@ def measure(model: nn.Module, sizes: tuple[int, ...]) -> dict[str, object]:
         except (RuntimeError, AssertionError, ValueError, IndexError):
             if i + 1 == len(sizes):
                 raise
-    nodes, stock = graph(before), [y.detach() for y in tensors(before)]
-    wanted = gradients(model, before)
     del before
+    return examine(model, (x,), {}, patch_example=x) | {"input": size}
+
+
+def examine(
+    model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], patch_example: object = None
+) -> dict[str, object]:
+    """The columns of a row that do not depend on what kind of input the model takes; the model stays patched.
+
+    Args:
+        model: Any model, in the mode that it is measured in.
+        args: What one call takes.
+        kwargs: The same by name.
+        patch_example: What `patch` is given as an example, in evaluation mode; without one the call that is measured
+            lists the functional sites.
+
+    Returns:
+        The row's columns from ``parameters`` to ``moved``, without ``input``.
+    """
+
+    def call(net: nn.Module) -> object:
+        torch.manual_seed(1)
+        return net(*args, **kwargs)
+
+    untouched = copy.deepcopy(model)  # a forward in training mode leaves its statistics
+    before = call(untouched)
+    nodes, stock = graph(before), [y.detach() for y in tensors(before)]
+    wanted = gradients(untouched, before)
+    del before, untouched
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a model with nothing to patch is a row, not a warning
-            report = patch(model, Jacobians(), example=x, strict=False)
-        after = model(x)
-        given = gradients(model, after, keep=True)
+            report = patch(model, Jacobians(), example=patch_example, strict=False)
+            after = call(model)
+        reference = gradients(model, after, keep=True)
         with using(model, OTHER):
             moved = gradients(model, after)
     except TooLongError:
@@ -188,16 +218,15 @@ def measure(model: nn.Module, sizes: tuple[int, ...]) -> dict[str, object]:
     functional = [site for site in report.reached if site.how == "functional"]
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "input": size,
         "modules": len(report.reached) - len(functional),
         "functional": len(functional),
         "functional_calls": sum(site.calls for site in functional),
         "unreached": words(unreached),
         "missed": words(nodes - reported(report)),
         "forward": "equal" if same(stock, [y.detach() for y in tensors(after)]) else "DIFFERS",
-        "gradients": "equal" if same(wanted, given) else "DIFFERS",
-        "nonzero": f"{sum(g is not None and bool(g.any()) for g in given)}/{len(given)}",
-        "moved": sum(not same([a], [b]) for a, b in zip(given, moved, strict=True)),
+        "gradients": "equal" if same(wanted, reference) else "DIFFERS",
+        "nonzero": f"{sum(g is not None and bool(g.any()) for g in reference)}/{len(reference)}",
+        "moved": sum(not same([a], [b]) for a, b in zip(reference, moved, strict=True)),
     }
 
 
@@ -285,6 +314,20 @@ def run(family: str, name: str, build: Callable[[], nn.Module], size: int, secon
     return row | {"seconds": round(time.perf_counter() - start, 1)}
 
 
+def run_family(family: str, name: str, build: Callable[[], Built], seconds: int) -> dict[str, object]:
+    """One row of a model of :mod:`benchmarks.families`, whatever happens."""
+    start = time.perf_counter()
+    row: dict[str, object] = {"family": family, "model": name, "input": "own"}
+    try:
+        with limit(seconds), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.manual_seed(0)
+            row |= examine(*build())
+    except Exception as error:
+        row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+    return row | {"seconds": round(time.perf_counter() - start, 1)}
+
+
 def library(family: str) -> str:
     """The package that a family is of."""
     return family.partition("/")[0]
@@ -315,7 +358,8 @@ def page(rows: list[dict[str, str]]) -> str:
         "# The zoo",
         "",
         "What `nslightning.patch` reaches in every torchvision classification model, in the smallest model of every",
-        "timm family and, with `--all`, in every timm model of at most 12 M parameters. Made by",
+        "timm family and, with `--all`, in every timm model of at most 12 M parameters, and in models for text, for",
+        "graphs, for segmentation, detection, optical flow and video (`benchmarks/families.py`). Made by",
         "`python -m benchmarks.zoo --all` (its first lines say what is measured), from",
         "`benchmarks/results/zoo.csv`, on a CPU, in evaluation mode, with random weights and a batch of one random and",
         f"one black image; torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}.",
@@ -323,7 +367,8 @@ def page(rows: list[dict[str, str]]) -> str:
     ]
     for what, some in (
         ("torchvision", [r for r in rows if r["family"] == "torchvision"]),
-        ("timm", [r for r in rows if r["family"] != "torchvision"]),
+        ("timm", [r for r in rows if r["family"].startswith("timm/")]),
+        ("other inputs than a batch of images", [r for r in rows if (r["family"], r["model"]) in MODELS]),
     ):
         good = [r for r in some if not r["error"]]
         left = [r for r in good if r["unreached"]]
@@ -344,7 +389,8 @@ def page(rows: list[dict[str, str]]) -> str:
         "whose gradient another choice changes, of those whose gradient is not zero: where it is not 0, the",
         "reference's equal bits were met at real ties. Calls of operations left to PyTorch are those of one forward.",
         "Most models get images smaller than their own; the column *input* has the size. What runs in",
-        "training mode only (auxiliary heads, dropout) is not measured.",
+        "training mode only (auxiliary heads, dropout) is not measured, but for detectors, which have losses then.",
+        "The tests compare the models of `benchmarks/families.py` with an oracle below autograd, too.",
         "",
         "| model | family | M param. | input | modules | functional | left to PyTorch | not reported | forward | "
         "gradients | moved |",
@@ -374,7 +420,7 @@ def _ranking(rows: list[dict[str, str]], column: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--family", choices=("torchvision", "timm"), help="one library only")
+    parser.add_argument("--family", choices=("torchvision", "timm", "others"), help="one source only")
     parser.add_argument("--all", action="store_true", help="every timm model of at most 12 M parameters too")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long; go on another time")
     parser.add_argument("--out", type=Path, default=Path("docs/zoo.md"), help="the table")
@@ -385,11 +431,11 @@ def main() -> None:
     args.csv.parent.mkdir(parents=True, exist_ok=True)
     done, families = {(library(row["family"]), row["model"]) for row in rows}, {row["family"] for row in rows}
     todo = (
-        (torchvision_models() if args.family != "timm" else iter(())),
-        (timm_models(families) if args.family != "torchvision" else iter(())),
+        (torchvision_models() if args.family in (None, "torchvision") else iter(())),
+        (timm_models(families) if args.family in (None, "timm") else iter(())),
         (
             small_timm_models({name for home, name in done if home == "timm"})
-            if args.all and args.family != "torchvision"
+            if args.all and args.family in (None, "timm")
             else iter(())
         ),
     )
@@ -405,6 +451,13 @@ def main() -> None:
                 continue
             done.add((library(family), name))
             row = run(family, name, build, size, args.seconds)
+            print(*row.values(), flush=True)
+            out.writerow(row)
+            file.flush()
+        for (family, name), build in MODELS.items() if args.family in (None, "others") else ():
+            if time.monotonic() > end or any((row["family"], row["model"]) == (family, name) for row in rows):
+                continue
+            row = run_family(family, name, build, args.seconds)
             print(*row.values(), flush=True)
             out.writerow(row)
             file.flush()
