@@ -179,9 +179,10 @@ def scattered(selection: Selection, call: Call) -> Tensor:
     if stock.numel() == 0 or index.numel() == 0:
         return stock
     base, dim, index, src = _entries(base, kind, dim, index, src)
-    results = stock.reshape(base.shape)
+    results = stock if stock.dim() else stock.reshape(1)  # a reshape to the same shape would be a view
     parts = src.to(stock.dtype), base.to(stock.dtype), index, results.detach(), results
-    return around("scatter_max", selection, (dim, included), *parts).reshape(stock.shape)
+    chosen = around("scatter_max", selection, (dim, included), *parts)
+    return chosen if stock.dim() else chosen.reshape(())
 
 
 def _scatter_ties(call: Call) -> tuple[int, int]:
