@@ -59,7 +59,7 @@ def released(cells: list[Planned], device: str) -> float:
         optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
         parts = (images.train, images.test)
         train, test = (
-            DataLoader(OneByOne(part._pixels, part.labels), size, shuffle=first, num_workers=2)
+            DataLoader(OneByOne(part.images.images, part.labels), size, shuffle=first, num_workers=2)
             for part, size, first in ((parts[0], 128, True), (parts[1], 100, False))
         )
         for _ in range(cell.epochs):

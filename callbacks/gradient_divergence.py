@@ -22,6 +22,7 @@ from nslightning._torch import hooks_of, is_compiled, keep_saved_buffers, runs_m
 from nslightning.choices import Choices, choice_label, named_choices
 from nslightning.jacobians import Jacobians
 from nslightning.models import Twins
+from nslightning.models.captured import eagerly
 from nslightning.probes import (
     NORMS,
     Divergence,
@@ -85,6 +86,10 @@ class GradientDivergence(Callback):
     against the step. A second GradientDivergence of the same run logs as ``divergence-2/...`` and writes
     ``divergence-2.csv``.
 
+    Attributes:
+        measures_backward: Whether the batch that has begun is to be measured: its step must not come from a captured
+            graph.
+
     Args:
         choices: The choices to compare with the one in use, by the name they are logged under: each a
             :class:`~nslightning.Jacobians`, its fields as ``{"relu": 1.0}``, or a preset such as ``"jax"``.
@@ -128,6 +133,7 @@ class GradientDivergence(Callback):
         self._said: set[str] = set()
         self._checked = self._hooked = False
         self._loss: Tensor | None = None
+        self.measures_backward = False
         self._measured_step = -1
         self._batch_start = 0.0
         self._recorded: Recording | None = None
@@ -212,6 +218,11 @@ class GradientDivergence(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start the clock."""
         self._batch_start, self._seconds = time.perf_counter(), 0.0
+        self.measures_backward = self._is_due(trainer.global_step)
+
+    def _is_due(self, step: int) -> bool:
+        due = step >= self._next if self.every_n_steps == "auto" else step % self.every_n_steps == 0
+        return due and step != self._measured_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -222,8 +233,7 @@ class GradientDivergence(Callback):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Take the other choices' gradients before the training backward frees the graph, or have it keep the graph."""
         step = trainer.global_step
-        due = step >= self._next if self.every_n_steps == "auto" else step % self.every_n_steps == 0
-        if not due or step == self._measured_step:
+        if not self._is_due(step):
             return
         self._measured_step = step
         if trainer.world_size > 1 and _any_process(trainer, reruns_forward(loss)):
@@ -569,6 +579,7 @@ def undisturbed(module: nn.Module, step: int) -> Iterator[None]:
     own = selections(module).values()
     recorders = [selection.recorder for selection in own]
     with ExitStack() as streams:
+        streams.enter_context(eagerly(module))
         streams.enter_context(torch.random.fork_rng(devices))
         for selection in own:
             streams.enter_context(selection.other_streams(selection.seed + 1 + step))

@@ -12,14 +12,19 @@ from .measurements import begins_anew
 __all__ = ["LossWatch"]
 
 
+_LOOKED_AT = 256  # losses that are looked at together
+
+
 class LossWatch(Callback):
     """Says at the end of a training that its loss was not finite, from which step on, and how to find the origin.
 
-    It counts on the device, and reads the count once, at the end: no step waits for it.
+    The losses are kept where they are and looked at many at a time, on their device. What was found is read once, at
+    the end: no step computes anything, or waits, for it.
     """
 
     def __init__(self) -> None:
         self._step = 0
+        self._kept: list[tuple[int, Tensor]] = []
         self._first: Tensor | None = None
         self._count: Tensor | None = None
         self._seen = 0
@@ -27,29 +32,38 @@ class LossWatch(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier training."""
         if begins_anew(trainer, stage):
-            self._first, self._count, self._seen = None, None, 0
+            self._kept, self._first, self._count, self._seen = [], None, None, 0
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         """Note the step that this batch belongs to."""
         self._step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
-        """Count, without a look at the value."""
+        """Keep the loss."""
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if not isinstance(loss, Tensor):
             return
-        bad = ~torch.isfinite(loss.detach()).all()
-        if self._first is None or self._count is None:
-            self._first, self._count = (
-                torch.full_like(bad, -1, dtype=torch.int64),
-                torch.zeros_like(bad, dtype=torch.int64),
-            )
-        self._first = torch.where(bad & (self._first < 0), self._step, self._first)
-        self._count = self._count + bad
+        self._kept.append((self._step, loss.detach()))
         self._seen += 1
+        if len(self._kept) == _LOOKED_AT:
+            self._look()
+
+    def _look(self) -> None:
+        """Count the losses that are not finite among those kept, and note the first one's step, on their device."""
+        if not self._kept:
+            return
+        steps, losses = zip(*self._kept, strict=True)
+        self._kept = []
+        bad = ~torch.isfinite(torch.stack([loss.sum() for loss in losses] if losses[0].dim() else losses))
+        count = bad.sum()
+        never = torch.iinfo(torch.int64).max
+        first = torch.where(bad, torch.tensor(steps, device=bad.device), never).min()
+        self._count = count if self._count is None else self._count + count
+        self._first = first if self._first is None else torch.minimum(self._first, first)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say it."""
+        self._look()
         if self._first is None or self._count is None or not (count := int(self._count)):
             return
         rank_zero_warn(

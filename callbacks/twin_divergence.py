@@ -1,7 +1,7 @@
 """How far networks that train in lockstep have come apart."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas as pd
 import torch
@@ -48,6 +48,8 @@ class TwinDivergence(Callback):
     Raises:
         ValueError: If the interval is not positive.
     """
+
+    reads_step_metrics: ClassVar[bool] = True  # of the measured steps
 
     def __init__(self, every_n_steps: int = 50, per_layer: bool = True) -> None:
         self.every_n_steps, self.per_layer = interval(every_n_steps), per_layer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from contextlib import suppress
 from pathlib import Path
+from time import monotonic
 from types import FrameType
 from typing import Any
 
@@ -21,12 +22,35 @@ from nslightning.files import write_text
 __all__ = ["Bar", "SaveConfig", "StopWhenAsked", "makes_again"]
 
 
+_SHOWN_EVERY = 0.25  # seconds
+
+
 class Bar(RichProgressBar):
-    """Lightning's progress bar without the loggers' version numbers, which say nothing here."""
+    """Lightning's progress bar without the loggers' version numbers, which say nothing here.
+
+    It is drawn a few times a second: drawing it after each step takes longer than a small step, and each value that it
+    shows has to be fetched from the device.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._next_shown = 0.0
 
     def get_metrics(self, trainer: Trainer, pl_module: Any) -> dict[str, Any]:
         """The logged values to show."""
         return {k: v for k, v in super().get_metrics(trainer, pl_module).items() if k != "v_num"}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Draw the bar, if it is time to."""
+        now = monotonic()
+        if now < self._next_shown and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            return
+        self._next_shown = now + _SHOWN_EVERY
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self.progress is not None and self.train_progress_bar_id is not None:
+            self.progress.update(self.train_progress_bar_id, completed=batch_idx + 1)
 
 
 class SaveConfig(SaveConfigCallback):

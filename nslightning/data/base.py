@@ -8,8 +8,9 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 
+from nslightning.data.images import TensorImages
 from nslightning.data.sampler import Batch, Draws, EvalSampler, TrainSampler, even_batch_size
 
 Split = Literal["train", "val", "test"]
@@ -26,8 +27,25 @@ def _whole(batch: Batch) -> Batch:
     return batch
 
 
-class TrainLoader(DataLoader[Batch]):
-    """A DataLoader that Lightning resumes in the middle of an epoch.
+class Loader(DataLoader[Batch]):
+    """A DataLoader that makes the batches of images in memory by itself, on the device where they are.
+
+    The order of an epoch goes to that device once. A step then takes no transfer, no worker and no list of numbers.
+    """
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override] # a generator
+        images, sampler = self.dataset, self.sampler
+        by_itself = type(self.batch_sampler) is BatchSampler and self.num_workers == 0 and self.batch_size is not None
+        if by_itself and isinstance(images, TensorImages) and isinstance(sampler, TrainSampler | EvalSampler):
+            assert self.batch_size is not None
+            for index in sampler.order().to(images.device).split(self.batch_size):
+                yield images.batch(index, sampler.epoch)
+        else:
+            yield from super().__iter__()
+
+
+class TrainLoader(Loader):
+    """A loader that Lightning resumes in the middle of an epoch.
 
     Lightning counts the batches that were trained on; the loader starts an interrupted epoch at that count.
     Nothing is read before the first batch is asked for, because on resume Lightning makes the iterator
@@ -58,7 +76,7 @@ class TrainLoader(DataLoader[Batch]):
         """
         self._interrupted = state
 
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override] # a generator: see the class
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override] # a generator
         start = 0
         if (state := self._interrupted) is not None:
             self._interrupted = None
@@ -86,7 +104,8 @@ class ResumableDataModule(LightningDataModule, ABC):
     Args:
         batch_size: Training items per batch of one process.
         eval_batch_size: Items per batch in validation and test.
-        workers: Processes that read items.
+        workers: Processes that read items. With 0, items in memory are kept on the device that trains, where their
+            batches are made.
         seed: Seed of the order and of the augmentation.
 
     Attributes:
@@ -114,6 +133,7 @@ class ResumableDataModule(LightningDataModule, ABC):
         self.verified = False
         self.validation = f"its own {self.items}"
         self._loaded: dict[Split, Draws] = {}
+        self._placed: dict[Split, TensorImages] = {}  # on the device that trains
 
     @abstractmethod
     def _load(self, split: Split) -> Draws:
@@ -151,13 +171,32 @@ class ResumableDataModule(LightningDataModule, ABC):
             self._loaded[split] = self._load(split)
         return self._loaded[split]
 
+    def _on_device(self, split: Split) -> Draws:
+        """A split; where it is in memory and no worker serves it, on the device that trains."""
+        items = self._split(split)
+        if self.trainer is None or self.workers or not isinstance(items, TensorImages):
+            return items
+        placed = self._placed.get(split)
+        device = self.trainer.strategy.root_device
+        if placed is None or placed.device != device:
+            placed = self._placed[split] = items.to(device)
+        return placed
+
+    def teardown(self, stage: str) -> None:
+        """Free what was kept on a device.
+
+        Args:
+            stage: ``fit``, ``validate``, ``test`` or ``predict``.
+        """
+        self._placed.clear()
+
     def train_dataloader(self) -> TrainLoader:
         """Shuffled batches, this process's share.
 
         Returns:
             The loader.
         """
-        items = self._split("train")
+        items = self._on_device("train")
         rank, world = self._place(items)
         sampler = TrainSampler(items, self.batch_size, self.seed, rank, world, items.repeats)
         loader = TrainLoader(items, batch_size=self.batch_size, sampler=sampler, **self._options(items))
@@ -189,12 +228,12 @@ class ResumableDataModule(LightningDataModule, ABC):
         return self._eval_dataloader("test")
 
     def _eval_dataloader(self, split: Split) -> DataLoader[Batch]:
-        items = self._split(split)
+        items = self._on_device(split)
         rank, world = self._place(items)
         size = even_batch_size(len(items), world, self.eval_batch_size)
         sampler = EvalSampler(items, rank, world)
         # Keywords, because Lightning makes the loader anew for `predict` and passes batch_size itself.
-        return DataLoader(items, batch_size=size, sampler=sampler, **self._options(items))
+        return Loader(items, batch_size=size, sampler=sampler, **self._options(items))
 
     def _place(self, items: Draws) -> tuple[int, int]:
         """Rank of this process and number of processes."""
@@ -214,7 +253,7 @@ class ResumableDataModule(LightningDataModule, ABC):
             "collate_fn": _whole,
             "num_workers": self.workers,
             "persistent_workers": self.workers > 0,
-            "pin_memory": torch.cuda.is_available(),
+            "pin_memory": torch.cuda.is_available() and not (isinstance(items, TensorImages) and not self.workers),
             "generator": torch.Generator(),  # else its workers' seed is drawn from the global generator
         }
 
@@ -225,7 +264,8 @@ class ImageDataModule(ResumableDataModule):
     Args:
         batch_size: Training images per batch of one process.
         eval_batch_size: Images per batch in validation and test.
-        workers: Processes that read images.
+        workers: Processes that read images. With 0, images in memory are kept on the device that trains, as bytes, and
+            cropped, flipped and normalised there.
         seed: Seed of the order and of the augmentation.
 
     Attributes:

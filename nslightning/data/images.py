@@ -1,5 +1,7 @@
 """Images as data sets that serve whole batches: in memory, or from files."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -17,8 +19,34 @@ from nslightning.data.verify import data_error
 _UNKNOWN_SCALE = ("F", "F;16", "F;32")  # Pillow's modes of floating-point numbers; "I" is 16 bits of a PNG or a PGM
 
 
+class Normalisation:
+    """Bytes to normalised floats, bit for bit as torchvision's ``ToTensor`` and ``Normalize``, on any device.
+
+    Args:
+        mean: One mean per channel, of pixels in [0, 1].
+        std: One standard deviation per channel.
+        device: Where the pixels are.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device | str = "cpu") -> None:
+        # CUDA divides by a number by multiplying with its reciprocal, which rounds otherwise; by a tensor it divides.
+        self.white = torch.tensor(255.0, device=device)
+        self.mean, self.std = (torch.tensor(list(values), device=device).view(-1, 1, 1) for values in (mean, std))
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Normalise.
+
+        Args:
+            pixels: uint8, shape ``(N, C, H, W)``.
+
+        Returns:
+            float32, the same shape.
+        """
+        return pixels.float().div_(self.white).sub_(self.mean).div_(self.std)
+
+
 def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Bytes to normalised floats, bit for bit as torchvision's ``ToTensor`` and ``Normalize``.
+    """Bytes to normalised floats (:class:`Normalisation`).
 
     Args:
         pixels: uint8, shape ``(N, C, H, W)``.
@@ -31,12 +59,14 @@ def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     >>> normalise(torch.tensor([[[[0, 255]]]], dtype=torch.uint8), [0.5], [0.5])
     tensor([[[[-1.,  1.]]]])
     """
-    shape = (-1, 1, 1)
-    return pixels.float().div_(255).sub_(torch.tensor(mean).view(shape)).div_(torch.tensor(std).view(shape))
+    return Normalisation(mean, std, pixels.device)(pixels)
 
 
 class TensorImages(Draws):
-    """Images held in memory as bytes; a batch is one gather, cropped and flipped on the way.
+    """Images held as bytes in memory or on a device; a batch is gathered, cropped, flipped and normalised there.
+
+    The numbers that crops and flips depend on are drawn on the CPU, an epoch's at once, and every operation on the
+    pixels is exact or rounded as on a CPU: the bits of a batch are the same wherever it is made.
 
     Args:
         images: uint8, shape ``(N, C, H, W)``.
@@ -67,41 +97,83 @@ class TensorImages(Draws):
         self.images, self.labels = images, labels
         self.mean, self.std = mean, std
         self.crop_padding, self.flip, self.seed = crop_padding, flip, seed
-        self._epoch = -1
+        self.normalise = Normalisation(mean, std, images.device)
+        self._drawn = -1
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the images are."""
+        return self.labels.device
+
+    def to(self, device: torch.device) -> TensorImages:
+        """The same images on a device.
+
+        Args:
+            device: Where.
+
+        Returns:
+            A copy; these images themselves where they are there already.
+        """
+        if device == self.device:
+            return self
+        options = (self.mean, self.std, self.crop_padding, self.flip, self.seed)
+        return TensorImages(self.images.to(device), self.labels.to(device), *options)
+
+    def reseed(self, seed: int) -> None:
+        """Take another seed for crops and flips.
+
+        Args:
+            seed: The seed.
+        """
+        if seed != self.seed:
+            self.seed, self._drawn = seed, -1
+
+    def batch(self, index: Tensor, epoch: int) -> Batch:
+        """Make a batch.
+
+        Args:
+            index: Which images: int64, shape ``(N,)``, on their device.
+            epoch: Which pass over the images it belongs to, for crops and flips.
+
+        Returns:
+            Images, float32 ``(N, C, H, W)``, and labels, int64 ``(N,)``, on the images' device.
+        """
+        pixels = self.images[index]
+        if self.crop_padding or self.flip:
+            pixels = self._augment(pixels, index, epoch)
+        return self.normalise(pixels), self.labels[index]
+
     def __getitems__(self, draws: Sequence[int]) -> Batch:
-        """Read a batch.
+        """Make the batch of a list of draws.
 
         Args:
             draws: ``epoch * len(self) + index`` for every image.
 
         Returns:
-            Images, float32 ``(N, C, H, W)``, and labels, int64 ``(N,)``.
+            As of :meth:`batch`.
         """
         numbers = torch.as_tensor(draws)
-        index = numbers % len(self)
-        pixels = self.images[index]
-        if self.crop_padding or self.flip:
-            pixels = self._augment(pixels, index, int(numbers[0]) // len(self))
-        return normalise(pixels, self.mean, self.std), self.labels[index]
+        return self.batch((numbers % len(self)).to(self.device), int(numbers[0]) // len(self))
 
     def _augment(self, pixels: Tensor, index: Tensor, epoch: int) -> Tensor:
-        if epoch != self._epoch:  # the whole epoch is drawn at once
-            g = generator(AUGMENT, self.seed, epoch)
-            self._corners = torch.randint(0, 2 * self.crop_padding + 1, (2, len(self)), generator=g)
-            self._flipped = torch.rand(len(self), generator=g) < (0.5 if self.flip else 0.0)
-            self._epoch = epoch
         count, channels, height, width = pixels.shape
+        if epoch != self._drawn:  # the whole epoch is drawn at once
+            g = generator(AUGMENT, self.seed, epoch)
+            corners = torch.randint(0, 2 * self.crop_padding + 1, (2, len(self)), generator=g)
+            flipped = torch.rand(len(self), generator=g) < (0.5 if self.flip else 0.0)
+            self._corners, self._flipped = corners.to(self.device), flipped.to(self.device)
+            self._rows = torch.arange(height, device=self.device)
+            self._columns = torch.arange(width, device=self.device)
+            self._drawn = epoch
         top, left = self._corners[:, index, None]
-        rows = top + torch.arange(height)
-        columns = torch.arange(width).expand(count, width)
+        columns = self._columns.expand(count, width)
         columns = left + torch.where(self._flipped[index, None], columns.flip(1), columns)
         padded = pad(pixels, [self.crop_padding] * 4)
         # Places in a flattened channel: one `gather` is several times faster than indexing four dimensions.
-        places = rows[:, :, None] * padded.shape[3] + columns[:, None, :]
+        places = (top + self._rows)[:, :, None] * padded.shape[3] + columns[:, None, :]
         places = places.view(count, 1, -1).expand(count, channels, -1)
         return padded.flatten(2).gather(2, places).view(pixels.shape)
 

@@ -138,13 +138,23 @@ class TrainSampler(DistributedSampler[int]):
             self.num_samples -= 1
         self.start = 0  # draws of this process to pass over, when an epoch is resumed
 
-    def __iter__(self) -> Iterator[int]:
+    def order(self) -> Tensor:
+        """The items that this process takes in the sampler's epoch, in their order.
+
+        Returns:
+            Indices, int64, shape ``(len(self) - start,)``.
+        """
         order = torch.randperm(self.items, generator=generator(ORDER, self.seed, self.epoch))
-        order = order[: self.items // self.repeats].repeat_interleave(self.repeats)
-        times = self.epoch * self.repeats + torch.arange(len(order)) % self.repeats
-        draws = times * self.items + order
-        mine = draws[self.rank : self.num_samples * self.num_replicas : self.num_replicas]
-        return iter(mine[self.start :].tolist())
+        return self._mine(order[: self.items // self.repeats].repeat_interleave(self.repeats))
+
+    def __iter__(self) -> Iterator[int]:
+        repeat = torch.arange(self.repeats).repeat(self.items // self.repeats)
+        times = self._mine(self.epoch * self.repeats + repeat)
+        return iter((times * self.items + self.order()).tolist())
+
+    def _mine(self, draws: Tensor) -> Tensor:
+        """This process's share of what is drawn for all."""
+        return draws[self.rank : self.num_samples * self.num_replicas : self.num_replicas][self.start :]
 
     def __len__(self) -> int:
         return self.num_samples
@@ -165,6 +175,14 @@ class EvalSampler(DistributedSampler[int]):
     def __init__(self, dataset: Sized, rank: int = 0, world: int = 1) -> None:
         super().__init__(dataset, world, rank, shuffle=False)  # type: ignore[arg-type] # only its len
         self.mine = range(rank, len(dataset), world)
+
+    def order(self) -> Tensor:
+        """The items of this process, in their order.
+
+        Returns:
+            Indices, int64, shape ``(len(self),)``.
+        """
+        return torch.arange(self.mine.start, self.mine.stop, self.mine.step)
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.mine)

@@ -34,7 +34,7 @@ class DownloadedImages(ImageDataModule):
             NSLIGHTNING_DATA_DIR, else ~/.cache/nslightning/data.
         batch_size: Training images per batch of one process.
         eval_batch_size: Images per batch in validation and test.
-        workers: Processes that read images; images in memory are served fastest with 0.
+        workers: Processes that read images. 0 is the fastest: the images are then kept on the device that trains.
         download: Download (and check) what is missing.
         verify: Refuse files whose MD5 is not the published one. False admits a repacked copy, and the run's
             record says so; unreadable files are refused all the same.

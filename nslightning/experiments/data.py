@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from nslightning import data
 from nslightning.data import ImageDataModule
 from nslightning.data.images import TensorImages
-from nslightning.data.sampler import AUGMENT, TrainSampler, generator
+from nslightning.data.sampler import TrainSampler
 from nslightning.data.small import DownloadedImages
 from nslightning.spelling import did_you_mean
 
@@ -21,31 +20,42 @@ __all__ = ["Images", "load"]
 
 
 class Images:
-    """One split on the device: a batch is one gather, cropped and flipped there.
+    """One split on the device, in the order and the dtype that a cell asks for.
 
-    Bit for bit the batches of :class:`~nslightning.data.images.TensorImages`, order and augmentation included.
+    Its batches are those of :class:`~nslightning.data.images.TensorImages`, made by it: ``fit`` sees the same ones.
 
     Args:
         source: The split.
         device: Where it is kept.
         normalise: False leaves the pixels in [0, 1].
         augment: False leaves out crop and flip.
+        first: Keep only the first of the images; None keeps all.
     """
 
-    def __init__(self, source: TensorImages, device: torch.device, normalise: bool, augment: bool) -> None:
-        self._pixels, self.labels = source.images.to(device), source.labels.to(device)
-        self._mean = source.mean if normalise else [0.0] * len(source.mean)
-        self._std = source.std if normalise else [1.0] * len(source.std)
-        self._padding, self._flip = (source.crop_padding, source.flip) if augment else (0, False)
-        self._seed, self._drawn = source.seed, (-1, -1)
+    def __init__(
+        self, source: TensorImages, device: torch.device, normalise: bool, augment: bool, first: int | None = None
+    ) -> None:
+        channels = len(source.mean)
+        mean, std = (source.mean, source.std) if normalise else ([0.0] * channels, [1.0] * channels)
+        padding, flip = (source.crop_padding, source.flip) if augment else (0, False)
+        self.images = TensorImages(
+            source.images[:first], source.labels[:first], mean, std, padding, flip, source.seed
+        ).to(device)
+        self._seed = source.seed
+        self._kept: dict[torch.dtype, Tensor] = {}
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.images)
+
+    @property
+    def labels(self) -> Tensor:
+        """The labels, int64 ``(N,)``."""
+        return self.images.labels
 
     @property
     def device(self) -> torch.device:
         """Where the images are."""
-        return self.labels.device
+        return self.images.device
 
     def batches(
         self, size: int, dtype: torch.dtype, *, epoch: int = 0, seed: int | None = None, limit: int | None = None
@@ -67,43 +77,23 @@ class Images:
         else:
             sampler = TrainSampler(range(len(self)), size, seed)
             sampler.set_epoch(epoch)
-            order = torch.tensor(list(sampler)) % len(self)
-        places = order.to(self.device).split(size)
-        for index in places[:limit]:
-            if self._padding or self._flip:
-                pixels = self._augment(index, self._seed if seed is None else seed, epoch)
-                yield self._floats(pixels).to(dtype), self.labels[index]
+            order = sampler.order()
+        self.images.reseed(self._seed if seed is None else seed)
+        augmented = self.images.crop_padding or self.images.flip
+        for i, index in enumerate(order.to(self.device).split(size)[:limit]):
+            if augmented:
+                x, y = self.images.batch(index, epoch)
+                yield x.to(dtype), y
             else:  # a slice where they stand in order: nothing is copied
-                rows = index if seed is not None else slice(int(index[0]), int(index[-1]) + 1)
-                yield self._whole(dtype)[rows], self.labels[index]
-
-    def _floats(self, pixels: Tensor) -> Tensor:
-        mean, std = (torch.tensor(v, device=self.device).view(-1, 1, 1) for v in (self._mean, self._std))
-        return pixels.float().div_(255).sub_(mean).div_(std)
+                rows = index if seed is not None else slice(i * size, i * size + len(index))
+                yield self._whole(dtype)[rows], self.labels[rows]
 
     def _whole(self, dtype: torch.dtype) -> Tensor:
-        kept = self.__dict__.setdefault("_kept", {})
-        if dtype not in kept:
-            kept.clear()  # one dtype at a time: a copy of MNIST in float64 takes 376 MB
-            kept[dtype] = torch.cat([self._floats(part).to(dtype) for part in self._pixels.split(4096)])
-        whole: Tensor = kept[dtype]
-        return whole
-
-    def _augment(self, index: Tensor, seed: int, epoch: int) -> Tensor:
-        if (seed, epoch) != self._drawn:
-            g = generator(AUGMENT, seed, epoch)
-            self._corners = torch.randint(0, 2 * self._padding + 1, (2, len(self)), generator=g).to(self.device)
-            self._flipped = (torch.rand(len(self), generator=g) < (0.5 if self._flip else 0.0)).to(self.device)
-            self._drawn = (seed, epoch)
-        pixels = self._pixels[index]
-        count, channels, height, width = pixels.shape
-        top, left = self._corners[:, index, None]
-        rows = top + torch.arange(height, device=self.device)
-        columns = torch.arange(width, device=self.device).expand(count, width)
-        columns = left + torch.where(self._flipped[index, None], columns.flip(1), columns)
-        padded = pad(pixels, [self._padding] * 4)
-        places = (rows[:, :, None] * padded.shape[3] + columns[:, None, :]).view(count, 1, -1)
-        return padded.flatten(2).gather(2, places.expand(count, channels, -1)).view(pixels.shape)
+        if dtype not in self._kept:
+            self._kept.clear()  # one dtype at a time: a copy of MNIST in float64 takes 376 MB
+            parts = self.images.images.split(4096)
+            self._kept[dtype] = torch.cat([self.images.normalise(part).to(dtype) for part in parts])
+        return self._kept[dtype]
 
 
 class Loaded:
@@ -124,22 +114,19 @@ class Loaded:
         self._train_images = train_images
         self.num_classes, self.image_shape = module.num_classes, module.image_shape
 
-    def _images(self, split: Any, augment: bool) -> Images:
+    def _images(self, split: Any, augment: bool, first: int | None = None) -> Images:
         source = self._module._split(split)
         if not isinstance(source, TensorImages):
             raise ValueError(
                 f"{type(self._module).__name__} is read from files; experiments keep their images in memory. "
                 "Train it with `nslightning fit`, whose configs have one for it"
             )
-        return Images(source, self._device, self._options[0], augment)
+        return Images(source, self._device, self._options[0], augment, first)
 
     @cached_property
     def train(self) -> Images:
         """The training images."""
-        images = self._images("train", self._options[1])
-        if self._train_images is not None:
-            images._pixels, images.labels = images._pixels[: self._train_images], images.labels[: self._train_images]
-        return images
+        return self._images("train", self._options[1], self._train_images)
 
     @cached_property
     def val(self) -> Images:

@@ -142,7 +142,8 @@ class LanguageModel(PatchedModule):
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """The loss of one batch."""
         loss = self._loss(batch)
-        self.log("train/loss", loss, prog_bar=True)
+        value = loss.detach()
+        self.log_step(lambda: {"train/loss": value})
         return loss
 
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:

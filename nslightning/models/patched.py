@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR, ReduceLROnPlateau
@@ -18,8 +18,11 @@ from torch.optim.lr_scheduler import CyclicLR, OneCycleLR, ReduceLROnPlateau
 from nslightning._torch import is_compiled
 from nslightning.choices import to_jacobians
 from nslightning.jacobians import Jacobians
+from nslightning.models.captured import CapturedNetwork, refuse_capture
 from nslightning.models.checkpoint_note import CheckpointNote, plan_of
+from nslightning.models.fused import fused
 from nslightning.models.own import without_own_code
+from nslightning.models.step_metrics import StepMetrics
 from nslightning.optim.groups import scale_learning_rates
 from nslightning.optim.schedule import WarmupCosine
 from nslightning.surgery import PatchReport, PatchWarning, Rule, patch
@@ -57,6 +60,8 @@ class PatchedModule(LightningModule):
         lr_scheduler: Any scheduler class, given the optimizer. ``ReduceLROnPlateau`` watches ``val/loss``, or
             what Lightning's own version of it is told to ``monitor``.
         compile: Compile the network with ``torch.compile``. One compiled backward serves every choice.
+        cuda_graph: Run training forwards and backwards from CUDA graphs
+            (:class:`~nslightning.models.captured.CapturedNetwork`). One captured backward serves every choice.
         sites: Rules for some of the network's sites, later ones winning, such as ``{"stage": "layer1", "relu": 0.5}``
             (:class:`~nslightning.surgery.Rule`); everywhere else ``jacobians`` holds.
         strict: Refuse a network with an operation that no choice can reach, instead of naming it in the report.
@@ -85,15 +90,19 @@ class PatchedModule(LightningModule):
         sites: Sequence[Rule | dict[str, Any]] | None = None,
         strict: bool = True,
         on_mismatch: Literal["warn", "refuse"] = "warn",
+        cuda_graph: bool = False,
     ) -> None:
         super().__init__()
         jacobians = to_jacobians(jacobians)
         self.plan = plan_of(jacobians, sites)
         self._note = CheckpointNote(self.plan, on_mismatch)
         drawn = {field for rule in self.plan.rules for field, value in rule.changes.items() if value == "random"}
-        if compile and drawn:
-            what = ", ".join(f'{field}="random"' for field in sorted(drawn))
-            raise ValueError(f"{what} is drawn inside the backward, which cannot be compiled; use compile=False")
+        if drawn and (compile or cuda_graph):
+            drawn_choices = ", ".join(f'{field}="random"' for field in sorted(drawn))
+            done, option = ("compiled", "compile") if compile else ("captured", "cuda_graph")
+            raise ValueError(
+                f"{drawn_choices} is drawn inside the backward, which cannot be {done}; use {option}=False"
+            )
         frame = inspect.currentframe()
         assert frame is not None  # CPython has frames
         # As plain data, so that checkpoints load with `weights_only`; Lightning's instantiator makes objects of it.
@@ -107,7 +116,10 @@ class PatchedModule(LightningModule):
         self._optimizer = _Shared(optimizer)
         self._lr_scheduler = None if lr_scheduler is None else _Shared(lr_scheduler)
         self._compile = compile
+        self._cuda_graph = cuda_graph
+        self._captured: CapturedNetwork | None = None
         self._trained_with: str | None = None
+        self._step_metrics = StepMetrics()
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
@@ -151,6 +163,47 @@ class PatchedModule(LightningModule):
         network: nn.Module = getattr(self, self._network_name)
         if self._compile and not is_compiled(network):
             network.compile()
+        if self._cuda_graph and stage == "fit":
+            refuse_capture(
+                self.trainer.strategy.root_device,
+                processes=self.trainer.world_size,
+                accumulates=self.trainer.accumulate_grad_batches,
+                compiled=self._compile,
+            )
+            self._captured = CapturedNetwork(network)
+
+    def teardown(self, stage: str) -> None:
+        """Let go of what was captured."""
+        self._captured = None
+
+    def run_network(self, *inputs: Tensor) -> Any:
+        """Run the network, from a captured graph where ``cuda_graph`` was asked for.
+
+        Args:
+            *inputs: Its inputs.
+
+        Returns:
+            Its output.
+        """
+        return (self._captured or getattr(self, self._network_name))(*inputs)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Run a step that a callback is to measure eagerly: its graph is looked into."""
+        if self._captured is not None:
+            callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined] # set by a connector
+            self._captured.eager = any(getattr(callback, "measures_backward", False) for callback in callbacks)
+
+    def log_step(self, metrics: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Log what a training step measures of itself, if the step shows it; else it is not computed.
+
+        Args:
+            metrics: Computes the values by name (:class:`~nslightning.models.step_metrics.StepMetrics`).
+        """
+        self._step_metrics.step(self, metrics)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log the step that a callback has just made the last one."""
+        self._step_metrics.step_ends(self)
 
     @property
     def lr(self) -> float | None:
@@ -211,6 +264,8 @@ class PatchedModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimizer, and the scheduler if there is one."""
         optimizer = self._optimizer(self.parameter_groups())
+        if not self._reads_gradients_before_step():
+            optimizer = fused(optimizer)
         scale_learning_rates(optimizer)
         if self._trained_with not in (None, type(optimizer).__name__):
             warnings.warn(
@@ -234,6 +289,16 @@ class PatchedModule(LightningModule):
         """Note which Jacobian the weights were trained under."""
         optimizer = type(self.trainer.optimizers[0]).__name__ if self.trainer.optimizers else None
         self._note.write(checkpoint, self.patch_report, optimizer)
+
+    def _reads_gradients_before_step(self) -> bool:
+        """Whether gradients are clipped, or looked at, between the fp16 scaler's unscaling and the step."""
+        trainer = self._trainer
+        if trainer is None or getattr(trainer.precision_plugin, "scaler", None) is None:
+            return False
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined] # set by a connector
+        looks = any(type(c).on_before_optimizer_step is not Callback.on_before_optimizer_step for c in callbacks)
+        looks |= type(self).on_before_optimizer_step is not PatchedModule.on_before_optimizer_step
+        return bool(trainer.gradient_clip_val) or looks or trainer.lightning_module is not self
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say so when a checkpoint was made under another choice or patch, or refuse it.

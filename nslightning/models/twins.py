@@ -113,7 +113,9 @@ class Twins(LightningModule):
             plugin.scaler = _Scalers(scaler, list(self.twins))  # type: ignore[attr-defined] # of fp16 plugins
 
     def teardown(self, stage: str) -> None:
-        """Give the trainer back its own scaler."""
+        """Give the trainer back its own scaler, and let go of what was captured."""
+        for twin in self.named_twins().values():
+            twin.teardown(stage)
         if (scaler := self.__dict__.pop("_scaler", None)) is not None:
             self.trainer.precision_plugin.scaler = scaler  # type: ignore[attr-defined] # of fp16 plugins
 
@@ -137,6 +139,11 @@ class Twins(LightningModule):
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """The losses of one batch, of shape (twins,)."""
         return torch.stack([twin.training_step(batch, batch_idx) for twin in self._in_turn()])
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log the step that a callback has just made the last one."""
+        for twin in self.named_twins().values():
+            twin.on_train_batch_end(outputs, batch, batch_idx)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """The gradients of each twin's own loss."""

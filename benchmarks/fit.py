@@ -1,0 +1,169 @@
+"""A step of ``nslightning fit`` beside a bare loop over ready batches: ``python -m benchmarks.fit``.
+
+The bare loop trains the stock network on batches that lie ready in memory. ``fit`` is the command's own training: data,
+callbacks, metrics and the metrics file included, validation and checkpoints left out. Both take turns within one
+process, epoch by epoch, and the median times of their steps are compared.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, Trainer
+
+from benchmarks.machine import describe
+from nslightning.cli import main as nslightning
+from nslightning.commands.train import TrainCLI
+from nslightning.models import create_backbone
+
+#: Backbone, data and the images' shape, by the name of a row.
+ROWS: dict[str, tuple[str, list[str], tuple[int, int, int]]] = {
+    "LeNet-5, Fashion-MNIST sample": ("paper/lenet5", ["--data=FashionMNISTSample"], (1, 28, 28)),
+    "VGG11, synthetic 32x32": ("paper/vgg11", ["--data=Synthetic", "--data.images=2560"], (3, 32, 32)),
+}
+BATCH = 128
+
+
+class Epochs(Callback):
+    """Times each epoch's steps, and lets the bare loop have its turn between two epochs.
+
+    Args:
+        device: Where the steps run.
+        between: What runs between two epochs.
+    """
+
+    reads_step_metrics = False
+
+    def __init__(self, device: str, between: Callable[[], None]) -> None:
+        self.device, self.between = device, between
+        self.seconds: list[float] = []
+
+    def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
+        """Start the clock."""
+        self.start = clock(self.device)
+
+    def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Read it."""
+        self.seconds.append((clock(self.device) - self.start) / trainer.num_training_batches)
+        self.between()
+
+
+def clock(device: str) -> float:
+    """Seconds: of this thread's work on a CPU, which other programs do not lengthen; by the clock on a device."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.thread_time()
+
+
+class BareLoop:
+    """Steps of the stock network over ready batches.
+
+    Args:
+        backbone: Its name.
+        shape: The images' shape.
+        device: Where.
+        precision: Lightning's name of the precision.
+        steps: Steps in a turn.
+    """
+
+    def __init__(self, backbone: str, shape: tuple[int, int, int], device: str, precision: str, steps: int) -> None:
+        torch.manual_seed(0)
+        self.network = create_backbone(backbone, 10, shape).to(device)
+        self.batches = [
+            (torch.randn(BATCH, *shape, device=device), torch.arange(BATCH, device=device) % 10) for _ in range(8)
+        ]
+        self.optimizer = torch.optim.SGD(self.network.parameters(), 0.01, momentum=0.9)
+        self.mixed = precision == "16-mixed"
+        self.scaler = torch.amp.GradScaler(device, enabled=self.mixed)
+        self.device, self.steps = device, steps
+        self.seconds: list[float] = []
+
+    def turn(self) -> None:
+        """Take the steps of a turn, and note the time that one took."""
+        start = clock(self.device)
+        for i in range(self.steps):
+            x, y = self.batches[i % len(self.batches)]
+            self.optimizer.zero_grad()
+            with torch.autocast(self.device, torch.float16, enabled=self.mixed):
+                loss = F.cross_entropy(self.network(x), y)
+            self.scaler.scale(loss).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.seconds.append((clock(self.device) - start) / self.steps)
+
+
+def measure(
+    backbone: str, data: list[str], shape: tuple[int, int, int], args: argparse.Namespace, options: list[str]
+) -> dict[str, Any]:
+    """The median time of a step of both."""
+    bare = BareLoop(backbone, shape, args.device, args.precision, args.steps)
+    epochs = Epochs(args.device, bare.turn)
+    stock = TrainCLI.instantiate_trainer
+
+    def with_clock(self: TrainCLI, **keywords: Any) -> Any:
+        trainer = stock(self, **keywords)
+        trainer.callbacks.insert(0, epochs)
+        return trainer
+
+    TrainCLI.instantiate_trainer = with_clock  # type: ignore[method-assign] # the clock is no option of the command
+    try:
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            words = [
+                f"--model.backbone={backbone}",
+                *data,
+                f"--data.batch_size={BATCH}",
+                f"--output={folder}",
+                f"--trainer.max_epochs={args.epochs}",
+                f"--trainer.limit_train_batches={args.steps}",
+                "--trainer.limit_val_batches=0.0",
+                "--trainer.num_sanity_val_steps=0",
+                "--trainer.enable_checkpointing=false",
+                f"--trainer.accelerator={'gpu' if args.device == 'cuda' else 'cpu'}",
+                "--trainer.devices=1",
+                f"--trainer.precision={args.precision}",
+                *options,
+            ]
+            status = nslightning(["fit", *words])
+    finally:
+        TrainCLI.instantiate_trainer = stock  # type: ignore[method-assign]
+    assert status == 0, status
+    # The first epoch pays for the start, and the first turn of the bare loop for its own.
+    fit, loop = (statistics.median(seconds[1:]) for seconds in (epochs.seconds, bare.seconds))
+    return {"bare_ms": round(loop * 1e3, 3), "fit_ms": round(fit * 1e3, 3), "ratio": round(fit / loop, 3)}
+
+
+def main() -> None:
+    """Measure and write ``benchmarks/results/fit_<device>.json``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--precision", default="32-true")
+    parser.add_argument("--epochs", type=int, default=9, help="turns of each, the first of which is not counted")
+    parser.add_argument("--steps", type=int, default=46, help="steps of a turn")
+    parser.add_argument("--rows", nargs="+", default=list(ROWS)[:1], help="parts of the rows' names")
+    parser.add_argument("--options", nargs="*", default=[], help="more options of fit, such as --model.compile=true")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    if args.device == "cpu":
+        torch.set_num_threads(1)
+    rows = {}
+    for name, (backbone, data, shape) in ROWS.items():
+        if any(part in name for part in args.rows):
+            row = rows[name] = measure(backbone, data, shape, args, args.options)
+            print(f"{name:32}bare {row['bare_ms']:8.2f} ms   fit {row['fit_ms']:8.2f} ms   x{row['ratio']:.2f}")
+    result = {"machine": describe(args.device), "options": args.options, "precision": args.precision, "results": rows}
+    out = args.out or Path(__file__).parent / "results" / f"fit_{args.device}.json"
+    out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""A network's training forward and backward as CUDA graphs: two launches in place of one for each operation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nslightning.surgery import selections
+
+__all__ = ["CapturedNetwork", "eagerly", "refuse_capture"]
+
+
+class _Kind(NamedTuple):
+    """What a captured graph was made for; another kind of input runs eagerly."""
+
+    shapes: tuple[tuple[torch.Size, torch.dtype, tuple[int, ...]], ...]
+    autocast: torch.dtype | None
+
+
+class CapturedNetwork:
+    """Runs a network's training forward from a CUDA graph, and its backward from another.
+
+    The first training batch is captured (``torch.cuda.make_graphed_callables``). What differs from it runs eagerly: a
+    batch of another shape, such as an epoch's last one, evaluation, and each forward that somebody watches: a measured
+    step, and inside :func:`eagerly`. The graphs read the weights, and the choice of each patched operation, from where
+    these lie on the device, so both may change between steps. Buffers and random streams are after the capture what
+    they were before it.
+
+    Outputs and gradients lie in memory that the next step overwrites.
+
+    Args:
+        network: The network.
+
+    Attributes:
+        eager: Run the forwards eagerly until this is False again.
+        replayed: How many forwards came from the graph.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self._network = network
+        self._kind: _Kind | None = None
+        self._graphed: Callable[..., Any] | None = None
+        self.eager = False
+        self.replayed = 0
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """Run the forward.
+
+        Args:
+            *inputs: The network's inputs.
+
+        Returns:
+            Its output.
+        """
+        network = self._network
+        if self.eager or not network.training or not torch.is_grad_enabled() or _watched(network):
+            return network(*inputs)
+        device_type = inputs[0].device.type
+        autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+        kind = _Kind(tuple((x.shape, x.dtype, x.stride()) for x in inputs), autocast)
+        if self._kind is None:
+            self._capture(inputs, autocast)
+            self._kind = kind
+        if kind != self._kind:
+            return network(*inputs)
+        assert self._graphed is not None
+        self.replayed += 1
+        return self._graphed(*inputs)
+
+    def _capture(self, inputs: tuple[Tensor, ...], autocast: torch.dtype | None) -> None:
+        device = inputs[0].device
+        buffers = {name: buffer.clone() for name, buffer in self._network.named_buffers()}
+        streams = [device] if device.type == "cuda" else []
+        samples = tuple(x.detach().clone(memory_format=torch.preserve_format) for x in inputs)
+        with (
+            torch.random.fork_rng(streams),
+            torch.autocast(device.type, autocast, enabled=autocast is not None, cache_enabled=False),
+        ):
+            # In a module of its own, for the module that is captured has its forward replaced.
+            self._graphed = torch.cuda.make_graphed_callables(_Alone(self._network), samples)
+        with torch.no_grad():
+            for name, buffer in self._network.named_buffers():
+                buffer.copy_(buffers[name])
+
+
+class _Alone(nn.Module):
+    """A network as a module's only part."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.train(network.training)
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.network(*inputs)
+
+
+def _watched(network: nn.Module) -> bool:
+    """Whether somebody watches the operations of the forward that is about to run."""
+    return any(s.observer is not None or s.recorder is not None for s in selections(network).values())
+
+
+@contextmanager
+def eagerly(module: nn.Module) -> Iterator[None]:
+    """Let no forward inside the block come from a captured graph.
+
+    Args:
+        module: A module with captured networks in it, or without.
+    """
+    networks = [getattr(part, "_captured", None) for part in module.modules()]
+    captured = [network for network in networks if isinstance(network, CapturedNetwork)]
+    before = [one.eager for one in captured]
+    for one in captured:
+        one.eager = True
+    try:
+        yield
+    finally:
+        for one, eager in zip(captured, before, strict=True):
+            one.eager = eager
+
+
+def refuse_capture(device: torch.device, *, processes: int, accumulates: int, compiled: bool) -> None:
+    """Raise where a training's steps cannot be captured.
+
+    Args:
+        device: Where it trains.
+        processes: How many processes train.
+        accumulates: Over how many batches gradients are added up.
+        compiled: Whether the network is to be compiled.
+
+    Raises:
+        ValueError: With the reason, and what to do.
+    """
+    if device.type != "cuda":
+        raise ValueError(
+            f"cuda_graph=True captures steps on a CUDA device, and this training is on {device.type}: give"
+            " --model.cuda_graph=false, or --trainer.accelerator=gpu where there is one"
+        )
+    if compiled:
+        raise ValueError("compile=True and cuda_graph=True exclude each other: give one of them")
+    if processes > 1:
+        raise ValueError(
+            f"cuda_graph=True captures the step of one process, and {processes} train together: give"
+            " --model.cuda_graph=false, or --trainer.devices=1"
+        )
+    if accumulates > 1:
+        raise ValueError(
+            "cuda_graph=True writes each batch's gradients over the last one's, and"
+            f" accumulate_grad_batches={accumulates} adds them up: give --model.cuda_graph=false, or a larger batch"
+        )
