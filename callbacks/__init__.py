@@ -11,6 +11,7 @@ from .gradient_divergence import GradientDivergence
 from .loss_watch import LossWatch
 from .non_finite_guard import NonFinite, NonFiniteError, NonFiniteGuard
 from .nonsmooth_patch import NonsmoothPatch
+from .performance import Performance
 from .run_record import RunRecord
 from .step_seed import StepSeed
 from .tie_monitor import TieMonitor
@@ -26,6 +27,7 @@ __all__ = [
     "NonFiniteError",
     "NonFiniteGuard",
     "NonsmoothPatch",
+    "Performance",
     "RunRecord",
     "StepSeed",
     "TieMonitor",

@@ -32,6 +32,11 @@ METRICS: dict[str, dict[str, tuple[str, bool]]] = {
         "Cosine": (r"^divergence/[^/]+/cosine$", False),
         "Seconds for one measurement": ("divergence/seconds", True),
     },
+    "Speed": {
+        "Images per second": ("perf/images_per_second", False),
+        "Share of the time that waits for data": ("perf/data_wait", False),
+        "Peak memory (GiB)": ("perf/memory_gib", False),
+    },
     "Ties": {
         "Tied share of evaluations, by site": (r"^ties/(?!total$).+", True),
         "Tied share of evaluations, all sites": ("ties/total", True),

@@ -14,7 +14,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from nslightning import runs
-from nslightning.callbacks import ArithmeticSetting, LossWatch, RunRecord, StepSeed
+from nslightning.callbacks import ArithmeticSetting, LossWatch, Performance, RunRecord, StepSeed
 from nslightning.commands.run_callbacks import Bar
 from nslightning.commands.trainer_options import runs_on_cpu
 
@@ -59,7 +59,9 @@ def for_a_training(trainer: Namespace, arithmetic: str, seed: int, record: RunRe
         record: Writes what the run is.
         folder: The run's folder.
     """
-    trainer.callbacks = [StepSeed(seed), *_common(trainer, arithmetic), LossWatch(), record]
+    callbacks = _common(trainer, arithmetic)
+    performance = [] if any(isinstance(c, Performance) for c in callbacks) else [Performance()]
+    trainer.callbacks = [StepSeed(seed), *callbacks, *performance, LossWatch(), record]
     if folder is None or trainer.logger is False or trainer.fast_dev_run:
         return
     trainer.logger = [runs.MetricsFile(folder), *(x for x in listed(trainer.logger) if isinstance(x, Logger))]

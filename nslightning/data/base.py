@@ -10,7 +10,8 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import BatchSampler, DataLoader
 
-from nslightning.data.images import TensorImages
+from nslightning.data.ahead import ahead
+from nslightning.data.images import FileImages, Normalisation, TensorImages
 from nslightning.data.sampler import Batch, Draws, EvalSampler, TrainSampler, even_batch_size
 
 Split = Literal["train", "val", "test"]
@@ -28,10 +29,14 @@ def _whole(batch: Batch) -> Batch:
 
 
 class Loader(DataLoader[Batch]):
-    """A DataLoader that makes the batches of images in memory by itself, on the device where they are.
+    """A DataLoader whose batches are made, or finished, on the device that trains.
 
-    The order of an epoch goes to that device once. A step then takes no transfer, no worker and no list of numbers.
+    Of images in memory, batches are made where the images are. The order of an epoch goes to that device once; a step
+    then takes no transfer, no worker and no list of numbers. Images from files come from workers as bytes, are copied
+    to a CUDA device while it works on the batch before, and normalised there.
     """
+
+    device: torch.device | None = None  # that trains
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override] # a generator
         images, sampler = self.dataset, self.sampler
@@ -40,8 +45,20 @@ class Loader(DataLoader[Batch]):
             assert self.batch_size is not None
             for index in sampler.order().to(images.device).split(self.batch_size):
                 yield images.batch(index, sampler.epoch)
+        elif isinstance(images, FileImages):
+            yield from self._normalised(images)
         else:
             yield from super().__iter__()
+
+    def _normalised(self, images: FileImages) -> Iterator[Batch]:
+        on_cuda = self.device is not None and self.device.type == "cuda"
+        normalise: Normalisation | None = None
+        batches: Iterator[Batch] = super().__iter__()
+        for x, y in ahead(batches, self.device) if on_cuda and self.device is not None else batches:
+            if x.dtype == torch.uint8:
+                normalise = normalise or Normalisation(images.preprocessing.mean, images.preprocessing.std, x.device)
+                x = normalise(x)
+            yield x, y
 
 
 class TrainLoader(Loader):
@@ -174,13 +191,19 @@ class ResumableDataModule(LightningDataModule, ABC):
     def _on_device(self, split: Split) -> Draws:
         """A split; where it is in memory and no worker serves it, on the device that trains."""
         items = self._split(split)
+        if isinstance(items, FileImages):
+            items.as_bytes = self._device is not None and self._device.type == "cuda" and not items.erases
         if self.trainer is None or self.workers or not isinstance(items, TensorImages):
             return items
         placed = self._placed.get(split)
-        device = self.trainer.strategy.root_device
-        if placed is None or placed.device != device:
-            placed = self._placed[split] = items.to(device)
+        assert self._device is not None
+        if placed is None or placed.device != self._device:
+            placed = self._placed[split] = items.to(self._device)
         return placed
+
+    @property
+    def _device(self) -> torch.device | None:
+        return None if self.trainer is None else self.trainer.strategy.root_device
 
     def teardown(self, stage: str) -> None:
         """Free what was kept on a device.
@@ -200,7 +223,7 @@ class ResumableDataModule(LightningDataModule, ABC):
         rank, world = self._place(items)
         sampler = TrainSampler(items, self.batch_size, self.seed, rank, world, items.repeats)
         loader = TrainLoader(items, batch_size=self.batch_size, sampler=sampler, **self._options(items))
-        loader.trainer = self.trainer
+        loader.trainer, loader.device = self.trainer, self._device
         return loader
 
     def val_dataloader(self) -> DataLoader[Batch]:
@@ -233,7 +256,9 @@ class ResumableDataModule(LightningDataModule, ABC):
         size = even_batch_size(len(items), world, self.eval_batch_size)
         sampler = EvalSampler(items, rank, world)
         # Keywords, because Lightning makes the loader anew for `predict` and passes batch_size itself.
-        return Loader(items, batch_size=size, sampler=sampler, **self._options(items))
+        loader = Loader(items, batch_size=size, sampler=sampler, **self._options(items))
+        loader.device = self._device
+        return loader
 
     def _place(self, items: Draws) -> tuple[int, int]:
         """Rank of this process and number of processes."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from nslightning.experiments.cells import Cell, Outcome
+from nslightning.experiments.cells import Cell, Outcome, TrainCell
 from nslightning.experiments.training import train
 from nslightning.experiments.twins import twins
 from nslightning.experiments.zones import zones
@@ -13,21 +14,25 @@ from nslightning.runs import environment
 
 __all__ = ["compute"]
 
-_COMPUTE: dict[str, Callable[[Any, str], Outcome]] = {"train": train, "twins": twins, "zones": zones}
+_COMPUTE: dict[str, Callable[[Any, str], Outcome]] = {"twins": twins, "zones": zones}
 
 
-def compute(kind: str, cell: Cell, device: str) -> Outcome:
+def compute(kind: str, cell: Cell, device: str, kept: Path | None = None) -> Outcome:
     """Compute one cell in this process.
 
     Args:
         kind: A key of :data:`~nslightning.experiments.cells.KINDS`.
         cell: Its settings.
         device: Where.
+        kept: Where a training keeps what it has computed so far, and goes on from.
 
     Returns:
         What it measured.
     """
     with cell.computed.applied():
-        outcome = _COMPUTE[kind](cell, device)
+        if isinstance(cell, TrainCell) and kind == "train":
+            outcome = train(cell, device, kept)
+        else:
+            outcome = _COMPUTE[kind](cell, device)
         surroundings = {k: v for k, v in environment().items() if k != "command"}
     return outcome._replace(provenance={**outcome.provenance, "environment": surroundings})

@@ -58,7 +58,14 @@ class Images:
         return self.images.device
 
     def batches(
-        self, size: int, dtype: torch.dtype, *, epoch: int = 0, seed: int | None = None, limit: int | None = None
+        self,
+        size: int,
+        dtype: torch.dtype,
+        *,
+        epoch: int = 0,
+        seed: int | None = None,
+        limit: int | None = None,
+        start: int = 0,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Go through the split once.
 
@@ -68,6 +75,7 @@ class Images:
             epoch: Which pass, for order and augmentation.
             seed: Seed of the order and the augmentation; None keeps the images in their order.
             limit: At most that many batches.
+            start: Batches to pass over.
 
         Yields:
             Images ``(N, C, H, W)`` and labels ``(N,)``.
@@ -80,7 +88,7 @@ class Images:
             order = sampler.order()
         self.images.reseed(self._seed if seed is None else seed)
         augmented = self.images.crop_padding or self.images.flip
-        for i, index in enumerate(order.to(self.device).split(size)[:limit]):
+        for i, index in enumerate(order.to(self.device).split(size)[start:limit], start):
             if augmented:
                 x, y = self.images.batch(index, epoch)
                 yield x.to(dtype), y

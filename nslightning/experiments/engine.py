@@ -1,7 +1,8 @@
 """Run an experiment: what is missing is computed, several cells side by side, and collected in one tidy table.
 
 A folder ``<output>/<name>/<scale>`` holds ``cells/<id>.json`` (one finished cell each, written at once),
-``cells/<id>.error`` (why a cell failed; it is tried again by the next call), ``results.csv`` (one row per cell, index
+``cells/<id>.error`` (why a cell failed; it is tried again by the next call), ``cells/<id>.partial`` (how far a training
+is that is being computed, every two minutes), ``results.csv`` (one row per cell, index
 and metric; ``results.parquet`` too where pyarrow is installed) and ``provenance.json``.
 """
 
@@ -67,7 +68,7 @@ def run(
     """Compute the cells that are missing and write the tidy table.
 
     A cell that crashes is recorded and does not stop the others. An interruption loses the cells that are being
-    computed, nothing else: the next call goes on.
+    computed, a training at most its last two minutes: the next call goes on.
 
     Args:
         experiment: The grid.
@@ -226,9 +227,9 @@ def _compute(kind: str, name: str, cell: Cell, folder: Path, device: str) -> tup
     from nslightning.data import DataError
 
     started = time.monotonic()
-    failure = folder / f"{name}.error"
+    failure, kept = folder / f"{name}.error", folder / f"{name}.partial"
     try:
-        outcome = compute(kind, cell, device)
+        outcome = compute(kind, cell, device, kept)
     except DataError:  # no other cell would fare better
         raise
     except Exception as error:
@@ -243,8 +244,9 @@ def _compute(kind: str, name: str, cell: Cell, folder: Path, device: str) -> tup
         "rows": [_told(row) for row in outcome.rows],
     }
     write_text(folder / f"{name}.json", json.dumps(content, allow_nan=False))
-    with suppress(FileNotFoundError):
-        failure.unlink()
+    for file in (failure, kept):
+        with suppress(FileNotFoundError):
+            file.unlink()
     return seconds, None
 
 

@@ -7,9 +7,11 @@ of the Trainer is missed. That the weights are those of ``Trainer.fit`` bit for 
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from nslightning.experiments.cells import Outcome, Row, TrainCell
 from nslightning.experiments.data import Images
 from nslightning.experiments.networks import build, loaded, provenance
 from nslightning.experiments.optimizers import make_optimizer
+from nslightning.experiments.partial import Partial
 from nslightning.experiments.precision import PRECISIONS, computing
 from nslightning.models.patched import at_least_float32
 from nslightning.surgery import selections
@@ -30,7 +33,7 @@ _CHECKED_EVERY = 50  # steps between looks for weights that are NaN
 _shared_scalers: dict[str, torch.amp.GradScaler] = {}  # of `shared_scaler`, by device
 
 
-def train(cell: TrainCell, device: str) -> Outcome:
+def train(cell: TrainCell, device: str, kept: Path | None = None) -> Outcome:
     """Train one network and test it after every epoch.
 
     A run whose weights are NaN stays so: it ends there, and its later epochs repeat what the test gave.
@@ -38,6 +41,8 @@ def train(cell: TrainCell, device: str) -> Outcome:
     Args:
         cell: The settings.
         device: Where.
+        kept: Where to keep what is computed so far; what is there is gone on with, bit for bit as without the
+            interruption.
 
     Returns:
         Per epoch (from 0): ``train_loss`` and ``train_accuracy`` (means over the epoch, while training),
@@ -51,11 +56,22 @@ def train(cell: TrainCell, device: str) -> Outcome:
     splits = {"test": images.test} if images.shares_test else {"val": images.val, "test": images.test}
     rows: list[Row] = []
     tested: dict[str, float] = {}
-    for epoch in range(cell.epochs):
+    first, partial = 0, Partial(kept)
+    if (state := partial.load()) is not None:
+        first, rows, tested = state["epoch"], state["rows"], state["tested"]
+        run.load_state_dict(state["run"])
+
+    def keep(epoch: int) -> None:
+        if partial.due:
+            partial.save({"epoch": epoch, "rows": rows, "tested": tested, "run": run.state_dict()})
+
+    for epoch in range(first, cell.epochs):
         found: dict[str, float] = {"learning_rate": run.optimizer.param_groups[0]["lr"]}
         if run.alive:
             with _counting_zeros(network, cell.count_zeros, where) as zeros:
-                found["train_loss"], found["train_accuracy"] = run.epoch(images.train, epoch)
+                # What counts zeros is kept between epochs only: the counts are not part of the state.
+                within = None if cell.count_zeros else functools.partial(keep, epoch)
+                found["train_loss"], found["train_accuracy"] = run.epoch(images.train, epoch, within)
             tested = {
                 f"{name}_{what}": value
                 for name, split in splits.items()
@@ -67,6 +83,7 @@ def train(cell: TrainCell, device: str) -> Outcome:
         found |= tested | {"nan": float(not math.isfinite(found["train_loss"]))}
         rows += [{"epoch": epoch, "metric": name, "value": value} for name, value in found.items()]
         run.end_epoch()
+        keep(epoch + 1)
     return Outcome(rows, provenance(cell, images, report, where))
 
 
@@ -97,6 +114,48 @@ class Run:
         if cell.shared_scaler and cell.precision == 24:
             self.scaler = _shared_scalers.setdefault(device.type, self.scaler)
         self._watched = next(network.parameters())
+        self._taken: list[tuple[Tensor, Tensor]] = []  # of the epoch that has begun
+        self._seen = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the rest of the training depends on.
+
+        Returns:
+            Tensors, numbers and containers of them.
+        """
+        streams = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            streams["cuda"] = torch.cuda.get_rng_state(self.device)
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": None if self.schedule is None else self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "alive": self.alive,
+            "taken": [torch.stack(values) for values in zip(*self._taken, strict=True)],
+            "seen": self._seen,
+            "streams": streams,
+            "choices": {name: s.generator(self.device).get_state() for name, s in selections(self.network).items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from where the state was taken.
+
+        Args:
+            state: What :meth:`state_dict` returned.
+        """
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.schedule is not None:
+            self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.alive, self._seen = state["alive"], state["seen"]
+        self._taken = list(zip(*(values.to(self.device).unbind() for values in state["taken"]), strict=True))
+        torch.set_rng_state(state["streams"]["cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["streams"]["cuda"], self.device)
+        for name, selection in selections(self.network).items():
+            selection.generator(self.device).set_state(state["choices"][name])
 
     def step(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Take one step.
@@ -117,27 +176,32 @@ class Run:
         self.scaler.update()
         return loss.detach(), (logits.argmax(1) == y).sum()
 
-    def epoch(self, images: Images, epoch: int) -> tuple[float, float]:
+    def epoch(self, images: Images, epoch: int, after_step: Callable[[], None] | None = None) -> tuple[float, float]:
         """Take the steps of an epoch, or those until the weights are NaN: one NaN makes them all so.
 
         Args:
             images: The training images.
-            epoch: Which.
+            epoch: Which. One that a loaded state is in the middle of is gone on with.
+            after_step: Called between two steps.
 
         Returns:
             The mean of the batches' losses, and the accuracy; NaN if the weights became so.
         """
         self.network.train()
-        taken, seen = [], 0
         order = self.cell.seed if self.cell.shuffle else None
-        batches = images.batches(self.cell.batch_size, PRECISIONS[self.cell.precision], epoch=epoch, seed=order)
-        for i, (x, y) in enumerate(batches):
+        dtype, begun = PRECISIONS[self.cell.precision], len(self._taken)
+        batches = images.batches(self.cell.batch_size, dtype, epoch=epoch, seed=order, start=begun)
+        for i, (x, y) in enumerate(batches, begun):
             if i % _CHECKED_EVERY == 0 and self._dead():
+                self._taken, self._seen = [], 0
                 return math.nan, math.nan
-            taken.append(self.step(x, y))
-            seen += len(y)
+            self._taken.append(self.step(x, y))
+            self._seen += len(y)
+            if after_step is not None:
+                after_step()
         self._dead()
-        losses, correct = (torch.stack(values) for values in zip(*taken, strict=True))
+        losses, correct = (torch.stack(values) for values in zip(*self._taken, strict=True))
+        seen, self._taken, self._seen = self._seen, [], 0
         return float(losses.double().mean()), int(correct.sum()) / seen
 
     def end_epoch(self) -> None:
