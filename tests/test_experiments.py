@@ -467,7 +467,7 @@ def counted(monkeypatch):
     """Count the cells that are computed; one may be told to fail."""
     done, failing = [], set()
 
-    def compute(kind, cell, device):
+    def compute(kind, cell, device, kept):
         done.append((cell.seed, cell.relu, cell.rule))
         if done[-1] in failing:
             raise RuntimeError("a bad day")
@@ -518,10 +518,10 @@ def test_an_interruption_loses_only_what_was_being_computed(experiment_file, tmp
     done, _ = counted
     through = engine.compute
 
-    def interrupted(kind, cell, device):
+    def interrupted(kind, cell, device, kept):
         if len(done) == 3:
             raise KeyboardInterrupt
-        return through(kind, cell, device)
+        return through(kind, cell, device, kept)
 
     experiment = Experiment.read(experiment_file, "small")
     monkeypatch.setattr(engine, "compute", interrupted)
