@@ -14,7 +14,13 @@ from nslightning.commands.progress import progress
 from nslightning.files import expanded
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from jsonargparse import ArgumentParser
+    from torch import Tensor, nn
+
+    from nslightning.jacobians import Jacobians
+    from nslightning.probes.step_cost import StepCost
 
 __all__ = ["main", "make_parser"]
 
@@ -88,6 +94,7 @@ def cost(
     widths: list[int] | None = None,
     seed: int = 0,
     output: str = "runs/cost",
+    step: bool = False,
 ) -> int:
     """Measure, print the report, and write it.
 
@@ -106,6 +113,8 @@ def cost(
         widths: For paper/fc: the widths of its hidden layers, one report each.
         seed: Seeds the initialisation and the images.
         output: Folder for cost.json, cost.csv, cost.png and cost.pdf.
+        step: Say where the time of a whole training step goes instead: data, forward, backward, optimizer, and what
+            patching and measuring the choices add. Nothing is written.
 
     Returns:
         0.
@@ -126,7 +135,6 @@ def cost(
         raise ValueError(f"output is a folder; {output} is a file")
 
     import torch
-    from torch import nn
 
     from nslightning.arithmetic import Arithmetic
     from nslightning.models.backbones import create_backbone, input_channels
@@ -140,10 +148,16 @@ def cost(
     target = torch.device(device)
     dtype = getattr(torch, _DTYPES[precision])
     options = backbone_options or {}
+    if step and (widths or not named):
+        raise ValueError("step=True measures one network under at least one choice: leave widths out, give --choices")
 
     def build(**changed: Any) -> nn.Module:
         network = create_backbone(backbone, num_classes, image_shape, **(options | changed))
         return network.to(target, dtype).train()
+
+    if step:
+        print(_steps(build, (num_classes, image_shape, batch_size, seed), named, repetitions))
+        return 0
 
     result: CostReport | CostScaling
     with torch.random.fork_rng(), progress() as tell:
@@ -178,3 +192,30 @@ def cost(
             path.replace(folder / path.name)
     print(f"\nWritten to {folder}: {', '.join(path.name for path in written)}")
     return 0
+
+
+def _steps(
+    build: Callable[[], nn.Module],
+    images: tuple[int, tuple[int, int, int], int, int],
+    choices: dict[str, Jacobians],
+    repetitions: int,
+) -> StepCost:
+    """The parts of a training step on random images that are kept as bytes on the network's device."""
+    from itertools import count
+
+    import torch
+
+    from nslightning.data import Synthetic
+    from nslightning.probes.step_cost import step_cost
+
+    classes, shape, size, seed = images
+    torch.manual_seed(seed)
+    first = next(build().parameters())
+    source = Synthetic(shape, classes, images=8 * size, batch_size=size, seed=seed)._split("train").to(first.device)
+    batches, turn = torch.arange(8 * size, device=first.device).split(size), count()
+
+    def data() -> tuple[Tensor, Tensor]:
+        x, y = source.batch(batches[next(turn) % 8], 0)
+        return x.to(first.dtype), y
+
+    return step_cost(build, data, choices, repetitions=repetitions)
