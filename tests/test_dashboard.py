@@ -20,7 +20,14 @@ def logged(tmp_path_factory):
     from torch.utils.data import DataLoader, TensorDataset
 
     from nslightning import Jacobians
-    from nslightning.callbacks import GradientDivergence, TieMonitor, TwinDivergence, WeightDivergence, ZoneMonitor
+    from nslightning.callbacks import (
+        GradientDivergence,
+        Performance,
+        TieMonitor,
+        TwinDivergence,
+        WeightDivergence,
+        ZoneMonitor,
+    )
     from nslightning.models import ImageClassifier, Twins
 
     keys, tables, summarised = set(), {}, set()
@@ -53,7 +60,13 @@ def logged(tmp_path_factory):
     for module, callbacks in (
         (
             ImageClassifier(jacobians=Jacobians(), **options),
-            [GradientDivergence(beta, every_n_steps=1), TieMonitor(), ZoneMonitor(beta), WeightDivergence()],
+            [
+                GradientDivergence(beta, every_n_steps=1),
+                TieMonitor(),
+                ZoneMonitor(beta),
+                WeightDivergence(),
+                Performance(),
+            ],
         ),
         (Twins({"native": Jacobians(), **beta}, **options), [TwinDivergence()]),
     ):
