@@ -4,6 +4,7 @@ There is no device here. CPU tensors are taken for a device's, and a dispatch mo
 """
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import (
 )
 
 from nslightning import Jacobians, patch
+from nslightning.callbacks import NonFiniteGuard, WeightDivergence
 from nslightning.callbacks.gradient_divergence import undisturbed
 from nslightning.probes import Recording, divergence, measure, measure_differences, propagation, recording, sums
 
@@ -129,3 +131,38 @@ def test_a_recording_is_one_for_all_choices():
     together = divergence(loss, model, CHOICES, method="propagate")
     for name, choice in CHOICES.items():
         assert divergence(loss, model, {name: choice}, method="propagate")[name] == together[name]
+
+
+class OneProcess:
+    """What a callback asks its trainer for in the middle of a training on one device."""
+
+    global_step, world_size, is_global_zero, accumulate_grad_batches, loggers = 0, 1, True, 1, ()
+    precision_plugin = None
+
+    def __init__(self):
+        self.callback_metrics = {}
+        self.fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace(_batches_that_stepped=0))
+
+
+@pytest.mark.parametrize("sites", [1, 5])
+def test_weights_are_compared_with_one_wait(device, tmp_path, sites):
+    model = network(sites, False)
+    callback = WeightDivergence("initial", 1)
+    callback._name, callback._file = "weights", tmp_path / "weights.csv"
+    callback._start = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    with Waits() as waits:
+        callback._measure(OneProcess(), model)
+    assert len(waits.met) == 1, waits.met
+    rows = callback._file.read_text().splitlines()
+    assert len(rows) == 2 + len(callback._start)  # a header and the total
+
+
+@pytest.mark.parametrize("sites", [1, 5])
+def test_a_guarded_step_waits_once(device, sites):
+    model, guard = network(sites, False), NonFiniteGuard()
+    model(torch.randn(2, 1, 12, 12)).square().mean().backward()
+    guard._loss = torch.tensor(1.0)
+    with Waits() as waits:
+        guard.on_after_backward(OneProcess(), model)
+    assert len(waits.met) == 1, waits.met
+    assert guard.batches == 0

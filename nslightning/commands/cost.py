@@ -206,12 +206,15 @@ def _steps(
     import torch
 
     from nslightning.data import Synthetic
+    from nslightning.data.images import TensorImages
     from nslightning.probes.step_cost import step_cost
 
     classes, shape, size, seed = images
     torch.manual_seed(seed)
     first = next(build().parameters())
-    source = Synthetic(shape, classes, images=8 * size, batch_size=size, seed=seed)._split("train").to(first.device)
+    split = Synthetic(shape, classes, images=8 * size, batch_size=size, seed=seed)._split("train")
+    assert isinstance(split, TensorImages)
+    source = split.to(first.device)
     batches, turn = torch.arange(8 * size, device=first.device).split(size), count()
 
     def data() -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from nslightning.experiments.networks import build, loaded, provenance
 from nslightning.experiments.optimizers import make_optimizer
 from nslightning.experiments.partial import Partial
 from nslightning.experiments.precision import PRECISIONS, computing
+from nslightning.models.fused import fused
 from nslightning.models.patched import at_least_float32
 from nslightning.surgery import selections
 
@@ -106,7 +107,7 @@ class Run:
         options = cell.optimizer_options or {}
         if cell.optimizer == "sgd":
             options = {"momentum": cell.momentum, "weight_decay": cell.weight_decay}
-        self.optimizer = make_optimizer(cell.optimizer, network, cell.learning_rate, options)
+        self.optimizer = fused(make_optimizer(cell.optimizer, network, cell.learning_rate, options))
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR
         last = cell.schedule_epochs or cell.epochs
         self.schedule = cosine(self.optimizer, last) if cell.schedule == "cosine" else None

@@ -164,7 +164,7 @@ def _step(
         measure_differences(met.carried(choices, named, retain_graph=False), _gradients(named))
         clock.ends("measuring")
     else:
-        loss.backward()  # type: ignore[no-untyped-call] # of torch
+        loss.backward()
         clock.ends("backward")
     optimizer.step()
     optimizer.zero_grad()
