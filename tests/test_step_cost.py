@@ -95,11 +95,12 @@ def test_the_command_prints_the_parts_and_writes_nothing(tmp_path, monkeypatch, 
     assert main([*words, "--step=true", "--widths=4"]) == 2
 
 
-def test_lightning_s_profiler_works(tmp_path, monkeypatch, capfd):
+def test_lightning_s_profiler_works(tmp_path, monkeypatch, capfd, caplog):
     monkeypatch.chdir(tmp_path)
+    caplog.set_level("INFO")
     words = ["fit", "--data=Synthetic", "--data.image_shape=[1,28,28]", "--data.images=8", "--data.batch_size=4"]
     words += ["--trainer.limit_val_batches=0.0", "--trainer.max_epochs=1", "--trainer.profiler=simple"]
     assert main([*words, "--trainer.accelerator=cpu", "--trainer.enable_checkpointing=false"]) == 0
-    said = "".join(capfd.readouterr())
+    said = "".join(capfd.readouterr()) + caplog.text
     assert "Profiler Report" in said
     assert "Performance.on_train_batch_end" in said

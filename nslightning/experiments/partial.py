@@ -59,8 +59,8 @@ class Partial:
         """
         if self._file is not None:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(self._file) as partial:
-                torch.save({"writer": _writer(), "state": state}, partial)
+            with replacing(self._file) as partial, partial.open("wb") as opened:
+                torch.save({"writer": _writer(), "state": state}, opened)
             self._last = time.monotonic()
 
 
