@@ -25,7 +25,7 @@ from torchvision import transforms
 
 from benchmarks.machine import describe
 from nslightning.cli import main as nslightning
-from nslightning.commands.train import TrainCLI
+from nslightning.commands.training_cli import TrainCLI
 from nslightning.models import create_backbone
 
 #: Backbone, data and the images' shape, by the name of a row.
