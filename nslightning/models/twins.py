@@ -35,7 +35,7 @@ class _Twin(ImageClassifier):
         kwargs["prog_bar"] = kwargs.get("prog_bar", False) and self.name == self.trainer.lightning_module.first
         self.trainer.lightning_module.log(f"{stage}/{self.name}/{metric}", value, *args, **kwargs)
 
-    def parameter_groups(self) -> list[dict[str, Any]]:
+    def parameter_groups(self) -> Any:
         """Those of all twins, since one optimizer steps them."""
         if self._trainer is None:  # when it is made: only whether the rules are right
             return super().parameter_groups()
