@@ -23,7 +23,7 @@ from nslightning import Jacobians, configs, figures
 from nslightning.callbacks import GradientDivergence, StepSeed, TieMonitor, TwinDivergence
 from nslightning.commands import twins as command
 from nslightning.data import Synthetic
-from nslightning.models import ImageClassifier, Twins
+from nslightning.models import ImageClassifier, Mixing, Twins
 from nslightning.models.twins import CONTROL
 from nslightning.surgery import PatchWarning
 
@@ -102,6 +102,7 @@ def built(make):
 
 
 ADAM = partial(torch.optim.AdamW, lr=0.01)
+RULES = [{"match": "vectors", "weight_decay": 0}, {"match": "classifier.*", "lr_scale": 3}]
 COSINE = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=3)
 
 
@@ -111,8 +112,9 @@ COSINE = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=3)
     [
         ({}, {}),
         ({"optimizer": ADAM, "lr_scheduler": COSINE}, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}),
+        ({"optimizer": ADAM, "parameter_rules": RULES, "mixing": Mixing(mixup=0.5)}, {"gradient_clip_val": 0.5}),
     ],
-    ids=["sgd", "adamw, cosine, accumulate, clip"],
+    ids=["sgd", "adamw, cosine, accumulate, clip", "rules, mixup"],
 )
 def test_each_twin_trains_as_it_would_alone(model, run, precision, tmp_path):
     dropout = {"backbone": "paper/fc", "backbone_options": {"hidden": [24, 16], "dropout": 0.3}}

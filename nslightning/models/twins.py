@@ -39,8 +39,12 @@ class _Twin(ImageClassifier):
         """Those of all twins, since one optimizer steps them."""
         if self._trainer is None:  # when it is made: only whether the rules are right
             return super().parameter_groups()
-        twins = cast("Twins", self.trainer.lightning_module).named_twins().values()
-        return [{"params": list(super(_Twin, t).parameter_groups()), "twin": t.name} for t in twins]
+        groups: list[dict[str, Any]] = []
+        for twin in cast("Twins", self.trainer.lightning_module).named_twins().values():
+            own = super(_Twin, twin).parameter_groups()
+            ruled = own if isinstance(own, list) else [{"params": list(own)}]
+            groups += [{**group, "twin": twin.name} for group in ruled]
+        return groups
 
 
 class Twins(LightningModule):
