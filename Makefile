@@ -129,6 +129,7 @@ test-lowest: lowest ## Run the fast tests with the lowest versions that pyprojec
 	$(UV) venv --quiet --python 3.11 $(LOWEST_ENV)
 	$(UV) pip sync --quiet build/lowest.txt --python $(LOWEST_ENV)/bin/python
 	$(UV) pip install --quiet --python $(LOWEST_ENV)/bin/python --no-deps --no-build-isolation --editable .
+	$(LOWEST_ENV)/bin/python -m nslightning.ops.kernels.build
 	$(LOWEST_ENV)/bin/pytest --numprocesses=auto --dist=worksteal
 
 .PHONY: lint

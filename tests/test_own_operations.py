@@ -11,7 +11,7 @@ from bits import bits
 from torch import nn
 
 from nslightning import Jacobians, ops, patch
-from nslightning.ops import Kink, register
+from nslightning.ops import Kernels, Kink, pointwise_operation, register
 from nslightning.ops.autograd.shares import SHARES
 from nslightning.ops.record import OPERATIONS, SHARE_NAMES, Operation
 from nslightning.probes import divergence
@@ -37,6 +37,34 @@ assert Jacobians.preset("jax") != choice and hash(choice) != hash(Jacobians())
     assert lines[1] == "['square_gate=-1.0']"  # a choice that the audit made of the record
     assert lines[2].startswith("Patched Sequential: 1 square_gate with Jacobians(square_gate=-0.5)")
     assert lines[3:] == ["1.0", "True", "[1.0, 1.0, 1.0]"]
+
+
+def test_the_reference_is_what_the_backward_returns():
+    """Not what autograd makes of the forward, which takes the derivative on the other side here."""
+    record = pointwise_operation(
+        "two_slopes",
+        kinks=(Kink("x = 0", position=lambda: 0.0, sides=lambda: (-1.0, 2.0)),),
+        kernels=Kernels(
+            forward=lambda x: torch.where(x > 0, 2 * x, -x), backward=lambda g, x: torch.where(x < 0, -g, 2 * g)
+        ),
+        formula="max(2x, -x)",
+        choice="",
+    )
+    assert record.stock() == (2.0,)
+
+
+@pytest.mark.parametrize("name", [name for name, record in OPERATIONS.items() if record.kernels is not None])
+def test_the_backward_of_a_record_is_the_one_of_the_installed_torch(name):
+    """At every kink, where the versions of PyTorch differ."""
+    record = OPERATIONS[name]
+    for position in record.positions(*record.at):
+        x = torch.tensor([position], dtype=torch.float64, requires_grad=True)
+        entries, parameters = record.kernels.prepare(x, *record.at)
+        y = record.kernels.forward(entries, *parameters)
+        (stock,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+        saved = (y if record.kernels.saves == "output" else entries).detach()
+        ours = record.kernels.backward(torch.ones_like(y), saved, *parameters)
+        assert torch.equal(ours[0] if isinstance(ours, tuple) else ours, stock)
 
 
 @pytest.mark.parametrize(("name", "says"), [("relu", "already"), ("rule", "cannot be a field"), ("my op", "cannot be")])

@@ -69,14 +69,16 @@ def handlers(module):
                 yield function.name, ast.unparse(call.args[0]), parameters - names
 
 
+#: These pass on what they made of their arguments; the wrapper of operators, and what it returns, pass on all of them.
+PASS_ON = {"einsum", "backward", "grad", "wrapped", "_handle_torch_function_and_wrap_type_error_to_not_implemented"}
+
+
 def test_the_functions_whose_handler_forgets_arguments_are_known():
     forgetful = {
         target.rpartition(".")[2]
         for module in HANDLED
         for name, target, forgotten in handlers(module)
-        # These pass on what they made of their arguments; a wrapper of methods passes on all that it is given.
-        if forgotten
-        and name not in ("einsum", "backward", "grad", "_handle_torch_function_and_wrap_type_error_to_not_implemented")
+        if forgotten and name not in PASS_ON
     }
     assert forgetful == {f.__name__ for f in FORGETFUL}
 

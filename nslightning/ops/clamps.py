@@ -124,6 +124,18 @@ def _bounds(low: _Bound, high: _Bound) -> tuple[Any, Any]:
     return low, high
 
 
+def _stock_at_bounds() -> tuple[float, float]:
+    """The derivatives that the installed PyTorch returns at the two bounds: they depend on its version."""
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.tensor([-1.0, 1.0], device="cpu", requires_grad=True)
+        (g,) = torch.autograd.grad(x.clamp(-1, 1).sum(), x)
+    at_lower, at_upper = g.tolist()
+    return at_lower, at_upper
+
+
+_AT_LOWER, _AT_UPPER = _stock_at_bounds()
+
+
 def _clamp_backward(g: Tensor, x: Tensor, low: float | None, high: float | None) -> Tensor:
     """Stock's backward, which is no operator; composed as there, so that the result lies in memory as there."""
     above = None if low is None else x >= low if _AT_LOWER else x > low
@@ -178,7 +190,6 @@ CLAMP = register(
         example=lambda x: x.clamp(-1, 1),
     )
 )
-_AT_LOWER, _AT_UPPER = CLAMP.stock(-1.0, 1.0)
 
 
 def _at_bounds(tensors: tuple[Tensor, ...], parameters: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
@@ -207,7 +218,7 @@ def _divided(
 # What is native here is read in a compiled backward alone, which then puts 0 in its place.
 ROUTES["clamp"] = Route("clamp", 3, _at_bounds, _divided, native=0.0)
 # The divisor of a normalisation is a norm clamped from below.
-ROUTES["clamp_min"] = at_zero("clamp", float(_AT_LOWER or 0.0))
+ROUTES["clamp_min"] = at_zero("clamp", _AT_LOWER)
 
 
 def clamped(x: Tensor, selection: Selection, low: _Bound, high: _Bound, *, inplace: bool = False) -> Tensor:

@@ -43,7 +43,7 @@ def pointwise_operation(
         name: The field of :class:`~nslightning.Jacobians` that chooses its derivatives.
         kinks: Its kinks.
         kernels: What it is made of.
-        at: Parameters with which it has all its kinks; there the installed PyTorch is asked what it returns at them.
+        at: Parameters with which it has all its kinks; there the backward is asked what it returns at them.
         apply: Evaluates a call, where that is more than the kernels.
         ties: Counts a call's ties, where that is more than the entries of its input.
         **facts: The other fields of :class:`~nslightning.ops.record.Operation`.
@@ -76,19 +76,16 @@ def pointwise_operation(
 
 
 def _taken(name: str, kernels: Kernels, kink: Kink, at: tuple[Any, ...]) -> float:
-    """What the installed PyTorch takes at a kink: 0 for the left derivative, 1 for the right, between them a share."""
+    """What the backward takes at a kink: 0 for the left derivative, 1 for the right, between them a share."""
     if kink.position is None or kink.sides is None:
         raise ValueError(f"a kink of {name} has no position or no derivatives: both are functions of its parameters")
-    with torch.inference_mode(False), torch.enable_grad():
-        x = torch.tensor([float(kink.position(*at))], dtype=torch.float64, device="cpu", requires_grad=True)
-        given, parameters = kernels.prepare(x, *at)
-        y = kernels.forward(given, *parameters)
-        if y.grad_fn is not None:
-            (g,) = torch.autograd.grad(y, x)
-        else:  # a forward of one's own, which PyTorch does not differentiate
-            saved = y if kernels.saves == "output" else given.detach()
-            gradients = kernels.backward(torch.ones_like(y), saved, *parameters)
-            g = gradients[0] if isinstance(gradients, tuple) else gradients
+    with torch.inference_mode(False), torch.no_grad():
+        x = torch.tensor([float(kink.position(*at))], dtype=torch.float64, device="cpu")
+        x, parameters = kernels.prepare(x, *at)
+        saved = kernels.forward(x, *parameters) if kernels.saves == "output" else x
+        # Not autograd through the forward: one that is composed may take another derivative than this backward.
+        gradients = kernels.backward(torch.ones_like(x), saved, *parameters)
+        g = gradients[0] if isinstance(gradients, tuple) else gradients
     left, right = (float(side) for side in kink.sides(*at))
     share = 0.0 if g.item() == left else 1.0 if g.item() == right else (g.item() - left) / (right - left)
     if not 0 <= share <= 1:
