@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["expanded", "forget_partial", "replacing", "write_text"]
+from platformdirs import user_cache_path
+
+__all__ = ["cache_folder", "expanded", "forget_partial", "replacing", "write_text"]
 
 _PARTIAL = ".partial-"  # how the name of a file begins that is not in its place yet
 
@@ -89,6 +91,23 @@ def write_text(path: str | Path, text: str) -> None:
     """
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8", newline="\n")
+
+
+def cache_folder(part: str) -> Path:
+    """A folder in the user's cache folder, where this operating system has it.
+
+    Args:
+        part: What is kept there, such as ``"help"``.
+
+    Returns:
+        The folder, which may not exist: ``~/.cache/nslightning/<part>`` on Linux, unless ``XDG_CACHE_HOME`` names
+        another place than ``~/.cache``.
+
+    Example:
+        >>> cache_folder("help").parts[-2:]
+        ('nslightning', 'help')
+    """
+    return user_cache_path("nslightning", appauthor=False) / part
 
 
 def expanded(path: str | Path) -> Path:

@@ -125,7 +125,7 @@ def _run(experiment: Experiment, given: argparse.Namespace) -> int:
     if given.compare:
         text = markdown(experiment, compared := comparison(experiment, collect(experiment, given.output)))
         write_text(folder / "comparison.md", text)
-        compared.to_csv(folder / "comparison.csv", index=False, float_format="%.6g")
+        write_text(folder / "comparison.csv", compared.to_csv(index=False, float_format="%.6g"))
         print(f"\n{text}")
     return 1 if report.failed else 0
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import hashlib
 import inspect
-import os
 import re
 import shutil
 import sys
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from nslightning.files import write_text
+from nslightning.files import cache_folder, write_text
 
 __all__ = ["COMMANDS", "Option", "options", "short", "whole"]
 
@@ -140,8 +139,7 @@ def whole(words: Sequence[str], build: Callable[[], str]) -> str:
         The text.
     """
     command, state = words[0], _fingerprint([*words, str(shutil.get_terminal_size().columns)])
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nslightning" / "help"
-    file = folder / f"{command}-{state}.txt"
+    file = cache_folder("help") / f"{command}-{state}.txt"
     if file.is_file():
         return file.read_text(encoding="utf-8")
     text = build()

@@ -7,7 +7,7 @@ import sys
 import warnings
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import torch
 import yaml
@@ -23,10 +23,12 @@ from nslightning.commands import checkpoint_fit, trainer_options, trainer_parts,
 from nslightning.commands.config_parser import HelpfulErrors
 from nslightning.commands.endings import CallError
 from nslightning.commands.going_on import Start
+from nslightning.commands.predictions import PredictionsFile
 from nslightning.commands.run_callbacks import StopWhenAsked, makes_again
 from nslightning.commands.run_place import RunPlace
 from nslightning.commands.stopping import Signals
 from nslightning.data import ImageDataModule, TokenFile
+from nslightning.files import replacing
 from nslightning.models import ImageClassifier, LanguageModel
 from nslightning.surgery import selections
 
@@ -236,23 +238,21 @@ class TrainCLI(LightningCLI):
 
     def predict(self, **kwargs: Any) -> None:
         """Predict, and write one row per image."""
-        import pandas as pd
-
-        batches = self.trainer.predict(**kwargs)
-        if not batches:
-            return
         config = self.config[self.subcommand]
         run = self.start.checkpoint.parent.parent if self.start.checkpoint else None
         folder = run if run and (run / "config.yaml").is_file() else Path(config.output, config.name)
         folder.mkdir(parents=True, exist_ok=True)
         if self.task == "own":  # of any form
-            torch.save(batches, folder / "predictions.pt")
-            rank_zero_info(f"The predictions of {len(batches)} batches in {folder / 'predictions.pt'}")
+            if batches := self.trainer.predict(**kwargs):
+                with replacing(folder / "predictions.pt") as partial:
+                    torch.save(batches, partial)
+                rank_zero_info(f"The predictions of {len(batches)} batches in {folder / 'predictions.pt'}")
             return
-        probability, label = torch.cat(cast("list[torch.Tensor]", batches)).max(1)
-        file = folder / "predictions.csv"
-        pd.DataFrame({"class": label.tolist(), "probability": probability.tolist()}).to_csv(file, index_label="image")
-        rank_zero_info(f"{len(label)} predictions in {file}")
+        writer = PredictionsFile(folder / "predictions.csv")
+        self.trainer.callbacks.append(writer)  # type: ignore[attr-defined] # a list
+        self.trainer.predict(**kwargs | {"return_predictions": False})
+        if writer.count:
+            rank_zero_info(f"{writer.count} predictions in {writer.file}")
 
     @property
     def began(self) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from nslightning.commands.dashes import spelled_with_dashes, with_new_spellings
 from nslightning.commands.devices import check_device
 from nslightning.commands.endings import ended
-from nslightning.files import expanded
+from nslightning.files import expanded, write_text
 
 if TYPE_CHECKING:
     # jsonargparse runs these lines for --help: nothing heavy among them.
@@ -314,7 +314,7 @@ def _tell(shares: Any, experiment: Any, folder: Path, of: str, draw: Any) -> int
             f"{row['low']:.1%} to {row['high']:.1%}", *more,
         )  # fmt: skip
     Console(width=None if sys.stdout.isatty() else 120).print(table)
-    shares.to_csv(folder / "zones.csv", index=False, float_format="%.6g")
+    write_text(folder / "zones.csv", shares.to_csv(index=False, float_format="%.6g"))
     for ending in ("pdf", "png"):
         draw(shares, experiment.title, whose, folder / f"zones.{ending}")
     print(f"Written to {folder}: zones.csv, zones.pdf, zones.png; each draw in zones/results.csv")

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from nslightning.files import cache_folder, expanded
+
 
 class DataError(RuntimeError):
     """A data set on disk is missing, damaged, or not the published one.
@@ -39,9 +41,10 @@ def data_folder() -> Path:
     """Where data sets are looked for by default.
 
     Returns:
-        The folder in ``NSLIGHTNING_DATA_DIR``, else ``~/.cache/nslightning/data``.
+        The folder in ``NSLIGHTNING_DATA_DIR``, else ``nslightning/data`` in the user's cache folder (``~/.cache``).
     """
-    return Path(os.environ.get("NSLIGHTNING_DATA_DIR") or "~/.cache/nslightning/data").expanduser()
+    named = os.environ.get("NSLIGHTNING_DATA_DIR")
+    return expanded(named) if named else cache_folder("data")
 
 
 def file_md5(file: Path) -> str:

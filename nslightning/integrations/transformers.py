@@ -11,10 +11,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from nslightning.callbacks.measurements import append_rows
 from nslightning.choices import Choice, named_choices, to_jacobians
 from nslightning.jacobians import Jacobians
 from nslightning.models.checkpoint_note import plan_of
@@ -168,8 +168,7 @@ class NonsmoothTrainerCallback(TrainerCallback):
         assert args.output_dir is not None
         file = Path(args.output_dir, "divergence.csv")
         rows = [{"step": state.global_step, "choice": name, **d.norms()} for name, d in measured.items()]
-        file.parent.mkdir(parents=True, exist_ok=True)
-        pd.DataFrame(rows).to_csv(file, mode="a", header=not file.exists(), index=False, na_rep="nan")
+        append_rows(file, rows)
         values = {
             f"divergence/{name}/{norm}": value
             for name, d in measured.items()

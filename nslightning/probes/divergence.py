@@ -19,6 +19,7 @@ from nslightning.probes.propagation import agrees, recording, refuse_computed, r
 from nslightning.probes.shards import totals
 from nslightning.probes.sums import LARGEST, dense, is_nothing, rows, squares, waits
 from nslightning.surgery import Plan, selections
+from nslightning.text_table import aligned
 
 __all__ = [
     "NORMS",
@@ -71,11 +72,10 @@ class Divergence:
         """The five figures, in total and of the parameters that differ most."""
         parts = sorted(self.per_layer.items(), key=lambda item: -item[1].l2)
         shown = [(name, part) for name, part in parts if part.l2][:_SHOWN]
-        width = max((len(name) for name, _ in shown), default=0)
-        width = max(width, len("parameter"))
-        lines = [f"{'parameter':<{width}}  " + "  ".join(f"{norm:>9}" for norm in NORMS)]
-        for name, part in (("(all)", self), *shown):
-            lines.append(f"{name:<{width}}  " + "  ".join(f"{value:9.3g}" for value in part.norms().values()))
+        rows = [
+            [name, *(f"{value:.3g}" for value in part.norms().values())] for name, part in (("(all)", self), *shown)
+        ]
+        lines = aligned([["parameter", *NORMS], *rows])
         rest = len(parts) - len(shown)
         lines += [f"and {rest} of {len(parts)} parameters, which differ less or not at all"] if rest else []
         return "\n".join(lines)

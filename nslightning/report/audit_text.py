@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from nslightning.jacobians import Jacobians
 from nslightning.ops.record import OPERATIONS
 from nslightning.probes.audit import Audit, Spread, rounding, verdict, visible
-
-from .terminal import aligned
+from nslightning.text_table import aligned
 
 __all__ = [
     "advice", "by_choice", "percent", "share", "short_number", "site_label", "sites_in_short", "subject", "table",

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from nslightning.probes.cost_data import STOCK, CostReport, CostScaling
-
-from .terminal import aligned
+from nslightning.text_table import aligned
 
 __all__ = ["scaling_table", "table"]
 

@@ -16,6 +16,7 @@ from nslightning.files import write_text
 from nslightning.jacobians import Jacobians
 from nslightning.ops.unreached import UNREACHED
 from nslightning.surgery.plan import Plan
+from nslightning.text_table import aligned
 
 __all__ = ["PatchReport", "PatchWarning", "Site", "UnreachedError"]
 
@@ -237,9 +238,7 @@ class PatchReport:
     def __str__(self) -> str:
         header = ("site", "operation", "choice", "reached by", "kind", "notes")
         rows = [header, *(_row(site) for site in self.sites)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        lines.insert(1, "  ".join("─" * w for w in widths))
+        lines = aligned(rows, texts=len(header))
         if not self.traced:
             lines.append("Functional calls are listed after the first forward with gradients.")
         return "\n".join([self.summary(), "", *lines])

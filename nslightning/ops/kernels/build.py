@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from nslightning import files
+
 __all__ = ["SOURCE", "BuildError", "build", "cache_folder", "library"]
 
 SOURCE = Path(__file__).with_name("nodes.cpp")
@@ -38,7 +40,7 @@ def cache_folder() -> Path:
     """
     if named := os.environ.get("NSLIGHTNING_NATIVE_DIR"):
         return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nslightning" / "native"
+    return files.cache_folder("native")
 
 
 def library() -> Path:

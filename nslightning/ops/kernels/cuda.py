@@ -10,12 +10,13 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import sys
-import tempfile
+from contextlib import suppress
 from ctypes.util import find_library
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+from nslightning.files import replacing
 from nslightning.ops.kernels import build
 
 __all__ = ["DRIVER", "CompilationError", "available", "compiled", "image"]
@@ -70,13 +71,9 @@ def image(architecture: int) -> bytes:
     if kept.exists():
         return kept.read_bytes()
     binary = compiled(architecture)
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as file:
-            file.write(binary)
-        Path(file.name).replace(kept)  # at once, so that no other process reads half a file
-    except OSError:  # a folder that cannot be written: the next process compiles again
-        pass
+    # A folder that cannot be written is no cache: the next process compiles again.
+    with suppress(OSError), replacing(kept) as partial:
+        partial.write_bytes(binary)
     return binary
 
 
