@@ -30,7 +30,7 @@ from nslightning.experiments.computing import compute
 from nslightning.jacobians import Jacobians
 from nslightning.models import ImageClassifier
 from nslightning.models.paper import lenet5
-from nslightning.probes import zone
+from nslightning.probes import Divergence, divergence, zone
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -201,6 +201,58 @@ def test_a_zone_under_random_rounding_tells_the_floor_that_it_makes() -> None:
     assert rounded.noise is not None
     assert 0 < rounded.noise.relative < 1e-5
     assert rounded.kind == exact.kind
+    assert "one choice's from itself by" in str(rounded)
+    assert "from itself" not in str(exact)
+
+
+def test_the_floor_is_that_of_independent_roundings() -> None:
+    """Each entry of a product moves by -1, 0, 1 ulp with the chances 1/4, 1/2, 1/4, in each of the two backwards.
+
+    The squared difference of an entry has the mean 1 and the variance 3/2, in units of its ulp. The gradients are
+    known: each weight's is 3 * 0.3, whose ulp is 2^-24, and each bias' is 3, whose ulp is 2^-22.
+    """
+    rows, columns = 50, 40
+    model = torch.nn.Sequential(torch.nn.Linear(columns, rows), torch.nn.ReLU())
+    for parameter in model.parameters():
+        torch.nn.init.zeros_(parameter)  # each unit ties
+    x, zero, one = torch.full((3, columns), 0.3), Jacobians(), Jacobians(relu=1.0)
+    patch(model, zero)
+
+    def both(arithmetic: str) -> tuple[Divergence, Divergence, Divergence]:
+        with Arithmetic.parse(arithmetic).applied():
+            measured = divergence(model(x).sum(), model, {"zero": zero}, one, control=True)
+            noise = zone(model, torch.sum, x, zero, one).noise
+        assert noise is not None
+        return measured["zero"], measured["control"], noise
+
+    apart, *controls = both("native")
+    assert [control.l2 for control in controls] == [0.0, 0.0]
+    apart, *controls = both("random_rounding")
+    assert apart.l2 == pytest.approx((rows * columns * 0.9**2 + rows * 3.0**2) ** 0.5, rel=1e-5)
+    for control in controls:
+        weights = (control.per_layer["0.weight"].l2 * 2**24) ** 2
+        biases = (control.per_layer["0.bias"].l2 * 2**22) ** 2
+        assert abs(weights - rows * columns) < 5 * (1.5 * rows * columns) ** 0.5
+        assert abs(biases - rows) < 5 * (1.5 * rows) ** 0.5
+
+
+def test_the_control_is_a_whole_backward_whatever_the_choices_reach() -> None:
+    """The only tie lies in the first layer: the choices' backwards start below the second, the control's does not."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 400))
+    torch.nn.init.zeros_(model[0].weight)
+    model[0].bias = torch.nn.Parameter(torch.tensor([0.0, 1.0, 1.0, 1.0]))
+    patch(model, Jacobians())
+    with RandomRounding(0):
+        loss = model(torch.ones(3, 4)).logsumexp(1).sum()
+        measured = divergence(loss, model, {"one": Jacobians(relu=1.0)}, control=True)
+        carried = divergence(loss, model, {"one": Jacobians(relu=1.0)}, method="propagate", control=True)
+    assert measured["one"].per_layer["2.weight"].l2 == 0
+    assert measured["control"].per_layer["2.weight"].l2 > 0
+    assert set(carried) == {"one", "control"}
+    assert carried["one"].l2 > 0
+    assert (carried["control"].l2, carried["control"].method) == (0.0, "propagate")
+    with pytest.raises(ValueError, match="the name 'control' is the reference's second gradient"):
+        divergence(loss, model, {"control": Jacobians(relu=1.0)}, control=True)
 
 
 # ----------------------------------------------------------------------------------------------- settings and records

@@ -12,6 +12,7 @@ import pytest
 
 from nslightning.cli import main
 from nslightning.commands.zones import _mean, _shares
+from nslightning.experiments.cells import ZoneCell
 
 SETTING = ["--data=FashionMNISTSample", "--backbone=paper/lenet5", "--batch-size=16", "--batches=2", "--chunk=2"]
 
@@ -98,9 +99,49 @@ def test_the_interval_of_mini_batches_is_students(tmp_path) -> None:
     assert row["high"] == pytest.approx(mean + half, abs=1e-6)
 
 
+def test_a_noisy_arithmetic_tells_its_floor(tmp_path, capsys) -> None:
+    """Under random rounding a gradient that is computed twice differs from itself, by some ulp."""
+    minimal = ["--choice=minimal:max_pool=minimal", "--precisions=[32]", "--draws=2"]
+    assert zones(tmp_path / "plain", *minimal) == 0
+    assert "within it" not in capsys.readouterr().out
+    assert zones(tmp_path / "noisy", *minimal, "--arithmetic=random_rounding") == 0
+    assert "within it" in capsys.readouterr().out
+    plain, noisy = (pd.read_csv(tmp_path / name / "zones.csv").iloc[0] for name in ("plain", "noisy"))
+    assert (plain["noise_floor"], plain["within_noise"]) == (0, 0)
+    assert 2.0**-24 < noisy["noise_floor"] < 2.0**-18  # some ulp of the gradient's norm
+    each = pd.read_csv(tmp_path / "noisy" / "zones" / "results.csv").pivot_table(
+        index=["seed", "theta"], columns="metric", values="value"
+    )
+    assert noisy["noise_floor"] == pytest.approx(each["noise_floor"].max(), rel=1e-5)
+    assert noisy["within_noise"] == pytest.approx(each["within_noise"].sum() / each["batches"].sum())
+
+
+def test_as_published_is_the_released_procedure(tmp_path, monkeypatch) -> None:
+    """Each cell that is computed is the one that the same grid's ``as_published`` makes."""
+    from nslightning.experiments import zones as cells
+
+    computed: list[ZoneCell] = []
+    walk = cells._walk
+
+    def seen(cell: ZoneCell, *given: Any) -> dict[str, float]:
+        computed.append(cell)
+        return walk(cell, *given)
+
+    monkeypatch.setattr(cells, "_walk", seen)
+    # One draw at once: the command's own process computes it.
+    options = ["--choice=beta1:max_pool=1", "--norm=linf_sum", "--precisions=[16]", "--draws=2", "--workers=1"]
+    for name, more in (("plain", []), ("published", ["--as-published=true"])):
+        assert zones(tmp_path / name, *options, *more) == 0
+    plain, published = (cell for i, cell in enumerate(computed) if i % 2 == 0)
+    assert (plain.rule, published.rule) == ("exact", "published")
+    assert published == plain.as_published()
+    assert len({c.seed for c in computed}) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--as-published=true"], "--as-published takes a norm of the papers"),
         (["--half-width=0"], "between 0 and 0.5"),
         (["--choices", "relu0:relu=0"], "the same choice"),
         (["--choices=a:rely=0"], "did you mean 'relu'"),

@@ -102,6 +102,7 @@ def zones(
     device: str = "cpu",
     arithmetic: str = "native",
     estimator: Literal["sampling", "exact"] = "sampling",
+    as_published: bool = False,
     seed: int = 0,
     output: str = "runs/zones",
 ) -> int:
@@ -136,9 +137,14 @@ def zones(
         device: cpu, cuda, cuda:1, ...
         arithmetic: How sums are ordered and rounded, and PyTorch's switches, joined by +: bias_last, sequential,
             split_k=4, random_rounding, tf32, ... (nslightning.arithmetic). By default float32 means float32: no TF32.
+            Where a gradient that is computed twice differs from itself, as under random_rounding, norm=zone tells that
+            noise floor (relative to the gradient), and on how many mini-batches the choices differ by no more.
         estimator: sampling draws weights and biases. exact draws weights and counts the biases that put some ReLU input
             at 0 on some training image: a few draws tell the share to a point. It applies to paper/fc in 32 bits, a
             choice of relu, and batches=null.
+        as_published: The released procedure: its rule, whose pooling computes another forward, and nothing held out;
+            with bitwise_first_layer, a mini-batch whose gradients are NaN under both choices counts. For a norm of the
+            papers: they measured no zones.
         seed: Of the first chunk; the following ones count on from it.
         output: Folder of zones.csv, zones.png, zones.pdf and of what was computed.
 
@@ -165,6 +171,11 @@ def zones(
         raise ValueError("precisions names at least one of 16, 32, 64")
     if tau is not None and norm not in ("linf_sum", "l1_sum"):
         raise ValueError(f"tau is the threshold of linf_sum and l1_sum; norm={norm} has none")
+    if as_published and norm == "zone" and estimator == "sampling":
+        raise ValueError(
+            "--as-published takes a norm of the papers: --norm=bitwise_first_layer, linf_sum or l1_sum; given zone, "
+            "which no paper measured"
+        )
     (name, other), (reference_name, base) = named_choice(choice), named_choice(reference)
     against = {k: v for k, v in other.to_dict().items() if v != getattr(base, k)}
     if not against:
@@ -189,7 +200,7 @@ def zones(
     }
     if download:
         fetch(data, tuple(sorted((data_options or {}).items())))
-    _try(fixed | {"precision": precisions[0]})
+    _try(fixed | {"precision": precisions[0]}, as_published)
     chunks = dict.fromkeys(precisions, 1)
     most = -(-(draws or _WIDEST) // chunk)
     folder = expanded(output)
@@ -200,6 +211,7 @@ def zones(
             scale="zones",
             title=f"{name} against {reference_name}: {backbone} on {data}",
             fixed=fixed,
+            as_published=as_published,
             grids=tuple(
                 {"precision": [bits], "tau": [_tau(norm, tau, bits)], "seed": list(range(seed, seed + n))}
                 for bits, n in chunks.items()
@@ -219,7 +231,7 @@ def zones(
     return _tell(shares, experiment, folder, of, zone_shares)
 
 
-def _try(given: dict[str, Any]) -> None:
+def _try(given: dict[str, Any], as_published: bool) -> None:
     """Load the data and build the network once: what is missing or mistaken is said before anything is written."""
     import torch
 
@@ -227,6 +239,7 @@ def _try(given: dict[str, Any]) -> None:
     from nslightning.experiments.networks import build, loaded
 
     cell, cpu = settings("zones", given), torch.device("cpu")
+    cell = cell.as_published() if as_published else cell
     with torch.random.fork_rng():
         build(cell, loaded(cell, cpu), cpu, None)
 
@@ -270,7 +283,9 @@ def _shares(experiment: Any, folder: Path, of: str) -> Any:  # a pandas.DataFram
             share, low, high = _mean(each)
             if n > 1 and each.std() == 0:  # all alike: no better known than so many draws can tell
                 low, high = (0.0, 1 - 0.05 ** (1 / n)) if share == 0 else (0.05 ** (1 / n), 1.0)
-        kinds = {k: float(drawn[k].sum() / drawn["batches"].sum()) for k in _KINDS if k in drawn}
+        kinds = {k: float(drawn[k].sum() / drawn["batches"].sum()) for k in (*_KINDS, "within_noise") if k in drawn}
+        if "noise_floor" in drawn:
+            kinds["noise_floor"] = float(drawn["noise_floor"].max())
         batches, odd = int(drawn["batches"].sum()), int(drawn["not_finite"].sum())
         rows.append(
             {"precision": bits, "draws": n, "batches": batches, "differing_batches": int(differing), "share": share}
@@ -297,10 +312,12 @@ def _tell(shares: Any, experiment: Any, folder: Path, of: str, draw: Any) -> int
 
     whose = "draws" if of == "draws" else "mini-batches"
     kinds = [k for k in _KINDS if k in shares]
+    noisy = "noise_floor" in shares and bool((shares["noise_floor"] > 0).any())
     table = Table(title=experiment.title, title_justify="left", box=None, header_style="bold")
     counted = "zeros" in shares
     heads: tuple[str, ...] = ("bits", "draws", f"{whose} that differ", "95 % interval")
     heads += ("zeros expected",) if counted else ("mini-batches", *kinds, "not finite")
+    heads += ("noise floor", "within it") if noisy else ()
     for head in heads:
         table.add_column(head, justify="right")
     for row in shares.to_dict("records"):
@@ -309,6 +326,7 @@ def _tell(shares: Any, experiment: Any, folder: Path, of: str, draw: Any) -> int
             if counted
             else [f"{row['batches']:,}", *(f"{row[k]:.1%}" for k in kinds), str(row["not_finite"])]
         )
+        more += [f"{row['noise_floor']:.2g}", f"{row['within_noise']:.1%}"] if noisy else []
         table.add_row(
             str(row["precision"]), f"{row['draws']:,}", f"{row['share']:.1%}",
             f"{row['low']:.1%} to {row['high']:.1%}", *more,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections import Counter
+from collections import defaultdict
 
 import numpy as np
 import torch
@@ -45,8 +45,11 @@ def zones(cell: ZoneCell, device: str) -> Outcome:
         Per parameter vector: ``batches`` seen, ``differing`` ones, the first of them (``first_differing``, counted
         from 1; NaN where there is none) and ``not_finite``; with ``histogram`` also ``norm_zero`` and
         ``norm_1e<k>``: how many norms lie in [10^k, 10^(k+1)); with the norm ``zone`` also how many mini-batches lie in
-        each. Of the estimator ``exact``: ``probability`` (the chance over the biases that some ReLU input is 0 on some
-        image, given the weights), ``expected_zeros``, and both for the first d layers, as ``probability_depth<d>``.
+        each, ``noise_floor`` (by how much the reference's gradient differs from itself where it is computed twice,
+        relative to its norm; the largest of the mini-batches) and ``within_noise``: how many of those that differ do so
+        by no more than that. Of the estimator ``exact``: ``probability`` (the chance over the biases that some ReLU
+        input is 0 on some image, given the weights), ``expected_zeros``, and both for the first d layers, as
+        ``probability_depth<d>``.
     """
     where = torch.device(device)
     images = loaded(cell, where)
@@ -106,9 +109,9 @@ def _networks(cell: ZoneCell, images: Loaded, device: torch.device) -> tuple[tup
 
 
 def _walk(cell: ZoneCell, pair: tuple[nn.Module, ...], images: Images, theta: int) -> dict[str, float]:
-    found: Counter[str] = Counter(batches=0, differing=0, not_finite=0)
+    found: defaultdict[str, float] = defaultdict(float, batches=0, differing=0, not_finite=0)
     if cell.norm == "zone":
-        found.update(regular=0, compensation=0, bifurcation=0)
+        found.update(regular=0, compensation=0, bifurcation=0, noise_floor=0, within_noise=0)
     first = math.nan
     order = _theta_seed(cell, theta) if cell.shuffle else None
     for x, y in images.batches(cell.batch_size, PRECISIONS[cell.precision], seed=order, limit=cell.batches):
@@ -126,18 +129,22 @@ def _walk(cell: ZoneCell, pair: tuple[nn.Module, ...], images: Images, theta: in
     return {**found, "first_differing": first}
 
 
-def _zone(cell: ZoneCell, network: nn.Module, x: Tensor, y: Tensor, found: Counter[str]) -> float:
+def _zone(cell: ZoneCell, network: nn.Module, x: Tensor, y: Tensor, found: defaultdict[str, float]) -> float:
     """Count a mini-batch's zone: 1.0 where the gradients differ, NaN where they are not finite."""
 
     def loss(output: Tensor) -> Tensor:
         return F.cross_entropy(at_least_float32(output), y)
 
     try:
-        kind = zone(network, loss, x, cell.alternative, cell.jacobians).kind
+        lies = zone(network, loss, x, cell.alternative, cell.jacobians)
     except ValueError:  # diverged parameters lie in no zone
         return math.nan
-    found[kind] += 1
-    return float(kind != "regular")
+    found[lies.kind] += 1
+    differs = lies.kind != "regular"
+    if lies.noise is not None:
+        found["noise_floor"] = max(found["noise_floor"], lies.noise.relative)
+        found["within_noise"] += differs and lies.observed.l2 <= lies.noise.l2
+    return float(differs)
 
 
 def difference_norm(cell: ZoneCell, pair: tuple[nn.Module, ...], x: Tensor, y: Tensor) -> float:

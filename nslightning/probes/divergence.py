@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 _SHOWN = 5  # parameters of a printed divergence
+_CONTROL = "control"
 
 NORMS = ("l1", "l2", "linf", "relative", "cosine")
 
@@ -102,6 +103,7 @@ def divergence(
     method: Method = "subtract",
     inputs: Mapping[str, Tensor] | None = None,
     retain_graph: bool = True,
+    control: bool = False,
 ) -> dict[str, Divergence]:
     """How far each choice's parameter gradients are from the reference's, on one loss and one forward.
 
@@ -121,13 +123,19 @@ def divergence(
         inputs: Further tensors to differentiate for, by name, such as the model's input; they count in the totals.
             Leaves of the graph, if the difference is to be propagated.
         retain_graph: Keep the graph after the last backward, for whatever comes next on the same loss.
+        control: Compare the reference with itself, too, as the choice ``"control"``: a second whole backward of it.
+            What differs then is the noise floor of the arithmetic, and a divergence that is no larger says nothing. It
+            is exactly 0 where sums repeat themselves, and not under :class:`~nslightning.arithmetic.RandomRounding` or
+            with kernels that add up in no fixed order. A difference that is propagated was not subtracted: its control
+            is 0.
 
     Returns:
         One :class:`Divergence` per choice, with ``per_layer`` by parameter name, and the ``method`` that was taken.
 
     Raises:
-        ValueError: If the model is not patched, no parameter requires gradients, no choice is given, or the difference
-            of a random choice or for an input that was computed is to be propagated.
+        ValueError: If the model is not patched, no parameter requires gradients, no choice is given, a choice is called
+            ``"control"`` where one is asked for, or the difference of a random choice or for an input that was computed
+            is to be propagated.
 
     Warns:
         MethodWarning: If gradients were subtracted, though their difference was to be propagated.
@@ -143,18 +151,29 @@ def divergence(
     """
     if not choices:
         raise ValueError("divergence takes at least one choice, such as {'relu1': Jacobians(relu=1.0)}")
+    if control and _CONTROL in choices:
+        raise ValueError(f"the name {_CONTROL!r} is the reference's second gradient: give that choice another name")
     named = wanted(model, inputs)
     if method == "propagate":
         refuse_computed(inputs)
         refuse_random(*choices.values())
         try:
-            return _propagated(loss, model, choices, reference, named, retain_graph)
+            carried = _propagated(loss, model, choices, reference, named, retain_graph)
+            return carried | ({_CONTROL: _nothing(named, "propagate")} if control else {})
         except UnseenError as reason:
             warnings.warn(f"divergence subtracts gradients instead: {reason}", MethodWarning, stacklevel=2)
     every = [reference, *choices.values()]
-    turns = gradients_in_turn(loss, model, every, named, retain_graph=retain_graph)
+    turns = gradients_in_turn(loss, model, every, named, retain_graph=retain_graph or control)
     base = next(turns)  # two sets of gradients in memory, however many choices
-    return {name: measure(other, base) for name, other in zip(choices, turns, strict=True)}
+    measured = {name: measure(other, base) for name, other in zip(choices, turns, strict=True)}
+    if control:  # by itself: beside other choices a backward may start below the loss
+        (again,) = gradients_in_turn(loss, model, [reference], named, retain_graph=retain_graph)
+        measured[_CONTROL] = measure(again, base)
+    return measured
+
+
+def _nothing(named: Mapping[str, Tensor], method: Method) -> Divergence:
+    return replace(SAME, per_layer=dict.fromkeys(named, SAME), method=method)
 
 
 def _propagated(
@@ -173,7 +192,7 @@ def _propagated(
     refuse_unseen(loss, named)
     alike = {name: choice for name, choice in choices.items() if isinstance(choice, Jacobians)}
     if not any(operation_nodes(loss)) and not any(opaque_nodes(loss)) and selections(model) and loss.isfinite():
-        return dict.fromkeys(choices, replace(SAME, per_layer=dict.fromkeys(named, SAME), method="propagate"))
+        return dict.fromkeys(choices, _nothing(named, "propagate"))
     with recording(model) as met:
         (base,) = gradients_in_turn(loss, model, [reference], named)
     met.refuse_strangers(loss)

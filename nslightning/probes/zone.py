@@ -44,8 +44,9 @@ class Zone:
         kind: ``"regular"``: the two gradients are the same. ``"bifurcation"``: they differ over the reals.
             ``"compensation"``: they differ as computed, and agree over the reals.
         observed: The divergence of the two gradients as computed, by subtraction; zero where no tie matters.
-        noise: The divergence of one choice's gradient computed twice: the floor of what ``observed`` can tell. None
-            where nothing was subtracted, since no tie matters.
+        noise: The divergence of one choice's gradient computed twice: the floor of what ``observed`` can tell. It is
+            exactly 0 where sums repeat themselves, and not under :class:`~nslightning.arithmetic.RandomRounding` or
+            with kernels that add up in no fixed order. None where nothing was subtracted, since no tie matters.
         difference: Euclidean norm of the difference over the reals, as float64 has it; 0 in the regular zone, where it
             is not asked for.
         rounding: What rounding can have left of it: a norm of which float64 can tell nothing below.
@@ -63,6 +64,8 @@ class Zone:
     def __str__(self) -> str:
         """The kind and the norms that tell it, on one line."""
         text = f"{self.kind}: the gradients differ by {self.observed.l2:.3g} as computed"
+        if self.noise is not None and self.noise.l2:
+            text += f" (one choice's from itself by {self.noise.l2:.3g})"
         if self.kind == "regular":
             return text
         return (
