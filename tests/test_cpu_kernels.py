@@ -302,7 +302,8 @@ def test_what_the_kernels_do_not_take_is_composed():
     assert not fused.pool_fits(x, five)  # 25 entries in a window
     assert fused.pool_fits(x, regular(2, 3, 1, 1, 1, False))
     assert fused.pool_fits(x.half(), regular(2, 2))
-    assert not fused.pool_fits(x.half(), regular(2, 3, 2))  # windows overlap: stock rounds every sum
+    assert fused.pool_fits(x.half(), regular(2, 3, 2))  # windows overlap: each sum is rounded, as in stock
+    assert not fused.pool_fits(x.half(), regular(2, 4, 2))  # 16 entries: composed in another order
     assert not fused.fits(torch._neg_view(x))
     with torch._subclasses.FakeTensorMode() as mode:
         assert not fused.fits(mode.from_tensor(x))
@@ -365,6 +366,23 @@ def test_subnormal_numbers_are_zeros_where_stock_takes_them_for_that(dtype):
         finally:
             torch.set_flush_denormal(False)
         assert g.tolist() == [0.5 if z else float(p) for z, p in zip(zero.tolist(), positive.tolist(), strict=True)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("choice", "parameters"), OPERATIONS.values(), ids=OPERATIONS)
+def test_every_number_of_half_precision_is_the_composition(choice, parameters, dtype, monkeypatch):
+    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    x = torch.where(x.isnan(), torch.ones_like(x), x)
+    g = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
+    gradients = []
+    for compiled in (True, False):
+        if not compiled:
+            monkeypatch.setattr(cpu_kernels, "available", lambda: False)
+            monkeypatch.setattr("nslightning.ops.autograd.native._library", lambda: None)
+        leaf = x.clone().requires_grad_()
+        y = pointwise(next(iter(choice)), leaf, Selection(Jacobians(**choice)), *parameters)
+        gradients.append(bits_of(torch.autograd.grad(y, leaf, g)[0]))
+    assert torch.equal(*gradients)
 
 
 def test_nan_in_half_precision_is_pooled_as_stock_does():

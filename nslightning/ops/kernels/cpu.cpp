@@ -121,6 +121,27 @@ bool is_zero(Float16 x) { return (x.bits & 0x7FFF) == 0; }
 bool is_above_zero(BFloat16 x) { return !(widened(x) <= 0); }  // or NaN
 bool is_above_zero(Float16 x) { return ((x.bits - 1) & 0xFFFF) < 0x7FFF || x.bits > 0xFC00; }
 
+// The order of a type's numbers as that of whole numbers, 16 of which fit where 8 floats do. Both zeros have the same
+// key; that of a NaN is beyond those of the infinities. `flushed` takes subnormal numbers for zeros.
+constexpr int magnitude_of_infinity(BFloat16) { return 0x7F80; }
+constexpr int magnitude_of_infinity(Float16) { return 0x7C00; }
+
+template <typename H>
+int16_t key_of(H x, int16_t flushed) {
+  const auto all = static_cast<int16_t>(x.bits & 0x7FFF);
+  const auto magnitude = static_cast<int16_t>(all & -static_cast<int16_t>(all >= flushed));
+  const auto sign = static_cast<int16_t>(-(x.bits >> 15));
+  return static_cast<int16_t>((magnitude ^ sign) - sign);
+}
+
+// The least magnitude that the processor does not take for 0, as stock's kernels compare floats: of float16 all are
+// normal floats.
+int16_t flushed(Float16) { return 0; }
+int16_t flushed(BFloat16) {
+  volatile uint16_t least = 1;
+  return widened(BFloat16{least}) == 0 ? 0x80 : 0;
+}
+
 // Call call(data) on so many threads at once, the calling one among them.
 void together(int64_t threads, void (*call)(void*), void* data) {
 #if defined(__linux__)
@@ -299,11 +320,10 @@ bool any_equal_blocks(const T* x, int64_t n, T one, T other, const std::atomic<b
   return false;
 }
 
-// The gradient of a piecewise linear operation. `through` is set where the incoming gradient is left as it is. Returns
-// whether an entry is NaN: what stock makes of it depends on the place where it lies.
-template <bool THROUGH, bool CONSTANT, typename T>
-bool linear_backward_some(const T* __restrict g, const T* __restrict x, T* __restrict gradient,
-                          uint8_t* __restrict through, int64_t n, const Linear& how) {
+// The gradient of a piecewise linear operation. Returns whether an entry is NaN: what stock makes of it depends on the place where it lies.
+template <bool CONSTANT, typename T>
+bool linear_backward_some(const T* __restrict g, const T* __restrict x, T* __restrict gradient, int64_t n,
+                          const Linear& how) {
   const T low = static_cast<T>(how.low), high = static_cast<T>(how.high), slope = static_cast<T>(how.slope);
   const T first = static_cast<T>(how.position[0]), second = static_cast<T>(how.position[1]);
   const T at_first = static_cast<T>(how.derivative[0]), at_second = static_cast<T>(how.derivative[1]);
@@ -317,21 +337,69 @@ bool linear_backward_some(const T* __restrict g, const T* __restrict x, T* __res
     const T one = CONSTANT ? at_first : incoming * at_first, other = CONSTANT ? at_second : incoming * at_second;
     const bool at_one = value == first, at_other = value == second;
     gradient[i] = select(at_other, other, select(at_one, one, select(inside, incoming, outside)));
-    if (THROUGH) through[i] = inside & !at_one & !at_other;
   }
   return nan;
 }
 
 // The derivative times the incoming gradient, written over the gradient of the entries at one of two positions.
-template <bool TIED, typename T>
-void replace_some(const T* __restrict g, const T* __restrict x, T* __restrict gradient, uint8_t* __restrict tied,
-                  int64_t n, const Linear& how) {
+template <typename T>
+void replace_some(const T* __restrict g, const T* __restrict x, T* __restrict gradient, int64_t n,
+                  const Linear& how) {
   const T first = static_cast<T>(how.position[0]), second = static_cast<T>(how.position[1]);
   const T at_first = static_cast<T>(how.derivative[0]), at_second = static_cast<T>(how.derivative[1]);
   for (int64_t i = 0; i < n; ++i) {
     const bool at_one = x[i] == first, at_other = x[i] == second;
     gradient[i] = select(at_other, g[i] * at_second, select(at_one, g[i] * at_first, gradient[i]));
-    if (TIED) tied[i] = at_one | at_other;
+  }
+}
+
+// The same for entries of 16 bits, whose keys are compared: where they count as ties, and the bounds.
+struct Keys {
+  int16_t position[2], low, high, flushed;
+};
+
+// Which of up to BLOCK entries are at the first and at the second position, as masks; whether any is.
+template <typename H>
+bool at_positions(const H* __restrict x, uint16_t* __restrict one, uint16_t* __restrict other, int64_t n,
+                  const Keys& keys) {
+  const int16_t first = keys.position[0], second = keys.position[1], least = keys.flushed;
+  uint16_t any = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const int16_t key = key_of(x[i], least);
+    one[i] = static_cast<uint16_t>(-(key == first)), other[i] = static_cast<uint16_t>(-(key == second));
+    any |= one[i] | other[i];
+  }
+  return any;
+}
+
+// Where the incoming gradient is left as it is, as masks. Whether an entry is NaN, and whether one lies outside.
+template <typename H>
+void inside_bounds(const H* __restrict x, uint16_t* __restrict inside, int64_t n, const Keys& keys, bool& nan,
+                   bool& outside) {
+  constexpr auto infinity = static_cast<int16_t>(magnitude_of_infinity(H()));
+  const int16_t low = keys.low, high = keys.high, least = keys.flushed;
+  uint16_t nans = 0, all = 0xFFFF;
+  for (int64_t i = 0; i < n; ++i) {
+    const int16_t key = key_of(x[i], least), magnitude = static_cast<int16_t>(x[i].bits & 0x7FFF);
+    const auto is_nan = static_cast<uint16_t>(-(magnitude > infinity));
+    const auto between = static_cast<uint16_t>(-((key > low) & (key < high)));
+    inside[i] = between | is_nan;
+    nans |= is_nan, all &= inside[i];
+  }
+  nan = nans, outside = all != 0xFFFF;
+}
+
+// The gradient times the derivative at each entry's position, or elsewhere times `slope`, rounded once.
+template <bool CONSTANT, typename H>
+void times(const H* __restrict g, const uint16_t* __restrict one, const uint16_t* __restrict other, H* __restrict into,
+           int64_t n, float at_first, float at_second, float slope) {
+  const uint32_t first = bits_of(at_first), second = bits_of(at_second), elsewhere = bits_of(slope);
+  for (int64_t i = 0; i < n; ++i) {
+    const auto is_one = static_cast<uint32_t>(static_cast<int16_t>(one[i]));
+    const auto is_other = static_cast<uint32_t>(static_cast<int16_t>(other[i]));
+    const float derivative = float_of((second & is_other) | (~is_other & ((first & is_one) | (elsewhere & ~is_one))));
+    const float product = widened(g[i]) * derivative;
+    narrowed(CONSTANT ? select((is_one | is_other) != 0, derivative, product) : product, into[i]);
   }
 }
 
@@ -759,16 +827,12 @@ void pool_backward_rows(const T* g, const uint16_t* masks, const Weights<T>& wei
                             int64_t end) {                                                                             \
     return any_equal_blocks(x, n, one, other, found, begin, end);                                                      \
   }                                                                                                                    \
-  VECTORISED bool linear_backward(const T* g, const T* x, T* gradient, uint8_t* through, int64_t n,                    \
-                                  const Linear& how, bool constant) {                                                  \
-    if (constant && through) return linear_backward_some<true, true>(g, x, gradient, through, n, how);                 \
-    if (constant) return linear_backward_some<false, true>(g, x, gradient, through, n, how);                           \
-    if (through) return linear_backward_some<true, false>(g, x, gradient, through, n, how);                            \
-    return linear_backward_some<false, false>(g, x, gradient, through, n, how);                                        \
+  VECTORISED bool linear_backward(const T* g, const T* x, T* gradient, int64_t n, const Linear& how, bool constant) {  \
+    if (constant) return linear_backward_some<true>(g, x, gradient, n, how);                                           \
+    return linear_backward_some<false>(g, x, gradient, n, how);                                                        \
   }                                                                                                                    \
-  VECTORISED void replace(const T* g, const T* x, T* gradient, uint8_t* tied, int64_t n, const Linear& how) {          \
-    if (tied) replace_some<true>(g, x, gradient, tied, n, how);                                                        \
-    else replace_some<false>(g, x, gradient, tied, n, how);                                                            \
+  VECTORISED void replace(const T* g, const T* x, T* gradient, int64_t n, const Linear& how) {                         \
+    replace_some(g, x, gradient, n, how);                                                                              \
   }                                                                                                                    \
   VECTORISED void mark(const T* x, int64_t n, int64_t size, T position, uint8_t* bits, bool* met, int64_t begin,       \
                        int64_t end) {                                                                                  \
@@ -806,6 +870,26 @@ INSTANCES(double)
       for (int64_t i = 0; i < n; ++i) zero[i] = is_zero(x[i]);                                                \
     }                                                                                                         \
     return any;                                                                                               \
+  }                                                                                                           \
+  VECTORISED bool positions(const T* x, uint16_t* one, uint16_t* other, int64_t n, const Keys& keys) {        \
+    return at_positions(x, one, other, n, keys);                                                              \
+  }                                                                                                           \
+  VECTORISED bool any_position(const T* x, int64_t n, const Keys& keys) {                                     \
+    const int16_t first = keys.position[0], second = keys.position[1], least = keys.flushed;                  \
+    uint16_t any = 0;                                                                                         \
+    for (int64_t i = 0; i < n; ++i) {                                                                         \
+      const int16_t key = key_of(x[i], least);                                                                \
+      any |= static_cast<uint16_t>((key == first) | (key == second));                                         \
+    }                                                                                                         \
+    return any;                                                                                               \
+  }                                                                                                           \
+  VECTORISED void within(const T* x, uint16_t* inside, int64_t n, const Keys& keys, bool& nan, bool& beyond) {\
+    inside_bounds(x, inside, n, keys, nan, beyond);                                                           \
+  }                                                                                                           \
+  VECTORISED void product(const T* g, const uint16_t* one, const uint16_t* other, T* into, int64_t n,         \
+                          float at_first, float at_second, float slope, bool constant) {                      \
+    if (constant) times<true>(g, one, other, into, n, at_first, at_second, slope);                            \
+    else times<false>(g, one, other, into, n, at_first, at_second, slope);                                    \
   }                                                                                                           \
   VECTORISED void gate(const T* g, const T* y, T* into, int64_t n) {                                          \
     for (int64_t i = 0; i < n; ++i) into[i].bits = g[i].bits & static_cast<uint16_t>(-is_above_zero(y[i]));   \
@@ -860,7 +944,7 @@ bool linear_backward_all(const T* g, const T* x, T* gradient, int64_t n, const L
   std::atomic<bool> nan{false};
   share((n + BLOCK - 1) / BLOCK, n, threads, [&](int64_t begin, int64_t end) {
     const int64_t start = begin * BLOCK, size = std::min(n, end * BLOCK) - start;
-    if (linear_backward(g + start, x + start, gradient + start, nullptr, size, how, constant)) nan = true;
+    if (linear_backward(g + start, x + start, gradient + start, size, how, constant)) nan = true;
   });
   return nan;
 }
@@ -869,7 +953,7 @@ template <typename T, Whole<T> = 0>
 void replace_all(const T* g, const T* x, T* gradient, int64_t n, const Linear& how, int64_t threads) {
   share((n + BLOCK - 1) / BLOCK, n, threads, [&](int64_t begin, int64_t end) {
     const int64_t start = begin * BLOCK, size = std::min(n, end * BLOCK) - start;
-    replace(g + start, x + start, gradient + start, nullptr, size, how);
+    replace(g + start, x + start, gradient + start, size, how);
   });
 }
 
@@ -954,32 +1038,42 @@ bool any_zero_all(const H* x, int64_t n, int64_t threads) {
   return found;
 }
 
-// A number as an entry of 16 bits has it.
+// The key of a position, which counts as an entry of 16 bits has it, as a comparison with such a tensor does. No entry
+// has that of NaN.
 template <typename H>
-float rounded(double value) {
+int16_t position_key(double position, int16_t least) {
   H entry;
-  narrowed(static_cast<float>(value), entry);
-  return widened(entry);
+  narrowed(static_cast<float>(position), entry);
+  return position == position ? key_of(entry, least) : std::numeric_limits<int16_t>::min();
 }
 
-// Positions count as entries of 16 bits have them, as a comparison with such a tensor does.
+// The key of the largest number that is not above a bound, or of the least that is not below it: stock compares an
+// entry with the bound as a float.
 template <typename H>
-Linear rounded(const Linear& how) {
-  Linear result = how;
-  for (double& position : result.position) position = position == position ? rounded<H>(position) : position;
-  return result;
+int16_t bound_key(double bound, int16_t least, bool lower) {
+  if (bound != bound) return lower ? std::numeric_limits<int16_t>::min() : std::numeric_limits<int16_t>::max();
+  const auto exact = static_cast<float>(bound);
+  H entry;
+  narrowed(exact, entry);
+  const float nearest = widened(entry);
+  const int16_t key = key_of(entry, least);
+  return static_cast<int16_t>(key - (lower && nearest > exact) + (!lower && nearest < exact));
+}
+
+template <typename H>
+Keys keys_of(const Linear& how) {
+  const int16_t least = flushed(H());
+  return {{position_key<H>(how.position[0], least), position_key<H>(how.position[1], least)},
+          bound_key<H>(how.low, least, true), bound_key<H>(how.high, least, false), least};
 }
 
 template <typename H, Half<H> = 0>
 bool any_equal_all(const H* x, int64_t n, double one, double other, int64_t threads) {
-  const Linear how = rounded<H>({{one, other}, {}, 0, 0, 0});
+  const double absent = std::numeric_limits<double>::quiet_NaN();
+  const Keys keys = keys_of<H>({{one, other}, {}, absent, absent, 0});
   std::atomic<bool> found{false};
   over_blocks(n, BLOCK, threads, [&](int64_t start, int64_t size) {
-    if (found.load(std::memory_order_relaxed)) return;
-    float in[BLOCK];
-    widen(x + start, in, size);
-    const auto first = static_cast<float>(how.position[0]), second = static_cast<float>(how.position[1]);
-    if (any_equal(in, size, first, second, found, 0, 1)) found = true;
+    if (!found.load(std::memory_order_relaxed) && any_position(x + start, size, keys)) found = true;
   });
   return found;
 }
@@ -987,18 +1081,29 @@ bool any_equal_all(const H* x, int64_t n, double one, double other, int64_t thre
 template <typename H, Half<H> = 0>
 bool linear_backward_all(const H* g, const H* x, H* gradient, int64_t n, const Linear& how, bool constant,
                          int64_t threads) {
-  const Linear at = rounded<H>(how);
+  const Keys keys = keys_of<H>(how);
+  const bool flat = how.slope != how.slope;
+  const auto at_first = static_cast<float>(how.derivative[0]), at_second = static_cast<float>(how.derivative[1]);
+  const float slope = flat ? 0 : static_cast<float>(how.slope);
   std::atomic<bool> nan{false};
   over_blocks(n, BLOCK, threads, [&](int64_t start, int64_t size) {
-    float incoming[BLOCK], in[BLOCK], out[BLOCK];
-    uint8_t through[BLOCK];
-    widen(g + start, incoming, size);
-    widen(x + start, in, size);
-    if (linear_backward(incoming, in, out, through, size, at, constant)) nan = true;
-    narrow(out, gradient + start, size);
-    for (int64_t i = 0; i < size; ++i) {  // the bits of a NaN are kept
-      const uint16_t mask = static_cast<uint16_t>(-through[i]);
-      gradient[start + i].bits = (g[start + i].bits & mask) | (gradient[start + i].bits & ~mask);
+    uint16_t inside[BLOCK], one[BLOCK], other[BLOCK];
+    H chosen[BLOCK];
+    bool is_nan, beyond;
+    within(x + start, inside, size, keys, is_nan, beyond);
+    if (is_nan) nan = true;
+    const bool tied = positions(x + start, one, other, size, keys);
+    H* into = gradient + start;
+    const H* incoming = g + start;
+    if (!tied && (flat || !beyond)) {
+      for (int64_t i = 0; i < size; ++i) into[i].bits = incoming[i].bits & inside[i];
+      return;
+    }
+    product(incoming, one, other, chosen, size, at_first, at_second, slope, constant);
+    const uint16_t outside = flat ? 0 : 0xFFFF;
+    for (int64_t i = 0; i < size; ++i) {  // the bits of a NaN are kept where the gradient is left as it is
+      const uint16_t at = one[i] | other[i], through = inside[i] & ~at, by = at | (outside & ~inside[i]);
+      into[i].bits = (incoming[i].bits & through) | (chosen[i].bits & by);
     }
   });
   return nan;
@@ -1006,18 +1111,16 @@ bool linear_backward_all(const H* g, const H* x, H* gradient, int64_t n, const L
 
 template <typename H, Half<H> = 0>
 void replace_all(const H* g, const H* x, H* gradient, int64_t n, const Linear& how, int64_t threads) {
-  const Linear at = rounded<H>(how);
+  const Keys keys = keys_of<H>(how);
+  const auto at_first = static_cast<float>(how.derivative[0]), at_second = static_cast<float>(how.derivative[1]);
   over_blocks(n, BLOCK, threads, [&](int64_t start, int64_t size) {
-    float incoming[BLOCK], in[BLOCK], out[BLOCK] = {};
-    uint8_t tied[BLOCK];
+    uint16_t one[BLOCK], other[BLOCK];
     H chosen[BLOCK];
-    widen(g + start, incoming, size);
-    widen(x + start, in, size);
-    replace(incoming, in, out, tied, size, at);
-    narrow(out, chosen, size);
+    if (!positions(x + start, one, other, size, keys)) return;
+    product(g + start, one, other, chosen, size, at_first, at_second, 0, false);
     for (int64_t i = 0; i < size; ++i) {
-      const uint16_t mask = static_cast<uint16_t>(-tied[i]);
-      gradient[start + i].bits = (chosen[i].bits & mask) | (gradient[start + i].bits & ~mask);
+      const uint16_t at = one[i] | other[i];
+      gradient[start + i].bits = (chosen[i].bits & at) | (gradient[start + i].bits & ~at);
     }
   });
 }
