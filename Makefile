@@ -114,6 +114,11 @@ test: setup ## Run the fast tests
 test-slow: setup ## Run the tests that take longer than about twenty seconds each
 	$(BIN)/pytest -m slow --numprocesses=auto --dist=worksteal
 
+MUTANTS ?= --sample 100
+.PHONY: mutants
+mutants: setup ## Change the core modules wrongly, one change at a time: do their tests see it? (MUTANTS='--sample 200 --seed 1')
+	$(PY) tests/mutants.py $(MUTANTS)
+
 # The lowest versions that pyproject.toml allows, in an environment of their own; `test` and `lint` keep theirs.
 LOWEST_ENV := build/lowest-env
 LOWEST = $(UV) pip compile --quiet --resolution lowest-direct pyproject.toml --all-extras --group dev \

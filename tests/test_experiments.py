@@ -727,6 +727,77 @@ def test_a_share_is_outside_from_two_standard_deviations_of_both_sides_on(
     assert comparison(experiment, results)["inside"].item() == inside
 
 
+@pytest.mark.parametrize(("ours", "inside"), [(0.931, "yes"), (0.969, "yes"), (0.926, "no"), (0.974, "no")])
+def test_a_mean_is_outside_from_two_published_standard_deviations_on(experiment_file, monkeypatch, ours, inside):
+    """0.019 and 0.024 from a mean whose standard deviation is 0.01."""
+    published = pd.DataFrame({"data": SAMPLE, "value": [0.0], "mean": 0.95, "sd": 0.01, "n": 10, "n_nan": 0})
+    monkeypatch.setattr(compare, "table", lambda name: published)
+    entry = {"published": "training", "match": {"value": "relu"}, "metric": "test_accuracy"}
+    experiment = dataclasses.replace(Experiment.read(experiment_file, "small"), compare=(entry,))
+    compared = comparison(experiment, made(experiment, [ours] * 8)).set_index(["relu", "rule"])
+    assert compared.loc[(0, "exact"), "inside"] == inside
+    assert compared.loc[(1, "exact"), "inside"] == ""
+
+
+@pytest.mark.parametrize(("ours", "inside"), [(0.50, "yes"), (0.53, "no"), (0.30, "yes"), (0.27, "no")])
+def test_a_probability_is_outside_from_two_standard_deviations_of_both_sides_on(
+    experiment_file, monkeypatch, ours, inside
+):
+    """0.10 and 0.13 from 0.4 of 100 draws: deviations of 0.049 there and 0.029 here, together 0.057."""
+    experiment_file.write_text(
+        "kind: zones\nfixed: {backbone: paper/fc, against: {relu: 1}, depth: 1, width: 8}\nscales: {small: {}}\n"
+    )
+    rows = pd.DataFrame({"data": "MNIST", "precision": [32], "n": 100, "mean": 0.4})
+    monkeypatch.setattr(compare, "table", lambda name: rows)
+    entry = {"published": "volume", "match": {"precision": "precision"}, "metric": "chance", "statistic": "probability"}
+    experiment = dataclasses.replace(Experiment.read(experiment_file, "small"), compare=(entry,))
+    (planned,) = experiment.cells()
+    chances = [ours - 0.05, ours + 0.05] * 2
+    head = {"cell": planned.id, "data": "made up", "metric": "chance"}
+    results = pd.DataFrame([{**head, "theta": t, "value": chance} for t, chance in enumerate(chances)])
+    compared = comparison(experiment, results).iloc[0]
+    assert (compared["mean"], compared["n"]) == (pytest.approx(ours), 4)
+    assert compared["sd"] == pytest.approx(0.0288675, rel=1e-5)  # 0.1 / sqrt(3) over the root of 4
+    assert compared["published_sd"] == pytest.approx(0.0489898, rel=1e-5)
+    assert compared["inside"] == inside
+
+
+@pytest.mark.parametrize(
+    ("differing", "published", "draws", "inside"),
+    [
+        ([5, 6, 5, 6], 0.350, None, "yes"),  # one draw was published: 3.182446 * 0.0577350 * sqrt(1/4 + 1) is 0.2054
+        ([5, 6, 5, 6], 0.340, None, "no"),
+        ([5, 6, 5, 6], 0.679, 4, "yes"),  # four: the root is that of 1/2, and the limit 0.1299
+        ([5, 6, 5, 6], 0.681, 4, "no"),
+        ([10] * 4, 0.480, None, "yes"),  # all alike: four draws leave 1 - 0.05^(1/4), which is 0.5271
+        ([10] * 4, 0.470, None, "no"),
+        ([0] * 4, 0.520, None, "yes"),
+        ([0] * 4, 0.530, None, "no"),
+        ([5] * 4, 0.510, None, "no"),  # alike, and neither none nor all: no spread at all
+    ],
+)
+def test_a_share_of_mini_batches_is_outside_from_students_limit_on(
+    experiment_file, monkeypatch, differing, published, draws, inside
+):
+    experiment_file.write_text(
+        "kind: zones\nfixed: {backbone: paper/fc, against: {relu: 1}, depth: 1, width: 8}\nscales: {small: {}}\n"
+    )
+    rows = pd.DataFrame({"data": "MNIST", "precision": [32], "n": 391, "mean": published})
+    monkeypatch.setattr(compare, "table", lambda name: rows)
+    entry = {"published": "volume", "match": {"precision": "precision"}, "metric": "differing", "statistic": "share"}
+    entry |= {} if draws is None else {"draws": draws}
+    experiment = dataclasses.replace(Experiment.read(experiment_file, "small"), compare=(entry,))
+    (planned,) = experiment.cells()
+    results = pd.DataFrame(
+        [
+            {"cell": planned.id, "theta": t, "data": "made up", "metric": metric, "value": float(value)}
+            for t, count in enumerate(differing)
+            for metric, value in (("differing", count), ("batches", 10))
+        ]
+    )
+    assert comparison(experiment, results)["inside"].item() == inside
+
+
 def test_mini_batches_of_one_draw_are_not_independent(experiment_file, monkeypatch):
     """VGG13 of the MaxPool paper: 18 and 12 of 20 mini-batches, against 44 % of one draw."""
     experiment_file.write_text(

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nslightning import Jacobians, PatchWarning, patch, unpatch, using
+from nslightning.probes import ties
 from nslightning.surgery import UnreachedError, report, selections
 
 ALT = Jacobians(relu=0.75, relu6=(0.5, 0.25), leaky_relu=0.5, max_pool="minimal")
@@ -1283,6 +1284,15 @@ def test_a_functional_call_that_a_checkpoint_recomputes_is_refused(reentrant):
         assert same([p.grad for p in model.parameters()], [p.grad for p in stock.parameters()])
         assert [(s.name, s.kind) for s in found.unreached] == ([("", "relu")] if "strict" in left else [])
         unpatch(model)
+
+
+def test_ties_are_counted_without_gradients_through_a_checkpointed_call():
+    """Nothing will be computed again, so that a strict model has nothing to refuse."""
+    model = Checkpointed(reentrant=False, closure=True)
+    patch(model, ALT)
+    with torch.no_grad():
+        (counted,) = ties(model, torch.randn(2, 3, 4, 4)).values()
+    assert (counted.tied, counted.total) == (2 * 4 * 4, 2 * 4 * 4 * 4)  # one of four channels is dead
 
 
 def test_a_frozen_stem_without_gradients_is_no_checkpoint():

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pandas as pd
@@ -383,6 +384,18 @@ def test_a_scaler_at_work_is_not_reported(tmp_path):
     assert guard.found is None
     with pytest.raises(NonFiniteError, match="the batch"):
         fit(tmp_path, NonFiniteGuard(), Small(), batches(float("inf")), plugins=fp16(2.0**8))
+
+
+@pytest.mark.parametrize(("scale", "looked_at"), [(2.0, False), (0.5, True)])
+def test_gradients_are_looked_at_where_no_scaler_would_shrink_further(scale, looked_at, tmp_path):
+    """Accumulation divides the loss besides; that is no reason to look: at a scale of 2 the scaler skips the step."""
+    module = Small()
+    module.net.last.weight.register_hook(lambda g: g * float("inf"))
+    guard = NonFiniteGuard("log")
+    options = {"plugins": fp16(scale), "accumulate_grad_batches": 4, "max_steps": 1}
+    with pytest.warns(UserWarning, match="not finite") if looked_at else nullcontext():
+        fit(tmp_path, guard, module, batches(), **options)
+    assert (guard.batches > 0) == looked_at
 
 
 def test_compiled_code_is_run_eagerly_for_the_replay(tmp_path):
