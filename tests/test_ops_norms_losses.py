@@ -84,7 +84,7 @@ def test_normalize(p, dim, eps, dtype):
     got = unit(x, Selection(Jacobians()), p, dim, eps)
     assert torch.equal(bits(got), bits(want))
     ((a,), _), ((b,), _) = grads(got, (x,)), grads(want, (x,))
-    assert torch.equal(a, b)
+    assert torch.equal(bits(a), bits(b))  # NaN where half precision rounds eps to 0, in some versions
 
 
 @pytest.mark.parametrize("c", [0.0, 1.0, 0.25])
@@ -315,4 +315,6 @@ def test_compiled_backward_serves_every_choice():
         got, want = (torch.autograd.grad(r, x, retain_graph=True)[0] for r in (y, z))
         assert torch.allclose(got, want, rtol=1e-6, atol=1e-7)
         seen.add(tuple(want.flatten().tolist()))
-    assert len(seen) == 3  # None is 0 where the installed clamp_min's is
+    zero = torch.zeros((), requires_grad=True)
+    (stock,) = torch.autograd.grad(zero.clamp_min(0), zero)
+    assert len(seen) == (4 if stock else 3)  # None is 0 where the installed clamp_min's is
