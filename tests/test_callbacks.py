@@ -635,7 +635,7 @@ def test_sharded_gradients_are_refused(tmp_path):
 
     run = trainer(tmp_path)
     run.strategy.__class__ = FSDPStrategy  # a real one needs a GPU
-    with pytest.raises(ValueError, match="strategy=ddp, not FSDPStrategy"):
+    with pytest.raises(ValueError, match=r"strategy=ddp or with FSDP2 \(ModelParallelStrategy\), not FSDPStrategy"):
         GradientDivergence(CHOICES).on_fit_start(run, Module(Plain))
 
 
