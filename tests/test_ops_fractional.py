@@ -210,3 +210,11 @@ def test_compiled():
 def test_a_size_is_needed():
     with pytest.raises(ValueError, match="takes an output_size or an output_ratio"):
         ops.fractional_max_pool2d(torch.zeros(1, 4, 4), 2)
+
+
+@every_dim
+def test_the_results_are_no_views(dims):
+    x = torch.zeros(SHAPES[dims], requires_grad=True)
+    for function in (STOCK[dims], lambda *args, **kwargs: OURS[dims](*args, **kwargs, jacobian="minimal")):
+        results = function(x * 1, 2, output_size=3, return_indices=True)
+        assert [result._is_view() for result in results] == [False, False]

@@ -195,7 +195,7 @@ def test_selections_have_names_of_their_own_and_share_observers():
     patch(model["a"], Plan([HALF, {"stage": "layer1", "relu": 1}, {"call": 1, "relu": 0}]))
     patch(model["b"], HALF)
     found = selections(model)
-    assert list(found) == ["a", "a#1+2", "a#1+2+3", "a#1+3", "b"]
+    assert list(found) == ["a", "a#0+1", "a#0+1+2", "a#0+2", "b"]
     assert len({id(s) for s in found.values()}) == 5
     one = Probe()
     patch(one, Plan([{"stage": "layer1", "relu": 1}]))
@@ -256,12 +256,15 @@ def test_the_report_explains_conflicts():
         ("layer1.1", "ReLU"): 2.0,
     }
     why = {(s.name, s.choice): s.decided for s in found.sites}
-    assert why["layer1.1", 2.0] == "rule 3 (name='layer1.1') over rule 2 (1.0), rule 1 (0.5)"
+    assert why["layer1.1", 2.0] == "rule 2 (name='layer1.1') over rule 1 (1.0), the choice for all sites (0.5)"
     assert why["shared", 0.5] == ""
     assert Plan([{"stage": "a", "relu": 1}, HALF]).explain((0, 1), "relu") == "rule 2 (everywhere) over rule 1 (1.0)"
-    assert why["shared", 3.0] == "rule 4 (call=1) over rule 1 (0.5)"
+    assert Plan([HALF, {"stage": "a", "relu": 1}]).explain((0, 1), "relu") == (
+        "rule 1 (stage='a') over the choice for all sites (0.5)"  # the only rule of the `sites` of a config
+    )
+    assert why["shared", 3.0] == "rule 3 (call=1) over the choice for all sites (0.5)"
     assert [s.calls for s in found.sites if s.name == "shared"] == [1, 1]
-    assert "rule 3 (name='layer1.1') over rule 2 (1.0), rule 1 (0.5)" in str(found)
+    assert "rule 2 (name='layer1.1') over rule 1 (1.0), the choice for all sites (0.5)" in str(found)
     assert "with Jacobians(relu=0.5) and 3 rules for some sites" in found.summary()
     assert found.to_dict()["rules"] == [
         {"stage": "layer1", "relu": 1.0},
@@ -347,7 +350,7 @@ def test_mistakes_in_rule_objects():
 
 def test_a_rule_that_matches_nothing_is_pointed_out():
     with pytest.warns(
-        PatchWarning, match=r"rule 2 \(stage='layr1'\) matches no module of the model; close names: layer1"
+        PatchWarning, match=r"rule 1 \(stage='layr1'\) matches no module of the model; close names: layer1"
     ):
         patch(Probe(), Plan([HALF, {"stage": "layr1", "relu": 1}]))
 

@@ -159,7 +159,7 @@ def preview(
         >>> for site in preview(nn.Sequential(nn.ReLU(), nn.ReLU()), plan).sites:
         ...     print(site.name, site.choice, site.decided)
         0 1.0
-        1 0.5 rule 2 (stage='1') over rule 1 (1.0)
+        1 0.5 rule 1 (stage='1') over the choice for all sites (1.0)
     """
     report = patch(model, jacobians, only, skip, example=example, strict=False)
     unpatch(model)
@@ -292,10 +292,10 @@ def selections(model: nn.Module) -> dict[str, Selection]:
     Returns:
         Each distinct selection once, in the order of the modules, by the qualified name of the part that was
         patched. Where a plan has several choices for one part, ``#`` and the numbers of the rules that hold follow,
-        except for the first.
+        except for the first; 0 is the choice for all sites that a plan begins with.
     """
     return {
-        f"{name}#{'+'.join(str(i + 1) for i in rules)}" if k else name: selection
+        f"{name}#{'+'.join(str(surgery.plan.number(i)) for i in rules)}" if k else name: selection
         for name, surgery in surgeries(model).items()
         for k, (rules, selection) in enumerate(surgery.selections.items())
     }
@@ -504,7 +504,7 @@ def _hints(surgery: Surgery, found: list[tuple[nn.Module, Part, dict[str, type[M
     for i, rule in enumerate(surgery.plan.rules):
         if not any(i in part.rules for _, part, _ in found):
             given = [text(one) for one in (*rule.name, *rule.stage)]
-            yield f"rule {i + 1} ({rule.where}){close(given[0] if given else '')}"
+            yield f"rule {surgery.plan.number(i)} ({rule.where}){close(given[0] if given else '')}"
 
 
 def _run(model: nn.Module, example: Any) -> None:

@@ -192,7 +192,7 @@ class Plan:
         >>> plan.choice(plan.matching(["layer1.1.act"], nn.ReLU())).relu
         0.5
         >>> print(plan.explain((0, 1, 2), "relu"))
-        rule 3 (stage='layer1.0') over rule 2 (0.5), rule 1 (1.0)
+        rule 2 (stage='layer1.0') over rule 1 (0.5), the choice for all sites (1.0)
     """
 
     rules: tuple[Rule, ...]
@@ -292,8 +292,26 @@ class Plan:
         *others, last = deciding
         if self.rules[last].unconditional and not others:
             return ""
-        lost = [f"rule {i + 1} ({self.rules[i].changes[operation]})" for i in reversed(others)]
-        return f"rule {last + 1} ({self.rules[last].where})" + (f" over {', '.join(lost)}" if lost else "")
+        lost = [f"{self._called(i)} ({self.rules[i].changes[operation]})" for i in reversed(others)]
+        return f"{self._called(last)} ({self.rules[last].where})" + (f" over {', '.join(lost)}" if lost else "")
+
+    def number(self, rule: int) -> int:
+        """The number of a rule in messages.
+
+        A plan that begins with the choice for all sites, as ``jacobians`` and ``sites`` of a config make it, has the
+        number 0 for that, and from 1 on the rules as they stand in ``sites``.
+
+        Args:
+            rule: Its index.
+
+        Returns:
+            The number.
+        """
+        return rule if self.rules[0].unconditional else rule + 1
+
+    def _called(self, rule: int) -> str:
+        number = self.number(rule)
+        return f"rule {number}" if number else "the choice for all sites"
 
     def to_list(self) -> list[dict[str, Any]]:
         """The plan as plain data.

@@ -118,7 +118,8 @@ def pool_fractional(x: Tensor, selection: Selection, windows: Fractional, return
         return (output, indices) if return_indices else output
     entries, places = windows.entries(x)
     output, found = pool(entries, selection, windows.gathered, True)
-    indices = places.flatten(-windows.dims).gather(-1, found.flatten(-windows.dims)).view(found.shape)
+    indices = places.flatten(-windows.dims).gather(-1, found.flatten(-windows.dims))
+    indices = aten._unsafe_view(indices, found.shape)  # stock's indices are no view
     return (output, indices) if return_indices else output
 
 
