@@ -3,7 +3,7 @@
 import math
 import re
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from nslightning._torch import hooks_of, is_compiled, keep_saved_buffers, runs_module_hooks
+from nslightning._torch import hooks_of, is_compiled, keep_saved_buffers, runs_module_hooks, scale_of
 from nslightning.choices import Choices, choice_label, named_choices
 from nslightning.jacobians import Jacobians
 from nslightning.models import Twins
@@ -286,7 +286,7 @@ class GradientDivergence(Callback):
         if not self._hooks and not self._before:
             return
         clock = _Clock(pl_module.device)
-        scale = loss_scale(trainer)
+        scale = _coming_loss_scale(trainer)
         recorded, others, own, loss = self._recorded, self._others, self._own, self._loss
         named = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
         for name, before in self._before.items():
@@ -315,8 +315,9 @@ class GradientDivergence(Callback):
         if recorded is None or reason:
             mean = _means(trainer, own)
             found = {choice: measure(_means(trainer, other), mean) for choice, other in others.items()}
-        found = {choice: _unscaled(d, scale) for choice, d in found.items()}
-        self._seconds += clock.seconds()
+        self._seconds += clock.seconds()  # the norms have come from the device: all that it waits for is done
+        factor = scale()
+        found = {choice: _unscaled(d, factor) for choice, d in found.items()}
         self._account(trainer)
         self._record(trainer, found)
 
@@ -450,10 +451,22 @@ def loss_scale(trainer: Trainer) -> float:
         trainer: The trainer.
 
     Returns:
-        The factor.
+        The factor; to read a scaler's is to wait for its device.
     """
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return (scaler.get_scale() if scaler is not None else 1.0) / trainer.accumulate_grad_batches
+
+
+def _coming_loss_scale(trainer: Trainer) -> Callable[[], float]:
+    """What returns the loss scale without waiting, if it is called after a later transfer from the device.
+
+    The scale lies on the device: its copy to the host starts here.
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    scale = scale_of(scaler) if scaler is not None else 1.0
+    copy = scale.to("cpu", non_blocking=True) if isinstance(scale, Tensor) else torch.tensor(scale)
+    # `numpy` reads the host's memory and refuses a device's.
+    return lambda: float(copy.numpy()) / trainer.accumulate_grad_batches
 
 
 def _any_process(trainer: Trainer, decision: bool) -> bool:

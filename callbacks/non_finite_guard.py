@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from nslightning._torch import is_compiled
 from nslightning.jacobians import Jacobians
 from nslightning.probes import counting
+from nslightning.probes.ties import TieCounts
 from nslightning.surgery import selections, using
 
 from .gradient_divergence import loss_scale, undisturbed
@@ -213,13 +214,14 @@ class NonFiniteGuard(Callback):
             compiled = any(map(is_compiled, module.modules()))
             if compiled:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
-            counts = stack.enter_context(counting(module)) if selections(module) and not compiled else {}
+            counts = stack.enter_context(counting(module)) if selections(module) and not compiled else TieCounts()
             calls = stack.enter_context(_watching(module, counts))
             try:
                 with trainer.precision_plugin.train_step_context():
                     loss = step(self._batch)
             except NoLossError:  # the step decides by what it keeps for itself
                 return found
+            counts.read()
             bad = next((c for c in calls if not (c.finite_in and c.finite_out)), None)
             if bad is not None:
                 found.what = "activation"
@@ -294,7 +296,7 @@ class _Call:
 
 
 @contextmanager
-def _watching(module: nn.Module, counts: Any) -> Iterator[list[_Call]]:
+def _watching(module: nn.Module, counts: TieCounts) -> Iterator[list[_Call]]:
     """Note of each call of a leaf module, in order, whether what goes in and out is finite, and its gradients."""
     calls: list[_Call] = []
     hooks: list[RemovableHandle] = []
@@ -308,6 +310,7 @@ def _watching(module: nn.Module, counts: Any) -> Iterator[list[_Call]]:
                 hooks.append(t.register_hook(lambda g: note(call, attribute, g)))
 
     def tied() -> dict[str, int]:
+        counts.read()
         return {site: ties.tied for site, ties in counts.items()}
 
     def before(name: str, part: nn.Module, args: Any, kwargs: Any) -> None:

@@ -64,9 +64,9 @@ class TieMonitor(Callback):
         counts, self._counts = self._counts, None
         sites = sorted(counts)
         pairs = [[counts[s].tied, counts[s].total] for s in sites]
-        table = torch.tensor(pairs, dtype=torch.float64, device=pl_module.device).reshape(-1, 2)
+        table = torch.tensor(pairs, dtype=torch.float64).reshape(-1, 2)
         if trainer.world_size > 1:
-            table = trainer.strategy.reduce(table, reduce_op="sum")
+            table = trainer.strategy.reduce(table.to(pl_module.device), reduce_op="sum").cpu()
         fractions = (table[:, 0] / table[:, 1]).tolist()
         total = (table[:, 0].sum() / table[:, 1].sum()).item() if sites else 0.0
         log_step(trainer, {f"ties/{site}": f for site, f in zip(sites, fractions, strict=True)} | {"ties/total": total})

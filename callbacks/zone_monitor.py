@@ -89,8 +89,10 @@ class ZoneMonitor(Callback):
             return
         self._measured_step = step
         rows = []
+        scale = loss_scale(trainer)  # as in training: it decides what underflows in half precision
         for name, choice in self.choices.items():
-            values = torch.tensor(self._zone(trainer, pl_module, batch, batch_idx, choice), dtype=torch.float64)
+            zone_and_norms = self._zone(trainer, pl_module, batch, batch_idx, choice, scale)
+            values = torch.tensor(zone_and_norms, dtype=torch.float64)
             if trainer.world_size > 1:
                 values = trainer.strategy.reduce(values.to(pl_module.device), reduce_op="mean")
             row = dict(zip((*_KINDS, "observed", "difference"), values.tolist(), strict=True))
@@ -105,10 +107,9 @@ class ZoneMonitor(Callback):
             show_file(trainer, f"{self._name}/table", self._file)
 
     def _zone(
-        self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int, choice: Jacobians
+        self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int, choice: Jacobians, scale: float
     ) -> list[float]:
         """The zone as indicators, and the two norms."""
-        scale = loss_scale(trainer)  # as in training: it decides what underflows in half precision
         with (
             undisturbed(module, trainer.global_step),
             silent(module),

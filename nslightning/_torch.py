@@ -728,3 +728,16 @@ def set_cudnn(switch: str, value: bool) -> None:
         value: On or off.
     """
     getattr(torch._C, f"_set_cudnn_{switch}")(value)
+
+
+def scale_of(scaler: torch.amp.GradScaler) -> Tensor | float:
+    """The factor of a scaler of gradients, without waiting for its device as ``get_scale`` does.
+
+    Args:
+        scaler: The scaler.
+
+    Returns:
+        Its own tensor; a number before it has scaled anything, and where it is switched off.
+    """
+    scale: Tensor | None = scaler._get_scale_async() if scaler.is_enabled() else None
+    return scaler.get_scale() if scale is None else scale

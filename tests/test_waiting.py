@@ -16,9 +16,21 @@ from torch.utils._python_dispatch import (
 )
 
 from nslightning import Jacobians, patch
-from nslightning.callbacks import NonFiniteGuard, WeightDivergence
-from nslightning.callbacks.gradient_divergence import undisturbed
-from nslightning.probes import Recording, divergence, measure, measure_differences, propagation, recording, sums
+from nslightning.callbacks import NonFiniteGuard, TieMonitor, WeightDivergence
+from nslightning.callbacks.gradient_divergence import _coming_loss_scale, loss_scale, undisturbed
+from nslightning.probes import (
+    Recording,
+    clarke_guarantee,
+    counting,
+    divergence,
+    measure,
+    measure_differences,
+    propagation,
+    recording,
+    sums,
+    ties,
+    zone,
+)
 
 
 class Waits(TorchDispatchMode):
@@ -40,7 +52,8 @@ class Waits(TorchDispatchMode):
 @pytest.fixture
 def device(monkeypatch):
     """Every tensor is as if it lay on a device."""
-    for module in (propagation, sums, sys.modules["nslightning.probes.divergence"]):
+    parts = [sys.modules[f"nslightning.probes.{part}"] for part in ("divergence", "ties", "zone")]
+    for module in (propagation, sums, *parts):
         monkeypatch.setattr(module, "waits", lambda device: True)
     for name in ("tolist", "cpu"):  # one transfer each, whatever the dispatcher would see of it on a CPU
         stock = getattr(torch.Tensor, name)
@@ -166,3 +179,66 @@ def test_a_guarded_step_waits_once(device, sites):
         guard.on_after_backward(OneProcess(), model)
     assert len(waits.met) == 1, waits.met
     assert guard.batches == 0
+
+
+@pytest.mark.parametrize("sites", [1, 5])
+def test_ties_are_counted_with_one_wait(device, monkeypatch, sites):
+    x = torch.randn(2, 1, 12, 12, generator=torch.Generator().manual_seed(1))
+    model, monitor = network(sites, True), TieMonitor(1)
+    module = sys.modules[TieMonitor.__module__]
+    logged = {}
+    monkeypatch.setattr(module, "log_step", lambda trainer, metrics: logged.update(metrics))
+    monitor._counts = monitor._open.enter_context(counting(model))
+    with Waits() as waits:
+        model(x)
+    assert waits.met == []
+    with Waits() as waits:
+        counts = monitor._counts
+        monitor._open.close()
+    assert len(waits.met) == 1, waits.met
+    monitor._counts = counts
+    monitor.on_before_backward(OneProcess(), model, torch.tensor(0.0))
+    assert len(logged) == 2 * sites + 1
+    assert logged["ties/total"] > 0
+
+
+def test_the_device_s_way_counts_the_same_ties(request):
+    x = torch.randn(2, 1, 12, 12, generator=torch.Generator().manual_seed(1))
+    model = network(3, True)
+    want = ties(model, x)
+    request.getfixturevalue("device")
+    assert ties(model, x) == want
+    assert any(site.structural for site in want.values())
+
+
+@pytest.mark.parametrize("function", ["guarantee", "agrees", "zone"])
+def test_how_often_a_probe_waits_for_five_sites(device, function):
+    x = torch.randn(2, 1, 12, 12, generator=torch.Generator().manual_seed(1))
+    choice = Jacobians(relu=1.0)
+
+    def waits_of(sites):
+        model = network(sites, True)
+        with Waits() as waits:
+            if function == "guarantee":
+                clarke_guarantee(model, x)
+            elif function == "agrees":
+                divergence(model(x).square().mean(), model, {"relu1": choice}, method="propagate")
+            else:
+                zone(model, torch.sum, x, choice)
+        return waits.met
+
+    one, five = waits_of(1), waits_of(5)
+    # Whether a replay's pooling has left its branch is asked at each pooling.
+    more = 4 if function == "zone" else 0
+    assert len(five) == len(one) + more, (one, five)
+
+
+def test_the_scale_of_a_loss_is_no_wait_of_its_own(device):
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    trainer = OneProcess()
+    trainer.precision_plugin = SimpleNamespace(scaler=scaler)
+    scaler.scale(torch.tensor(1.0))
+    with Waits() as waits:
+        scale = _coming_loss_scale(trainer)
+        assert scale() == 8.0 == loss_scale(trainer)
+    assert waits.met == ["_local_scalar_dense"]  # of the one that may wait

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nslightning.ops.autograd.routing import ROUTES, Route, around, own, wide
 from nslightning.ops.autograd.selection import Selection, fixed
 from nslightning.ops.module_base import ChosenFunction, ChosenModule
-from nslightning.ops.record import Call, Kink, Operation, ShareName, only, register, spelled
+from nslightning.ops.record import Call, Count, Kink, Operation, ShareName, only, register, spelled
 
 __all__ = [
     "EmbeddingBag",
@@ -185,7 +185,7 @@ def scattered(selection: Selection, call: Call) -> Tensor:
     return chosen if stock.dim() else chosen.reshape(())
 
 
-def _scatter_ties(call: Call) -> tuple[int, int]:
+def _scatter_ties(call: Call) -> tuple[Count, int]:
     base, (kind, dim, index, src, reduce, included) = call.x, call.parameters
     results = _SCATTER[kind](base, dim, index, src, reduce, include_self=included)
     if results.numel() == 0 or index.numel() == 0:
@@ -193,7 +193,7 @@ def _scatter_ties(call: Call) -> tuple[int, int]:
     base, dim, index, src = _entries(base, kind, dim, index, src)
     parts = src.to(results.dtype), base.to(results.dtype), index, results.reshape(base.shape)
     tied = _reached_with_base(parts, (dim, included))[0]
-    return int(torch.count_nonzero(tied)), tied.numel()
+    return torch.count_nonzero(tied), tied.numel()
 
 
 def _scatter_call(kind: str, inplace: bool, *args: Any, **kwargs: Any) -> Call | None:
@@ -295,13 +295,13 @@ def segmented(selection: Selection, call: Call) -> Tensor:
     return around("segment_max", selection, (axis,), entries, index, stock.detach(), stock)
 
 
-def _segment_ties(call: Call) -> tuple[int, int]:
+def _segment_ties(call: Call) -> tuple[Count, int]:
     results = _segment_stock(call)
     if results.numel() == 0 or call.x.numel() == 0:
         return 0, results.numel()
     entries, index, axis = _segments(call)
     tied = _reached((entries, index, results), (axis,))[0]
-    return int(torch.count_nonzero(tied)), tied.numel()
+    return torch.count_nonzero(tied), tied.numel()
 
 
 def _segment_call(
@@ -396,12 +396,12 @@ def bagged(selection: Selection, call: Call) -> Tensor:
     return around("bag_max", selection, (0,), entries, index, stock.detach(), stock)
 
 
-def _bag_ties(call: Call) -> tuple[int, int]:
+def _bag_ties(call: Call) -> tuple[Count, int]:
     results = _bag_stock(call)
     if results.numel() == 0 or call.parameters[0].numel() == 0:
         return 0, results.numel()
     tied = _reached((*_bags(call), results), (0,))[0]
-    return int(torch.count_nonzero(tied)), tied.numel()
+    return torch.count_nonzero(tied), tied.numel()
 
 
 _BAG = ("indices", "weight", "offsets", "max_norm", "norm_type", "scale_grad_by_freq", "mode", "sparse",

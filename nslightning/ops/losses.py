@@ -113,7 +113,7 @@ def hinge(
     return around("multi_margin" if rows else "hinge", selection, spread, u, scale / count, loss)
 
 
-def tied_hinges(function: str, *args: Any, **kwargs: Any) -> tuple[int, int]:
+def tied_hinges(function: str, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     """How many hinges of a loss are evaluated at 0.
 
     Args:
@@ -122,11 +122,11 @@ def tied_hinges(function: str, *args: Any, **kwargs: Any) -> tuple[int, int]:
         **kwargs: As for the stock function, without ``reduction``.
 
     Returns:
-        ``(ties, hinges in force)``.
+        ``(ties, hinges in force)``, on the input's device.
     """
     u, active = HINGES[function](*args, **kwargs)
     within = torch.ones_like(u, dtype=torch.bool) if active is None else (active != 0).expand_as(u)
-    return int(torch.count_nonzero((u == 0) & within)), int(torch.count_nonzero(within))
+    return torch.count_nonzero((u == 0) & within), torch.count_nonzero(within)
 
 
 # --------------------------------------------------------------------------------------------------------- record
@@ -166,7 +166,7 @@ def _apply_hinge(selection: Selection, call: Call) -> Tensor:
     return hinge(function, selection, call.x, *others, **rest)
 
 
-def _hinge_ties(call: Call) -> tuple[int, int]:
+def _hinge_ties(call: Call) -> tuple[Tensor, Tensor]:
     function, others, rest = call.parameters
     return tied_hinges(function, call.x, *others, **{n: v for n, v in rest.items() if n != "reduction"})
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from nslightning.ops.autograd.routing import ROUTES, Route, around, dimensions, own, restored, wide
 from nslightning.ops.autograd.selection import Selection, fixed, replayed
 from nslightning.ops.module_base import ChosenFunction
-from nslightning.ops.record import Call, Kink, Operation, ShareName, register, spelled
+from nslightning.ops.record import Call, Count, Kink, Operation, ShareName, register, spelled
 
 __all__ = [
     "Amax",
@@ -153,7 +153,7 @@ def reduction(function: str, x: Tensor, selection: Selection, dim: Any = None, k
     return type(stock)((values, stock[1]))
 
 
-def tied_reductions(function: str, x: Tensor, dim: Any = None, keepdim: bool = False) -> tuple[int, int]:
+def tied_reductions(function: str, x: Tensor, dim: Any = None, keepdim: bool = False) -> tuple[Count, int]:
     """How many of a reduction's results are reached by several entries.
 
     Args:
@@ -163,14 +163,14 @@ def tied_reductions(function: str, x: Tensor, dim: Any = None, keepdim: bool = F
         keepdim: Not read: as :func:`reduction` takes it.
 
     Returns:
-        ``(tied results, results)``.
+        ``(tied results, results)``, the first on the input's device.
     """
     if x.dim() == 0:
         return 0, 1
     dims = dimensions(x, dim)
     ends = {"aminmax": ("amin", "amax"), "max": ("amax",), "min": ("amin",)}.get(function, (function,))
     tied = [_reached((x, _STOCK[end](x, dims, True)), (dims, True))[0] for end in ends]
-    return sum(int(torch.count_nonzero(t)) for t in tied), sum(t.numel() for t in tied)
+    return sum(torch.count_nonzero(t) for t in tied), sum(t.numel() for t in tied)
 
 
 # -------------------------------------------------------------------------------------------------- of two tensors
@@ -220,7 +220,7 @@ def pair(function: str, x: Tensor, other: Tensor, selection: Selection) -> Tenso
     return around("maximum", selection, (), x, other, stock)
 
 
-def tied_pairs(x: Tensor, other: Tensor) -> tuple[int, int]:
+def tied_pairs(x: Tensor, other: Tensor) -> tuple[Tensor, int]:
     """How many pairs of entries are equal.
 
     Args:
@@ -228,10 +228,10 @@ def tied_pairs(x: Tensor, other: Tensor) -> tuple[int, int]:
         other: Second input; the shapes broadcast.
 
     Returns:
-        ``(equal pairs, pairs)``.
+        ``(equal pairs, pairs)``, the first on the inputs' device.
     """
     equal = x == other
-    return int(torch.count_nonzero(equal)), equal.numel()
+    return torch.count_nonzero(equal), equal.numel()
 
 
 # --------------------------------------------------------------------------------------------------------- records

@@ -149,7 +149,7 @@ class _PublishedNorms(OwnFunction):
         return torch.where(norms != 0, windows / norms, choice) * g, None
 
 
-def tied_norms(x: Tensor, p: float = 2.0, dim: Any = None) -> tuple[int, int]:
+def tied_norms(x: Tensor, p: float = 2.0, dim: Any = None) -> tuple[Tensor, int]:
     """How many vectors are zero; for p = 1, how many entries are.
 
     Args:
@@ -158,10 +158,10 @@ def tied_norms(x: Tensor, p: float = 2.0, dim: Any = None) -> tuple[int, int]:
         dim: The dimensions of the vectors; None is all.
 
     Returns:
-        ``(ties, evaluations)``.
+        ``(ties, evaluations)``, the first on the input's device.
     """
     values = x if p == 1 else torch.linalg.vector_norm(x, p, dim)
-    return int(torch.count_nonzero(values == 0)), values.numel()
+    return torch.count_nonzero(values == 0), values.numel()
 
 
 @own
@@ -252,12 +252,12 @@ def _apply_norm(selection: Selection, call: Call) -> Tensor:
     return (unit if function == "normalize" else chosen_norm)(call.x, selection, *parameters)
 
 
-def _norm_ties(call: Call) -> tuple[int, int]:
+def _norm_ties(call: Call) -> tuple[Tensor, int]:
     function, p, dim = call.parameters[:3]
     if function == "norm":
         return tied_norms(call.x, p, dim)
     norms = torch.linalg.vector_norm(call.x, p, dim)  # a zero vector is divided by eps: no tie
-    return int(torch.count_nonzero(norms == call.parameters[3])), norms.numel()
+    return torch.count_nonzero(norms == call.parameters[3]), norms.numel()
 
 
 def _p(low: float, high: float) -> Callable[[Any], bool]:

@@ -48,12 +48,12 @@ def _apply_pool(selection: Selection, call: Call) -> Tensor | tuple[Tensor, Tens
     return cast(Tensor, pooled(call.x, selection, geometry, call.return_indices))
 
 
-def _pool_ties(call: Call) -> tuple[int, int]:
+def _pool_ties(call: Call) -> tuple[Tensor, int]:
     (geometry,) = call.parameters
     if isinstance(geometry, Fractional):
         return tied_fractional(call.x, geometry)
     count = tied_windows(call.x, geometry)
-    return int(torch.count_nonzero(count > 1)), count.numel()
+    return torch.count_nonzero(count > 1), count.numel()
 
 
 def _pools(dims: int, x: Tensor) -> bool:

@@ -29,6 +29,7 @@ __all__ = [
     "RULES",
     "Call",
     "Choice",
+    "Count",
     "Kernels",
     "Kink",
     "ModuleSpelling",
@@ -46,6 +47,9 @@ __all__ = [
 #: ``"exact"`` respects the chain rule; ``"published"`` is the arithmetic of the papers' released code.
 Rule = Literal["exact", "published"]
 RULES: tuple[str, ...] = get_args(Rule)
+
+#: A number of evaluations: known, or a 0-d tensor of an integer dtype that waits on its device to be read.
+Count = int | Tensor
 
 
 class Choice(Protocol):
@@ -195,7 +199,8 @@ class Operation:
         kinks: Where its Jacobian is not unique; a pair of numbers chooses the derivatives of two kinks.
         choice: What the number chosen means, as the field's documentation.
         apply: Evaluates a call under a selection.
-        ties: Counts a call's ties: ``(tied evaluations, all evaluations)``.
+        ties: Counts a call's ties: ``(tied evaluations, all evaluations)``. Each is a number or a 0-d tensor, which
+            nothing reads before all sites of a forward are counted: to read it is to wait for its device.
         modules: The module classes that spell it, each with what turns ``(module, *args)`` into a call; with
             :func:`only`, under a condition.
         functions: The functions and methods that spell it, each with what turns its arguments into a call; this
@@ -224,7 +229,7 @@ class Operation:
     kinks: tuple[Kink, ...]
     choice: str
     apply: Callable[[Selection, Call], Any]
-    ties: Callable[[Call], tuple[int, int]]
+    ties: Callable[[Call], tuple[Count, Count]]
     modules: Mapping[type[nn.Module], Callable[..., Call | None]] = field(default_factory=dict)
     functions: Mapping[Callable, Callable[..., Call | None]] = field(default_factory=dict)
     kernels: Kernels | None = None

@@ -58,7 +58,7 @@ register(
         ties=lambda call: (
             call.within.ties(call.x)
             if isinstance(call.within, Recurrence)
-            else (int(torch.count_nonzero(stored(call.x) == 0)), stored(call.x).numel())
+            else (torch.count_nonzero(stored(call.x) == 0), stored(call.x).numel())
         ),
         formula="max(x, 0)",
         choice=(

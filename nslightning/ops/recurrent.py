@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nslightning.ops.autograd.pointwise import pointwise
 from nslightning.ops.autograd.selection import Selection
-from nslightning.ops.record import Call
+from nslightning.ops.record import Call, Count
 
 __all__ = ["RECURRENT", "Recurrence"]
 
@@ -44,25 +44,27 @@ class Recurrence:
         """
         return self.run(x, lambda y: pointwise("relu", y, selection))
 
-    def ties(self, x: Tensor) -> tuple[int, int]:
+    def ties(self, x: Tensor) -> tuple[Count, int]:
         """Count the ties of all steps.
 
         Args:
             x: The input.
 
         Returns:
-            ``(tied evaluations, all evaluations)``.
+            ``(tied evaluations, all evaluations)``, the first on the input's device.
         """
-        counts = [0, 0]
+        tied: list[Tensor] = []
+        total = 0
 
         def counted(y: Tensor) -> Tensor:
-            counts[0] += int(torch.count_nonzero(y == 0))
-            counts[1] += y.numel()
+            nonlocal total
+            tied.append(torch.count_nonzero(y == 0))
+            total += y.numel()
             return y.relu()
 
         with torch.no_grad():
             self.run(x, counted)
-        return counts[0], counts[1]
+        return sum(tied), total
 
 
 def _layers(params: Sequence[Tensor], biased: bool) -> list[Weights]:

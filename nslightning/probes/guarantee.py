@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from nslightning.jacobians import Jacobians
 from nslightning.ops.autograd.nodes import operation_of
-from nslightning.ops.record import Call, Operation
+from nslightning.ops.record import Call, Count, Operation
+from nslightning.probes.sums import numbers
 from nslightning.probes.ties import observing, pools_of_zero
 
 __all__ = ["Guarantee", "SiteGuarantee", "clarke_guarantee", "machine_numbers"]
@@ -167,15 +168,15 @@ class _Seen:
 
     site: str
     operation: Operation
-    tied: int
-    total: int
+    tied: Count
+    total: Count
     kinks: int
     shares: tuple[float, ...] | None  # the chosen derivative at each kink, as a share of the way from left to right
     biases: list[Tensor]
     size: int  # entries of the input
-    independent: bool  # whether the samples' inputs to a product by a weight of its own are linearly independent
-    weight: Tensor | None
-    dead: bool  # whether all tied entries have the derivative 0, behind a ReLU
+    weight: Tensor | None  # what a fully connected layer multiplies the samples by
+    samples: Tensor | None  # what it is given
+    dead: Tensor | bool  # whether all tied entries have the derivative 0, behind a ReLU
 
 
 class _Look:
@@ -189,7 +190,7 @@ class _Look:
         with torch.no_grad():
             tied, total = operation.ties(call)
         node = call.x.grad_fn
-        weight, independent = (None, False) if not tied or node is None else _columns(node, call.x)
+        weight, samples = (None, None) if node is None else _product(node, call.x)
         self.seen.append(
             _Seen(
                 site=site,
@@ -200,27 +201,34 @@ class _Look:
                 shares=_shares(operation, self.jacobians, call.parameters),
                 biases=list(_biases(node)),
                 size=call.x.numel(),
-                independent=independent,
                 weight=weight,
-                dead=tied > 0 and operation.name == "max_pool" and self._dead(call),
+                samples=samples,
+                dead=self._dead(call) if operation.name == "max_pool" else False,
             )
         )
 
-    def _dead(self, call: Call) -> bool:
+    def _dead(self, call: Call) -> Tensor | bool:
         node = call.x.grad_fn
         behind_relu = node is not None and (operation_of(node) == "relu" or node.name() == "ReluBackward0")
-        return behind_relu and self.jacobians.relu in (0.0, None) and pools_of_zero(call)
+        return pools_of_zero(call) if behind_relu and self.jacobians.relu in (0.0, None) else False
+
+    def _read(self) -> None:
+        """Read what lies on a device, by one transfer for all evaluations."""
+        values = iter(numbers([value for seen in self.seen for value in (seen.tied, seen.total, seen.dead)]))
+        for seen in self.seen:
+            seen.tied, seen.total, seen.dead = int(next(values)), int(next(values)), bool(next(values))
 
     def guarantees(self) -> Iterator[SiteGuarantee]:
         """What is known of each evaluation."""
+        self._read()
         uses = Counter(id(b) for seen in self.seen for b in seen.biases)
-        weights = Counter(id(seen.weight) for seen in self.seen if seen.weight is not None)
+        weights = Counter(id(seen.weight) for seen in self.seen if seen.weight is not None and seen.tied)
         for seen in self.seen:
             own = [b for b in seen.biases if uses[id(b)] == 1]
             pointwise = seen.operation.kernels is not None
-            kinks = seen.total * seen.kinks if pointwise and (own or not seen.kinks) else None
+            kinks = int(seen.total) * seen.kinks if pointwise and (own or not seen.kinks) else None
             holds, always, reason = self._judge(seen, own, weights[id(seen.weight)] == 1)
-            yield SiteGuarantee(seen.site, seen.operation.name, seen.tied, kinks, holds, always, reason)
+            yield SiteGuarantee(seen.site, seen.operation.name, int(seen.tied), kinks, holds, always, reason)
 
     def _judge(self, seen: _Seen, own: list[Tensor], own_weight: bool) -> tuple[bool, bool, str]:
         if self.jacobians.rule != "exact":
@@ -243,7 +251,7 @@ class _Look:
             return True, False, "no tie in this batch: it is differentiable there"
         if clarke and any(b.numel() == seen.size for b in own):
             return True, False, "theorem 1: a batch of one, and a bias of its own for each entry"
-        if clarke and seen.independent and own_weight:
+        if clarke and own_weight and seen.samples is not None and _independent(seen.samples):
             return True, False, "theorem 5: the samples are linearly independent below it"
         if seen.dead:
             return True, False, "theorem 8: its tied windows are 0 behind a ReLU with ReLU'(0) = 0"
@@ -295,15 +303,18 @@ def _biases(node: Any) -> Iterator[Tensor]:
             yield node.variable
 
 
-def _columns(node: Any, x: Tensor) -> tuple[Tensor | None, bool]:
-    """The weight of a fully connected layer, and whether the samples that it is given are linearly independent."""
+def _product(node: Any, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The weight of a fully connected layer, and the samples that it is given."""
     below = getattr(node, _BELOW.get(node.name(), ""), None) if node.name() in _BELOW else None
     if not isinstance(below, Tensor) or below.dim() != 2 or x.dim() != 2:
-        return None, False
+        return None, None
     leaf = node.next_functions[_WEIGHT[node.name()]][0]
     while leaf is not None and leaf.name() in ("TBackward0", "TransposeBackward0"):
         leaf = leaf.next_functions[0][0]
     if leaf is None or leaf.name() != "torch::autograd::AccumulateGrad":
-        return None, False
-    rank = int(torch.linalg.matrix_rank(below.detach().double()))
-    return leaf.variable, rank == len(below)
+        return None, None
+    return leaf.variable, below.detach()
+
+
+def _independent(samples: Tensor) -> bool:
+    return int(torch.linalg.matrix_rank(samples.double())) == len(samples)

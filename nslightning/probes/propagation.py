@@ -30,7 +30,7 @@ from nslightning.probes.graph import (
     reruns_forward,
 )
 from nslightning.probes.shards import is_shard
-from nslightning.probes.sums import dense, nothing, waits, wide
+from nslightning.probes.sums import dense, nothing, numbers, waits, wide
 from nslightning.surgery import Plan, selections, using
 
 __all__ = [
@@ -372,14 +372,16 @@ def agrees(
     Raises:
         UnseenError: If it is not.
     """
-    gap = size = 0.0
+    gaps, sizes = [], []
     for name, b in reference.items():
         a, d = gradients[name], carried[name]
         if a is b and d.numel() and not any(d.stride()):
             continue
         a, b, d = (t.detach().to(wide(t.dtype)) for t in map(dense, (a, b, d)))
-        gap = math.hypot(gap, float((a - b - d).norm()))
-        size = math.hypot(size, float(a.norm()), float(b.norm()), float(d.norm()))
+        gaps.append((a - b - d).norm())
+        sizes += [a.norm(), b.norm(), d.norm()]
+    lengths = numbers(gaps + sizes)
+    gap, size = math.hypot(*lengths[: len(gaps)]), math.hypot(*lengths[len(gaps) :])
     passed = {dtype for node in reachable([loss.grad_fn]) for dtype in gradient_dtypes(node)}
     dtypes = passed | {t.dtype for t in reference.values()}
     eps = max((torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point or dtype.is_complex), default=0.0)

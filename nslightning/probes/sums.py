@@ -14,7 +14,7 @@ from nslightning.ops.autograd.selection import concrete
 from nslightning.ops.kernels import cpu as cpu_kernels
 from nslightning.probes.shards import local
 
-__all__ = ["LARGEST", "dense", "is_nothing", "nothing", "rows", "squares", "waits", "wide"]
+__all__ = ["LARGEST", "dense", "is_nothing", "nothing", "numbers", "rows", "squares", "waits", "wide"]
 
 #: The column of a row that is a largest value; all others are sums.
 LARGEST = 2
@@ -33,6 +33,27 @@ def waits(device: torch.device) -> bool:
         True for every device but the CPU.
     """
     return device.type != "cpu"
+
+
+def numbers(scalars: Sequence[Tensor | float]) -> list[float]:
+    """The values of 0-d tensors, all by one transfer from their device.
+
+    Args:
+        scalars: Tensors of any real dtype, or numbers, which stay as they are.
+
+    Returns:
+        Their values in float64, in their order. Integers are exact up to 2^53.
+
+    Example:
+        >>> numbers([torch.tensor(3), 0.5, torch.tensor(True)])
+        [3.0, 0.5, 1.0]
+    """
+    tensors = [s.detach() for s in scalars if isinstance(s, Tensor)]
+    if not tensors:
+        return [float(s) for s in scalars]
+    device = tensors[0].device
+    values = iter(torch.stack([t.to(torch.float64).to(device) for t in tensors]).tolist())
+    return [next(values) if isinstance(s, Tensor) else float(s) for s in scalars]
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nslightning._torch import is_compiled
+from nslightning._torch import in_functorch, is_compiled
 from nslightning.jacobians import Jacobians
 from nslightning.ops.autograd.pooling import tied_windows
 from nslightning.ops.autograd.selection import Selection
-from nslightning.ops.record import OPERATIONS, Call, Operation
+from nslightning.ops.record import OPERATIONS, Call, Count, Operation
+from nslightning.probes.sums import numbers, waits
 from nslightning.surgery import selections
 
 __all__ = ["TieCounts", "Ties", "counting", "observing", "pools_of_zero", "ties"]
@@ -65,6 +66,32 @@ class Ties:
 
 class TieCounts(dict[str, Ties]):
     """The ties of each site, by name; printed, one line for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._unread: list[tuple[str, str, tuple[Count, Count, Count, Count]]] = []
+
+    def note(self, site: str, operation: str, four: tuple[Count, Count, Count, Count]) -> None:
+        """Note an evaluation without waiting for a device.
+
+        Args:
+            site: The site's name.
+            operation: Field of :class:`~nslightning.Jacobians`.
+            four: How many of its evaluations tie, how many there are, how many of those that tie are structural, and
+                how many are pooling windows of 0.
+        """
+        self._unread.append((site, operation, four))
+
+    def read(self) -> None:
+        """Take in all evaluations that were noted, by one transfer from their device."""
+        values = iter(numbers([number for *_, four in self._unread for number in four]))
+        for site, operation, _ in self._unread:
+            entry = self.setdefault(site, Ties(operation))
+            entry.tied += int(next(values))
+            entry.total += int(next(values))
+            entry.structural += int(next(values))
+            entry.zero += int(next(values))
+        self._unread.clear()
 
     def __str__(self) -> str:
         """The sites that tie, the most often tied first, and how many do not."""
@@ -117,7 +144,8 @@ def counting(model: nn.Module) -> Iterator[TieCounts]:
         model: A patched model, or one that contains patched ones, in eager mode.
 
     Yields:
-        The counts by site, named as by :func:`observing`, filled as forwards run. A site called several times adds up.
+        The counts by site, named as by :func:`observing`, filled when the block ends, or by
+        :meth:`TieCounts.read`: one transfer from the device for all sites. A site called several times adds up.
 
     Raises:
         ValueError: If the model is not patched.
@@ -128,24 +156,27 @@ def counting(model: nn.Module) -> Iterator[TieCounts]:
     def count(site: str, operation: Operation, call: Call) -> None:
         with torch.no_grad():
             tied, total = operation.ties(call)
-            structural, zero = _structure(operation, call) if tied else (0, 0)
-        entry = counts.setdefault(site, Ties(operation.name))
-        entry.tied += tied
-        entry.total += total
-        entry.structural += structural
-        entry.zero += zero
+            if in_functorch():  # its tensors cannot be read later
+                tied, total = int(tied), int(total)
+            # To ask a device whether one ties is to wait for it.
+            looks = (isinstance(tied, Tensor) and waits(tied.device)) or bool(tied)
+            structural, zero = _structure(operation, call) if looks else (0, 0)
+            if in_functorch():
+                structural, zero = int(structural), int(zero)
+        counts.note(site, operation.name, (tied, total, structural, zero))
 
     with observing(model, count):
         yield counts
+    counts.read()
 
 
-def _structure(operation: Operation, call: Call) -> tuple[int, int]:
+def _structure(operation: Operation, call: Call) -> tuple[Count, Count]:
     """How many of a call's ties are structural, and how many are pooling windows with the maximum 0."""
     if operation.kernels is not None:
-        structural = 0
+        structural: Count = 0
         for position in operation.positions(*call.parameters):
             tied = call.x == position
-            structural += int(torch.count_nonzero(tied & _in_every_sample(tied)))
+            structural = structural + torch.count_nonzero(tied & _in_every_sample(tied))
         return structural, 0
     if operation.name == "max_pool":
 
@@ -155,23 +186,23 @@ def _structure(operation: Operation, call: Call) -> tuple[int, int]:
 
         stock = Selection(Jacobians())
         tied, largest, smallest = tied_windows(call.x, *call.parameters) > 1, pooled(1), pooled(-1)
-        structural = int(torch.count_nonzero(tied & (_in_every_sample(tied) | (largest == smallest))))
-        return structural, int(torch.count_nonzero(tied & (largest == 0)))
+        structural = torch.count_nonzero(tied & (_in_every_sample(tied) | (largest == smallest)))
+        return structural, torch.count_nonzero(tied & (largest == 0))
     return 0, 0
 
 
-def pools_of_zero(call: Call) -> bool:
+def pools_of_zero(call: Call) -> Tensor:
     """Whether all windows of a max pooling that tie have the maximum 0.
 
     Args:
         call: A call of max pooling.
 
     Returns:
-        Whether they do.
+        Whether they do, a 0-d tensor on the input's device.
     """
     with torch.no_grad():
         largest = OPERATIONS["max_pool"].apply(Selection(Jacobians()), call._replace(return_indices=False))
-        return not bool(torch.any((tied_windows(call.x, *call.parameters) > 1) & (largest != 0)))
+        return ~torch.any((tied_windows(call.x, *call.parameters) > 1) & (largest != 0))
 
 
 def _in_every_sample(tied: Tensor) -> Tensor:

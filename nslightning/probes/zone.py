@@ -17,7 +17,7 @@ from nslightning.probes.gradients import gradients_in_turn, wanted
 from nslightning.probes.graph import UnseenError, opaque_nodes, operation_nodes, refuse_compiled, reruns_forward
 from nslightning.probes.propagation import Recording, Starts, agrees, recording, refuse_eager_only, refuse_random
 from nslightning.probes.replay import Replay
-from nslightning.probes.sums import dense, wide
+from nslightning.probes.sums import dense, numbers, waits, wide
 from nslightning.probes.ties import observing
 from nslightning.surgery import using
 
@@ -182,7 +182,9 @@ def differs_bitwise(a: Mapping[str, Tensor], b: Mapping[str, Tensor], first: boo
     """
     names = list(a)[:1] if first else list(a)
     pairs = [(dense(a[n]), dense(b[n])) for n in names if a[n] is not b[n]]
-    return not all(bool(((x == y) | (x.isnan() & y.isnan())).all()) for x, y in pairs)
+    same = (((x == y) | (x.isnan() & y.isnan())).all() for x, y in pairs)
+    on_device = any(waits(x.device) for x, _ in pairs)
+    return not all(numbers(list(same)) if on_device else same)  # a CPU stops at the first that differs
 
 
 def linf_sum(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
@@ -275,7 +277,7 @@ def _between(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> _Difference:
 def _scattered(starts: Starts) -> tuple[Starts, float]:
     """Every term of a difference with a random sign and size, by a factor that no precision loses; and the factor."""
     generator = torch.Generator().manual_seed(0)
-    largest = max((float(d.detach().abs().max()) for _, d in starts), default=0.0)
+    largest = max(numbers([d.detach().abs().max() for _, d in starts]), default=0.0)
     scale = 256.0 / largest if math.isfinite(largest) and largest > 0 else 1.0
 
     def weights(d: Tensor) -> Tensor:
@@ -286,7 +288,7 @@ def _scattered(starts: Starts) -> tuple[Starts, float]:
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:
-    return math.sqrt(sum(float(t.to(wide(t.dtype)).abs().square().sum()) for t in tensors))
+    return math.sqrt(sum(numbers([t.to(wide(t.dtype)).abs().square().sum() for t in tensors])))
 
 
 # ------------------------------------------------------------------------------------- the model over the reals

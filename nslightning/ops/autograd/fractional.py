@@ -123,7 +123,7 @@ def pool_fractional(x: Tensor, selection: Selection, windows: Fractional, return
     return (output, indices) if return_indices else output
 
 
-def tied_fractional(x: Tensor, windows: Fractional) -> tuple[int, int]:
+def tied_fractional(x: Tensor, windows: Fractional) -> tuple[Tensor, int]:
     """How many windows reach their maximum more than once.
 
     Args:
@@ -131,8 +131,8 @@ def tied_fractional(x: Tensor, windows: Fractional) -> tuple[int, int]:
         windows: The windows.
 
     Returns:
-        ``(tied windows, windows)``.
+        ``(tied windows, windows)``, the first on the input's device.
     """
     with torch.no_grad():
         count = tied_windows(windows.entries(x)[0], windows.gathered)
-    return int(torch.count_nonzero(count > 1)), count.numel()
+    return torch.count_nonzero(count > 1), count.numel()

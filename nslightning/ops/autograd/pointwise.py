@@ -22,7 +22,7 @@ from nslightning.ops.autograd.layouts import duplicate, is_dense, storage_order,
 from nslightning.ops.autograd.nodes import NonsmoothFunction
 from nslightning.ops.autograd.selection import Selection, data_dependent, guarded, replayed
 from nslightning.ops.autograd.tie_bits import TieBits, as_mask, chosen_value, find_ties, overwrite
-from nslightning.ops.record import OPERATIONS, Call, Kernels, Kink, Operation
+from nslightning.ops.record import OPERATIONS, Call, Count, Kernels, Kink, Operation
 
 __all__ = ["pointwise", "pointwise_operation"]
 
@@ -34,7 +34,7 @@ def pointwise_operation(
     *,
     at: tuple[Any, ...] = (),
     apply: Callable[[Selection, Call], Any] | None = None,
-    ties: Callable[[Call], tuple[int, int]] | None = None,
+    ties: Callable[[Call], tuple[Count, Count]] | None = None,
     **facts: Any,
 ) -> Operation:
     """The record of an operation that acts on each entry by itself.
@@ -58,9 +58,9 @@ def pointwise_operation(
     def evaluate(selection: Selection, call: Call) -> Tensor:
         return pointwise(name, call.x, selection, *call.parameters, inplace=call.inplace)
 
-    def count(call: Call) -> tuple[int, int]:
+    def count(call: Call) -> tuple[Count, int]:
         x, positions = stored(call.x), OPERATIONS[name].positions(*call.parameters)
-        return sum(int(torch.count_nonzero(x == position)) for position in positions), x.numel()
+        return sum(torch.count_nonzero(x == position) for position in positions), x.numel()
 
     taken = tuple(_taken(name, kernels, kink, at) for kink in kinks)
     return Operation(
