@@ -73,7 +73,8 @@ class RunRecord(Callback):
         if report is not None and trainer.is_global_zero:
             calls = [site for site in report.sites if site.how == "functional"]
             if calls:
-                rank_zero_info(f"The first step called {len(calls)} more sites as functions: {folder}/patch_report.txt")
+                sites = f"{len(calls)} more site{'s' * (len(calls) > 1)}"
+                rank_zero_info(f"The first step called {sites} as functions: {folder}/patch_report.txt lists them")
             _write(report, folder)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

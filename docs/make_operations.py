@@ -181,10 +181,20 @@ def references(operation: Operation) -> list[str]:
     return [kink.stock or number for kink, number in zip(operation.kinks, numbers, strict=True)]
 
 
+def summary(values: list[str]) -> str:
+    """The references of one operation in one cell; equal ones stand once."""
+    return f"{values[0]}, at both kinks" if len(values) == 2 and len(set(values)) == 1 else "; ".join(values)
+
+
 def section(name: str, operation: Operation) -> str:
     """One operation."""
     takes = [f'`"{n}"`' for n in operation.choices]
-    number = "two numbers" if len(operation.kinks) == 2 else "a number"
+    if operation.shares:
+        number = "a number [beta](glossary.md#beta)"
+    elif len(operation.kinks) == 2:
+        number = "two numbers (the derivatives at the two kinks)"
+    else:
+        number = "a number (the derivative at the kink)" if on_a_line(name) else "a number"
     lines = [
         f"## {name}",
         "",
@@ -214,22 +224,25 @@ def page() -> str:
     """The whole page."""
     head = f"""# The operations
 
-Written by `python docs/make_operations.py` from the code's own description of each operation; do not edit.
+`python docs/make_operations.py` writes this page from the records of the code; do not edit it.
 
-{len(OPERATIONS)} operations have a choice. Each is a field of `Jacobians`, and a record in its family's file says all
-of it: `Jacobians`, `patch`, the probes, the audit and this page are made of the records
-([how to add one](how-to-add-an-operation.md)). What the libraries return at each kink was measured:
-[conventions.md](conventions.md).
+{len(OPERATIONS)} operations have a choice. Each is a field of `Jacobians`. One record in the code describes each
+operation; `Jacobians`, `patch`, the probes, the audit and this page read these records
+([how to add one](how-to-add-an-operation.md)). [What the libraries return](conventions.md) has their values at each
+kink, as measured.
 
-In a plot the grey bar is the Clarke Jacobian (there is none where a function jumps), and the marks are the gradients
-that the code returns there: of stock PyTorch, and of the presets `jax` and `tensorflow`. Where several entries reach a
-maximum, the plot shows what two of them receive.
+In a plot the grey bar is the [Clarke Jacobian](glossary.md#clarke-jacobian); there is none where a function jumps. The
+marks are the gradients that the code returns at the kink under stock PyTorch's choice and under the presets `jax` and
+`tensorflow`. Where several entries reach a maximum, the plot shows what two of them receive.
+
+The [reference](glossary.md#reference) is stock PyTorch's choice. Two values in one cell belong to two kinks, the lower
+one first.
 
 | operation | reference | `"jax"` | `"tensorflow"` |
 |---|---|---|---|
 """
     rows = [
-        f"| [{name}](#{name}) | {'; '.join(references(op))} | {shown(op.jax)} | {shown(op.tensorflow)} |"
+        f"| [{name}](#{name}) | {summary(references(op))} | {shown(op.jax)} | {shown(op.tensorflow)} |"
         for name, op in OPERATIONS.items()
     ]
     by_reason: dict[str, list[str]] = {}
@@ -239,7 +252,8 @@ maximum, the plot shows what two of them receive.
     tail = [
         "## Without a choice",
         "",
-        "Found by `patch` and named in its report, with PyTorch's own derivative:",
+        "`patch` finds these and [raises an error](surgery.md#strictness).",
+        "With `strict=False` it leaves them to PyTorch and names them in its report:",
         "",
         "| function | why |",
         "|---|---|",

@@ -36,8 +36,9 @@ totals = divergence[divergence["parameter"] == ""]
 print(totals.groupby("choice")["relative"].agg(["median", "max"]).map("{:.2g}".format))
 
 # %% [markdown]
-# A single step's difference is at the size of rounding. Training multiplies it: how far apart are the weights after two
-# epochs? (The validation accuracies stand above, at the end of each training.)
+# A single step's gradient differs by 0.5 % under *minimal* and by 5 % under beta = 10: the quickstart trains in
+# bfloat16, in which many windows tie. In float32 the same study finds rounding only. How far apart are the weights
+# after two epochs? (The validation accuracies stand above, at the end of each training.)
 
 # %%
 import torch

@@ -24,7 +24,7 @@ COMMANDS = {
     "test": ("nslightning.commands.train", "evaluate a checkpoint on the test images"),
     "predict": ("nslightning.commands.train", "write a checkpoint's predictions for the test images"),
     "zones": ("nslightning.commands.zones", "how often two choices' gradients differ, over initialisations"),
-    "twins": ("nslightning.commands.twins", "train several choices in lockstep, and how far their weights come apart"),
+    "twins": ("nslightning.commands.twins", "train several choices in lockstep, and compare their weights"),
     "experiment": ("nslightning.commands.experiment", "run a grid of runs, and hold it against the papers"),
     "figure": ("nslightning.commands.figure", "draw a figure from the results of experiments"),
     "report": ("nslightning.commands.report", "show what runs recorded: one HTML page with interactive figures"),

@@ -68,7 +68,7 @@ def test_the_readme_s_two_commands(zygote, tmp_path):
     assert "Traceback" not in first.said
     line = first.said.splitlines()[-1]
     assert line == (
-        f"nslightning fit: stopped by SIGTERM: stopped at step {step}; go on with: "
+        f"nslightning fit: stopped by SIGTERM at step {step}; go on with: "
         "nslightning fit --config runs/quickstart/001/config.yaml --ckpt_path=last"
     )
     assert (folder / "divergence.png").exists()
@@ -234,7 +234,7 @@ def test_another_choice_is_another_segment(zygote, tmp_path):
     assert first.wait() == 130, first.said
     assert "Traceback" not in first.said
     step = checkpoint(folder)["global_step"]
-    assert f"stopped by Ctrl-C: stopped at step {step}; go on with: nslightning fit" in first.said
+    assert f"stopped by Ctrl-C at step {step}; go on with: nslightning fit" in first.said
     old = (folder / "divergence.png").read_bytes()
 
     words = ("--ckpt_path=last", f"--trainer.max_epochs={step // 4 + 4}", "--model.jacobians.relu=0.5")
@@ -355,7 +355,7 @@ def test_twins_stop_and_go_on(zygote, tmp_path):
     assert running.wait() == 143, running.said
     step = checkpoint(tmp_path / "runs/twins/001")["global_step"]
     said, go_on = last_line(running).split("; go on with: nslightning ")
-    assert said == f"nslightning twins: stopped by SIGTERM: stopped at step {step}"
+    assert said == f"nslightning twins: stopped by SIGTERM at step {step}"
     status, said = zygote.run(*go_on.split(), f"--trainer.max_epochs={step // 4 + 2}", cwd=tmp_path)
     assert status == 0, said
     assert record(tmp_path / "runs/twins/001")["ended"] == "finished"

@@ -237,6 +237,9 @@ def _known_backbone(name: str) -> None:
     family, _, network = name.partition("/")
     if family not in FAMILIES or not network:
         hint = did_you_mean(name, [f"{other}/{network}" for other in FAMILIES]) if network else "."
+        path, colon, factory = name.partition(":")
+        if colon and path.endswith(".py"):
+            hint = f"; did you mean {path.removesuffix('.py').replace('/', '.') + ':' + factory!r}?"
         raise CallError(
             f"there is no model {name!r}{hint} A model is timm/NAME, torchvision/NAME, paper/NAME, or "
             "package.module:factory of your own"

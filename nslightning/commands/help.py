@@ -207,7 +207,8 @@ def _of_class(file: str, name: str, prefix: str) -> list[Option]:
             continue
         simple = isinstance(default, ast.Constant) and default.value not in (None, "")
         by = f" (default: {ast.unparse(default)})" if simple and default is not None else ""
-        text = re.sub(r"``|:class:`~?(?:\w+\.)*(\w+)`", lambda m: m[1] or "", told.get(argument.arg, ""))
+        role = r"``|:(?:class|func|meth|mod|data):`~?(?:\w+\.)*(\w+)`"
+        text = re.sub(role, lambda m: m[1] or "", told.get(argument.arg, ""))
         section = prefix.strip("-.")
         found.append(Option(section, f"{prefix}{argument.arg}", "", _first(text) + by))
     return found

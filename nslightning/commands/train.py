@@ -92,7 +92,7 @@ def _stopped(cli: TrainCLI, stop: Stopped, program: str) -> int:
     if cli.stopper is None or not cli.began:
         print(f"{line} before the first step", file=sys.stderr)
         return stop.status
-    line += f": stopped at step {cli.stopper.step}"
+    line += f" at step {cli.stopper.step}"
     if cli.place.folder is not None:
         runs.note_end(cli.place.folder, "stopped", cli.stopper.step)
     if (go_on := cli.place.go_on(program)) is None:

@@ -227,7 +227,7 @@ register(
             Kink(
                 "k > 1 entries reach the maximum",
                 clarke=_HULL,
-                stock="equal shares; what stood there before counts, also with include_self=False",
+                stock="equal shares; the former value of the place counts, also with include_self=False",
             ),
         ),
         choice=(
@@ -241,10 +241,10 @@ register(
         shares=True,
         corners=lambda *parameters: _CORNERS,
         note=(
-            "With `include_self=False` PyTorch gives nothing to what stood there before, and yet counts it if it is "
-            "equal: a single maximum of 0 over zeros, as PyTorch Geometric's `max` aggregation forms it behind a ReLU, "
-            "gets half of its gradient. Such a result counts as tied; every choice but the native one, and numbers "
-            "other than 1 in proportion, gives the whole gradient to those that take part."
+            "With `include_self=False` PyTorch gives nothing to the former value of the place, and yet counts it if it "
+            "is equal. So a single maximum of 0 over zeros, as PyTorch Geometric's `max` aggregation forms it behind a "
+            "ReLU, gets half of its gradient. Such a result counts as tied. Every choice but the native one, and "
+            "numbers other than 1 in proportion, gives the whole gradient to the entries that take part."
         ),
         example=lambda x: x.new_full((1,), -torch.inf).scatter_reduce(0, torch.zeros_like(x).long(), x, "amax"),
         at=(1.0,),
@@ -433,7 +433,7 @@ register(
         functions=spelled(_bag_call, F.embedding_bag),
         shares=True,
         corners=lambda *parameters: _CORNERS,
-        note="A row that stands twice in a bag ties with itself, and receives the same under most choices.",
+        note="A row that stands twice in a bag ties with itself. Under most choices it receives the same.",
         example=lambda x: F.embedding_bag(torch.arange(len(x)).unsqueeze(0), x.unsqueeze(1), mode="max").squeeze(),
         at=(1.0,),
     )

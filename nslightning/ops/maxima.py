@@ -318,7 +318,7 @@ register(
         shares=True,
         corners=lambda *parameters: ("first", "last"),
         tensorflow="first",
-        note="Every number beta gives halves, for these are both native and minimal.",
+        note="Every number beta gives halves, because native and minimal are the same here.",
         example=lambda x: torch.maximum(x[:1], x[1:]),
         at=(1.0,),
     )

@@ -338,7 +338,7 @@ register(
         functions={F.normalize: _normalized}
         | {f: call for parse, fs in _NORMS for f, call in spelled(partial(_euclidean, parse), *fs).items()},
         corners=lambda *parameters: (),  # one number for all entries names few elements of a ball
-        note="A number c gives each entry c g; JAX and TensorFlow return NaN.",
+        note="With a number c each entry receives c g. JAX and TensorFlow return NaN.",
         references=(
             "Boustany, On the numerical reliability of nonsmooth autodiff: a MaxPool case study, TMLR 2024 "
             "(NormPool: version 1 is 0, version 2 is 1)"

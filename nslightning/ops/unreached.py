@@ -11,7 +11,7 @@ from torch import Tensor, nn
 __all__ = ["UNREACHED", "UNSUPPORTED_FUNCTIONS", "UNSUPPORTED_MODULES"]
 
 _RANKED = "no choice yet: equal entries are told apart by rank, and the result names the index of the one taken"
-_ROOT = "PyTorch composes it of a root, whose derivative at 0 is infinite; ops.norm_pool2d is its p = 2 with a choice"
+_ROOT = "PyTorch computes it with a root, whose derivative at 0 is infinite; ops.norm_pool2d is p = 2 with a choice"
 UNREACHED: dict[str, str] = {
     **dict.fromkeys(("median", "nanmedian", "kthvalue", "topk", "sort", "msort", "quantile", "nanquantile"), _RANKED),
     **dict.fromkeys(("cummax", "cummin"), "no choice yet: each result is a maximum of its own"),
@@ -20,9 +20,9 @@ UNREACHED: dict[str, str] = {
     "normalize": "reached for 1 <= p < inf",
     "dist": "reached for 1 <= p < inf without autocast",
     "pairwise_distance": "reached for 1 <= p < inf",
-    "cdist": "its norms are taken inside one kernel",
-    "multilabel_margin_loss": "its hinges, one for each pair of classes, are formed inside one kernel",
-    "triplet_margin_with_distance_loss": "its distances are functions of the caller's",
+    "cdist": "one kernel computes its norms",
+    "multilabel_margin_loss": "one kernel computes its hinges, one for each pair of classes",
+    "triplet_margin_with_distance_loss": "the caller brings the function that computes its distances",
 }
 _NAMES = {"vector_norm": "norm", "linalg_norm": "norm"}
 UNSUPPORTED_MODULES: dict[type[nn.Module], str] = {

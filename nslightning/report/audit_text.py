@@ -42,7 +42,8 @@ def advice(audit: Audit) -> list[str]:
     if "dead ties" in groups:
         lines.append(
             f"In {names['dead ties']}: only dead ties. {_most(audit, groups['dead ties'])}, and the gradients of all "
-            "choices agree exactly: no tie receives a gradient and passes it on to a parameter. Nothing to change."
+            "choices agree exactly: no tie receives a gradient and passes it on to a parameter."
+            + ("" if audit.by_hand else " Nothing to change.")
         )
     if "rounding" in groups:
         largest = max((s for s in audit.spreads if s.dtype in groups["rounding"]), key=lambda s: s.relative)
@@ -50,7 +51,7 @@ def advice(audit: Audit) -> list[str]:
             f"In {names['rounding']}: ties, but no more than rounding. The largest relative difference, "
             f"{largest.relative:.1e} ({largest.choice}, {largest.dtype}), is below "
             f"{visible(audit, largest.dtype):.1e}, what another order of summation may change."
-            + ("" if "matters" in groups else " Nothing to change.")
+            + ("" if "matters" in groups or audit.by_hand else " Nothing to change.")
         )
     if "matters" in groups:
         lines += _matters(audit, groups["matters"])
