@@ -29,6 +29,8 @@ _DISK = {
     errno.ENOSPC: "cannot be written: the disk is full",
     errno.EDQUOT: "cannot be written: the disk quota is used up",
     errno.EIO: "cannot be read or written: the disk does not answer",
+    errno.EFBIG: "cannot be written: the file is larger than the system allows (ulimit -f)",
+    errno.ESTALE: "cannot be read or written: the network's file system went away",
 }
 
 
@@ -121,7 +123,7 @@ def ending_of(
     """
     cause = root_of(error)
     kinds: tuple[Callable[[BaseException, bool], Ending | None], ...] = (
-        _data, _system, _own, _wandb, _memory, _network, _model, _mistake, _callback, _late, _frozen,
+        _data, _system, _worker, _own, _wandb, _memory, _network, _model, _mistake, _callback, _late, _frozen,
     )  # fmt: skip
     for kind in kinds:
         if (ending := kind(cause, began)) is not None:
@@ -151,6 +153,20 @@ def _system(error: BaseException, began: bool) -> Ending | None:
         where = next((p for p in (Path(str(where)), *Path(str(where)).parents) if p.is_file()), where)
     reason = (_PLACE | _DISK)[error.errno]
     return Ending(1 if began or error.errno in _DISK else 2, f"{'a file' if where is None else where} {reason}")
+
+
+def _worker(error: BaseException, began: bool) -> Ending | None:
+    """A process that reads data, which the system ended or which does not answer."""
+    text = str(error)
+    if not isinstance(error, RuntimeError) or not text.startswith("DataLoader"):
+        return None
+    if "timed out" in text:
+        return Ending(1, f"a process that reads the data does not answer ({text.rstrip('.')})")
+    if "killed by signal" in text or "exited unexpectedly" in text:
+        first = text.splitlines()[0].rstrip(". ")
+        fewer = "where memory ran out, fewer processes need less: --data.workers"
+        return Ending(1, f"a process that reads the data was ended from outside ({first}); {fewer}")
+    return None
 
 
 def _own(error: BaseException, began: bool) -> Ending | None:
