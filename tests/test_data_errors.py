@@ -303,6 +303,6 @@ def test_commands_download_where_asked_to(command, published, tmp_path, monkeypa
     }[command]
     load.cache_clear()
     assert main(call) != 0
-    assert "for experiment and zones, --download=true" in capsys.readouterr().err
+    assert "experiment and zones, --download) to download it" in capsys.readouterr().err
     assert main([*call, "--download=true"]) == 0
     assert (tmp_path / "fetched" / IMAGES).is_file()

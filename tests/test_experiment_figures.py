@@ -28,7 +28,7 @@ FILES = sorted((Path(configs.__file__).parent / "experiments").glob("*.yaml"))
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-def made_up(kind, cell, device):
+def made_up(kind, cell, device, partial=None):
     """What a cell might have found, drawn from its settings: large published choices diverge."""
     draw = random.Random(str(dataclasses.asdict(cell)))
     value = cell.relu or cell.max_pool

@@ -11,9 +11,9 @@ from torch import nn
 
 from nslightning import Jacobians, patch, using
 
-FAST, SLOW = range(800), range(1_000, 26_000)
+FAST, SLOW = range(400), range(1_000, 26_000)
 # What the programs of the fast range come to with the versions of requirements.lock; others have other samples.
-LEAST = {"ran": 600, "tied": 25, "named": 25}
+LEAST = {"ran": 300, "tied": 10, "named": 10}
 
 
 @pytest.fixture

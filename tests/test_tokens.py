@@ -6,6 +6,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -109,6 +110,7 @@ def test_a_batch_can_be_told_without_reading_what_comes_before(tmp_path):
 def test_processes_share_an_epoch(world, tmp_path):
     class Place:
         world_size = world
+        strategy = SimpleNamespace(root_device=torch.device("cpu"))
 
         def __init__(self, rank):
             self.global_rank = rank

@@ -429,13 +429,13 @@ def test_config_trains_two_batches(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--task=text"], "--task=text is not one of twins, which takes images"),
+        (["--task=text"], "--task=text: twins takes --task=images"),
         (["--data=Synthetic"], "--model.choices is needed"),
         (["--data=Synthetic", "--model.choices.a.relo=1"], "relo"),
         (["--data=Synthetic", "--model.choices.a={}", "--model.control=false"], "at least two"),
         (
             ["--data=Synthetic", "--model.choices.a={}", "--divergence.every=2"],
-            "did you mean 'divergence.every_n_steps'",
+            "did you mean '--divergence.every_n_steps'",
         ),
     ],
 )

@@ -208,6 +208,7 @@ def test_all_small_models_are_run_and_none_twice(tmp_path, monkeypatch):
     monkeypatch.setattr(zoo.timm, "create_model", lambda name: built.append(name) or Net(nn.ReLU()))
     file = tmp_path / "zoo.csv"
     base = ["zoo", f"--out={tmp_path}/zoo.md", f"--csv={file}"]
+    monkeypatch.setattr(zoo, "MODELS", {})
     monkeypatch.setattr(
         zoo, "torchvision_models", lambda: iter([("torchvision", "densenet121", lambda: Net(nn.ReLU()), 8)])
     )

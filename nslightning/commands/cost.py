@@ -14,13 +14,8 @@ from nslightning.commands.progress import progress
 from nslightning.files import expanded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
+    # Nothing that imports torch: jsonargparse runs this block to understand the annotations of `cost`.
     from jsonargparse import ArgumentParser
-    from torch import Tensor, nn
-
-    from nslightning.jacobians import Jacobians
-    from nslightning.probes.step_cost import StepCost
 
 __all__ = ["main", "make_parser"]
 
@@ -151,12 +146,14 @@ def cost(
     if step and (widths or not named):
         raise ValueError("step=True measures one network under at least one choice: leave widths out, give --choices")
 
-    def build(**changed: Any) -> nn.Module:
+    def build(**changed: Any) -> Any:
         network = create_backbone(backbone, num_classes, image_shape, **(options | changed))
         return network.to(target, dtype).train()
 
     if step:
-        print(_steps(build, (num_classes, image_shape, batch_size, seed), named, repetitions))
+        from nslightning.commands.cost_of_steps import steps
+
+        print(steps(build, (num_classes, image_shape, batch_size, seed), named, repetitions))
         return 0
 
     result: CostReport | CostScaling
@@ -192,33 +189,3 @@ def cost(
             path.replace(folder / path.name)
     print(f"\nWritten to {folder}: {', '.join(path.name for path in written)}")
     return 0
-
-
-def _steps(
-    build: Callable[[], nn.Module],
-    images: tuple[int, tuple[int, int, int], int, int],
-    choices: dict[str, Jacobians],
-    repetitions: int,
-) -> StepCost:
-    """The parts of a training step on random images that are kept as bytes on the network's device."""
-    from itertools import count
-
-    import torch
-
-    from nslightning.data import Synthetic
-    from nslightning.data.images import TensorImages
-    from nslightning.probes.step_cost import step_cost
-
-    classes, shape, size, seed = images
-    torch.manual_seed(seed)
-    first = next(build().parameters())
-    split = Synthetic(shape, classes, images=8 * size, batch_size=size, seed=seed)._split("train")
-    assert isinstance(split, TensorImages)
-    source = split.to(first.device)
-    batches, turn = torch.arange(8 * size, device=first.device).split(size), count()
-
-    def data() -> tuple[Tensor, Tensor]:
-        x, y = source.batch(batches[next(turn) % 8], 0)
-        return x.to(first.dtype), y
-
-    return step_cost(build, data, choices, repetitions=repetitions)
