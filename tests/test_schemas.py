@@ -128,3 +128,17 @@ def test_the_command_says_where_they_are_and_makes_them(capsys):
         main(["schema", "confg"])
     assert main(["schema", "config", "--import", "no_such_module"]) == 2
     assert "no_such_module" in capsys.readouterr().err
+
+
+def test_what_is_packaged_names_no_place_of_a_machine():
+    """W&B's settings have the working folder and the home folder as defaults: other packages' defaults are left out."""
+    text = (FOLDER / "schemas" / "config.json").read_text(encoding="utf-8")
+    assert re.findall(r'"/\w+/[^"]*"', text) == []
+    made = schema("config")
+    assert str(Path.cwd()) not in json.dumps(made)
+    settings = made["$defs"]["Settings"]["properties"]
+    assert "root_dir" in settings
+    assert all(not {"default", "description"} & settings[name].keys() for name in settings)
+    ours = made["$defs"]["Jacobians"]
+    assert ours["description"]
+    assert ours["properties"]["relu"]["description"]

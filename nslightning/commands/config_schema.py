@@ -23,8 +23,23 @@ _NOTHING: dict[str, Any] = {"not": {}}
 _HANDED = ("params", "optimizer")
 
 
+#: Options that Lightning describes.
+_LIGHTNING_S = ("trainer", "ckpt_path", "weights_only")
+
+
 class _Schema(ParserJsonschema):
     """jsonargparse's schema, with bare names and classes of the caller's own, and without what it stumbles over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.others = set[str]()  # names of the definitions of other packages' classes
+
+    def class_ref(self, class_type: Any, action: Any, subclass: bool) -> dict[str, Any]:
+        """A class that is defined once, with a note whose it is."""
+        made: dict[str, Any] = super().class_ref(class_type, action, subclass)
+        if not str(getattr(class_type, "__module__", "")).startswith("nslightning."):
+            self.others.add(self.def_name(class_type))
+        return made
 
     def callable_schema(self, typehint: Any, action: Any) -> dict[str, Any]:
         """An optimizer or a schedule, which a config describes as a class."""
@@ -63,6 +78,30 @@ class _Schema(ParserJsonschema):
         return made
 
 
+def _bare(node: Any) -> Any:
+    """A schema without words and defaults: those of other packages are theirs, and may depend on the machine."""
+    if isinstance(node, list):
+        return [_bare(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    return {
+        key: {name: _bare(of) for name, of in value.items()} if key == "properties" else _bare(value)
+        for key, value in node.items()
+        if key not in ("description", "default")
+    }
+
+
+def _own_words(definition: dict[str, Any]) -> dict[str, Any]:
+    """The definition of another package's class, in which only this package's subclasses keep their words."""
+
+    def ours(form: dict[str, Any]) -> bool:
+        names = form.get("properties", {}).get("class_path", {}).get("enum", ())
+        return any(name.startswith("nslightning.") for name in names)
+
+    kept = {"anyOf": [form if ours(form) else _bare(form) for form in definition.get("anyOf", ())]}
+    return {**_bare(definition), **(kept if "anyOf" in definition else {})}
+
+
 def config_schema() -> dict[str, Any]:
     """Make the schema.
 
@@ -73,11 +112,15 @@ def config_schema() -> dict[str, Any]:
     forms, definitions = [], dict[str, Any]()
     parsers = {task: training_parser(task) for task in TASKS} | {"twins": training_parser("images", TwinsCLI)}
     for task, parser in parsers.items():
-        made: dict[str, Any] = _Schema().generate(parser)
-        definitions |= made.pop("$defs", {})
+        generator = _Schema()
+        made: dict[str, Any] = generator.generate(parser)
+        for name, definition in made.pop("$defs", {}).items():
+            definitions[name] = _own_words(definition) if name in generator.others else definition
         made.pop("required", None)
         made.pop("$schema", None)
         options = made["properties"]
+        for name in _LIGHTNING_S:
+            options[name] = _bare(options[name])
         options["task"] = {"enum": ["images" if task == "twins" else task]}
         options["model"].pop("required", None)
         if task == "text":
