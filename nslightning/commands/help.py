@@ -78,23 +78,23 @@ def options(command: str) -> list[Option]:
         >>> [o.flag for o in options("fit")][:2]
         ['--config', '--name']
     """
-    found = [Option("run", *_split(flag), text) for flag, text in _RUN.items()]
+    shown = [Option("run", *_split(flag), text) for flag, text in _RUN.items()]
     if command == "twins":
-        found += _of_class("models/twins.py", "Twins", "--model.")
-        found += _of_class("callbacks/twin_divergence.py", "TwinDivergence", "--divergence.")
+        shown += _of_class("models/twins.py", "Twins", "--model.")
+        shown += _of_class("callbacks/twin_divergence.py", "TwinDivergence", "--divergence.")
     model = _of_class("models/classifier.py", "ImageClassifier", "--model.")
-    found += [o for o in model if command != "twins" or o.flag != "--model.jacobians"]
+    shown += [o for o in model if command != "twins" or o.flag != "--model.jacobians"]
     if command != "twins":
-        found += [
+        shown += [
             Option("Jacobian choice, as --model.jacobians=jax or", f"--model.jacobians.{name}", "", "")
             for name in (*_operations(), "rule")
         ]
     names = ", ".join(_data_sets())
-    found += [
+    shown += [
         Option("data", "--data", "NAME", f"The data set: {names}."),
         *_of_class("data/base.py", "ResumableDataModule", "--data."),
     ]
-    return found + [Option("trainer", f"--trainer.{name}", "", text) for name, text in _TRAINER.items()]
+    return shown + [Option("trainer", f"--trainer.{name}", "", text) for name, text in _TRAINER.items()]
 
 
 def short(command: str) -> str:
@@ -198,20 +198,20 @@ def _of_class(file: str, name: str, prefix: str) -> list[Option]:
     tree = ast.parse((_PACKAGE / file).read_text(encoding="utf-8"))
     cls = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name)
     start = next(n for n in cls.body if isinstance(n, ast.FunctionDef) and n.name == "__init__")
-    told = _arguments(ast.get_docstring(cls) or "")
+    descriptions = _arguments(ast.get_docstring(cls) or "")
     arguments = start.args.args[1:]
     defaults = [None] * (len(arguments) - len(start.args.defaults)) + list(start.args.defaults)
-    found = []
+    options_of_class = []
     for argument, default in zip(arguments, defaults, strict=True):
         if argument.arg in _LINKED:
             continue
         simple = isinstance(default, ast.Constant) and default.value not in (None, "")
         by = f" (default: {ast.unparse(default)})" if simple and default is not None else ""
         role = r"``|:(?:class|func|meth|mod|data):`~?(?:\w+\.)*(\w+)`"
-        text = re.sub(role, lambda m: m[1] or "", told.get(argument.arg, ""))
+        text = re.sub(role, lambda m: m[1] or "", descriptions.get(argument.arg, ""))
         section = prefix.strip("-.")
-        found.append(Option(section, f"{prefix}{argument.arg}", "", _first(text) + by))
-    return found
+        options_of_class.append(Option(section, f"{prefix}{argument.arg}", "", _first(text) + by))
+    return options_of_class
 
 
 def _first(text: str) -> str:
@@ -222,12 +222,12 @@ def _first(text: str) -> str:
 def _arguments(docstring: str) -> dict[str, str]:
     """The section `Args` of a docstring in Google's style."""
     section = re.search(r"^Args:\n((?:[ ]+.*\n?|\n)+)", inspect.cleandoc(docstring), re.MULTILINE)
-    found: dict[str, str] = {}
+    descriptions: dict[str, str] = {}
     name = ""
     for line in textwrap.dedent(section[1]).splitlines() if section else []:
         if start := re.match(r"(\*{0,2}\w+): (.*)", line):
             name = start[1]
-            found[name] = start[2]
+            descriptions[name] = start[2]
         elif name:
-            found[name] += f" {line.strip()}"
-    return found
+            descriptions[name] += f" {line.strip()}"
+    return descriptions

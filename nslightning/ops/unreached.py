@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 __all__ = ["UNREACHED", "UNSUPPORTED_FUNCTIONS", "UNSUPPORTED_MODULES"]
 
-_RANKED = "no choice yet: equal entries are told apart by rank, and the result names the index of the one taken"
+_RANKED = (
+    "no choice yet: PyTorch ranks equal entries in an order of its own, and the result names the index of the one that "
+    "it takes"
+)
 _ROOT = "PyTorch computes it with a root, whose derivative at 0 is infinite; ops.norm_pool2d is p = 2 with a choice"
 UNREACHED: dict[str, str] = {
     **dict.fromkeys(("median", "nanmedian", "kthvalue", "topk", "sort", "msort", "quantile", "nanquantile"), _RANKED),
