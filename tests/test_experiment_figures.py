@@ -497,3 +497,11 @@ def test_the_gallery_lists_what_has_no_results(gallery, tmp_path, monkeypatch):
     assert {e.name for e in made if not e.missing} == {n for n, d in f.FIGURES.items() if not d.needs_results}
     assert "| fig3 |" in text
     assert "`nslightning experiment cifar10_vgg_alpha --scale small`" in text
+
+
+def test_each_panel_names_its_optimizer(repo_root):
+    """Of the committed grid over optimizers each panel says which one it is of."""
+    figure = f.make("rule-effect", f.read([repo_root / "results/mnist_mitigation/small"]))
+    titles = [axis.get_title().replace("\n", " ") for axis in figure.axes if axis.get_title()]
+    assert len(set(titles)) == len(titles) > 4
+    assert {"Adam", "AdamW", "INNAprop"} <= {word.strip(",") for title in titles for word in title.split()}

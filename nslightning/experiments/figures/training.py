@@ -134,11 +134,16 @@ def _title(key: tuple[Any, ...], rows: pd.DataFrame) -> list[str]:
     if rows[["backbone", "data"]].drop_duplicates().shape[0] > 1:
         found.append(f"{tell(backbone)}/{tell(data)}")
     if rows["optimizer"].nunique() > 1:
-        found.append({"sgd": "SGD", "adam": "Adam"}[optimizer])
+        found.append(_optimizer(optimizer))
     found.append(f"{precision} bit")
     if norm and norm[0] is not None:
         found.append("with batch norm" if norm[0] else "no batch norm")
     return found
+
+
+def _optimizer(name: str) -> str:
+    """An optimizer's usual name; those that a cell names by class have it."""
+    return {"sgd": "SGD", "adam": "Adam"}.get(name, name)
 
 
 def _notes(show: Sequence[str], paper: bool) -> Iterator[str]:
@@ -462,7 +467,7 @@ def rule_effect(rows: pd.DataFrame) -> Figure:
             )  # fmt: skip
         top.axhline(0, color="black", lw=0.6, zorder=1)
         title = [f"{key[4]} bit"]
-        title += ["Adam"] if key[3] == "adam" else []
+        title += [] if key[3] == "sgd" else [_optimizer(key[3])]
         title += [] if norm is None or norm != norm else ["BN" if norm else "no BN"]
         top.set_title(f"{tell(key[2])}/{tell(key[1])}\n{', '.join(title)}", fontsize=8)
         if not drawn_nan:
