@@ -1,9 +1,11 @@
 """The common LightningDataModule and its resumable training loader."""
 
+import signal
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -59,6 +61,23 @@ class Loader(DataLoader[Batch]):
                 normalise = normalise or Normalisation(images.preprocessing.mean, images.preprocessing.std, x.device)
                 x = normalise(x)
             yield x, y
+
+
+def _survive_one_signal(worker: int) -> None:
+    """Let a worker outlive the first SIGTERM.
+
+    A batch system sends it to all processes of a job. The training stops at its next step, for which it needs its
+    workers: a validation that they are killed in is neither done nor undone. They end with their loader, which sends
+    SIGTERM to those that do not.
+
+    Args:
+        worker: The worker's number, from the loader.
+    """
+
+    def first(signum: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, first)
 
 
 class TrainLoader(Loader):
@@ -277,6 +296,7 @@ class ResumableDataModule(LightningDataModule, ABC):
         return {
             "collate_fn": _whole,
             "num_workers": self.workers,
+            "worker_init_fn": _survive_one_signal if self.workers else None,
             "persistent_workers": self.workers > 0,
             "pin_memory": torch.cuda.is_available() and not (isinstance(items, TensorImages) and not self.workers),
             "generator": torch.Generator(),  # else its workers' seed is drawn from the global generator
