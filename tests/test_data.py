@@ -454,3 +454,28 @@ def test_real_svhn_digits():
     fitted(module)
     assert module.provenance["counts"] == {"train": 10, "val": 7, "test": 7}
     assert module.provenance["split"] == "train"
+
+
+def test_a_worker_survives_the_first_sigterm_and_ends_with_the_second():
+    """A batch system sends it to all processes of a job; the training stops at a step of its own choosing."""
+    import multiprocessing
+    import os
+    import signal
+
+    def module(workers):
+        made = data.Synthetic((1, 4, 4), 2, 64, batch_size=4, workers=workers, seed=1)
+        made.setup("fit")
+        return made.train_dataloader()
+
+    before = set(multiprocessing.active_children())
+    loader = module(1)  # which its workers live as long as
+    batches = iter(loader)
+    read = [next(batches)]
+    (worker,) = set(multiprocessing.active_children()) - before
+    os.kill(worker.pid, signal.SIGTERM)
+    read += [*batches]
+    assert worker.is_alive()
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(read, module(0), strict=True))
+    with pytest.raises(RuntimeError, match="killed by signal: Terminated"):  # as PyTorch says it
+        os.kill(worker.pid, signal.SIGTERM)
+        worker.join(10)

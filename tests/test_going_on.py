@@ -203,6 +203,43 @@ def test_a_checkpoint_counts_no_step_whose_row_is_missing(tmp_path):
     pd.testing.assert_frame_equal(parts[["step", "loss_step"]], whole[["step", "loss_step"]])
 
 
+@pytest.mark.parametrize("where", ["validation", "step"])
+def test_workers_that_die_of_a_signal_leave_a_checkpoint_only_where_it_is_exact(where, tmp_path):
+    """In the validation after an epoch's last step Lightning has counted the step only in part."""
+
+    class Watched(Logs):
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    class WorkersDie(Callback):
+        def __init__(self, kept):
+            self.kept = kept
+
+        def die(self, here, trainer):
+            if here == where and not trainer.sanity_checking and trainer.global_step >= 3:
+                self.kept.signum = signal.SIGTERM
+                raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Terminated.")
+
+        def on_validation_start(self, trainer, pl_module):
+            self.die("validation", trainer)
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.die("step", trainer)
+
+    loader = DataLoader(torch.ones(16), batch_size=4)
+    with signals() as kept:
+        last = StopWhenAsked(kept, tmp_path)
+        trainer = Trainer(
+            max_epochs=2, accelerator="cpu", logger=False, default_root_dir=tmp_path, enable_progress_bar=False,
+            enable_model_summary=False,
+        )  # fmt: skip
+        trainer.callbacks += [WorkersDie(kept), last]  # before the step is begun, for the one that stops
+        with pytest.raises(RuntimeError, match="killed by signal"):
+            trainer.fit(Watched(), loader, loader)
+    assert last.saved == (where == "step")
+    assert last.step == (4 if where == "validation" else 3)
+
+
 def test_epochs_of_one_step_are_stopped_between_two(tmp_path):
     """Every step is its epoch's last one; the rate of learning falls as it does without a stop."""
     options = {"max_epochs": 6, "limit_train_batches": 1, "log_every_n_steps": 1}

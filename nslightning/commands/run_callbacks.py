@@ -88,9 +88,13 @@ def makes_again(config: Any) -> Any:
     return [makes_again(v) for v in config] if isinstance(config, list) else config
 
 
-def _in_epoch(progress: Any) -> bool:
-    """Whether an epoch was begun and not ended."""
-    return bool(progress.processed < progress.started)
+def _after_last_step(trainer: Trainer) -> bool:
+    """Whether an epoch's last step is done, and the epoch is not."""
+    loop = trainer.fit_loop
+    epochs: Any = loop.epoch_progress.current
+    batches = loop.epoch_loop.batch_progress
+    done = batches.is_last_batch and batches.current.completed == batches.current.ready
+    return bool(done and epochs.processed < epochs.started)
 
 
 class StopWhenAsked(Callback):
@@ -192,9 +196,8 @@ class StopWhenAsked(Callback):
         over, self.signals.waits = not self.signals.waits, False
         if self.signals.signum is None or not self.began or self._in_step or self.saved:
             return
-        loop = trainer.fit_loop
-        if loop.epoch_loop.batch_progress.is_last_batch and not over and _in_epoch(loop.epoch_progress.current):
-            return  # after an epoch's last step, in its validation: going on from there would count a step twice
+        if not over and _after_last_step(trainer):
+            return  # in the validation of an epoch: going on from there would count a step twice
         kept = (getattr(c, "_last_global_step_saved", None) for c in trainer.checkpoint_callbacks)
         if over and trainer.global_step in kept:  # it came while the figures of a finished training were drawn
             self.saved = True
