@@ -476,6 +476,10 @@ def test_a_worker_survives_the_first_sigterm_and_ends_with_the_second():
     read += [*batches]
     assert worker.is_alive()
     assert all(torch.equal(a[0], b[0]) for a, b in zip(read, module(0), strict=True))
-    with pytest.raises(RuntimeError, match="killed by signal: Terminated"):  # as PyTorch says it
+
+    def end():
         os.kill(worker.pid, signal.SIGTERM)
         worker.join(10)
+
+    with pytest.raises(RuntimeError, match="killed by signal: Terminated"):  # as PyTorch says it
+        end()
