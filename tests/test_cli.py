@@ -382,6 +382,16 @@ def wandb_modes(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
     return seen
 
 
+def test_a_run_that_does_not_begin_is_not_offered_for_upload(capfd, monkeypatch):
+    wandb_modes(monkeypatch)
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("NSLIGHTNING_DATA_DIR", str(Path("nowhere").absolute()))
+    status, text = run(capfd, "fit", *QUICK, NO_CALLBACKS, "--data=MNIST")
+    assert status == 1
+    assert "wandb sync" not in text
+    assert not Path("runs").exists()
+
+
 @pytest.mark.parametrize("key", [None, "variable", "netrc", "other host", "token"])
 def test_wandb_goes_offline_without_a_key(key, capfd, monkeypatch):
     seen = wandb_modes(monkeypatch)

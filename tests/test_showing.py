@@ -148,7 +148,7 @@ def test_every_packaged_config_has_no_other_logger(repo_root):
     from nslightning.commands import wandb_run
     from nslightning.commands.trainer_parts import listed
 
-    assert wandb_run.prepared(True, Path("x"), []) is True
+    assert wandb_run.prepared(True, Path("x"), []) == (True, [])
     for file in sorted((repo_root / "configs").rglob("*.yaml")):
         trainer = (yaml.safe_load(file.read_text()) or {}).get("trainer") or {}
         for logger in listed(trainer.get("logger")):

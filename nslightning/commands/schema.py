@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from nslightning.commands.endings import ended
+from nslightning.commands.endings import CallError, ended
 from nslightning.commands.plain_parser import Arguments
 from nslightning.files import expanded, write_text
 
@@ -78,7 +78,13 @@ def _write(arguments: argparse.Namespace) -> int:
 
     with current_folder_importable():
         for module in arguments.modules:
-            import_module(module)
+            try:
+                import_module(module)
+            except ImportError as error:
+                raise CallError(
+                    f"--import {module} cannot be imported ({error}): name modules as Python does, as my_package.nets, "
+                    "from the folder that holds them"
+                ) from error
     text = json.dumps(schema(arguments.kind), separators=(",", ":"), sort_keys=True) + "\n"
     if arguments.out is None:
         print(text, end="")

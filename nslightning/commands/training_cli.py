@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -62,6 +63,7 @@ class TrainCLI(LightningCLI):
     signals: Signals
     place: RunPlace
     stopper: StopWhenAsked | None = None
+    _notes: Sequence[str] = ()  # of the loggers, said when the run begins
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """What a run is called and where it goes."""
@@ -136,7 +138,7 @@ class TrainCLI(LightningCLI):
         folder = self.place.take(config.output, config.name, self.start.folder)
         # config.yaml keeps what was asked for: a new run of it must not take this one's place in W&B.
         self._loggers_asked = copy.deepcopy(config.trainer.logger)
-        config.trainer.logger = wandb_run.prepared(config.trainer.logger, folder, self._tags())
+        config.trainer.logger, self._notes = wandb_run.prepared(config.trainer.logger, folder, self._tags())
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Add what every run has: its own folder, the metrics file, seeds per step, the record, an orderly stop."""
@@ -217,15 +219,19 @@ class TrainCLI(LightningCLI):
                 f"{type(self.model).__name__} is not patched and trains with PyTorch's own derivatives; "
                 "--trainer.callbacks+=NonsmoothPatch patches it"
             )
-        if not isinstance(self.datamodule, (ImageDataModule, TokenFile)):
-            return
-        self.datamodule.prepare_data()
-        self.datamodule.setup("fit")
-        counts = ", ".join(f"{n:,} {split}" for split, n in self.datamodule.provenance["counts"].items())
+        if isinstance(self.datamodule, (ImageDataModule, TokenFile)):
+            self._read(self.datamodule)
+        for note in self._notes:  # of a run that begins
+            rank_zero_info(note)
+
+    def _read(self, data: ImageDataModule | TokenFile) -> None:
+        """Read the data, and say what is trained on what."""
+        data.prepare_data()
+        data.setup("fit")
+        counts = ", ".join(f"{n:,} {split}" for split, n in data.provenance["counts"].items())
         parameters = sum(p.numel() for p in self.model.parameters())
         title = getattr(self.model, "title", type(self.model).__name__)
-        data = f"{self.datamodule.name} ({counts} {self.datamodule.summary})"
-        rank_zero_info(f"{title} ({parameters:,} parameters) on {data}")
+        rank_zero_info(f"{title} ({parameters:,} parameters) on {data.name} ({counts} {data.summary})")
 
     def after_fit(self) -> None:
         """Say where the results are."""

@@ -15,7 +15,6 @@ from typing import Any
 from urllib.parse import urlparse
 
 from jsonargparse import Namespace
-from lightning.pytorch.utilities import rank_zero_info
 
 from nslightning.spelling import did_you_mean
 
@@ -24,7 +23,7 @@ __all__ = ["finish", "prepared"]
 _MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")
 
 
-def prepared(loggers: Any, folder: Path, tags: Sequence[str]) -> Any:
+def prepared(loggers: Any, folder: Path, tags: Sequence[str]) -> tuple[Any, list[str]]:
     """Point the WandbLoggers of a config to a run's folder; where W&B cannot be imported, go on without it.
 
     Args:
@@ -33,21 +32,22 @@ def prepared(loggers: Any, folder: Path, tags: Sequence[str]) -> Any:
         tags: The tags of a run whose config names none.
 
     Returns:
-        The loggers to make; True, which is Lightning's default, where none is left.
+        The loggers to make, or True, which is Lightning's default, where none is left; and what to say of them once
+        the run begins.
 
     Raises:
         ValueError: If ``WANDB_MODE`` asks for what is not there.
     """
     several = isinstance(loggers, list)
-    kept = []
+    kept, notes = [], list[str]()
     for logger in loggers if several else [loggers]:
         if isinstance(logger, Namespace) and str(logger.get("class_path")).endswith("WandbLogger"):
             if (reason := _missing()) is not None:
-                rank_zero_info(
+                notes.append(
                     f"W&B is left out ({reason}); `pip install wandb` mends it. {folder}/metrics.csv has its numbers"
                 )
                 continue
-            _prepare(logger.init_args, folder)
+            notes += _prepare(logger.init_args, folder)
             # What the logger hands on to `wandb.init`: arguments of its own, where jsonargparse finds that function.
             if "group" in logger.init_args:
                 logger.init_args.group = logger.init_args.group or folder.parent.name
@@ -57,8 +57,8 @@ def prepared(loggers: Any, folder: Path, tags: Sequence[str]) -> Any:
                 logger.dict_kwargs = {"group": folder.parent.name, "tags": list(tags)} | asked
         kept.append(logger)
     if several:
-        return kept
-    return kept[0] if kept else True
+        return kept, notes
+    return (kept[0] if kept else True), notes
 
 
 def _missing() -> str | None:
@@ -70,8 +70,8 @@ def _missing() -> str | None:
     return None
 
 
-def _prepare(options: Namespace, folder: Path) -> None:
-    """Point a WandbLogger's options to a run's folder, and stay offline where there is no account.
+def _prepare(options: Namespace, folder: Path) -> list[str]:
+    """Point a WandbLogger's options to a run's folder, stay offline where there is no account, and say how to upload.
 
     The file ``wandb_id`` in the folder makes a run that goes on the same W&B run.
     """
@@ -99,7 +99,8 @@ def _prepare(options: Namespace, folder: Path) -> None:
         reason = "W&B has no API key here and stays offline"
     if mode == "offline":
         os.environ.setdefault("WANDB_SILENT", "true")  # the next line says what wandb's own six would
-        rank_zero_info(f"{reason}; to upload this run: wandb login && wandb sync {folder}/wandb/offline-run-*")
+        return [f"{reason}; to upload this run: wandb login && wandb sync {folder}/wandb/offline-run-*"]
+    return []
 
 
 def finish() -> None:

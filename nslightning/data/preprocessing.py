@@ -135,7 +135,7 @@ def preprocessing_of(name: str) -> Preprocessing:
     if family == "torchvision":
         return _torchvision(name, network)
     raise ValueError(
-        f"there is no preprocessing {name!r}{did_you_mean(name, [HE2016.name])}: it is {HE2016.name}, or that of a "
+        f"there is no preprocessing {name!r}{did_you_mean(name, [HE2016.name])} It is {HE2016.name}, or that of a "
         "network's weights: timm/<name> or torchvision/<name>"
     )
 
