@@ -461,6 +461,8 @@ def test_a_worker_survives_the_first_sigterm_and_ends_with_the_second():
     import multiprocessing
     import os
     import signal
+    import time
+    from contextlib import suppress
 
     def module(workers):
         made = data.Synthetic((1, 4, 4), 2, 64, batch_size=4, workers=workers, seed=1)
@@ -477,9 +479,13 @@ def test_a_worker_survives_the_first_sigterm_and_ends_with_the_second():
     assert worker.is_alive()
     assert all(torch.equal(a[0], b[0]) for a, b in zip(read, module(0), strict=True))
 
-    def end():
-        os.kill(worker.pid, signal.SIGTERM)
-        worker.join(10)
-
-    with pytest.raises(RuntimeError, match="killed by signal: Terminated"):  # as PyTorch says it
-        end()
+    alive = True
+    for attempt in range(200):
+        with suppress(RuntimeError):  # PyTorch's word that a worker was killed, in whichever line it hears of it
+            if attempt == 0:
+                os.kill(worker.pid, signal.SIGTERM)
+            time.sleep(0.05)
+            alive = worker.is_alive()
+        if not alive:
+            break
+    assert not alive
