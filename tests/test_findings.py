@@ -433,3 +433,19 @@ def test_what_the_mitigation_grid_met() -> None:
     assert first.pop(("sgd", False)) == int(epoch)
     assert {"five": 5}[said(r"In the other (\w+) rows")[0]] == len(first)
     assert set(first.values()) == {None}
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "said"),
+    [
+        ("mnist_lenet_beta", "small", ""),
+        ("mnist_mitigation", "small", ""),
+        ("mnist_lenet_beta", "smoke", "Nothing is published for FashionMNISTSample; MNIST has published numbers."),
+    ],
+)
+def test_a_comparison_says_what_nothing_is_published_for(name, scale, said):
+    from nslightning import configs
+    from nslightning.experiments import Experiment
+    from nslightning.experiments.compare import _nothing_published
+
+    assert _nothing_published(Experiment.read(configs.path(f"experiments/{name}"), scale)) == said
