@@ -28,9 +28,9 @@ failed=()
 part 120 build "$python" -m nslightning.ops.kernels.build
 part 30 version "$python" -m nslightning --version --verbose
 part 30 "in force" "$python" -c 'from nslightning.ops.autograd import native as n; exit(n.cuda_state() != "in force" and n.cuda_state())'
-part 200 exactness "$python" -m pytest -q -p no:cacheprovider -m "cuda and not slow" tests/test_cuda_nodes.py tests/test_cost.py \
-	tests/test_optim.py tests/test_on_a_gpu.py
-part 60 "2^31 entries" "$python" -m pytest -q -p no:cacheprovider -m slow tests/test_cuda_nodes.py
+part 200 exactness "$python" -m pytest -q -p no:cacheprovider -m "cuda and not slow" tests/ops/test_cuda_nodes.py tests/probes/test_cost.py \
+	tests/optim/test_optim.py tests/test_on_a_gpu.py
+part 60 "2^31 entries" "$python" -m pytest -q -p no:cacheprovider -m slow tests/ops/test_cuda_nodes.py
 part 40 host "$python" -m benchmarks.host --device cuda --seconds 0.3 --out "$into/host_cuda.json"
 small=(--device cuda --batch 128 --rounds 15 --networks "vgg11, 32x32" "resnet18, 32x32")
 part 60 steps "$python" -m benchmarks.surgery "${small[@]}" --out "$into/steps_cuda.md"

@@ -4,7 +4,9 @@
 """
 
 import gzip
+import json
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +85,27 @@ def write_imagenet(root: Path, classes: int = 3, per_class: int = 8) -> None:
     """ImageNet's folders: train and val by WordNet id."""
     wnids = ("n01440764", "n02102040", "n02979186", "n03000684", "n03028079")[:classes]
     write_image_folder(root, wnids, per_class, (64, 48), "JPEG")
+
+
+FOOD101_CLASSES = ("apple_pie", "bibimbap", "waffles")
+
+
+def write_food101(root: Path, classes: Sequence[str] = FOOD101_CLASSES, train: int = 6, test: int = 2) -> Path:
+    """Images by class, and the lists of both parts; every fourth image is grey."""
+    rng = np.random.default_rng(5)
+    folder = root / "food-101"
+    (folder / "meta").mkdir(parents=True)
+    lists: dict[str, dict[str, list[str]]] = {"train": {}, "test": {}}
+    for name in reversed(classes):  # the labels follow the alphabet, not the lists
+        (folder / "images" / name).mkdir(parents=True)
+        for i in range(train + test):
+            coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+            image = coarse.resize((48, 40), Image.Resampling.BICUBIC).convert("L" if i % 4 == 3 else "RGB")
+            image.save(folder / "images" / name / f"{1000 + i}.jpg", "JPEG", quality=90)
+            lists["train" if i < train else "test"].setdefault(name, []).append(f"{name}/{1000 + i}")
+    for part, content in lists.items():
+        (folder / "meta" / f"{part}.json").write_text(json.dumps(content))
+    return folder
 
 
 def write_all(root: Path) -> None:

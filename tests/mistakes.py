@@ -1,7 +1,7 @@
 """Mistakes that a person makes, and what the command answers: one table for the tests and for the page of messages.
 
 Each row is typed in a folder that holds ``FILES`` and nothing else. ``docs/make_messages.py`` writes the answers to
-``docs/reference/messages.md``; ``tests/test_mistakes.py`` tests each row, and that the page has its answer.
+``docs/reference/messages.md``; ``tests/commands/test_mistakes.py`` tests each row, and that the page has its answer.
 """
 
 from __future__ import annotations

@@ -35,10 +35,10 @@ OUTCOMES = ROOT / "build" / "mutants.csv"
 
 # The tests that call a module in their own process, the quickest to see a change first.
 TESTS: dict[str, tuple[str, ...]] = {
-    "nslightning/ops/autograd/selection.py": ("ops_maxima", "ops_groups", "ops_spellings", "native_nodes"),
-    "nslightning/ops/autograd/fused.py": ("overwritten_output", "ops_max_pool", "pool_composition", "native_nodes"),
-    "nslightning/ops/autograd/pooling.py": ("ops_max_pool", "ops_pools", "pool_composition", "cpu_kernels"),
-    "nslightning/ops/maxima.py": ("ops_maxima", "ops_spellings", "ops_views"),
+    "nslightning/ops/autograd/selection.py": ("maxima", "groups", "spellings", "native_nodes"),
+    "nslightning/ops/autograd/fused.py": ("overwritten_output", "max_pool", "pool_composition", "native_nodes"),
+    "nslightning/ops/autograd/pooling.py": ("max_pool", "pools", "pool_composition", "cpu_kernels"),
+    "nslightning/ops/maxima.py": ("maxima", "spellings", "views"),
     "nslightning/probes/propagation.py": ("graph", "propagation", "probes"),
     "nslightning/probes/graph.py": ("graph", "propagation", "unseen"),
     "nslightning/probes/zone.py": ("zone", "branches"),
@@ -249,7 +249,8 @@ def outcome(mutant: Mutant, tests: Sequence[str], limit: float, log: Path) -> st
 
 def _path(test: str) -> str:
     file, _, name = test.partition("::")
-    return f"tests/test_{file}.py" + (f"::{name}" if name else "")
+    (path,) = (ROOT / "tests").rglob(f"test_{file}.py")
+    return str(path) + (f"::{name}" if name else "")
 
 
 def _warm() -> None:

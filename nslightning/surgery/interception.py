@@ -49,7 +49,7 @@ __all__ = [
 ]
 
 # Functions of torch whose handler forgets arguments where a mode is active: the mode would call them without.
-# tests/test_surgery_stock.py reads this off their source.
+# tests/surgery/test_stock.py reads this off their source.
 FORGETFUL: frozenset[Callable[..., Any]] = frozenset(
     (torch.nn.functional.l1_loss, torch.chain_matmul, Tensor.dim_order, Tensor.__dlpack__)
 )

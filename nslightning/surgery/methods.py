@@ -260,7 +260,7 @@ class Caller(Method):
     """A method of a module whose code may call functions: they are caught while it runs."""
 
     #: Modules of torch's that take another kernel where a mode is active, if they are in evaluation mode and no
-    #: gradient passes: tests/test_surgery_stock.py reads off their source which they are.
+    #: gradient passes: tests/surgery/test_stock.py reads off their source which they are.
     FUSED: ClassVar[tuple[type[nn.Module], ...]] = (
         nn.MultiheadAttention,
         nn.TransformerEncoderLayer,

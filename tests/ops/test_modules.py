@@ -19,7 +19,7 @@ Y = torch.tensor([[[0.0, 1.0, 6.0, -1.5], [3.0, 0.0, 0.5, 0.0], [0.0, -1.0, 1.0,
 BOTH = (0.25, 0.75)
 MODULE_NAMES = {
     name for name in ops.__all__ if isinstance(cls := getattr(ops, name), type) and issubclass(cls, nn.Module)
-} - {"EmbeddingBag"}  # of integers, in tests/test_ops_groups.py
+} - {"EmbeddingBag"}  # of integers, in tests/ops/test_groups.py
 
 # The module, the function that it is, its inputs.
 CASES = {

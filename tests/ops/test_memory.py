@@ -10,7 +10,7 @@ from torch import nn
 
 from nslightning import patch
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # the benchmarks are not installed
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # the benchmarks are not installed
 memory = importlib.import_module("benchmarks.memory")
 
 

@@ -100,7 +100,7 @@ def host_driver(tmp_path_factory):
         pytest.skip("no g++ to compile the kernels for a CPU")
     made = tmp_path_factory.mktemp("driver") / "cuda_on_host.so"
     flags = ("-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-w", "-shared", "-fPIC")
-    source = Path(__file__).with_name("cuda_on_host.cpp")
+    source = Path(__file__).parents[1] / "cuda_on_host.cpp"
     subprocess.run([compiler, *flags, str(source), "-o", str(made)], check=True)
     return made
 

@@ -10,10 +10,10 @@ import timm.optim
 import torch
 import torch.optim
 import yaml
+from fake_data import write_food101
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser, OptimizerCallable
-from test_food101 import write_food101
 
 import nslightning.optim
 from nslightning import configs

@@ -1,34 +1,13 @@
 """Food-101 from a small set in its on-disk format: what is read, what is held out, and what is refused."""
 
-import json
 import shutil
 
-import numpy as np
 import pytest
 import torch
+from fake_data import write_food101
 from PIL import Image
 
 from nslightning.data import DataError, Food101
-
-CLASSES = ("apple_pie", "bibimbap", "waffles")
-
-
-def write_food101(root, classes=CLASSES, train=6, test=2):
-    """Images by class, and the lists of both parts; every fourth image is grey."""
-    rng = np.random.default_rng(5)
-    folder = root / "food-101"
-    (folder / "meta").mkdir(parents=True)
-    lists = {"train": {}, "test": {}}
-    for name in reversed(classes):  # the labels follow the alphabet, not the lists
-        (folder / "images" / name).mkdir(parents=True)
-        for i in range(train + test):
-            coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
-            image = coarse.resize((48, 40), Image.Resampling.BICUBIC).convert("L" if i % 4 == 3 else "RGB")
-            image.save(folder / "images" / name / f"{1000 + i}.jpg", "JPEG", quality=90)
-            lists["train" if i < train else "test"].setdefault(name, []).append(f"{name}/{1000 + i}")
-    for part, content in lists.items():
-        (folder / "meta" / f"{part}.json").write_text(json.dumps(content))
-    return folder
 
 
 def module(root, **options):

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from nslightning import Jacobians, patch, using
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # the benchmarks are not installed
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # the benchmarks are not installed
 families = importlib.import_module("benchmarks.families")
 
 # No unit of theirs meets its kink: a hardswish's, or that of a ReLU behind weights without dead units.

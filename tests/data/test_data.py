@@ -393,7 +393,7 @@ def test_sample_is_what_its_script_draws(tmp_path):
     import subprocess
     import sys
 
-    script = Path(__file__).parents[1] / "docs/make_fashion_mnist_sample.py"
+    script = Path(__file__).parents[2] / "docs/make_fashion_mnist_sample.py"
     subprocess.run([sys.executable, script, DEBIAN, tmp_path], check=True)
     for drawn in tmp_path.iterdir():
         shipped = (files("nslightning.data") / "fashion_mnist_sample" / drawn.name).read_bytes()

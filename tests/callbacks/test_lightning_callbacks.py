@@ -10,7 +10,7 @@ import yaml
 from nslightning import runs
 from nslightning.cli import main
 
-PAGE = Path(__file__).parents[1] / "docs/how-to/lightning-callbacks.md"
+PAGE = Path(__file__).parents[2] / "docs/how-to/lightning-callbacks.md"
 BLOCKS = dict(re.findall(r'```yaml title="(\w+)\.yaml"\n(.*?)```', PAGE.read_text(encoding="utf-8"), re.DOTALL))
 FEW = ["--trainer.limit_train_batches=32", "--trainer.limit_val_batches=2", "--trainer.enable_progress_bar=false"]
 

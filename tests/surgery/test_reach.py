@@ -231,7 +231,7 @@ twice.register_autograd(lambda ctx, g: g * 2)
 @pytest.mark.parametrize(
     ("call", "named"),
     [
-        (lambda x: Cube.apply(x), r"the model runs test_surgery_reach\.Cube, whose backward is its own"),
+        (lambda x: Cube.apply(x), r"the model runs test_reach\.Cube, whose backward is its own"),
         (lambda x: twice(x), r"the model runs nslightning_tests_twice_default, whose"),
         (lambda x: x.topk(1)[0], "the model calls topk, which has no choice"),
         (lambda x: x.flatten().median() * x, "the model calls median, which has no choice"),

@@ -13,7 +13,7 @@ import torchvision
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # the benchmarks are not installed
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # the benchmarks are not installed
 zoo = importlib.import_module("benchmarks.zoo")
 
 MODULES = (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.Hardsigmoid, nn.LeakyReLU, nn.MaxPool2d)

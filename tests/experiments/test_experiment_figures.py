@@ -25,7 +25,7 @@ from nslightning.experiments.figures.style import plain_log
 from nslightning.experiments.published import table
 
 FILES = sorted((Path(configs.__file__).parent / "experiments").glob("*.yaml"))
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def made_up(kind, cell, device, partial=None):

@@ -14,7 +14,7 @@ import pytest
 
 from nslightning.experiments.published import table as published
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "findings.md").read_text()
 Numbers = list[tuple[float, ...]]  # of a row: the numbers of each cell
 

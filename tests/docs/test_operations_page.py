@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from nslightning import Jacobians
 from nslightning.ops.record import OPERATIONS
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.fixture(scope="module")

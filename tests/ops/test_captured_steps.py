@@ -7,7 +7,7 @@ is read again. The launches of the C++ nodes are captured in test_cuda_kernels.p
 
 import pytest
 import torch
-from test_ops_compiled import CHOICE, SPELLINGS, TWO, Calls, X
+from test_compiled import CHOICE, SPELLINGS, TWO, Calls, X
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 

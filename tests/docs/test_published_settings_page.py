@@ -10,8 +10,8 @@ from types import ModuleType
 import pandas as pd
 import pytest
 
-DOCS = Path(__file__).parents[1] / "docs"
-PUBLISHED = Path(__file__).parents[1] / "nslightning" / "experiments" / "published"
+DOCS = Path(__file__).parents[2] / "docs"
+PUBLISHED = Path(__file__).parents[2] / "nslightning" / "experiments" / "published"
 PAGE = (DOCS / "published-settings.md").read_text(encoding="utf-8")
 
 
