@@ -6,11 +6,14 @@ WORKDIR /app
 COPY requirements.lock ./
 RUN pip install --no-cache-dir uv && uv venv .venv && uv pip sync --require-hashes requirements.lock --python .venv/bin/python
 COPY . .
-RUN uv pip install --python .venv/bin/python --no-deps --no-build-isolation .
+RUN uv pip install --python .venv/bin/python --no-deps --no-build-isolation . \
+ && XDG_CACHE_HOME=/app/cache .venv/bin/python -m nslightning.ops.kernels.build
 
 FROM python:3.11-slim
 RUN useradd --create-home user
 COPY --from=build --chown=user /app/.venv /app/.venv
+# The C++ autograd nodes: this image has no compiler to build them with.
+COPY --from=build --chown=user /app/cache /home/user/.cache
 USER user
 WORKDIR /home/user
 ENV PATH=/app/.venv/bin:$PATH NSLIGHTNING_DATA_DIR=/home/user/data WANDB_MODE=offline

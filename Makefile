@@ -138,10 +138,13 @@ test-lowest: lowest ## Run the fast tests with the lowest versions that pyprojec
 	$(LOWEST_ENV)/bin/pytest --numprocesses=auto --dist=worksteal
 
 .PHONY: lint
-lint: setup ## Check style, formatting (ruff) and that what is imported is declared (deptry)
+lint: setup ## Check style and formatting (ruff, shellcheck), declared imports (deptry), workflows and issue forms
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/deptry .
+	$(BIN)/shellcheck .ci/run benchmarks/on_gpu.sh
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[!c]*.yml
 
 .PHONY: format
 format: setup ## Mend what ruff can mend

@@ -6,7 +6,7 @@
 # Each part has a time limit of its own, and a part that fails does not end the rest: its output and its status stand in
 # FOLDER/on_gpu.log. PYTHON names an interpreter that has the package (by default .venv/bin/python).
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 into=${1:-benchmarks/results}
 python=${PYTHON:-.venv/bin/python}
 log=$into/on_gpu.log
