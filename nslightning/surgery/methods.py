@@ -12,9 +12,9 @@ import pickle
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Generator, Iterator
-from functools import partial
-from types import MethodType
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterator
+from functools import partial, wraps
+from types import CodeType, FunctionType
 from typing import Any, ClassVar
 
 import torch
@@ -35,7 +35,7 @@ from nslightning._torch import (
     without_mode,
 )
 from nslightning.ops.autograd import native
-from nslightning.ops.record import OPERATIONS, positional
+from nslightning.ops.record import FUNCTIONS, OPERATIONS, positional
 from nslightning.surgery.graph import foreign_nodes, structure, tensors
 from nslightning.surgery.interception import (
     FunctionalCalls,
@@ -70,6 +70,9 @@ class Method:
 
     def __init__(self, module: nn.Module, name: str, part: Part, replaced: Any = _NONE) -> None:
         self.ref, self.name, self.part, self.replaced = weakref.ref(module), name, part, replaced
+        defined = inspect.getattr_static(type(module), name, None)
+        self.unbound = isinstance(defined, (staticmethod, classmethod))  # the module is no argument of it
+        self.kind = type(self.stock(module))
         for attribute in ("__doc__", "__module__", "__annotations__"):  # which would be those of this class
             self.__dict__[attribute] = getattr(self.stock(module), attribute, None)
 
@@ -98,6 +101,8 @@ class Method:
         if self.is_replacement:
             return self.replaced  # type: ignore[no-any-return]
         method = getattr(type(module), self.name)
+        if self.unbound:
+            return method  # type: ignore[no-any-return]
         if torch.compiler.is_compiling():  # the compiler of torch 2.11 does not follow a descriptor's `__get__`
             return partial(method, module)
         return method.__get__(module)  # type: ignore[no-any-return]
@@ -105,7 +110,7 @@ class Method:
     @property  # type: ignore[misc] # a type that may be asked for, and not be set
     def __class__(self) -> type:  # what `inspect` and Lightning ask for
         # The compiler of torch 2.11 would go on to what it takes for the method's function, and drop the choice.
-        return type(self) if compiler_is_reading() else MethodType
+        return type(self) if compiler_is_reading() else self.kind
 
     @property
     def __wrapped__(self) -> Any:
@@ -114,8 +119,10 @@ class Method:
     def __getattr__(self, name: str) -> Any:
         if name == "__globals__":
             raise AttributeError("torch.jit.script drops the Jacobian choice: unpatch the model first")
-        if name in ("ref", "name", "part", "replaced") or (name.startswith("__") and name in _PICKLING):
-            raise AttributeError(name)  # while it is being made
+        if name in ("ref", "name", "part", "replaced", "unbound", "kind") or (
+            name.startswith("__") and name in _PICKLING
+        ):
+            raise AttributeError(name)
         return getattr(self.stock(self.module), name)
 
     def __repr__(self) -> str:
@@ -310,10 +317,10 @@ class Caller(Method):
             start = sequence_number()
             result = method(*args, **kwargs)
             run.spans.append((start, sequence_number(), part))
-        if isinstance(result, Generator) and inspect.isgeneratorfunction(inspect.unwrap(method)):
-            return self._driven(run, result)
+        if (driven := self._suspended(method, result)) is not None:
+            return driven
         self._finish(run, module, (args, kwargs), result)
-        return result
+        return self._returned(module, method, result)
 
     def _inside(
         self,
@@ -332,13 +339,63 @@ class Caller(Method):
             run.part = before
         if run.recording:
             run.spans.append((start, sequence_number(), self.part))
-        if isinstance(result, Generator) and inspect.isgeneratorfunction(inspect.unwrap(method)):
-            return self._driven(run, result)
-        return result
+        if (driven := self._suspended(method, result)) is not None:
+            return driven
+        return self._returned(module, method, result)
 
-    def _driven(self, run: FunctionalCalls, generator: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
-        """A generator whose code runs as the method's does, whoever asks it for the next value."""
-        surgery, step = self.part.surgery, partial(next, generator)
+    def _suspended(self, method: Callable[..., Any], result: Any) -> Any:
+        """What drives the code of a generator, a coroutine or an asynchronous generator that the method returned."""
+        function = inspect.unwrap(method)
+        if isinstance(result, Generator) and inspect.isgeneratorfunction(function):
+            return self._driven(result)
+        if isinstance(result, Coroutine) and inspect.iscoroutinefunction(function):
+            return self._awaited(result)
+        if isinstance(result, AsyncGenerator) and inspect.isasyncgenfunction(function):
+            return self._iterated(result)
+        return None
+
+    def _returned(self, module: nn.Module, method: Callable[..., Any], result: Any) -> Any:
+        """What the method returned; a function that its code made, or a partial one, becomes an entrance too."""
+        if isinstance(result, partial):
+            code = self._later(module, method, result.func)
+            return result if code is result.func else partial(code, *result.args, **result.keywords)
+        return self._later(module, method, result)
+
+    def _later(self, module: nn.Module, method: Callable[..., Any], function: Any) -> Any:
+        if not (_makes(method, function) or (isinstance(function, Callable) and _chooses(function))):  # type: ignore[arg-type]
+            return function
+        entrance = Caller(module, f"{self.name}.{function.__name__}", self.part, function)
+
+        @wraps(function)
+        def later(*args: Any, **kwargs: Any) -> Any:
+            return entrance(*args, **kwargs) if entrance.ref() is not None else function(*args, **kwargs)
+
+        later.module = module  # type: ignore[attr-defined] # the entrance refers to it weakly
+        return later
+
+    async def _awaited(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        return await _Steps(self._driven(coroutine))
+
+    async def _iterated(self, generator: AsyncGenerator[Any, Any]) -> AsyncGenerator[Any, Any]:
+        step = generator.asend(None)
+        while True:
+            try:
+                value = await _Steps(self._driven(step))
+            except StopAsyncIteration:
+                return
+            try:
+                step = generator.asend((yield value))
+            except GeneratorExit:
+                await generator.aclose()
+                raise
+            except BaseException as error:
+                step = generator.athrow(error)
+
+    def _driven(self, generator: Any) -> Generator[Any, Any, Any]:
+        """A generator or a coroutine whose code runs as the method's does, whoever asks it for the next value."""
+        surgery, step = self.part.surgery, partial(generator.send, None)
+        key = (self.part, self.name, self.module.training)
+        recording = torch.is_grad_enabled() and key not in surgery.looked  # from its beginning to its end
         while True:
             inner = running(surgery)
             try:
@@ -349,10 +406,7 @@ class Caller(Method):
                     finally:
                         inner.part = before
                 else:
-                    again = FunctionalCalls(surgery, self.part)
-                    with begun(again):
-                        value = step()
-                    self._finish(again, self.module, (), value)
+                    value = self._step(step, recording)
             except StopIteration as stop:
                 return stop.value
             try:
@@ -363,6 +417,26 @@ class Caller(Method):
                 raise
             except BaseException as error:
                 step = partial(generator.throw, error)
+
+    def _step(self, step: Callable[[], Any], recording: bool) -> Any:
+        """Run the code up to where it next waits, or to its end, and look at what it hands out."""
+        surgery = self.part.surgery
+        run = FunctionalCalls(surgery, self.part, recording and torch.is_grad_enabled())
+        run.entered.add((self.part, self.name, self.module.training))
+        if run.recording:
+            for site in surgery.sites:
+                site.fast, site.settled = None, False
+        start = sequence_number()
+        try:
+            with begun(run):
+                value = step()
+        except (StopIteration, StopAsyncIteration) as stop:
+            run.spans.append((start, sequence_number(), self.part))
+            self._finish(run, self.module, (), getattr(stop, "value", None))
+            raise
+        run.spans.append((start, sequence_number(), self.part))
+        self._finish(run, self.module, (), value)
+        return value
 
     def _fused(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the module would take another kernel without the mode, and no gradient passes through it."""
@@ -418,6 +492,39 @@ class Caller(Method):
             warnings.warn(nothing_to_patch(report), PatchWarning, stacklevel=4)
 
 
+class _Steps:
+    """Something to be awaited, from the generator that drives it."""
+
+    def __init__(self, generator: Generator[Any, Any, Any]) -> None:
+        self.generator = generator
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        return self.generator
+
+
+def _makes(method: Callable[..., Any], function: Any) -> bool:
+    """Whether the code of a method makes a function: a closure or a lambda that its body defines."""
+    if not isinstance(function, FunctionType) or not inspect.isroutine(method):
+        return False
+    code: CodeType | None = getattr(inspect.unwrap(method), "__code__", None)
+    return code is not None and function.__code__ in _inner(code)
+
+
+def _inner(code: CodeType) -> Iterator[CodeType]:
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield constant
+            yield from _inner(constant)
+
+
+def _chooses(function: Callable[..., Any]) -> bool:
+    """Whether a function of PyTorch's takes a choice."""
+    try:
+        return function in FUNCTIONS
+    except TypeError:  # it has no hash
+        return False
+
+
 class _TracedUnreachedError(UnreachedError, AssertionError):
     """The same, raised while the compiler traces: it swallows errors of other kinds, and goes on without itself."""
 
@@ -442,7 +549,7 @@ class LeftAlone(Caller):
 
 
 FunctionalCalls.entrances |= {
-    method.__code__ for method in (Caller._outermost, Caller._inside, Caller._driven, Caller._compiled)
+    method.__code__ for method in (Caller._outermost, Caller._inside, Caller._driven, Caller._step, Caller._compiled)
 }
 
 
@@ -488,6 +595,10 @@ def _look(run: FunctionalCalls, module: nn.Module, given: Any, result: Any) -> N
     for node in foreign_nodes(made, list(tensors(given))):
         if node.operation != "custom" and (not run.recording or _owned(run, node.number)):
             continue
+        called = next((of for first, last, *of in run.ranked if first <= node.number < last), None)
+        if called is not None:
+            run.count(surgery.unreached(*called))
+            continue
         part = next((part for start, end, part in run.spans if start <= node.number < end), run.part)
         if part.site is not None and part.site.how == "unreached" and node.operation != "custom":
             run.count(part.site)  # the module is named already
@@ -499,7 +610,16 @@ def _owned(run: FunctionalCalls, number: int) -> bool:
     return any(start <= number < end for start, end in run.owned)
 
 
-_EAGER = (Caller._outermost, Caller._inside, Caller._driven, Caller._finish, _accessor, _look, _has_gradient)
+_EAGER = (
+    Caller._outermost,
+    Caller._inside,
+    Caller._driven,
+    Caller._step,
+    Caller._finish,
+    _accessor,
+    _look,
+    _has_gradient,
+)
 
 
 def nothing_to_patch(report: PatchReport) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
+import dis
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property, partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from nslightning._torch import call_with_hooks, forget_kept_attributes, is_compi
 from nslightning.jacobians import Jacobians
 from nslightning.ops.autograd.selection import Selection
 from nslightning.ops.module_base import ChosenFunction, ChosenModule
-from nslightning.ops.record import MODULES
+from nslightning.ops.record import FUNCTIONS, MODULES
 from nslightning.ops.unreached import UNSUPPORTED_MODULES
 from nslightning.spelling import closest
 from nslightning.surgery.methods import Caller, ClassName, LeftAlone, Method, SiteForward, SiteText, nothing_to_patch
@@ -127,7 +129,7 @@ def unpatch(model: nn.Module) -> None:
         if part is None:
             continue
         for method in part.methods:
-            if type(module.__dict__.get(method)) not in _KINDS:
+            if type(module.__dict__.get(method)) not in _KINDS and hasattr(type(module), method):
                 raise ValueError(
                     f"{method} of {name or 'the model'} was replaced after the patch: undo that first, then unpatch"
                 )
@@ -387,7 +389,9 @@ def _restore(modules: Iterable[nn.Module]) -> None:
         if part is None:
             continue
         for name in part.methods:
-            method = module.__dict__.pop(name)
+            if type(method := module.__dict__.get(name)) not in _KINDS:
+                continue  # a callable attribute that was set since
+            del module.__dict__[name]
             if method.is_replacement:
                 module.__dict__[name] = method.replaced
         forget_kept_attributes(module, (PART, *part.methods))
@@ -413,14 +417,24 @@ def _entrances(module: nn.Module) -> Iterator[str]:
     for cls in type(module).__mro__:
         if cls in (nn.Module, object):
             continue
-        ours = cls.__module__.partition(".")[0] not in ("torch", "lightning", "pytorch_lightning", "typing", "abc")
+        ours = _own(cls)
         for name, method in vars(cls).items():
             forward = name.startswith("forward")
             if name in seen or not (forward or (ours and name not in _BASE)) or name.startswith("__"):
                 continue
             seen.add(name)
-            if inspect.isfunction(method) and name not in module.__dict__:
+            if isinstance(method, (FunctionType, staticmethod, classmethod)) and name not in module.__dict__:
                 yield name
+    for name, value in vars(module).items():  # a named function may be compared with itself, these are not
+        if (isinstance(value, FunctionType) and "<" in value.__qualname__) or isinstance(value, partial):
+            yield name
+
+
+def _own(cls: type) -> bool:
+    """Whether a class is a model's own, and no library's."""
+    return cls.__module__.partition(".")[0] not in (
+        "torch", "lightning", "pytorch_lightning", "typing", "abc", "builtins",
+    )  # fmt: skip
 
 
 def _definer(cls: type[nn.Module]) -> type[nn.Module]:
@@ -505,6 +519,32 @@ def _hints(surgery: Surgery, found: list[tuple[nn.Module, Part, dict[str, type[M
         if not any(i in part.rules for _, part, _ in found):
             given = [text(one) for one in (*rule.name, *rule.stage)]
             yield f"rule {surgery.plan.number(i)} ({rule.where}){close(given[0] if given else '')}"
+    kinks = dict.fromkeys(name for module, part, _ in found if part.calls and part.chosen for name in _kinks(module))
+    if kinks:
+        yield (
+            "a property that is read from outside keeps PyTorch's derivative: read "
+            f"{', '.join(f'`{name}`' for name in kinks)} in a method of the model, and call that"
+        )
+
+
+def _kinks(module: nn.Module) -> Iterator[str]:
+    """The properties of a module whose code calls a function that has a choice."""
+    methods = {function.__name__ for function in FUNCTIONS if hasattr(function, "__name__")}
+    for cls in type(module).__mro__:
+        if not _own(cls):
+            continue
+        for name, value in vars(cls).items():
+            getter = value.fget if isinstance(value, property) else getattr(value, "func", None)
+            if not isinstance(value, (property, cached_property)) or not isinstance(getter, FunctionType):
+                continue
+            for line in dis.get_instructions(getter):
+                called = line.argval in methods if line.opname in ("LOAD_ATTR", "LOAD_METHOD") else False
+                if line.opname == "LOAD_GLOBAL":
+                    known = getter.__globals__.get(line.argval)
+                    called = isinstance(known, Hashable) and known in FUNCTIONS
+                if called:
+                    yield name
+                    break
 
 
 def _run(model: nn.Module, example: Any) -> None:

@@ -1,6 +1,8 @@
 """How a module is patched: its class stays, its methods are stood for, and whoever looks at it sees what it was."""
 
+import asyncio
 import copy
+import functools
 import gc
 import inspect
 import pickle
@@ -548,3 +550,210 @@ def test_a_setup_method_is_no_forward():
     assert not found.traced
     model.training_step(X, 0)
     assert report(model).traced
+
+
+# ------------------------------------------------------------------------------------------- later and elsewhere
+class Elsewhere(nn.Module):
+    """Code that does not run while a plain method does."""
+
+    def __init__(self):
+        super().__init__()
+        self.k = nn.Parameter(torch.zeros(3))
+        self.kink = lambda x: F.relu(x)
+        self.leaky = functools.partial(F.leaky_relu, negative_slope=0.25)
+
+    def forward(self, x):
+        return self.kink(self.k) + self.static(self.k) + x
+
+    async def one(self, x):
+        await asyncio.sleep(0)
+        return F.relu(self.k) + x
+
+    async def two(self, x):
+        first, second = await asyncio.gather(self.one(x), self.one(x))
+        return first + second + torch.relu(self.k)
+
+    async def stream(self, n):
+        for i in range(n):
+            await asyncio.sleep(0)
+            received = yield F.relu(self.k) + i
+            assert received is None
+
+    async def ranked(self):
+        await asyncio.sleep(0)
+        return self.k.sort()[0]
+
+    def closure(self):
+        def later(x):
+            return F.relu(self.k) + x
+
+        return later
+
+    def partly(self):
+        return functools.partial(lambda k, x: F.relu(k) + x, self.k)
+
+    def partly_of_torch(self):
+        return functools.partial(F.relu, inplace=False)
+
+    def partly_of_a_method(self):
+        return functools.partial(self.add, 0.0)
+
+    def add(self, a, x):
+        return F.relu(self.k) + a + x
+
+    def stored(self, x):
+        return x
+
+    @staticmethod
+    def static(x):
+        return F.relu(x)
+
+    @classmethod
+    def of_class(cls, x):
+        assert cls is Elsewhere
+        return F.relu(x)
+
+
+async def _last(generator):
+    return [value async for value in generator][-1]
+
+
+LATER = {
+    "coroutine": (lambda m: asyncio.run(m.one(X)), 0.5),
+    "coroutines side by side": (lambda m: asyncio.run(m.two(X)), 1.5),
+    "asynchronous generator": (lambda m: asyncio.run(_last(m.stream(3))), 0.5),
+    "closure": (lambda m: m.closure()(X), 0.5),
+    "partial of a closure": (lambda m: m.partly()(X), 0.5),
+    "partial of torch's": (lambda m: m.partly_of_torch()(m.k), 0.5),
+    "partial of a method": (lambda m: m.partly_of_a_method()(X), 0.5),
+    "lambda as an attribute": (lambda m: m.kink(m.k), 0.5),
+    "partial as an attribute": (lambda m: m.leaky(m.k), 0.5),
+    "static method": (lambda m: m.static(m.k), 0.5),
+    "class method": (lambda m: m.of_class(m.k), 0.5),
+    "forward": (lambda m: m(X), 1.0),
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_code_that_runs_later_or_elsewhere_takes_the_choice(name):
+    call, want = LATER[name]
+    model = Elsewhere()
+    attributes = dict(vars(model))
+    patch(model, Jacobians(relu=0.5, leaky_relu=0.5))
+    for _ in range(2):  # the first call is looked at, the second is not
+        assert slope(call(model), model) == [want] * 3
+    assert torch._C._len_torch_function_stack() == 0
+    assert (model.leaky.func, isinstance(model.leaky, functools.partial)) == (F.leaky_relu, True)
+    assert inspect.isfunction(model.static)
+    assert not inspect.ismethod(model.static)
+    assert inspect.ismethod(model.of_class)
+    assert model.of_class.__self__ is Elsewhere
+    assert inspect.iscoroutinefunction(model.one)
+    assert inspect.isasyncgenfunction(model.stream)
+    assert model.closure().__name__ == "later"
+    copied = copy.deepcopy(model)
+    assert slope(call(copied), copied) == [want] * 3
+    unpatch(model)
+    assert dict(vars(model)) == attributes
+
+
+def test_a_coroutine_is_driven_as_it_was():
+    class Waiting(nn.Sequential):
+        async def work(self):
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                log.append("cancelled")
+                raise
+
+        async def fails(self):
+            await asyncio.sleep(0)
+            raise KeyError("mine")
+
+        async def stream(self):
+            try:
+                yield 1
+                yield 2
+            finally:
+                log.append("closed")
+
+    async def use(model):
+        task = asyncio.create_task(model.work())
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        with pytest.raises(KeyError, match="mine"):
+            await model.fails()
+        generator = model.stream()
+        assert await generator.asend(None) == 1
+        with pytest.raises(OSError, match="thrown"):
+            await generator.athrow(OSError("thrown"))
+        generator = model.stream()
+        assert await anext(generator) == 1
+        await generator.aclose()
+        assert [x async for x in model.stream()] == [1, 2]
+
+    for patched in (False, True):
+        log, model = [], Waiting(nn.ReLU())
+        if patched:
+            patch(model, HALF)
+        asyncio.run(use(model))
+        assert log == ["cancelled", "closed", "closed", "closed"]
+    assert torch._C._len_torch_function_stack() == 0
+
+
+def test_a_coroutine_is_strict():
+    model = Elsewhere()
+    patch(model, HALF)
+    with pytest.raises(ValueError, match="sort"):
+        asyncio.run(model.ranked())
+
+
+def test_a_closure_keeps_its_model():
+    model = Elsewhere()
+    patch(model, HALF)
+    later, k = model.closure(), model.k
+    del model
+    gc.collect()
+    assert torch.autograd.grad(later(X).sum(), k)[0].tolist() == [0.5] * 3
+
+
+def test_a_callable_attribute_may_be_set_after_the_patch():
+    model = Elsewhere()
+    patch(model, HALF)
+    model.kink = new = torch.tanh
+    unpatch(model)
+    assert model.kink is new
+
+
+def test_a_property_with_a_kink_is_named():
+    class Gap(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.k = nn.Parameter(torch.zeros(3))
+
+        @property
+        def gap(self):
+            return F.relu(self.k)
+
+        @property
+        def width(self):
+            return max(self.k.numel(), 1)
+
+        @functools.cached_property
+        def bound(self):
+            return self.k.clamp(min=0)
+
+        def forward(self, x):
+            return self.gap + x
+
+    model = Gap()
+    with pytest.warns(PatchWarning, match="read `gap`, `bound` in a method of the model") as caught:
+        patch(model, HALF)
+    assert len(caught) == 1
+    assert slope(model(X), model) == [0.5] * 3
+    unpatch(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patch(model, HALF, skip="*")
