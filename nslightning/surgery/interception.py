@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,6 +55,24 @@ FORGETFUL: frozenset[Callable[..., Any]] = frozenset(
 )
 
 
+class Ranked(NamedTuple):
+    """A call that returned values in an order of PyTorch's own, and where they stood: the values may never be used.
+
+    Args:
+        first: The number of the first autograd node that it made.
+        last: The number after the last one's.
+        part: What is kept with the module that made the call.
+        operation: The operation, which has no choice.
+        kind: The name of the function.
+    """
+
+    first: int
+    last: int
+    part: Part
+    operation: str
+    kind: str
+
+
 class FunctionalCalls(TorchFunctionMode):
     """One run of a patched model's code: what it evaluates is counted, and its functional calls are caught.
 
@@ -68,8 +86,7 @@ class FunctionalCalls(TorchFunctionMode):
         differentiating: Whether gradients were wanted when the run began.
         evaluations: How often each row of the report was evaluated.
         owned: Ranges of autograd nodes that a site made, or a call that is named or left alone.
-        ranked: Ranges of autograd nodes that a call made which has no choice and returns indices too; the module,
-            the operation and the function.
+        ranked: Calls of an operation without a choice that return indices too.
         spans: Ranges of autograd nodes that the code of a module made, the inner ones first.
         entered: The methods that ran, and whether their module was in training mode.
         over: Whether the run has ended, for threads that go on.
@@ -84,7 +101,7 @@ class FunctionalCalls(TorchFunctionMode):
         self.differentiating = torch.is_grad_enabled()
         self.evaluations: dict[int, tuple[Site, int]] = {}
         self.owned: list[tuple[int, int]] = []
-        self.ranked: list[tuple[int, int, Part, str, str]] = []
+        self.ranked: list[Ranked] = []
         self.spans: list[tuple[int, int, Part]] = []
         self.entered: set[tuple[Part, str, bool]] = set()
         self.origin = self  # the run that a thread's is a part of
@@ -169,7 +186,7 @@ class FunctionalCalls(TorchFunctionMode):
         start = sequence_number()
         result = func(*args, **kwargs)
         if _with_indices(result):  # the values may never be used: the graph tells, or the backward
-            self.ranked.append((start, sequence_number(), part, operation, kind))
+            self.ranked.append(Ranked(start, sequence_number(), part, operation, kind))
             node = result[0].grad_fn
             if node is not None:
                 node.register_prehook(lambda _: self._flows(part, operation, kind))

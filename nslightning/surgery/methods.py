@@ -595,9 +595,8 @@ def _look(run: FunctionalCalls, module: nn.Module, given: Any, result: Any) -> N
     for node in foreign_nodes(made, list(tensors(given))):
         if node.operation != "custom" and (not run.recording or _owned(run, node.number)):
             continue
-        called = next((of for first, last, *of in run.ranked if first <= node.number < last), None)
-        if called is not None:
-            run.count(surgery.unreached(*called))
+        if (ranked := next((r for r in run.ranked if r.first <= node.number < r.last), None)) is not None:
+            run.count(surgery.unreached(ranked.part, ranked.operation, ranked.kind))
             continue
         part = next((part for start, end, part in run.spans if start <= node.number < end), run.part)
         if part.site is not None and part.site.how == "unreached" and node.operation != "custom":
@@ -616,6 +615,8 @@ _EAGER = (
     Caller._driven,
     Caller._step,
     Caller._finish,
+    Caller._suspended,
+    Caller._returned,
     _accessor,
     _look,
     _has_gradient,

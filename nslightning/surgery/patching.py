@@ -389,7 +389,8 @@ def _restore(modules: Iterable[nn.Module]) -> None:
         if part is None:
             continue
         for name in part.methods:
-            if type(method := module.__dict__.get(name)) not in _KINDS:
+            method: Any = module.__dict__.get(name)
+            if type(method) not in _KINDS:
                 continue  # a callable attribute that was set since
             del module.__dict__[name]
             if method.is_replacement:
