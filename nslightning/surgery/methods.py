@@ -13,7 +13,8 @@ import sys
 import warnings
 import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterator
-from functools import partial, wraps
+from contextlib import _AsyncGeneratorContextManager, _GeneratorContextManager
+from functools import partial, partialmethod, singledispatchmethod, wraps
 from types import CodeType, FunctionType
 from typing import Any, ClassVar
 
@@ -48,9 +49,10 @@ from nslightning.surgery.interception import (
 from nslightning.surgery.report import PatchReport, PatchWarning, UnreachedError
 from nslightning.surgery.state import Part
 
-__all__ = ["Caller", "ClassName", "LeftAlone", "Method", "SiteForward", "SiteText", "nothing_to_patch"]
+__all__ = ["Caller", "ClassName", "LeftAlone", "Method", "SiteForward", "SiteText", "accessors", "nothing_to_patch"]
 
-_CALL = getattr(nn.Module, call_with_hooks()).__code__
+#: The code of what calls a method of a patched module; its local `self` is the module.
+accessors: set[CodeType] = {getattr(nn.Module, call_with_hooks()).__code__}
 _NONE = object()
 
 
@@ -72,6 +74,7 @@ class Method:
         self.ref, self.name, self.part, self.replaced = weakref.ref(module), name, part, replaced
         defined = inspect.getattr_static(type(module), name, None)
         self.unbound = isinstance(defined, (staticmethod, classmethod))  # the module is no argument of it
+        self.descriptor = defined if isinstance(defined, (partialmethod, singledispatchmethod)) else None
         self.kind = type(self.stock(module))
         for attribute in ("__doc__", "__module__", "__annotations__"):  # which would be those of this class
             self.__dict__[attribute] = getattr(self.stock(module), attribute, None)
@@ -100,6 +103,8 @@ class Method:
         """
         if self.is_replacement:
             return self.replaced  # type: ignore[no-any-return]
+        if self.descriptor is not None:  # what the class gives for it is no function to be bound
+            return self.descriptor.__get__(module, type(module))
         method = getattr(type(module), self.name)
         if self.unbound:
             return method  # type: ignore[no-any-return]
@@ -119,10 +124,8 @@ class Method:
     def __getattr__(self, name: str) -> Any:
         if name == "__globals__":
             raise AttributeError("torch.jit.script drops the Jacobian choice: unpatch the model first")
-        if name in ("ref", "name", "part", "replaced", "unbound", "kind") or (
-            name.startswith("__") and name in _PICKLING
-        ):
-            raise AttributeError(name)
+        if name in _OF_METHODS or name in _PICKLING:
+            raise AttributeError(name)  # while it is being made
         return getattr(self.stock(self.module), name)
 
     def __repr__(self) -> str:
@@ -142,6 +145,7 @@ class Method:
         return type(self), (self.module, self.name, self.part, *kept)
 
 
+_OF_METHODS = ("ref", "name", "part", "replaced", "unbound", "descriptor", "kind")
 _PICKLING = ("__getstate__", "__setstate__", "__getnewargs__", "__getnewargs_ex__", "__reduce__", "__copy__")
 
 
@@ -274,6 +278,9 @@ class Caller(Method):
         nn.TransformerEncoder,
     )
 
+    #: Whether what it returns may be the model's results, so that the report is complete when it has run.
+    returns_results = True
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the method."""
         surgery = self.part.surgery
@@ -317,7 +324,7 @@ class Caller(Method):
             start = sequence_number()
             result = method(*args, **kwargs)
             run.spans.append((start, sequence_number(), part))
-        if (driven := self._suspended(method, result)) is not None:
+        if (driven := self._suspended(method, args, result)) is not None:
             return driven
         self._finish(run, module, (args, kwargs), result)
         return self._returned(module, method, result)
@@ -339,23 +346,48 @@ class Caller(Method):
             run.part = before
         if run.recording:
             run.spans.append((start, sequence_number(), self.part))
-        if (driven := self._suspended(method, result)) is not None:
+        if (driven := self._suspended(method, args, result)) is not None:
             return driven
         return self._returned(module, method, result)
 
-    def _suspended(self, method: Callable[..., Any], result: Any) -> Any:
+    def _suspended(self, method: Callable[..., Any], args: tuple[Any, ...], result: Any) -> Any:
         """What drives the code of a generator, a coroutine or an asynchronous generator that the method returned."""
-        function = inspect.unwrap(method)
-        if isinstance(result, Generator) and inspect.isgeneratorfunction(function):
-            return self._driven(result)
-        if isinstance(result, Coroutine) and inspect.iscoroutinefunction(function):
-            return self._awaited(result)
-        if isinstance(result, AsyncGenerator) and inspect.isasyncgenfunction(function):
+        if isinstance(result, (_GeneratorContextManager, _AsyncGeneratorContextManager)):
+            driven = self._suspended(method, args, result.gen)
+            result.gen = result.gen if driven is None else driven
+            return None
+        if any(result is x for x in args):  # somebody else's
+            return None
+        if inspect.isgenerator(result):
+            begins = inspect.getgeneratorstate(result) == inspect.GEN_CREATED
+            return self._driven(result) if begins and result.gi_code is not Caller._driven.__code__ else None
+        if inspect.iscoroutine(result):
+            begins = inspect.getcoroutinestate(result) == inspect.CORO_CREATED
+            return self._awaited(result) if begins and result.cr_code is not Caller._awaited.__code__ else None
+        if isinstance(result, AsyncGenerator) and inspect.isasyncgenfunction(inspect.unwrap(method)):
             return self._iterated(result)
         return None
 
     def _returned(self, module: nn.Module, method: Callable[..., Any], result: Any) -> Any:
-        """What the method returned; a function that its code made, or a partial one, becomes an entrance too."""
+        """What the method returned; functions that its code made, or partial ones, become entrances too."""
+        if isinstance(result, (map, filter)) and torch.is_grad_enabled():
+            warnings.warn(
+                f"{self.name} returns a {type(result).__name__}, whose code runs later and keeps PyTorch's derivative: "
+                "return a list, or a generator",
+                PatchWarning,
+                stacklevel=4,
+            )
+        if type(result) is tuple:
+            changed = tuple(self._returned(module, method, x) for x in result)
+            return changed if any(x is not y for x, y in zip(changed, result, strict=True)) else result
+        if type(result) in (list, dict) and len(result) <= 64:
+            for key, x in list(result.items() if isinstance(result, dict) else enumerate(result)):
+                if (changed := self._later_or_partial(module, method, x)) is not x:
+                    result[key] = changed
+            return result
+        return self._later_or_partial(module, method, result)
+
+    def _later_or_partial(self, module: nn.Module, method: Callable[..., Any], result: Any) -> Any:
         if isinstance(result, partial):
             code = self._later(module, method, result.func)
             return result if code is result.func else partial(code, *result.args, **result.keywords)
@@ -484,10 +516,11 @@ class Caller(Method):
                     surgery.looked.add(entrance)
                 else:  # something new ran inside: record the next run
                     surgery.looked.discard(entrance)
-        first = not report.traced and run.differentiating and (run.evaluations or _has_gradient(result))
+        computed = bool(run.evaluations) or (self.returns_results and _has_gradient(result))
+        first = not report.traced and run.differentiating and computed
         for site, evaluations in run.evaluations.values():
             site.calls = site.calls or evaluations
-        report.traced |= bool(first)
+        report.traced |= first
         if first and self.part.names[0] == "" and not report.reached:
             warnings.warn(nothing_to_patch(report), PatchWarning, stacklevel=4)
 
@@ -578,14 +611,14 @@ def _accessor(method: Method, depth: int) -> nn.Module:
     ``nn.DataParallel`` makes such copies, one per device.
     """
     frame = sys._getframe(depth)
-    if frame.f_code is _CALL and isinstance(caller := frame.f_locals.get("self"), nn.Module):
+    if frame.f_code in accessors and isinstance(caller := frame.f_locals.get("self"), nn.Module):
         return caller
     return method.module
 
 
 def _has_gradient(result: Any) -> bool:
-    """Whether a method returned something to be differentiated, as one that sets up an optimizer does not."""
-    return any(x.requires_grad for x in tensors(result))
+    """Whether a method computed something to be differentiated, as one that sets up an optimizer does not."""
+    return any(x.grad_fn is not None for x in tensors(result))
 
 
 def _look(run: FunctionalCalls, module: nn.Module, given: Any, result: Any) -> None:

@@ -1,6 +1,7 @@
 """How a module is patched: its class stays, its methods are stood for, and whoever looks at it sees what it was."""
 
 import asyncio
+import contextlib
 import copy
 import functools
 import gc
@@ -601,8 +602,25 @@ class Elsewhere(nn.Module):
     def add(self, a, x):
         return F.relu(self.k) + a + x
 
-    def stored(self, x):
-        return x
+    def expression(self):
+        return (F.relu(self.k) for _ in range(2))
+
+    def several(self):
+        return (lambda: F.relu(self.k)), [lambda: F.relu(self.k)], {"one": lambda: F.relu(self.k)}
+
+    @contextlib.contextmanager
+    def context(self):
+        yield F.relu(self.k)
+
+    @functools.lru_cache  # noqa: B019
+    def kept(self):
+        return F.relu(self.k)
+
+    @functools.singledispatchmethod
+    def dispatched(self, x):
+        return F.relu(self.k) + x
+
+    doubled = functools.partialmethod(lambda self, n: n * F.relu(self.k), 2)
 
     @staticmethod
     def static(x):
@@ -618,6 +636,11 @@ async def _last(generator):
     return [value async for value in generator][-1]
 
 
+def _entered(context):
+    with context as value:
+        return value
+
+
 LATER = {
     "coroutine": (lambda m: asyncio.run(m.one(X)), 0.5),
     "coroutines side by side": (lambda m: asyncio.run(m.two(X)), 1.5),
@@ -630,6 +653,12 @@ LATER = {
     "partial as an attribute": (lambda m: m.leaky(m.k), 0.5),
     "static method": (lambda m: m.static(m.k), 0.5),
     "class method": (lambda m: m.of_class(m.k), 0.5),
+    "generator expression": (lambda m: next(m.expression()), 0.5),
+    "functions in containers": (lambda m: (f := m.several()) and f[0]() + f[1][0]() + f[2]["one"](), 1.5),
+    "context manager": (lambda m: _entered(m.context()), 0.5),
+    "cached method": (lambda m: (m.kept.cache_clear(), m.kept())[1], 0.5),
+    "single dispatch": (lambda m: m.dispatched(1.0), 0.5),
+    "partial method": (lambda m: m.doubled(), 1.0),
     "forward": (lambda m: m(X), 1.0),
 }
 
@@ -727,33 +756,162 @@ def test_a_callable_attribute_may_be_set_after_the_patch():
     assert model.kink is new
 
 
-def test_a_property_with_a_kink_is_named():
-    class Gap(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.k = nn.Parameter(torch.zeros(3))
+class Named(nn.Module):
+    @property
+    def gap(self):
+        return self.kinked()
 
-        @property
-        def gap(self):
-            return F.relu(self.k)
+    def kinked(self):
+        return F.relu(self.k)
 
-        @property
-        def width(self):
-            return max(self.k.numel(), 1)
 
-        @functools.cached_property
-        def bound(self):
-            return self.k.clamp(min=0)
+class LookedUp(Named):
+    """Code that Python looks up on the class."""
 
-        def forward(self, x):
-            return self.gap + x
+    def __init__(self):
+        super().__init__()
+        self.k = nn.Parameter(torch.zeros(3))
 
-    model = Gap()
-    with pytest.warns(PatchWarning, match="read `gap`, `bound` in a method of the model") as caught:
-        patch(model, HALF)
-    assert len(caught) == 1
-    assert slope(model(X), model) == [0.5] * 3
+    @property
+    def gap(self):
+        """The gap."""
+        return 2 * super().gap
+
+    @functools.cached_property
+    def bound(self):
+        return F.relu(self.k)
+
+    @property
+    def width(self):
+        return max(self.k.numel(), 1)
+
+    @property
+    def named(self):
+        return self.k
+
+    def __getitem__(self, index):
+        return F.relu(self.k)[index]
+
+    def __matmul__(self, x):
+        return F.relu(self.k) @ x
+
+    def __iter__(self):
+        for _ in range(2):
+            yield F.relu(self.k)
+
+    def __call__(self, x):
+        return F.relu(super().__call__(x))
+
+    def forward(self, x):
+        return self.k + x
+
+
+LOOKED_UP = {
+    "property over another": (lambda m: m.gap, 2.0),
+    "cached property": (lambda m: m.bound, 1.0),
+    "index": (lambda m: m[:], 1.0),
+    "operator": (lambda m: m @ torch.eye(3), 1.0),
+    "iteration": (lambda m: sum(m), 2.0),
+    "__call__": (lambda m: m(torch.zeros(3)), 1.0),
+    "compiled": (lambda m: torch.compile(lambda: m.gap, backend="aot_eager")(), 2.0),
+}
+
+
+@pytest.mark.parametrize("name", LOOKED_UP)
+def test_what_python_looks_up_on_the_class_takes_the_choice(name):
+    call, times = LOOKED_UP[name]
+    stock, model = LookedUp(), LookedUp()
+    classes = {cls: dict(vars(cls)) for cls in (Named, LookedUp)}
+    patch(model, HALF)
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    for one in (model, *copies):
+        assert slope(call(one), one) == [0.5 * times] * 3
+    assert slope(call(stock), stock) == [0.0] * 3
+    assert (LookedUp.gap.__doc__, inspect.signature(LookedUp.__matmul__)) == (
+        "The gap.",
+        inspect.signature(classes[LookedUp]["__matmul__"]),
+    )
+    vars(model).pop("bound", None)
     unpatch(model)
+    assert slope(call(model), model) == [0.0] * 3
+    del copies, one
+    gc.collect()
+    assert {cls: dict(vars(cls)) for cls in classes} == classes
+
+
+def test_a_property_without_a_kink_tells_nothing_of_the_model():
+    model = LookedUp()
+    patch(model, HALF)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        patch(model, HALF, skip="*")
+        assert (model.width, model.named) == (3, model.k)
+    assert not report(model).traced
+    model(torch.zeros(3))
+    assert [site.operation for site in report(model).sites] == ["relu"]
+
+
+class OfAContainer(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Identity())
+        self.k = nn.Parameter(torch.zeros(3))
+
+    def encode(self):
+        return F.relu(self.k)
+
+
+class OfASite(nn.ReLU):
+    def __init__(self):
+        super().__init__()
+        self.k = nn.Parameter(torch.zeros(3))
+
+    def encode(self):
+        return F.relu(self.k)
+
+
+class OfALinear(nn.Linear):
+    def __init__(self):
+        super().__init__(3, 3)
+        self.k = nn.Parameter(torch.zeros(3))
+
+    def encode(self):
+        return F.relu(self.k)
+
+
+class WithoutForward(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.k = nn.Parameter(torch.zeros(3))
+
+    def encode(self):
+        return F.relu(self.k)
+
+
+class OfAList(nn.ModuleList):
+    def __init__(self):
+        super().__init__([nn.Identity()])
+        self.k = nn.Parameter(torch.zeros(3))
+
+    def encode(self):
+        return F.relu(self.k)
+
+
+@pytest.mark.parametrize("cls", [OfAContainer, OfASite, OfALinear, WithoutForward, OfAList], ids=lambda c: c.__name__)
+def test_methods_that_a_model_adds_to_a_class_of_torchs_take_the_choice(cls):
+    model, whole = cls(), nn.ModuleDict({"part": cls()})
+    patch(model, HALF)
+    patch(whole, HALF)
+    assert slope(model.encode(), model) == [0.5] * 3
+    assert slope(whole["part"].encode(), whole["part"]) == [0.5] * 3
+    unpatch(model)
+    assert slope(model.encode(), model) == [0.0] * 3
+
+
+def test_what_runs_later_and_cannot_be_followed_is_named():
+    class Mapping(WithoutForward):
+        def encode(self):
+            return map(F.relu, [self.k])
+
+    model = Mapping()
+    patch(model, HALF)
+    with pytest.warns(PatchWarning, match="encode returns a map, whose code runs later"):
+        model.encode()
