@@ -1,11 +1,12 @@
 """The common LightningDataModule and its resumable training loader."""
 
 import signal
+import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -63,12 +64,15 @@ class Loader(DataLoader[Batch]):
             yield x, y
 
 
-def _survive_one_signal(worker: int) -> None:
-    """Let a worker outlive the first SIGTERM.
+def _survive_the_stop(worker: int) -> None:
+    """Let a worker outlive the first SIGTERM, and say nothing when its reader stops in the middle of a batch.
 
     A batch system sends it to all processes of a job. The training stops at its next step, for which it needs its
     workers: a validation that they are killed in is neither done nor undone. They end with their loader, which sends
     SIGTERM to those that do not.
+
+    A thread of multiprocessing's hands the batches over. Where the training stops while it takes one, that thread
+    prints a traceback of a connection that was reset, though nothing is lost.
 
     Args:
         worker: The worker's number, from the loader.
@@ -77,7 +81,12 @@ def _survive_one_signal(worker: int) -> None:
     def first(signum: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
+    def unless_reader_stopped(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not isinstance(error, (ConnectionError, EOFError)):
+            sys.__excepthook__(kind, error, trace)
+
     signal.signal(signal.SIGTERM, first)
+    sys.excepthook = unless_reader_stopped  # called by that thread alone: the loader passes on a worker's own errors
 
 
 class TrainLoader(Loader):
@@ -296,7 +305,7 @@ class ResumableDataModule(LightningDataModule, ABC):
         return {
             "collate_fn": _whole,
             "num_workers": self.workers,
-            "worker_init_fn": _survive_one_signal if self.workers else None,
+            "worker_init_fn": _survive_the_stop if self.workers else None,
             "persistent_workers": self.workers > 0,
             "pin_memory": torch.cuda.is_available() and not (isinstance(items, TensorImages) and not self.workers),
             "generator": torch.Generator(),  # else its workers' seed is drawn from the global generator

@@ -1,10 +1,14 @@
 """Exact resume in the middle of an epoch, and DDP: the batches seen are the batches promised."""
 
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
+import time
+from multiprocessing import resource_sharer
 from pathlib import Path
 
 import fake_data
@@ -14,6 +18,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, OnExceptionCheckpoint
 
 import nslightning.data as data
+from nslightning.data.base import _survive_the_stop
 
 EPOCHS, BATCHES = 3, 5  # of 16 among 80 images
 
@@ -257,3 +262,28 @@ def test_two_processes_share_the_batches_of_one(tmp_path):
         test = torch.cat([images for images, _ in module.test_dataloader()])
         counted = sorted(map(bytes, images.flatten(1).numpy()))
         assert counted == sorted(evaluations * list(map(bytes, test.flatten(1).numpy())))
+
+
+def _serve_and_lose_the_reader(prepare, log):
+    """A worker's thread offers a file, and the one who asked for it is gone before it is handed over."""
+    sys.stderr = log.open("w", buffering=1)
+    sys.excepthook = sys.__excepthook__
+    prepare(0)
+    resource_sharer.DupFd(0)
+    with socket.socket(socket.AF_UNIX) as reader:
+        reader.connect(resource_sharer._resource_sharer._address)
+    time.sleep(0.3)  # the thread reads from a connection that is closed
+    sys.excepthook(ValueError, ValueError("an error of its own"), None)
+
+
+@pytest.mark.parametrize("prepare", [_survive_the_stop, lambda worker: None], ids=["a worker's", "Python's own"])
+def test_a_worker_says_nothing_of_a_reader_that_stopped(tmp_path, prepare):
+    process = multiprocessing.get_context("fork").Process(
+        target=_serve_and_lose_the_reader, args=(prepare, tmp_path / "log")
+    )
+    process.start()
+    process.join(30)
+    assert process.exitcode == 0
+    log = (tmp_path / "log").read_text()
+    assert "ValueError: an error of its own" in log
+    assert ("Error" in log.replace("ValueError", "")) is (prepare is not _survive_the_stop)
