@@ -31,6 +31,7 @@ COMMANDS = {
     "dashboard": ("nslightning.commands.dashboard", "a W&B workspace with panels for what the callbacks log"),
     "lr-search": ("nslightning.commands.lr_search", "find the learning rate, one search per Jacobian choice"),
     "tokens": ("nslightning.commands.tokens", "turn text into the token files that a language model is trained on"),
+    "shards": ("nslightning.commands.shards", "turn a folder of images into a few large files, or verify them"),
     "cost": ("nslightning.commands.cost", "what a backbone's gradient costs under several Jacobian choices"),
     "audit": ("nslightning.commands.audit", "how far a model's gradients depend on the Jacobian choice"),
     "schema": ("nslightning.commands.schema", "JSON schemas, from which an editor completes and checks YAML files"),

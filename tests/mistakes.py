@@ -230,6 +230,8 @@ MISTAKES: dict[str, list[Mistake]] = {
         Mistake("dashboard --entty me", ("no option --entty", "did you mean '--entity'")),
         Mistake("tokens --txt a.txt --out tokens", ("no option --txt", "did you mean '--text'")),
         Mistake("tokens --text nowhere.txt --out tokens", ("nowhere.txt",), 1),
+        Mistake("shards images", ("name the folder to be made", "--verify")),
+        Mistake("shards nowhere shards", ("nowhere/train: missing",), 1),
         Mistake("lr-search --config configs/quickstart.yaml --trails 3", ("did you mean '--trials'",)),
         Mistake("lr-search --config configs/quickstart.yaml --high=1e-9", ("0 < low < high",)),
         Mistake("lr-search", ("--data is needed",)),

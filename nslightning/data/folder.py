@@ -11,14 +11,77 @@ from nslightning.data.base import ImageDataModule, Split
 from nslightning.data.images import FileImages
 from nslightning.data.preprocessing import Preprocessing, preprocessing_of
 from nslightning.data.sampler import Draws
+from nslightning.data.shards import Shards, ShardSamples, is_shards
 from nslightning.data.verify import data_error, data_folder
+
+Samples = list[tuple[str, int]] | ShardSamples
+
+
+class Folder:
+    """Image files, ``<root>/<split>/<class>/<image>``.
+
+    Args:
+        root: The folder.
+        fix: What mends a folder that is not like that, for the errors.
+    """
+
+    def __init__(self, root: Path, fix: str) -> None:
+        self.root, self.fix = root, fix
+
+    def has(self, split: str) -> bool:
+        """Whether there is a folder of a split's name."""
+        return (self.root / split).is_dir()
+
+    def classes(self, split: str) -> list[str]:
+        """Names of the classes.
+
+        Args:
+            split: ``train``, ``val`` or ``test``.
+
+        Returns:
+            The names, sorted.
+
+        Raises:
+            DataError: If the folder is missing, or holds none.
+        """
+        folder = self.root / split
+        if not folder.is_dir():
+            raise data_error(folder, "missing: there is no such folder", self.fix)
+        classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+        if not classes:
+            raise data_error(folder, "count: it holds no class folders", self.fix)
+        return classes
+
+    def samples(self, split: str) -> list[tuple[str, int]]:
+        """Path and label of every image.
+
+        Args:
+            split: ``train``, ``val`` or ``test``.
+
+        Returns:
+            The images, sorted by class and name.
+
+        Raises:
+            DataError: If its classes are not those of ``train``, or one is empty.
+        """
+        folder = self.root / split
+        classes = self.classes(split)
+        if odd := sorted(set(classes) ^ set(self.classes("train"))):
+            failed = f"classes: {', '.join(odd[:5])} not in both {split} and train ({len(odd)} of them)"
+            raise data_error(folder, failed, self.fix)
+        try:
+            samples: list[tuple[str, int]] = datasets.ImageFolder(folder).samples
+        except FileNotFoundError as error:  # a class without an image
+            raise data_error(folder, f"count: {error}", self.fix) from None
+        return samples
 
 
 class ImageFolder(ImageDataModule):
     """One's own images: ``<root>/train/<class>/<image>``, ``<root>/val/...`` and, if there is one, ``test``.
 
     Args:
-        root: The folder with train and val.
+        root: The folder with train and val; or shards that ``nslightning shards`` made of it, in a folder or at an
+            address such as ``s3://bucket/shards``, from where they are copied into the folder of data sets first.
         image_size: Height and width of the images; by default the preprocessing's own.
         batch_size: Training images per batch of one process.
         eval_batch_size: Images per batch in validation and test.
@@ -46,7 +109,8 @@ class ImageFolder(ImageDataModule):
         super().__init__(batch_size, eval_batch_size, workers, seed)
         if image_size is not None and image_size < 1:
             raise ValueError(f"image_size is {image_size}; it must be at least 1")
-        self.folder: Path = Path(root).expanduser()
+        self.source = self._opened(root)
+        self.folder: Path = self.source.folder if isinstance(self.source, Shards) else self.source.root
         self.preprocessing = preprocessing_of(preprocessing).at(image_size)
         self.augmentation = augmentation
         self.image_shape = (3, self.preprocessing.size, self.preprocessing.size)
@@ -68,9 +132,36 @@ class ImageFolder(ImageDataModule):
                 stacklevel=2,
             )
 
-    def _fix(self) -> str:
+    def prepare_data(self) -> None:
+        """Copy shards that are named by an address from their object store; Lightning calls it once on each machine.
+
+        Raises:
+            DataError: If that fails.
+        """
+        if isinstance(self.source, Shards):
+            self.source.fetch()
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What was read; of shards also their address and the digest of what they hold.
+
+        Returns:
+            The record.
+        """
+        if not isinstance(self.source, Shards):
+            return super().provenance
+        return super().provenance | {"shards": self.source.digest, "address": self.source.address}
+
+    def _opened(self, root: str) -> Folder | Shards:
+        if is_shards(root):
+            return Shards(root)
+        folder = Path(root).expanduser()
+        return Folder(folder, self._fix(folder))
+
+    @staticmethod
+    def _fix(folder: Path) -> str:
         return (
-            f"{self.folder} must hold train/<class>/<image> and val/<class>/<image> with the same classes;"
+            f"{folder} must hold train/<class>/<image> and val/<class>/<image> with the same classes;"
             " name another folder by --data.root."
         )
 
@@ -78,35 +169,20 @@ class ImageFolder(ImageDataModule):
         classes = self._classes("train")
         if len(classes) < 2:
             failed = f"classes: one class, {classes[0]}, and a classifier needs at least two"
-            raise data_error(self.folder / "train", failed, self._fix())
+            raise data_error(self.folder / "train", failed, self._fix(self.folder))
         return len(classes)
 
     def _classes(self, split: str) -> list[str]:
-        folder = self.folder / split
-        if not folder.is_dir():
-            raise data_error(folder, "missing: there is no such folder", self._fix())
-        classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-        if not classes:
-            raise data_error(folder, "count: it holds no class folders", self._fix())
-        return classes
+        return self.source.classes(split)
 
     def _load(self, split: Split) -> Draws:
-        if split == "test" and not (self.folder / "test").is_dir():
+        if split == "test" and not self.source.has("test"):
             return self._split("val")
         augmentation = self.augmentation if split == "train" else None
         return FileImages(self._samples(split), self.preprocessing, augmentation, self.seed)
 
-    def _samples(self, split: Split) -> list[tuple[str, int]]:
-        folder = self.folder / split
-        classes = self._classes(split)
-        if odd := sorted(set(classes) ^ set(self._classes("train"))):
-            failed = f"classes: {', '.join(odd[:5])} not in both {split} and train ({len(odd)} of them)"
-            raise data_error(folder, failed, self._fix())
-        try:
-            samples: list[tuple[str, int]] = datasets.ImageFolder(folder).samples
-        except FileNotFoundError as error:  # a class without an image
-            raise data_error(folder, f"count: {error}", self._fix()) from None
-        return samples
+    def _samples(self, split: Split) -> Samples:
+        return self.source.samples(split)
 
 
 class ImageNet(ImageFolder):
@@ -116,7 +192,7 @@ class ImageNet(ImageFolder):
     ``python -c "from torchvision.datasets import ImageNet as I; [I(ROOT, s) for s in ('train', 'val')]"``.
 
     Args:
-        root: The folder with train and val; by default imagenet in the folder of data sets.
+        root: The folder with train and val, or shards of it; by default imagenet in the folder of data sets.
         image_size: Height and width of the images; by default the preprocessing's own.
         batch_size: Training images per batch of one process.
         eval_batch_size: Images per batch in validation and test.
@@ -143,37 +219,37 @@ class ImageNet(ImageFolder):
         preprocessing: str = "he2016",
         augmentation: Augmentation = Augmentation(),  # noqa: B008 # frozen
     ) -> None:
-        folder = data_folder() / "imagenet" if root is None else Path(root)
-        super().__init__(
-            str(folder), image_size, batch_size, eval_batch_size, workers, seed, preprocessing, augmentation
-        )
+        root = str(data_folder() / "imagenet") if root is None else root
+        super().__init__(root, image_size, batch_size, eval_batch_size, workers, seed, preprocessing, augmentation)
         self.verify = verify
         self._complete: dict[str, bool] = {}
 
     def _count_classes(self) -> int:
         return 1000  # known before the folder is looked at
 
-    def _fix(self) -> str:
+    @staticmethod
+    def _fix(folder: Path) -> str:
         return (
-            f"{self.folder} must hold train/<wnid>/*.JPEG and val/<wnid>/*.JPEG; name another folder by"
+            f"{folder} must hold train/<wnid>/*.JPEG and val/<wnid>/*.JPEG; name another folder by"
             " --data.root, or put the archives from image-net.org there and unpack them by"
             " python -c 'from torchvision.datasets import ImageNet as I;"
-            f' I("{self.folder}", "train"); I("{self.folder}", "val")\'.'
+            f' I("{folder}", "train"); I("{folder}", "val")\'.'
         )
 
     def _load(self, split: Split) -> Draws:
         # The labels of the official test images are not public.
         return self._split("val") if split == "test" else super()._load(split)
 
-    def _samples(self, split: Split) -> list[tuple[str, int]]:
+    def _samples(self, split: Split) -> Samples:
         samples = super()._samples(split)
-        found, published = (len(self._classes(split)), len(samples)), (1000, self._published[split])
-        self._complete[split] = found == published
-        if self.verify and found != published:
-            failed = f"count: {found[1]} images in {found[0]} classes, ImageNet has {published[1]} in 1000"
-            raise data_error(self.folder / split, failed, self._fix() + " To use a part, add --data.verify=false.")
-        if found[0] > 1000:
-            raise data_error(self.folder / split, f"count: {found[0]} classes, more than 1000", self._fix())
+        counts, published = (len(self._classes(split)), len(samples)), (1000, self._published[split])
+        self._complete[split] = counts == published
+        fix = self._fix(self.folder)
+        if self.verify and counts != published:
+            failed = f"count: {counts[1]} images in {counts[0]} classes, ImageNet has {published[1]} in 1000"
+            raise data_error(self.folder / split, failed, fix + " To use a part, add --data.verify=false.")
+        if counts[0] > 1000:
+            raise data_error(self.folder / split, f"count: {counts[0]} classes, more than 1000", fix)
         self.verified = all(self._complete.values())
         self.variant = "official, by its counts" if self.verified else "not the official counts"
         return samples

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -14,6 +15,7 @@ from torch.nn.functional import pad
 from nslightning.data.augmentation import Augmentation
 from nslightning.data.preprocessing import Preprocessing, ToBytes
 from nslightning.data.sampler import AUGMENT, ERASE, Batch, Draws, generator, seeded
+from nslightning.data.shards import ShardImage
 from nslightning.data.verify import data_error
 
 _UNKNOWN_SCALE = ("F", "F;16", "F;32")  # Pillow's modes of floating-point numbers; "I" is 16 bits of a PNG or a PGM
@@ -182,7 +184,7 @@ class FileImages(Draws):
     """Images read from files, transformed one by one.
 
     Args:
-        samples: Path and label of every image.
+        samples: Path and label of every image; in place of a path an image of a shard.
         preprocessing: Size, crop, interpolation, mean and standard deviation.
         augmentation: What training images undergo; None for images that are evaluated.
         seed: Seed of the augmentation, which depends on (seed, epoch, index, repeat) only.
@@ -193,7 +195,7 @@ class FileImages(Draws):
 
     def __init__(
         self,
-        samples: Sequence[tuple[str, int]],
+        samples: Sequence[tuple[str | ShardImage, int]],
         preprocessing: Preprocessing,
         augmentation: Augmentation | None = None,
         seed: int = 0,
@@ -251,28 +253,28 @@ class FileImages(Draws):
         return self._transforms[size]
 
 
-def read_image(path: str) -> Image.Image:
+def read_image(file: str | ShardImage) -> Image.Image:
     """Read one image file as RGB with eight bits a channel.
 
     Images of 16 bits a channel keep their eight highest bits, as in torchvision and Pillow. EXIF says which side is up.
     Transparency is dropped, as in torchvision's data sets, and of an animation the first frame is taken.
 
     Args:
-        path: The file.
+        file: The file's path, or its image in a shard.
 
     Returns:
         The image, of mode RGB.
 
     Raises:
-        DataError: If the file is gone or damaged, or its numbers have no known scale.
+        DataError: If the file is gone or damaged, its disk does not answer, or its numbers have no known scale.
     """
     try:
-        with Image.open(path) as opened:
+        with Image.open(file if isinstance(file, str) else io.BytesIO(file.read())) as opened:
             image = ImageOps.exif_transpose(opened)
             if image.mode in _UNKNOWN_SCALE or (image.mode == "I" and opened.format not in ("PNG", "PPM")):
                 kind = "floating-point numbers" if image.mode == "F" else "integers of 32 bits"
                 failed = f"its pixels are {kind}, and nothing says which number is white"
-                raise data_error(path, failed, "Save it with 8 or 16 bits per channel, such as a PNG.")
+                raise data_error(file, failed, "Save it with 8 or 16 bits per channel, such as a PNG.")
             if image.mode == "I" or image.mode.startswith("I;16"):
                 high = (np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)
                 image = Image.fromarray(high)
@@ -280,7 +282,10 @@ def read_image(path: str) -> Image.Image:
                 image = image.convert("RGBA")
             return image.convert("RGB")
     except FileNotFoundError:
-        raise data_error(path, "it was there at the start and is gone", "Put it back and start again.") from None
+        raise data_error(file, "it was there at the start and is gone", "Put it back and start again.") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # of Pillow, on damaged files
+        if isinstance(error, OSError) and error.errno is not None:  # of the system, not of Pillow
+            fix = "The file may be whole: go on once its disk, or its network, answers again."
+            raise data_error(file, f"it cannot be read ({error.strerror})", fix) from None
         fix = "Replace it by an intact copy, or delete it to train without it."
-        raise data_error(path, f"the image cannot be decoded ({error})", fix) from None
+        raise data_error(file, f"the image cannot be decoded ({error})", fix) from None
