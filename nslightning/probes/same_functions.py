@@ -151,4 +151,5 @@ def _patches(functions: Tensor, geometry: Regular) -> Tensor:
 def _numbered(rows: Tensor) -> Tensor:
     """Whole numbers for the vectors along the last dimension, equal where these are."""
     flat = rows.reshape(-1, rows.shape[-1])
-    return flat.unique(dim=0, return_inverse=True)[1].view(rows.shape[:-1])
+    numbers: Tensor = flat.unique(dim=0, return_inverse=True)[1]
+    return numbers.view(rows.shape[:-1])
