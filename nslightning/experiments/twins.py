@@ -93,10 +93,10 @@ def _by_step(cell: TwinCell, together: dict[str, Run], images: Images) -> Iterat
         selection.observer = None
         for run in list(together.values())[1:]:
             run.step(x, y)
-        for distance in closest:
-            yield {"step": step, "twin": first, "metric": "min_abs_input", "value": float(distance.zero)}
-            if distance.six is not None:
-                yield {"step": step, "twin": first, "metric": "min_abs_input_6", "value": float(distance.six)}
+        for nearest in closest:
+            yield {"step": step, "twin": first, "metric": "min_abs_input", "value": float(nearest.zero)}
+            if nearest.six is not None:
+                yield {"step": step, "twin": first, "metric": "min_abs_input_6", "value": float(nearest.six)}
 
 
 @torch.no_grad()

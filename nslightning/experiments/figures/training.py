@@ -456,10 +456,10 @@ def rule_effect(rows: pd.DataFrame) -> Figure:
                 bar.set_gid(where(rule=rule, choice=choice))
                 if line["sum"]:
                     drawn_nan = True
-                    share = f"{line['sum']:.0f} of {line['size']:.0f}"
+                    among = f"{line['sum']:.0f} of {line['size']:.0f}"
                     inner = bar.get_x() + (0.36, 0.0)[j]  # away from the bar beside it
                     height = bar.get_height() + 3
-                    bottom.text(inner, height, share, ha=("right", "left")[j], fontsize=5, color=colour)
+                    bottom.text(inner, height, among, ha=("right", "left")[j], fontsize=5, color=colour)
             numbers = " to ".join(f"{n:.0f}" for n in sorted({share["size"].min(), share["size"].max()}))
             bottom.text(
                 0.02 + 0.5 * j, 0.97, f"n = {numbers} ({rule})", transform=bottom.transAxes, va="top", fontsize=5,
