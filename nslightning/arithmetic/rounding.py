@@ -124,7 +124,7 @@ class RandomRounding(TorchDispatchMode):
             if parts is not NotImplemented:
                 return parts
         name, written = _kind(func)
-        if name in EXACT:
+        if name in EXACT or (name in ("_to_copy", "copy") and _complex(args)):
             return func(*args, **kwargs)
         wide: Callable[[Sequence[Tensor]], Sequence[Tensor | None]] = _unknown
         if name in ONE_ROUNDING or name in _SCATTERED:
@@ -132,13 +132,14 @@ class RandomRounding(TorchDispatchMode):
         result = func(*args, **kwargs)
         returned, structure = tree_flatten(result)
         touched = _written(written, args, kwargs)
-        fresh = [y for y in returned if not any(y is t for t in touched)]
+        fresh = [y for y in returned if isinstance(y, Tensor) and not any(y is t for t in touched)]
+        moves = {id(y) for y in fresh}
         copies_stay = name in _SCATTERED
         moved = [self._moved(y, e, copies_stay) for y, e in zip(touched + fresh, wide(touched + fresh), strict=True)]
         for place, value in zip(touched, moved, strict=False):
             place.copy_(value)
         new = iter(moved[len(touched) :])
-        return tree_unflatten([y if any(y is t for t in touched) else next(new) for y in returned], structure)
+        return tree_unflatten([next(new) if id(y) in moves else y for y in returned], structure)
 
     def _moved(self, y: Any, error: Tensor | None, copies_stay: bool) -> Any:
         if not isinstance(y, Tensor) or y.numel() == 0 or y.layout != torch.strided:
@@ -171,6 +172,10 @@ def _written(places: tuple[int | str, ...], args: Sequence[Any], kwargs: dict[st
     return [t for t in tree_flatten(values)[0] if isinstance(t, Tensor)]
 
 
+def _complex(args: tuple[Any, ...]) -> bool:
+    return any(isinstance(t, Tensor) and t.is_complex() for t in tree_flatten(args)[0])
+
+
 def _unknown(results: Sequence[Any]) -> Sequence[Tensor | None]:
     return [None] * len(results)
 
@@ -182,23 +187,23 @@ def _redone(
 
     Operands are copied before the operation may overwrite them.
     """
-    tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor) and t.is_floating_point()]
-    if name not in ("_to_copy", "copy") and all(t.dtype == torch.float64 for t in tensors):
+    if name in ("_to_copy", "copy"):
+        sources = [t.to(torch.float64, copy=True) for t in tree_flatten(args[0 if name == "_to_copy" else 1])[0]]
+        return lambda results: [
+            source.to(y.device).expand_as(y) - y.double() for source, y in zip(sources, results, strict=True)
+        ]
+    tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
+    whole = name == "div" and not any(t.is_floating_point() for t in tensors)  # a quotient of whole numbers
+    tensors = [t for t in tensors if t.is_floating_point()]
+    if tensors and all(t.dtype == torch.float64 for t in tensors):
         operands = [_exactly(a) for a in args[:2]]
         plain = not any(v != 1 for k, v in kwargs.items() if k == "alpha") and not kwargs.get("rounding_mode")
         error = _ERRORS.get(name) if plain and len(args) <= 2 and not any(o is None for o in operands) else None
         return lambda results: [error(y, *operands) if error and isinstance(y, Tensor) else None for y in results]
-    if name in ("_to_copy", "copy"):
-        source = args[0 if name == "_to_copy" else 1]
-        narrow = isinstance(source, Tensor) and source.is_floating_point()
-        kept = source.to(torch.float64, copy=True) if narrow else None
-        return lambda results: [
-            None if kept is None else kept.to(y.device).expand_as(y) - y.double() for y in results
-        ]  # whole numbers become floats: many bits may be lost, or none
     lowest = all(t.dtype != torch.float64 or t.dim() == 0 for t in tensors)
 
     def widened(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.is_floating_point():
+        if isinstance(value, Tensor) and (value.is_floating_point() or (whole and not value.is_complex())):
             # A number beside tensors is rounded to their dtype first.
             number = value.dim() == 0 and value.dtype == torch.float64 and lowest
             return value.float().double() if number else value.to(torch.float64, copy=True)
@@ -213,12 +218,12 @@ def _redone(
     except (NotImplementedError, RuntimeError):  # no float64 on this device, or for this operation
         return _unknown
     touched = _written(_kind(operation).written, places, named)
-    found = touched + [y for y in tree_flatten(exact)[0] if not any(y is t for t in touched)]
+    fresh = [y for y in tree_flatten(exact)[0] if isinstance(y, Tensor) and not any(y is t for t in touched)]
 
     def errors(results: Sequence[Any]) -> Sequence[Tensor | None]:
         return [
             e - y.double() if isinstance(e, Tensor) and e.dtype == torch.float64 and y.dtype != torch.float64 else None
-            for e, y in zip(found, results, strict=True)
+            for e, y in zip(touched + fresh, results, strict=True)
         ]
 
     return errors

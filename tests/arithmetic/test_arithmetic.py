@@ -307,6 +307,15 @@ def test_a_conversion_rounds_and_halves_of_float32_sums_do() -> None:
     with RandomRounding(0):
         halves = torch.full((4000,), 0.1).half()
         assert torch.equal(torch.full((9,), 0.1).double(), torch.full((9,), 0.1, dtype=torch.float32).double())
+        whole = torch.arange(1, 200)
+        assert torch.equal(whole.float(), torch.tensor([float(k) for k in range(1, 200)]))
+        assert torch.equal((whole > 50).double(), torch.tensor([float(k > 50) for k in range(1, 200)]).double())
+        assert torch.equal((2 * whole) / torch.full_like(whole, 2), whole.float())
+        assert len({float(v) for seed in range(20) for v in whole[:1] / 3}) > 1
+        copied = [torch.zeros(199), torch.zeros(3)]
+        torch._foreach_copy_(copied, [whole.float(), torch.ones(3)])
+        assert torch.equal(copied[0], whole.float())
+        assert torch.equal(torch.ones(3, dtype=torch.complex64).to(torch.complex128).real, torch.ones(3).double())
     below, above = sorted(set(halves.tolist()))
     assert np.nextafter(np.float16(below), np.float16(1)) == np.float16(above)
     assert float(halves.double().mean()) == pytest.approx(0.1, abs=4e-6)
