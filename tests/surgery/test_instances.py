@@ -338,6 +338,8 @@ def layers():
 
 
 @pytest.mark.parametrize("make", [Calls, layers])
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")  # what is tested goes with it
+@pytest.mark.filterwarnings("ignore:Converting a tensor to a Python boolean")  # tracing reads sizes
 def test_tracing_for_training_says_what_to_do(make):
     model, x = make().eval(), torch.ones(1, 1, 4, 4)
     patch(model, HALF)

@@ -276,6 +276,7 @@ def test_a_function_below_the_model_is_not_the_models():
     model(Cube.apply(torch.randn(1, 2, 2, 2, requires_grad=True)))
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace the builtin")  # the refusal reads the graph
 def test_unreached_operations_are_refused_when_compiled_too():
     torch._dynamo.reset()
     model = Calls(lambda x: x.topk(1)[0])
@@ -408,6 +409,7 @@ def test_quantisation_aware_training():
 
 
 @pytest.mark.parametrize("where", ["before", "after", "inside"])
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # a module whose inputs need no gradient
 def test_hooks_that_call_functions(where):
     """A hook's call counts as the module's on which it is: of the root if it was there when it was patched."""
     model = nn.Sequential(Body()) if where == "inside" else Body()
