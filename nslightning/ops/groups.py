@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nslightning.ops.autograd.nodes import of_a_leaf
 from nslightning.ops.autograd.routing import ROUTES, Route, around, own, wide
 from nslightning.ops.autograd.selection import Selection, fixed
 from nslightning.ops.module_base import ChosenFunction, ChosenModule
@@ -171,7 +172,8 @@ def scattered(selection: Selection, call: Call) -> Tensor:
     """
     base, (kind, dim, index, src, reduce, included) = call.x, call.parameters
     if call.inplace:
-        if not (torch.is_grad_enabled() and (base.requires_grad or src.requires_grad)):
+        # PyTorch refuses to overwrite a leaf before it computes anything.
+        if of_a_leaf(base) or not (torch.is_grad_enabled() and (base.requires_grad or src.requires_grad)):
             return _SCATTER_[kind](base, dim, index, src, reduce, include_self=included)
         # As stock does, whose backward keeps a copy of what was overwritten.
         return base.copy_(scattered(selection, call._replace(x=base.clone(), inplace=False)))
@@ -182,7 +184,7 @@ def scattered(selection: Selection, call: Call) -> Tensor:
     results = stock if stock.dim() else stock.reshape(1)  # a reshape to the same shape would be a view
     parts = src.to(stock.dtype), base.to(stock.dtype), index, results.detach(), results
     chosen = around("scatter_max", selection, (dim, included), *parts)
-    return chosen if stock.dim() else chosen.reshape(())
+    return chosen if stock.dim() else aten._unsafe_view(chosen, ())  # stock's result is no view
 
 
 def _scatter_ties(call: Call) -> tuple[Count, int]:

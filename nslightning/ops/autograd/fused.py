@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nslightning.ops.autograd import native
 from nslightning.ops.autograd.layouts import storage_order
-from nslightning.ops.autograd.nodes import NonsmoothFunction
+from nslightning.ops.autograd.nodes import NonsmoothFunction, check_changes, refuse_changes
 from nslightning.ops.autograd.selection import (
     Selection,
     concrete,
@@ -99,6 +99,7 @@ class _ReLU(NonsmoothFunction):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         y, bits = ctx.saved_tensors
+        check_changes(ctx)
         vjp = partial(_relu_vjp, y, bits, g)
         if ctx.selection.recorder is not None:
             ctx.selection.recorder(ctx, vjp)
@@ -152,7 +153,10 @@ def relu(x: Tensor, selection: Selection, inplace: bool = False) -> Tensor:
     if not _kernels(x.device.type).any_zero(x):
         return torch.relu_(x) if inplace else torch.relu(x)
     if inplace and x._is_view():  # autograd would put the node inside another one, where nobody can ask it
-        return x.copy_(_ReLU.apply(x, selection, False))
+        y = _ReLU.apply(x, selection, False)
+        written = x.copy_(y)
+        refuse_changes(y.grad_fn, written)
+        return written
     return cast(Tensor, _ReLU.apply(x, selection, inplace))
 
 

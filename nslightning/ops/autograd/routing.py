@@ -241,9 +241,9 @@ def dimensions(x: Tensor, dim: Any) -> tuple[int, ...]:
     Returns:
         Numbers >= 0.
     """
-    if dim is None or dim == () or dim == []:
+    if dim is None or dim == () or dim == [] or not x.dim():  # a number has none that could be taken away
         return tuple(range(x.dim()))
-    return tuple(d % x.dim() if x.dim() else 0 for d in ((dim,) if isinstance(dim, int) else dim))
+    return tuple(d % x.dim() for d in ((dim,) if isinstance(dim, int) else dim))
 
 
 def restored(t: Tensor, dims: tuple[int, ...], keepdim: bool) -> Tensor:
