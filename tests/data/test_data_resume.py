@@ -185,8 +185,8 @@ def test_predict_reads_the_test_images_in_order(tmp_path):
 
 def run(script, *arguments):
     """Run a script that imports this file."""
-    folders = os.pathsep.join(str(Path(__file__).parents[k]) for k in (0, 1))
-    environment = {**os.environ, "PYTHONPATH": folders, "OMP_NUM_THREADS": "1"}
+    folders = (*(str(Path(__file__).parents[k]) for k in (0, 1)), os.environ.get("PYTHONPATH"))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, folders)), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
         env=environment, capture_output=True, text=True, timeout=300,

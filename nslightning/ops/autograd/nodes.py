@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from nslightning._torch import is_view
 from nslightning.ops.autograd import native
 
 if TYPE_CHECKING:
@@ -52,7 +53,9 @@ def of_a_leaf(x: Tensor) -> bool:
     Returns:
         Whether the stock operation in place would raise.
     """
-    base = x._base if x._is_view() and x._base is not None else x
+    base = x
+    if not torch.compiler.is_compiling() and is_view(x) and x._base is not None:
+        base = x._base
     return base.is_leaf and base.requires_grad
 
 
@@ -66,7 +69,7 @@ def refuse_changes(node: Any, written: Tensor) -> None:
         node: The node of a :class:`NonsmoothFunction`.
         written: The result, in the memory that it was written to.
     """
-    if isinstance(node, torch.autograd.function.BackwardCFunction):
+    if not torch.compiler.is_compiling() and isinstance(node, torch.autograd.function.BackwardCFunction):
         node.written = written.detach(), written._version  # type: ignore[attr-defined]
 
 
@@ -79,6 +82,8 @@ def check_changes(node: Any) -> None:
     Raises:
         RuntimeError: If it has.
     """
+    if torch.compiler.is_compiling():  # which orders what is written by itself
+        return
     written, version = getattr(node, "written", (None, 0))
     if written is not None and written._version != version:
         raise RuntimeError(
