@@ -79,13 +79,14 @@ def measure(network: Network, batch: int, steps: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
     results = {}
-    for name, network in NETWORKS.items():
-        results[name] = measure(network, args.batch, args.steps)
+    for name in args.networks:
+        results[name] = measure(NETWORKS[name], args.batch, args.steps)
         print(f"{name}: step {results[name]['step']:.4f} s, check {results[name]['share']:.3%} of it, first look "
               f"{results[name]['first look']:.1%} of one", flush=True)  # fmt: skip
     if args.out:
