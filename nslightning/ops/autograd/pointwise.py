@@ -115,7 +115,9 @@ class _Kinked(NonsmoothFunction):
             with nullcontext() if torch.compiler.is_compiling() else kept_version(x):  # `mark_dirty` counts it
                 kernels.overwrite(x, *tensors[:given], *parameters)
             return x
-        if overwritten:  # as stock works on the memory that it overwrites: a kernel may round by the strides
+        # As stock works on the memory that it overwrites: a kernel may round by the strides. A compiler has kernels of
+        # its own, and that of torch 2.11 returns gradients of 0 where a custom function overwrites a copy.
+        if overwritten and not torch.compiler.is_compiling():
             return kernels.overwrite(duplicate(x), *tensors[:given], *parameters)
         return kernels.forward(x, *tensors[:given], *parameters)
 
