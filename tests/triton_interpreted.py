@@ -117,6 +117,50 @@ def test_a_window_whose_sixteen_entries_tie(size) -> None:
                        (g / 16).repeat_interleave(size[0], 2).repeat_interleave(size[1], 3))  # fmt: skip
 
 
+def surrounded(numbers, before_and_after) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers in the middle of a memory, so that a kernel that leaves them is seen; and that memory."""
+    room = 2048  # two blocks: no index of the last program lies farther away
+    memory = torch.full((numbers.numel() + 2 * room,), before_and_after, dtype=numbers.dtype)
+    inner = memory[room:-room].view(numbers.shape)
+    return inner.copy_(numbers), memory
+
+
+@pytest.mark.parametrize("n", [1024 + 13, 1024 + 16])
+def test_the_last_block_stays_inside_its_tensors(n) -> None:
+    """The entries fill no block, and a byte or not; what lies behind them is neither counted nor written."""
+    values = torch.arange(n).remainder(3) - 1.0
+    x, _ = surrounded(values, 0.0)  # zeros, which were ties
+    y, around_y = surrounded(torch.zeros(n), 7.0)
+    bits, around_bits = surrounded(torch.zeros(-(-n // 8), dtype=torch.uint8), 7)
+    gradient, around_gradient = surrounded(torch.zeros(n), 7.0)
+    triton_kernels._relu_forward[(2,)](x, y, bits, n, ROWS=128)
+    assert sum(int(b).bit_count() for b in bits) == int((values == 0).sum())
+    assert torch.equal(y, values.relu())
+    g = torch.arange(1.0, n + 1)
+    triton_kernels._relu_backward[(2,)](g, y, bits, gradient, n, 0.5, 0, MEMORY=False, ROWS=128)
+    assert torch.equal(gradient, torch.where(values == 0, g / 2, torch.where(values > 0, g, 0)))
+
+    images = torch.arange(3 * 9 * 9.0).remainder(4).view(1, 3, 9, 9)
+    sizes = {"C": 3, "H": 9, "W": 9, "OH": 4, "OW": 4, "KH": 3, "KW": 3}
+    window = {**sizes, "SH": 2, "SW": 2, "PH": 0, "PW": 0, "DH": 1, "DW": 1, "LAST": False, "WIDE": False}
+    pooled, around_pooled = surrounded(torch.zeros(1, 3, 4, 4), 7.0)
+    mask, around_mask = surrounded(torch.zeros(1, 3, 4, 4, dtype=torch.int16), 7)
+    to_images, around_images = surrounded(torch.zeros_like(images), 7.0)
+    triton_kernels._pool_forward[(1,)](images, pooled, mask, pooled.numel(), **window, BLOCK=1024)
+    assert torch.equal(pooled, F.max_pool2d(images, 3, 2))
+    weights = torch.tensor([0.0, *(1.0 / k for k in range(1, 17)), 0.0, *(1.0 / k for k in range(1, 17))])
+    g = torch.full_like(pooled, 2520.0)  # divided by 1 to 9 without rounding
+    triton_kernels._pool_backward[(1,)](
+        g, mask, weights, 0, to_images, images.numel(), **window, MEMORY=False, BLOCK=1024
+    )
+    assert torch.equal(to_images.double(), naive_pool(images, g, ((3, 3), (2, 2), (0, 0), (1, 1)), (1, 0, 0, 0)))
+
+    for inner, memory in ((y, around_y), (bits, around_bits), (gradient, around_gradient), (pooled, around_pooled),
+                          (mask, around_mask), (to_images, around_images)):  # fmt: skip
+        assert (memory[:2048] == 7).all()
+        assert (memory[2048 + inner.numel() :] == 7).all()
+
+
 def test_relu_in_place_and_random(on_cpu) -> None:
     from nslightning import Jacobians
     from nslightning.ops.autograd.pointwise import pointwise
