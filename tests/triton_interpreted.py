@@ -225,7 +225,8 @@ def innaprop_by_hand(x, g, w, v, count, setting, sign) -> tuple[torch.Tensor, ..
     lr, alpha, beta, decay = (setting.get(name, default) for name, default in INNAPROP_DEFAULTS.items())
     published = setting.get("decay", "published") == "published"
     v = v * 0.999 + (1 - 0.999) * g * g
-    scale = v.sqrt() / (1 - 0.999**count) ** 0.5 + 1e-8
+    # By way of float64, which rounds a root as IEEE asks; a vector library's root may be a last digit off.
+    scale = v.double().sqrt().float() / (1 - 0.999**count) ** 0.5 + 1e-8
     moved = x * (1 - lr * decay)
     if w is not None:
         w = w + (-lr * decay * (1 - alpha * beta) / beta if published else 0.0) * x

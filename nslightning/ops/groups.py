@@ -256,7 +256,7 @@ register(
 
 # -------------------------------------------------------------------------------------------------------- segments
 def _belongs(ends: Tensor, entries: int, groups: int) -> tuple[Tensor, Tensor]:
-    """To which group each of so many entries belongs, by the groups' ends, and whether it belongs to any."""
+    """To which group each entry belongs, by the groups' ends, and whether it belongs to one."""
     place = torch.arange(entries, device=ends.device, dtype=ends.dtype).expand(*ends.shape[:-1], entries).contiguous()
     index = torch.searchsorted(ends.contiguous(), place, right=True)
     return index.clamp(max=groups - 1), index < groups

@@ -271,7 +271,7 @@ def _compared(function: str, x: Tensor, other: Any = None, keepdim: bool = False
 
 
 def _homes(name: str) -> list[Callable]:
-    return [found for home in (torch, Tensor, aten) if (found := getattr(home, name, None)) is not None]
+    return [function for home in (torch, Tensor, aten) if (function := getattr(home, name, None)) is not None]
 
 
 def _maxima() -> tuple[_Spellings, _Spellings]:

@@ -337,7 +337,8 @@ class Selection:
             A new tensor on ``g``'s device. NaN stands for the reference.
         """
         if torch.compiler.is_compiling():
-            return cast(Tensor, read_now(self.on(g.device)[name], g))
+            # One entry, for an operator's argument is written to memory in the layout that eager mode gives it.
+            return cast(Tensor, read_now(self.on(g.device)[name], g[(slice(0, 1),) * g.dim()]))
         if self.constant:  # filled at each replay
             constant, numbers = torch.empty_like(self.memory[name], device=g.device), np.atleast_1d(self._numbers[name])
             _write(constant, numbers, range(len(numbers)))
