@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nslightning.ops.autograd.nodes import of_a_leaf
 from nslightning.ops.autograd.routing import ROUTES, Route, around, own, wide
-from nslightning.ops.autograd.selection import Selection, fixed
+from nslightning.ops.autograd.selection import Selection, fixed, replayed
 from nslightning.ops.module_base import ChosenFunction, ChosenModule
 from nslightning.ops.record import Call, Count, Kink, Operation, ShareName, only, register, spelled
 
@@ -112,7 +112,7 @@ def _share(
         winner = _one(at & (draw == top.gather(dim, index)), dim, index, results, "amin")
         to_base = (base_draw > top).to(number)
         chosen = torch.where(winner, 1 - to_base.gather(dim, index), 0)
-    elif torch.compiler.is_compiling() or first + last != 0:
+    elif replayed(g) or first + last != 0:
         to_base = torch.where(base, first + last * (members == 1), 0).to(number)
         ahead = base.gather(dim, index)
         chosen = first * (_one(at, dim, index, results, "amin") & ~ahead)
