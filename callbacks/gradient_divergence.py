@@ -35,7 +35,7 @@ from nslightning.probes import (
 )
 from nslightning.probes.graph import opaque_nodes, reachable, reruns_forward
 from nslightning.probes.propagation import agrees, refuse_random, refuse_unseen
-from nslightning.probes.shards import is_shard
+from nslightning.probes.shards import is_shard, reshard
 from nslightning.runs import choice_changes
 from nslightning.surgery import selections
 
@@ -236,6 +236,7 @@ class GradientDivergence(Callback):
         if not self._is_due(step):
             return
         self._measured_step = step
+        reshard(pl_module)
         if trainer.world_size > 1 and _any_process(trainer, reruns_forward(loss)):
             # Gradients that arrive in `grad` alone would start DDP's exchange.
             self._say("a checkpoint with use_reentrant=True under DDP", "measures no step with")

@@ -180,8 +180,8 @@ class NonFiniteGuard(Callback):
                 everyone: list[Any] = [None] * trainer.world_size
                 torch.distributed.all_gather_object(everyone, self.found)
                 self.found = next((f for f in everyone if f.what != "not reproduced"), everyone[0])
+            file = run_folder(trainer) / "nonfinite.json"  # on all ranks: Lightning broadcasts the folder
             if trainer.is_global_zero:
-                file = run_folder(trainer) / "nonfinite.json"
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text(json.dumps(asdict(self.found), indent=2) + "\n")
             if self.action != "raise":

@@ -49,11 +49,13 @@ class RunRecord(Callback):
     ) -> None:
         self.config, self.seed, self.words, self.checkpoint = config, seed, list(words), checkpoint
         self._written = False
+        self._folder = Path()  # known from the beginning: the others may be gone when an error is noted
         self._complete = True  # whether the report's file names the functional calls
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print and write the patch report."""
         folder, report = run_folder(trainer), _report(pl_module)  # on all ranks: Lightning broadcasts the folder
+        self._folder = folder
         self._complete = report is None or report.traced
         if report is None or not trainer.is_global_zero:
             return
@@ -125,8 +127,7 @@ class RunRecord(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note that the run is finished, also where it was stopped after its last step and no step was left."""
-        folder = run_folder(trainer)
-        self._written = self._written or (trainer.is_global_zero and bool(read_record(folder)))
+        self._written = self._written or (trainer.is_global_zero and bool(read_record(self._folder)))
         self._note(trainer, "finished")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -134,9 +135,8 @@ class RunRecord(Callback):
         self._note(trainer, "stopped" if isinstance(exception, (SystemExit, KeyboardInterrupt)) else "failed")
 
     def _note(self, trainer: Trainer, ended: End) -> None:
-        folder = run_folder(trainer)
         if self._written:
-            note_end(folder, ended, trainer.global_step)
+            note_end(self._folder, ended, trainer.global_step)
 
 
 def _report(module: LightningModule) -> PatchReport | None:

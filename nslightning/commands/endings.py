@@ -123,7 +123,7 @@ def ending_of(
     """
     cause = root_of(error)
     kinds: tuple[Callable[[BaseException, bool], Ending | None], ...] = (
-        _data, _system, _worker, _own, _wandb, _memory, _network, _model, _mistake, _callback, _late, _frozen,
+        _data, _system, _worker, _peer, _own, _wandb, _memory, _network, _model, _mistake, _callback, _late, _frozen,
     )  # fmt: skip
     for kind in kinds:
         if (ending := kind(cause, began)) is not None:
@@ -161,12 +161,22 @@ def _worker(error: BaseException, began: bool) -> Ending | None:
     if not isinstance(error, RuntimeError) or not text.startswith("DataLoader"):
         return None
     if "timed out" in text:
-        return Ending(1, f"a process that reads the data does not answer ({text.rstrip('.')})")
+        longer = "--data.timeout=SECONDS waits longer, and 0 without end"
+        return Ending(1, f"a process that reads the data does not answer ({text.rstrip('.')}); {longer}")
     if "killed by signal" in text or "exited unexpectedly" in text:
         first = text.splitlines()[0].rstrip(". ")
         fewer = "where memory ran out, fewer processes need less: --data.workers"
         return Ending(1, f"a process that reads the data was ended from outside ({first}); {fewer}")
     return None
+
+
+def _peer(error: BaseException, began: bool) -> Ending | None:
+    """Another process of the training ended, and this one noticed when they were to add up or to agree."""
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+    if not isinstance(error, RuntimeError) or not any(sign in str(error) for sign in signs):
+        return None
+    first = next(line.strip() for line in str(error).splitlines() if any(sign in line for sign in signs))
+    return Ending(1, f"another process of this training ended, and its own message says why ({first})")
 
 
 def _own(error: BaseException, began: bool) -> Ending | None:

@@ -88,6 +88,11 @@ def makes_again(config: Any) -> Any:
     return [makes_again(v) for v in config] if isinstance(config, list) else config
 
 
+def _any(trainer: Trainer, mine: bool) -> bool:
+    """Whether something is so in any of the processes."""
+    return bool(trainer.strategy.reduce_boolean_decision(mine, all=False)) if trainer.world_size > 1 else mine
+
+
 def _after_last_step(trainer: Trainer) -> bool:
     """Whether an epoch's last step is done, and the epoch is not."""
     loop = trainer.fit_loop
@@ -117,7 +122,7 @@ class StopWhenAsked(Callback):
         self.signals = signals
         self.file = None if folder is None else folder / "checkpoints" / "stopped.ckpt"
         self.began, self.step, self.saved = False, 0, False
-        self._in_step, self._requeue = False, False
+        self._in_step, self._requeue, self._requeues = False, False, False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From now on a signal waits for the end of the step."""
@@ -127,6 +132,7 @@ class StopWhenAsked(Callback):
         environment = trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             # Lightning's handler would save whatever the step had done when the signal came.
+            self._requeues = True
             with suppress(ValueError):
                 signal.signal(environment.requeue_signal or signal.SIGUSR1, self._on_requeue)
 
@@ -137,13 +143,20 @@ class StopWhenAsked(Callback):
         """A step begins."""
         self.began = self._in_step = True
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """The row of a step is in the table before a checkpoint counts the step."""
+        for logger in trainer.loggers:
+            if self._in_step and isinstance(logger, runs.MetricsFile):
+                logger.log_ahead(trainer)
+
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Stop between two steps."""
         self._in_step, self.step = False, trainer.global_step
         epoch = trainer.fit_loop.epoch_loop
         if epoch._should_accumulate():
             return
-        if self._requeue:
+        # The signal reaches the processes at different steps, and they save together.
+        if self._requeues and _any(trainer, self._requeue):
             self._requeue = False
             trainer._signal_connector._slurm_sigusr_handler_fn(signal.SIGUSR1, None)  # type: ignore[arg-type]
         fetcher = trainer.fit_loop._data_fetcher
@@ -200,8 +213,7 @@ class StopWhenAsked(Callback):
 
     def _asked(self, trainer: Trainer) -> bool:
         """Whether a signal came, to any of the processes."""
-        asked = self.signals.signum is not None
-        return bool(trainer.strategy.reduce_boolean_decision(asked, all=False)) if trainer.world_size > 1 else asked
+        return _any(trainer, self.signals.signum is not None)
 
     def _stop(self, trainer: Trainer) -> None:
         self._save(trainer)

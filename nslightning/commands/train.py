@@ -73,12 +73,21 @@ def main(argv: Sequence[str], cli_class: type[TrainCLI] = TrainCLI) -> int:
                 go_on = cli.place.go_on(argv[0]) if cli.began else None
                 if (ending := ending_of(error, began=cli.began, go_on=go_on)) is None:
                     raise
+                if rank() != 0 and _all_raise(error):
+                    return 0  # as in `_stopped`; the first process says it
                 print(f"nslightning {argv[0]}: error: {ending.message}", file=sys.stderr)
                 status = ending.status
         finally:
             wandb_run.finish()
             cli.place.leave(keep=status == 0 or cli.began)
     return status
+
+
+def _all_raise(error: Exception) -> bool:
+    """Whether all processes of a training raise an error together."""
+    from nslightning.callbacks import NonFiniteError
+
+    return isinstance(error, NonFiniteError)
 
 
 def _stopped(cli: TrainCLI, stop: Stopped, program: str) -> int:

@@ -17,6 +17,8 @@ from nslightning.data.ahead import ahead
 from nslightning.data.images import FileImages, Normalisation, TensorImages
 from nslightning.data.sampler import Batch, Draws, EvalSampler, TrainSampler, even_batch_size
 
+TIMEOUT = 600.0  # seconds without a batch: a disk, or a network, does not answer
+
 Split = Literal["train", "val", "test"]
 _SPLITS: dict[str, tuple[Split, ...]] = {
     "fit": ("train", "val"),
@@ -152,6 +154,7 @@ class ResumableDataModule(LightningDataModule, ABC):
         workers: Processes that read items. With 0, items in memory are kept on the device that trains, where their
             batches are made.
         seed: Seed of the order and of the augmentation.
+        timeout: Seconds without a batch from the workers after which the run ends; 0 waits without end.
 
     Attributes:
         name: Short name of the data set.
@@ -161,18 +164,26 @@ class ResumableDataModule(LightningDataModule, ABC):
     name: str
     items: ClassVar[str]
 
-    def __init__(self, batch_size: int = 128, eval_batch_size: int = 100, workers: int = 0, seed: int = 0) -> None:
+    def __init__(
+        self,
+        batch_size: int = 128,
+        eval_batch_size: int = 100,
+        workers: int = 0,
+        seed: int = 0,
+        timeout: float = TIMEOUT,
+    ) -> None:
         super().__init__()
         for argument, value, least in (
             ("batch_size", batch_size, 1),
             ("eval_batch_size", eval_batch_size, 1),
             ("workers", workers, 0),
             ("seed", seed, 0),
+            ("timeout", timeout, 0),
         ):
             if value < least:
                 raise ValueError(f"{argument} is {value}; it must be at least {least}")
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.workers, self.seed = workers, seed
+        self.workers, self.seed, self.timeout = workers, seed, timeout
         self.folder: Path | None = None
         self.variant = "official"
         self.verified = False
@@ -307,6 +318,7 @@ class ResumableDataModule(LightningDataModule, ABC):
             "num_workers": self.workers,
             "worker_init_fn": _survive_the_stop if self.workers else None,
             "persistent_workers": self.workers > 0,
+            "timeout": self.timeout if self.workers else 0,
             "pin_memory": torch.cuda.is_available() and not (isinstance(items, TensorImages) and not self.workers),
             "generator": torch.Generator(),  # else its workers' seed is drawn from the global generator
         }

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torchvision import datasets
 
 from nslightning.data.augmentation import Augmentation
-from nslightning.data.base import ImageDataModule, Split
+from nslightning.data.base import TIMEOUT, ImageDataModule, Split
 from nslightning.data.images import FileImages
 from nslightning.data.preprocessing import Preprocessing, preprocessing_of
 from nslightning.data.sampler import Draws
@@ -91,6 +91,7 @@ class ImageFolder(ImageDataModule):
             deviation), or that of pretrained weights: ``timm/<name>``, ``torchvision/<name>``.
         augmentation: What training images undergo, such as ``{auto_augment: rand-m9-mstd0.5-inc1, erasing: 0.25}``
             (:class:`~nslightning.data.Augmentation`); by default a random resized crop and a flip.
+        timeout: Seconds without a batch from the workers after which the run ends; 0 waits without end.
     """
 
     name = "image_folder"
@@ -105,8 +106,9 @@ class ImageFolder(ImageDataModule):
         seed: int = 0,
         preprocessing: str = "he2016",
         augmentation: Augmentation = Augmentation(),  # noqa: B008 # frozen
+        timeout: float = TIMEOUT,
     ) -> None:
-        super().__init__(batch_size, eval_batch_size, workers, seed)
+        super().__init__(batch_size, eval_batch_size, workers, seed, timeout)
         if image_size is not None and image_size < 1:
             raise ValueError(f"image_size is {image_size}; it must be at least 1")
         self.source = self._opened(root)
@@ -202,6 +204,7 @@ class ImageNet(ImageFolder):
         seed: Seed of the order and of the augmentation.
         preprocessing: As in :class:`ImageFolder`.
         augmentation: As in :class:`ImageFolder`.
+        timeout: As in :class:`ImageFolder`.
     """
 
     name = "imagenet"
@@ -218,9 +221,12 @@ class ImageNet(ImageFolder):
         seed: int = 0,
         preprocessing: str = "he2016",
         augmentation: Augmentation = Augmentation(),  # noqa: B008 # frozen
+        timeout: float = TIMEOUT,
     ) -> None:
         root = str(data_folder() / "imagenet") if root is None else root
-        super().__init__(root, image_size, batch_size, eval_batch_size, workers, seed, preprocessing, augmentation)
+        super().__init__(
+            root, image_size, batch_size, eval_batch_size, workers, seed, preprocessing, augmentation, timeout
+        )
         self.verify = verify
         self._complete: dict[str, bool] = {}
 

@@ -9,7 +9,7 @@ import torch
 from torchvision import datasets
 
 from nslightning.data.augmentation import Augmentation
-from nslightning.data.base import ImageDataModule, Split
+from nslightning.data.base import TIMEOUT, ImageDataModule, Split
 from nslightning.data.images import FileImages
 from nslightning.data.preprocessing import HE2016
 from nslightning.data.sampler import HOLDOUT, generator
@@ -36,6 +36,7 @@ class Food101(ImageDataModule):
         holdout: Fraction of the training images held out for validation, always the same ones. 0 validates
             on the official test images, as the INNAprop experiments did.
         seed: Seed of the order and of the augmentation.
+        timeout: Seconds without a batch from the workers after which the run ends; 0 waits without end.
     """
 
     name = "food101"
@@ -54,8 +55,9 @@ class Food101(ImageDataModule):
         verify: bool = True,
         holdout: float = 0.1,
         seed: int = 0,
+        timeout: float = TIMEOUT,
     ) -> None:
-        super().__init__(batch_size, eval_batch_size, workers, seed)
+        super().__init__(batch_size, eval_batch_size, workers, seed, timeout)
         if image_size < 1:
             raise ValueError(f"image_size is {image_size}; it must be at least 1")
         if not 0 <= holdout < 1:

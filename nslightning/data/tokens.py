@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from io import FileIO
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -77,9 +78,13 @@ class TokenBlocks(Draws):
         """
         places = (divmod(draw, len(self)) for draw in draws)
         starts = [self._cut(epoch) + index * self.block_size for epoch, index in places]
-        # Opened for each batch: a memory map kept open would be copied whole into spawned workers.
-        tokens = np.memmap(self.file, TOKEN, "r")
-        read = tokens[np.array(starts)[:, None] + np.arange(self.block_size + 1)].astype(np.int64)
+        # Read, not mapped into memory: where the disk does not answer, a map ends the process by a signal.
+        try:
+            with self.file.open("rb", buffering=0) as file:
+                read = np.stack([self._block(file, start) for start in starts]).astype(np.int64)
+        except OSError as error:
+            fix = "The file may be whole: go on once its disk, or its network, answers again."
+            raise data_error(self.file, f"it cannot be read ({error.strerror})", fix) from None
         if (top := int(read.max())) >= self.vocab_size:
             raise data_error(
                 self.file,
@@ -88,6 +93,14 @@ class TokenBlocks(Draws):
             )
         block = torch.from_numpy(read)
         return block[:, :-1].contiguous(), block[:, 1:].contiguous()
+
+    def _block(self, file: FileIO, start: int) -> NDArray[np.uint16]:
+        """A block of tokens and the one after it."""
+        file.seek(start * TOKEN.itemsize)
+        content = file.read((self.block_size + 1) * TOKEN.itemsize)
+        if len(content) != (self.block_size + 1) * TOKEN.itemsize:
+            raise data_error(self.file, "size: it is shorter than at the start", "Put it back and start again.")
+        return np.frombuffer(content, TOKEN)
 
     def _cut(self, epoch: int) -> int:
         if self.seed is None:

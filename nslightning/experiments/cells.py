@@ -117,13 +117,13 @@ class Cell:
     @property
     def options(self) -> dict[str, Any]:
         """The backbone's options."""
-        options = dict(self.backbone_options)
+        found = dict(self.backbone_options)
         for name in ("batch_norm", "dropout"):
             if getattr(self, name) is not None:
-                options[name] = getattr(self, name)
+                found[name] = getattr(self, name)
         if self.width is not None and self.depth is not None:
-            options["hidden"] = [self.width] * self.depth
-        return options
+            found["hidden"] = [self.width] * self.depth
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,8 +216,8 @@ class TwinCell(TrainCell):
         super().__post_init__()
         if len(self.choices) + self.control < 2:
             raise ValueError("twins are two at least: give more choices, or control: true")
-        for choice in self.choices.values():
-            dataclasses.replace(self.jacobians, **choice)
+        for given in self.choices.values():
+            dataclasses.replace(self.jacobians, **given)
 
 
 @dataclass(frozen=True, kw_only=True)

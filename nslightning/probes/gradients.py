@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from nslightning._torch import without_post_accumulate_hooks
 from nslightning.jacobians import Jacobians
 from nslightning.probes.graph import bottleneck, freeing, opaque_nodes, operation_nodes, reachable, reruns_forward
-from nslightning.probes.shards import is_shard
+from nslightning.probes.shards import is_shard, reshard
 from nslightning.surgery import Plan, using
 
 __all__ = ["gradients", "gradients_in_turn", "wanted"]
@@ -187,6 +187,7 @@ def wanted(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> dict
     Raises:
         ValueError: If there is nothing, an input does not require gradients, or it has a parameter's name.
     """
+    reshard(model)
     named: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, tensor in (inputs or {}).items():
         if not tensor.requires_grad:

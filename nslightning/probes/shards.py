@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-__all__ = ["is_shard", "local", "totals"]
+__all__ = ["is_shard", "local", "reshard", "totals"]
 
 
 def is_shard(t: Tensor) -> bool:
@@ -26,6 +26,22 @@ def is_shard(t: Tensor) -> bool:
     """
     module = sys.modules.get("torch.distributed.tensor")  # without it there is none, and to import it takes time
     return module is not None and isinstance(t, module.DTensor)
+
+
+def reshard(model: nn.Module) -> None:
+    """Have FSDP2 show a model's parameters as shards, also those that it keeps whole from the forward to the backward.
+
+    Those are the root module's own. Whole ones are other tensors, without what the processes exchange: their gradients
+    would be one process's, and after the backward they are not the model's parameters any more.
+
+    Args:
+        model: Any module.
+    """
+    if (fsdp := sys.modules.get("torch.distributed.fsdp")) is None:
+        return
+    for module in model.modules():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
 
 
 def local(t: Tensor) -> Tensor:

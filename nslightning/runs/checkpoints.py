@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 import zlib
 from pathlib import Path
@@ -124,3 +125,11 @@ class WholeCheckpoints(TorchCheckpointIO):
                 if isinstance(error.__context__, OSError):
                     raise error.__context__ from None
                 raise
+        _make_newest(Path(path))
+
+
+def _make_newest(file: Path) -> None:
+    """Give a checkpoint a time after those of the run's others: the clock may have been set back since."""
+    others = [other.stat().st_mtime_ns for other in checkpoints_in(file.parent.parent) if other != file]
+    if others and file.stat().st_mtime_ns <= (newest := max(others)):
+        os.utime(file, ns=(newest + 1, newest + 1))

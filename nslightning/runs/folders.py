@@ -24,13 +24,22 @@ def new_run_folder(output: str | Path, name: str) -> Path:
     Returns:
         ``<output>/<name>/<number>``, the number one above the highest there is. Under a launcher that starts all
         processes by itself (``torchrun``, ``srun``), its id of the launch stands for the number.
+
+    Raises:
+        ValueError: If a launch on several machines has no name, or one that a finished run has.
     """
     if (shared := _from_parent()) is not None:
         return shared
     parent = Path(output) / name
     if (launch := _launch()) is not None:
-        (parent / launch).mkdir(parents=True, exist_ok=True)
-        return parent / launch
+        folder = parent / launch
+        if ended(folder) == "finished":
+            raise ValueError(
+                f"{folder} holds a finished run: give this launch another name, as in torchrun --rdzv-id=NAME, or go "
+                "on with that run by --ckpt_path=last"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
     parent.mkdir(parents=True, exist_ok=True)
     while True:
         numbers = [int(f.name) for f in parent.iterdir() if f.name.isdigit()]
@@ -52,7 +61,14 @@ def _from_parent() -> Path | None:
 def _launch() -> str | None:
     """A name that all processes of one launch by ``torchrun`` or ``srun`` know; None elsewhere."""
     if run := os.environ.get("TORCHELASTIC_RUN_ID"):
-        return run if run != "none" else f"torchrun-{os.getppid()}"  # it gives no id unless asked to
+        if run != "none":  # it gives no id unless asked to
+            return run
+        if os.environ.get("WORLD_SIZE") != os.environ.get("LOCAL_WORLD_SIZE"):
+            raise ValueError(
+                "the processes on several machines do not know their common run folder: name the launch, as in "
+                "torchrun --rdzv-id=NAME"
+            )
+        return f"torchrun-{os.getppid()}"
     if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in os.environ:
         # A job may hold several runs, each a step; an interactive shell is a step too, but has a single task.
         return f"{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"
@@ -80,18 +96,22 @@ def last_run_folder(output: str | Path, name: str) -> Path | None:
 
 
 def folder_of_job(output: str | Path, name: str) -> Path | None:
-    """The folder that this SLURM job left when it was requeued.
+    """The folder that this SLURM job left when it was requeued, or ``torchrun`` when it started its processes again.
 
     Args:
         output: Where runs are kept.
         name: The run's name.
 
     Returns:
-        The first run of that name that this job began, that has a checkpoint and is not finished; None where there is
-        none, or this is no batch job.
+        The first run of that name that this job or launch began, that has a checkpoint and is not finished; None where
+        there is none, or this is neither.
     """
     if (shared := _from_parent()) is not None:  # which is that of a new run, where the first process begins one
         return shared if checkpoints_in(shared) else None
+    # Not by its count of restarts: on a machine that replaces one that failed, it is 0.
+    if "TORCHELASTIC_RUN_ID" in os.environ and (launch := _launch()) is not None:
+        folder = Path(output, name, launch)
+        return _shared(folder) if ended(folder) != "finished" and checkpoints_in(folder) else None
     job = _job()
     if job is None:
         return None

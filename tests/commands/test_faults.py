@@ -7,11 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+from ddp_helpers import start
 from fake_data import write_image_folder
+from test_two_processes import config
+
+from nslightning import runs
 
 FIT = [
     *(sys.executable, "-m", "nslightning", "fit", "--model.backbone=paper/lenet5", "--data=ImageFolder"),
@@ -109,3 +114,95 @@ def test_a_checkpoint_larger_than_files_may_be_leaves_the_one_before(images):
     errors = ended(run)
     assert "larger than the system allows" in errors
     assert not list(images.glob("runs/x/001/checkpoints/*.ckpt"))
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_the_last_checkpoint(images):
+    """A disk of its own, which fills up between two checkpoints."""
+    place = images / "small"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", place], capture_output=True).returncode:
+        pytest.skip("a small disk takes `mount -t tmpfs`, which this user may not call")
+    try:
+        run = subprocess.Popen(
+            [*FIT, "--data.workers=0", f"--output={place}/runs"],
+            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        )  # fmt: skip
+        until(lambda: list(place.glob("runs/x/001/checkpoints/*.ckpt")), run)
+        with suppress(OSError), (place / "ballast").open("wb", buffering=0) as ballast:
+            while True:
+                ballast.write(bytes(2**14))
+        errors = ended(run)
+        assert "cannot be written: the disk is full" in errors
+        assert f"go on with: nslightning fit --config {place}/runs/x/001/config.yaml --ckpt_path=last" in errors
+        assert not list(place.rglob(".partial*"))
+        (place / "ballast").unlink()
+        goes_on(place / "runs/x/001")
+    finally:
+        subprocess.run(["umount", "--lazy", place], check=True)
+
+
+@pytest.mark.slow
+def test_a_reading_process_that_hangs_ends_the_run_in_one_line(images):
+    """A file that never answers: a FIFO that nothing is written into."""
+    run = subprocess.Popen(
+        [*FIT, "--data.workers=1", "--data.timeout=3"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+    until(lambda: list(images.glob("runs/x/001/checkpoints/*.ckpt")), run)
+    hanging = images / "images/train/ant/ant_3.jpg"
+    content = hanging.read_bytes()
+    os.mkfifo(images / "fifo")
+    (images / "fifo").rename(hanging)
+    reader = children(run.pid)[-1]
+    errors = ended(run)
+    assert "a process that reads the data does not answer" in errors
+    assert "--data.timeout=SECONDS waits longer" in errors
+    assert not Path(f"/proc/{reader}").exists()
+    hanging.unlink()
+    hanging.write_bytes(content)
+    goes_on(images / "runs/x/001")
+
+
+def two_processes(folder: Path, fault: str, *callbacks: str) -> str:
+    """What a training on two processes says that goes wrong in one of them; both have ended."""
+    options = config()
+    del options["trainer"]["logger"]
+    options["data"]["init_args"] |= {"batch_size": 8}
+    options["trainer"] |= {"devices": 2, "strategy": "ddp"}
+    options["trainer"]["callbacks"] = [{"class_path": name} for name in (*callbacks, "ddp_helpers.Fault")]
+    options["trainer"]["callbacks"].append(
+        {
+            "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+            "init_args": {"every_n_train_steps": 2, "filename": "last"},
+        }
+    )
+    run = start("fit", options, folder / "runs", FAULT=f"{fault} {folder / 'happened'}")
+    said, _ = run.communicate(timeout=240)
+    assert (folder / "happened").exists(), said
+    assert run.returncode != 0
+    with pytest.raises(ProcessLookupError):  # no process of its group is left
+        os.killpg(run.pid, 0)
+    assert "Traceback" not in said, said
+    assert said.count("error: ") == 1 or "another process of this training ended" in said, said
+    assert list(folder.glob("runs/run/001/checkpoints/last.ckpt"))
+    return str(said)
+
+
+@pytest.mark.slow
+def test_a_nan_in_one_process_ends_both_with_one_message(tmp_path):
+    said = two_processes(tmp_path, "nan 1 3", "nslightning.callbacks.NonFiniteGuard")
+    assert said.count("error: ") == 1
+    assert re.search(r"nslightning fit: error: .*step 3", said)
+
+
+def test_the_newest_checkpoint_is_the_one_that_was_written_last(tmp_path):
+    """Though the clock was set back in between: the times of files follow it."""
+    write, folder = runs.WholeCheckpoints().save_checkpoint, tmp_path / "checkpoints"
+    for name in ("a", "b", "c"):
+        write({"state_dict": {}, "name": name}, folder / f"{name}.ckpt")
+        later = time.time_ns() + 3600 * 10**9
+        if name == "a":
+            os.utime(folder / "a.ckpt", ns=(later, later))
+    assert [file.stem for file in runs.checkpoints_in(tmp_path)] == ["c", "b", "a"]
+    write({"state_dict": {}}, folder / "a.ckpt")
+    assert runs.last_checkpoint(tmp_path) == folder / "a.ckpt"

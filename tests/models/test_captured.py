@@ -15,8 +15,6 @@ from nslightning.callbacks import GradientDivergence, NonFiniteGuard, StepSeed, 
 from nslightning.models import ImageClassifier, captured
 from nslightning.models.fused import FUSED, fused, takes_fused
 
-pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`")  # nothing is validated
-
 CHOICES = {"relu1": Jacobians(relu=1.0), "minimal": Jacobians(max_pool="minimal")}
 
 

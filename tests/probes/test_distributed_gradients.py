@@ -34,13 +34,35 @@ def images(rank):
     return x
 
 
-def sharded(rank, port, folder):
-    from torch.distributed.fsdp import fully_shard
+def even():
+    """Four hidden units, two for each of two processes."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+    nn.init.zeros_(model[0].bias)
+    patch(model, Jacobians())
+    return model
 
+
+#: The parts that are sharded one by one; what is left belongs to the whole, which FSDP2 does not shard after a forward.
+WRAPPED = {"each layer": (0, 2), "one layer": (0,), "the whole alone": ()}
+
+
+def work(rank, port, folder):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=2)
+    for name, parts in WRAPPED.items():
+        with open(f"{folder}/{name}-{rank}.json", "w") as file:  # noqa: PTH123 # in a process without fixtures
+            json.dump(sharded(rank, parts), file)
+    torch.save(split(), f"{folder}/split-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def sharded(rank, parts):
+    """FSDP2."""
+    from torch.distributed.fsdp import fully_shard
+
     model = network()
-    for part in (model[0], model[2], model):
+    for part in (*(model[i] for i in parts), model):
         fully_shard(part)
     loss = model(images(rank)).square().sum()
     found = {}
@@ -52,23 +74,58 @@ def sharded(rank, port, folder):
             for choice, d in by_choice.items()
         }
     whole = {name: g.full_tensor().tolist() for name, g in gradients(loss, model, CHOICES)["one"].items()}
-    with open(f"{folder}/{rank}.json", "w") as file:  # noqa: PTH123 # in a process without fixtures
-        json.dump([found, whole, [p.grad is None for p in model.parameters()]], file)
-    dist.destroy_process_group()
+    return found, whole, [p.grad is None for p in model.parameters()]
 
 
-def test_fsdp2_is_measured_shard_by_shard(tmp_path):
+def split():
+    """Tensor parallel: each process has some rows of the first layer, and the columns of the second that they meet."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    model = parallelize_module(even(), init_device_mesh("cpu", (2,)), {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    loss = model(images(0)).square().sum()
+    norms = {
+        method: {choice: d.norms() for choice, d in divergence(loss, model, CHOICES, method=method).items()}
+        for method in ("subtract", "propagate")
+    }
+    return norms, {name: g.full_tensor() for name, g in gradients(loss, model, CHOICES)["one"].items()}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("ranks")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(sharded, (port, str(tmp_path)), nprocs=2)
+    mp.spawn(work, (port, str(made)), nprocs=2)
+    return made
+
+
+def test_tensor_parallel_layers_have_the_gradients_of_one_process(folder):
+    model = even()
+    loss = model(images(0)).square().sum()
+    want = {choice: d.norms() for choice, d in divergence(loss, model, CHOICES).items()}
+    assert all(norms["l2"] > 0 for norms in want.values())
+    alone = gradients(loss, model, CHOICES)["one"]
+    for rank in (0, 1):
+        by_method, whole = torch.load(folder / f"split-{rank}.pt")
+        assert whole.keys() == alone.keys()
+        for name, g in alone.items():  # the last layer adds up two partial sums: another order of additions
+            torch.testing.assert_close(whole[name], g, rtol=1e-12, atol=1e-15)
+        for norms in by_method.values():
+            assert norms.keys() == want.keys()
+            assert all(norms[choice] == pytest.approx(want[choice], rel=1e-12) for choice in want)
+
+
+@pytest.mark.parametrize("wrapped", WRAPPED)
+def test_fsdp2_is_measured_shard_by_shard(wrapped, folder):
     model = network()
     # FSDP averages over the processes, each on its own images.
     loss = sum(model(images(rank)).square().sum() for rank in (0, 1)) / 2
     want = divergence(loss, model, CHOICES)
     alone = gradients(loss, model, CHOICES)["one"]
     for rank in (0, 1):
-        found, whole, untouched = json.loads((tmp_path / f"{rank}.json").read_text())
+        found, whole, untouched = json.loads((folder / f"{wrapped}-{rank}.json").read_text())
         assert all(untouched)
         for name, g in alone.items():
             torch.testing.assert_close(torch.tensor(whole[name], dtype=torch.float64), g)
