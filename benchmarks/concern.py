@@ -37,7 +37,7 @@ SEEDS = range(3)
 def main() -> None:
     """Measure and write the table."""
     Arithmetic().switch()
-    choices = {name: CHOICES[name] for name in ("alpha=1", "beta=10")}
+    choices = {name: CHOICES[name] for name in ("relu1", "beta10")}
     with OUT.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["network", "pixels", "images", "precision", "seed", *choices])

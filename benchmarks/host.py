@@ -72,9 +72,9 @@ class Calls(nn.Module):
         return x
 
 
-def step(model: nn.Module, batch: int, device: str) -> Callable[[], None]:
+def step(model: Any, batch: int, device: str, shape: tuple[int, ...] = (1, 28, 28)) -> Callable[[], None]:
     """A training step with plain SGD."""
-    x, y = torch.randn(batch, 1, 28, 28, device=device), torch.arange(batch, device=device) % 10
+    x, y = torch.randn(batch, *shape, device=device), torch.arange(batch, device=device) % 10
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
 
     def run() -> None:

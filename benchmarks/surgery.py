@@ -68,13 +68,15 @@ def variants(network: nn.Module) -> dict[str, nn.Module]:
     return {"stock": network, "mode": Watched(network), **made}
 
 
-def step(network: nn.Module, x: Tensor, y: Tensor, synchronize: Callable[[], None]) -> float:
+def step(network: nn.Module, x: Tensor, y: Tensor, synchronize: Callable[[], None], autocast: bool = False) -> float:
     """The seconds of one forward and, of a network in training, backward."""
     network.zero_grad()
     synchronize()
     start = time.perf_counter()
     if network.training:
-        F.cross_entropy(network(x), y).backward()
+        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=autocast):
+            loss = F.cross_entropy(network(x), y)
+        loss.backward()
     else:
         with torch.inference_mode():
             network(x)
@@ -82,19 +84,24 @@ def step(network: nn.Module, x: Tensor, y: Tensor, synchronize: Callable[[], Non
     return time.perf_counter() - start
 
 
-def measure(name: str, batch: int, rounds: int, device: torch.device, training: bool) -> dict[str, list[float]]:
+def measure(
+    name: str, batch: int, rounds: int, device: torch.device, training: bool, autocast: bool = False
+) -> dict[str, list[float]]:
     """The seconds of every round by treatment."""
     build, size = NETWORKS[name]
     torch.manual_seed(0)
-    models = {treatment: model.train(training) for treatment, model in variants(build().to(device)).items()}
-    x, y = torch.randn(batch, 3, size, size, device=device), torch.arange(batch, device=device) % 10
+    layout = torch.channels_last if autocast else torch.contiguous_format
+    network = build().to(device, memory_format=layout)
+    models = {treatment: model.train(training) for treatment, model in variants(network).items()}
+    x = torch.randn(batch, 3, size, size, device=device).to(memory_format=layout)
+    y = torch.arange(batch, device=device) % 10
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     seconds: dict[str, list[float]] = {treatment: [] for treatment in models}
     order = list(models)
     for i in range(rounds + 1):
         random.Random(i).shuffle(order)
         for treatment in order:
-            taken = step(models[treatment], x, y, synchronize)
+            taken = step(models[treatment], x, y, synchronize, autocast)
             if i:  # the first round warms up
                 seconds[treatment].append(taken)
     return seconds
@@ -106,20 +113,21 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--evaluation", action="store_true", help="time forwards in evaluation, without gradients")
+    parser.add_argument("--autocast", action="store_true", help="bfloat16 by autocast, in channels_last memory")
     parser.add_argument("--out", type=Path, help="Markdown file to write")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    machine = describe(args.device.type)
+    machine, precision = describe(args.device.type), ", bfloat16 by autocast, channels_last" if args.autocast else ""
     lines = [
         f"{machine['gpu'] or machine['cpu']}, {machine['cores']} thread(s), torch {machine['torch']}, commit "
-        f"{machine['commit']}, batch {args.batch}, {args.rounds} rounds",
+        f"{machine['commit']}, batch {args.batch}, {args.rounds} rounds{precision}",
         "",
         "| network | treatment | fastest step (s) | over stock, fastest | over stock, median of rounds |",
         "|---|---|--:|--:|--:|",
     ]
     print("\n".join(lines))
     for name in args.networks:
-        seconds = measure(name, args.batch, args.rounds, args.device, not args.evaluation)
+        seconds = measure(name, args.batch, args.rounds, args.device, not args.evaluation, args.autocast)
         for treatment, taken in seconds.items():
             fastest = min(taken) / min(seconds["stock"]) - 1
             median = statistics.median(a / b for a, b in zip(taken, seconds["stock"], strict=True)) - 1

@@ -1,4 +1,4 @@
-"""Whether the loss of a training stayed finite."""
+"""Whether the loss of a training stayed finite, and its steps were taken."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from .measurements import begins_anew
 
@@ -18,8 +19,9 @@ _LOOKED_AT = 256  # losses that are looked at together
 class LossWatch(Callback):
     """Says at the end of a training that its loss was not finite, from which step on, and how to find the origin.
 
-    The losses are kept where they are and looked at many at a time, on their device. What was found is read once, at
-    the end: no step computes anything, or waits, for it.
+    It says as well when fp16's loss scale left out half of the steps or more. The losses are kept where they are
+    and looked at many at a time, on their device. What was found is read once, at the end: no step computes
+    anything, or waits, for it.
     """
 
     def __init__(self) -> None:
@@ -28,11 +30,28 @@ class LossWatch(Callback):
         self._first: Tensor | None = None
         self._count: Tensor | None = None
         self._seen = 0
+        self._began, self._taken = 0, 0
+        self._hooks: list[RemovableHandle] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier training."""
         if begins_anew(trainer, stage):
             self._kept, self._first, self._count, self._seen = [], None, None, 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count the steps that are taken, where some may be left out."""
+        self._began, self._taken = trainer.global_step, 0
+        if getattr(trainer.precision_plugin, "scaler", None) is not None:
+            self._hooks = [optimizer.register_step_post_hook(self._count_step) for optimizer in trainer.optimizers]
+
+    def _count_step(self, *_: Any) -> None:
+        self._taken += 1
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the optimizers as they were."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         """Note the step that this batch belongs to."""
@@ -64,6 +83,12 @@ class LossWatch(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say it."""
         self._look()
+        asked = trainer.global_step - self._began
+        if self._hooks and (left_out := asked - self._taken) * 2 >= asked > 0:
+            rank_zero_warn(
+                f"fp16's loss scale left out {left_out:,} of {asked:,} steps, whose gradients overflowed; "
+                "--trainer.precision=bf16-mixed has the range of 32 bits, and a longer training finds its scale"
+            )
         if self._first is None or self._count is None or not (count := int(self._count)):
             return
         rank_zero_warn(

@@ -1,5 +1,6 @@
 """How far networks that train in lockstep have come apart."""
 
+import csv
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -9,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nslightning.files import replacing
 from nslightning.models import Twins
 from nslightning.probes import Divergence, measure
 
@@ -66,6 +68,7 @@ class TwinDivergence(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drop the rows that this run will write again."""
         start_table(trainer, self._file)
+        self._began = trainer.global_step
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Compare weights and gradients before they change."""
@@ -90,9 +93,23 @@ class TwinDivergence(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the twins' accuracies."""
         if trainer.is_global_zero and trainer.state.fn == "fit" and not trainer.sanity_checking:
-            # By the step that was taken last: a run that is resumed here does not validate again.
-            rows = self._logged(trainer, pl_module, "val", max(0, trainer.global_step - 1))
-            append_rows(self._file, rows)
+            # By the step that was taken last: a run that goes on from here need not validate again.
+            step = max(0, trainer.global_step - 1)
+            if trainer.global_step == self._began:  # it does, where the validation was not over
+                self._forget_validation(step)
+            append_rows(self._file, self._logged(trainer, pl_module, "val", step))
+
+    def _forget_validation(self, step: int) -> None:
+        """Drop the rows of a validation that is done again."""
+        if not self._file.exists():
+            return
+        with self._file.open(newline="", encoding="utf-8") as table:
+            header, *lines = csv.reader(table)
+        place, metric = header.index("step"), header.index("metric")
+        kept = [line for line in lines if line[place] != str(step) or not line[metric].startswith("val/")]
+        if len(kept) < len(lines):
+            with replacing(self._file) as partial, partial.open("w", newline="", encoding="utf-8") as table:
+                csv.writer(table, lineterminator="\n").writerows([header, *kept])
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare the final weights."""

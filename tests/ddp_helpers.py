@@ -1,5 +1,6 @@
 """Whole runs in processes of their own, and the callbacks that they put into a run's config."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,8 +9,11 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import yaml
 from lightning.pytorch import Callback
+
+from nslightning import Jacobians, using
 
 
 class DeadUnits(Callback):
@@ -22,6 +26,47 @@ class DeadUnits(Callback):
             for twin in getattr(pl_module, "twins", {"": pl_module}).values():
                 layer = twin.backbone.fc1
                 layer.weight[:5] = layer.bias[:5] = 0
+
+
+class TiedWhereConstant(Callback):
+    """Makes some hidden units the difference of two pixels: 0 at the images whose pixels are all equal."""
+
+    def on_fit_start(self, trainer, pl_module):
+        with torch.no_grad():
+            layer = pl_module.backbone.fc1
+            layer.weight[5:15] = layer.bias[5:15] = 0
+            layer.weight[5:15, 0], layer.weight[5:15, 1] = 1, -1
+
+
+class OwnNumbers(Callback):
+    """Each process's own ties and its own gradient's difference under ReLU'(0) = 1, counted without the callbacks."""
+
+    def on_train_start(self, *_):
+        self.rows = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step % 4:
+            return
+        net, (x, y) = pl_module.backbone, batch
+        with torch.no_grad():
+            first = F.linear(x.flatten(1), net.fc1.weight, net.fc1.bias)
+            second = F.linear(first.clamp(min=0), net.fc2.weight, net.fc2.bias)
+        gradients = []
+        for choice in (Jacobians(relu=1.0), Jacobians()):
+            with using(net, choice):
+                gradients.append(torch.autograd.grad(F.cross_entropy(net(x), y), list(net.parameters())))
+        difference = torch.cat([(a - b).flatten() for a, b in zip(*gradients, strict=True)])
+        self.rows.append(
+            {
+                "step": trainer.global_step,
+                "tied": sum(int((h == 0).sum()) for h in (first, second)),
+                "total": first.numel() + second.numel(),
+                "observed": float(difference.norm()),
+            }
+        )
+
+    def on_train_end(self, trainer, pl_module):
+        Path(trainer.log_dir, f"own-{trainer.global_rank}.json").write_text(json.dumps(self.rows))
 
 
 class Dump(Callback):
@@ -58,10 +103,10 @@ def start(command, options, output, *flags, **environment):
     """``nslightning COMMAND`` in a process group of its own."""
     file = Path(f"{output}.yaml")
     file.write_text(yaml.safe_dump(options))
-    here = str(Path(__file__).parent)
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
     return subprocess.Popen(
         [sys.executable, "-m", "nslightning", command, f"--config={file}", f"--output={output}", *flags],
-        env={**os.environ, "PYTHONPATH": here, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **environment},
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **environment},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
 

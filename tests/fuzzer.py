@@ -17,7 +17,6 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -423,7 +422,7 @@ def _gradients(one: Program, leaves: list[Any], results: list[Any], model: Model
     ]
 
 
-def outcome(one: Program, patched: bool, choice: Jacobians | None = None, lenient: bool = False) -> Outcome:
+def outcome(one: Program, patched: bool, choice: Jacobians | None = None) -> Outcome:
     """Run a program.
 
     Args:
@@ -431,7 +430,6 @@ def outcome(one: Program, patched: bool, choice: Jacobians | None = None, lenien
         patched: In a patched model.
         choice: The choice of the backward: `using` where patched, the oracle's where stock. None is the reference,
             and stock without the oracle.
-        lenient: Let PyTorch keep copies of what its nodes saved and a later operation overwrites, instead of refusing.
 
     Returns:
         What it came to.
@@ -450,8 +448,7 @@ def outcome(one: Program, patched: bool, choice: Jacobians | None = None, lenien
     torch.manual_seed(one.seed)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        keeping = torch.autograd.graph.allow_mutation_on_saved_tensors() if lenient else nullcontext()
-        with CONTEXTS[one.context](), keeping:
+        with CONTEXTS[one.context]():
             try:
                 if oracle is not None:
                     with oracle:
@@ -551,14 +548,8 @@ def compare(one: Program) -> Verdict:
     # Overwriting costs stock no addition, and the package may add 0.0: -0.0 + 0.0 is 0.0.
     signless = one.twice or re.search(r"_(;|$| of a )|in place", one.text) is not None
     found = differences(ours.seen, stock.seen) + differences(ours.gradients, stock.gradients, signless)
-    # A result that is a view of what nobody else has is as good as one that is none.
-    found = [text for text in found if not text.endswith(": view True instead of False")]
     if sorted(ours.warnings) != sorted(stock.warnings):
         found.append(f"warnings {ours.warnings} instead of {stock.warnings}")
-    if found and stock.gradients and stock.gradients[0][1] == OVERWRITTEN:
-        # The package keeps less than stock does, and may differentiate what stock refuses: then rightly.
-        stock = outcome(one, patched=False, lenient=True)
-        found = differences(ours.seen, stock.seen) + differences(ours.gradients, stock.gradients)
     if found:
         again = outcome(one, patched=False)
         if differences(again.seen, stock.seen) + differences(again.gradients, stock.gradients):
@@ -573,9 +564,13 @@ def compare(one: Program) -> Verdict:
         if not ours.named:
             return Verdict([f"{', '.join(sorted(set(oracle.unexplained)))} is not named"])
         return Verdict([], named=True)
-    if oracle.undefined:
-        return Verdict([])
+    if oracle.undefined or differences(oracle.seen, stock.seen):
+        return Verdict([])  # a NaN, of which the formulas know nothing; or autocast, which a mode below it changes
+    if any(isinstance(g, dict) and not bool(shaped(g).isfinite().all()) for _, g in stock.gradients):
+        return Verdict([])  # 0 times infinity is a NaN wherever a formula multiplies, and none where it selects
     chosen = outcome(one, patched=True, choice=OTHER)
+    if any(name == "gradient raises" and "has PyTorch's own derivative only" in x for name, x in chosen.gradients):
+        return Verdict([], named=True)  # refused, for how the tensor lies in memory
     found = [
         f"under the other choice, {text}" for text in departures(chosen.gradients, oracle.gradients, stock.gradients)
     ]
@@ -596,7 +591,7 @@ def departures(ours: list[Any], oracle: list[Any], stock: list[Any]) -> list[str
         a, b, c = (shaped(one) for one in (x, y, z))
         eps = torch.finfo(a.dtype).eps
         scale = float(b[b.isfinite()].abs().max()) if b.isfinite().any() else 0.0
-        if not torch.allclose(a, b, rtol=8 * eps, atol=8 * eps * scale, equal_nan=True):
+        if not torch.allclose(a, b, rtol=8 * eps, atol=8 * eps * max(scale, 1.0), equal_nan=True):
             most = float((a - b).abs().nan_to_num().max())
             values = f"{a.tolist()} instead of {b.tolist()}, stock {c.tolist()}"
             found.append(f"{name}: by {most:.3g}, {values}"[:400])

@@ -80,3 +80,27 @@ def test_a_captured_training_is_measured_as_the_eager_one(tmp_path):
     assert len(names) == 6
     for name in names:
         assert float(b.callback_metrics[name]) == pytest.approx(float(a.callback_metrics[name]), rel=1e-6)
+
+
+def test_a_captured_language_model_is_the_eager_one(tmp_path):
+    pytest.importorskip("transformers", reason="needs transformers: pip install nslightning[language]")
+    from torch.utils.data import DataLoader, TensorDataset
+
+    from nslightning.models import LanguageModel
+
+    tokens = torch.randint(17, (64, 17), generator=torch.Generator().manual_seed(0))
+    weights = []
+    for cuda_graph in (False, True):
+        torch.manual_seed(0)
+        model = LanguageModel(
+            "mini", vocab_size=17, block_size=16, activation="relu", jacobians=Jacobians(relu=1.0),
+            config={"n_layer": 2, "n_head": 2, "n_embd": 32}, cuda_graph=cuda_graph,
+        )  # fmt: skip
+        trainer = Trainer(
+            accelerator="gpu", devices=1, max_epochs=2, logger=False, enable_progress_bar=False, deterministic=True,
+            enable_checkpointing=False, enable_model_summary=False, default_root_dir=tmp_path,
+        )  # fmt: skip
+        trainer.fit(model, DataLoader(TensorDataset(tokens[:, :-1], tokens[:, 1:]), batch_size=8))
+        weights.append({name: value.cpu() for name, value in model.state_dict().items()})
+    eager, captured = weights
+    assert all(torch.equal(value, captured[name]) for name, value in eager.items())

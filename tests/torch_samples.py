@@ -25,6 +25,16 @@ def _without_expecttest():
 
 
 @cache
+def no_derivative_of_aminmax():
+    """Why this PyTorch cannot differentiate `aminmax`; None where it can."""
+    try:
+        torch.aminmax(torch.zeros(1, requires_grad=True)).max.sum().backward()
+    except RuntimeError as error:
+        return f"torch {torch.__version__}: {error}"
+    return None
+
+
+@cache
 def functions():
     """The records of PyTorch's functions (`OpInfo`), those that run here."""
     with _without_expecttest():

@@ -117,6 +117,50 @@ def test_a_window_whose_sixteen_entries_tie(size) -> None:
                        (g / 16).repeat_interleave(size[0], 2).repeat_interleave(size[1], 3))  # fmt: skip
 
 
+def surrounded(numbers, before_and_after) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers in the middle of a memory, so that a kernel that leaves them is seen; and that memory."""
+    room = 4096  # no index of the last program lies farther away
+    memory = torch.full((numbers.numel() + 2 * room,), before_and_after, dtype=numbers.dtype)
+    inner = memory[room:-room].view(numbers.shape)
+    return inner.copy_(numbers), memory
+
+
+@pytest.mark.parametrize("n", [1024 + 13, 1024 + 16])
+def test_the_last_block_stays_inside_its_tensors(n) -> None:
+    """The entries fill no block, and a byte or not; what lies behind them is neither counted nor written."""
+    values = torch.arange(n).remainder(3) - 1.0
+    x, _ = surrounded(values, 0.0)  # zeros, which were ties
+    y, around_y = surrounded(torch.zeros(n), 7.0)
+    bits, around_bits = surrounded(torch.zeros(-(-n // 8), dtype=torch.uint8), 7)
+    gradient, around_gradient = surrounded(torch.zeros(n), 7.0)
+    triton_kernels._relu_forward[(2,)](x, y, bits, n, ROWS=128)
+    assert sum(int(b).bit_count() for b in bits) == int((values == 0).sum())
+    assert torch.equal(y, values.relu())
+    g = torch.arange(1.0, n + 1)
+    triton_kernels._relu_backward[(2,)](g, y, bits, gradient, n, 0.5, 0, MEMORY=False, ROWS=128)
+    assert torch.equal(gradient, torch.where(values == 0, g / 2, torch.where(values > 0, g, 0)))
+
+    images = torch.arange(3 * 9 * 9.0).remainder(4).view(1, 3, 9, 9)
+    sizes = {"C": 3, "H": 9, "W": 9, "OH": 4, "OW": 4, "KH": 3, "KW": 3}
+    window = {**sizes, "SH": 2, "SW": 2, "PH": 0, "PW": 0, "DH": 1, "DW": 1, "LAST": False, "WIDE": False}
+    pooled, around_pooled = surrounded(torch.zeros(1, 3, 4, 4), 7.0)
+    mask, around_mask = surrounded(torch.zeros(1, 3, 4, 4, dtype=torch.int16), 7)
+    to_images, around_images = surrounded(torch.zeros_like(images), 7.0)
+    triton_kernels._pool_forward[(1,)](images, pooled, mask, pooled.numel(), **window, BLOCK=1024)
+    assert torch.equal(pooled, F.max_pool2d(images, 3, 2))
+    weights = torch.tensor([0.0, *(1.0 / k for k in range(1, 17)), 0.0, *(1.0 / k for k in range(1, 17))])
+    g = torch.full_like(pooled, 2520.0)  # divided by 1 to 9 without rounding
+    triton_kernels._pool_backward[(1,)](
+        g, mask, weights, 0, to_images, images.numel(), **window, MEMORY=False, BLOCK=1024
+    )
+    assert torch.equal(to_images.double(), naive_pool(images, g, ((3, 3), (2, 2), (0, 0), (1, 1)), (1, 0, 0, 0)))
+
+    for inner, memory in ((y, around_y), (bits, around_bits), (gradient, around_gradient), (pooled, around_pooled),
+                          (mask, around_mask), (to_images, around_images)):  # fmt: skip
+        assert (memory[:4096] == 7).all()
+        assert (memory[4096 + inner.numel() :] == 7).all()
+
+
 def test_relu_in_place_and_random(on_cpu) -> None:
     from nslightning import Jacobians
     from nslightning.ops.autograd.pointwise import pointwise
@@ -174,3 +218,75 @@ def test_differences_are_carried_through_the_kernels(on_cpu) -> None:
     found = [divergence(loss, model, choices, method=m, retain_graph=True)["both"] for m in ("subtract", "propagate")]
     assert found[0].l2 > 0
     assert found[1].l2 == pytest.approx(found[0].l2, rel=1e-4)
+
+
+def innaprop_by_hand(x, g, w, v, count, setting, sign) -> tuple[torch.Tensor, ...]:
+    """A step of INNAprop with each operation rounded by itself, as the kernel's text says."""
+    lr, alpha, beta, decay = (setting.get(name, default) for name, default in INNAPROP_DEFAULTS.items())
+    published = setting.get("decay", "published") == "published"
+    v = v * 0.999 + (1 - 0.999) * g * g
+    # By way of float64, which rounds a root as IEEE asks; a vector library's root may be a last digit off.
+    scale = v.double().sqrt().float() / (1 - 0.999**count) ** 0.5 + 1e-8
+    moved = x * (1 - lr * decay)
+    if w is not None:
+        w = w + (-lr * decay * (1 - alpha * beta) / beta if published else 0.0) * x
+        moved = moved + lr * w
+        w = w * (1 - alpha * lr) + -sign * lr * (1 - alpha * beta) * g / scale
+    return moved + -sign * lr * beta * g / scale, w, v
+
+
+INNAPROP_DEFAULTS = {"lr": 1e-3, "alpha": 0.1, "beta": 0.9, "weight_decay": 0.01}
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {},
+        {"decay": "decoupled", "weight_decay": 0.1, "maximize": True},
+        {"alpha": 1.0, "beta": 1.0, "weight_decay": 0.1},
+        {"lr": 0.1, "alpha": 0.5, "beta": 0.07},
+    ],
+    ids=str,
+)
+def test_innaprop_in_one_kernel(setting, monkeypatch) -> None:
+    """Sizes of several blocks, of a part of one and of none, another layout of the gradient, and an odd address."""
+    from nslightning.optim import INNAprop, _fused
+
+    monkeypatch.setattr(_fused, "fits", lambda weights, steps: True)
+    monkeypatch.setattr("nslightning.optim._velocity.BLOCK_PER_THREAD", 2**30)  # whole tensors, as on a CUDA device
+    generator = torch.Generator().manual_seed(0)
+    odd = torch.randn(131, generator=generator)[1:]
+    start = [torch.randn(shape, generator=generator) for shape in ((2, 4096), (70, 70), (3,), (), (0, 2))]
+    params = [torch.nn.Parameter(t.clone()) for t in (*start, odd)]
+    plain = [torch.nn.Parameter(t.detach().clone()) for t in params]
+    states = [(p.detach().clone(), torch.zeros_like(p), torch.zeros_like(p)) for p in params]
+    moves = setting.get("alpha", 0.1) * setting.get("beta", 0.9) != 1
+    states = [(x, w if moves else None, v) for x, w, v in states]
+    fused, foreach = INNAprop(params, fused=True, **setting), INNAprop(plain, foreach=True, **setting)
+    for count in (1, 2, 3):
+        for i, (param, other) in enumerate(zip(params, plain, strict=True)):
+            g = torch.randn(param.shape, generator=generator)
+            param.grad = g.t().contiguous().t() if i == 1 else g
+            other.grad = g.clone()
+            sign = -1.0 if setting.get("maximize") else 1.0
+            states[i] = innaprop_by_hand(states[i][0], g, *states[i][1:], count, setting, sign)
+        fused.step()
+        foreach.step()
+        for param, other, (x, w, v) in zip(params, plain, states, strict=True):
+            assert torch.equal(param, x)
+            assert torch.equal(fused.state[param]["exp_avg_sq"], v)
+            assert w is None or torch.equal(fused.state[param]["velocity"], w)
+            torch.testing.assert_close(param, other, rtol=1e-6, atol=1e-7)
+
+
+def test_innaprops_last_block_stays_inside_its_tensors() -> None:
+    from nslightning.optim import _fused
+
+    tensors = [surrounded(torch.ones(13), 7.0) for _ in range(4)]
+    weight, g, velocity, square = (inner for inner, _ in tensors)
+    coefficients = _fused.Coefficients(0.9, 1e-8, 0.5, 0.0, 0.1, -0.1, 0.9, -0.1)
+    _fused.step([weight], [g], [velocity], [square], [torch.ones(())], coefficients)
+    assert torch.equal(g, torch.ones(13))
+    for inner, memory in tensors:
+        assert (memory[:4096] == 7).all()
+        assert (memory[4096 + inner.numel() :] == 7).all()

@@ -13,6 +13,7 @@ from nslightning._torch import set_cudnn
 from nslightning.arithmetic.products import ORDERS, HalfProducts, Ordered, checked_order
 from nslightning.arithmetic.record import flushes
 from nslightning.arithmetic.rounding import RandomRounding
+from nslightning.spelling import did_you_mean
 
 __all__ = ["Arithmetic"]
 
@@ -107,9 +108,12 @@ class Arithmetic:
                 try:
                     order = checked_order(word.strip())
                 except ValueError:
+                    known = [*ORDERS, *_SWITCHES, "threads=N", "seed=N"]
+                    names = [word.partition("=")[0] for word in known]
+                    meant = "" if name in names else did_you_mean(name, names, otherwise="")
                     raise ValueError(
-                        f"arithmetic={words!r}: {word!r} is not one of {', '.join(ORDERS)}, {', '.join(_SWITCHES)}, "
-                        "threads=N, seed=N. Several are joined by +, as bias_last+tf32"
+                        f"arithmetic={words!r}: {word!r} is not one of {', '.join(known)}{meant}"
+                        f"{'' if meant else '.'} Several are joined by +, as bias_last+tf32"
                     ) from None
                 if "order" in settings:
                     raise ValueError(

@@ -100,7 +100,7 @@ def make_parser(prog: str) -> Arguments:
     add("--precisions", nargs="+", choices=_DTYPES, default=list(_DTYPES), metavar="BITS",
         help="of weights and all: 16 bf16 32 64 (default: all)")  # fmt: skip
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
-    add("--seed", type=_whole(0), default=0, metavar="N", help="of weights, data and labels (default: 0)")
+    add("--seed", type=_whole(0, 2**32 - 1), default=0, metavar="N", help="of weights, data and labels (default: 0)")
     add("--eval", action="store_true", help="evaluation instead of training mode")
     add("--json", type=expanded, metavar="FILE", help="write all findings")
     add("--html", type=expanded, metavar="FILE", help="write one page with tables and figures, which loads nothing")
@@ -108,10 +108,11 @@ def make_parser(prog: str) -> Arguments:
     return parser
 
 
-def _whole(least: int) -> Any:
+def _whole(least: int, most: float = math.inf) -> Any:
     def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        if not text.isdecimal() or not least <= int(text) <= most:
+            above = "" if most == math.inf else f" and at most {most}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}{above}")
         return int(text)
 
     return number

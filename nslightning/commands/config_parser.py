@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from enum import Enum
 from typing import Any, NoReturn
@@ -93,8 +94,8 @@ class HelpfulErrors(ArgumentParser):
             parser = parser._subcommands_action.choices.get(sys.argv[1], parser)
         program = parser.prog.replace(" [options]", "")
         known = {option.lstrip("-") for option in parser._option_string_actions if option.startswith("--")}
-        what, near = explained(message, ex, known)
-        lines = [f"{program}: error: {what}", *dict.fromkeys(f"did you mean {n!r}?" for n in near)]
+        sentence, near = explained(message, ex, known)
+        lines = [f"{program}: error: {sentence}", *dict.fromkeys(f"did you mean {n!r}?" for n in near)]
         sys.stderr.write("\n  ".join([*lines, f"{program} --help lists all options"]) + "\n")
         sys.exit(2)
 
@@ -106,6 +107,12 @@ class HelpfulErrors(ArgumentParser):
             return super().parse_args(_words_spelled_out(sys.argv[1:] if args is None else args), *rest, **options)
         except ValueError as error:  # a word that is no choice
             self.error(str(error))
+
+    def dump(self, *args: Any, **options: Any) -> str:
+        """Write a config; a default that a class makes for itself, such as a device, is none of it, and no warning."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"\s*Unable to serialize instance")
+            return str(super().dump(*args, **options))
 
     def _get_option_tuples(self, option_string: str) -> list[Any]:
         """No abbreviations: a mistyped option must not pass as the start of another."""

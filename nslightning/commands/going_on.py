@@ -72,7 +72,7 @@ class Call:
     @property
     def name(self) -> str:
         """The run's name: as given, or the config's, or the network's."""
-        if "name" in self.options:
+        if self.options.get("name"):
             return self.options["name"]
         if not self.configs:
             network = self.options.get("model.backbone") or self.options.get("model")
@@ -169,6 +169,8 @@ def _start(call: Call, argv: Sequence[str], command: str) -> Start:
         return plain if folder is None else _going_on(call, folder, "last")
     if which.startswith("registry"):
         return plain
+    if not which:
+        raise ValueError("--ckpt_path= names no checkpoint: give --ckpt_path=last or a file, or leave it out")
     if which not in ("last", "best", "hpc"):
         return _from_file(call, Path(which).expanduser(), fit)
     if fit and which == "best":

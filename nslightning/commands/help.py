@@ -79,12 +79,13 @@ def options(command: str) -> list[Option]:
         ['--config', '--name']
     """
     shown = [Option("run", *_split(flag), text) for flag, text in _RUN.items()]
-    if command == "twins":
-        shown += _of_class("models/twins.py", "Twins", "--model.")
-        shown += _of_class("callbacks/twin_divergence.py", "TwinDivergence", "--divergence.")
     model = _of_class("models/classifier.py", "ImageClassifier", "--model.")
-    shown += [o for o in model if command != "twins" or o.flag != "--model.jacobians"]
-    if command != "twins":
+    if command == "twins":  # one section of the twins' options and of those that they share
+        shown += _of_class("models/twins.py", "Twins", "--model.")
+        shown += [option for option in model if option.flag != "--model.jacobians"]
+        shown += _of_class("callbacks/twin_divergence.py", "TwinDivergence", "--divergence.")
+    else:
+        shown += model
         shown += [
             Option("Jacobian choice, as --model.jacobians=jax or", f"--model.jacobians.{name}", "", "")
             for name in (*_operations(), "rule")

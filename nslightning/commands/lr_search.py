@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from nslightning.commands.dashes import with_underscores
 from nslightning.commands.endings import CallError, ended
+from nslightning.commands.plain_parser import Arguments, refuse_empty
 from nslightning.commands.stopping import Stopped
 from nslightning.files import expanded, write_text
 from nslightning.spelling import closest
@@ -49,6 +50,7 @@ def main(argv: list[str]) -> int:
         SystemExit: After ``--help`` (0) and for arguments that are not understood (2).
     """
     parser = make_parser(f"nslightning {argv[0]}")
+    refuse_empty(parser, argv[1:])
     given, fit = parser.parse_known_args(argv[1:])
     fit = with_underscores(fit)
     own = [option for option in parser._option_string_actions if option.startswith("--")]
@@ -56,14 +58,11 @@ def main(argv: list[str]) -> int:
     for option in (word.partition("=")[0] for word in fit):
         if option.startswith("--") and "." not in option and option not in known:
             hint = f"\n  did you mean {near[0]!r}?" if (near := closest(option, known)) else ""
-            parser.exit(
-                2,
-                f"{parser.prog}: error: there is no option {option}{hint}\n  {parser.prog} --help lists all options\n",
-            )
+            parser.error(f"there is no option {option}{hint}")
     return ended(parser.prog, lambda: _search(given, fit), go_on="the same command goes on")
 
 
-def make_parser(prog: str) -> argparse.ArgumentParser:
+def make_parser(prog: str) -> Arguments:
     """The command's parser.
 
     Args:
@@ -72,7 +71,7 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     Returns:
         The parser.
     """
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog,
         usage="nslightning lr-search --config FILE [options] [options of fit]",
         description=_HELP,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any, NoReturn
 
 from nslightning.commands.dashes import with_new_spellings
@@ -58,3 +59,17 @@ def refuse_unknown(
             near = closest(option, known)
             hint = f"\n  did you mean {known[near[0]]!r}?" if near else ""
             parser.error(f"there is no option {option}{hint}")
+    refuse_empty(parser, words)
+
+
+def refuse_empty(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """End with status 2 if one of a parser's options has an empty value: what an unset variable leaves in a script.
+
+    Args:
+        parser: The parser.
+        words: The command line.
+    """
+    for word, following in zip_longest(words, words[1:]):
+        option, equals, value = word.partition("=")
+        if option in parser._option_string_actions and ((equals and not value) or (not equals and following == "")):
+            parser.error(f"{option} has no value: give one, or leave the option out")

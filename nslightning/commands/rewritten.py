@@ -25,10 +25,17 @@ _HOMES = {
     "logger": ("lightning.pytorch.loggers",),
     "model": ("nslightning.models",),  # last: the options above may be a model's
 }
-# The papers' letters, and the options that set them.
 # Python's types, in words.
-_TYPES = {"float": "a number", "int": "a whole number", "bool": "true or false", "list": "a list", "dict": "a mapping"}
+_TYPES = {
+    "float": "a number",
+    "int": "a whole number",
+    "bool": "true or false",
+    "str": "a word",
+    "list": "a list",
+    "dict": "a mapping",
+}
 _COUNTS = {2: "two", 3: "three"}
+# The papers' letters, and the options that set them.
 _VOCABULARY = {"alpha": "model.jacobians.relu", "beta": "model.jacobians.max_pool"}
 
 
@@ -77,74 +84,86 @@ class Row:
     explain: Callable[[re.Match[str], Rejection], Explanation]
 
 
-def _option_of_a_class(found: re.Match[str], said: Rejection) -> Explanation:
-    takes = _parameters(said.paths[-1]) if said.paths else []
-    owner = f": {said.paths[-1]} takes {', '.join(takes)}" if takes else ""
-    prefix = f"{said.key}." if said.key else ""
-    near = closest(found[1], takes)
-    return f"there is no option --{prefix}{found[1]}{owner}", _options(f"{prefix}{name}" for name in near)
+def _option_of_a_class(match: re.Match[str], rejected: Rejection) -> Explanation:
+    takes = _parameters(rejected.paths[-1]) if rejected.paths else []
+    owner = f": {rejected.paths[-1]} takes {', '.join(takes)}" if takes else ""
+    prefix = f"{rejected.key}." if rejected.key else ""
+    near = closest(match[1], takes)
+    return f"there is no option --{prefix}{match[1]}{owner}", _options(f"{prefix}{name}" for name in near)
 
 
-def _option_in_a_config(found: re.Match[str], said: Rejection) -> Explanation:
-    option = found[2] if found[1] is None or found[2].startswith(f"{found[1]}.") else f"{found[1]}.{found[2]}"
-    return f"there is no option --{option}", _options(_near(option, said.known))
+def _option_in_a_config(match: re.Match[str], rejected: Rejection) -> Explanation:
+    option = match[2] if match[1] is None or match[2].startswith(f"{match[1]}.") else f"{match[1]}.{match[2]}"
+    if option.startswith("model.jacobians") and "model.choices" in rejected.known:
+        field = option.removeprefix("model.jacobians").lstrip(".") or "relu"
+        return f"--{option} names one choice, and several are trained: --model.choices.NAME.{field}=...", []
+    return f"there is no option --{option}", _options(_near(option, rejected.known))
 
 
-def _unrecognized(found: re.Match[str], said: Rejection) -> Explanation:
-    words = [w for w in re.findall(r"(?:^|\s)--([A-Za-z_][\w.-]*)", found[1]) if w not in said.known]
-    if not words and (file := re.search(r"\S+\.ya?ml\b", found[1])):
+def _unrecognized(match: re.Match[str], rejected: Rejection) -> Explanation:
+    words = [w for w in re.findall(r"(?:^|\s)--([A-Za-z_][\w.-]*)", match[1]) if w not in rejected.known]
+    if not words and (file := re.search(r"\S+\.ya?ml\b", match[1])):
         return f"{file[0]} stands alone: a config file is named by --config", [f"--config {file[0]}"]
     if not words:
-        return f"not understood: {found[1]}; an option begins with --, as --model.backbone=paper/lenet5", []
-    return f"there is no option --{words[0]}", _options(_near(words[0], said.known))
+        return f"not understood: {match[1]}; an option begins with --, as --model.backbone=paper/lenet5", []
+    return f"there is no option --{words[0]}", _options(_near(words[0], rejected.known))
 
 
-def _linked(found: re.Match[str], said: Rejection) -> Explanation:
-    return f"--{found[1]} cannot be given: it is set by {found[2].replace('.init_args', '')}", []
+def _linked(match: re.Match[str], rejected: Rejection) -> Explanation:
+    return f"--{match[1]} cannot be given: it is set by {match[2].replace('.init_args', '')}", []
 
 
-def _required(found: re.Match[str], said: Rejection) -> Explanation:
-    needed = found[1]
-    prefix = f"{said.key}." if said.key and not needed.startswith(said.key) else ""
-    if said.paths and prefix:
-        return f"{said.paths[-1].rpartition('.')[2]} needs {needed}: give --{prefix}{needed}=...", []
+def _required(match: re.Match[str], rejected: Rejection) -> Explanation:
+    needed, *others = (name.removeprefix("fit.") for name in match[1].split(", "))
+    if others:
+        return f"{' and '.join(f'--{name}' for name in (needed, *others))} are needed, as a config file gives them", []
+    prefix = f"{rejected.key}." if rejected.key and not needed.startswith(rejected.key) else ""
+    if rejected.paths and prefix:
+        return f"{rejected.paths[-1].rpartition('.')[2]} needs {needed}: give --{prefix}{needed}=...", []
     example = ", as in --config configs/quickstart.yaml or --data=MNIST" if needed == "data" else ""
     return f"--{prefix}{needed} is needed{example}", []
 
 
-def _no_file(found: re.Match[str], said: Rejection) -> Explanation:
-    reason = "there is no such file" if found[1] is None else "it is a folder, and a YAML file is needed"
-    return f"--{said.key}={found[1] or found[2]}: {reason}", []
+def _no_file(match: re.Match[str], rejected: Rejection) -> Explanation:
+    reason = "there is no such file" if match[1] is None else "it is a folder, and a YAML file is needed"
+    return f"--{rejected.key}={match[1] or match[2]}: {reason}", []
 
 
-def _no_mapping(found: re.Match[str], said: Rejection) -> Explanation:
-    return f"the config is not a mapping of options to values, but {_line(found[1]) or 'empty'}", []
+def _no_mapping(match: re.Match[str], rejected: Rejection) -> Explanation:
+    return f"the config is not a mapping of options to values, but {_line(match[1]) or 'empty'}", []
 
 
-def _no_class(found: re.Match[str], said: Rejection) -> Explanation:
-    given = ".".join(filter(None, found.groups()))
-    homes = next((h for part, h in _HOMES.items() if part in said.key), ())
+def _no_class(match: re.Match[str], rejected: Rejection) -> Explanation:
+    path = ".".join(filter(None, match.groups()))
+    homes = next((h for part, h in _HOMES.items() if part in rejected.key), ())
     names = [n for home in homes for n in dir(import_module(home)) if n[0].isupper()]
-    if given in names:
-        return f"--{said.key}={given} is of another kind than is needed here", []
+    if path in names:
+        return f"--{rejected.key}={path} is of another kind than is needed here", []
     known_as = f"; expected a class of {' or '.join(homes)} by its name, or a class path" if homes else ""
-    return f"--{said.key}: there is no class {given!r}{known_as}", closest(given.rpartition(".")[2], names)
+    return f"--{rejected.key}: there is no class {path!r}{known_as}", closest(path.rpartition(".")[2], names)
 
 
-def _twice(found: re.Match[str], said: Rejection) -> Explanation:
-    return f"{'--' * bool(said.key)}{said.key or 'a config'}: {found[1]} is given twice", []
+def _twice(match: re.Match[str], rejected: Rejection) -> Explanation:
+    return f"{'--' * bool(rejected.key)}{rejected.key or 'a config'}: {match[1]} is given twice", []
 
 
-def _value(found: re.Match[str], said: Rejection) -> Explanation:
-    if not said.key:
-        return _line(said.message), []
-    names = _literals(said.value_text)
-    given = found[1].strip().strip("'\"")
-    if made := re.match(r"Namespace\(class_path='([\w.]+)'", given):  # a class whose arguments do not suit it
+def _empty(match: re.Match[str], rejected: Rejection) -> Explanation:
+    return f"--{rejected.key}= has no value: give one, or leave the option out", []
+
+
+def _value(match: re.Match[str], rejected: Rejection) -> Explanation:
+    if not rejected.key:
+        return _line(rejected.message), []
+    names = _literals(rejected.value_text)
+    value = match[1].strip().strip("'\"")
+    if made := re.match(r"Namespace\(class_path='([\w.]+)'", value):  # a class whose arguments do not suit it
         name = made[1].rpartition(".")[2]
-        return f"--{said.key}={name} lacks arguments, or has wrong ones: give --{said.key}.ARGUMENT=...", []
-    expected = f"; expected {' or '.join(wanted)}" if (wanted := _wanted(said.value_text, names)) else ""
-    return f"--{said.key}={given} is not allowed{expected}", closest(given, names)
+        lacking = rf"class_path '{re.escape(made[1])}':\s+the following arguments are required: ([\w.]+)"
+        if needed := re.search(lacking, rejected.value_text):
+            return f"{name} needs {needed[1]}: give --{rejected.key}.{needed[1]}=...", []
+        return f"--{rejected.key}={name} lacks arguments, or has wrong ones: give --{rejected.key}.ARGUMENT=...", []
+    expected = f"; expected {' or '.join(wanted)}" if (wanted := _wanted(rejected.value_text, names)) else ""
+    return f"--{rejected.key}={value} is not allowed{expected}", closest(value, names)
 
 
 #: Every kind that is known, the first that fits wins.
@@ -165,6 +184,7 @@ ROWS = (
     Row("no class path", re.compile(r"Expected a dot import path string: (\S+)"), "root", _no_class),
     Row("no such class", re.compile(r"(?:module|package) '([\w.]+)' has no attribute '(\w+)'"), "root", _no_class),
     Row("no such module", re.compile(r"No module named '([\w.]+)'"), "root", _no_class),
+    Row("an empty value", re.compile(r"Unable to load config ['\"]{2}$"), "root", _empty),
     Row("a value that is not allowed", re.compile(r"(?:Given|Got) value: (.*)"), "value_text", _value),
 )
 
@@ -184,7 +204,7 @@ def rejection(message: str, error: Exception | None, known: Iterable[str]) -> Re
     while error is not None:
         chain.append(str(error))
         error = error.__cause__ if isinstance(error.__cause__, Exception) else None
-    keys = [found[1] for text in chain if (found := re.match(r'Parser key "([^"]+)"', text))]
+    keys = [match[1] for text in chain if (match := re.match(r'Parser key "([^"]+)"', text))]
     key = ".".join(k for i, k in enumerate(keys) if i == 0 or k != keys[i - 1])
     paths = tuple(p for text in chain for p in re.findall(r"class_path(?: |=)'([\w.]+)'", text)[:1])
     value_text = next((t for t in reversed(chain) if t.startswith("Parser key")), message)
@@ -202,14 +222,14 @@ def explained(message: str, error: Exception | None, known: Iterable[str]) -> Ex
     Returns:
         Both; the message itself, in one line, where its kind is not known.
     """
-    said = rejection(message, error, known)
+    rejected = rejection(message, error, known)
     for row in ROWS:
-        if (found := row.pattern.search(getattr(said, row.of))) is not None:
-            return row.explain(found, said)
+        if (match := row.pattern.search(getattr(rejected, row.of))) is not None:
+            return row.explain(match, rejected)
     reasons = re.findall(r'Parser key "([\w.]+)":\s*(?!Does not|Problem)(\S.*)', message)
     if reasons:  # the innermost account of a value
         inner, reason = reasons[-1]
-        key = said.key if said.key.endswith(inner) else ".".join(filter(None, (said.key, inner)))
+        key = rejected.key if rejected.key.endswith(inner) else ".".join(filter(None, (rejected.key, inner)))
         return f"--{key}: {_line(reason)}", []
     return _line(message), []
 
@@ -223,21 +243,23 @@ def _line(text: str) -> str:
 def _parameters(path: str) -> list[str]:
     """The arguments that a class takes in a config."""
     module, _, name = path.rpartition(".")
-    given = inspect.signature(getattr(import_module(module), name)).parameters.values()
+    parameters = inspect.signature(getattr(import_module(module), name)).parameters.values()
     variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    return [p.name for p in given if p.kind not in variadic and p.name not in ("params", "optimizer")]
+    return [p.name for p in parameters if p.kind not in variadic and p.name not in ("params", "optimizer")]
 
 
 def _wanted(message: str, names: list[str]) -> list[str]:
     """The types and names that a message says are allowed."""
-    rest = re.sub(r"typing\.Literal\[.*?\]", "", message)
+    rest = re.sub(r"typing\.Literal\[.*?\]|Given value.*", "", message)
     if pair := re.search(r"tuple\[((?:float|int)(?:, (?:float|int))*)\]", rest):
         count = pair[1].count(",") + 1
         return [f"{_COUNTS.get(count, count)} numbers, such as [{', '.join(['0'] * count)}]"]
     if pair := re.search(r"[Ee]xpected a tuple with (\d+) elements", rest):
         return [f"a list of {pair[1]} values"]
     types = [t for t in _TYPES if re.search(rf"class '{t}'|\b{t}\[", rest)]
-    classes = [c.rpartition(".")[2] for c in re.findall(r"<class '([\w.]+)'>", rest) if "." in c]
+    classes = [
+        c.rpartition(".")[2] for c in re.findall(r"<class '([\w.]+)'>", rest) if "." in c and not c.startswith("torch.")
+    ]
     numbers = list(dict.fromkeys(_TYPES[t] for t in types if not (t == "int" and "float" in types)))
     named = [names[0] if len(names) == 1 else f"one of {', '.join(names)}"] if names else []
     return [*numbers, *named, *dict.fromkeys(classes)]
@@ -273,5 +295,5 @@ def _options(names: Iterable[str]) -> list[str]:
 
 def _literals(message: str) -> list[str]:
     """All values that a message says are allowed by name."""
-    found = ", ".join(re.findall(r"Literal\[(.*?)\]", message))
-    return list(dict.fromkeys(w.strip("'") for w in found.split(", ") if w))
+    quoted = ", ".join(re.findall(r"Literal\[(.*?)\]", message))
+    return list(dict.fromkeys(word.strip("'") for word in quoted.split(", ") if word))

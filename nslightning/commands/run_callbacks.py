@@ -143,12 +143,6 @@ class StopWhenAsked(Callback):
         """A step begins."""
         self.began = self._in_step = True
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """The row of a step is in the table before a checkpoint counts the step."""
-        for logger in trainer.loggers:
-            if self._in_step and isinstance(logger, runs.MetricsFile):
-                logger.log_ahead(trainer)
-
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Stop between two steps."""
         self._in_step, self.step = False, trainer.global_step

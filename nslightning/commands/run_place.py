@@ -78,6 +78,8 @@ class RunPlace:
         """
         if self._lock is not None:
             self._lock.release()
+        if self._temporary is not None:
+            self._temporary.cleanup()
         if self._made is None or keep or rank() != 0:
             return
         shutil.rmtree(self._made, ignore_errors=True)

@@ -36,6 +36,8 @@ def _at_least(low: float) -> Callable[[Any], bool]:
 
 _NOTHING = "a number of batches from 1 on, or a share such as 0.1: without a batch nothing would happen"
 
+_DEVICES = "a number from 1 on, a list of their numbers, or -1 or auto for all"
+
 #: One row per option.
 LIMITS = (
     Limit("gradient_clip_val", _at_least(0), "a norm, or a value, from 0 on; null or 0 clips nothing"),
@@ -47,6 +49,8 @@ LIMITS = (
     Limit("max_epochs", lambda v: v == -1 or v >= 1, "a number of epochs from 1 on, or -1 for no end", ("fit",)),
     Limit("max_steps", lambda v: v == -1 or v >= 1, "a number of steps from 1 on, or -1 for no end", ("fit",)),
     Limit("check_val_every_n_epoch", _at_least(1), "a number of epochs, at least 1; null counts batches instead"),
+    Limit("devices", lambda v: str(v) == "-1" or not str(v).lstrip("-").isdigit() or int(v) > 0, _DEVICES),
+    Limit("num_sanity_val_steps", _at_least(-1), "a number of batches; 0 for no check, -1 for all batches"),
     Limit("log_every_n_steps", _at_least(0), "a number of steps, at least 1; 0 logs nothing"),
     Limit("val_check_interval", lambda v: not isinstance(v, (int, float)) or v > 0, "above 0: batches, or a share"),
 )

@@ -23,6 +23,7 @@ from nslightning.choices import choice_label
 from nslightning.commands import checkpoint_fit, trainer_options, trainer_parts, wandb_run
 from nslightning.commands.config_parser import HelpfulErrors
 from nslightning.commands.endings import CallError
+from nslightning.commands.epoch_ends import EpochEnds
 from nslightning.commands.going_on import Start
 from nslightning.commands.predictions import PredictionsFile
 from nslightning.commands.run_callbacks import StopWhenAsked, makes_again
@@ -105,6 +106,8 @@ class TrainCLI(LightningCLI):
         choice = config.model.get("jacobians")
         if self.task != "own" and not isinstance(choice, (Namespace, type(None))):
             raise CallError(f"--model.jacobians={choice} is no choice, such as {{relu: 1}}, relu=1 or jax")
+        if not config.output:
+            raise CallError("--output= names no folder: give --output=FOLDER, or leave it out for runs")
         config.name = config.name or self.start.name
         config.output = str(Path(config.output).expanduser())
         config.ckpt_path = None if self.start.checkpoint or config.ckpt_path == "last" else config.ckpt_path
@@ -162,7 +165,7 @@ class TrainCLI(LightningCLI):
         trainer_parts.whole_checkpoints(made)
         if self.subcommand == "fit":
             self.stopper = StopWhenAsked(self.signals, None if self.place.scratch else folder)
-            made.callbacks.append(self.stopper)  # type: ignore[attr-defined] # set by a connector
+            made.callbacks += [EpochEnds(), self.stopper]  # type: ignore[attr-defined] # set by a connector
         return made
 
     def _network(self) -> str:

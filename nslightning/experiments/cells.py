@@ -117,13 +117,13 @@ class Cell:
     @property
     def options(self) -> dict[str, Any]:
         """The backbone's options."""
-        found = dict(self.backbone_options)
+        options = dict(self.backbone_options)
         for name in ("batch_norm", "dropout"):
             if getattr(self, name) is not None:
-                found[name] = getattr(self, name)
+                options[name] = getattr(self, name)
         if self.width is not None and self.depth is not None:
-            found["hidden"] = [self.width] * self.depth
-        return found
+            options["hidden"] = [self.width] * self.depth
+        return options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,8 +216,8 @@ class TwinCell(TrainCell):
         super().__post_init__()
         if len(self.choices) + self.control < 2:
             raise ValueError("twins are two at least: give more choices, or control: true")
-        for given in self.choices.values():
-            dataclasses.replace(self.jacobians, **given)
+        for choice in self.choices.values():
+            dataclasses.replace(self.jacobians, **choice)
 
 
 @dataclass(frozen=True, kw_only=True)

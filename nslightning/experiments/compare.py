@@ -72,17 +72,17 @@ def comparison(experiment: Experiment, results: pd.DataFrame) -> pd.DataFrame:
         if planned.id in finished:
             head = {k: v for k, v in planned.varied.items() if k != "seed"}
             groups.setdefault(str(head), (head, []))[1].append(planned)
-    rows, told = [], set()
-    for must_match in (True, False):  # what no entry matches is told once, after the rest
+    rows, compared = [], set()
+    for must_match in (True, False):  # a group that no entry matches comes once, after the rest
         for entry in experiment.compare:
             for key, (head, cells) in groups.items():
                 if any(not _equal(value, setting(cells[0].cell, name)) for name, value in entry.get("of", {}).items()):
                     continue
                 theirs = _published(entry, cells[0].cell)
-                if bool(theirs) == must_match and (must_match or key not in told):
+                if bool(theirs) == must_match and (must_match or key not in compared):
                     ours = results[results["cell"].isin([p.id for p in cells])]
                     rows.append(_row(head, ours, theirs, entry, experiment.scale))
-                    told.add(key)
+                    compared.add(key)
     return pd.DataFrame(rows)
 
 
@@ -101,10 +101,10 @@ def _by_columns(
     read: Callable[[str], pd.DataFrame], published: str, where: str, columns: tuple[str, ...]
 ) -> dict[tuple[str, ...], list[dict[str, Any]]]:
     """The published rows that are meant, by what they have in some columns."""
-    found: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    rows: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in _meant({"published": published, "where": json.loads(where)}, columns, read):
-        found.setdefault(tuple(_normal(row[c]) for c in columns), []).append(row)
-    return found
+        rows.setdefault(tuple(_normal(row[c]) for c in columns), []).append(row)
+    return rows
 
 
 def _meant(
@@ -119,8 +119,8 @@ def _meant(
             raise ValueError(
                 f"compare: {entry['published']} has no column {column!r}, but {', '.join(map(str, published))}"
             )
-    found = published.to_dict("records")
-    return [{str(k): v for k, v in row.items()} for row in found if all(_equal(row[c], v) for c, v in where.items())]
+    rows = published.to_dict("records")
+    return [{str(k): v for k, v in row.items()} for row in rows if all(_equal(row[c], v) for c, v in where.items())]
 
 
 def _nothing_published(experiment: Experiment) -> str:
@@ -183,10 +183,10 @@ def _row(
         return row
     if len(theirs) > 1:
         raise ValueError(f"compare: {len(theirs)} rows of {entry['published']} match {dict(head)}; add to `where`")
-    found = theirs[0]
-    there, count = float(found["mean"]), float(found.get("n", math.nan))
+    reference = theirs[0]
+    published_mean, count = float(reference["mean"]), float(reference.get("n", math.nan))
     if statistic in ("mean", "rate"):
-        spread = float(found.get("sd", math.nan))
+        spread = float(reference.get("sd", math.nan))
         limit = 2 * spread
     elif statistic == "share":
         spread = math.nan
@@ -194,18 +194,18 @@ def _row(
         if limit == 0 and mean in (0, 1):  # all alike: no better known than so many draws can tell
             limit = 1 - 0.05 ** (1 / n)
     elif statistic == "probability":
-        spread = _binomial(there, count)
+        spread = _binomial(published_mean, count)
         limit = 2 * math.hypot(spread, sd)
     else:
-        spread = _binomial(there, count)
-        pooled = (there * count + mean * n) / (count + n)
+        spread = _binomial(published_mean, count)
+        pooled = (published_mean * count + mean * n) / (count + n)
         limit = 2 * math.sqrt(pooled * (1 - pooled) * (1 / count + 1 / n))
-    difference = mean - there
+    difference = mean - published_mean
     row |= {
-        "published_mean": there,
+        "published_mean": published_mean,
         "published_sd": spread,
         "published_n": count,
-        "published_nan": float(found.get("n_nan", 0)),
+        "published_nan": float(reference.get("n_nan", 0)),
         "difference": difference,
         "inside": "" if math.isnan(limit) else "yes" if abs(difference) <= limit + 1e-12 else "no",
     }

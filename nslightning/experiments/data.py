@@ -211,7 +211,7 @@ def _module(name: str, options: tuple[tuple[str, Any], ...]) -> ImageDataModule:
         classes = {n: k for n in data.__all__ if isinstance(k := getattr(data, n), type) and k is not ImageDataModule}
         known = [n for n, k in classes.items() if issubclass(k, ImageDataModule)]
         raise ValueError(f"data={name!r} is no data set{did_you_mean(name, known)} There are: {', '.join(known)}")
-    given = dict(options)
+    arguments = dict(options)
     if issubclass(kind, DownloadedImages):
-        given = {"verify": False, **given}
-    return kind(**given)
+        arguments = {"verify": False, **arguments}
+    return kind(**arguments)

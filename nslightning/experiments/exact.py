@@ -140,13 +140,13 @@ def layer_chances(network: nn.Sequential, images: Tensor, order: str, batch_size
         order: Of summation (:func:`nslightning.arithmetic.linear`). For ``native`` the library's own order is found by
             comparing bits on these images; where it is none of those known here, each candidate bias is put through
             the library's own kernel.
-        batch_size: How many images the network meets at once, on which ``native`` may depend.
+        batch_size: How many images the network meets at once, on which the library's kernels depend.
 
     Yields:
         One for each linear layer with a ReLU behind it.
 
     Raises:
-        ValueError: If the network has another layer.
+        ValueError: If the network has another layer, or the library's order is not known and cannot be asked for.
     """
     h = images
     layers = list(network)
@@ -158,20 +158,21 @@ def layer_chances(network: nn.Sequential, images: Tensor, order: str, batch_size
         elif isinstance(layer, nn.Linear):
             z = torch.cat([linear(part, layer.weight, layer.bias, order) for part in h.split(batch_size)])
             if i + 1 < len(layers) and isinstance(layers[i + 1], nn.ReLU):
-                yield _chance(layer, h, z, order)
+                yield _chance(layer, h, z, order, batch_size)
             h = z
         else:
             raise ValueError(f"the exact estimator knows Flatten, Linear and ReLU; the network has {layer}")
 
 
-def _chance(layer: nn.Linear, h: Tensor, z: Tensor, order: str) -> Chance:
+def _chance(layer: nn.Linear, h: Tensor, z: Tensor, order: str, batch_size: int) -> Chance:
     lattice = Lattice(1 / math.sqrt(layer.in_features))
     if order == "native":
-        order = _library_order(layer, h, z)
+        order = _library_order(layer, h, z, batch_size)
     hit: list[Tensor] = []
     zeros = 0
-    for rows in h.split(_ROWS):
-        for keys in _hits(layer, rows, order, lattice):
+    rows = max(1, _ROWS // batch_size) * batch_size  # whole batches
+    for inputs, outputs in zip(h.split(rows), z.split(rows), strict=True):
+        for keys in _hits(layer, inputs, outputs, order, lattice, batch_size):
             zeros += len(keys)
             hit.append(keys.unique())
     keys = torch.cat(hit).unique() if hit else torch.zeros(0, dtype=torch.long)
@@ -179,26 +180,23 @@ def _chance(layer: nn.Linear, h: Tensor, z: Tensor, order: str) -> Chance:
     return Chance(float(-torch.expm1(torch.log1p(-each).sum())), zeros / _LEVELS, order)
 
 
-def _library_order(layer: nn.Linear, h: Tensor, z: Tensor) -> str:
+def _library_order(layer: nn.Linear, h: Tensor, z: Tensor, batch_size: int) -> str:
     """The order that gives the library's bits on all of these images; ``native`` where none of those known does."""
     sizes = [f"blocks={n}" for n in _BLOCKS if n < layer.in_features]
+    batches = list(zip(h.split(batch_size), z.split(batch_size), strict=True))
     for order in (*sizes, f"blocks={layer.in_features}", "bias_last"):
-        first = slice(0, _ROWS)
-        if torch.equal(linear(h[first], layer.weight, layer.bias, order), z[first]) and all(
-            torch.equal(linear(a, layer.weight, layer.bias, order), b)
-            for a, b in zip(h.split(_ROWS), z.split(_ROWS), strict=True)
-        ):
+        if all(torch.equal(linear(a, layer.weight, layer.bias, order), b) for a, b in batches):
             return order
     return "native"
 
 
-def _hits(layer: nn.Linear, h: Tensor, order: str, lattice: Lattice) -> Iterator[Tensor]:
+def _hits(layer: nn.Linear, h: Tensor, z: Tensor, order: str, lattice: Lattice, batch_size: int) -> Iterator[Tensor]:
     """Units and biases that meet a zero: ``unit * 2^24 + k``, one entry per image."""
     total = h @ layer.weight.t()
     estimate = lattice.nearest(-total)
     near = (estimate >= -_FARTHEST) & (estimate < _LEVELS + _FARTHEST)
     unit = near.nonzero()[:, 1]
-    value = _values(layer, h, order, near, estimate, lattice)
+    value = _values(layer, h, z, order, near, estimate, lattice, batch_size)
     k0 = estimate[near]
     for step in (1, -1):  # up from the estimate while the unit is not above 0, down while it is not below
         k, going = k0 if step > 0 else k0 - 1, torch.arange(len(k0), device=h.device)
@@ -216,26 +214,43 @@ def _hits(layer: nn.Linear, h: Tensor, order: str, lattice: Lattice) -> Iterator
 
 
 def _values(
-    layer: nn.Linear, h: Tensor, order: str, near: Tensor, estimate: Tensor, lattice: Lattice
+    layer: nn.Linear,
+    h: Tensor,
+    z: Tensor,
+    order: str,
+    near: Tensor,
+    estimate: Tensor,
+    lattice: Lattice,
+    batch_size: int,
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """What the units are on the images, at biases of choice: a function of k and of the entries among ``near``."""
+    batches = h.split(batch_size)
     if order == "native":  # the library's own kernel, with a bias of its own for each image
-        weight = layer.weight.t()
-        one = torch.addmm(layer.bias.expand(len(h), -1).contiguous(), h, weight)
-        if not torch.equal(one, F.linear(h, layer.weight, layer.bias)):
+
+        def with_biases(biases: Tensor) -> Tensor:
+            parts = zip(biases.split(batch_size), batches, strict=True)
+            return torch.cat([torch.addmm(bias, rows, layer.weight.t()) for bias, rows in parts])
+
+        if not torch.equal(with_biases(layer.bias.expand(len(h), -1).contiguous()), z):
             raise ValueError(
                 "the exact estimator does not apply: this library adds up in an order that is not known here, and its "
-                "kernel for a bias per image gives other bits. Name an order, such as --arithmetic=bias_last, or "
-                "sample: --estimator=sampling"
+                f"kernel for a bias per image gives other bits on batches of {batch_size}. Name an order, such as "
+                "--arithmetic=bias_last, another --batch-size, or sample: --estimator=sampling"
             )
 
         def by_kernel(k: Tensor, entries: Tensor) -> Tensor:
             all_k = estimate.clone()
             all_k[near] = k
-            return torch.addmm(lattice(all_k), h, weight)[near][entries]
+            return with_biases(lattice(all_k))[near][entries]
 
         return by_kernel
-    parts = [part[near] for part in _parts(layer, h, order)]
+    whole = [torch.cat(parts) for parts in zip(*(_parts(layer, rows, order) for rows in batches), strict=True)]
+    total = layer.bias.expand_as(z)
+    for part in whole:
+        total = total + part
+    if not torch.equal(total, z):
+        raise RuntimeError(f"{order}: the sums that are counted with are not those of the network")
+    parts = [part[near] for part in whole]
 
     def by_parts(k: Tensor, entries: Tensor) -> Tensor:
         y = lattice(k[entries])

@@ -78,8 +78,10 @@ def make_optimizer(name: str, network: nn.Module, lr: float, options: dict[str, 
         from timm.optim._optim_factory import create_optimizer_v2
 
         # Without a decay of timm's own, and one group for all parameters, as everywhere else here.
-        given = {"weight_decay": 0.0, "filter_bias_and_bn": False, **options}
-        created: torch.optim.Optimizer = create_optimizer_v2(network, opt=name.removeprefix("timm/"), lr=lr, **given)
+        arguments = {"weight_decay": 0.0, "filter_bias_and_bn": False, **options}
+        created: torch.optim.Optimizer = create_optimizer_v2(
+            network, opt=name.removeprefix("timm/"), lr=lr, **arguments
+        )
         return created
     if name in _OWN:
         kind = getattr(import_module("nslightning.optim"), name)

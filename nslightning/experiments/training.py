@@ -67,22 +67,22 @@ def train(cell: TrainCell, device: str, kept: Path | None = None) -> Outcome:
             partial.save({"epoch": epoch, "rows": rows, "tested": tested, "run": run.state_dict()})
 
     for epoch in range(first, cell.epochs):
-        found: dict[str, float] = {"learning_rate": run.optimizer.param_groups[0]["lr"]}
+        measured: dict[str, float] = {"learning_rate": run.optimizer.param_groups[0]["lr"]}
         if run.alive:
             with _counting_zeros(network, cell.count_zeros, where) as zeros:
                 # What counts zeros is kept between epochs only: the counts are not part of the state.
                 within = None if cell.count_zeros else functools.partial(keep, epoch)
-                found["train_loss"], found["train_accuracy"] = run.epoch(images.train, epoch, within)
+                measured["train_loss"], measured["train_accuracy"] = run.epoch(images.train, epoch, within)
             tested = {
                 f"{name}_{what}": value
                 for name, split in splits.items()
                 for what, value in evaluate(cell, network, split).items()
             }
-            found |= zeros
+            measured |= zeros
         else:
-            found |= {"train_loss": math.nan, "train_accuracy": math.nan}
-        found |= tested | {"nan": float(not math.isfinite(found["train_loss"]))}
-        rows += [{"epoch": epoch, "metric": name, "value": value} for name, value in found.items()]
+            measured |= {"train_loss": math.nan, "train_accuracy": math.nan}
+        measured |= tested | {"nan": float(not math.isfinite(measured["train_loss"]))}
+        rows += [{"epoch": epoch, "metric": name, "value": value} for name, value in measured.items()]
         run.end_epoch()
         keep(epoch + 1)
     return Outcome(rows, provenance(cell, images, report, where))
@@ -233,22 +233,22 @@ def evaluate(cell: TrainCell, network: nn.Module, images: Images) -> dict[str, f
     """
     network.eval()
     precision = 32 if cell.precision == 24 and cell.eval_float32 else cell.precision
-    found = []
+    batches_seen = []
     for x, y in images.batches(cell.eval_batch_size, PRECISIONS[cell.precision]):
         with computing(precision, images.device):
             logits = network(x)
             loss = _loss(cell, logits, y)
-        found.append((loss.double() * len(y), (logits.argmax(1) == y).sum()))
-    losses, correct = (torch.stack(values) for values in zip(*found, strict=True))
+        batches_seen.append((loss.double() * len(y), (logits.argmax(1) == y).sum()))
+    losses, correct = (torch.stack(values) for values in zip(*batches_seen, strict=True))
     return {"loss": float(losses.sum()) / len(images), "accuracy": int(correct.sum()) / len(images)}
 
 
 @contextmanager
 def _counting_zeros(network: nn.Module, wanted: bool, device: torch.device) -> Iterator[dict[str, Any]]:
     """Count the zeros at ReLU inputs inside the block: ``{"zeros": ..., "relu_calls": ...}``, filled at its end."""
-    found: dict[str, Any] = {}
+    counts: dict[str, Any] = {}
     if not wanted:
-        yield found
+        yield counts
         return
     zeros, calls = torch.zeros((), dtype=torch.long, device=device), 0
 
@@ -261,7 +261,7 @@ def _counting_zeros(network: nn.Module, wanted: bool, device: torch.device) -> I
     (selection,) = selections(network).values()
     selection.observer = observe
     try:
-        yield found
+        yield counts
     finally:
         selection.observer = None
-    found |= {"zeros": float(zeros), "relu_calls": float(calls)}
+    counts |= {"zeros": float(zeros), "relu_calls": float(calls)}

@@ -45,7 +45,7 @@ def twins(cell: TwinCell, device: str) -> Outcome:
     """
     where = torch.device(device)
     images = loaded(cell, where)
-    choices = {name: dataclasses.replace(cell.jacobians, **given) for name, given in cell.choices.items()}
+    choices = {name: dataclasses.replace(cell.jacobians, **choice) for name, choice in cell.choices.items()}
     if cell.control:
         choices["control"] = next(iter(choices.values()))
     together: dict[str, Run] = {}
@@ -93,10 +93,10 @@ def _by_step(cell: TwinCell, together: dict[str, Run], images: Images) -> Iterat
         selection.observer = None
         for run in list(together.values())[1:]:
             run.step(x, y)
-        for found in closest:
-            yield {"step": step, "twin": first, "metric": "min_abs_input", "value": float(found.zero)}
-            if found.six is not None:
-                yield {"step": step, "twin": first, "metric": "min_abs_input_6", "value": float(found.six)}
+        for nearest in closest:
+            yield {"step": step, "twin": first, "metric": "min_abs_input", "value": float(nearest.zero)}
+            if nearest.six is not None:
+                yield {"step": step, "twin": first, "metric": "min_abs_input_6", "value": float(nearest.six)}
 
 
 @torch.no_grad()

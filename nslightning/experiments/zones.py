@@ -65,8 +65,8 @@ def zones(cell: ZoneCell, device: str) -> Outcome:
         initialize(drawn, cell.init)  # type: ignore[arg-type] # it checks the name
         for network in pair:
             network.load_state_dict(drawn.state_dict())
-        found = _walk(cell, pair, images.train, theta)
-        rows += [{"theta": theta, "metric": name, "value": float(value)} for name, value in found.items()]
+        counts = _walk(cell, pair, images.train, theta)
+        rows += [{"theta": theta, "metric": name, "value": float(value)} for name, value in counts.items()]
     return Outcome(rows, provenance(cell, images, report, where))
 
 
@@ -90,8 +90,8 @@ def _counted(cell: ZoneCell, images: Loaded, device: torch.device) -> Outcome:
             for metric, value in (("probability", 1 - none), ("expected_zeros", zeros)):
                 rows.append({"theta": theta, "metric": f"{metric}_depth{depth}", "value": value})
         rows += [{**row, "metric": str(row["metric"]).partition("_depth")[0]} for row in rows[-2:]]
-    orders_told = {"orders": ", ".join(orders)}
-    return Outcome(rows, {**provenance(cell, images, report, device), **orders_told})
+    summation = {"orders": ", ".join(orders)}
+    return Outcome(rows, {**provenance(cell, images, report, device), **summation})
 
 
 def _theta_seed(cell: ZoneCell, theta: int) -> int:
@@ -109,27 +109,27 @@ def _networks(cell: ZoneCell, images: Loaded, device: torch.device) -> tuple[tup
 
 
 def _walk(cell: ZoneCell, pair: tuple[nn.Module, ...], images: Images, theta: int) -> dict[str, float]:
-    found: defaultdict[str, float] = defaultdict(float, batches=0, differing=0, not_finite=0)
+    counts: defaultdict[str, float] = defaultdict(float, batches=0, differing=0, not_finite=0)
     if cell.norm == "zone":
-        found.update(regular=0, compensation=0, bifurcation=0, noise_floor=0, within_noise=0)
+        counts.update(regular=0, compensation=0, bifurcation=0, noise_floor=0, within_noise=0)
     first = math.nan
     order = _theta_seed(cell, theta) if cell.shuffle else None
     for x, y in images.batches(cell.batch_size, PRECISIONS[cell.precision], seed=order, limit=cell.batches):
-        found["batches"] += 1
-        norm = _zone(cell, pair[0], x, y, found) if cell.norm == "zone" else difference_norm(cell, pair, x, y)
-        found["not_finite"] += not math.isfinite(norm)
+        counts["batches"] += 1
+        norm = _zone(cell, pair[0], x, y, counts) if cell.norm == "zone" else difference_norm(cell, pair, x, y)
+        counts["not_finite"] += not math.isfinite(norm)
         differs = norm > cell.tau or (cell.nan_differs and math.isnan(norm))
-        found["differing"] += differs
+        counts["differing"] += differs
         if cell.histogram and math.isfinite(norm):
-            found["norm_zero" if norm == 0 else f"norm_1e{math.floor(math.log10(norm))}"] += 1
+            counts["norm_zero" if norm == 0 else f"norm_1e{math.floor(math.log10(norm))}"] += 1
         if differs and math.isnan(first):
-            first = found["batches"]
+            first = counts["batches"]
             if cell.stop_at_first:
                 break
-    return {**found, "first_differing": first}
+    return {**counts, "first_differing": first}
 
 
-def _zone(cell: ZoneCell, network: nn.Module, x: Tensor, y: Tensor, found: defaultdict[str, float]) -> float:
+def _zone(cell: ZoneCell, network: nn.Module, x: Tensor, y: Tensor, counts: defaultdict[str, float]) -> float:
     """Count a mini-batch's zone: 1.0 where the gradients differ, NaN where they are not finite."""
 
     def loss(output: Tensor) -> Tensor:
@@ -139,11 +139,11 @@ def _zone(cell: ZoneCell, network: nn.Module, x: Tensor, y: Tensor, found: defau
         lies = zone(network, loss, x, cell.alternative, cell.jacobians)
     except ValueError:  # diverged parameters lie in no zone
         return math.nan
-    found[lies.kind] += 1
+    counts[lies.kind] += 1
     differs = lies.kind != "regular"
     if lies.noise is not None:
-        found["noise_floor"] = max(found["noise_floor"], lies.noise.relative)
-        found["within_noise"] += differs and lies.observed.l2 <= lies.noise.l2
+        counts["noise_floor"] = max(counts["noise_floor"], lies.noise.relative)
+        counts["within_noise"] += differs and lies.observed.l2 <= lies.noise.l2
     return float(differs)
 
 
@@ -165,12 +165,12 @@ def difference_norm(cell: ZoneCell, pair: tuple[nn.Module, ...], x: Tensor, y: T
     else:
         (network,) = pair
         loss = _loss(cell, network, x, y)
-        told = not any(opaque_nodes(loss))
-        if told and loss.isfinite() and not any(operation_nodes(loss, (cell.jacobians, cell.alternative))):
+        visible = not any(opaque_nodes(loss))
+        if visible and loss.isfinite() and not any(operation_nodes(loss, (cell.jacobians, cell.alternative))):
             return 0.0
         choices, named = [cell.jacobians, cell.alternative], _parameters(cell, network)
         turns = gradients_in_turn(loss, network, choices, named, retain_graph=False)
-        a, b = (tuple(found.values()) for found in turns)
+        a, b = (tuple(of_choice.values()) for of_choice in turns)
     if cell.norm == "bitwise_first_layer":
         if bool(a[0].isnan().any()) and torch.equal(a[0].isnan(), b[0].isnan()):
             return math.nan

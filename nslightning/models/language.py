@@ -61,6 +61,8 @@ class LanguageModel(PatchedModule):
         strict: Refuse a network with an operation that no choice can reach, instead of naming it in the report.
         on_mismatch: Whether to warn or to refuse when a checkpoint is loaded that was made under another choice or
             with other patched sites.
+        cuda_graph: Run training steps of a full batch from CUDA graphs, as in
+            :class:`~nslightning.models.ImageClassifier`. On one GPU, without accumulated gradients.
 
     Attributes:
         title: What is trained, in a few words.
@@ -95,8 +97,9 @@ class LanguageModel(PatchedModule):
         sites: list[dict[str, Any]] | None = None,
         strict: bool = True,
         on_mismatch: Literal["warn", "refuse"] = "warn",
+        cuda_graph: bool = False,
     ) -> None:
-        super().__init__(jacobians, optimizer, lr_scheduler, compile, sites, strict, on_mismatch)
+        super().__init__(jacobians, optimizer, lr_scheduler, compile, sites, strict, on_mismatch, cuda_graph)
         self.title, self.block_size = f"GPT-2 {size}", block_size
         network = _gpt2(size, vocab_size, block_size, activation, dropout, config or {})
         self.patch_network("network", network, torch.zeros(1, min(block_size, 8), dtype=torch.long), seed)
@@ -119,7 +122,7 @@ class LanguageModel(PatchedModule):
                 f"sequences of {tokens.shape[1]} tokens are longer than block_size={self.block_size}: build"
                 " the model with a larger block_size, or make the data's smaller"
             )
-        logits: Tensor = self.network(tokens).logits
+        logits: Tensor = self.run_network(tokens).logits
         return logits
 
     def parameter_groups(self) -> list[dict[str, Any]]:

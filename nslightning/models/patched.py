@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR, ReduceLROnPlateau
@@ -27,7 +27,7 @@ from nslightning.optim.groups import scale_learning_rates
 from nslightning.optim.schedule import WarmupCosine
 from nslightning.surgery import PatchReport, PatchWarning, Rule, patch
 
-__all__ = ["PatchedModule", "at_least_float32"]
+__all__ = ["PatchedModule", "at_least_float32", "steps_may_be_left_out"]
 
 
 class _Shared:
@@ -44,6 +44,26 @@ class _Shared:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
+
+
+@contextmanager
+def steps_may_be_left_out(trainer: Trainer | None) -> Iterator[None]:
+    """Let a schedule take its first step before the optimizer does, where fp16's loss scale leaves steps out.
+
+    PyTorch would warn of calls in the wrong order.
+
+    Args:
+        trainer: The trainer.
+
+    Yields:
+        Nothing.
+    """
+    if trainer is None or getattr(trainer.precision_plugin, "scaler", None) is None:
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+        yield
 
 
 class PatchedModule(LightningModule):
@@ -284,6 +304,11 @@ class PatchedModule(LightningModule):
             # It waits for a metric of the validation; torch's own class does not name it.
             stepped |= {"interval": "epoch", "monitor": getattr(scheduler, "monitor", "val/loss")}
         return {"optimizer": optimizer, "lr_scheduler": stepped}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Step a schedule; PyTorch asks for a step of the optimizer before, and fp16's loss scale may leave it out."""
+        with steps_may_be_left_out(self._trainer):
+            super().lr_scheduler_step(scheduler, metric)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note which Jacobian the weights were trained under."""

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from nslightning.choices import named_choices
 from nslightning.jacobians import Jacobians
 from nslightning.models.classifier import ImageClassifier
+from nslightning.models.patched import steps_may_be_left_out
 
 __all__ = ["CONTROL", "Twins"]
 
@@ -139,6 +140,11 @@ class Twins(LightningModule):
                 "knows the epoch only, such as CosineAnnealingLR"
             )
         return configured
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Step the schedule; a twin's own scaler may have left out its first steps."""
+        with steps_may_be_left_out(self._trainer):
+            super().lr_scheduler_step(scheduler, metric)
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """The losses of one batch, of shape (twins,)."""

@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nslightning.ops.autograd.layouts import overlaps
+from nslightning.ops.autograd.nodes import of_a_leaf
 from nslightning.ops.autograd.pointwise import pointwise, pointwise_operation
 from nslightning.ops.autograd.routing import ROUTES, Route, around, at_zero, wide
-from nslightning.ops.autograd.selection import Selection, fixed
+from nslightning.ops.autograd.selection import Selection, fixed, guarded
 from nslightning.ops.module_base import ChosenFunction, ChosenModule
 from nslightning.ops.record import Call, Kernels, Kink, only, plain, register, spelled
 
@@ -240,6 +242,8 @@ def clamped(x: Tensor, selection: Selection, low: _Bound, high: _Bound, *, inpla
     if not (isinstance(low, Tensor) or isinstance(high, Tensor)):
         return pointwise("clamp", x, selection, low, high, inplace=inplace)
     if inplace:
+        if torch.is_grad_enabled() and (of_a_leaf(x) or overlaps(x)):
+            return guarded(x.clamp_(low, high), "clamp", selection)  # type: ignore[arg-type] # as above
         return x.copy_(clamped(x.clone(), selection, low, high))
     stock = torch.clamp(x, low, high)  # type: ignore[arg-type] # it wants both of one kind, and says so
     if not stock.is_floating_point():

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nslightning.ops.autograd.nodes import of_a_leaf
 from nslightning.ops.autograd.routing import ROUTES, Route, around, own, wide
-from nslightning.ops.autograd.selection import Selection, fixed
+from nslightning.ops.autograd.selection import Selection, fixed, replayed
 from nslightning.ops.module_base import ChosenFunction, ChosenModule
 from nslightning.ops.record import Call, Count, Kink, Operation, ShareName, only, register, spelled
 
@@ -111,7 +112,7 @@ def _share(
         winner = _one(at & (draw == top.gather(dim, index)), dim, index, results, "amin")
         to_base = (base_draw > top).to(number)
         chosen = torch.where(winner, 1 - to_base.gather(dim, index), 0)
-    elif torch.compiler.is_compiling() or first + last != 0:
+    elif replayed(g) or first + last != 0:
         to_base = torch.where(base, first + last * (members == 1), 0).to(number)
         ahead = base.gather(dim, index)
         chosen = first * (_one(at, dim, index, results, "amin") & ~ahead)
@@ -171,7 +172,8 @@ def scattered(selection: Selection, call: Call) -> Tensor:
     """
     base, (kind, dim, index, src, reduce, included) = call.x, call.parameters
     if call.inplace:
-        if not (torch.is_grad_enabled() and (base.requires_grad or src.requires_grad)):
+        # PyTorch refuses to overwrite a leaf before it computes anything.
+        if of_a_leaf(base) or not (torch.is_grad_enabled() and (base.requires_grad or src.requires_grad)):
             return _SCATTER_[kind](base, dim, index, src, reduce, include_self=included)
         # As stock does, whose backward keeps a copy of what was overwritten.
         return base.copy_(scattered(selection, call._replace(x=base.clone(), inplace=False)))
@@ -182,7 +184,7 @@ def scattered(selection: Selection, call: Call) -> Tensor:
     results = stock if stock.dim() else stock.reshape(1)  # a reshape to the same shape would be a view
     parts = src.to(stock.dtype), base.to(stock.dtype), index, results.detach(), results
     chosen = around("scatter_max", selection, (dim, included), *parts)
-    return chosen if stock.dim() else chosen.reshape(())
+    return chosen if stock.dim() else aten._unsafe_view(chosen, ())  # stock's result is no view
 
 
 def _scatter_ties(call: Call) -> tuple[Count, int]:
@@ -254,7 +256,7 @@ register(
 
 # -------------------------------------------------------------------------------------------------------- segments
 def _belongs(ends: Tensor, entries: int, groups: int) -> tuple[Tensor, Tensor]:
-    """To which group each of so many entries belongs, by the groups' ends, and whether it belongs to any."""
+    """To which group each entry belongs, by the groups' ends, and whether it belongs to one."""
     place = torch.arange(entries, device=ends.device, dtype=ends.dtype).expand(*ends.shape[:-1], entries).contiguous()
     index = torch.searchsorted(ends.contiguous(), place, right=True)
     return index.clamp(max=groups - 1), index < groups

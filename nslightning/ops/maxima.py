@@ -179,7 +179,7 @@ def _equal(tensors: tuple[Tensor, ...], parameters: tuple[Any, ...]) -> tuple[Te
     return (x == y,)
 
 
-def _halves(
+def _between_two(
     choice: tuple[Tensor, ...],
     uniform: Callable[[Tensor], Tensor] | None,
     g: Tensor,
@@ -187,9 +187,10 @@ def _halves(
     parameters: tuple[Any, ...],
     tied: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of two equal entries."""
+    """The gradients of two equal entries; the parameters are stock's share of the first and of the second."""
     native, share, each, first, last = choice
-    to_x, to_y = (native + share) / 2 + each + first, (native + share) / 2 + each + last
+    native_to_x, native_to_y = parameters
+    to_x, to_y = native * native_to_x + share / 2 + each + first, native * native_to_y + share / 2 + each + last
     if uniform is not None:
         to_x = (uniform(g) < 0.5).to(wide(g))
         to_y = 1 - to_x
@@ -197,7 +198,18 @@ def _halves(
     return cast(tuple[Tensor, Tensor], tuple(both))
 
 
-ROUTES["maximum"] = Route("maximum", 2, _equal, _halves)
+ROUTES["maximum"] = Route("maximum", 2, _equal, _between_two)
+
+
+def _stock_shares(function: str) -> tuple[float, float]:
+    """What the installed PyTorch gives to each of two equal entries: halves, but of fmax all to the first in 2.11."""
+    with torch.inference_mode(False), torch.enable_grad():
+        x, y = torch.zeros(2, dtype=torch.float64, device="cpu", requires_grad=True).unbind()
+        to_x, to_y = torch.autograd.grad(_STOCK[function](x, y), (x, y))
+    return to_x.item(), to_y.item()
+
+
+_STOCK_SHARES = {name: _stock_shares(name) for name in ("maximum", "minimum", "fmax", "fmin")}
 
 
 @own
@@ -217,7 +229,7 @@ def pair(function: str, x: Tensor, other: Tensor, selection: Selection) -> Tenso
     if not stock.is_floating_point():
         return stock
     x, other = (t.to(stock.dtype).expand(stock.shape) for t in (x, other))
-    return around("maximum", selection, (), x, other, stock)
+    return around("maximum", selection, _STOCK_SHARES[function], x, other, stock)
 
 
 def tied_pairs(x: Tensor, other: Tensor) -> tuple[Tensor, int]:
@@ -259,7 +271,7 @@ def _compared(function: str, x: Tensor, other: Any = None, keepdim: bool = False
 
 
 def _homes(name: str) -> list[Callable]:
-    return [found for home in (torch, Tensor, aten) if (found := getattr(home, name, None)) is not None]
+    return [function for home in (torch, Tensor, aten) if (function := getattr(home, name, None)) is not None]
 
 
 def _maxima() -> tuple[_Spellings, _Spellings]:
@@ -307,10 +319,12 @@ register(
     Operation(
         name="maximum",
         formula="the greater, or the smaller, of two entries",
-        kinks=(Kink("x = y", clarke="(t, 1 - t) for t in [0, 1]", stock="(1/2, 1/2)"),),
+        kinks=(
+            Kink("x = y", clarke="(t, 1 - t) for t in [0, 1]", stock="(1/2, 1/2); fmax, fmin in torch 2.11: (1, 0)"),
+        ),
         choice=(
-            "As ``max_pool``, for ``maximum``, ``minimum``, ``fmax`` and ``fmin``, whose native choice is halves; the "
-            "first entry is the first argument."
+            "As ``max_pool``, for ``maximum``, ``minimum``, ``fmax`` and ``fmin``. The native choice is halves, of "
+            "``fmax`` and ``fmin`` in torch 2.11 all to the first. The first entry is the first argument."
         ),
         apply=lambda selection, call: pair(call.parameters[0], call.x, call.parameters[1], selection),
         ties=lambda call: tied_pairs(call.x, call.parameters[1]),
@@ -318,7 +332,7 @@ register(
         shares=True,
         corners=lambda *parameters: ("first", "last"),
         tensorflow="first",
-        note="Every number beta gives halves, because native and minimal are the same here.",
+        note="Where the native choice is halves, it is the minimal one, and every number beta gives the same.",
         example=lambda x: torch.maximum(x[:1], x[1:]),
         at=(1.0,),
     )
@@ -563,7 +577,7 @@ def fmax(x: Tensor, other: Tensor, *, jacobian: float | ShareName | None = None,
     r"""The greater of two entries, NaN aside.
 
     At x = y the Clarke Jacobian is the segment between (1, 0) and (0, 1). PyTorch returns (1/2, 1/2), which is also
-    what each number beta gives. Where one entry is NaN the other one is taken.
+    what each number beta gives; torch 2.11 returns (1, 0). Where one entry is NaN the other one is taken.
 
     Args:
         x: First input, floating dtype.
@@ -591,7 +605,7 @@ def fmin(x: Tensor, other: Tensor, *, jacobian: float | ShareName | None = None,
     r"""The smaller of two entries, NaN aside.
 
     At x = y the Clarke Jacobian is the segment between (1, 0) and (0, 1). PyTorch returns (1/2, 1/2), which is also
-    what each number beta gives. Where one entry is NaN the other one is taken.
+    what each number beta gives; torch 2.11 returns (1, 0). Where one entry is NaN the other one is taken.
 
     Args:
         x: First input, floating dtype.

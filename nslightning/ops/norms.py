@@ -273,7 +273,10 @@ def _pairwise_module(call: Callable[..., Call | None], m: Any, x1: Tensor, x2: T
 _ARGUMENTS = {name: tuple(arguments(name)) for name in ("l1_loss", "smooth_l1_loss")}
 
 
-def _l1(x: Tensor, target: Tensor, how: str, weight: Tensor | None) -> Call:
+def _l1(x: Tensor, target: Tensor, how: str, weight: Tensor | None) -> Call | None:
+    if x.is_complex() or target.is_complex():  # the modulus of a complex number has no choice
+        return None
+
     def within(selection: Selection, u: Tensor) -> Tensor:
         return absolute(u, u.new_zeros(()).expand_as(u), selection, how, weight)  # |u - 0| is |u| to the bit
 

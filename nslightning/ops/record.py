@@ -300,7 +300,7 @@ class Operation:
         """
         between = []
         for kink, share in zip(self.kinks, self.taken, strict=True):
-            assert kink.sides is not None  # who has no derivatives takes none of them
+            assert kink.sides is not None  # a kink without derivatives takes no share of them
             left, right = kink.sides(*parameters)
             taken = left if share == 0 else right if share == 1 else None
             if share not in (0, 1) and isinstance(left, (int, float)) and isinstance(right, (int, float)):

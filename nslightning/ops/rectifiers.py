@@ -203,6 +203,7 @@ register(
             forward_=aten.leaky_relu_.default,
             # In place the output stands for the input: its sign is the same, the slope being >= 0 there.
             backward=lambda g, x, slope: aten.leaky_relu_backward.default(g, x, slope, False),
+            backward_=lambda g, y, slope: aten.leaky_relu_backward.default(g, y, slope, True),
             saves="either",
         ),
         at=(0.2,),
@@ -362,6 +363,7 @@ register(
             forward=aten.rrelu_with_noise.default,
             forward_=aten.rrelu_with_noise_.default,
             backward=lambda g, x, *slopes: aten.rrelu_with_noise_backward.default(g, x, *slopes, False),
+            backward_=lambda g, y, *slopes: aten.rrelu_with_noise_backward.default(g, y, *slopes, True),
             prepare=_room_for_slopes,
         ),
         at=(0.3, 0.3, False),

@@ -1,6 +1,10 @@
 """INNAprop: INNA along RMSprop-scaled gradients."""
 
 import math
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -69,9 +73,10 @@ class INNAprop(VelocityForm):
         maximize: Go up the objective instead of down.
         foreach: Update all tensors of a device together (faster on accelerators) or one by one; None means
             together where torch's own optimizers do so. On a CPU both give the same bits.
-        fused: Let torch's fused AdamW kernel do the part of the step that AdamW shares, which passes over the
-            memory fewer times. Last bits differ from the other paths'; `torch.compile` ignores it. None: where all of
-            a group's parameters are on a CUDA device and `foreach` is not given; there the step waits for memory.
+        fused: Pass over the memory fewer times: on a CUDA device one kernel takes the whole step of float32 weights
+            (a captured step and tensor hyperparameters aside); elsewhere torch's fused AdamW kernel does the part of
+            the step that AdamW shares. Last bits differ from the other paths'; `torch.compile` ignores it. None:
+            where all of a group's parameters are on a CUDA device and `foreach` is None.
         capturable: Read nothing back from the device, so that a CUDA graph can capture the step. Numbers are
             then baked into the graph, tensors stay live. A tensor `alpha` or `beta` always keeps a velocity.
             Without `capturable`, tensor hyperparameters are read back at every step.
@@ -143,13 +148,25 @@ class INNAprop(VelocityForm):
             hyperparameter(group, name, device) for name in ("lr", "alpha", "beta", "weight_decay")
         )
         sigma, sign = group["sigma"], -1.0 if group["maximize"] else 1.0
+        published = group["decay"] == "published"
+
+        fused = group["fused"] and not torch.compiler.is_compiling()
+        numbers = not any(isinstance(number, Tensor) for number in (lr, alpha, beta, weight_decay))
+        if fused and numbers and (kernel := _kernel()) is not None and kernel.fits(weights, steps):
+            push = -lr * weight_decay * (1 - alpha * beta) / beta if published else 0.0
+            to_weights, to_velocity = -sign * lr * beta, -sign * lr * (1 - alpha * beta)
+            coefficients = kernel.Coefficients(
+                sigma, group["eps"], 1 - lr * weight_decay, push, lr, to_weights, 1 - alpha * lr, to_velocity
+            )
+            kernel.step(weights, grads, velocities, exp_avg_sqs, steps, coefficients)
+            return
 
         if isinstance(weight_decay, Tensor) or weight_decay != 0:
-            if velocities and group["decay"] == "published":
+            if velocities and published:
                 add_(velocities, weights, -lr * weight_decay * (1 - alpha * beta) / beta)
             torch._foreach_mul_(weights, 1 - lr * weight_decay)
 
-        if group["fused"] and not torch.compiler.is_compiling():
+        if fused:
             if group["maximize"]:
                 grads = list(torch._foreach_neg(grads))
             if not velocities:
@@ -176,6 +193,12 @@ class INNAprop(VelocityForm):
         if velocities:
             torch._foreach_mul_(velocities, 1 - alpha * lr)
             addcdiv_(velocities, grads, denominators, -sign * lr * (1 - alpha * beta))
+
+
+@cache
+def _kernel() -> ModuleType | None:
+    """What takes a whole step in one kernel; None where there is no Triton."""
+    return import_module("nslightning.optim._fused") if find_spec("triton") else None
 
 
 def _adamw_(

@@ -44,9 +44,9 @@ DTYPES = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32, "64"
 CHOICES: dict[str, Jacobians] = {
     "jax": Jacobians.preset("jax"),
     "tensorflow": Jacobians.preset("tensorflow"),
-    "alpha=1": Jacobians(relu=1.0, relu6=(1.0, 1.0)),
-    "beta=minimal": Jacobians(max_pool="minimal"),
-    "beta=10": Jacobians(max_pool=10.0),
+    "relu1": Jacobians(relu=1.0, relu6=(1.0, 1.0)),
+    "minimal": Jacobians(max_pool="minimal"),
+    "beta10": Jacobians(max_pool=10.0),
 }
 
 

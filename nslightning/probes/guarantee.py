@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from nslightning.jacobians import Jacobians
 from nslightning.ops.autograd.nodes import operation_of
 from nslightning.ops.record import Call, Count, Operation
+from nslightning.probes.same_functions import SameFunctions
 from nslightning.probes.sums import numbers
 from nslightning.probes.ties import observing, pools_of_zero
 
@@ -176,7 +177,10 @@ class _Seen:
     size: int  # entries of the input
     weight: Tensor | None  # what a fully connected layer multiplies the samples by
     samples: Tensor | None  # what it is given
-    dead: Tensor | bool  # whether all tied entries have the derivative 0, behind a ReLU
+    behind_relu: bool  # whether its entries that are 0 have the derivative 0
+    dead: Tensor | bool  # whether all tied entries do
+    call: Call | None  # of max pooling
+    version: int  # of its input, which may be overwritten later
 
 
 class _Look:
@@ -185,12 +189,17 @@ class _Look:
     def __init__(self, jacobians: Jacobians) -> None:
         self.jacobians = jacobians
         self.seen: list[_Seen] = []
+        self.functions = SameFunctions()
 
     def __call__(self, site: str, operation: Operation, call: Call) -> None:
         with torch.no_grad():
             tied, total = operation.ties(call)
         node = call.x.grad_fn
         weight, samples = (None, None) if node is None else _product(node, call.x)
+        pools = operation.name == "max_pool"
+        behind_relu = pools and self._behind_relu(node)
+        if pools:
+            self.functions.meet(call)
         self.seen.append(
             _Seen(
                 site=site,
@@ -203,14 +212,22 @@ class _Look:
                 size=call.x.numel(),
                 weight=weight,
                 samples=samples,
-                dead=self._dead(call) if operation.name == "max_pool" else False,
+                behind_relu=behind_relu,
+                dead=pools_of_zero(call) if behind_relu else False,
+                call=call if pools else None,
+                version=call.x._version,
             )
         )
 
-    def _dead(self, call: Call) -> Tensor | bool:
-        node = call.x.grad_fn
-        behind_relu = node is not None and (operation_of(node) == "relu" or node.name() == "ReluBackward0")
-        return pools_of_zero(call) if behind_relu and self.jacobians.relu in (0.0, None) else False
+    def _behind_relu(self, node: Any) -> bool:
+        relu = node is not None and (operation_of(node) == "relu" or node.name() == "ReluBackward0")
+        return relu and self.jacobians.relu in (0.0, None)
+
+    def _one_function(self, seen: _Seen) -> bool:
+        """Whether the choice at a max pooling's ties is one between copies of one function of the parameters."""
+        if seen.call is None or seen.call.x._version != seen.version or self.jacobians.max_pool == "sum":
+            return False
+        return self.functions.one_in_each_window(seen.call, zeros=seen.behind_relu)
 
     def _read(self) -> None:
         """Read what lies on a device, by one transfer for all evaluations."""
@@ -255,6 +272,9 @@ class _Look:
             return True, False, "theorem 5: the samples are linearly independent below it"
         if seen.dead:
             return True, False, "theorem 8: its tied windows are 0 behind a ReLU with ReLU'(0) = 0"
+        if self._one_function(seen):
+            also = ", or 0 behind a ReLU with ReLU'(0) = 0" if seen.behind_relu else ""
+            return True, False, f"its tied entries are one function of the parameters in each window{also}"
         if seen.operation.kernels is None:
             missing.append(f"{seen.tied:,} evaluations compare equal entries")
         return False, False, "; ".join(missing)

@@ -69,21 +69,59 @@ class MetricsFile(CSVLogger):
         folder = Path(folder)
         super().__init__(str(folder.parent.parent), folder.parent.name, folder.name, flush_logs_every_n_steps=1)
         self._ahead: str | None = None
+        self._step: int | None = None
+        self._rows = 0
 
-    def log_ahead(self, trainer: Trainer) -> None:
-        """Write what the current step logged before Lightning does, which does it after a checkpoint of the step.
+    def log_ahead(self, trainer: Trainer, *, epoch: bool = False) -> None:
+        """Write what was logged before Lightning does, which does it after a checkpoint that counts it.
 
-        A process that is killed in between would leave a checkpoint that counts a step without its row.
+        A process that is killed in between would leave a checkpoint that counts a step, or an epoch, without its row.
 
         Args:
-            trainer: The trainer, at the end of a step.
+            trainer: The trainer, at the end of a step or of an epoch.
+            epoch: Whether it is the end of an epoch.
         """
-        loggers = trainer.loggers
+        loggers, connector, steps = trainer.loggers, trainer._logger_connector, trainer.fit_loop.epoch_loop
         trainer.loggers = [self]
         try:
-            trainer._logger_connector.update_train_step_metrics()
+            if epoch:
+                steps._batches_that_stepped -= 1  # as Lightning does: the row is one of the epoch's last step
+                connector.log_metrics(connector.metrics["log"])
+                steps._batches_that_stepped += 1
+            else:
+                connector.update_train_step_metrics()
         finally:
             trainer.loggers = loggers
+
+    def rows_of(self, step: int) -> int:
+        """The rows that were written of a step, if it is the last one that has any.
+
+        Args:
+            step: The step, as in the table.
+
+        Returns:
+            Their number.
+        """
+        return self._rows if self._step == step else 0
+
+    def keep_rows_of(self, step: int, rows: int) -> None:
+        """Drop the rows of a step that a checkpoint does not know, since they are written again.
+
+        Args:
+            step: The last step that the checkpoint counts, as in the table.
+            rows: What :meth:`rows_of` was when the checkpoint was written.
+        """
+        file = Path(self.experiment.metrics_file_path)
+        if not file.exists():
+            return
+        with file.open(newline="") as opened:
+            header, *lines = csv.reader(opened)
+        place = header.index("step")
+        of_step = [i for i, line in enumerate(lines) if float(line[place]) == step]
+        dropped = set(of_step[rows:])
+        if dropped:
+            _replace(file, [header, *(line for i, line in enumerate(lines) if i not in dropped)])
+        self._step, self._rows = step, min(rows, len(of_step))
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
@@ -96,6 +134,8 @@ class MetricsFile(CSVLogger):
         row = repr((step, sorted(metrics.items())))
         if row != self._ahead:
             super().log_metrics(dict(metrics), step)
+            self._rows = self._rows + 1 if step == self._step else 1
+            self._step = step
         self._ahead = row
 
     @property

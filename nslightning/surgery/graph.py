@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from nslightning._torch import function_of, number_of
 from nslightning.surgery.kinks import kink
 
-__all__ = ["Foreign", "foreign_nodes", "structure", "tensors"]
+__all__ = ["Foreign", "foreign_nodes", "kinds", "structure", "tensors"]
 
 # Linear in what gradients pass through: the boxes have none.
 _SMOOTH = ("torchvision_roi_align_default", "torchvision_ps_roi_align_default")
 _OURS = ("nslightning_read_now_default", "nslightning_chosen_default")
 _OPAQUE = (str, bytes, int, float, complex, bool, type(None), type, ModuleType, FunctionType, BuiltinFunctionType,
            MethodType, torch.dtype, torch.device, torch.Generator)  # fmt: skip
+_OF_MODULES = frozenset((*vars(nn.Module()), "_nonsmooth_part"))  # parameters, parts, hooks
 _MOST = 10_000  # objects that a search for tensors looks into
 
 
@@ -101,7 +102,7 @@ def tensors(*values: Any) -> Iterator[Tensor]:
         elif isinstance(value, (list, tuple, set, frozenset, deque)):
             todo += value
         elif isinstance(value, nn.Module):
-            todo += (x for name, x in vars(value).items() if not name.startswith("_") and not isinstance(x, nn.Module))
+            todo += (x for name, x in vars(value).items() if name not in _OF_MODULES and not isinstance(x, nn.Module))
         elif dataclasses.is_dataclass(value):
             todo += (getattr(value, field.name, None) for field in dataclasses.fields(value))
         elif _foreign_to_torch(type(value)):
@@ -127,7 +128,27 @@ def structure(value: Any) -> Any:
     return type(value)
 
 
+def kinds(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What kind of call a method got: the classes of its arguments, and the values of flags.
+
+    Args:
+        args: The positional arguments.
+        kwargs: The keyword arguments.
+
+    Returns:
+        A hashable value, the same for calls that take the same path, if no number decides about it.
+
+    Example:
+        >>> kinds((1.5,), {"flag": True}) == kinds((2.5,), {"flag": True}) != kinds((2.5,), {"flag": False})
+        True
+    """
+    of = [x if isinstance(x, bool) else Tensor if isinstance(x, Tensor) else type(x) for x in (*args, *kwargs.values())]
+    return (len(args), *kwargs, *of)
+
+
 def _foreign_to_torch(cls: type) -> bool:
     """Whether a class is that of an object that may carry a model's tensors about."""
+    if cls.__module__.startswith("torch.distributions."):
+        return True
     top = cls.__module__.partition(".")[0]
     return top not in ("torch", "nslightning", "lightning", "numpy") and top not in sys.stdlib_module_names

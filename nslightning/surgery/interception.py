@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,6 +55,24 @@ FORGETFUL: frozenset[Callable[..., Any]] = frozenset(
 )
 
 
+class Ranked(NamedTuple):
+    """A call that returned values in an order of PyTorch's own, and where they stood: the values may never be used.
+
+    Args:
+        first: The number of the first autograd node that it made.
+        last: The number after the last one's.
+        part: What is kept with the module that made the call.
+        operation: The operation, which has no choice.
+        kind: The name of the function.
+    """
+
+    first: int
+    last: int
+    part: Part
+    operation: str
+    kind: str
+
+
 class FunctionalCalls(TorchFunctionMode):
     """One run of a patched model's code: what it evaluates is counted, and its functional calls are caught.
 
@@ -68,6 +86,7 @@ class FunctionalCalls(TorchFunctionMode):
         differentiating: Whether gradients were wanted when the run began.
         evaluations: How often each row of the report was evaluated.
         owned: Ranges of autograd nodes that a site made, or a call that is named or left alone.
+        ranked: Calls of an operation without a choice that return indices too.
         spans: Ranges of autograd nodes that the code of a module made, the inner ones first.
         entered: The methods that ran, and whether their module was in training mode.
         over: Whether the run has ended, for threads that go on.
@@ -82,6 +101,7 @@ class FunctionalCalls(TorchFunctionMode):
         self.differentiating = torch.is_grad_enabled()
         self.evaluations: dict[int, tuple[Site, int]] = {}
         self.owned: list[tuple[int, int]] = []
+        self.ranked: list[Ranked] = []
         self.spans: list[tuple[int, int, Part]] = []
         self.entered: set[tuple[Part, str, bool]] = set()
         self.origin = self  # the run that a thread's is a part of
@@ -141,8 +161,7 @@ class FunctionalCalls(TorchFunctionMode):
             if call is not None and call.x.is_floating_point():
                 return self._reached(operation, call, func, args, kwargs)
         if func in UNSUPPORTED_FUNCTIONS and _differentiable(args, kwargs):
-            self._unreached(func)
-            return self._owned(func, args, kwargs)
+            return self._unreached(func, args, kwargs)
         return func(*args, **kwargs)
 
     def _owned(self, func: Callable, args: Any, kwargs: Any) -> Any:
@@ -154,16 +173,32 @@ class FunctionalCalls(TorchFunctionMode):
         self.owned.append((start, sequence_number()))
         return result
 
-    def _unreached(self, func: Callable) -> None:
+    def _unreached(self, func: Callable, args: Any, kwargs: Any) -> Any:
         """Name, or refuse, a call of an operation that has no choice."""
-        surgery, operation = self.surgery, UNSUPPORTED_FUNCTIONS[func]
+        surgery, operation, part = self.surgery, UNSUPPORTED_FUNCTIONS[func], self.part
         kind = getattr(func, "__name__", str(func))
         if torch.compiler.is_compiling():  # no row can be made here, and no caller told from another
             if surgery.strict and not (surgery.only or surgery.skip):
                 raise UnreachedError.of(surgery.report.model, "", operation, kind)
-            return
-        if self.part.chosen:
-            self.count(surgery.unreached(self.part, operation, kind, kind.endswith("_")))
+            return func(*args, **kwargs)
+        if not part.chosen:
+            return self._owned(func, args, kwargs)
+        start = sequence_number()
+        result = func(*args, **kwargs)
+        if _with_indices(result):  # the values may never be used: the graph tells, or the backward
+            self.ranked.append(Ranked(start, sequence_number(), part, operation, kind))
+            node = result[0].grad_fn
+            if node is not None:
+                node.register_prehook(lambda _: self._flows(part, operation, kind))
+            return result
+        self.owned.append((start, sequence_number()))
+        self.count(surgery.unreached(part, operation, kind, kind.endswith("_")))
+        return result
+
+    def _flows(self, part: Part, operation: str, kind: str) -> None:
+        """Name, or refuse, a call that a gradient passes through."""
+        site = self.surgery.unreached(part, operation, kind)
+        site.calls = site.calls or 1
 
     def _reached(self, operation: Operation, call: Call, func: Callable, args: Any, kwargs: Any) -> Any:
         surgery = self.surgery
@@ -201,6 +236,11 @@ class FunctionalCalls(TorchFunctionMode):
         if self.recording:
             self.owned.append((start, sequence_number()))
         return result
+
+
+def _with_indices(result: Any) -> bool:
+    """Whether a function returned values and where they stood."""
+    return isinstance(result, tuple) and len(result) == 2 and not result[1].is_floating_point()
 
 
 def evaluate(operation: Operation, selection: Selection, call: Call) -> Any:

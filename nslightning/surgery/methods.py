@@ -12,9 +12,10 @@ import pickle
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Generator, Iterator
-from functools import partial
-from types import MethodType
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterator
+from contextlib import _AsyncGeneratorContextManager, _GeneratorContextManager
+from functools import partial, partialmethod, singledispatchmethod, wraps
+from types import CodeType, FunctionType
 from typing import Any, ClassVar
 
 import torch
@@ -35,8 +36,8 @@ from nslightning._torch import (
     without_mode,
 )
 from nslightning.ops.autograd import native
-from nslightning.ops.record import OPERATIONS, positional
-from nslightning.surgery.graph import foreign_nodes, structure, tensors
+from nslightning.ops.record import FUNCTIONS, OPERATIONS, positional
+from nslightning.surgery.graph import foreign_nodes, kinds, structure, tensors
 from nslightning.surgery.interception import (
     FunctionalCalls,
     begun,
@@ -48,10 +49,12 @@ from nslightning.surgery.interception import (
 from nslightning.surgery.report import PatchReport, PatchWarning, UnreachedError
 from nslightning.surgery.state import Part
 
-__all__ = ["Caller", "ClassName", "LeftAlone", "Method", "SiteForward", "SiteText", "nothing_to_patch"]
+__all__ = ["Caller", "ClassName", "LeftAlone", "Method", "SiteForward", "SiteText", "accessors", "nothing_to_patch"]
 
-_CALL = getattr(nn.Module, call_with_hooks()).__code__
+#: The code of what calls a method of a patched module; its local `self` is the module.
+accessors: set[CodeType] = {getattr(nn.Module, call_with_hooks()).__code__}
 _NONE = object()
+_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Method:
@@ -70,6 +73,10 @@ class Method:
 
     def __init__(self, module: nn.Module, name: str, part: Part, replaced: Any = _NONE) -> None:
         self.ref, self.name, self.part, self.replaced = weakref.ref(module), name, part, replaced
+        defined = inspect.getattr_static(type(module), name, None)
+        self.unbound = isinstance(defined, (staticmethod, classmethod))  # the module is no argument of it
+        self.descriptor = defined if isinstance(defined, (partialmethod, singledispatchmethod)) else None
+        self.kind = type(self.stock(module))
         for attribute in ("__doc__", "__module__", "__annotations__"):  # which would be those of this class
             self.__dict__[attribute] = getattr(self.stock(module), attribute, None)
 
@@ -97,7 +104,11 @@ class Method:
         """
         if self.is_replacement:
             return self.replaced  # type: ignore[no-any-return]
+        if self.descriptor is not None:  # what the class gives for it is no function to be bound
+            return self.descriptor.__get__(module, type(module))
         method = getattr(type(module), self.name)
+        if self.unbound:
+            return method  # type: ignore[no-any-return]
         if torch.compiler.is_compiling():  # the compiler of torch 2.11 does not follow a descriptor's `__get__`
             return partial(method, module)
         return method.__get__(module)  # type: ignore[no-any-return]
@@ -105,7 +116,7 @@ class Method:
     @property  # type: ignore[misc] # a type that may be asked for, and not be set
     def __class__(self) -> type:  # what `inspect` and Lightning ask for
         # The compiler of torch 2.11 would go on to what it takes for the method's function, and drop the choice.
-        return type(self) if compiler_is_reading() else MethodType
+        return type(self) if compiler_is_reading() else self.kind
 
     @property
     def __wrapped__(self) -> Any:
@@ -114,7 +125,7 @@ class Method:
     def __getattr__(self, name: str) -> Any:
         if name == "__globals__":
             raise AttributeError("torch.jit.script drops the Jacobian choice: unpatch the model first")
-        if name in ("ref", "name", "part", "replaced") or (name.startswith("__") and name in _PICKLING):
+        if name in _OF_METHODS or name in _PICKLING:
             raise AttributeError(name)  # while it is being made
         return getattr(self.stock(self.module), name)
 
@@ -135,6 +146,7 @@ class Method:
         return type(self), (self.module, self.name, self.part, *kept)
 
 
+_OF_METHODS = ("ref", "name", "part", "replaced", "unbound", "descriptor", "kind")
 _PICKLING = ("__getstate__", "__setstate__", "__getnewargs__", "__getnewargs_ex__", "__reduce__", "__copy__")
 
 
@@ -267,6 +279,9 @@ class Caller(Method):
         nn.TransformerEncoder,
     )
 
+    #: Whether what it returns may be the model's results, so that the report is complete when it has run.
+    returns_results = True
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the method."""
         surgery = self.part.surgery
@@ -310,10 +325,10 @@ class Caller(Method):
             start = sequence_number()
             result = method(*args, **kwargs)
             run.spans.append((start, sequence_number(), part))
-        if isinstance(result, Generator) and inspect.isgeneratorfunction(inspect.unwrap(method)):
-            return self._driven(run, result)
+        if (driven := self._suspended(method, args, result)) is not None:
+            return driven
         self._finish(run, module, (args, kwargs), result)
-        return result
+        return self._returned(module, method, result)
 
     def _inside(
         self,
@@ -332,13 +347,88 @@ class Caller(Method):
             run.part = before
         if run.recording:
             run.spans.append((start, sequence_number(), self.part))
-        if isinstance(result, Generator) and inspect.isgeneratorfunction(inspect.unwrap(method)):
-            return self._driven(run, result)
-        return result
+        if (driven := self._suspended(method, args, result)) is not None:
+            return driven
+        return self._returned(module, method, result)
 
-    def _driven(self, run: FunctionalCalls, generator: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
-        """A generator whose code runs as the method's does, whoever asks it for the next value."""
-        surgery, step = self.part.surgery, partial(next, generator)
+    def _suspended(self, method: Callable[..., Any], args: tuple[Any, ...], result: Any) -> Any:
+        """What drives the code of a generator, a coroutine or an asynchronous generator that the method returned."""
+        if isinstance(result, (_GeneratorContextManager, _AsyncGeneratorContextManager)):
+            driven = self._suspended(method, args, result.gen)
+            result.gen = result.gen if driven is None else driven
+            return None
+        if any(result is x for x in args):  # somebody else's
+            return None
+        if inspect.isgenerator(result):
+            begins = inspect.getgeneratorstate(result) == inspect.GEN_CREATED
+            return self._driven(result) if begins and result.gi_code is not Caller._driven.__code__ else None
+        if inspect.iscoroutine(result):
+            begins = inspect.getcoroutinestate(result) == inspect.CORO_CREATED
+            return self._awaited(result) if begins and result.cr_code is not Caller._awaited.__code__ else None
+        if isinstance(result, AsyncGenerator) and inspect.isasyncgenfunction(inspect.unwrap(method)):
+            return self._iterated(result)
+        return None
+
+    def _returned(self, module: nn.Module, method: Callable[..., Any], result: Any) -> Any:
+        """What the method returned; functions that its code made, or partial ones, become entrances too."""
+        if isinstance(result, (map, filter)) and torch.is_grad_enabled():
+            warnings.warn(
+                f"{self.name} returns a {type(result).__name__}, whose code runs later and keeps PyTorch's derivative: "
+                "return a list, or a generator",
+                PatchWarning,
+                stacklevel=4,
+            )
+        if type(result) is tuple:
+            changed = tuple(self._returned(module, method, x) for x in result)
+            return changed if any(x is not y for x, y in zip(changed, result, strict=True)) else result
+        if type(result) in (list, dict) and len(result) <= 64:
+            for key, x in list(result.items() if isinstance(result, dict) else enumerate(result)):
+                if (changed := self._later_or_partial(module, method, x)) is not x:
+                    result[key] = changed
+            return result
+        return self._later_or_partial(module, method, result)
+
+    def _later_or_partial(self, module: nn.Module, method: Callable[..., Any], result: Any) -> Any:
+        if isinstance(result, partial):
+            code = self._later(module, method, result.func)
+            return result if code is result.func else partial(code, *result.args, **result.keywords)
+        return self._later(module, method, result)
+
+    def _later(self, module: nn.Module, method: Callable[..., Any], function: Any) -> Any:
+        if not (_makes(method, function) or (isinstance(function, Callable) and _chooses(function))):  # type: ignore[arg-type]
+            return function
+        entrance = Caller(module, f"{self.name}.{function.__name__}", self.part, function)
+
+        @wraps(function)
+        def later(*args: Any, **kwargs: Any) -> Any:
+            return entrance(*args, **kwargs) if entrance.ref() is not None else function(*args, **kwargs)
+
+        later.module = module  # type: ignore[attr-defined] # the entrance refers to it weakly
+        return later
+
+    async def _awaited(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        return await _Steps(self._driven(coroutine))
+
+    async def _iterated(self, generator: AsyncGenerator[Any, Any]) -> AsyncGenerator[Any, Any]:
+        step = generator.asend(None)
+        while True:
+            try:
+                value = await _Steps(self._driven(step))
+            except StopAsyncIteration:
+                return
+            try:
+                step = generator.asend((yield value))
+            except GeneratorExit:
+                await generator.aclose()
+                raise
+            except BaseException as error:
+                step = generator.athrow(error)
+
+    def _driven(self, generator: Any) -> Generator[Any, Any, Any]:
+        """A generator or a coroutine whose code runs as the method's does, whoever asks it for the next value."""
+        surgery, step = self.part.surgery, partial(generator.send, None)
+        key = (self.part, self.name, self.module.training)
+        recording = torch.is_grad_enabled() and key not in surgery.looked  # from its beginning to its end
         while True:
             inner = running(surgery)
             try:
@@ -349,10 +439,7 @@ class Caller(Method):
                     finally:
                         inner.part = before
                 else:
-                    again = FunctionalCalls(surgery, self.part)
-                    with begun(again):
-                        value = step()
-                    self._finish(again, self.module, (), value)
+                    value = self._step(step, recording)
             except StopIteration as stop:
                 return stop.value
             try:
@@ -363,6 +450,26 @@ class Caller(Method):
                 raise
             except BaseException as error:
                 step = partial(generator.throw, error)
+
+    def _step(self, step: Callable[[], Any], recording: bool) -> Any:
+        """Run the code up to where it next waits, or to its end, and look at what it hands out."""
+        surgery = self.part.surgery
+        run = FunctionalCalls(surgery, self.part, recording and torch.is_grad_enabled())
+        run.entered.add((self.part, self.name, self.module.training))
+        if run.recording:
+            for site in surgery.sites:
+                site.fast, site.settled = None, False
+        start = sequence_number()
+        try:
+            with begun(run):
+                value = step()
+        except (StopIteration, StopAsyncIteration) as stop:
+            run.spans.append((start, sequence_number(), self.part))
+            self._finish(run, self.module, ((), {}), getattr(stop, "value", None))
+            raise
+        run.spans.append((start, sequence_number(), self.part))
+        self._finish(run, self.module, ((), {}), value)
+        return value
 
     def _fused(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the module would take another kernel without the mode, and no gradient passes through it."""
@@ -397,11 +504,13 @@ class Caller(Method):
                 raise _TracedUnreachedError(surgery.report.model, [site])
         return True
 
-    def _finish(self, run: FunctionalCalls, module: nn.Module, given: Any, result: Any) -> None:
+    def _finish(
+        self, run: FunctionalCalls, module: nn.Module, given: tuple[tuple[Any, ...], dict[str, Any]], result: Any
+    ) -> None:
         """Put what a run evaluated into the report, and look at the graph that it made if anything is new."""
         surgery, report = self.part.surgery, self.part.surgery.report
         if run.differentiating:
-            key = (frozenset(run.entered), structure(result))
+            key = (frozenset(run.entered), kinds(*given), structure(result))
             if run.recording or key not in surgery.looked:
                 _look(run, module, given, result)
                 surgery.looked.add(key)
@@ -410,12 +519,46 @@ class Caller(Method):
                     surgery.looked.add(entrance)
                 else:  # something new ran inside: record the next run
                     surgery.looked.discard(entrance)
-        first = not report.traced and run.differentiating and (run.evaluations or _has_gradient(result))
+        computed = bool(run.evaluations) or (self.returns_results and _has_gradient(result))
+        first = not report.traced and run.differentiating and computed
         for site, evaluations in run.evaluations.values():
             site.calls = site.calls or evaluations
-        report.traced |= bool(first)
+        report.traced |= first
         if first and self.part.names[0] == "" and not report.reached:
             warnings.warn(nothing_to_patch(report), PatchWarning, stacklevel=4)
+
+
+class _Steps:
+    """Something to be awaited, from the generator that drives it."""
+
+    def __init__(self, generator: Generator[Any, Any, Any]) -> None:
+        self.generator = generator
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        return self.generator
+
+
+def _makes(method: Callable[..., Any], function: Any) -> bool:
+    """Whether the code of a method makes a function: a closure or a lambda that its body defines."""
+    if not isinstance(function, FunctionType) or not inspect.isroutine(method):
+        return False
+    code: CodeType | None = getattr(inspect.unwrap(method), "__code__", None)
+    return code is not None and function.__code__ in _inner(code)
+
+
+def _inner(code: CodeType) -> Iterator[CodeType]:
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield constant
+            yield from _inner(constant)
+
+
+def _chooses(function: Callable[..., Any]) -> bool:
+    """Whether a function of PyTorch's takes a choice."""
+    try:
+        return function in FUNCTIONS
+    except TypeError:  # it has no hash
+        return False
 
 
 class _TracedUnreachedError(UnreachedError, AssertionError):
@@ -442,14 +585,14 @@ class LeftAlone(Caller):
 
 
 FunctionalCalls.entrances |= {
-    method.__code__ for method in (Caller._outermost, Caller._inside, Caller._driven, Caller._compiled)
+    method.__code__ for method in (Caller._outermost, Caller._inside, Caller._driven, Caller._step, Caller._compiled)
 }
 
 
 @while_compiling
 def _teach_the_compiler() -> bool:
     """What the compiler has to know of patched models; it is told when it first meets one."""
-    teach_the_compiler((*_EAGER, foreign_nodes, structure, tensors))
+    teach_the_compiler((*_EAGER, foreign_nodes, kinds, structure, tensors))
     return True
 
 
@@ -471,14 +614,14 @@ def _accessor(method: Method, depth: int) -> nn.Module:
     ``nn.DataParallel`` makes such copies, one per device.
     """
     frame = sys._getframe(depth)
-    if frame.f_code is _CALL and isinstance(caller := frame.f_locals.get("self"), nn.Module):
+    if frame.f_code in accessors and isinstance(caller := frame.f_locals.get("self"), nn.Module):
         return caller
     return method.module
 
 
 def _has_gradient(result: Any) -> bool:
-    """Whether a method returned something to be differentiated, as one that sets up an optimizer does not."""
-    return any(x.requires_grad for x in tensors(result))
+    """Whether a method computed something to be differentiated, as one that sets up an optimizer does not."""
+    return any(x.grad_fn is not None for x in tensors(result))
 
 
 def _look(run: FunctionalCalls, module: nn.Module, given: Any, result: Any) -> None:
@@ -487,6 +630,9 @@ def _look(run: FunctionalCalls, module: nn.Module, given: Any, result: Any) -> N
     made = tensors(result, *module.modules())
     for node in foreign_nodes(made, list(tensors(given))):
         if node.operation != "custom" and (not run.recording or _owned(run, node.number)):
+            continue
+        if (ranked := next((r for r in run.ranked if r.first <= node.number < r.last), None)) is not None:
+            run.count(surgery.unreached(ranked.part, ranked.operation, ranked.kind))
             continue
         part = next((part for start, end, part in run.spans if start <= node.number < end), run.part)
         if part.site is not None and part.site.how == "unreached" and node.operation != "custom":
@@ -499,7 +645,18 @@ def _owned(run: FunctionalCalls, number: int) -> bool:
     return any(start <= number < end for start, end in run.owned)
 
 
-_EAGER = (Caller._outermost, Caller._inside, Caller._driven, Caller._finish, _accessor, _look, _has_gradient)
+_EAGER = (
+    Caller._outermost,
+    Caller._inside,
+    Caller._driven,
+    Caller._step,
+    Caller._finish,
+    Caller._suspended,
+    Caller._returned,
+    _accessor,
+    _look,
+    _has_gradient,
+)
 
 
 def nothing_to_patch(report: PatchReport) -> str:

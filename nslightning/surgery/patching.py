@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache, partial, partialmethod, singledispatchmethod
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from nslightning.ops.module_base import ChosenFunction, ChosenModule
 from nslightning.ops.record import MODULES
 from nslightning.ops.unreached import UNSUPPORTED_MODULES
 from nslightning.spelling import closest
+from nslightning.surgery.lookups import Looked, lookups
 from nslightning.surgery.methods import Caller, ClassName, LeftAlone, Method, SiteForward, SiteText, nothing_to_patch
 from nslightning.surgery.plan import Plan, Selector, matches, text
 from nslightning.surgery.report import PatchReport, PatchWarning, Site, UnreachedError
@@ -127,7 +129,7 @@ def unpatch(model: nn.Module) -> None:
         if part is None:
             continue
         for method in part.methods:
-            if type(module.__dict__.get(method)) not in _KINDS:
+            if type(module.__dict__.get(method)) not in _KINDS and hasattr(type(module), method):
                 raise ValueError(
                     f"{method} of {name or 'the model'} was replaced after the patch: undo that first, then unpatch"
                 )
@@ -376,6 +378,10 @@ def _install(module: nn.Module, part: Part, methods: Mapping[str, type[Method]])
         kept = (module.__dict__[name],) if name in module.__dict__ else ()
         attributes[name] = kind(module, name, part, *kept)
     part.methods = tuple(methods)
+    if part.calls:
+        part.lookups = {
+            (definer, name): Looked(module, name, part, definer) for definer, name in lookups(type(module), _own)
+        }
     module.__dict__.update(attributes)
     if (kept_by_copies := kept_attributes(module)) is not None:
         kept_by_copies.update(attributes)
@@ -387,40 +393,69 @@ def _restore(modules: Iterable[nn.Module]) -> None:
         if part is None:
             continue
         for name in part.methods:
-            method = module.__dict__.pop(name)
+            method: Any = module.__dict__.get(name)
+            if type(method) not in _KINDS:
+                continue  # a callable attribute that was set since
+            del module.__dict__[name]
             if method.is_replacement:
                 module.__dict__[name] = method.replaced
+        for looked in part.lookups.values():
+            looked.release()
         forget_kept_attributes(module, (PART, *part.methods))
 
 
 def _calls(module: nn.Module) -> bool:
     """Whether a module's code may call functions that its class does not tell of."""
-    if "forward" in module.__dict__:
+    if "forward" in module.__dict__ or _own_code(module):
         return True
-    cls = _definer(type(module))
-    if not cls.__module__.startswith("torch.nn."):
+    definer = _definer(type(module))
+    if definer is not nn.Module and not definer.__module__.startswith("torch.nn."):
         return True
-    return cls.__name__.startswith("Transformer") or issubclass(cls, _CALLING)
+    return definer.__name__.startswith("Transformer") or issubclass(definer, _CALLING)
 
 
 # Modules of torch's that call a function which has a choice in one of their forms.
 _CALLING = (nn.RNN, nn.RNNCell)
 
 
+def _own_code(module: nn.Module) -> bool:
+    """Whether a module has methods, properties or special methods that its model added to what PyTorch's class has."""
+    return bool(set(_own_entrances(module)) - {"forward"}) or any(lookups(type(module), _own))
+
+
 def _entrances(module: nn.Module) -> Iterator[str]:
     """The methods of a module whose code may call functions."""
+    yield from _own_entrances(module)
+    for name in dir(type(module)):  # of a library's class, those that may be called in place of `forward`
+        if name.startswith("forward") and name not in module.__dict__:
+            yield name
+
+
+def _own_entrances(module: nn.Module) -> Iterator[str]:
+    """The methods that a model's own classes define, and the functions without a name among the attributes."""
     seen: set[str] = set()
-    for cls in type(module).__mro__:
-        if cls in (nn.Module, object):
-            continue
-        ours = cls.__module__.partition(".")[0] not in ("torch", "lightning", "pytorch_lightning", "typing", "abc")
+    for cls in filter(_own, type(module).__mro__):
         for name, method in vars(cls).items():
-            forward = name.startswith("forward")
-            if name in seen or not (forward or (ours and name not in _BASE)) or name.startswith("__"):
+            if name in seen or name.startswith("__") or (name in _BASE and name != "forward"):
                 continue
             seen.add(name)
-            if inspect.isfunction(method) and name not in module.__dict__:
+            if name not in module.__dict__ and isinstance(method, _METHODS):
                 yield name
+    for name, value in vars(module).items():  # a named function may be compared with itself, these are not
+        if (isinstance(value, FunctionType) and "<" in value.__qualname__) or isinstance(value, partial):
+            yield name
+
+
+_METHODS = (
+    FunctionType, staticmethod, classmethod, partialmethod, singledispatchmethod, type(cache(len)),
+)  # fmt: skip
+
+
+def _own(cls: type) -> bool:
+    """Whether a class is a model's own, and no library's."""
+    return cls.__module__.partition(".")[0] not in (
+        "torch", "lightning", "pytorch_lightning", "typing", "abc", "builtins",
+    )  # fmt: skip
 
 
 def _definer(cls: type[nn.Module]) -> type[nn.Module]:
@@ -453,8 +488,9 @@ def _find(model: nn.Module, surgery: Surgery) -> Iterator[tuple[nn.Module, Part,
             scripted |= {id(m) for m in module.modules()}
             unreached = "scripted"
         elif operation is not None and part.chosen:
-            part.operation, part.cls = operation, cls
-            methods = {"forward": SiteForward, "extra_repr": SiteText}
+            part.operation, part.cls, part.calls = operation, cls, _own_code(module)
+            methods = dict.fromkeys(_own_entrances(module), Caller) if part.calls else {}
+            methods |= {"forward": SiteForward, "extra_repr": SiteText}
             rules = surgery.plan.covering(part.rules, operation.name, 0)
             choice = getattr(surgery.plan.choice(rules), operation.name)
             part.site = Site(name, operation.name, choice, "module", kind, tuple(aliases), inplace)

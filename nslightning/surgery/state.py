@@ -6,7 +6,7 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import CodeType, FrameType
 from typing import Any
 from weakref import WeakSet
@@ -186,6 +186,8 @@ class Part:
         operation: The operation that reaches the site, if one does.
         cls: The registered class that says how.
         methods: The names under which the module has methods of the surgery's.
+        lookups: What the surgery has for the module's properties and special methods, by the class that defines them
+            and their names.
     """
 
     surgery: Surgery
@@ -197,6 +199,7 @@ class Part:
     operation: Operation | None = None
     cls: type[nn.Module] | None = None
     methods: tuple[str, ...] = ()
+    lookups: dict[tuple[type, str], Any] = field(default_factory=dict)
 
     @property
     def reached(self) -> tuple[Site, Operation, type[nn.Module]]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -39,8 +42,6 @@ def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def fused(a: float, b: float, c: float) -> np.float32:
     """``a b + c`` rounded once, from rational numbers."""
-    from fractions import Fraction
-
     exact = Fraction(float(a)) * Fraction(float(b)) + Fraction(float(c))
     near = np.float32(float(exact))  # the float64 may lie on a tie: its neighbours decide
     candidates = [near, np.nextafter(near, np.float32(np.inf)), np.nextafter(near, np.float32(-np.inf))]
@@ -161,6 +162,169 @@ def test_products_of_matrices_move_by_one_ulp_and_zeros_stay(dtype: torch.dtype)
     eps = torch.finfo(dtype).eps
     assert bool(((moved.double() - plain.double()).abs() <= eps * plain.double().abs()).all())
     assert up is None or bool((moved == up).any())
+
+
+def functions() -> dict[str, Callable[[Callable[[torch.Tensor], torch.Tensor]], torch.Tensor]]:
+    """Functions of tensors that a converter gives them: of those that round, and of those that do not."""
+    x, y, w, b = drawn(4, 6), drawn(4, 6, seed=1), drawn(5, 6, seed=2), drawn(5, seed=3)
+    image, kernel, query = drawn(2, 4, 8, 8, seed=4), drawn(3, 4, 3, 3, seed=5), drawn(2, 2, 5, 4, seed=6)
+    positive, key, value = x.abs() + 0.1, drawn(2, 2, 5, 4, seed=7), drawn(2, 2, 5, 4, seed=8)
+    rows = torch.tensor([0, 2, 1, 0])
+    made = {
+        name: lambda to, name=name: getattr(F, name)(to(x))
+        for name in (
+            *("relu", "relu6", "hardtanh", "hardshrink", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish"),
+            *("softplus", "softshrink", "hardswish", "hardsigmoid", "logsigmoid", "tanhshrink", "glu", "normalize"),
+        )
+    }
+    made |= {
+        name: lambda to, name=name: getattr(torch, name)(to(positive))
+        for name in (
+            *("exp2", "log2", "log10", "sin", "cosh", "erfc", "lgamma", "sqrt", "square", "reciprocal", "abs", "sign"),
+            *("floor", "frac", "sum", "mean", "std", "prod", "median", "amax", "trace", "clone", "t"),
+        )
+    }
+    return made | {
+        "add": lambda to: to(x) + to(y),
+        "add a number": lambda to: to(x) + 0.1,
+        "double": lambda to: to(x) * 2,
+        "maximum": lambda to: torch.maximum(to(x), to(y)),
+        "sort": lambda to: to(x).sort().values,
+        "flip and cat": lambda to: torch.cat([to(x).flip(0), to(y)]),
+        "cumprod": lambda to: to(x).cumprod(1),
+        "linear": lambda to: F.linear(to(x), to(w), to(b)),
+        "conv2d": lambda to: F.conv2d(to(image), to(kernel)),
+        "max_pool2d": lambda to: F.max_pool2d(to(image), 2),
+        "overlapping max_pool2d": lambda to: F.max_pool2d(to(image), 3, 1),
+        "avg_pool3d": lambda to: F.avg_pool3d(to(image), 3),
+        "layer_norm": lambda to: F.layer_norm(to(x), (6,)),
+        "prelu": lambda to: F.prelu(to(x), to(b[:1])),
+        "attention": lambda to: F.scaled_dot_product_attention(to(query), to(key), to(value)),
+        "bilinear": lambda to: F.interpolate(to(image), scale_factor=1.7, mode="bilinear"),
+        "nearest": lambda to: F.interpolate(to(image), scale_factor=2),
+        "embedding": lambda to: F.embedding(rows, to(w)),
+        "scatter_add": lambda to: to(torch.zeros(3, 6)).index_add(0, rows, to(x)),
+        "pad": lambda to: F.pad(to(image), (1, 1, 1, 1), mode="reflect"),
+        "huber": lambda to: F.huber_loss(to(x), to(y)),
+        "cross_entropy": lambda to: F.cross_entropy(to(x), rows),
+        "cdist": lambda to: torch.cdist(to(x), to(w)),
+        "solve": lambda to: torch.linalg.solve(to(query[0, 0, :4]), to(x)),
+        "fft": lambda to: torch.fft.fft(to(x)).real,
+        "rms_norm": lambda to: F.rms_norm(to(x), (6,)),
+    }
+
+
+@pytest.mark.parametrize("name", list(functions()))
+def test_what_rounds_is_rounded_at_random_and_what_does_not_is_not(name: str) -> None:
+    """Float64 tells which functions and gradients round in float32, whatever the mode knows of them."""
+    function = functions()[name]
+
+    def results(dtype: torch.dtype, seed: int | None = None) -> list[torch.Tensor]:
+        leaves: list[torch.Tensor] = []
+
+        def leaf(t: torch.Tensor) -> torch.Tensor:
+            leaves.append(t.to(dtype).requires_grad_())
+            return leaves[-1]
+
+        with nullcontext() if seed is None else RandomRounding(seed):
+            value = function(leaf)
+            direction = drawn(value.numel(), seed=9).view_as(value).to(dtype)
+            return [value.detach(), *torch.autograd.grad(value, leaves, direction)]
+
+    single, double = results(torch.float32), results(torch.float64)
+    rounds = any(not torch.equal(one.double(), wide) for one, wide in zip(single, double, strict=True))
+    seeds = [results(torch.float32, seed) for seed in range(4)]
+    varies = any(not torch.equal(a, b) for other in seeds[1:] for a, b in zip(seeds[0], other, strict=True))
+    assert varies or not rounds
+    assert rounds or not varies
+
+
+def test_in_double_precision_too_exact_results_stay_and_others_have_the_right_neighbours() -> None:
+    """Against rational numbers."""
+    a, b = drawn(300).double() + drawn(300, seed=1).double() / 3, drawn(300, seed=2).double() / 7
+    a[0], b[0] = 1.0, 2.0**-60
+    operations = {
+        "add": (lambda x, y: x + y, lambda x, y: x + y),
+        "sub": (lambda x, y: x - y, lambda x, y: x - y),
+        "mul": (lambda x, y: x * y, lambda x, y: x * y),
+        "div": (lambda x, y: x / y, lambda x, y: x / y),
+    }
+    for name, (of_tensors, of_numbers) in operations.items():
+        moved = 0
+        for seed in range(4):
+            with RandomRounding(seed):
+                rounded = of_tensors(a, b)
+                kept = of_tensors(a, torch.full_like(a, {"mul": 4.0, "div": 4.0}.get(name, 0.0)))
+            assert torch.equal(kept, of_tensors(a, torch.full_like(a, {"mul": 4.0, "div": 4.0}.get(name, 0.0)))), name
+            moved += int((rounded != of_tensors(a, b)).sum())
+            for x, y, r in zip(a.tolist(), b.tolist(), rounded.tolist(), strict=True):
+                exact = of_numbers(Fraction(x), Fraction(y))
+                inward = np.nextafter(r, np.inf if Fraction(r) < exact else -np.inf)
+                assert Fraction(r) == exact or (Fraction(r) < exact) != (Fraction(float(inward)) < exact), name
+        assert 0.1 < moved / 1200 < 0.4, name  # the mean of min(e, 1 - e) over the errors e is 1/4
+    with RandomRounding(0):
+        assert torch.equal(torch.full((9,), 2.25).double().sqrt(), torch.full((9,), 1.5).double())
+        roots = {float(v) for seed in range(40) for v in torch.full((50,), 2.0).double().sqrt()}
+    assert {np.nextafter(min(roots), 2)} == {max(roots)}
+    assert Fraction(min(roots)) ** 2 < 2 < Fraction(max(roots)) ** 2
+
+
+@pytest.mark.parametrize("options", [{"foreach": True}, {"foreach": False}, {"fused": True}])
+def test_the_steps_of_optimizers_are_rounded_and_count_steps(options: dict[str, bool]) -> None:
+    weights = []
+    for seed in range(2):
+        weight = torch.nn.Parameter(drawn(40))
+        optimizer = torch.optim.AdamW([weight], **options)
+        with RandomRounding(seed):
+            for _ in range(3):
+                weight.grad = drawn(40, seed=1)
+                optimizer.step()
+        assert float(optimizer.state[weight]["step"]) == 3
+        weights.append(weight.detach())
+    assert not torch.equal(*weights)
+    assert torch.allclose(*weights, rtol=1e-5, atol=1e-6)
+
+
+def test_results_keep_their_strides_and_composed_operations_their_parts() -> None:
+    x, w = drawn(4, 6), drawn(5, 6, seed=1)
+    with RandomRounding(0):
+        assert (x.t() + x.t()).stride() == (1, 6)
+        assert F.conv2d(drawn(1, 2, 5, 5).to(memory_format=torch.channels_last), drawn(3, 2, 3, 3)).is_contiguous(
+            memory_format=torch.channels_last
+        )
+    with torch.inference_mode():
+        seeds = []
+        for seed in range(2):
+            with RandomRounding(seed):
+                seeds.append(F.linear(x, w))
+                assert torch.equal(F.dropout(x.reshape(6, 4).flatten(), 0.5, training=False), x.flatten())
+    assert not torch.equal(*seeds)
+    with RandomRounding(0):
+        assert not torch.equal(torch.add(x, 0.1, out=torch.empty(4, 6)), x + 0.1)
+
+
+def test_a_conversion_rounds_and_halves_of_float32_sums_do() -> None:
+    with RandomRounding(0):
+        halves = torch.full((4000,), 0.1).half()
+        assert torch.equal(torch.full((9,), 0.1).double(), torch.full((9,), 0.1, dtype=torch.float32).double())
+        whole = torch.arange(1, 200)
+        assert torch.equal(whole.float(), torch.tensor([float(k) for k in range(1, 200)]))
+        assert torch.equal((whole > 50).double(), torch.tensor([float(k > 50) for k in range(1, 200)]).double())
+        assert torch.equal((2 * whole) / torch.full_like(whole, 2), whole.float())
+        assert len({float(v) for seed in range(20) for v in whole[:1] / 3}) > 1
+        copied = [torch.zeros(199), torch.zeros(3)]
+        torch._foreach_copy_(copied, [whole.float(), torch.ones(3)])
+        assert torch.equal(copied[0], whole.float())
+        assert torch.equal(torch.ones(3, dtype=torch.complex64).to(torch.complex128).real, torch.ones(3).double())
+    below, above = sorted(set(halves.tolist()))
+    assert np.nextafter(np.float16(below), np.float16(1)) == np.float16(above)
+    assert float(halves.double().mean()) == pytest.approx(0.1, abs=4e-6)
+    x, w = drawn(20, 30).half(), drawn(40, 30, seed=1).half()
+    rounded = []
+    for seed in (1, 2):
+        with Arithmetic.parse(f"half_products+random_rounding+seed={seed}").applied():
+            rounded.append(F.linear(x, w))
+    assert 0.2 < float((rounded[0] != rounded[1]).double().mean()) < 0.5  # 1/3 for errors that are uniform
 
 
 def test_what_rounds_nothing_is_left_alone_and_gradients_are_rounded_too() -> None:

@@ -125,6 +125,9 @@ class Module(LightningModule):
         self.log("train/loss", loss)
         return loss
 
+    def validation_step(self, batch, batch_idx):
+        """Nothing: the data have validation images, and no training here looks at them."""
+
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), self.lr, momentum=0.9)
 
@@ -205,6 +208,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize(("in_use", "options"), [("native", "plain"), ("random", "accumulate, clip")])
 @pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.filterwarnings("ignore:GradientDivergence subtracts")  # of a random choice
 def test_training_is_bit_identical(precision, in_use, options, tmp_path):
     own = Jacobians(relu=0.5, max_pool=in_use)
     without = state_after(tmp_path, precision=precision, jacobians=own, **OPTIONS[options])
@@ -229,6 +233,7 @@ def test_training_is_bit_identical_while_differences_are_propagated(precision, t
     assert (rows[rows["parameter"] == ""]["l1"] > 0).any()
 
 
+@pytest.mark.filterwarnings("ignore:GradientDivergence subtracts")  # of a random choice
 def test_the_comparison_sees_a_disturbance(tmp_path, monkeypatch):
     """What the callback guards against happens when it does not."""
     monkeypatch.setattr(divergence_module, "undisturbed", lambda *_: nullcontext())
@@ -239,6 +244,7 @@ def test_the_comparison_sees_a_disturbance(tmp_path, monkeypatch):
     assert not equal(without["own streams"], with_["own streams"])
 
 
+@pytest.mark.filterwarnings("ignore:GradientDivergence subtracts")  # of a random choice
 def test_random_choice_draws_independently(tmp_path):
     """Beside a training that draws, another draw is measured, not the same one again; and the same in every run."""
     choices = {"a": Jacobians(max_pool="random"), "b": Jacobians(max_pool="random")}
@@ -574,6 +580,7 @@ def test_adaptive_interval_keeps_to_its_budget(seconds, steps, tmp_path, monkeyp
     assert callback._spent == sum(seconds(i) for i in range(len(steps)))
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path.")  # other callbacks, on purpose
 def test_adaptive_interval_goes_on_where_it_was(tmp_path, monkeypatch):
     saving = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
     whole, _ = adaptive(tmp_path / "whole", monkeypatch, lambda n: 1 / 2, saving)
@@ -674,6 +681,7 @@ def test_unmeasured_steps_keep_nothing(tmp_path):
     assert [s.observer for s in selections(module).values()] == [None]
 
 
+@pytest.mark.filterwarnings("ignore:GradientDivergence subtracts")  # of a backward of the module's own
 def test_a_failed_backward_leaves_nothing(tmp_path):
     class Failing(Module):
         def backward(self, loss):
@@ -720,6 +728,8 @@ def test_files(tmp_path):
     assert set(rows["choice"]) == {"nan"}
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")  # it goes on
+@pytest.mark.filterwarnings("ignore:GradientDivergence subtracts")  # of a random choice
 def test_resume_writes_every_step_once(tmp_path):
     """From the middle of an epoch, after the run had gone on beyond its checkpoint; digits and NaN survive."""
 
@@ -798,6 +808,7 @@ def eager_and_compiled(tmp_path):
     assert torch._functorch.config.donated_buffer
 
 
+@pytest.mark.filterwarnings("ignore:GradientDivergence subtracts")  # of a compiled loss
 def test_compiled_backbone(tmp_path, monkeypatch):
     stock = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self: stock(self, backend="aot_eager"))
@@ -1051,6 +1062,7 @@ def draws(folder, *, ckpt=None, max_epochs=1, seed=7):
     return found
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # in another folder
 def test_step_seed(tmp_path):
     whole = draws(tmp_path / "a", max_epochs=2)
     assert len(whole) == 12
@@ -1153,6 +1165,7 @@ def test_what_the_callback_cannot_see_is_said_once(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["tensor", "module", "parameter"])
+@pytest.mark.filterwarnings("ignore:GradientDivergence subtracts")  # which is what is tested
 def test_a_hook_that_clips_is_noticed(where, tmp_path):
     class Clipping(Module):
         def __init__(self):

@@ -104,6 +104,9 @@ def rows(file):
 
 # ------------------------------------------------------------------------------------------- steps of every signature
 @pytest.mark.parametrize(("module", "step"), [(Net, 3), (Skips, 3), (Fetches, 1)])
+@pytest.mark.filterwarnings("ignore:Found `dataloader_iter`")
+@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter`")
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")  # which Lightning allows
 def test_the_origin_is_found_whatever_the_step_takes_and_returns(module, step, tmp_path):
     guard = NonFiniteGuard()
     with pytest.raises(NonFiniteError, match="the output of first"):
@@ -111,6 +114,8 @@ def test_the_origin_is_found_whatever_the_step_takes_and_returns(module, step, t
     assert (guard.found.step, guard.found.what, guard.found.where) == (step, "activation", "first")
 
 
+@pytest.mark.filterwarnings("ignore:Found `dataloader_iter`")
+@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter`")  # which Lightning allows
 def test_an_iterator_is_given_back_as_it_was(tmp_path):
     module = Fetches()
     before = vars(module).get("training_step")  # surgery may have put one there
@@ -183,6 +188,7 @@ def test_two_divergences_measure_what_each_measures_alone(tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(module.parameters(), modules[0].parameters(), strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path.")  # other callbacks, on purpose
 def test_two_weight_divergences_keep_files_and_states_of_their_own(tmp_path):
     def two():
         return WeightDivergence("initial", every_n_steps=2), WeightDivergence("initial", every_n_steps=3)
@@ -202,6 +208,7 @@ def test_two_weight_divergences_keep_files_and_states_of_their_own(tmp_path):
     assert rows(tmp_path / "changed" / "weights.csv")[-1] == rows(tmp_path / "whole" / "weights.csv")[-1]
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path.")  # other callbacks, on purpose
 def test_initial_weights_that_no_checkpoint_holds_are_not_made_up(tmp_path):
     saving = ModelCheckpoint(tmp_path / "saved", filename="{step}", every_n_train_steps=4)
     train(tmp_path, saving, enable_checkpointing=True)
@@ -210,6 +217,7 @@ def test_initial_weights_that_no_checkpoint_holds_are_not_made_up(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------ used twice
+@pytest.mark.filterwarnings("ignore:step 2, batch 2. the first value that is not finite")  # the guard's own
 def test_one_object_serves_two_trainings(tmp_path):
     callbacks = (
         GradientDivergence(RELU1, budget=1e-9),  # after its first measurement, none for a long time

@@ -239,6 +239,7 @@ def test_records_are_written_as_for_our_own_modules(tmp_path, capsys):
     assert record["versions"]["torch"] == torch.__version__
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")  # it goes on
 def test_a_checkpoint_names_the_choice_and_another_one_is_refused(tmp_path):
     def fit(choice, ckpt_path=None, max_epochs=1, **options):
         run = trainer(tmp_path, NonsmoothPatch(choice, **options), max_epochs=max_epochs, enable_checkpointing=True)
@@ -276,6 +277,7 @@ def test_what_cannot_be_reached_is_refused_or_named(tmp_path):
     assert [s.operation for s in callback.report.unreached] == ["topk"]
 
 
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")  # nothing is validated
 def test_misuse_is_refused_with_the_way_out(tmp_path):
     patched = Own()
     patch(patched.net, Jacobians())

@@ -163,6 +163,7 @@ def test_every_packaged_config_has_no_other_logger(repo_root):
         (["--trainer.logger.group=mine"], "mine", None),
     ],
 )
+@pytest.mark.filterwarnings("ignore:The number of training batches")  # two
 def test_group_and_tags_are_the_config_s_or_say_what_is_trained(flags, group, tags, monkeypatch):
     from nslightning.cli import main
 

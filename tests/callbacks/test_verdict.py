@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pandas as pd
+import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from test_callbacks_shared import RELU1, Skips, batches, train
@@ -61,6 +62,7 @@ class Noted(TensorBoardLogger):
     log_graph = save = finalize = log_hyperparams
 
 
+@pytest.mark.filterwarnings("ignore:The number of training batches")  # six
 def test_the_end_of_a_training_says_what_it_measured_and_shows_it(tmp_path, caplog):
     choices = RELU1 | {"same": Jacobians()}
     train(tmp_path, GradientDivergence(choices, 1), logger=(logger := Noted(tmp_path)))

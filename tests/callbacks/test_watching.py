@@ -354,6 +354,7 @@ def test_a_gradient_that_the_choice_at_a_tie_made(tmp_path):
     assert found["finite_under_reference"] is True
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")  # it goes on
 def test_actions_and_state(tmp_path):
     file = runs.MetricsFile(tmp_path / "run" / "001")
     guard, saving = NonFiniteGuard("log"), ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)

@@ -29,6 +29,8 @@ QUICK = ["--config", "configs/quickstart.yaml", *TINY]
 NO_LOGGER = "--trainer.logger=false"
 NO_CALLBACKS = "--trainer.callbacks=null"
 
+pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches")  # two, of quickstart's interval of ten
+
 
 @pytest.fixture(autouse=True)
 def _fresh_wandb() -> Iterator[None]:
@@ -347,6 +349,7 @@ def test_loggers(args, metrics):
     assert {p.name for p in Path().iterdir()} <= {"runs", "other"}
 
 
+@pytest.mark.filterwarnings("ignore:There is a wandb run already in progress")  # which is what is asked for
 def test_two_wandb_loggers_make_one_run():
     text = """
 trainer:

@@ -62,6 +62,9 @@ SLOW = {"cifar100_densenet121", "convnext_imagenet", "resnet_imagenet", "resnet_
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CONFIGS]
 )
+@pytest.mark.filterwarnings(
+    "ignore:paper/resnet50 in 16-mixed on a processor is slow"
+)  # it is, and two batches are few
 def test_config_trains_two_batches(name, fake_data, monkeypatch):
     monkeypatch.setenv("NSLIGHTNING_DATA_DIR", str(fake_data))
     assert main(["fit", "--config", f"configs/{name}.yaml", *SMALL, *EXTRA.get(name, FAKE)]) == 0

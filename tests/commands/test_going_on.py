@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from zygote import Zygote
 
 from nslightning import runs
+from nslightning.commands.epoch_ends import EpochEnds
 from nslightning.commands.run_callbacks import StopWhenAsked
 from nslightning.commands.stopping import Signals, Stopped, signals
 
@@ -145,7 +146,7 @@ def fit_until(folder: Path, at: int | None, checkpoint: Path | None = None, **op
             enable_progress_bar=False, enable_model_summary=False,
         )  # fmt: skip
         # Lightning puts those that save checkpoints at the end.
-        trainer.callbacks.append(trainer.callbacks.pop(trainer.callbacks.index(last)))
+        trainer.callbacks += [EpochEnds(), trainer.callbacks.pop(trainer.callbacks.index(last))]
         with suppress(Stopped, SystemExit):
             trainer.fit(Logs(), DataLoader(torch.ones(16), batch_size=4), ckpt_path=checkpoint)
     return last
@@ -191,7 +192,7 @@ def test_a_checkpoint_counts_no_step_whose_row_is_missing(tmp_path):
                 max_epochs=1, accelerator="cpu", log_every_n_steps=2, logger=runs.MetricsFile(folder),
                 callbacks=[saves], enable_progress_bar=False, enable_model_summary=False,
             )  # fmt: skip
-            trainer.callbacks += [*callbacks, last]
+            trainer.callbacks += [*callbacks, EpochEnds(), last]
             trainer.fit(Logs(), DataLoader(torch.ones(24), batch_size=4), ckpt_path=checkpoint)
         return pd.read_csv(folder / "metrics.csv")
 

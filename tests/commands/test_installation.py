@@ -1,12 +1,13 @@
 """``nslightning --version --verbose``, and the building of the C++ autograd nodes."""
 
 import subprocess
+import sys
 
 import pytest
 
 from nslightning.cli import main
 from nslightning.ops.autograd import native
-from nslightning.ops.kernels import build
+from nslightning.ops.kernels import build, store
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +25,7 @@ def test_the_version_says_which_ways_are_in_force(capsys, monkeypatch):
     main(["--version", "--verbose"])
     assert "switched off by NSLIGHTNING_NATIVE=0" in capsys.readouterr().out
     monkeypatch.delenv("NSLIGHTNING_NATIVE")
-    monkeypatch.setattr(build, "library", lambda: build.SOURCE.with_name("absent"))
+    monkeypatch.setattr(store, "library", lambda: store.SOURCE.with_name("absent"))
     main(["--version", "--verbose"])
     assert "python -m nslightning.ops.kernels.build" in capsys.readouterr().out
 
@@ -67,11 +68,18 @@ def test_a_compiler_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_command_that_builds_runs_without_a_warning(repo_root):
+    command = [sys.executable, "-W", "error", "-m", "nslightning.ops.kernels.build"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=repo_root)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "C++ autograd nodes" in done.stdout
+
+
 def test_another_source_is_another_library(tmp_path, monkeypatch):
-    before = build.library()
+    before = store.library()
     changed = tmp_path / "nodes.cpp"
-    changed.write_text(build.SOURCE.read_text() + "\n")
-    monkeypatch.setattr(build, "SOURCE", changed)
-    assert build.library() != before
+    changed.write_text(store.SOURCE.read_text() + "\n")
+    monkeypatch.setattr(store, "SOURCE", changed)
+    assert store.library() != before
     monkeypatch.setenv("NSLIGHTNING_NATIVE_DIR", str(tmp_path / "elsewhere"))
-    assert build.library().parent == tmp_path / "elsewhere"
+    assert store.library().parent == tmp_path / "elsewhere"

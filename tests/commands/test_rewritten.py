@@ -49,6 +49,7 @@ CASES = [
     ("no class path", [*GIVEN, "--thing=Thingg"], ["--thing", "'Thingg'"]),
     ("no such class", [*GIVEN, f"--thing={HERE}Thingg"], ["--thing", f"'{HERE}Thingg'"]),
     ("no such module", [*GIVEN, "--thing=no_such_module.Thing"], ["--thing", "no_such_module"]),
+    ("an empty value", [*GIVEN, "--plain="], ["--plain= has no value"]),
     ("a value that is not allowed", [*GIVEN, "--number=two"], ["--number=two is not allowed; expected a whole number"]),
 ]
 

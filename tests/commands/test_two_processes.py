@@ -75,6 +75,11 @@ def metrics(folder):
 
 def test_two_processes_are_one_with_the_union_batch():
     both, alone = config(), config()
+    for options in (both, alone):
+        options["trainer"]["callbacks"][1:1] = [
+            {"class_path": "ddp_helpers.TiedWhereConstant"},
+            {"class_path": "ddp_helpers.OwnNumbers"},
+        ]
     both["data"]["init_args"] |= {"batch_size": 8, "constant": 0.5}
     alone["data"]["init_args"] |= {"batch_size": 16, "constant": 0.5}
     finish(
@@ -104,6 +109,16 @@ def test_two_processes_are_one_with_the_union_batch():
     assert run.name.endswith((two / "wandb_id").read_text().strip())
     assert json.loads((two / "run.json").read_text())["processes"] == 2
     assert (a["zones/relu1/bifurcation"].dropna() == 1).all()
+    # Ties are those of both batches together; a zone's numbers are means over the processes. Each process alone has
+    # others.
+    own = [pd.read_json(two / f"own-{rank}.json").set_index("step") for rank in (0, 1)]
+    assert own[0].index.tolist() == [0, 4, 8]
+    ties, total = own[0]["tied"] + own[1]["tied"], own[0]["total"] + own[1]["total"]
+    assert a["ties/total"].loc[own[0].index].tolist() == (ties / total).tolist()
+    assert own[0]["tied"][0] != own[1]["tied"][0]
+    observed = (own[0]["observed"] + own[1]["observed"]) / 2
+    assert a["zones/relu1/observed"].dropna().tolist() == pytest.approx(observed.tolist(), rel=1e-9)
+    assert (abs(own[0]["observed"] - own[1]["observed"]) > 1e-3 * observed).all()
     for folder in (two, one):
         assert (folder / "divergence.png").stat().st_size > 5000
 

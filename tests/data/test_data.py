@@ -124,6 +124,8 @@ def test_bad_arguments(arguments, message):
         data.MNIST(**arguments)
 
 
+@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")  # pytest's own arguments
+@pytest.mark.filterwarnings("ignore:No seed found")  # Lightning draws one
 def test_driven_by_lightning_cli(data_dir):
     from lightning.pytorch.cli import LightningCLI
     from lightning.pytorch.demos.boring_classes import BoringModel

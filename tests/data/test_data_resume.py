@@ -23,6 +23,15 @@ from nslightning.data.base import _survive_the_stop
 EPOCHS, BATCHES = 3, 5  # of 16 among 80 images
 
 
+pytestmark = [
+    # Trainings go on in the folder of the first one, without the callback that saved.
+    pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path."),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists"),
+    pytest.mark.filterwarnings("ignore:.*fit.ckpt_path=.*no last checkpoint"),
+    pytest.mark.filterwarnings("ignore:.*fit.ckpt_path=None.. was called without a model"),
+]
+
+
 class Recorder(LightningModule):
     """Keeps every batch it sees, by epoch and number; fails at one of them if asked to."""
 
@@ -156,6 +165,7 @@ def test_another_loader_of_the_same_module_starts_at_the_beginning(tmp_path):
     assert torch.equal(peeking.peeked[0], next(iter(module.train_dataloader()))[0])
 
 
+@pytest.mark.filterwarnings("ignore:You requested to overfit")  # no shuffling then, which is what is meant
 def test_overfit_batches_still_works(tmp_path):
     model = Recorder()
     trainer(tmp_path, overfit_batches=2).fit(model, cifar(tmp_path, 0))
@@ -175,8 +185,8 @@ def test_predict_reads_the_test_images_in_order(tmp_path):
 
 def run(script, *arguments):
     """Run a script that imports this file."""
-    folders = os.pathsep.join(str(Path(__file__).parents[k]) for k in (0, 1))
-    environment = {**os.environ, "PYTHONPATH": folders, "OMP_NUM_THREADS": "1"}
+    folders = (*(str(Path(__file__).parents[k]) for k in (0, 1)), os.environ.get("PYTHONPATH"))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, folders)), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
         env=environment, capture_output=True, text=True, timeout=300,

@@ -74,7 +74,7 @@ def test_the_audit_page_has_the_ranges_that_were_measured():
         settings = (measured["pixels"] == int(pixels)) & (measured["precision"] == bits) & (measured["images"] == 4)
         rows = measured[(measured["network"] == name) & settings]
         assert len(rows) == 3
-        for text, values in zip(ranges, (100 * rows["alpha=1"], 100 * rows["beta=10"]), strict=True):
+        for text, values in zip(ranges, (100 * rows["relu1"], 100 * rows["beta10"]), strict=True):
             low, *high = re.findall(r"[\d.]+", text)
             decimals = len(low.partition(".")[2])
             assert (round(values.min(), decimals), round(values.max(), decimals)) == (

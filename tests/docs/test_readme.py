@@ -42,7 +42,7 @@ def test_the_table_is_what_was_measured(repo_root):
     ]
     for (_, dtype, *shown), audit in zip(rows, audits, strict=True):
         measured = {s.choice: s.relative for s in audit.spreads if s.dtype == dtypes[dtype]}
-        values = [measured["alpha=1"], measured["beta=10"]]
+        values = [measured["relu1"], measured["beta10"]]
         assert shown == ["0" if value == 0 else f"{100 * value:.2g} %" for value in values]
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from nslightning.arithmetic import linear
 from nslightning.cli import main
-from nslightning.experiments import settings
+from nslightning.experiments import exact, settings
 from nslightning.experiments.exact import Lattice, layer_chances
 from nslightning.experiments.zones import zones
 
@@ -55,8 +55,6 @@ def test_what_is_counted_is_what_an_enumeration_of_all_biases_finds(order: str) 
 
 
 def test_the_librarys_own_kernel_is_asked_where_its_order_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nslightning.experiments import exact
-
     torch.manual_seed(0)
     network = nn.Sequential(nn.Flatten(), nn.Linear(300, 16), nn.ReLU())
     images = torch.rand(500, 300)
@@ -66,6 +64,42 @@ def test_the_librarys_own_kernel_is_asked_where_its_order_is_not_known(monkeypat
     assert asked.order == "native"
     assert asked.probability == pytest.approx(known.probability, rel=1e-12)
     assert asked.zeros == known.zeros
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 256])
+@pytest.mark.parametrize("order", ["native", "bias_last", "split_k=3"])
+def test_each_bias_that_is_counted_gives_a_zero_on_batches_of_that_size(order: str, batch_size: int) -> None:
+    """The library's kernels for one and two images add up otherwise than those for many."""
+    torch.manual_seed(4)
+    layer, images = nn.Linear(300, 24), torch.rand(100, 300)
+    network = nn.Sequential(nn.Flatten(), layer, nn.ReLU())
+
+    def outputs() -> torch.Tensor:
+        with torch.no_grad():
+            return torch.cat([linear(part, layer.weight, layer.bias, order) for part in images.split(batch_size)])
+
+    hits: dict[int, list[int]] = {}
+    lattice = Lattice(1 / math.sqrt(300))
+    with torch.no_grad():
+        resolved = exact._library_order(layer, images, outputs(), batch_size) if order == "native" else order
+        for keys in exact._hits(layer, images, outputs(), resolved, lattice, batch_size):
+            for unit, k in zip((keys // 2**24).tolist(), (keys % 2**24).tolist(), strict=True):
+                hits.setdefault(unit, []).append(k)
+    count = sum(map(len, hits.values()))
+    assert count > 50
+    (chance,) = layer_chances(network, images, order, batch_size)
+    assert chance.zeros == count / 2**24
+    for turn in range(3):  # one bias of each unit at a time: a zero, where it was counted, and none beside it
+        chosen = {unit: ks[(7 * turn) % len(ks)] for unit, ks in hits.items()}
+        with torch.no_grad():
+            layer.bias[list(chosen)] = lattice(torch.tensor(list(chosen.values())))
+        met = (outputs() == 0).any(0)
+        assert all(bool(met[unit]) for unit in chosen)
+        free = {unit: next(k for k in range(min(ks), 2**24) if k not in set(ks)) for unit, ks in hits.items()}
+        with torch.no_grad():
+            layer.bias[list(free)] = lattice(torch.tensor(list(free.values())))
+        met = (outputs() == 0).any(0)
+        assert not any(bool(met[unit]) for unit in free)
 
 
 @pytest.mark.parametrize("order", ["native", "bias_last"])

@@ -252,6 +252,8 @@ def test_measuring_changes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("step", [5, 6, 8])
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")  # it goes on
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # in another folder
 def test_resumed_is_as_left_alone(step, tmp_path):
     """From the middle and from the end of an epoch; the scales differ by then."""
 
@@ -320,6 +322,7 @@ def test_other_modules_are_refused(tmp_path):
         trainer(tmp_path, TwinDivergence()).fit(ImageClassifier(**OPTIONS), data())
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path.")  # other callbacks, on purpose
 def test_another_choice_on_resume_is_said(tmp_path):
     saving = ModelCheckpoint(tmp_path, "a")
     trainer(tmp_path, saving, max_epochs=1).fit(Twins(TWO, **OPTIONS), data())

@@ -8,12 +8,15 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import DataLoader, TensorDataset
 
 from nslightning import Jacobians
 from nslightning.callbacks import GradientDivergence, NonFiniteGuard, StepSeed, TieMonitor, ZoneMonitor
 from nslightning.models import ImageClassifier, captured
 from nslightning.models.fused import FUSED, fused, takes_fused
+
+pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`")  # nothing is validated
 
 CHOICES = {"relu1": Jacobians(relu=1.0), "minimal": Jacobians(max_pool="minimal")}
 
@@ -23,7 +26,7 @@ def on_the_host(module, samples):
     parameters = [p for p in module.parameters() if p.requires_grad]
     stock = module.forward
     for _ in range(3):
-        out = stock(*samples)
+        (out,), form = tree_flatten(stock(*samples))
         torch.autograd.grad(out, parameters, torch.randn_like(out))
     static_out = torch.empty_like(out)
     static_grads = [torch.empty_like(p) for p in parameters]
@@ -31,10 +34,10 @@ def on_the_host(module, samples):
     class Replay(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *tensors):
-            for kept, given in zip(samples, tensors, strict=False):
-                kept.copy_(given)
+            for kept, tensor in zip(samples, tensors, strict=False):
+                kept.copy_(tensor)
             with torch.enable_grad():
-                ctx.out = stock(*samples)
+                (ctx.out,), _ = tree_flatten(stock(*samples))
             static_out.copy_(ctx.out)
             return static_out.detach()
 
@@ -44,7 +47,7 @@ def on_the_host(module, samples):
                 kept.copy_(grad)
             return (*(None for _ in samples), *(grad.detach() for grad in static_grads))
 
-    module.forward = lambda *given: Replay.apply(*given, *parameters)
+    module.forward = lambda *inputs: tree_unflatten([Replay.apply(*inputs, *parameters)], form)
     return module
 
 
@@ -178,6 +181,28 @@ def test_twins_may_be_captured(host_graphs, tmp_path):
         found.append(twins.state_dict())
     assert same(*found)
     assert [network.replayed for network in host_graphs] == [2, 2, 2]
+
+
+def test_a_language_model_may_be_captured(host_graphs, tmp_path):
+    from nslightning.models import LanguageModel
+
+    tokens = torch.randint(17, (20, 9), generator=torch.Generator().manual_seed(0))
+    weights = []
+    for cuda_graph in (False, True):
+        torch.manual_seed(0)
+        model = LanguageModel(
+            "mini", vocab_size=17, block_size=8, activation="relu", jacobians=Jacobians(relu=1.0),
+            config={"n_layer": 1, "n_head": 2, "n_embd": 8}, cuda_graph=cuda_graph,
+        )  # fmt: skip
+        trainer = Trainer(
+            accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False, enable_checkpointing=False,
+            enable_model_summary=False, default_root_dir=tmp_path,
+        )  # fmt: skip
+        trainer.fit(model, DataLoader(TensorDataset(tokens[:, :-1], tokens[:, 1:]), batch_size=8))
+        weights.append(model.state_dict())
+    assert same(*weights)
+    (network,) = host_graphs
+    assert network.replayed == 2  # the third batch is smaller
 
 
 # ------------------------------------------------------------------------------------------------- fused optimizers

@@ -31,6 +31,8 @@ QUICK = [
 ]
 RUN = Path("runs/quickstart/001")
 
+pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`")  # nothing is validated
+
 
 def loader(count: int, batch_size: int, shape=(1, 28, 28), classes: int = 10, seed: int = 0) -> DataLoader:
     draws = torch.Generator().manual_seed(seed)

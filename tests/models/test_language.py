@@ -20,9 +20,13 @@ from nslightning.models.language import SIZES, LanguageModel
 from nslightning.optim import INNAprop, WarmupCosine
 from nslightning.surgery import PatchWarning
 
-pytestmark = pytest.mark.skipif(
-    find_spec("transformers") is None, reason="transformers, of the extra `language`, is not installed"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        find_spec("transformers") is None, reason="transformers, of the extra `language`, is not installed"
+    ),
+    pytest.mark.filterwarnings("ignore:You are trying to `self.log..`"),  # of a step without a trainer
+    pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path."),  # without the callback that saved
+]
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 16}
 
 

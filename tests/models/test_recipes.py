@@ -298,6 +298,7 @@ trainer:
 """
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # in another folder
 def test_a_recipe_of_all_parts_trains_stops_and_goes_on_to_the_same_bits(monkeypatch):
     write_image_folder(Path("images"))
     Path("recipe.yaml").write_text(RECIPE.replace(", dict_kwargs: {}", ""))

@@ -14,6 +14,8 @@ from nslightning.callbacks import StepSeed
 from nslightning.commands.run_callbacks import Bar
 from nslightning.models import ImageClassifier
 
+pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`")  # nothing is validated
+
 
 class Quiet(Callback):
     """A callback that says that it reads no step's metrics."""

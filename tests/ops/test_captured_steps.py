@@ -22,6 +22,7 @@ OTHER = Jacobians(
     relu=0.7, relu6=TWO[::-1], leaky_relu=0.7, prelu=0.7, rrelu=0.7, hardtanh=TWO[::-1], clamp=TWO[::-1],
     hardswish=TWO[::-1], hardsigmoid=TWO[::-1], hardshrink=TWO[::-1], softshrink=TWO[::-1], threshold=0.7, elu=0.7,
     selu=0.7, abs=0.7, norm=0.7, hinge=0.7, max="sum", maximum="sum", max_pool="sum",
+    scatter_max="sum", segment_max="sum", bag_max="sum",
 )  # fmt: skip
 ASKED = ("_local_scalar_dense", "is_nonzero", "equal")
 
@@ -77,6 +78,7 @@ def gradients(model):
 
 
 # Fractional windows are drawn, or come as samples; what they gather is pooled as max_pool is.
+@pytest.mark.filterwarnings("ignore:index_reduce.. is in beta")
 @pytest.mark.parametrize("group", SPELLINGS)
 def test_every_operation_takes_the_choice_of_the_replay(group, capture):
     model = Calls(list(SPELLINGS[group].values()))

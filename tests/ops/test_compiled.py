@@ -3,12 +3,14 @@
 import math
 import operator
 import re
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_leaves
+from torch_samples import no_derivative_of_aminmax
 
 from nslightning import Jacobians, patch
 from nslightning.ops.record import FUNCTIONS
@@ -18,13 +20,13 @@ TWO = (0.3, 0.6)
 CHOICE = Jacobians(
     relu=0.3, relu6=TWO, leaky_relu=0.3, prelu=0.3, rrelu=0.3, hardtanh=TWO, clamp=TWO, hardswish=TWO,
     hardsigmoid=TWO, hardshrink=TWO, softshrink=TWO, threshold=0.3, elu=0.3, selu=0.3, abs=0.3, norm=0.3, hinge=0.3,
-    max="last", maximum="last", max_pool="last",
+    max="last", maximum="last", max_pool="last", scatter_max="last", segment_max="last", bag_max="last",
 )  # fmt: skip
 X = torch.tensor([[0.0, -1, 1, 0, 3, -3, 0.5, -0.5], [0.0] * 8, [6.0] * 8, [-3.0] * 8])
 Y = X.roll(1, 0)
 EPS = torch.full_like(X, 1e-6)  # a pairwise distance is that of x1 - x2 + 1e-6
 FAR = EPS - 2 * torch.eye(4, 8)
-# What each function is given beside x, so that X holds its kinks.
+# What each function takes beside x, so that X holds its kinks.
 ARGUMENTS = {
     "hardtanh": (-1.0, 1.0), "clamp": (0.0, 6.0), "clip": (0.0, 6.0), "clamp_min": (0.0,), "clamp_max": (6.0,),
     "prelu": (torch.tensor([0.25]),), "hardshrink": (0.5,), "threshold": (0.0, 0.0), "_threshold": (0.0, 0.0),
@@ -37,44 +39,61 @@ ARGUMENTS = {
     "triplet_margin_loss": (EPS, FAR, F.pairwise_distance(X[1:2], FAR[1:2]).item()),
 }  # fmt: skip
 
+# Maxima over groups take x among their arguments, and what says to which group an entry belongs.
+PLACES, ROWS = torch.tensor([0, 0, 1, 0, 1, 2, 2, 2]), torch.tensor([[0, 2, 3], [4, 5, 4]])
+GROUPED = {
+    "scatter_reduce": ((4, 8), lambda f, x: f(torch.zeros(4, 3), 1, PLACES.expand(4, 8), x, "amax", include_self=True)),
+    "index_reduce": ((4, 8), lambda f, x: f(torch.zeros(4, 3), 1, PLACES, x, "amin", include_self=False)),
+    "segment_reduce": ((8, 4), lambda f, x: f(x, "max", lengths=torch.tensor([4, 4]))),
+    "embedding_bag": ((8, 4), lambda f, x: f(ROWS, x, mode="max")),
+}
+
 # By dimension: the input, the windows and their size.
 POOLED = {1: ((4, 8), (4,), (2,)), 2: ((4, 2, 4), (2, 2), (1, 2)), 3: ((4, 2, 2, 2), (2, 2, 1), (1, 1, 2))}
 
 
+def _positional(function, x, beside):
+    return function(x, *beside)
+
+
 def spellings():
     """By operation, and for pools by dimension: the name of each function of the registry, and a call of it."""
-    found = {}
+    calls = {}
     for function, operations in FUNCTIONS.items():
         if isinstance(function, torch._ops.OpOverload):  # its packet is there too
             continue
         name, operation = function.__name__, operations[0].name
+        if name == "aminmax" and no_derivative_of_aminmax():
+            continue
         if name.startswith("rnn_relu"):  # takes weights and a state too: no test here compiles it
             continue
-        if operation in ("scatter_max", "segment_max", "bag_max"):  # take an index too: no test here compiles them
-            continue
         dims = re.search(r"max_pool(\d)d", name)
-        given, shape = ARGUMENTS.get(name, ARGUMENTS.get(name.rstrip("_"), ())), X.shape
+        beside, shape = ARGUMENTS.get(name, ARGUMENTS.get(name.rstrip("_"), ())), X.shape
         if dims:  # two entries a window, for a graph holds each place of a window by itself
             shape, windows, kernel = POOLED[int(dims[1])]
-            given = (windows if "adaptive" in name else kernel,)
+            beside = (windows if "adaptive" in name else kernel,)
             if "fractional" in name:
                 shape, samples = (3,) * (int(dims[1]) + 1), torch.rand(1, 3, int(dims[1]))
-                given = (
+                beside = (
                     (kernel, windows) if function.__module__ == "torch.nn.functional" else (kernel, windows, samples)
                 )
 
-        def call(x, function=function, given=given, shape=shape):
-            return function((x * 1.0).flatten().repeat(3)[: math.prod(shape)].view(shape), *given)
+        evaluate = partial(_positional, beside=beside)
+        if name.rstrip("_") in GROUPED:
+            shape, evaluate = GROUPED[name.rstrip("_")]
+
+        def call(x, function=function, evaluate=evaluate, shape=shape):
+            return evaluate(function, (x * 1.0).flatten().repeat(3)[: math.prod(shape)].view(shape))
 
         where = function.__module__ if hasattr(function, "__module__") else "Tensor"
-        found.setdefault(f"{operation}{dims[1] if dims else ''}", {})[f"{where}.{name}, {len(found)}"] = call
-    found["abs"] |= {"abs(x)": lambda x: abs(x * 1.0), "operator.abs": lambda x: operator.abs(x * 1.0)}
-    found["abs"]["x.__abs__()"] = lambda x: (x * 1.0).__abs__()
-    found["abs"]["x.norm(1)"] = lambda x: (x * 1.0).norm(1, 1)
-    found["norm"]["x.norm()"] = lambda x: (x * 1.0).norm(dim=1)
-    found["relu"]["x.relu_()"] = lambda x: (x * 1.0).relu_()
-    found["relu"]["aten.relu_.default"] = lambda x: aten.relu_.default(x * 1.0)
-    return found
+        calls.setdefault(f"{operation}{dims[1] if dims else ''}", {})[f"{where}.{name}, {len(calls)}"] = call
+    calls["abs"] |= {"abs(x)": lambda x: abs(x * 1.0), "operator.abs": lambda x: operator.abs(x * 1.0)}
+    calls["abs"]["x.__abs__()"] = lambda x: (x * 1.0).__abs__()
+    calls["abs"]["x.norm(1)"] = lambda x: (x * 1.0).norm(1, 1)
+    calls["norm"]["x.norm()"] = lambda x: (x * 1.0).norm(dim=1)
+    calls["relu"]["x.relu_()"] = lambda x: (x * 1.0).relu_()
+    calls["relu"]["aten.relu_.default"] = lambda x: aten.relu_.default(x * 1.0)
+    return calls
 
 
 SPELLINGS = spellings()
@@ -97,6 +116,7 @@ def gradients(model):
     return [torch.autograd.grad(total, x, retain_graph=True)[0] for total in totals]
 
 
+@pytest.mark.filterwarnings("ignore:index_reduce.. is in beta")
 @pytest.mark.parametrize("group", SPELLINGS)
 def test_every_spelling_takes_its_choice_when_compiled(group):
     torch._dynamo.reset()

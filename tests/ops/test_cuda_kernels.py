@@ -27,7 +27,7 @@ from nslightning.ops.autograd import native, nodes
 from nslightning.ops.autograd.pointwise import pointwise
 from nslightning.ops.autograd.pooling import pool, regular
 from nslightning.ops.autograd.selection import Selection
-from nslightning.ops.kernels import build, cuda
+from nslightning.ops.kernels import cuda, store
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NAN, INFINITY = float("nan"), float("inf")
@@ -421,7 +421,7 @@ def test_a_library_that_is_no_driver_is_refused(driver, host_driver):
     with pytest.raises(RuntimeError, match=r"driver cannot be loaded: .*no_such"):
         library.load(1, b"an image", "libno_such.so", False)
     with pytest.raises(RuntimeError, match="has no function cuInit"):
-        library.load(1, b"an image", str(build.library()), False)
+        library.load(1, b"an image", str(store.library()), False)
     with pytest.raises(RuntimeError, match=r"cuModuleLoadData: .*\(200\)"):
         library.load(1, b"another image", str(host_driver), False)
 

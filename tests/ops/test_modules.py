@@ -195,6 +195,7 @@ def test_a_random_choice_is_seeded_and_goes_on():
     assert not torch.equal(first[0], other[0])
 
 
+@pytest.mark.filterwarnings("ignore:.* has nothing to patch")  # it is what is tested
 def test_a_patch_leaves_their_choice_alone():
     for module, inputs in ((ops.ReLU(at_zero=0.5), X), (ops.Amax(2), Y), (ops.MaxPool1d(2, jacobian="last"), X)):
         model = nn.Sequential(module)

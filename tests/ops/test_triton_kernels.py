@@ -44,6 +44,14 @@ def test_compiles_without_a_device(dtype, capability, tmp_path, monkeypatch) -> 
         (kernels._pool_backward, [values, "*i16", "*fp32", "i32", values, "i32"], {**geometry, "MEMORY": False}),
         (kernels._pool_backward, [values, "*i16", "*fp32", "*fp64", values, "i32"], {**geometry, "MEMORY": True}),
     ]
+    if dtype == "fp32":
+        from nslightning.optim import _fused
+
+        numbers = ["*i64", "*i64", *["fp32"] * 11]
+        sources += [
+            (_fused._step, numbers, {"VELOCITY": velocity, "ALIGNED": aligned, "BLOCK": 4096})
+            for velocity, aligned in ((True, True), (True, False), (False, True))
+        ]
     for kernel, types, constants in sources:
         signature = dict(zip(kernel.arg_names, types, strict=False)) | dict.fromkeys(constants, "constexpr")
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants)

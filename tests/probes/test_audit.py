@@ -140,8 +140,8 @@ def test_divergence_is_the_subtraction_in_float64(batches):
             assert share == max(spread.layers.values())
     by_choice = {s.choice: s.relative for s in found.spreads}
     assert by_choice["jax"] == by_choice["tensorflow"] == 0
-    assert by_choice["alpha=1"] > 1e-3
-    assert by_choice["beta=10"] > by_choice["beta=minimal"] > 1e-3
+    assert by_choice["relu1"] > 1e-3
+    assert by_choice["beta10"] > by_choice["minimal"] > 1e-3
 
 
 def test_alpha_1_is_a_relu_written_by_hand(few):
@@ -161,7 +161,7 @@ def test_alpha_1_is_a_relu_written_by_hand(few):
         loss = F.cross_entropy(other.fc(act(other.conv(few[0][0].double())).mean((2, 3))), few[0][1])
         grads.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(other.parameters()))]))
     want = float((grads[1] - grads[0]).norm() / grads[0].norm())
-    found = audit(net, few, dtypes=["64"], choices={"alpha=1": CHOICES["alpha=1"]})
+    found = audit(net, few, dtypes=["64"], choices={"relu1": CHOICES["relu1"]})
     assert want > 1e-2
     assert found.largest == pytest.approx(want, rel=1e-12)
 
@@ -172,7 +172,7 @@ def test_alpha_1_is_a_relu_written_by_hand(few):
         ({"tie": False}, "no ties", "do not depend on the Jacobian choice"),
         ({"tie": True, "after": 0.0}, "dead ties", "only dead ties. 1 site meets ties, most often act (25 % in 32)"),
         ({"tie": True, "after": 1e-9}, "rounding", "no more than rounding"),
-        ({"tie": True}, "matters", "relu: the choice matters in 32. alpha=1 changes the gradient"),
+        ({"tie": True}, "matters", "relu: the choice matters in 32. relu1 changes the gradient"),
     ],
 )
 def test_planted_ties_change_the_advice(few, model, expected, says):
@@ -290,7 +290,7 @@ def test_buffers_are_put_back_before_each_batch(few):
             return super().forward(x) * float(self.calls)
 
     net = Counting()
-    first, again = audit(net, few * 2, dtypes=["64"], choices={"alpha=1": CHOICES["alpha=1"]}).spreads[0].per_batch
+    first, again = audit(net, few * 2, dtypes=["64"], choices={"relu1": CHOICES["relu1"]}).spreads[0].per_batch
     assert first == again > 0
     assert net.calls == 1
 
@@ -370,14 +370,14 @@ def test_each_value_is_drawn_once_and_zeros_are_hollow(version):
     """Drawn by Vega itself: filled marks, hollow ones for exact zeros, crosses for what is not finite, two rules."""
     from vl_convert import vegalite_to_svg
 
-    values = [("alpha=1", "16", 0.25), ("alpha=1", "32", 0.0), ("beta=10", "16", None), ("beta=10", "32", 1e-6)]
+    values = [("relu1", "16", 0.25), ("relu1", "32", 0.0), ("beta10", "16", None), ("beta10", "32", 1e-6)]
     rows = [{"row": c, "series": d, "value": v, "rounding": 1e-3 if d == "16" else 1e-7} for c, d, v in values]
     svg = vegalite_to_svg(chart("dots") | {"datasets": {"wandb": rows}}, vl_version=version)
     marks = re.findall(r'<path aria-label="([^"]*)" role="graphics-symbol" aria-roledescription="point"[^>]*>', svg)
     shown = [tuple(re.search(rf"{key}: ([^;]+)", mark)[1] for key in ("of", "precision", "value")) for mark in marks]
     assert sorted(shown) == [
-        ("alpha=1", "16", "2.5e-1"), ("alpha=1", "32", "exactly 0"), ("beta=10", "16", "not finite"),
-        ("beta=10", "32", "1e-6"),
+        ("beta10", "16", "not finite"), ("beta10", "32", "1e-6"), ("relu1", "16", "2.5e-1"),
+        ("relu1", "32", "exactly 0"),
     ]  # fmt: skip
     hollow = [mark for mark in re.findall(r'aria-roledescription="point"[^>]*>', svg) if " fill=" not in mark]
     assert len(hollow) == 2
@@ -387,8 +387,8 @@ def test_each_value_is_drawn_once_and_zeros_are_hollow(version):
 def test_five_hundred_sites_stay_readable():
     """The figure begins with the forty most tied sites, and the others fold away; each one is on the page."""
     sites = [SiteTies(f"blocks.{i}.act", "relu", "module", "ReLU", {"32": (i, 1000)}) for i in range(500)]
-    spread = Spread("alpha=1", "32", 0.1, 1.0, [0.1], {"w": 1.0})
-    choices = {"alpha=1": CHOICES["alpha=1"].to_dict()}
+    spread = Spread("relu1", "32", 0.1, 1.0, [0.1], {"w": 1.0})
+    choices = {"relu1": CHOICES["relu1"].to_dict()}
     measured = Audit("net", "synthetic", "cpu", True, "2", 1, (1, 3), choices, ["32"], {}, sites, [spread], {"32": 0.0})
     source = page(measured)
     (figure,) = (f for f in json.loads(re.search(r'id="figures">(.*?)</script>', source)[1])["figures"] if f["first"])

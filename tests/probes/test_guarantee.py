@@ -14,9 +14,12 @@ from torch import Tensor, nn
 
 import nslightning
 from nslightning import Jacobians
+from nslightning.models.paper import lenet5
 from nslightning.probes import clarke, clarke_guarantee
 from nslightning.probes.audit import Audit, audit
 from nslightning.probes.guarantee import machine_numbers
+from nslightning.probes.same_functions import SameFunctions
+from nslightning.probes.ties import observing
 from nslightning.report.audit_text import advice
 
 
@@ -255,11 +258,130 @@ def test_pools_that_tie_at_zero_behind_a_relu_are_covered() -> None:
     found = clarke_guarantee(model, x)
     assert found.holds
     assert "theorem 8" in found.sites[1].reason
+
+
+def test_pools_over_copies_of_one_function_are_covered_whatever_their_maximum() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.MaxPool2d(2))
     with torch.no_grad():
-        model[0].bias[0] = 1.0
-    found = clarke_guarantee(model, x)
+        model[0].weight.zero_()
+        model[0].bias.fill_(1.0)
+    patched(model)
+    background = torch.zeros(1, 1, 4, 4)
+    found = clarke_guarantee(model, background)
+    assert found.holds
+    assert not found.always
+    assert found.sites[1].reason.startswith("its tied entries are one function of the parameters in each window")
+    different = background.clone()
+    different[0, 0, 0, 0] = 2.0  # the same value, since the weight is 0, of another function: 2 w + b
+    found = clarke_guarantee(model, different)
     assert not found.holds
     assert found.missing[0].reason == "8 evaluations compare equal entries"
+    for choice, holds in (("minimal", True), (10.0, True), ("random", True), ("sum", False)):
+        assert clarke_guarantee(model, background, jacobians=Jacobians(max_pool=choice)).holds is holds, choice
+
+
+class Branches(nn.Module):
+    """Convolutions, poolings, batch norm and a sum, on images with a background."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3)
+        self.first, self.branch, self.last = nn.MaxPool2d(3, 2, 1), nn.Conv2d(3, 3, 3, padding=1), nn.MaxPool2d(2)
+        self.tanh = nn.Tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(self.norm(self.stem(x)))
+        self.high = self.tanh(self.branch(h)) + h
+        return self.last(self.high).flatten(1)
+
+
+def test_positions_that_are_numbered_alike_have_the_same_value_and_gradients() -> None:
+    """Against gradients of each position, one by one."""
+    torch.manual_seed(0)
+    model = patched(Branches().double())
+    x = torch.zeros(2, 2, 12, 12).double()
+    x[:, :, 8:, 7:] = torch.randn(2, 2, 4, 5).double()
+    numbered = SameFunctions()
+    with observing(model, lambda site, operation, call: numbered.meet(call) if operation.name == "max_pool" else None):
+        model(x)
+    functions = numbered.of(model.high.grad_fn)
+    assert functions is not None
+    assert functions.shape == (2, 6, 6)
+    known: dict[int, tuple[Tensor, list[Tensor]]] = {}
+    copies = 0
+    parameters = [p for p in model.parameters() if p.dim() > 1]
+    for place in itertools.product(range(2), range(6), range(6)):
+        entry = model.high[place[0], :, place[1], place[2]]
+        value = entry.detach()
+        gradient = torch.autograd.grad(entry.sum(), parameters, retain_graph=True)
+        number = int(functions[place])
+        if number in known:
+            copies += 1
+            assert torch.allclose(value, known[number][0], rtol=0, atol=1e-12)
+            for one, other in zip(gradient, known[number][1], strict=True):
+                assert torch.allclose(one, other, rtol=0, atol=1e-12)
+        else:
+            known[number] = value, list(gradient)
+    assert len({tuple(value.tolist()) for value, _ in known.values()}) > 8
+    assert copies > 8
+    found = clarke_guarantee(model, x)
+    assert {s.site for s in found.missing} == set()
+    assert sum(s.tied for s in found.sites if s.operation == "max_pool") > 0
+
+
+def test_what_lies_below_a_pool_and_is_not_followed_is_not_covered() -> None:
+    x = torch.zeros(2, 1, 4, 4)
+
+    class Placed(nn.Module):
+        """Adds a number of its own to each position."""
+
+        def __init__(self, made: Callable[[], Tensor]) -> None:
+            super().__init__()
+            self.conv, self.pool, self.places = nn.Conv2d(1, 1, 1), nn.MaxPool2d(2), made()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.pool(self.conv(x) + self.places)
+
+    for made in (lambda: torch.zeros(4, 4), lambda: nn.Parameter(torch.zeros(4, 4))):
+        assert not clarke_guarantee(patched(Placed(made)), x).holds
+    ceiled = nn.Sequential(nn.Conv2d(1, 1, 1), nn.MaxPool2d(3, ceil_mode=True))
+    assert not clarke_guarantee(patched(ceiled), x).holds
+    overwritten = nn.Sequential(nn.Conv2d(1, 1, 1), nn.MaxPool2d(2))
+    assert clarke_guarantee(patched(overwritten), x).holds
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, "last"])
+def test_what_is_covered_lies_in_the_subdifferential(share: float | str) -> None:
+    """Small whole numbers, so that windows tie at 0, above 0, over copies and over functions that differ."""
+    choice = Jacobians(max_pool=share)
+    model = patched(nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU(), nn.MaxPool2d(2)), choice)
+    draw, covered, above = random.Random(0), 0, 0
+    for _ in range(60):
+        weight, bias = draw.randint(-1, 1), draw.randint(-1, 1)
+        image = [[draw.choice((0, 0, 1, 2)) for _ in range(4)] for _ in range(2)]
+        with torch.no_grad():
+            model[0].weight.fill_(weight)
+            model[0].bias.fill_(bias)
+        x = torch.tensor(image).float()[None, None]
+
+        def program(p: Sequence[Any], image: Any = image) -> Any:
+            return sum(max(max(0, p[0] * image[i][j + k] + p[1]) for i in range(2) for k in range(2)) for j in (0, 2))
+
+        found = clarke_guarantee(model, x, jacobians=choice)
+        if found.holds:
+            covered += 1
+            above += "one function" in found.sites[1].reason
+            assert clarke(program, [weight, bias]).contains(gradient(model, x)) is True
+    assert 0 < above < covered < 60
+
+
+def test_lenet_on_a_background_is_covered() -> None:
+    model = patched(lenet5(10, (1, 28, 28)))
+    x = torch.zeros(4, 1, 28, 28)
+    x[:, :, 10:18, 12:16] = torch.rand(4, 1, 8, 4, generator=torch.Generator().manual_seed(0))
+    found = clarke_guarantee(model, x)
+    assert sum(s.tied for s in found.sites if s.operation == "max_pool") > 0
+    assert found.holds, found.missing
 
 
 def test_the_bound_counts_values_of_the_biases() -> None:

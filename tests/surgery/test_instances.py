@@ -1,6 +1,9 @@
 """How a module is patched: its class stays, its methods are stood for, and whoever looks at it sees what it was."""
 
+import asyncio
+import contextlib
 import copy
+import functools
 import gc
 import inspect
 import pickle
@@ -338,6 +341,8 @@ def layers():
 
 
 @pytest.mark.parametrize("make", [Calls, layers])
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")  # what is tested goes with it
+@pytest.mark.filterwarnings("ignore:Converting a tensor to a Python boolean")  # tracing reads sizes
 def test_tracing_for_training_says_what_to_do(make):
     model, x = make().eval(), torch.ones(1, 1, 4, 4)
     patch(model, HALF)
@@ -548,3 +553,367 @@ def test_a_setup_method_is_no_forward():
     assert not found.traced
     model.training_step(X, 0)
     assert report(model).traced
+
+
+# ------------------------------------------------------------------------------------------- later and elsewhere
+class Elsewhere(nn.Module):
+    """Code that does not run while a plain method does."""
+
+    def __init__(self):
+        super().__init__()
+        self.k = nn.Parameter(torch.zeros(3))
+        self.kink = lambda x: F.relu(x)
+        self.leaky = functools.partial(F.leaky_relu, negative_slope=0.25)
+
+    def forward(self, x):
+        return self.kink(self.k) + self.static(self.k) + x
+
+    async def one(self, x):
+        await asyncio.sleep(0)
+        return F.relu(self.k) + x
+
+    async def two(self, x):
+        first, second = await asyncio.gather(self.one(x), self.one(x))
+        return first + second + torch.relu(self.k)
+
+    async def stream(self, n):
+        for i in range(n):
+            await asyncio.sleep(0)
+            received = yield F.relu(self.k) + i
+            assert received is None
+
+    async def ranked(self):
+        await asyncio.sleep(0)
+        return self.k.sort()[0]
+
+    def closure(self):
+        def later(x):
+            return F.relu(self.k) + x
+
+        return later
+
+    def partly(self):
+        return functools.partial(lambda k, x: F.relu(k) + x, self.k)
+
+    def partly_of_torch(self):
+        return functools.partial(F.relu, inplace=False)
+
+    def partly_of_a_method(self):
+        return functools.partial(self.add, 0.0)
+
+    def add(self, a, x):
+        return F.relu(self.k) + a + x
+
+    def expression(self):
+        return (F.relu(self.k) for _ in range(2))
+
+    def several(self):
+        return (lambda: F.relu(self.k)), [lambda: F.relu(self.k)], {"one": lambda: F.relu(self.k)}
+
+    @contextlib.contextmanager
+    def context(self):
+        yield F.relu(self.k)
+
+    @functools.lru_cache  # noqa: B019
+    def kept(self):
+        return F.relu(self.k)
+
+    @functools.singledispatchmethod
+    def dispatched(self, x):
+        return F.relu(self.k) + x
+
+    doubled = functools.partialmethod(lambda self, n: n * F.relu(self.k), 2)
+
+    @staticmethod
+    def static(x):
+        return F.relu(x)
+
+    @classmethod
+    def of_class(cls, x):
+        assert cls is Elsewhere
+        return F.relu(x)
+
+
+async def _last(generator):
+    return [value async for value in generator][-1]
+
+
+def _entered(context):
+    with context as value:
+        return value
+
+
+LATER = {
+    "coroutine": (lambda m: asyncio.run(m.one(X)), 0.5),
+    "coroutines side by side": (lambda m: asyncio.run(m.two(X)), 1.5),
+    "asynchronous generator": (lambda m: asyncio.run(_last(m.stream(3))), 0.5),
+    "closure": (lambda m: m.closure()(X), 0.5),
+    "partial of a closure": (lambda m: m.partly()(X), 0.5),
+    "partial of torch's": (lambda m: m.partly_of_torch()(m.k), 0.5),
+    "partial of a method": (lambda m: m.partly_of_a_method()(X), 0.5),
+    "lambda as an attribute": (lambda m: m.kink(m.k), 0.5),
+    "partial as an attribute": (lambda m: m.leaky(m.k), 0.5),
+    "static method": (lambda m: m.static(m.k), 0.5),
+    "class method": (lambda m: m.of_class(m.k), 0.5),
+    "generator expression": (lambda m: next(m.expression()), 0.5),
+    "functions in containers": (lambda m: (f := m.several()) and f[0]() + f[1][0]() + f[2]["one"](), 1.5),
+    "context manager": (lambda m: _entered(m.context()), 0.5),
+    "cached method": (lambda m: (m.kept.cache_clear(), m.kept())[1], 0.5),
+    "single dispatch": (lambda m: m.dispatched(1.0), 0.5),
+    "partial method": (lambda m: m.doubled(), 1.0),
+    "forward": (lambda m: m(X), 1.0),
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_code_that_runs_later_or_elsewhere_takes_the_choice(name):
+    call, want = LATER[name]
+    model = Elsewhere()
+    attributes = dict(vars(model))
+    patch(model, Jacobians(relu=0.5, leaky_relu=0.5))
+    for _ in range(2):  # the first call is looked at, the second is not
+        assert slope(call(model), model) == [want] * 3
+    assert torch._C._len_torch_function_stack() == 0
+    assert (model.leaky.func, isinstance(model.leaky, functools.partial)) == (F.leaky_relu, True)
+    assert inspect.isfunction(model.static)
+    assert not inspect.ismethod(model.static)
+    assert inspect.ismethod(model.of_class)
+    assert model.of_class.__self__ is Elsewhere
+    assert inspect.iscoroutinefunction(model.one)
+    assert inspect.isasyncgenfunction(model.stream)
+    assert model.closure().__name__ == "later"
+    copied = copy.deepcopy(model)
+    assert slope(call(copied), copied) == [want] * 3
+    unpatch(model)
+    assert dict(vars(model)) == attributes
+
+
+def test_a_coroutine_is_driven_as_it_was():
+    class Waiting(nn.Sequential):
+        async def work(self):
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                log.append("cancelled")
+                raise
+
+        async def fails(self):
+            await asyncio.sleep(0)
+            raise KeyError("mine")
+
+        async def stream(self):
+            try:
+                yield 1
+                yield 2
+            finally:
+                log.append("closed")
+
+    async def use(model):
+        task = asyncio.create_task(model.work())
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        with pytest.raises(KeyError, match="mine"):
+            await model.fails()
+        generator = model.stream()
+        assert await generator.asend(None) == 1
+        with pytest.raises(OSError, match="thrown"):
+            await generator.athrow(OSError("thrown"))
+        generator = model.stream()
+        assert await anext(generator) == 1
+        await generator.aclose()
+        assert [x async for x in model.stream()] == [1, 2]
+
+    for patched in (False, True):
+        log, model = [], Waiting(nn.ReLU())
+        if patched:
+            patch(model, HALF)
+        asyncio.run(use(model))
+        assert log == ["cancelled", "closed", "closed", "closed"]
+    assert torch._C._len_torch_function_stack() == 0
+
+
+def test_a_coroutine_is_strict():
+    model = Elsewhere()
+    patch(model, HALF)
+    with pytest.raises(ValueError, match="sort"):
+        asyncio.run(model.ranked())
+
+
+def test_a_closure_keeps_its_model():
+    model = Elsewhere()
+    patch(model, HALF)
+    later, k = model.closure(), model.k
+    del model
+    gc.collect()
+    assert torch.autograd.grad(later(X).sum(), k)[0].tolist() == [0.5] * 3
+
+
+def test_a_callable_attribute_may_be_set_after_the_patch():
+    model = Elsewhere()
+    patch(model, HALF)
+    model.kink = new = torch.tanh
+    unpatch(model)
+    assert model.kink is new
+
+
+class Named(nn.Module):
+    @property
+    def gap(self):
+        return self.kinked()
+
+    def kinked(self):
+        return F.relu(self.k)
+
+
+class LookedUp(Named):
+    """Code that Python looks up on the class."""
+
+    def __init__(self):
+        super().__init__()
+        self.k = nn.Parameter(torch.zeros(3))
+
+    @property
+    def gap(self):
+        """The gap."""
+        return 2 * super().gap
+
+    @functools.cached_property
+    def bound(self):
+        return F.relu(self.k)
+
+    @property
+    def width(self):
+        return max(self.k.numel(), 1)
+
+    @property
+    def named(self):
+        return self.k
+
+    def __getitem__(self, index):
+        return F.relu(self.k)[index]
+
+    def __matmul__(self, x):
+        return F.relu(self.k) @ x
+
+    def __iter__(self):
+        for _ in range(2):
+            yield F.relu(self.k)
+
+    def __call__(self, x):
+        return F.relu(super().__call__(x))
+
+    def forward(self, x):
+        return self.k + x
+
+
+LOOKED_UP = {
+    "property over another": (lambda m: m.gap, 2.0),
+    "cached property": (lambda m: m.bound, 1.0),
+    "index": (lambda m: m[:], 1.0),
+    "operator": (lambda m: m @ torch.eye(3), 1.0),
+    "iteration": (lambda m: sum(m), 2.0),
+    "__call__": (lambda m: m(torch.zeros(3)), 1.0),
+    "compiled": (lambda m: torch.compile(lambda: m.gap, backend="aot_eager")(), 2.0),
+}
+
+
+@pytest.mark.parametrize("name", LOOKED_UP)
+def test_what_python_looks_up_on_the_class_takes_the_choice(name):
+    call, times = LOOKED_UP[name]
+    stock, model = LookedUp(), LookedUp()
+    classes = {cls: dict(vars(cls)) for cls in (Named, LookedUp)}
+    patch(model, HALF)
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    for one in (model, *copies):
+        assert slope(call(one), one) == [0.5 * times] * 3
+    assert slope(call(stock), stock) == [0.0] * 3
+    assert (LookedUp.gap.__doc__, inspect.signature(LookedUp.__matmul__)) == (
+        "The gap.",
+        inspect.signature(classes[LookedUp]["__matmul__"]),
+    )
+    vars(model).pop("bound", None)
+    unpatch(model)
+    assert slope(call(model), model) == [0.0] * 3
+    del copies, one
+    gc.collect()
+    assert {cls: dict(vars(cls)) for cls in classes} == classes
+
+
+def test_a_property_without_a_kink_tells_nothing_of_the_model():
+    model = LookedUp()
+    patch(model, HALF)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert (model.width, model.named) == (3, model.k)
+    assert not report(model).traced
+    model(torch.zeros(3))
+    assert [site.operation for site in report(model).sites] == ["relu"]
+
+
+class OfAContainer(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Identity())
+        self.k = nn.Parameter(torch.zeros(3))
+
+    def encode(self):
+        return F.relu(self.k)
+
+
+class OfASite(nn.ReLU):
+    def __init__(self):
+        super().__init__()
+        self.k = nn.Parameter(torch.zeros(3))
+
+    def encode(self):
+        return F.relu(self.k)
+
+
+class OfALinear(nn.Linear):
+    def __init__(self):
+        super().__init__(3, 3)
+        self.k = nn.Parameter(torch.zeros(3))
+
+    def encode(self):
+        return F.relu(self.k)
+
+
+class WithoutForward(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.k = nn.Parameter(torch.zeros(3))
+
+    def encode(self):
+        return F.relu(self.k)
+
+
+class OfAList(nn.ModuleList):
+    def __init__(self):
+        super().__init__([nn.Identity()])
+        self.k = nn.Parameter(torch.zeros(3))
+
+    def encode(self):
+        return F.relu(self.k)
+
+
+@pytest.mark.parametrize("cls", [OfAContainer, OfASite, OfALinear, WithoutForward, OfAList], ids=lambda c: c.__name__)
+def test_methods_that_a_model_adds_to_a_class_of_torchs_take_the_choice(cls):
+    model, whole = cls(), nn.ModuleDict({"part": cls()})
+    patch(model, HALF)
+    patch(whole, HALF)
+    assert slope(model.encode(), model) == [0.5] * 3
+    assert slope(whole["part"].encode(), whole["part"]) == [0.5] * 3
+    unpatch(model)
+    assert slope(model.encode(), model) == [0.0] * 3
+
+
+def test_what_runs_later_and_cannot_be_followed_is_named():
+    class Mapping(WithoutForward):
+        def encode(self):
+            return map(F.relu, [self.k])
+
+    model = Mapping()
+    patch(model, HALF)
+    with pytest.warns(PatchWarning, match="encode returns a map, whose code runs later"):
+        model.encode()

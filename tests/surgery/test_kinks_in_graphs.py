@@ -290,10 +290,21 @@ class Sometimes(nn.Module):
 
     def forward(self, x, extra=False):
         x = self.lin(x).relu()
-        y = Square.apply(x) if extra or (self.how != "argument" and (self.training or self.how != "training")) else x
+        y = (
+            Square.apply(x)
+            if extra or (self.how not in ("argument", "flag") and (self.training or self.how != "training"))
+            else x
+        )
         if self.how == "attribute":
             self.aux = y.sum()
             return x
+        if self.how == "private attribute":
+            self._aux = y.sum()
+            return x
+        if self.how == "distribution":
+            return torch.distributions.Normal(y, 1.0)
+        if self.how == "flag":
+            return y if extra else x
         if self.how == "object":
             return Holder(y)
         if self.how == "argument":
@@ -301,7 +312,7 @@ class Sometimes(nn.Module):
         return Output(y) if self.how == "dataclass" else y
 
 
-@pytest.mark.parametrize("how", ["plain", "dataclass", "attribute", "object"])
+@pytest.mark.parametrize("how", ["plain", "dataclass", "attribute", "private attribute", "object", "distribution"])
 def test_custom_functions_are_found_wherever_their_result_goes(how):
     model = Sometimes(how)
     patch(model, Jacobians())
@@ -315,11 +326,12 @@ def test_a_new_mode_and_a_new_structure_are_looked_at():
     model.eval()(torch.ones(1, 2))
     with pytest.raises(UnreachedError, match="Square"):
         model.train()(torch.ones(1, 2))
-    model = Sometimes("argument")
-    patch(model, Jacobians(), example=torch.ones(1, 2))
-    model.eval()(torch.ones(1, 2))
-    with pytest.raises(UnreachedError, match="Square"):
-        model(torch.ones(1, 2), extra=True)
+    for how in ("argument", "flag"):
+        model = Sometimes(how)
+        patch(model, Jacobians(), example=torch.ones(1, 2))
+        model.eval()(torch.ones(1, 2), extra=False)
+        with pytest.raises(UnreachedError, match="Square"):
+            model(torch.ones(1, 2), extra=True)
 
 
 @pytest.mark.parametrize("options", [{}, {"fullgraph": True}], ids=str)

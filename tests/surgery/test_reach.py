@@ -276,6 +276,7 @@ def test_a_function_below_the_model_is_not_the_models():
     model(Cube.apply(torch.randn(1, 2, 2, 2, requires_grad=True)))
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace the builtin")  # the refusal reads the graph
 def test_unreached_operations_are_refused_when_compiled_too():
     torch._dynamo.reset()
     model = Calls(lambda x: x.topk(1)[0])
@@ -408,6 +409,7 @@ def test_quantisation_aware_training():
 
 
 @pytest.mark.parametrize("where", ["before", "after", "inside"])
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # a module whose inputs need no gradient
 def test_hooks_that_call_functions(where):
     """A hook's call counts as the module's on which it is: of the root if it was there when it was patched."""
     model = nn.Sequential(Body()) if where == "inside" else Body()
@@ -526,3 +528,47 @@ def test_unpatch_after_an_exception_half_way():
     assert selections(model)[""].jacobians == HALF
     unpatch(model)
     assert [(type(m), sorted(m.__dict__)) for m in model.modules()] == before
+
+
+# ------------------------------------------------------------------------------------- indices without a gradient
+RANKED = {
+    "topk": lambda k: k.topk(2),
+    "sort": lambda k: torch.sort(k),
+    "kthvalue": lambda k: k.kthvalue(2),
+    "median": lambda k: k.median(0),
+    "cummax": lambda k: k.cummax(0),
+}
+
+
+class _Ranked(nn.Module):
+    def __init__(self, rank):
+        super().__init__()
+        self.k, self.rank, self.values = nn.Parameter(torch.zeros(3)), rank, False
+
+    def forward(self, x):
+        values, indices = self.rank(self.k)
+        y = torch.relu(self.k)[indices].sum() + x
+        return y + values.sum() if self.values else y
+
+
+@pytest.mark.parametrize("name", RANKED)
+def test_what_is_called_for_indices_only_is_not_refused(name):
+    model = _Ranked(RANKED[name])
+    patch(model, Jacobians(relu=0.5))
+    for _ in range(2):
+        model(torch.zeros(())).backward()
+    assert not report(model).unreached
+    model.values = True
+    y = model(torch.zeros(()))  # neither the method nor the structure is new
+    with pytest.raises(UnreachedError, match=f"calls {name}"):
+        y.backward()
+    fresh = _Ranked(RANKED[name])
+    fresh.values = True
+    patch(fresh, Jacobians(relu=0.5))
+    with pytest.raises(UnreachedError, match=f"calls {name}"):
+        fresh(torch.zeros(()))
+    lenient = _Ranked(RANKED[name])
+    lenient.values = True
+    patch(lenient, Jacobians(relu=0.5), strict=False)
+    lenient(torch.zeros(())).backward()
+    assert [(site.operation, site.kind, site.calls) for site in report(lenient).unreached] == [(name, name, 1)]

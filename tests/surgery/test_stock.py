@@ -205,6 +205,8 @@ FUSED = {
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", FUSED)
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")  # PyTorch, of a layer that normalises first
+@pytest.mark.filterwarnings("ignore:.* has nothing to patch")  # nothing but fused kernels
 def test_fused_kernels_stay_where_no_gradient_passes(name, dtype, training):
     torch.manual_seed(0)
     stock = FUSED[name]().to(dtype).requires_grad_(False).train(training)
@@ -228,6 +230,7 @@ def test_fused_kernels_stay_where_no_gradient_passes(name, dtype, training):
             assert torch.equal(bits(out), bits(want))
 
 
+@pytest.mark.filterwarnings("ignore:.* has nothing to patch")  # attention has no kink
 def test_attention_alone_and_with_weights():
     torch.manual_seed(0)
     stock = nn.MultiheadAttention(16, 2, batch_first=True).eval()

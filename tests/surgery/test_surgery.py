@@ -455,6 +455,7 @@ def test_hardtanh_is_relu6_between_0_and_6():
     ]
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")  # what is tested goes with it
 def test_integers_and_quantised_values_pass():
     model = nn.Sequential(nn.ReLU(), nn.MaxPool2d(2))
     patch(model, ALT)
@@ -755,6 +756,7 @@ def test_parameters_buffers_and_optimizers_are_untouched():
     assert model.act is model.again
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # a module whose inputs need no gradient
 def test_hooks_survive_and_fire_once():
     model = Net()
     fired = []
@@ -1265,6 +1267,7 @@ def test_reentrant_checkpoints_of_modules():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # reentrant, without gradients
 def test_a_functional_call_that_a_checkpoint_recomputes_is_refused(reentrant):
     x = torch.randn(2, 3, 4, 4, requires_grad=True)
     model = Checkpointed(reentrant, closure=True)

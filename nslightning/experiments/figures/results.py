@@ -30,15 +30,15 @@ def read(paths: Sequence[str | Path]) -> pd.DataFrame:
     import pandas as pd
 
     parts = []
-    for given in dict.fromkeys(map(Path, paths)):
-        file = given / "results.csv" if given.is_dir() else given
+    for path in dict.fromkeys(map(Path, paths)):
+        file = path / "results.csv" if path.is_dir() else path
         record = file.with_name("provenance.json")
         if file.name != "results.csv" or not file.is_file() or not record.is_file():
-            inside = sorted(f.parent for f in given.glob("**/results.csv")) if given.is_dir() else []
-            there = f"; there are {', '.join(map(str, inside))}" if inside else ""
+            inside = sorted(f.parent for f in path.glob("**/results.csv")) if path.is_dir() else []
+            hint = f"; there are {', '.join(map(str, inside))}" if inside else ""
             raise ValueError(
-                f"{given} holds no results (results.csv and provenance.json, which "
-                f"`nslightning experiment NAME` writes){there}"
+                f"{path} holds no results (results.csv and provenance.json, which "
+                f"`nslightning experiment NAME` writes){hint}"
             )
         # A metric is called "nan", and must stay a word.
         rows = pd.read_csv(file, keep_default_na=False, na_values=[""]).rename(columns={"data": "images"})
@@ -116,8 +116,8 @@ def runs_at_end(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
     """
     last = rows[rows["epoch"] == rows.groupby("cell")["epoch"].transform("max")]
     dead = set(last.loc[(last["metric"] == "nan") & (last["value"] > 0), "cell"])
-    found = last[last["metric"] == metric]
-    return found.assign(diverged=found["cell"].isin(dead) | ~found["value"].map(math.isfinite))
+    finals = last[last["metric"] == metric]
+    return finals.assign(diverged=finals["cell"].isin(dead) | ~finals["value"].map(math.isfinite))
 
 
 def share_interval(hits: float, n: float) -> tuple[float, float]:

@@ -109,14 +109,14 @@ def small_programs(rows: pd.DataFrame) -> Figure:
     for dtype, marker, colour, dash in looks:
         name = str(dtype).removeprefix("torch.")
         for axis, v in ((middle, (1, 2, 3, 4)), (right, (1.14,) * 4)):
-            found = [program_difference(max_of_scan, max_of_library, v, t, dtype) for t in points]
-            size = [abs(f) for f in found]
+            differences = [program_difference(max_of_scan, max_of_library, v, t, dtype) for t in points]
+            size = [abs(f) for f in differences]
             if axis is right:
-                sign = "\N{MINUS SIGN}" if found[-1] < 0 else "+"
-                told = f"{sign}$2^{{{math.log2(size[-1]):.0f}}}$"
-                axis.annotate(told, (4, size[-1]), xytext=(0, 5), textcoords="offset points", fontsize=7, ha="center")
+                sign = "\N{MINUS SIGN}" if differences[-1] < 0 else "+"
+                label = f"{sign}$2^{{{math.log2(size[-1]):.0f}}}$"
+                axis.annotate(label, (4, size[-1]), xytext=(0, 5), textcoords="offset points", fontsize=7, ha="center")
             axis.plot(
-                range(len(points)), size if axis is right else found, marker, ls=dash, lw=0.7, ms=4, mfc="none",
+                range(len(points)), size if axis is right else differences, marker, ls=dash, lw=0.7, ms=4, mfc="none",
                 color=colour, label=name, gid=where(v=v[0], dtype=name),
             )  # fmt: skip
     for axis, title in (

@@ -126,20 +126,20 @@ def caption(figure: Figure, rows: pd.DataFrame, *notes: str) -> None:
     figure.supxlabel(text, fontsize=6, color="0.3", x=0.01, ha="left", ma="left", linespacing=1.3)
 
 
-def head(axis: Axes, title: str, told: str = "") -> None:
+def head(axis: Axes, title: str, note: str = "") -> None:
     """Write a title above an axis, and between the two how many runs there are: no curve or bar comes there.
 
     Args:
         axis: The axis.
         title: Of the axis.
-        told: Smaller lines.
+        note: Smaller lines.
     """
-    if told:
+    if note:
         axis.annotate(
-            told, (0.5, 1.0), xytext=(0, 3), xycoords="axes fraction", textcoords="offset points", ha="center",
+            note, (0.5, 1.0), xytext=(0, 3), xycoords="axes fraction", textcoords="offset points", ha="center",
             va="bottom", fontsize=6, color="0.25", linespacing=1.3,
         )  # fmt: skip
-    axis.set_title(title, fontsize=8, pad=5 + 8 * len(told.splitlines()))
+    axis.set_title(title, fontsize=8, pad=5 + 8 * len(note.splitlines()))
 
 
 def plain_log(axis: Any) -> None:
@@ -159,18 +159,18 @@ def plain_log(axis: Any) -> None:
         axis.set_minor_locator(NullLocator())
 
 
-def drawn(figure: Figure, what: str) -> bool:
+def drawn(figure: Figure, mark_begins: str) -> bool:
     """Whether a figure has a mark of that kind.
 
     Args:
         figure: The figure.
-        what: How a part of its id begins, such as ``paper`` or ``diverged``.
+        mark_begins: How a part of its id begins, such as ``paper`` or ``diverged``.
 
     Returns:
         Whether it has one.
     """
     marks = [mark for axis in figure.axes for mark in (*axis.lines, *axis.patches)]
-    return any(part.startswith(what) for mark in marks for part in str(mark.get_gid()).split(";"))
+    return any(part.startswith(mark_begins) for mark in marks for part in str(mark.get_gid()).split(";"))
 
 
 def counts_below(axis: Axes, at: Sequence[float], counts: Mapping[str, Sequence[Any]]) -> None:

@@ -62,28 +62,28 @@ def training(rows: pd.DataFrame, *, show: Sequence[str] = ("test", "train"), pla
             for norm in _norms(block)[: 1 if plain else None]:
                 plan.append(("train", (*key, norm), block[block["batch_norm"].isin([norm]) | (norm is None)]))
     figure, axes = canvas(len(plan), len(rules), 3.6, 2.4)
-    for line, (what, key, block) in zip(axes, plan, strict=True):
+    for line, (panel, key, block) in zip(axes, plan, strict=True):
         for axis, rule in zip(line, rules, strict=True):
-            part, told = _under(block, rule, key[0]), ""
-            if what == "test":
+            part, note = _under(block, rule, key[0]), ""
+            if panel == "test":
                 runs = runs_at_end(part, "test_accuracy")
                 accuracy_by_choice(axis, runs, "choice", "batch_norm", _published("training", key, "test_accuracy"))
                 axis.set_xlabel(AXIS[key[0]])
             else:
                 theirs = _published("curves", key, "train_loss")
-                told = loss_by_epoch(axis, part, theirs[theirs["batch_norm"].isin([key[-1]])])
-            head(axis, ", ".join([_RULES[rule], *_title(key, rows)]), told)
+                note = loss_by_epoch(axis, part, theirs[theirs["batch_norm"].isin([key[-1]])])
+            head(axis, ", ".join([_RULES[rule], *_title(key, rows)]), note)
             if axis is not line[0]:
                 axis.set_ylabel("")
-        _share_y(line, what)
+        _share_y(line, panel)
     _legends(figure, rows, plan)
     caption(figure, rows, *_notes(show, drawn(figure, "paper")), _borrowed_note(rows))
     return figure
 
 
 def _norms(rows: pd.DataFrame) -> list[Any]:
-    found = rows["batch_norm"]
-    return sorted(set(found.dropna()), key=bool) or [None]
+    norms = rows["batch_norm"]
+    return sorted(set(norms.dropna()), key=bool) or [None]
 
 
 def _under(block: pd.DataFrame, rule: str, parameter: str) -> pd.DataFrame:
@@ -116,10 +116,10 @@ def _published(name: str, key: tuple[Any, ...], metric: str) -> pd.DataFrame:
         "precision": precision,
         "metric": metric,
     }
-    found = table(name).rename(columns={"value": "choice"})
+    published = table(name).rename(columns={"value": "choice"})
     for column, value in wanted.items():
-        found = found[found[column] == value]
-    return found
+        published = published[published[column] == value]
+    return published
 
 
 def _subject(rows: pd.DataFrame) -> str:
@@ -130,15 +130,15 @@ def _subject(rows: pd.DataFrame) -> str:
 def _title(key: tuple[Any, ...], rows: pd.DataFrame) -> list[str]:
     """What of an axis's key the others do not share."""
     _, data, backbone, optimizer, precision, *norm = key
-    found = []
+    words = []
     if rows[["backbone", "data"]].drop_duplicates().shape[0] > 1:
-        found.append(f"{tell(backbone)}/{tell(data)}")
+        words.append(f"{tell(backbone)}/{tell(data)}")
     if rows["optimizer"].nunique() > 1:
-        found.append(_optimizer(optimizer))
-    found.append(f"{precision} bit")
+        words.append(_optimizer(optimizer))
+    words.append(f"{precision} bit")
     if norm and norm[0] is not None:
-        found.append("with batch norm" if norm[0] else "no batch norm")
-    return found
+        words.append("with batch norm" if norm[0] else "no batch norm")
+    return words
 
 
 def _optimizer(name: str) -> str:
@@ -165,11 +165,11 @@ def _notes(show: Sequence[str], paper: bool) -> Iterator[str]:
         )
 
 
-def _share_y(axes: Sequence[Axes], what: str) -> None:
+def _share_y(axes: Sequence[Axes], panel: str) -> None:
     low, high = min(a.get_ylim()[0] for a in axes), max(a.get_ylim()[1] for a in axes)
     for axis in axes:
         axis.set_ylim(low, high)
-        if what == "train":
+        if panel == "train":
             left, right = min(a.get_xlim()[0] for a in axes), max(a.get_xlim()[1] for a in axes)
             axis.set_xlim(left, right)
             plain_log(axis.yaxis)
@@ -181,7 +181,7 @@ def _legends(figure: Figure, rows: pd.DataFrame, plan: Sequence[Any]) -> None:
     from matplotlib.patches import Patch
 
     handles: list[Any] = []
-    if any(what == "test" for what, *_ in plan):
+    if any(panel == "test" for panel, *_ in plan):
         for norm in _norms(rows):
             name = "ours" + ("" if norm is None else ", with batch norm" if norm else ", no batch norm")
             handles.append(Patch(**_box_look(norm), label=name))
@@ -189,8 +189,8 @@ def _legends(figure: Figure, rows: pd.DataFrame, plan: Sequence[Any]) -> None:
             handles.append(Line2D([], [], ls="", label="paper", **PAPER))
         if drawn(figure, "diverged"):
             handles.append(Line2D([], [], ls="", marker="x", color="0.3", ms=5, label="diverged run"))
-    if any(what == "train" for what, *_ in plan):
-        for parameter in dict.fromkeys(key[0] for what, key, _ in plan if what == "train"):
+    if any(panel == "train" for panel, *_ in plan):
+        for parameter in dict.fromkeys(key[0] for panel, key, _ in plan if panel == "train"):
             for choice, look in _choice_looks(rows[rows["parameter"] == parameter]).items():
                 symbol = {"relu": r"$\alpha$", "max_pool": r"$\beta$"}[parameter]
                 handles.append(Line2D([], [], label=f"{symbol} = {tell_choice(choice)}", **look))
@@ -355,8 +355,8 @@ def loss_by_epoch(axis: Axes, rows: pd.DataFrame, published: pd.DataFrame) -> st
         axis.set_xlim(0.5, last + 0.5)
     axis.yaxis.set_minor_formatter(NullFormatter())
     per_choice = loss.groupby("choice")["cell"].nunique()
-    told = f"n = {' to '.join(map(str, dict.fromkeys((per_choice.min(), per_choice.max()))))} per choice"
-    return "\n".join([told, *textwrap.wrap(f"NaN: {', '.join(lost)}", 76)] if lost else [told])
+    note = f"n = {' to '.join(map(str, dict.fromkeys((per_choice.min(), per_choice.max()))))} per choice"
+    return "\n".join([note, *textwrap.wrap(f"NaN: {', '.join(lost)}", 76)] if lost else [note])
 
 
 def accuracy_by_dropout(rows: pd.DataFrame) -> Figure:
@@ -456,10 +456,10 @@ def rule_effect(rows: pd.DataFrame) -> Figure:
                 bar.set_gid(where(rule=rule, choice=choice))
                 if line["sum"]:
                     drawn_nan = True
-                    told = f"{line['sum']:.0f} of {line['size']:.0f}"
+                    among = f"{line['sum']:.0f} of {line['size']:.0f}"
                     inner = bar.get_x() + (0.36, 0.0)[j]  # away from the bar beside it
                     height = bar.get_height() + 3
-                    bottom.text(inner, height, told, ha=("right", "left")[j], fontsize=5, color=colour)
+                    bottom.text(inner, height, among, ha=("right", "left")[j], fontsize=5, color=colour)
             numbers = " to ".join(f"{n:.0f}" for n in sorted({share["size"].min(), share["size"].max()}))
             bottom.text(
                 0.02 + 0.5 * j, 0.97, f"n = {numbers} ({rule})", transform=bottom.transAxes, va="top", fontsize=5,

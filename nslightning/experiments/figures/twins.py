@@ -49,10 +49,10 @@ def weight_difference(rows: pd.DataFrame) -> Figure:
                 if part.empty:
                     axis.set_visible(False)
                     continue
-                told = draw(axis, part, _looks(block), (*key, rule))
+                note = draw(axis, part, _looks(block), (*key, rule))
                 if draw is _distances:
                     _rescale(axis, scale)
-                head(axis, _title((*key, rule)), told)
+                head(axis, _title((*key, rule)), note)
                 last = axis.dataLim.x1
                 if last > 2 * block[_index(block)].max():  # the paper trained for longer
                     axis.set_xscale("symlog", linthresh=1, linscale=0.3)
@@ -92,10 +92,10 @@ def _title(key: tuple[Any, ...]) -> str:
 
 def _published(key: tuple[Any, ...], quantity: str) -> pd.DataFrame:
     _, backbone, _, data, bits, _ = key
-    found = table("lockstep")
-    there = (found["precision"] == bits) & (found["quantity"] == quantity)
+    published = table("lockstep")
+    wanted = (published["precision"] == bits) & (published["quantity"] == quantity)
     same = backbone == "paper/vgg11" and data == "CIFAR10"
-    return found[there] if same else found[:0]
+    return published[wanted] if same else published[:0]
 
 
 def _distances(axis: Axes, block: pd.DataFrame, looks: dict[str, Any], key: tuple[Any, ...]) -> str:
@@ -201,8 +201,8 @@ def closest_inputs(rows: pd.DataFrame) -> Figure:
             y, step = group["value"].to_numpy(float), group["step"].to_numpy(float)
             look: dict[str, Any] = {"color": COLOURS[i], "ls": DASHES[i]}
             zero = step[y == 0]
-            told = f"least {name}; exactly 0 at {len(zero)} of {len(y)} steps"
-            axis.plot(step, np.where(y > 0, y, np.nan), lw=1, gid=where(metric=metric), label=told, **look)
+            label = f"least {name}; exactly 0 at {len(zero)} of {len(y)} steps"
+            axis.plot(step, np.where(y > 0, y, np.nan), lw=1, gid=where(metric=metric), label=label, **look)
             edge = axis.get_xaxis_transform()
             axis.plot(zero, [0.04] * len(zero), "v", color=COLOURS[1], ms=5, transform=edge, gid=where(zeros=metric))
         axis.set_yscale("log")

@@ -124,12 +124,12 @@ def _matches(rows: pd.DataFrame, base: Mapping[str, Any], but: str = "") -> pd.S
     """The rows whose factors have their base value; where none has (at smoke scale), the most frequent one."""
     import pandas as pd
 
-    found = pd.Series(True, index=rows.index)
+    kept = pd.Series(True, index=rows.index)
     for column, value in base.items():
         if column != but and len(rows):
-            there = rows[column].isin([value])
-            found &= there if there.any() else rows[column].isin(rows[column].mode()[:1])
-    return found
+            equal = rows[column].isin([value])
+            kept &= equal if equal.any() else rows[column].isin(rows[column].mode()[:1])
+    return kept
 
 
 def _vectors(rows: pd.DataFrame) -> pd.DataFrame:
@@ -218,10 +218,10 @@ def _by_sample_size(axis: Axes, rows: pd.DataFrame) -> None:
     levels = (1, 10, 20, 30, 40, 50, 60)
     precisions = sorted(set(rows["precision"]))
     width = 0.8 / max(1, len(precisions))
-    told = {}
+    draws = {}
     for j, bits in enumerate(precisions):
         first, last, images = _first(rows[rows["precision"] == bits])
-        told[bits] = len(first)
+        draws[bits] = len(first)
         for i, thousands in enumerate(levels):
             if 1000 * thousands > last:  # not measured
                 continue
@@ -233,20 +233,20 @@ def _by_sample_size(axis: Axes, rows: pd.DataFrame) -> None:
     axis.set_ylim(0, 104)
     axis.set_xlabel("images met (thousands)")
     axis.grid(visible=False, axis="x")
-    n = ", ".join(f"{n} ({bits} bit)" for bits, n in told.items())
-    axis.set_title(f"n = {n}" if told else "", fontsize=6, color="0.35")
+    n = ", ".join(f"{n} ({bits} bit)" for bits, n in draws.items())
+    axis.set_title(f"n = {n}" if draws else "", fontsize=6, color="0.35")
     if not axis.patches:
         axis.text(0.5, 0.5, "fewer than 1000\nimages were met", transform=axis.transAxes, ha="center", fontsize=7)
 
 
 def _first(rows: pd.DataFrame) -> tuple[Any, float, int]:
     """Of each vector the first mini-batch that differs (infinite where none), images walked at most, batch size."""
-    found = rows.loc[rows["metric"] == "first_differing", "value"].fillna(math.inf).to_numpy(float)
+    first = rows.loc[rows["metric"] == "first_differing", "value"].fillna(math.inf).to_numpy(float)
     size = int(rows["batch_size"].iloc[0])
     walked = rows.loc[rows["metric"] == "batches", "value"]
     # A walk that stopped at its first hit says nothing of the length; one without a hit has gone all the way.
-    whole = float(walked[[math.isinf(f) for f in found]].max()) if any(map(math.isinf, found)) else math.inf
-    return found, whole * size, size
+    whole = float(walked[[math.isinf(f) for f in first]].max()) if any(map(math.isinf, first)) else math.inf
+    return first, whole * size, size
 
 
 def volume_curves(rows: pd.DataFrame) -> Figure:
@@ -269,7 +269,7 @@ def volume_curves(rows: pd.DataFrame) -> Figure:
     shown: dict[tuple[str, int], dict[str, Any]] = {}
     for axis, (key, block) in zip(axes.flat, panels, strict=False):
         data, backbone, norm = key
-        told = []
+        notes = []
         for (rule, bits), part in sorted(blocks(block, ["rule", "precision"]), key=lambda b: b[0]):
             first, whole, size = _first(part)
             look = {"color": precision_look(bits)["facecolor"], "ls": "-" if rule == "exact" else "--"}
@@ -280,7 +280,7 @@ def volume_curves(rows: pd.DataFrame) -> Figure:
             y = np.concatenate([[0.0], np.arange(1, len(hits) + 1), [len(hits)]]) / len(first)
             axis.step(x, 100 * y, where="post", gid=where(rule=rule, precision=bits), **look)
             lost = int(_not_finite(part).sum())
-            told.append(f"n = {len(first)} ({bits} bit, {rule}{f'; {lost} NaN' if lost else ''})")
+            notes.append(f"n = {len(first)} ({bits} bit, {rule}{f'; {lost} NaN' if lost else ''})")
             paper = theirs[
                 (theirs["data"] == data) & ("paper/" + theirs["backbone"] == backbone)
                 & (theirs["batch_norm"] == norm) & (theirs["precision"] == bits)
@@ -292,7 +292,7 @@ def volume_curves(rows: pd.DataFrame) -> Figure:
         title = [tell(backbone), tell(data)]
         if norm is not None and norm == norm:
             title.append("batch norm" if norm else "no batch norm")
-        head(axis, ", ".join(title), "\n".join(told))
+        head(axis, ", ".join(title), "\n".join(notes))
         axis.set(xscale="log", xlabel="images met", ylim=(-3, 103))
         plain_log(axis.xaxis)
     for axis in axes.flat[len(panels) :]:
@@ -353,8 +353,8 @@ def norms_by_decade(rows: pd.DataFrame, *, published: Mapping[int, str]) -> Figu
         edges = range(min(k for k in at if k is not None), max(k for k in at if k is not None) + 2)
         shown = edges[:: 1 if len(at) < 11 else 2]
         axis.set_xticks([at[None], *shown], ["0", *(f"$10^{{{k}}}$" for k in shown)], fontsize=7)
-        told = f"n = {total:.0f} mini-batches" + (f", NaN: {lost}" if lost else "")
-        head(axis, f"{tell(backbone)}/{tell(data)}\n{alternative}, {bits} bit", told)
+        note = f"n = {total:.0f} mini-batches" + (f", NaN: {lost}" if lost else "")
+        head(axis, f"{tell(backbone)}/{tell(data)}\n{alternative}, {bits} bit", note)
         axis.grid(visible=False, axis="x")
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
@@ -373,9 +373,9 @@ def norms_by_decade(rows: pd.DataFrame, *, published: Mapping[int, str]) -> Figu
 
 def _decades(rows: pd.DataFrame, published: pd.DataFrame) -> dict[int | None, float]:
     """Where the bars of each decade stand, in its middle, that of exact zeros (None) apart from the others."""
-    found = [int(m.removeprefix("norm_1e")) for m in rows["metric"].unique() if m.startswith("norm_1e")]
-    found += [round(math.log10(v)) for v in published.loc[published["percent"] > 0, "bin_low"].dropna()]
-    low, high = min(found, default=-8), max(found, default=-1)
+    decades = [int(m.removeprefix("norm_1e")) for m in rows["metric"].unique() if m.startswith("norm_1e")]
+    decades += [round(math.log10(v)) for v in published.loc[published["percent"] > 0, "bin_low"].dropna()]
+    low, high = min(decades, default=-8), max(decades, default=-1)
     low = min(low, high - 4)  # a few decades at least
     return {None: low - 1.1} | {k: k + 0.5 for k in range(low, high + 1)}
 

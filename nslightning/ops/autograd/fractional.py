@@ -117,9 +117,9 @@ def pool_fractional(x: Tensor, selection: Selection, windows: Fractional, return
         output, indices = windows.stock(x)
         return (output, indices) if return_indices else output
     entries, places = windows.entries(x)
-    output, found = pool(entries, selection, windows.gathered, True)
-    indices = places.flatten(-windows.dims).gather(-1, found.flatten(-windows.dims))
-    indices = aten._unsafe_view(indices, found.shape)  # stock's indices are no view
+    output, within = pool(entries, selection, windows.gathered, True)
+    indices = places.flatten(-windows.dims).gather(-1, within.flatten(-windows.dims))
+    indices = aten._unsafe_view(indices, within.shape)  # stock's indices are no view
     return (output, indices) if return_indices else output
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nslightning.ops.autograd import native
 from nslightning.ops.autograd.layouts import storage_order
-from nslightning.ops.autograd.nodes import NonsmoothFunction
+from nslightning.ops.autograd.nodes import NonsmoothFunction, check_changes, refuse_changes
 from nslightning.ops.autograd.selection import (
     Selection,
     concrete,
@@ -99,6 +99,7 @@ class _ReLU(NonsmoothFunction):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         y, bits = ctx.saved_tensors
+        check_changes(ctx)
         vjp = partial(_relu_vjp, y, bits, g)
         if ctx.selection.recorder is not None:
             ctx.selection.recorder(ctx, vjp)
@@ -151,8 +152,12 @@ def relu(x: Tensor, selection: Selection, inplace: bool = False) -> Tensor:
     """
     if not _kernels(x.device.type).any_zero(x):
         return torch.relu_(x) if inplace else torch.relu(x)
-    if inplace and x._is_view():  # autograd would put the node inside another one, where nobody can ask it
-        return x.copy_(_ReLU.apply(x, selection, False))
+    # On a view autograd would put the node inside another one, where it cannot be asked for its ties.
+    if inplace and x._is_view():
+        y = _ReLU.apply(x, selection, False)
+        written = x.copy_(y)
+        refuse_changes(y.grad_fn, written)
+        return written
     return cast(Tensor, _ReLU.apply(x, selection, inplace))
 
 
@@ -247,10 +252,10 @@ def pool_difference(
     vjp: Callable[..., Tensor] = partial(pool_gradient, geometry=geometry, composed=composed)
     if _final(g) and "random" not in (selection.jacobians.max_pool, less.jacobians.max_pool):
         wide = torch.float64 if g.dtype == torch.float64 else torch.float32
-        found = pool_difference_coefficients(selection.pool_weights(), less.pool_weights(), wide, g.device)
-        if found is not None:
+        shares = pool_difference_coefficients(selection.pool_weights(), less.pool_weights(), wide, g.device)
+        if shares is not None:
             size = x.shape[2], x.shape[3]
-            return cast(Tensor, _kernels(x.device.type).pool_shares(g, reached, _numbers(geometry), size, *found))
+            return cast(Tensor, _kernels(x.device.type).pool_shares(g, reached, _numbers(geometry), size, *shares))
     d = torch.empty_like(x)
     images = max(1, _PART // max(1, x[:1].numel())) if x.device.type == "cpu" else len(x)
     for into, *part in zip(*(t.split(images) for t in (d, *given)), strict=True):
@@ -259,8 +264,8 @@ def pool_difference(
 
 
 def _numbers(geometry: Regular) -> tuple[tuple[int, int], ...]:
-    found = (geometry.kernel, geometry.stride, geometry.padding, geometry.dilation)
-    return cast(tuple[tuple[int, int], ...], found)
+    numbers = (geometry.kernel, geometry.stride, geometry.padding, geometry.dilation)
+    return cast(tuple[tuple[int, int], ...], numbers)
 
 
 @cache

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nslightning._torch import is_view
+
 __all__ = [
     "autocasts",
     "duplicate",
@@ -12,6 +14,7 @@ __all__ = [
     "image_layout",
     "is_dense",
     "laid_out_as",
+    "overlaps",
     "storage_order",
     "stored",
 ]
@@ -131,6 +134,30 @@ def is_dense(x: Tensor) -> bool:
         False for sparse, nested and MKL-DNN tensors.
     """
     return x.layout == torch.strided and not x.is_nested
+
+
+def overlaps(x: Tensor) -> bool:
+    """Whether entries of a strided view may share memory, as those of windows do.
+
+    Args:
+        x: A dense tensor.
+
+    Returns:
+        True where the strides do not rule it out; False while a compiler reads, which writes in an order of its own.
+
+    Example:
+        >>> overlaps(torch.zeros(5).unfold(0, 3, 2)), overlaps(torch.zeros(5, 5)[::2].mT)
+        (True, False)
+    """
+    if torch.compiler.is_compiling() or not is_view(x):
+        return False
+    reach = 0
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return x.numel() > 0
+            reach += stride * (size - 1)
+    return False
 
 
 def stored(x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from nslightning._torch import in_functorch, is_transformed, outside_every_mode
-from nslightning.ops.kernels import build, cpu, cuda
+from nslightning.ops.kernels import cpu, cuda, store
 from nslightning.ops.record import OPERATIONS as RECORDS
 
 if TYPE_CHECKING:
@@ -89,8 +89,8 @@ def _library() -> ModuleType | None:
     if state() != "built":
         return None
     name = "_nslightning_nodes"
-    loader = ExtensionFileLoader(name, str(build.library()))
-    spec = spec_from_file_location(name, build.library(), loader=loader)
+    loader = ExtensionFileLoader(name, str(store.library()))
+    spec = spec_from_file_location(name, store.library(), loader=loader)
     if spec is None:
         return None
     library = module_from_spec(spec)
@@ -116,7 +116,7 @@ def state() -> str:
         return "switched off"
     if not cpu.available():
         return "no CPU kernels"
-    return "built" if build.library().exists() else "not built"
+    return "built" if store.library().exists() else "not built"
 
 
 def cuda_state() -> str:

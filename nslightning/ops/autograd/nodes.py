@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from nslightning._torch import is_view
 from nslightning.ops.autograd import native
 
 if TYPE_CHECKING:
@@ -19,10 +20,13 @@ if TYPE_CHECKING:
 __all__ = [
     "NonsmoothFunction",
     "OwnFunction",
+    "check_changes",
     "gradients_under",
     "is_own",
     "kept_ties",
+    "of_a_leaf",
     "operation_of",
+    "refuse_changes",
     "release",
     "selection_of",
 ]
@@ -38,6 +42,55 @@ class NonsmoothFunction(OwnFunction):
     Its node has the attributes ``operation``, the field of :class:`~nslightning.Jacobians` that chooses, and
     ``selection``. It may have ``tied``: False where the forward saw that no choice can matter.
     """
+
+
+def of_a_leaf(x: Tensor) -> bool:
+    """Whether PyTorch refuses to overwrite a tensor, for it is a leaf that wants a gradient, or a view of one.
+
+    Args:
+        x: Any tensor.
+
+    Returns:
+        Whether the stock operation in place would raise.
+    """
+    base = x
+    if not torch.compiler.is_compiling() and is_view(x) and x._base is not None:
+        base = x._base
+    return base.is_leaf and base.requires_grad
+
+
+def refuse_changes(node: Any, written: Tensor) -> None:
+    """Let a node's backward refuse, as stock's, that what the operation wrote in place was overwritten since.
+
+    Stock keeps the result there. The package's node has what it needs elsewhere, and would return another gradient
+    than stock's error.
+
+    Args:
+        node: The node of a :class:`NonsmoothFunction`.
+        written: The result, in the memory that it was written to.
+    """
+    if not torch.compiler.is_compiling() and isinstance(node, torch.autograd.function.BackwardCFunction):
+        node.written = written.detach(), written._version  # type: ignore[attr-defined]
+
+
+def check_changes(node: Any) -> None:
+    """Raise what stock raises if what :func:`refuse_changes` noted has changed.
+
+    Args:
+        node: The node whose backward runs.
+
+    Raises:
+        RuntimeError: If it has.
+    """
+    if torch.compiler.is_compiling():  # which orders what is written by itself
+        return
+    written, version = getattr(node, "written", (None, 0))
+    if written is not None and written._version != version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: the "
+            f"result of {node.operation}, of shape {list(written.shape)}, is at version {written._version}; expected "
+            f"version {version} instead"
+        )
 
 
 def is_own(node: Any) -> bool:

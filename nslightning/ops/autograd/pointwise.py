@@ -18,8 +18,8 @@ from torch import Tensor
 
 from nslightning._torch import in_forward_mode, in_functorch, is_tracing, is_view, kept_version
 from nslightning.ops.autograd import fused, native
-from nslightning.ops.autograd.layouts import duplicate, is_dense, storage_order, stored
-from nslightning.ops.autograd.nodes import NonsmoothFunction
+from nslightning.ops.autograd.layouts import duplicate, is_dense, overlaps, storage_order, stored
+from nslightning.ops.autograd.nodes import NonsmoothFunction, check_changes, of_a_leaf, refuse_changes
 from nslightning.ops.autograd.selection import Selection, data_dependent, guarded, replayed
 from nslightning.ops.autograd.tie_bits import TieBits, as_mask, chosen_value, find_ties, overwrite
 from nslightning.ops.record import OPERATIONS, Call, Count, Kernels, Kink, Operation
@@ -115,7 +115,9 @@ class _Kinked(NonsmoothFunction):
             with nullcontext() if torch.compiler.is_compiling() else kept_version(x):  # `mark_dirty` counts it
                 kernels.overwrite(x, *tensors[:given], *parameters)
             return x
-        if overwritten:  # as stock works on the memory that it overwrites: a kernel may round by the strides
+        # As stock works on the memory that it overwrites: a kernel may round by the strides. A compiler has kernels of
+        # its own, and that of torch 2.11 returns gradients of 0 where a custom function overwrites a copy.
+        if overwritten and not torch.compiler.is_compiling():
             return kernels.overwrite(duplicate(x), *tensors[:given], *parameters)
         return kernels.forward(x, *tensors[:given], *parameters)
 
@@ -135,6 +137,7 @@ class _Kinked(NonsmoothFunction):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         saved, *tensors = ctx.saved_tensors
+        check_changes(ctx)
         selection, given = ctx.selection, tensors[: ctx.given]
         vjp = partial(_vjp, ctx, saved, given, tensors[ctx.given :], g)
         if not torch.compiler.is_compiling() and selection.recorder is not None:
@@ -279,9 +282,9 @@ def pointwise(operation: str, x: Tensor, selection: Selection, *parameters: Any,
     stock = kernels.overwrite if inplace else kernels.forward
     if not (transformed or _differentiated(x, *parameters)):
         return stock(x, *parameters)
-    if inplace and not transformed and x.is_leaf and x.requires_grad:
+    if inplace and not transformed and of_a_leaf(x):
         return stock(x, *parameters)  # PyTorch refuses before it overwrites
-    if not is_dense(x):
+    if not is_dense(x) or (inplace and not transformed and overlaps(x)):
         return guarded(stock(x, *parameters), operation, selection)
     if inplace and operation == "leaky_relu" and parameters[0] < 0:
         raise ValueError(f"leaky_relu in place needs a negative slope >= 0, as in stock PyTorch; given {parameters[0]}")
@@ -304,7 +307,11 @@ def pointwise(operation: str, x: Tensor, selection: Selection, *parameters: Any,
     if inplace and (transformed or (kernels.saves == "input" and kernels.backward_ is None) or apart):
         # Inside a transform the derivative is formed from the input, whether it is overwritten or not.
         original = x.clone() if transformed else duplicate(x)
-        return x.copy_(function.apply(original, operation, selection, False, not transformed, *settings))
+        result = function.apply(original, operation, selection, False, not transformed, *settings)
+        written = x.copy_(result)
+        if not transformed and (kernels.saves == "output" or kernels.backward_ is not None):
+            refuse_changes(result.grad_fn, written)
+        return written
     return cast(Tensor, function.apply(x, operation, selection, inplace, inplace, *settings))
 
 

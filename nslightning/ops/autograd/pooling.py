@@ -149,7 +149,7 @@ class _Take(_Linear):
 
 
 def _forward_mode() -> bool:
-    """Whether tangents may be about."""
+    """Whether the code runs in forward mode, where inputs may have tangents."""
     return not torch.compiler.is_compiling() and in_forward_mode()
 
 
@@ -284,12 +284,12 @@ def _target(geometry: Geometry, selection: Selection | None, x: Tensor, indices:
     if selection is not None and selection.jacobians.max_pool == "random":
         generator = selection.generator(x.device)
         draw = torch.rand(count.shape, dtype=count.dtype, device=x.device, generator=generator)
-        found = windows.nth((draw * count).floor())
+        chosen = windows.nth((draw * count).floor())
     else:
-        found = windows.last()
+        chosen = windows.last()
     if data_dependent(x) and count.amin() > 0:
-        return found
-    return torch.where(count > 0, found, indices)
+        return chosen
+    return torch.where(count > 0, chosen, indices)
 
 
 def _give(geometry: Geometry, weights: _Weights, g: Tensor, x: Tensor, target: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ __all__ = ["ROUTES", "Route", "around", "at_zero", "dimensions", "own", "restore
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
-#: Told of the range of autograd nodes that an operation's own call made; empty but while somebody looks at a graph.
+#: Each is called with the range of autograd nodes that an operation's own call made; empty unless a graph is examined.
 watchers: list[Callable[[int, int], None]] = []
 
 
@@ -118,7 +118,7 @@ class _Around(NonsmoothFunction):
 
 
 class _AroundBothWays(_Around):
-    """The same where tangents may be about: ``torch.compile`` takes no function that has a ``jvp``."""
+    """The same in forward mode. It stands apart, since ``torch.compile`` takes no function that has a ``jvp``."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -241,9 +241,9 @@ def dimensions(x: Tensor, dim: Any) -> tuple[int, ...]:
     Returns:
         Numbers >= 0.
     """
-    if dim is None or dim == () or dim == []:
+    if dim is None or dim == () or dim == [] or not x.dim():  # a number has none that could be taken away
         return tuple(range(x.dim()))
-    return tuple(d % x.dim() if x.dim() else 0 for d in ((dim,) if isinstance(dim, int) else dim))
+    return tuple(d % x.dim() for d in ((dim,) if isinstance(dim, int) else dim))
 
 
 def restored(t: Tensor, dims: tuple[int, ...], keepdim: bool) -> Tensor:

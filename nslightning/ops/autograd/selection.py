@@ -337,7 +337,8 @@ class Selection:
             A new tensor on ``g``'s device. NaN stands for the reference.
         """
         if torch.compiler.is_compiling():
-            return cast(Tensor, read_now(self.on(g.device)[name], g))
+            # One entry, for an operator's argument is written to memory in the layout that eager mode gives it.
+            return cast(Tensor, read_now(self.on(g.device)[name], g[(slice(0, 1),) * g.dim()]))
         if self.constant:  # filled at each replay
             constant, numbers = torch.empty_like(self.memory[name], device=g.device), np.atleast_1d(self._numbers[name])
             _write(constant, numbers, range(len(numbers)))
@@ -461,7 +462,7 @@ def fixed(operations: str | tuple[str, ...], value: Any, rule: Rule = "exact", s
 
 
 def guarded(y: Tensor, operation: str, selection: Selection) -> Tensor:
-    """A stock result that takes no choice, because of its layout: a backward that would need one is refused.
+    """A stock result that takes no choice, because of how it lies in memory: a backward that would need one is refused.
 
     Args:
         y: The result of a stock operation.
@@ -477,10 +478,13 @@ def guarded(y: Tensor, operation: str, selection: Selection) -> Tensor:
         record, choice = OPERATIONS[operation], getattr(selection.jacobians, operation)
         reference = choice is None or choice == record.default
         if not reference or selection.recorder is not None:
+            kind = f"of layout {y.layout}{' (nested)' if y.is_nested else ''}"
+            remedy = "Make the tensor dense before it (x.to_dense(), or padding)"
+            if y.layout == torch.strided and not y.is_nested:
+                kind, remedy = "whose entries share memory, in place,", "Clone the tensor before it"
             raise RuntimeError(
-                f"{operation} of a tensor of layout {y.layout}{' (nested)' if y.is_nested else ''} has PyTorch's own "
-                f"derivative only; given {operation}={choice!r}. Make the tensor dense before it (x.to_dense(), or "
-                "padding), or skip this site."
+                f"{operation} of a tensor {kind} has PyTorch's own derivative only; given {operation}={choice!r}. "
+                f"{remedy}, or skip this site."
             )
 
     if y.requires_grad:

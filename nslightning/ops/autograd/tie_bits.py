@@ -66,21 +66,21 @@ def find_ties(x: Tensor, positions: Sequence[float], order: tuple[int, ...]) -> 
         return ties if any(len(blocks) for blocks, _ in ties) else None
     size = min(_BLOCK * max(2, torch.get_num_threads()), max(1, -(-flat.numel() // 8)) * 8)
     marks = flat.new_empty(size)
-    found: list[tuple[list[int], list[Tensor]]] = [([], []) for _ in positions]
+    tied_blocks: list[tuple[list[int], list[Tensor]]] = [([], []) for _ in positions]
     for number, block in enumerate(flat.split(size)):
         used = marks[: block.numel()]
-        for position, (blocks, bits) in zip(positions, found, strict=True):
+        for position, (blocks, bits) in zip(positions, tied_blocks, strict=True):
             if torch.eq(block, position, out=used).sum().item():
                 marks[block.numel() :] = 0
                 blocks.append(number)
                 # At most 255, exact in every dtype.
                 bits.append((marks.view(8, -1) * _WEIGHTS[x.dtype]).sum(0).to(torch.uint8))
-    if not any(blocks for blocks, _ in found):
+    if not any(blocks for blocks, _ in tied_blocks):
         return None
     none = flat.new_empty((0, size // 8), dtype=torch.uint8)
     return [
         TieBits(torch.tensor(blocks, dtype=torch.long, device=flat.device), torch.stack(bits) if bits else none)
-        for blocks, bits in found
+        for blocks, bits in tied_blocks
     ]
 
 
@@ -167,7 +167,7 @@ def _compiled(x: Tensor) -> bool:
 
 
 def _mask(ties: TieBits, length: int) -> Tensor:
-    """The ties of a tensor of so many entries, in the order in which they were found, bool."""
+    """The ties of a tensor's entries, in the order in which they were found, bool."""
     size = 8 * ties.bits.shape[1]
     blocks = (ties.bits.unsqueeze(1) & _WEIGHTS[torch.uint8].to(ties.bits.device)).ne(0).flatten(1)
     mask = torch.zeros(-(-length // size), size, dtype=torch.bool, device=ties.bits.device)

@@ -141,17 +141,17 @@ class Adaptive:
         Returns:
             For each dimension its spans; those of one window are in the order of the places.
         """
-        found = []
+        spans = []
         for size, n in zip(sizes, windows, strict=True):
             kinds, stride = n // gcd(size, n), size // gcd(size, n)
-            found.append(
+            spans.append(
                 [
                     (slice(at, None, stride), slice(kind, None, kinds))
                     for kind in range(kinds)
                     for at in range(kind * size // n, -((kind + 1) * -size // n))
                 ]
             )
-        return found
+        return spans
 
 
 def _span(offset: int, stride: int, size: int, windows: int) -> Span:
@@ -186,7 +186,7 @@ class _Stage:
     shape: torch.Size  # before
 
     def masks(self) -> Iterator[tuple[Any, Any, Tensor]]:
-        """Each place with the mask of its entries that reach the maximum: formed anew, in the cache, not kept."""
+        """Each place with the mask of its entries that reach the maximum: formed at each call, in the cache."""
         for (entry, window), values in zip(self.plan.places, self.entries, strict=True):
             yield entry, window, _equal(values, _part(self.maxima, window))
 
@@ -194,7 +194,7 @@ class _Stage:
 def _plan(geometry: Regular | Adaptive, sizes: Sequence[int], windows: Sequence[int]) -> list[_Plan]:
     """How to reduce windows: small ones at once, large ones one dimension after the other."""
     spans = geometry.spans(sizes, windows)
-    axes = [axis for axis, (found, n) in enumerate(zip(spans, sizes, strict=True), 1) if found != [_whole(n)]]
+    axes = [axis for axis, (across, n) in enumerate(zip(spans, sizes, strict=True), 1) if across != [_whole(n)]]
     at_once = prod([len(spans[axis - 1]) for axis in axes]) <= AT_ONCE
     plans = []
     for group in [axes] if at_once and axes else [[axis] for axis in axes]:
@@ -330,14 +330,16 @@ class Windows:
         """
         # The one question that cannot be asked dimension by dimension: a row's tied entries may lie in two windows.
         flat = torch.arange(prod(self.sizes), device=self.x.device).view(1, *self.sizes, 1)
-        seen, found = torch.zeros_like(self.count), torch.zeros(self.count.shape, dtype=torch.long, device=flat.device)
+        seen, indices = (
+            torch.zeros(self.count.shape, dtype=t, device=flat.device) for t in (self.count.dtype, torch.long)
+        )
         for place in product(*self.geometry.spans(self.sizes, self.windows)):
             entry = (slice(None), *(e for e, _ in place))
             window = (slice(None), *(w for _, w in place))
             reached = self.x[entry] == self.maxima[window]
-            found[window].add_(flat[entry] * (reached & (seen[window] == rank[window])))
+            indices[window].add_(flat[entry] * (reached & (seen[window] == rank[window])))
             seen[window].add_(reached)
-        return found
+        return indices
 
 
 def _whole(n: int) -> Span:

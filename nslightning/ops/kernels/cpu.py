@@ -44,10 +44,10 @@ def available() -> bool:
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    found = find_spec("nslightning.ops.kernels._cpu")
-    if found is None or found.origin is None:
+    spec = find_spec("nslightning.ops.kernels._cpu")
+    if spec is None or spec.origin is None:
         return None
-    library = ctypes.CDLL(found.origin)
+    library = ctypes.CDLL(spec.origin)
     if ctypes.c_int64.in_dll(library, "version").value != _VERSION:
         return None
     memory, number = ctypes.c_void_p, ctypes.c_int64
@@ -108,11 +108,11 @@ def sums(given: Tensor, reference: Tensor, *, carried: bool) -> Tensor:
         ``a b``, formed in float64.
     """
     size = 1 << 14
-    found = torch.empty((-(-given.numel() // size), 5), dtype=torch.float64)
-    _run("sums", given.dtype, given, reference, given.numel(), size, carried, found)
-    total = found.sum(0)
-    if len(found) > 1:
-        total[2] = found[:, 2].max()
+    parts = torch.empty((-(-given.numel() // size), 5), dtype=torch.float64)
+    _run("sums", given.dtype, given, reference, given.numel(), size, carried, parts)
+    total = parts.sum(0)
+    if len(parts) > 1:
+        total[2] = parts[:, 2].max()
     return total
 
 

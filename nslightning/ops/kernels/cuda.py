@@ -1,7 +1,7 @@
 """Compiles the CUDA kernels (``cuda.cu``) for a device, by NVRTC, which comes with PyTorch's wheels for CUDA.
 
 Neither a CUDA toolkit nor a device is needed to compile. The binary is kept in the folder of the C++ nodes (see
-:mod:`~nslightning.ops.kernels.build`), which launch the kernels. Its name holds the device's architecture and a hash of
+:mod:`~nslightning.ops.kernels.store`), which launch the kernels. Its name holds the device's architecture and a hash of
 the source.
 """
 
@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from nslightning.files import replacing
-from nslightning.ops.kernels import build
+from nslightning.ops.kernels import store
 
 __all__ = ["DRIVER", "CompilationError", "available", "compiled", "image"]
 
@@ -67,7 +67,7 @@ def image(architecture: int) -> bytes:
     """
     headers = _SOURCE.with_name("arguments.h").read_bytes()
     source = hashlib.sha256(_SOURCE.read_bytes() + headers + repr(_OPTIONS).encode()).hexdigest()[:12]
-    kept = build.cache_folder() / f"kernels-sm{architecture}-{source}.cubin"
+    kept = store.cache_folder() / f"kernels-sm{architecture}-{source}.cubin"
     if kept.exists():
         return kept.read_bytes()
     binary = compiled(architecture)

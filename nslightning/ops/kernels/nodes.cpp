@@ -758,13 +758,21 @@ Tensor gradient_of(const Call& call, const variable_list& saved, const Tensor& g
   return call.op == RELU ? relu_gradient(call, saved, g) : pointwise_gradient(call, saved, g);
 }
 
+// What a backward works on. Behind it a LeakyReLU in place keeps its result, as stock, only to refuse a backward after that
+// has changed.
+variable_list saved_by(AutogradContext* ctx, const Call& call) {
+  variable_list saved = ctx->get_saved_variables();
+  if (call.op == LEAKY_RELU) saved.resize(1);
+  return saved;
+}
+
 // What the three nodes below share: their names tell them apart in a graph.
 template <typename Node>
 struct Nonsmooth : torch::autograd::Function<Node> {
   static variable_list backward(AutogradContext* ctx, variable_list incoming) {
     if (!incoming[0].defined()) return {Tensor(), Tensor(), Tensor()};
     const Call& call = call_of(ctx);
-    const variable_list saved = ctx->get_saved_variables();
+    const variable_list saved = saved_by(ctx, call);
     record(call, saved, incoming[0]);
     return {gradient_of(call, saved, incoming[0]), Tensor(), Tensor()};
   }
@@ -820,7 +828,7 @@ struct Pointwise : Nonsmooth<Pointwise> {
       keep(ctx, call, {x});
       return stock_forward(*call, x);
     }
-    keep(ctx, call, {original.copy});
+    keep(ctx, call, call->op == LEAKY_RELU ? variable_list{original.copy, x} : variable_list{original.copy});
     {
       at::AutoDispatchBelowADInplaceOrView below;  // its version is counted where it is marked as dirty
       stock_forward_(*call, x);
@@ -1206,7 +1214,7 @@ PyObject* backward(PyObject*, PyObject* args) {
   Tensor result;
   {
     NoGIL free;
-    result = gradient_of(call, context->get_saved_variables(), g);
+    result = gradient_of(call, saved_by(context, call), g);
   }
   return THPVariable_Wrap(result);
   END_HANDLE_TH_ERRORS

@@ -61,8 +61,8 @@ def _relu_backward(g, y, bits, gradient, n, alpha, constant, MEMORY: tl.constexp
     byte = tl.load(bits + row, mask=row * 8 < n, other=0).to(tl.int32)
     tied = ((byte[:, None] >> bit[None, :]) & 1) != 0
     chosen = tl.where(constant != 0, tl.zeros_like(incoming) + alpha, incoming * alpha)
-    found = tl.where(output <= 0, tl.where(tied, chosen, 0.0), incoming)
-    tl.store(gradient + at, found.to(gradient.dtype.element_ty), mask=inside)
+    result = tl.where(output <= 0, tl.where(tied, chosen, 0.0), incoming)
+    tl.store(gradient + at, result.to(gradient.dtype.element_ty), mask=inside)
 
 
 def any_zero(x: Tensor) -> bool:
@@ -124,7 +124,7 @@ def relu_backward(
 
 @triton.jit
 def _mine(BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """The elements of this program, counted in 64 bits only where there are so many."""
+    """The elements of this program, counted in 64 bits where 32 are too few."""
     program = tl.program_id(0)
     if WIDE:
         program = program.to(tl.int64)

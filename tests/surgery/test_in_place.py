@@ -1,0 +1,127 @@
+"""What the random programs of the fuzzer met: memory that is shared or overwritten, numbers without dimensions."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nslightning import Jacobians, PatchWarning, patch
+
+# ------------------------------------------------------------------- in place, where memory is shared or overwritten
+IN_PLACE = {
+    "relu": F.relu_,
+    "leaky_relu": lambda t: F.leaky_relu_(t, 0.25),
+    "rrelu": lambda t: F.rrelu_(t, 0.25, 0.25),
+    "elu": lambda t: F.elu(t, 2.0, inplace=True),
+    "selu": lambda t: F.selu(t, inplace=True),
+    "hardtanh": F.hardtanh_,
+    "hardswish": lambda t: F.hardswish(t, inplace=True),
+    "abs": torch.abs_,
+    "clamp": lambda t: t.clamp_(0, 1.5),
+    "clamp by tensors": lambda t: t.clamp_(torch.zeros(()), torch.ones(())),
+}
+PLACES = {
+    "whole": lambda t: t,
+    "row": lambda t: t[:1],
+    "column": lambda t: t[..., :1],
+    "windows": lambda t: t.unfold(0, 3, 2),
+    "transposed windows": lambda t: t.unfold(0, 3, 2).mT,
+}
+
+
+class InPlace(nn.Module):
+    def __init__(self, function, place, afterwards):
+        super().__init__()
+        self.function, self.place, self.afterwards = function, place, afterwards
+
+    def forward(self, x):
+        y = self.place(x * 1)
+        self.function(y)
+        if self.afterwards:
+            y.mul_(2)
+        return y
+
+
+@pytest.mark.parametrize("afterwards", [False, True], ids=["", "overwritten afterwards"])
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_in_place_the_gradient_or_the_refusal_is_stocks(name, place, afterwards):
+    outcomes = []
+    for patched in (False, True):
+        model = InPlace(IN_PLACE[name], PLACES[place], afterwards)
+        if patched:
+            patch(model, Jacobians())
+        x = torch.arange(-12, 13.0).reshape(5, 5).div(2).requires_grad_()
+        try:
+            outcomes.append(torch.autograd.grad(model(x).sum(), x)[0].tolist())
+        except RuntimeError as error:
+            outcomes.append("modified by an inplace operation" in str(error))
+    assert outcomes[0] == outcomes[1]
+    assert outcomes[0] is not False
+
+
+def test_in_place_on_shared_memory_another_choice_is_refused():
+    model = InPlace(F.relu_, PLACES["windows"], False)
+    patch(model, Jacobians(relu=0.5))
+    with pytest.raises(RuntimeError, match="whose entries share memory, in place, has PyTorch's own derivative only"):
+        model(torch.zeros(5, 5, requires_grad=True)).sum().backward()
+
+
+@pytest.mark.parametrize("view", [lambda t: t, lambda t: t[:1].expand(2, 2)], ids=["leaf", "expanded view of a leaf"])
+@pytest.mark.parametrize(
+    "function",
+    [
+        F.hardtanh_,
+        lambda t: t.clamp_(torch.zeros(())),
+        lambda t: t.index_reduce_(0, torch.zeros(1).long(), t[:1], "amax"),
+    ],
+    ids=["hardtanh", "clamp by a tensor", "index_reduce"],
+)
+def test_what_stock_refuses_to_overwrite_is_refused_in_its_words(function, view):
+    def said(patched):
+        model = InPlace(lambda t: function(t), lambda t: t, False)
+        model.forward = lambda x: function(view(x))
+        if patched:
+            patch(model, Jacobians())
+        x = torch.zeros(2, 2, requires_grad=True)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with pytest.raises(RuntimeError) as raised:
+                model(x)
+        return str(raised.value), len(caught)
+
+    assert said(True) == said(False)
+
+
+def test_results_without_dimensions_are_no_views():
+    for function in (
+        lambda t: t.scatter_reduce(0, torch.zeros((), dtype=torch.long), t * 1, "amax"),
+        lambda t: torch.index_reduce(t, 0, torch.zeros((), dtype=torch.long), t * 1, "amax"),
+    ):
+        model = InPlace(function, lambda t: t, False)
+        model.forward = function
+        patch(model, Jacobians(scatter_max="first"))
+        assert not model(torch.zeros((), requires_grad=True))._is_view()
+
+
+def test_the_norm_of_a_number_takes_the_choice():
+    model = InPlace(F.relu, lambda t: t, False)
+    model.forward = lambda x: torch.linalg.vector_norm(x, dim=-1)
+    patch(model, Jacobians(norm=0.5))
+    x = torch.zeros((), requires_grad=True)
+    assert torch.autograd.grad(model(x), x)[0].item() == 0.5
+
+
+def test_the_l1_loss_of_complex_numbers_is_stocks_under_autocast():
+    x, target = torch.tensor([3 + 4j, 0j], requires_grad=True), torch.zeros(2, dtype=torch.complex64)
+    for model, arguments in ((nn.L1Loss(), (x, target)), (InPlace(F.relu, lambda t: t, False), (x,))):
+        if not isinstance(model, nn.L1Loss):
+            model.forward = lambda x: F.l1_loss(x, target)
+        with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warnings.simplefilter("ignore", PatchWarning)  # nothing to patch
+            stock = model(*arguments)
+            patch(model, Jacobians(), strict=False)
+            assert torch.equal(model(*arguments), stock)
