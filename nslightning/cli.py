@@ -29,7 +29,9 @@ COMMANDS = {
     "figure": ("nslightning.commands.figure", "draw a figure from the results of experiments"),
     "report": ("nslightning.commands.report", "show what runs recorded: one HTML page with interactive figures"),
     "dashboard": ("nslightning.commands.dashboard", "a W&B workspace with panels for what the callbacks log"),
+    "sweep": ("nslightning.commands.sweep", "search any options of a config, each trial a run of fit"),
     "lr-search": ("nslightning.commands.lr_search", "find the learning rate, one search per Jacobian choice"),
+    "push": ("nslightning.commands.push", "write a trained model as the folder of a model hub"),
     "tokens": ("nslightning.commands.tokens", "turn text into the token files that a language model is trained on"),
     "shards": ("nslightning.commands.shards", "turn a folder of images into a few large files, or verify them"),
     "cost": ("nslightning.commands.cost", "what a backbone's gradient costs under several Jacobian choices"),
@@ -38,7 +40,7 @@ COMMANDS = {
 }
 
 # Whose work begins with imports that take many seconds.
-_HEAVY = ("fit", "validate", "test", "predict", "zones", "twins", "experiment", "lr-search", "cost", "audit")
+_HEAVY = ("fit", "validate", "test", "predict", "zones", "twins", "experiment", "sweep", "lr-search", "cost", "audit")
 
 USAGE = """\
 usage: nslightning COMMAND [--config FILE] [options]

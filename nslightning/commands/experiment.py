@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -12,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 from nslightning.commands.devices import check_device
 from nslightning.commands.endings import ended
 from nslightning.commands.plain_parser import Arguments
+from nslightning.commands.wandb_sweep import log_cells, wandb_sweeps
 from nslightning.files import expanded, write_text
 from nslightning.spelling import did_you_mean
 
 if TYPE_CHECKING:
     from nslightning.experiments import Experiment
 
-__all__ = ["main", "make_parser"]
+__all__ = ["main", "make_parser", "pairs_of"]
 
 _EPILOG = """\
 examples:
@@ -27,6 +29,9 @@ examples:
   nslightning experiment mnist_lenet_beta --scale small --only precision=32 --only rule=exact
   nslightning experiment configs/experiments/*.yaml --scale smoke --workers 1  # all of them, in a minute
   nslightning experiment mnist_lenet_beta --scale paper --set shared_lr=true --device cuda --workers 4
+  nslightning experiment mnist_lenet_beta --scale paper --executor ray --gpus-per-cell 0.25
+  nslightning experiment mnist_lenet_beta --executor submitit --executor-option slurm_partition=gpu --workers 64
+  nslightning experiment mnist_lenet_beta --scale small --wandb-sweep sweep.yaml  # the grid as a W&B sweep
 
 What is finished is skipped; what failed or was interrupted is computed by the next call.
 """
@@ -42,8 +47,8 @@ def main(argv: Sequence[str]) -> int:
         0; 1 where cells failed; 2 where it was called wrongly; 130 after an interruption.
     """
     parser = make_parser(f"nslightning {argv[0]}")
-    given = parser.parse_args(list(argv[1:]))
-    return ended(parser.prog, lambda: _read_and_run(given), go_on="the same command goes on")
+    options = parser.parse_args(list(argv[1:]))
+    return ended(parser.prog, lambda: _read_and_run(options), go_on="the same command goes on")
 
 
 def make_parser(prog: str) -> Arguments:
@@ -65,7 +70,13 @@ def make_parser(prog: str) -> Arguments:
     parser.add_argument("files", nargs="+", metavar="FILE", help="a YAML file, or the name of a packaged experiment")
     parser.add_argument("--scale", default="small", help="smoke, small (default) or paper")
     parser.add_argument("--output", default="results", type=expanded, help="where results are kept (default: results)")
-    parser.add_argument("--workers", type=int, help="processes side by side; by default one per core, or 4 on a GPU")
+    parser.add_argument("--workers", type=int, help="cells side by side; by default as many as cores and memory take")
+    parser.add_argument("--executor", default="local", help="local (default), ray or submitit: who computes the cells")
+    parser.add_argument("--gpus-per-cell", type=float, help="share of a GPU that a cell takes, such as 0.25")
+    parser.add_argument(
+        "--executor-option", action="append", default=[], metavar="KEY=VALUE",
+        help="an option of the executor, such as timeout_min=60 (submitit) or address=auto (Ray)",
+    )  # fmt: skip
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; by default a GPU where there is one")
     parser.add_argument(
         "--download", nargs="?", const="true", default="false", choices=("true", "false"),
@@ -84,53 +95,85 @@ def make_parser(prog: str) -> Arguments:
         help="the released procedure: its rule, loss in half, evaluation precision, shared loss scaler, NaN handling, "
         "the rate of beta = 0 for all, nothing held out",
     )
+    parser.add_argument("--wandb-sweep", metavar="FILE", help="write the grid as a W&B sweep; run nothing")
     parser.add_argument("--list", action="store_true", help="list the cells and whether they are finished; run nothing")
     return parser
 
 
-def _read_and_run(given: argparse.Namespace) -> int:
+def _read_and_run(options: argparse.Namespace) -> int:
     from nslightning.experiments import Experiment  # after --help
 
-    overrides = {k: v[-1] for k, v in _pairs(given.set, "--set").items()}
-    quirks = given.as_published
-    experiments = [Experiment.read(_found(file), given.scale, overrides, quirks) for file in given.files]
-    return max(_run(experiment, given) for experiment in experiments)
+    overrides = {k: v[-1] for k, v in pairs_of(options.set, "--set").items()}
+    quirks = options.as_published
+    experiments = [Experiment.read(_experiment_file(file), options.scale, overrides, quirks) for file in options.files]
+    return max(_run(experiment, options) for experiment in experiments)
 
 
-def _run(experiment: Experiment, given: argparse.Namespace) -> int:
+def _run(experiment: Experiment, options: argparse.Namespace) -> int:
     from nslightning.experiments import collect, comparison, folder_of, markdown, run
+    from nslightning.experiments.collecting import finished
     from nslightning.experiments.data import download
 
-    only = _pairs(given.only, "--only")
-    folder = folder_of(experiment, given.output)
-    if given.list:
-        cells = experiment.cells(only)
+    only = pairs_of(options.only, "--only")
+    folder = folder_of(experiment, options.output)
+    if options.wandb_sweep is not None:
+        return _write_sweeps(experiment, options)
+    if options.list:
+        cells, done = experiment.cells(only), finished(folder)
         for planned in cells:
-            done = (folder / "cells" / f"{planned.id}.json").exists()
-            what = ", ".join(f"{k}={v}" for k, v in planned.varied.items())
-            print(f"{planned.id} {'finished' if done else 'missing '} {what}")
+            varied = ", ".join(f"{k}={v}" for k, v in planned.varied.items())
+            print(f"{planned.id} {'finished' if planned.id in done else 'missing '} {varied}")
         print(f"{len(cells)} cells")
         return 0
-    device, workers = _resources(given.device, given.workers)
-    if given.download == "true":
+    device = _device(options.device, options.workers)
+    if options.download == "true":
         wanted = [planned.cell for planned in experiment.cells(only)]
-        for data, options in {(cell.data, tuple(sorted(cell.data_options.items()))) for cell in wanted}:
-            download(data, options)
-    report = run(experiment, given.output, workers=workers, device=device, only=only, progress=sys.stderr)
+        for data, settings in {(cell.data, tuple(sorted(cell.data_options.items()))) for cell in wanted}:
+            download(data, settings)
+    report = run(
+        experiment,
+        options.output,
+        workers=options.workers,
+        device=device,
+        only=only,
+        progress=sys.stderr,
+        executor=options.executor,
+        gpus_per_cell=options.gpus_per_cell,
+        executor_options={k: v[-1] for k, v in pairs_of(options.executor_option, "--executor-option").items()},
+    )
     failed = f", {len(report.failed)} failed (cells/*.error say why; the same command tries again)"
     print(
         f"{report.folder}: {report.planned} cells, {report.skipped} finished before, {report.computed} computed"
         f"{failed if report.failed else ''}"
     )
-    if given.compare:
-        text = markdown(experiment, compared := comparison(experiment, collect(experiment, given.output)))
+    if os.environ.get("WANDB_SWEEP_ID"):  # an agent of W&B's runs this call as one run of its sweep
+        log_cells(experiment, options.output, only)
+    if options.compare:
+        text = markdown(experiment, compared := comparison(experiment, collect(experiment, options.output)))
         write_text(folder / "comparison.md", text)
         write_text(folder / "comparison.csv", compared.to_csv(index=False, float_format="%.6g"))
         print(f"\n{text}")
     return 1 if report.failed else 0
 
 
-def _found(file: str) -> Path:
+def _write_sweeps(experiment: Experiment, options: argparse.Namespace) -> int:
+    """Write the grid as W&B's sweeps, one for each of its grids."""
+    import yaml
+
+    experiment.cells()  # refuses what is not admissible
+    if len(options.files) > 1:
+        raise ValueError("--wandb-sweep takes one experiment")
+    words = [options.files[0], f"--scale={options.scale}", f"--output={options.output}"]
+    words += [f"--set={word}" for word in options.set] + ["--as-published"] * options.as_published
+    sweeps, path = wandb_sweeps(experiment, words), Path(options.wandb_sweep)
+    for number, sweep in enumerate(sweeps, 1):
+        file = path if len(sweeps) == 1 else path.with_stem(f"{path.stem}-{number}")
+        write_text(file, yaml.safe_dump(sweep, sort_keys=False))
+        print(f"{file}: start it with `wandb sweep {file}`, then `wandb agent` on each machine")
+    return 0
+
+
+def _experiment_file(file: str) -> Path:
     """The file, or the packaged experiment of that name."""
     from nslightning import configs
 
@@ -148,30 +191,46 @@ def _found(file: str) -> Path:
     return packaged[name]
 
 
-def _pairs(given: Sequence[str], option: str) -> dict[str, list[Any]]:
+def pairs_of(words: Sequence[str], option: str) -> dict[str, list[Any]]:
+    """Read words such as ``precision=32``.
+
+    Args:
+        words: The words; ``--only`` takes several values with ``|`` between them, or a mapping as JSON.
+        option: Which option they are of.
+
+    Returns:
+        The values, by key.
+
+    Raises:
+        ValueError: For a word that is no such pair.
+
+    Example:
+        >>> pairs_of(["precision=16|32", "rule=exact"], "--only")
+        {'precision': [16, 32], 'rule': ['exact']}
+    """
     import yaml
 
-    found: dict[str, list[Any]] = {}
-    for word in given:
+    pairs: dict[str, list[Any]] = {}
+    for word in words:
+        if word.startswith("{") and option == "--only":  # how W&B's agents give the values of a run
+            pairs |= {key: [value] for key, value in json.loads(word).items()}
+            continue
         key, equals, value = word.partition("=")
         if not equals or not key or not value:
             raise ValueError(f"{option} takes KEY=VALUE, such as {option} precision=32; given {word!r}")
         values = value.split("|") if option == "--only" else [value]
         try:
-            found.setdefault(key, []).extend(yaml.safe_load(v) for v in values)
+            pairs.setdefault(key, []).extend(yaml.safe_load(v) for v in values)
         except yaml.YAMLError:
             raise ValueError(f"{option} {word}: the value is no YAML, such as 32, exact or {{a: 1}}") from None
-    return found
+    return pairs
 
 
-def _resources(device: str | None, workers: int | None) -> tuple[str, int]:
+def _device(device: str | None, workers: int | None) -> str:
     import torch
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
-    if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = 4 if device.startswith("cuda") else cores
     if device == "cpu" and workers == 1:
         torch.set_num_threads(1)  # as each of several processes would have
-    return device, workers
+    return device

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nslightning.commands.dashes import with_underscores
 from nslightning.commands.endings import CallError, ended
 from nslightning.commands.plain_parser import Arguments, refuse_empty
-from nslightning.commands.stopping import Stopped
+from nslightning.commands.search import Search, Space, ended_trials, optuna_of, run_search
+from nslightning.commands.sweep import refuse_options_of_neither
 from nslightning.files import expanded, write_text
-from nslightning.spelling import closest
 
 if TYPE_CHECKING:
     import optuna
@@ -33,10 +32,6 @@ the same epoch is pruned. This is the search of both papers, with one difference
 All other options are those of `nslightning fit`."""
 
 
-#: Options of `fit` without a group.
-_OF_FIT = ("config", "name", "seed_everything", "task", "arithmetic", "ckpt_path", "weights_only", "model", "data")
-
-
 def main(argv: list[str]) -> int:
     """Run the command.
 
@@ -53,12 +48,7 @@ def main(argv: list[str]) -> int:
     refuse_empty(parser, argv[1:])
     given, fit = parser.parse_known_args(argv[1:])
     fit = with_underscores(fit)
-    own = [option for option in parser._option_string_actions if option.startswith("--")]
-    known = [*own, *(f"--{name}" for name in _OF_FIT)]
-    for option in (word.partition("=")[0] for word in fit):
-        if option.startswith("--") and "." not in option and option not in known:
-            hint = f"\n  did you mean {near[0]!r}?" if (near := closest(option, known)) else ""
-            parser.error(f"there is no option {option}{hint}")
+    refuse_options_of_neither(parser, fit)
     return ended(parser.prog, lambda: _search(given, fit), go_on="the same command goes on")
 
 
@@ -96,6 +86,7 @@ def make_parser(prog: str) -> Arguments:
 
 def _search(given: argparse.Namespace, fit: list[str]) -> int:
     from nslightning.choices import named_choices
+    from nslightning.experiments.executors import Resources, make_executor
 
     if not 0 < given.low < given.high < math.inf:
         raise ValueError(f"--low and --high are to be 0 < low < high; given {given.low} and {given.high}")
@@ -107,147 +98,30 @@ def _search(given: argparse.Namespace, fit: list[str]) -> int:
     choices: dict[str, Jacobians | None] = {"config": None}
     if given.choices:
         choices = dict(named_choices(given.choices))
-    optuna = _optuna()
+    optuna_of("lr-search")
     folder = expanded(given.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    journal = optuna.storages.journal.JournalFileBackend(str(folder / "study.journal"))
-    storage = optuna.storages.JournalStorage(journal)
-    studies: dict[str, Any] = {}
+    studies: dict[str, optuna.Study] = {}
     for name, jacobians in choices.items():
-        study = optuna.create_study(
-            study_name=name,
-            storage=storage,
-            direction="maximize",
-            load_if_exists=True,
-            # By the number of the trial: a search that goes on does not draw its first trials again.
-            sampler=optuna.samplers.TPESampler(seed=_trials_of(storage, name)),
-            pruner=optuna.pruners.MedianPruner(),
+        choice = {} if jacobians is None else jacobians.to_dict()
+        words = [*fit, f"--trainer.max_epochs={given.epochs}"] + ["--model.lr_scheduler=null"] * (
+            not given.keep_schedule
         )
-        fixed = {"metric": given.metric, "epochs": given.epochs, "low": given.low, "high": given.high, "fit": fit}
-        fixed["choice"] = None if jacobians is None else jacobians.to_dict()
-        if study.user_attrs.get("search", fixed) != json.loads(json.dumps(fixed)) and study.trials:
-            raise ValueError(
-                f"{folder} holds another search for {name!r} ({_changed(study.user_attrs['search'], fixed)}): "
-                "name another folder with --output"
-            )
-        study.set_user_attr("search", fixed)
-        studies[name] = study
-        while len(_ended(study)) < given.trials:
-            trial = study.ask()
-            lr = trial.suggest_float("lr", given.low, given.high, log=True)
-            try:
-                status, value = _run(trial, _command(given, fit, folder, name, jacobians, lr), given.metric)
-            except optuna.TrialPruned:
-                study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-                print(f"{name}: trial {trial.number}: lr={lr:.5g} pruned after epoch {len(_reports(study, trial))}")
-                continue
-            except BaseException as error:
-                study.tell(trial, state=optuna.trial.TrialState.FAIL)
-                error.add_note(_done(study, given.trials, name))
-                raise
-            if status:
-                study.tell(trial, state=optuna.trial.TrialState.FAIL)
-                if status > 128:
-                    stop = Stopped(status - 128)
-                    stop.add_note(_done(study, given.trials, name))
-                    raise stop
-                return status
-            study.tell(trial, value)
-            print(f"{name}: trial {trial.number}: lr={lr:.5g} {given.metric}={value:.4f}")
+        words += [f"--model.jacobians.{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in choice.items()]
+        common = {"metric": given.metric, "epochs": given.epochs, "low": given.low, "high": given.high, "fit": fit}
+        search = Search(
+            name=name,
+            folder=folder,
+            spaces={"lr": Space("model.optimizer.lr", given.low, given.high, log=True)},
+            fit=tuple(words),
+            metric=given.metric,
+            trials=given.trials,
+            common={**common, "choice": choice or None},
+        )
+        if status := run_search(search, make_executor("local", Resources(workers=1), folder)):
+            return status
+        studies[name] = search.study()
     _write(folder, studies, given.metric)
     return 0
-
-
-def _optuna() -> Any:
-    try:
-        import optuna
-    except ImportError as error:
-        raise ImportError("lr-search needs Optuna: pip install 'nslightning[search]'") from error
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna
-
-
-def _trials_of(storage: Any, name: str) -> int:
-    studies = {s.study_name: s._study_id for s in storage.get_all_studies()}
-    return len(storage.get_all_trials(studies[name])) if name in studies else 0
-
-
-def _ended(study: optuna.Study) -> list[Any]:
-    return [t for t in study.trials if t.state.name in ("COMPLETE", "PRUNED")]
-
-
-def _done(study: optuna.Study, trials: int, name: str) -> str:
-    return f"after {len(_ended(study))} of {trials} trials of {name!r}"
-
-
-def _reports(study: optuna.Study, trial: optuna.Trial) -> dict[int, float]:
-    return study.trials[trial.number].intermediate_values
-
-
-def _changed(old: dict[str, Any], new: dict[str, Any]) -> str:
-    return ", ".join(f"{k} was {old.get(k)!r} and is {v!r}" for k, v in new.items() if old.get(k) != v)
-
-
-def _command(
-    given: argparse.Namespace, fit: list[str], folder: Path, name: str, jacobians: Jacobians | None, lr: float
-) -> list[str]:
-    """The trial as a call of `fit`; what comes last wins."""
-    command = [
-        "fit",
-        *fit,
-        "--trainer.callbacks=null",
-        "--trainer.logger=false",
-        "--trainer.enable_checkpointing=false",
-    ]
-    command += [f"--output={folder / 'trials'}", f"--name={name}", f"--trainer.max_epochs={given.epochs}"]
-    command += [f"--model.optimizer.lr={lr!r}"] + ["--model.lr_scheduler=null"] * (not given.keep_schedule)
-    changed = {} if jacobians is None else jacobians.to_dict()
-    return command + [
-        f"--model.jacobians.{field}={value if isinstance(value, str) else json.dumps(value)}"
-        for field, value in changed.items()
-    ]
-
-
-def _run(trial: optuna.Trial, command: list[str], metric: str) -> tuple[int, float]:
-    """One trial: the exit status of `fit`, and the metric at its end."""
-    import optuna
-    from lightning.pytorch import Callback, LightningModule, Trainer
-
-    from nslightning.commands import train, training_cli
-
-    seen: list[float] = []
-
-    class Report(Callback):
-        def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-            if trainer.sanity_checking:
-                return
-            if metric not in trainer.callback_metrics:
-                known = ", ".join(sorted(trainer.callback_metrics))
-                raise ValueError(f"--metric={metric} is not logged by this config; it logs {known}")
-            value = float(trainer.callback_metrics[metric])
-            seen.append(0.0 if math.isnan(value) else value)  # a diverged trial is a bad one, not a broken one
-            trial.report(seen[-1], len(seen))
-            if trial.should_prune():
-                raise optuna.TrialPruned
-
-    class Reporting(training_cli.TrainCLI):
-        silent_stop = True
-
-        def instantiate_trainer(self, **kwargs: Any) -> Any:
-            trainer = super().instantiate_trainer(**kwargs)
-            trainer.callbacks.append(Report())
-            return trainer
-
-    chatter = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
-    levels = [logger.level for logger in chatter]
-    for logger in chatter:
-        logger.setLevel(logging.WARNING)  # a trial is one line
-    try:
-        status = train.main(command, Reporting)
-    finally:
-        for logger, level in zip(chatter, levels, strict=True):
-            logger.setLevel(level)
-    return status, seen[-1] if seen else math.nan
 
 
 def _write(folder: Path, studies: dict[str, optuna.Study], metric: str) -> None:
@@ -266,7 +140,7 @@ def _write(folder: Path, studies: dict[str, optuna.Study], metric: str) -> None:
             "state": trial.state.name.lower(),
         }
         for name, study in studies.items()
-        for trial in _ended(study)
+        for trial in ended_trials(study)
         for epoch, value in trial.intermediate_values.items()
     ]
     table = pd.DataFrame(rows)

@@ -1,9 +1,10 @@
 """Grids of runs, tidy results, and the published numbers they are held against."""
 
 from nslightning.experiments.cells import KINDS, Cell, Outcome, TrainCell, TwinCell, ZoneCell, settings
+from nslightning.experiments.collecting import collect, folder_of
 from nslightning.experiments.compare import comparison, markdown
 from nslightning.experiments.computing import compute
-from nslightning.experiments.engine import Report, collect, folder_of, run
+from nslightning.experiments.engine import Report, run
 from nslightning.experiments.grid import SCALES, Experiment, Planned
 
 __all__ = [

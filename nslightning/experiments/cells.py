@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Annotated, Any, Literal, NamedTuple, Self, get_args, get_origin, get_type_hints
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -291,12 +293,12 @@ class ZoneCell(Cell):
 KINDS: dict[str, type[Cell]] = {"train": TrainCell, "twins": TwinCell, "zones": ZoneCell}
 
 
-def settings(kind: str, given: dict[str, Any]) -> Cell:
+def settings(kind: str, values: Mapping[str, Any]) -> Cell:
     """The settings of one cell, checked.
 
     Args:
         kind: A key of :data:`KINDS`.
-        given: The settings by name.
+        values: The settings by name.
 
     Returns:
         The cell.
@@ -310,24 +312,35 @@ def settings(kind: str, given: dict[str, Any]) -> Cell:
     """
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is not known{did_you_mean(kind, KINDS)} There are: {', '.join(KINDS)}")
-    made = KINDS[kind]
-    names = [f.name for f in dataclasses.fields(made)]
-    for name in given:
-        if name not in names:
+    types = _types(kind)
+    for name in values:
+        if name not in types:
             raise ValueError(
-                f"a {kind} cell has no setting {name!r}{did_you_mean(name, names)} It has: {', '.join(names)}"
+                f"a {kind} cell has no setting {name!r}{did_you_mean(name, types)} It has: {', '.join(types)}"
             )
-    types = get_type_hints(made, include_extras=True)
-    read = {name: _read(name, value, types[name]) for name, value in given.items()}
+    read = {name: _read(name, value, types[name]) for name, value in values.items()}
     try:
-        return made(**read)
+        return KINDS[kind](**read)
     except TypeError as error:  # a setting without a default is missing
         raise ValueError(f"a {kind} cell: {error}") from error
 
 
-def _read(name: str, value: Any, allowed: Any) -> Any:
+class _Setting(NamedTuple):
+    """The type of a setting, and what checks a value against it."""
+
+    allowed: Any
+    checked: TypeAdapter[Any]
+
+
+@cache  # a check takes a millisecond to make, and a grid may have ten thousand cells
+def _types(kind: str) -> dict[str, _Setting]:
+    hints = get_type_hints(KINDS[kind], include_extras=True)
+    return {f.name: _Setting(hints[f.name], TypeAdapter(hints[f.name])) for f in dataclasses.fields(KINDS[kind])}
+
+
+def _read(name: str, value: Any, setting: _Setting) -> Any:
     """A value of a setting's type; a number that YAML takes for a word, such as 1e-3, as a number."""
-    checked = TypeAdapter(allowed)
+    allowed, checked = setting
     try:
         checked.validate_python(value, strict=True)
         return value  # as it was written: a cell's name is made of it

@@ -8,12 +8,13 @@ import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
-from nslightning.experiments.cells import Cell, TrainCell, settings
+from nslightning.experiments.cells import KINDS, Cell, TrainCell, settings
 from nslightning.experiments.published import searched_learning_rate
 from nslightning.spelling import did_you_mean
 
@@ -22,7 +23,9 @@ __all__ = ["SCALES", "Experiment", "Planned", "setting"]
 #: From a check that everything runs, on the embedded data, to the published setting.
 SCALES = ("smoke", "small", "paper")
 
-_KEYS = ("kind", "title", "note", "figures", "fixed", "vary", "grids", "compare", "scales")
+_KEYS = ("kind", "title", "note", "figures", "fixed", "vary", "grids", "compare", "resources", "scales")
+#: What a file may say of the computation; no cell's name depends on it.
+_RESOURCES = ("gpus_per_cell", "ray", "submitit")
 
 
 class Planned(NamedTuple):
@@ -57,6 +60,8 @@ class Experiment:
         compare: The published numbers that it is held against; see :mod:`nslightning.experiments.compare`.
         as_published: Every cell takes the released procedure, quirks included
             (:meth:`nslightning.experiments.Cell.as_published`).
+        gpus_per_cell: Share of a GPU that a cell takes where it is computed on one.
+        executor_options: Options of the executors, by executor.
     """
 
     name: str
@@ -69,6 +74,8 @@ class Experiment:
     grids: tuple[Mapping[str, Sequence[Any]], ...] = ({},)
     compare: tuple[Mapping[str, Any], ...] = ()
     as_published: bool = False
+    gpus_per_cell: float | None = None
+    executor_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def read(
@@ -83,6 +90,8 @@ class Experiment:
         The file has ``kind``, ``fixed``, ``vary`` (one grid) or ``grids`` (several), ``compare``, and under ``scales``
         for each scale what is otherwise there: ``fixed`` is merged, ``vary`` replaces the values of single settings in
         every grid that has them (or adds them, where there is one grid), ``grids`` and ``compare`` replace all.
+        ``resources`` says what a cell takes, ``{gpus_per_cell: 0.25}``, and has options of the executors,
+        ``{submitit: {slurm_partition: gpu, timeout_min: 120}}``; the command line wins over it.
 
         Args:
             file: The YAML file.
@@ -132,6 +141,10 @@ class Experiment:
             grids = [{**g, name: values} if g in having else g for g in grids]
         fixed = {**(content.get("fixed") or {}), **(change.get("fixed") or {}), **(overrides or {})}
         grids = [{k: _values(path, k, v) for k, v in g.items() if k not in (overrides or {})} for g in grids]
+        resources = content.get("resources") or {}
+        if not isinstance(resources, dict):
+            raise ValueError(f"{path}: resources is a mapping of {', '.join(_RESOURCES)}; given {resources!r}")
+        _check_keys(path, resources, _RESOURCES)
         compare = change.get("compare", content.get("compare")) or []
         return cls(
             name=path.stem
@@ -146,6 +159,8 @@ class Experiment:
             grids=tuple(grids),
             compare=tuple(compare if isinstance(compare, list) else [compare]),
             as_published=as_published,
+            gpus_per_cell=resources.get("gpus_per_cell"),
+            executor_options={name: options for name, options in resources.items() if name != "gpus_per_cell"},
         )
 
     def cells(self, only: Mapping[str, Sequence[Any]] | None = None) -> list[Planned]:
@@ -160,33 +175,41 @@ class Experiment:
         Raises:
             ValueError: If a setting is unknown, or ``only`` leaves nothing.
         """
-        found: dict[str, Planned] = {}
-        names = {name for grid in self.grids for name in grid}
-        for grid in self.grids:
-            for values in itertools.product(*grid.values()):
-                varied = dict(zip(grid, values, strict=True))
-                cell = settings(self.kind, _nested({**self.fixed, **varied}))
-                cell = _with_learning_rate(cell.as_published() if self.as_published else cell)
-                varied = {name: setting(cell, name) for name in sorted(names)}
-                planned = Planned(_identifier(self.kind, cell), varied, cell)
-                found.setdefault(planned.id, planned)
         if not only:
-            return list(found.values())
-        known = list(dict.fromkeys([*(f.name for p in found.values() for f in _fields(p.cell)), *sorted(names)]))
+            return list(self._planned)
+        names = sorted(self._varying)
+        planned = self._planned
+        known = list(dict.fromkeys([*(f.name for f in dataclasses.fields(KINDS[self.kind])), *names]))
         unknown = [name for name in only if name not in known]
         if unknown:
             raise ValueError(
                 f"--only {unknown[0]}: there is no such setting{did_you_mean(unknown[0], known)} "
-                f"The grid varies {', '.join(sorted(names))}, and has {', '.join(k for k in known if k not in names)}"
+                f"The grid varies {', '.join(names)}, and has {', '.join(k for k in known if k not in names)}"
             )
-        kept = [
-            p for p in found.values() if all(any(_same(setting(p.cell, n), v) for v in vs) for n, vs in only.items())
-        ]
+        kept = [p for p in planned if all(any(_same(setting(p.cell, n), v) for v in vs) for n, vs in only.items())]
         if not kept:
             asked = ", ".join(f"{n}={'|'.join(map(str, v))}" for n, v in only.items())
-            have = "; ".join(f"{n}: {_listed(setting(p.cell, n) for p in found.values())}" for n in only)
+            have = "; ".join(f"{n}: {_listed(setting(p.cell, n) for p in planned)}" for n in only)
             raise ValueError(f"--only {asked} leaves no cell; the grid has {have}")
         return kept
+
+    @property
+    def _varying(self) -> set[str]:
+        """The settings that vary in some grid."""
+        return {name for grid in self.grids for name in grid}
+
+    @cached_property
+    def _planned(self) -> tuple[Planned, ...]:
+        """Every cell once."""
+        by_id: dict[str, Planned] = {}
+        names = sorted(self._varying)
+        for grid in self.grids:
+            for values in itertools.product(*grid.values()):
+                cell = settings(self.kind, _nested({**self.fixed, **dict(zip(grid, values, strict=True))}))
+                cell = _with_learning_rate(cell.as_published() if self.as_published else cell)
+                planned = Planned(_identifier(self.kind, cell), {name: setting(cell, name) for name in names}, cell)
+                by_id.setdefault(planned.id, planned)
+        return tuple(by_id.values())
 
 
 def setting(cell: Cell, name: str) -> Any:
@@ -214,10 +237,6 @@ def _nested(given: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _fields(cell: Cell) -> tuple[Any, ...]:
-    return dataclasses.fields(cell)
-
-
 def _with_learning_rate(cell: Cell) -> Cell:
     if not isinstance(cell, TrainCell):
         return cell
@@ -230,7 +249,7 @@ def _identifier(kind: str, cell: Cell) -> str:
     """Twelve hexadecimal digits of kind and settings that are not at their default: new settings keep old names."""
     told = {
         f.name: getattr(cell, f.name)
-        for f in _fields(cell)
+        for f in dataclasses.fields(cell)
         if f.default is dataclasses.MISSING or getattr(cell, f.name) != f.default
     }
     text = json.dumps([kind, told], sort_keys=True, default=str)

@@ -19,6 +19,17 @@ _RANGE = {
     "additionalProperties": False,
 }
 
+_RESOURCES = {
+    "type": "object",
+    "description": "What a cell takes, and options of the executors",
+    "properties": {
+        "gpus_per_cell": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+        "ray": {"type": "object"},
+        "submitit": {"type": "object"},
+    },
+    "additionalProperties": False,
+}
+
 
 def experiment_schema() -> dict[str, Any]:
     """Make the schema.
@@ -84,6 +95,7 @@ def _file(kind: str) -> dict[str, Any]:
             "note": {"type": "string"},
             "figures": {"type": "array", "items": {"type": "string"}},
             **parts,
+            "resources": _RESOURCES,
             "scales": {"type": "object", "properties": dict.fromkeys(SCALES, scale), "additionalProperties": False},
         },
         "additionalProperties": False,
