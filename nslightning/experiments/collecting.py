@@ -16,7 +16,7 @@ from nslightning.files import replacing, write_text
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["collect", "finished", "folder_of"]
+__all__ = ["collect", "finished", "folder_of", "restore"]
 
 
 def folder_of(experiment: Experiment, output: str | Path) -> Path:
@@ -34,6 +34,58 @@ def finished(folder: Path) -> set[str]:
         The names, which are those of the files: the folder is read once, whatever the number of cells.
     """
     return {file.stem for file in (folder / "cells").glob("*.json")}
+
+
+def restore(experiment: Experiment, output: str | Path) -> int:
+    """Make the files of finished cells again from the table, where they are not here.
+
+    A repository holds the table and its provenance, without the cells' files. In a clone of it a grid goes on with what
+    the table has; else the next table would have the new cells alone.
+
+    Args:
+        experiment: The grid.
+        output: Where results are kept.
+
+    Returns:
+        How many cells were restored. Their values have the nine digits of the table.
+    """
+    folder = folder_of(experiment, output)
+    record_file, table_file = folder / "provenance.json", folder / "results.csv"
+    if not (record_file.is_file() and table_file.is_file()):
+        return 0
+    record = json.loads(record_file.read_text())
+    done = finished(folder)
+    lost = {p.id: p for p in experiment.cells() if p.id in record["cells"] and p.id not in done}
+    if not lost:
+        return 0
+    import pandas as pd
+
+    # A metric may be called nan.
+    table = pd.read_csv(
+        table_file, float_precision="round_trip", low_memory=False, keep_default_na=False, na_values=[""]
+    )
+    for name, rows in table[table["cell"].isin(lost)].groupby("cell", sort=False):
+        planned, entry = lost[str(name)], record["cells"][name]
+        by_cell = {"experiment", "scale", "cell", *planned.varied, "data", "device", "dtype", "value"}
+        index = [column for column in table if column not in by_cell]
+        content = {
+            "kind": experiment.kind,
+            "settings": entry["settings"],
+            "provenance": {
+                **entry["provenance"],
+                "environment": record["environments"][entry["provenance"]["environment"]],
+            },
+            "seconds": entry["seconds"],
+            "rows": [
+                {
+                    **{column: value for column, value in zip(index, row, strict=True) if not pd.isna(value)},
+                    "value": value if math.isfinite(value) else str(value),
+                }
+                for *row, value in rows[[*index, "value"]].astype(object).itertuples(index=False)
+            ],
+        }
+        write_text(folder / "cells" / f"{name}.json", json.dumps(content, allow_nan=False))
+    return len(lost)
 
 
 def collect(experiment: Experiment, output: str | Path) -> pd.DataFrame:

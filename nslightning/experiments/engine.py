@@ -21,7 +21,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from nslightning.experiments.collecting import collect, finished, folder_of
+from nslightning.experiments.collecting import collect, finished, folder_of, restore
 from nslightning.experiments.computing import compute
 from nslightning.experiments.executors import Resources, make_executor
 from nslightning.experiments.grid import Experiment, Planned
@@ -97,6 +97,9 @@ def run(
     planned = experiment.cells(only)
     folder = folder_of(experiment, output).absolute()
     cells = folder / "cells"
+    restored = restore(experiment, output)
+    if restored and progress is not None:
+        print(f"{restored} finished cells are taken from {folder / 'results.csv'}", file=progress, flush=True)
     done_before = finished(folder)
     missing = [p for p in planned if p.id not in done_before]
     _check(missing, folder)

@@ -2,9 +2,12 @@
 
 import dataclasses
 import functools
+import io
 import json
 import math
+import shutil
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Trainer
 
-from nslightning import patch
+from nslightning import configs, patch
 from nslightning.arithmetic import HalfProducts
 from nslightning.commands.experiment import main
 from nslightning.data import DataError, FashionMNISTSample, Synthetic
@@ -30,6 +33,7 @@ from nslightning.experiments import (
     settings,
     training,
 )
+from nslightning.experiments.collecting import collect, restore
 from nslightning.experiments.data import Images, load
 from nslightning.experiments.networks import build
 from nslightning.experiments.published import searched_learning_rate, table
@@ -495,6 +499,35 @@ def test_finished_cells_are_skipped_and_the_rest_goes_on(experiment_file, tmp_pa
     ]  # fmt: skip
     assert results.query("metric == 'train_loss'")["value"].isna().all()
     assert sorted(set(results["seed"])) == [0, 1]
+
+
+def test_a_clone_goes_on_with_the_cells_of_its_table(experiment_file, tmp_path, counted):
+    done, _ = counted
+    experiment = Experiment.read(experiment_file, "small")
+    folder = run(experiment, tmp_path / "out", only={"seed": [0]}).folder
+    tables = [(folder / name).read_bytes() for name in ("results.csv", "provenance.json")]
+    shutil.rmtree(folder / "cells")  # which no repository holds
+    progress = io.StringIO()
+    again = run(experiment, tmp_path / "out", only={"seed": [0]}, progress=progress)
+    assert (again.skipped, again.computed, len(done)) == (4, 0, 4)
+    assert "4 finished cells are taken from" in progress.getvalue()
+    collect(experiment, tmp_path / "out")
+    assert [(folder / name).read_bytes() for name in ("results.csv", "provenance.json")] == tables
+    shutil.rmtree(folder / "cells")
+    assert run(experiment, tmp_path / "out", only={"seed": [1]}).computed == 4
+    assert len(pd.read_csv(folder / "results.csv")) == 8 * 3
+
+
+@pytest.mark.parametrize("table", sorted(Path(__file__).parents[2].glob("results/*/*/results.csv")), ids=str)
+def test_the_committed_tables_are_whole_when_they_are_collected_again(table, tmp_path):
+    name, scale = table.parts[-3:-1]
+    shutil.copytree(table.parent, tmp_path / name / scale, ignore=shutil.ignore_patterns("cells"))
+    experiment = Experiment.read(Path(configs.__file__).parent / f"experiments/{name}.yaml", scale)
+    cells = json.loads((table.parent / "provenance.json").read_text())["cells"]
+    assert restore(experiment, tmp_path) == len(cells)
+    collect(experiment, tmp_path)
+    assert (tmp_path / name / scale / "results.csv").read_bytes() == table.read_bytes()
+    assert json.loads((tmp_path / name / scale / "provenance.json").read_text())["cells"] == cells
 
 
 def test_a_failed_cell_is_recorded_and_tried_again(experiment_file, tmp_path, counted):
