@@ -102,7 +102,7 @@ def run(
         print(f"{restored} finished cells are taken from {folder / 'results.csv'}", file=progress, flush=True)
     done_before = finished(folder)
     missing = [p for p in planned if p.id not in done_before]
-    _check(missing, folder)
+    existing = _check(missing, folder)
     failed: list[tuple[Planned, str]] = []
     computed = 0
     try:
@@ -112,6 +112,7 @@ def run(
             with make_progress(progress, missing, cells) as shown, closing(results):  # type: ignore[type-var]
                 for cell, outcome, error in results:
                     if outcome is not None and outcome.data_missing:  # no other cell would fare better
+                        _remove_empty(cells, until=existing)
                         raise DataError(outcome.error)
                     seconds, reason = (outcome.seconds, outcome.error) if outcome is not None else (0.0, None)
                     if reason is None and not (cells / f"{cell.id}.json").exists():
@@ -135,8 +136,21 @@ def _elsewhere(cells: Path) -> str:
     return f"a worker wrote the cell into {cells} on its own machine: all machines need to see the same --output"
 
 
-def _check(missing: Sequence[Planned], folder: Path) -> None:
-    """Say that there is no such data set or network, or no place for results, before anything is computed."""
+def _remove_empty(folder: Path, until: Path) -> None:
+    """Remove folders that hold nothing, up to one that was there before."""
+    for made in (folder, *folder.parents):
+        if made == until:
+            break
+        with suppress(OSError):  # there are results in it
+            made.rmdir()
+
+
+def _check(missing: Sequence[Planned], folder: Path) -> Path:
+    """Say that there is no such data set or network, or no place for results, before anything is computed.
+
+    Returns:
+        The folder among ``folder`` and those above it that is there already.
+    """
     import torch
 
     from nslightning.experiments.networks import loaded
@@ -152,6 +166,7 @@ def _check(missing: Sequence[Planned], folder: Path) -> None:
             seen.add(key)
             images = loaded(cell, torch.device("cpu"))
             create_backbone(cell.backbone, images.num_classes, images.image_shape, False, **cell.options)
+    return existing
 
 
 class Ended(NamedTuple):

@@ -1,9 +1,7 @@
 """The zoo's rows against counts that know nothing of the surgery: module hooks and a function mode of their own."""
 
 import importlib
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import timm
@@ -13,7 +11,6 @@ import torchvision
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # the benchmarks are not installed
 zoo = importlib.import_module("benchmarks.zoo")
 
 MODULES = (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.Hardsigmoid, nn.LeakyReLU, nn.MaxPool2d)

@@ -1,8 +1,6 @@
 """What a choice keeps for the backward, and the benchmark that counts it."""
 
 import importlib
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +8,6 @@ from torch import nn
 
 from nslightning import patch
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # the benchmarks are not installed
 memory = importlib.import_module("benchmarks.memory")
 
 

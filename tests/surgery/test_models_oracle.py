@@ -6,9 +6,7 @@ the oracle below autograd says, except where it has a kink that no choice reache
 
 import copy
 import importlib
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +16,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from nslightning import Jacobians, patch, using
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # the benchmarks are not installed
 families = importlib.import_module("benchmarks.families")
 
 # No unit of theirs meets its kink: a hardswish's, or that of a ReLU behind weights without dead units.
