@@ -8,11 +8,9 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nslightning.commands.dashes import with_underscores
-from nslightning.commands.endings import CallError, ended
-from nslightning.commands.plain_parser import Arguments, refuse_empty
-from nslightning.commands.search import Search, Space, ended_trials, optuna_of, run_search
-from nslightning.commands.sweep import refuse_options_of_neither
+from nslightning.commands.endings import CallError
+from nslightning.commands.plain_parser import Arguments
+from nslightning.commands.search import Search, Space, ended_trials, optuna_of, run_command, run_search
 from nslightning.files import expanded, write_text
 
 if TYPE_CHECKING:
@@ -44,12 +42,7 @@ def main(argv: list[str]) -> int:
     Raises:
         SystemExit: After ``--help`` (0) and for arguments that are not understood (2).
     """
-    parser = make_parser(f"nslightning {argv[0]}")
-    refuse_empty(parser, argv[1:])
-    given, fit = parser.parse_known_args(argv[1:])
-    fit = with_underscores(fit)
-    refuse_options_of_neither(parser, fit)
-    return ended(parser.prog, lambda: _search(given, fit), go_on="the same command goes on")
+    return run_command(make_parser(f"nslightning {argv[0]}"), argv[1:], _search)
 
 
 def make_parser(prog: str) -> Arguments:
@@ -84,43 +77,43 @@ def make_parser(prog: str) -> Arguments:
     return parser
 
 
-def _search(given: argparse.Namespace, fit: list[str]) -> int:
+def _search(options: argparse.Namespace, fit: list[str]) -> int:
     from nslightning.choices import named_choices
     from nslightning.experiments.executors import Resources, make_executor
 
-    if not 0 < given.low < given.high < math.inf:
-        raise ValueError(f"--low and --high are to be 0 < low < high; given {given.low} and {given.high}")
+    if not 0 < options.low < options.high < math.inf:
+        raise ValueError(f"--low and --high are to be 0 < low < high; given {options.low} and {options.high}")
     for name in ("trials", "epochs"):
-        if getattr(given, name) < 1:
-            raise ValueError(f"--{name} is at least 1; given {getattr(given, name)}")
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} is at least 1; given {getattr(options, name)}")
     if not any(word.startswith(("--config", "-c", "--data")) for word in fit):
         raise CallError("--data is needed, as in --config configs/quickstart.yaml or --data=MNIST")
     choices: dict[str, Jacobians | None] = {"config": None}
-    if given.choices:
-        choices = dict(named_choices(given.choices))
+    if options.choices:
+        choices = dict(named_choices(options.choices))
     optuna_of("lr-search")
-    folder = expanded(given.output)
+    folder = expanded(options.output)
     studies: dict[str, optuna.Study] = {}
     for name, jacobians in choices.items():
         choice = {} if jacobians is None else jacobians.to_dict()
-        words = [*fit, f"--trainer.max_epochs={given.epochs}"] + ["--model.lr_scheduler=null"] * (
-            not given.keep_schedule
+        words = [*fit, f"--trainer.max_epochs={options.epochs}"] + ["--model.lr_scheduler=null"] * (
+            not options.keep_schedule
         )
         words += [f"--model.jacobians.{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in choice.items()]
-        common = {"metric": given.metric, "epochs": given.epochs, "low": given.low, "high": given.high, "fit": fit}
+        common = {name: getattr(options, name) for name in ("metric", "epochs", "low", "high")} | {"fit": fit}
         search = Search(
             name=name,
             folder=folder,
-            spaces={"lr": Space("model.optimizer.lr", given.low, given.high, log=True)},
+            spaces={"lr": Space("model.optimizer.lr", options.low, options.high, log=True)},
             fit=tuple(words),
-            metric=given.metric,
-            trials=given.trials,
+            metric=options.metric,
+            trials=options.trials,
             common={**common, "choice": choice or None},
         )
         if status := run_search(search, make_executor("local", Resources(workers=1), folder)):
             return status
         studies[name] = search.study()
-    _write(folder, studies, given.metric)
+    _write(folder, studies, options.metric)
     return 0
 
 

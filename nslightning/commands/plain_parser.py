@@ -56,8 +56,8 @@ def refuse_unknown(
             return
         option = word.partition("=")[0]
         if option.startswith("--") and option not in known:
-            near = closest(option, known)
-            hint = f"\n  did you mean {known[near[0]]!r}?" if near else ""
+            near = closest(option.removeprefix("--"), [name.removeprefix("--") for name in known])
+            hint = f"\n  did you mean {known['--' + near[0]]!r}?" if near else ""
             parser.error(f"there is no option {option}{hint}")
     refuse_empty(parser, words)
 

@@ -57,13 +57,16 @@ def _push(options: argparse.Namespace) -> int:
         except ImportError as error:
             raise ImportError("--upload needs huggingface_hub: pip install 'nslightning[hub]'") from error
     from nslightning.models.hub import write_hub_folder
+    from nslightning.models.weights import read_checkpoint
     from nslightning.runs import last_checkpoint, read_record
 
     if not options.run.is_dir():
         raise ValueError(f"there is no folder {options.run}: name a run's, such as runs/quickstart/001")
     if (checkpoint := options.checkpoint or last_checkpoint(options.run)) is None:
         raise ValueError(f"{options.run} has no checkpoint: --checkpoint names one")
-    write_hub_folder(checkpoint, options.folder, read_record(options.run), _last_metrics(options.run / "metrics.csv"))
+    step = read_checkpoint(checkpoint).get("global_step", 0)
+    metrics = _metrics_at(step, options.run / "metrics.csv")
+    write_hub_folder(checkpoint, options.folder, read_record(options.run), metrics)
     print(f"{options.folder}: README.md, config.json, model.safetensors, of {checkpoint}")
     if options.upload is not None:
         api = HfApi()
@@ -72,12 +75,18 @@ def _push(options: argparse.Namespace) -> int:
     return 0
 
 
-def _last_metrics(file: Path) -> dict[str, float]:
-    """The last number of each column of metrics; those of single choices, sites and times are left out."""
+def _metrics_at(step: int, file: Path) -> dict[str, float]:
+    """Each metric as it was logged last before a checkpoint; those of single choices, sites and times are left out.
+
+    Args:
+        step: How many optimizer steps the checkpoint's weights have taken; a row of step k is of the step after k.
+        file: The run's ``metrics.csv``.
+    """
     import pandas as pd
 
     if not file.is_file():
         return {}
     table = pd.read_csv(file)
+    table = table[table["step"] < step]
     names = [name for name in table if str(name).startswith(("train/", "val/", "test/"))]
     return {str(name): float(table[name].dropna().iloc[-1]) for name in names if table[name].notna().any()}

@@ -2,27 +2,45 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
 import logging
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from nslightning.commands.dashes import with_underscores
+from nslightning.commands.endings import ended
+from nslightning.commands.plain_parser import Arguments, refuse_empty
 from nslightning.commands.stopping import Stopped
 from nslightning.files import write_text
+from nslightning.spelling import closest
 
 if TYPE_CHECKING:
     import optuna
 
     from nslightning.experiments.executors import Executor
 
-__all__ = ["Search", "Space", "TrialEnd", "ended_trials", "optuna_of", "run_search", "write_best"]
+__all__ = ["Search", "Space", "TrialEnd", "ended_trials", "optuna_of", "run_command", "run_search", "write_best"]
+
+#: Options of `fit` without a group.
+_OPTIONS_OF_FIT = (
+    "config",
+    "name",
+    "seed_everything",
+    "task",
+    "arithmetic",
+    "ckpt_path",
+    "weights_only",
+    "model",
+    "data",
+)
 
 #: Options that a trial sets, and the best trial's config leaves out.
 _OF_TRIAL = ("callbacks", "logger", "enable_checkpointing")
@@ -212,6 +230,32 @@ def optuna_of(command: str) -> Any:
         raise ImportError(f"{command} needs Optuna: pip install 'nslightning[search]'") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
+
+
+def run_command(parser: Arguments, words: list[str], search: Callable[[argparse.Namespace, list[str]], int]) -> int:
+    """Run a command that searches: its own options, and those of ``fit`` for its trials.
+
+    Args:
+        parser: The command's parser.
+        words: The command line after the command.
+        search: Takes the command's options, and the options of ``fit``.
+
+    Returns:
+        What the search returned; 2 where the call is mistaken.
+
+    Raises:
+        SystemExit: After ``--help`` (0) and for arguments that are not understood (2).
+    """
+    refuse_empty(parser, words)
+    options, fit = parser.parse_known_args(words)
+    fit = with_underscores(fit)
+    own = [option for option in parser._option_string_actions if option.startswith("--")]
+    known = [*own, *(f"--{name}" for name in _OPTIONS_OF_FIT)]
+    for option in (word.partition("=")[0] for word in fit):
+        if option.startswith("--") and "." not in option and option not in known:
+            hint = f"\n  did you mean {near[0]!r}?" if (near := closest(option, known)) else ""
+            parser.error(f"there is no option {option}{hint}")
+    return ended(parser.prog, lambda: search(options, fit), go_on="the same command goes on")
 
 
 def ended_trials(study: optuna.Study) -> list[Any]:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nslightning.commands.dashes import with_underscores
-from nslightning.commands.endings import CallError, ended
-from nslightning.commands.plain_parser import Arguments, refuse_empty
-from nslightning.commands.search import Search, Space, ended_trials, optuna_of, run_search, write_best
+from nslightning.commands.endings import CallError
+from nslightning.commands.plain_parser import Arguments
+from nslightning.commands.search import Search, Space, ended_trials, optuna_of, run_command, run_search, write_best
 from nslightning.files import expanded, write_text
-from nslightning.spelling import closest
 from nslightning.text_table import aligned
 
 if TYPE_CHECKING:
     import optuna
 
-__all__ = ["OPTIONS_OF_FIT", "main", "make_parser", "refuse_options_of_neither"]
+__all__ = ["main", "make_parser"]
 
 _HELP = """\
 Search any options of a config: each trial is a run of `fit` with other values of them, drawn by Optuna's TPE sampler.
@@ -29,19 +28,6 @@ A space is a range, 0.1..0.9, of whole numbers where both ends are: 1..8; log: b
 list of values, a|b|c. --search FILE.yaml reads a mapping of options to spaces. What sweep does not take is an option of
 fit.
 A search that is called again goes on where it was."""
-
-#: Options of `fit` without a group.
-OPTIONS_OF_FIT = (
-    "config",
-    "name",
-    "seed_everything",
-    "task",
-    "arithmetic",
-    "ckpt_path",
-    "weights_only",
-    "model",
-    "data",
-)
 
 
 def main(argv: list[str]) -> int:
@@ -56,12 +42,7 @@ def main(argv: list[str]) -> int:
     Raises:
         SystemExit: After ``--help`` (0) and for arguments that are not understood (2).
     """
-    parser = make_parser(f"nslightning {argv[0]}")
-    refuse_empty(parser, argv[1:])
-    options, fit = parser.parse_known_args(argv[1:])
-    fit = with_underscores(fit)
-    refuse_options_of_neither(parser, fit)
-    return ended(parser.prog, lambda: _search(options, fit), go_on="the same command goes on")
+    return run_command(make_parser(f"nslightning {argv[0]}"), argv[1:], _search)
 
 
 def make_parser(prog: str) -> Arguments:
@@ -98,21 +79,6 @@ def make_parser(prog: str) -> Arguments:
         help="an option of the executor, such as timeout_min=60 (submitit) or address=auto (Ray)",
     )  # fmt: skip
     return parser
-
-
-def refuse_options_of_neither(parser: Arguments, fit: list[str]) -> None:
-    """End with status 2 for an option without a group that neither a search nor ``fit`` has.
-
-    Args:
-        parser: The search's parser.
-        fit: What it did not take.
-    """
-    own = [option for option in parser._option_string_actions if option.startswith("--")]
-    known = [*own, *(f"--{name}" for name in OPTIONS_OF_FIT)]
-    for option in (word.partition("=")[0] for word in fit):
-        if option.startswith("--") and "." not in option and option not in known:
-            hint = f"\n  did you mean {near[0]!r}?" if (near := closest(option, known)) else ""
-            parser.error(f"there is no option {option}{hint}")
 
 
 def _search(options: argparse.Namespace, fit: list[str]) -> int:
@@ -166,6 +132,8 @@ def _spaces(words: list[str]) -> dict[str, Space]:
             texts[option] = text
         elif Path(word).is_file() and isinstance(content := yaml.safe_load(Path(word).read_text()), dict):
             texts |= content
+        elif word.endswith((".yaml", ".yml")) and not Path(word).exists():
+            raise ValueError(f"--search {word}: there is no such file")
         else:
             raise ValueError(
                 "--search takes OPTION=SPACE, such as model.optimizer.lr=log:1e-4..1e-1, or a YAML file of such pairs; "
@@ -201,6 +169,6 @@ def _write(search: Search, study: optuna.Study) -> None:
     shown = [[f"{value:.5g}" if isinstance(value, float) else str(value) for value in row] for row in table.to_numpy()]
     print("\n".join(aligned([list(table.columns), *shown])))
     if any(trial.state.name == "COMPLETE" for trial in trials):
-        file = write_best(search, study)
+        file = shlex.quote(str(write_best(search, study)))
         print(f"best: trial {study.best_trial.number}, {search.metric}={study.best_value:.4f}")
         print(f"Written to {search.folder}: trials.csv, best.yaml; go on with: nslightning fit --config {file}")

@@ -28,13 +28,14 @@ def write_hub_folder(checkpoint: Path, folder: Path, run: Mapping[str, Any], met
 
     Args:
         checkpoint: Of ``nslightning fit``.
-        folder: Where; files of these three names in it are replaced, others stay.
-        run: The run's record, which the card tells from.
-        metrics: What the run logged last, by name.
+        folder: Where; the files of an earlier call in it are replaced, others stay.
+        run: The run's record. The card has its settings and versions.
+        metrics: What the run logged of this checkpoint, by name.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
-        ValueError: If the checkpoint does not say which network it holds, and under which choice.
+        ValueError: If the checkpoint does not say which network it holds, and under which choice; if the folder has
+            files of these names that another program wrote.
     """
     from safetensors.torch import save_file
 
@@ -43,6 +44,7 @@ def write_hub_folder(checkpoint: Path, folder: Path, run: Mapping[str, Any], met
     note = content.get("nslightning")
     if note is None:
         raise ValueError(f"{checkpoint} does not say under which Jacobian choice it was trained")
+    _refuse_foreign(folder)
     made = content["hyper_parameters"]
     config = {
         "library_name": "nslightning",
@@ -57,6 +59,23 @@ def write_hub_folder(checkpoint: Path, folder: Path, run: Mapping[str, Any], met
         save_file(weights, partial, metadata={"format": "pt"})
     write_text(folder / _CONFIG, json.dumps(config, indent=1) + "\n")
     write_text(folder / _CARD, _card(config, report, run, metrics))
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Raise rather than overwrite a file that an earlier call did not write."""
+    present = [name for name in (_CARD, _CONFIG, _WEIGHTS) if (folder / name).exists()]
+    if present and not _is_own(folder / _CONFIG):
+        raise ValueError(
+            f"{folder} has {' and '.join(present)}, which nslightning push did not write: name another folder"
+        )
+
+
+def _is_own(config: Path) -> bool:
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.get("library_name") == "nslightning"
 
 
 def load_hub_folder(folder: str | Path) -> nn.Module:

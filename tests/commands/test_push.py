@@ -1,6 +1,7 @@
 """``nslightning push``: what is written is loaded again, and computes what the trained network computes."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -56,3 +57,21 @@ def test_mistaken_calls(run, tmp_path, capsys):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="was not written by nslightning push"):
         load_hub_folder(tmp_path)
+
+
+def test_the_metrics_of_a_card_are_those_of_its_checkpoint(run, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    step = read_checkpoint(last_checkpoint(copy))["global_step"]
+    (copy / "metrics.csv").write_text(f"step,val/acc1\n{step - 1},0.25\n{step},0.75\n")  # a later epoch's
+    assert main(["push", str(copy), str(tmp_path / "hub")]) == 0
+    assert "| val/acc1 | 0.25 |" in (tmp_path / "hub/README.md").read_text()
+
+
+def test_files_of_another_program_are_not_overwritten(run, tmp_path, capsys):
+    (tmp_path / "README.md").write_text("mine")
+    assert main(["push", str(run), str(tmp_path)]) == 2
+    assert "has README.md, which nslightning push did not write" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["README.md"]
+    hub = tmp_path / "hub"
+    assert main(["push", str(run), str(hub)]) == main(["push", str(run), str(hub)]) == 0  # its own are written again

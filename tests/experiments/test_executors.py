@@ -138,9 +138,9 @@ def test_the_number_of_processes_follows_from_the_first_items_memory(tmp_path, m
     results = make_executor("local", Resources(workers=None, say=said), tmp_path).results(doubled, range(5))
     assert next(results).item == 0
     assert at_once == [0]
-    next(results)
+    second = next(results).item
     assert at_once == list(range(1 + number))
-    assert [r.item for r in results][-1] == 4
+    assert sorted([0, second, *(r.item for r in results)]) == list(range(5))  # two that end at once come in any order
     reason = "2 cores" if free is None else "memory: 1.0 GiB each, 1.5 GiB free"
     assert said.getvalue() == f"{number} processes side by side ({reason}); --workers N takes another number\n"
 

@@ -98,7 +98,7 @@ def cores() -> int:
 
 
 def use_threads(number: int) -> None:
-    """Let PyTorch use so many threads: results depend on it, so that every executor sets it."""
+    """Set PyTorch's number of threads. Results depend on it, so every executor sets it."""
     import torch
 
     torch.set_num_threads(number)

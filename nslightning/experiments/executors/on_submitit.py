@@ -28,9 +28,9 @@ class SubmititExecutor:
     or runs out of time is queued again by submitit, and what its items wrote is there.
 
     Args:
-        resources: What it may use. Options: ``cluster`` (``slurm``, ``local``; None is SLURM where there is one),
-            ``cells_per_job``, and the parameters of ``submitit.AutoExecutor``, such as ``timeout_min``,
-            ``slurm_partition`` or ``mem_gb``.
+        resources: What it may use. Its options are ``cluster``, ``cells_per_job`` and the parameters of
+            ``submitit.AutoExecutor``, such as ``timeout_min``, ``slurm_partition`` or ``mem_gb``. ``cluster`` is
+            ``slurm`` or ``local``; None takes SLURM on a machine that has it, else ``local``.
         folder: Where submitit keeps jobs and their logs; all machines see it.
 
     Raises:
