@@ -52,9 +52,9 @@ def step_seconds(backbone: str, options: str, precision: int, batch_size: int, s
         backbone=backbone,
         backbone_options=yaml.safe_load(options),
         precision=precision,
-        batch_size=batch_size,  # type: ignore[arg-type]
+        batch_size=batch_size,  # type: ignore[arg-type] # a number from YAML
     )
-    network, _ = build(cell, Shape(shape), torch.device("cpu"), None)  # type: ignore[arg-type]
+    network, _ = build(cell, Shape(shape), torch.device("cpu"), None)  # type: ignore[arg-type] # what `build` reads of images
     run = Run(cell, network, torch.device("cpu"))
     x, y = torch.rand(batch_size, *shape, dtype=PRECISIONS[precision]), torch.arange(batch_size) % 10
     taken = []

@@ -51,11 +51,11 @@ class Clock:
             self.check(caller, *args)
             self.seconds += time.perf_counter() - start
 
-        Caller._finish = timed  # type: ignore[method-assign, assignment]
+        Caller._finish = timed  # type: ignore[method-assign, assignment] # timed for this measurement
         return self
 
     def __exit__(self, *_: object) -> None:
-        Caller._finish = self.check  # type: ignore[method-assign]
+        Caller._finish = self.check  # type: ignore[method-assign] # put back
 
 
 def measure(network: Network, batch: int, steps: int) -> dict[str, float]:

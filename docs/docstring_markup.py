@@ -59,7 +59,7 @@ def _tables(text: str) -> str:
         elif rows is None:
             out.append(line)
         elif line[:split].strip():
-            key, meaning = re.match(r"\s*(``.*?``|\S+)\s+(.*)", line).groups()  # type: ignore[union-attr]
+            key, meaning = re.match(r"\s*(``.*?``|\S+)\s+(.*)", line).groups()  # type: ignore[union-attr] # each row has a key and a meaning
             rows.append([key, meaning.strip()])
         elif rows:
             rows[-1][1] += f" {line[split:].strip()}"

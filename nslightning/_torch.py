@@ -235,7 +235,7 @@ def kept_version(x: Tensor) -> Any:
     Returns:
         A context manager.
     """
-    return torch.autograd._unsafe_preserve_version_counter(x)  # type: ignore[attr-defined]
+    return torch.autograd._unsafe_preserve_version_counter(x)  # type: ignore[attr-defined] # not in the stubs
 
 
 def disable_function_modes() -> Any:
@@ -576,7 +576,7 @@ def while_compiling(function: Callable[_P, _R]) -> Callable[_P, _R]:
     Returns:
         The function.
     """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined] # what the compiler looks for on a function
     return function
 
 

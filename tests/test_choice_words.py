@@ -11,7 +11,7 @@ JAX = Jacobians.preset("jax")
 
 
 class Taker:
-    def __init__(self, jacobians: Jacobians = Jacobians(), choices: dict[str, Jacobians] | None = None):  # noqa: B008
+    def __init__(self, jacobians: Jacobians = Jacobians(), choices: dict[str, Jacobians] | None = None):  # noqa: B008 # a frozen default
         self.jacobians, self.choices = jacobians, choices
 
 

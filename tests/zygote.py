@@ -79,14 +79,14 @@ class Zygote:
 
 def serve() -> None:
     import matplotlib.backends.backend_agg
-    import matplotlib.backends.backend_pdf  # noqa: F401
+    import matplotlib.backends.backend_pdf  # noqa: F401 # imported for the processes that fork off
 
     import nslightning.commands.lr_search
     import nslightning.commands.train
     import nslightning.commands.twins
     import nslightning.commands.zones
     import nslightning.experiments.training
-    import nslightning.figures  # noqa: F401
+    import nslightning.figures  # noqa: F401 # imported for the processes that fork off
     from nslightning.cli import main
 
     # What the first config costs a process, its parsers and their imports, is paid once.

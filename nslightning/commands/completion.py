@@ -51,11 +51,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add(parser: argparse.ArgumentParser, flags: list[str], text: str, choices: object = None) -> None:
     options = {"choices": list(choices)} if isinstance(choices, (list, tuple)) else {}
-    action = parser.add_argument(*flags, help=text.replace("%", "%%"), **options)  # type: ignore[arg-type]
+    action = parser.add_argument(*flags, help=text.replace("%", "%%"), **options)  # type: ignore[arg-type] # `choices` or nothing
     if _FILES & set(flags):
         action.complete = _complete("FILE")  # type: ignore[attr-defined] # what shtab reads
     elif _FOLDERS & set(flags):
-        action.complete = _complete("DIRECTORY")  # type: ignore[attr-defined]
+        action.complete = _complete("DIRECTORY")  # type: ignore[attr-defined] # what shtab reads
 
 
 def _complete(kind: str) -> object:

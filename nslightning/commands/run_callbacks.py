@@ -152,7 +152,7 @@ class StopWhenAsked(Callback):
         # The signal reaches the processes at different steps, and they save together.
         if self._requeues and _any(trainer, self._requeue):
             self._requeue = False
-            trainer._signal_connector._slurm_sigusr_handler_fn(signal.SIGUSR1, None)  # type: ignore[arg-type]
+            trainer._signal_connector._slurm_sigusr_handler_fn(signal.SIGUSR1, None)  # type: ignore[arg-type] # the handler reads no frame
         fetcher = trainer.fit_loop._data_fetcher
         validates = fetcher is not None and epoch._should_check_val_fx(fetcher)
         if self._asked(trainer) and not epoch.batch_progress.is_last_batch and not validates:

@@ -279,7 +279,7 @@ def run_search(search: Search, executor: Executor) -> int:
     study = search.study()
     missing, first = search.trials - len(ended_trials(study)), len(study.get_trials(deepcopy=False))
     try:
-        with closing(executor.results(functools.partial(_trial, search), range(first, first + missing))) as results:  # type: ignore[type-var]
+        with closing(executor.results(functools.partial(_trial, search), range(first, first + missing))) as results:  # type: ignore[type-var] # a generator, which has `close`
             for _, end, error in results:
                 if end is None:
                     print(f"{search.name}: a trial failed: {error}", file=sys.stderr)

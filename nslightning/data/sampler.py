@@ -59,13 +59,13 @@ def seeded(purpose: int, *key: int) -> Iterator[None]:
     seed = _seed(purpose, *key)
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002
+    np.random.seed(seed % 2**32)  # noqa: NPY002 # the stream that timm reads
     try:
         yield
     finally:
         torch.set_rng_state(states[0])
         random.setstate(states[1])
-        np.random.set_state(states[2])  # noqa: NPY002
+        np.random.set_state(states[2])  # noqa: NPY002 # the stream that timm reads
 
 
 class Draws(Dataset[Batch]):

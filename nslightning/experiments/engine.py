@@ -109,7 +109,7 @@ def run(
         if missing:
             work = functools.partial(compute_cell, experiment.kind, cells)
             results = make_executor(executor, resources, folder).results(work, missing)
-            with make_progress(progress, missing, cells) as shown, closing(results):  # type: ignore[type-var]
+            with make_progress(progress, missing, cells) as shown, closing(results):  # type: ignore[type-var] # a generator, which has `close`
                 for cell, outcome, error in results:
                     if outcome is not None and outcome.data_missing:  # no other cell would fare better
                         _remove_empty(cells, until=existing)

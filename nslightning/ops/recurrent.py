@@ -69,7 +69,7 @@ class Recurrence:
 
 def _layers(params: Sequence[Tensor], biased: bool) -> list[Weights]:
     if biased:
-        return [tuple(params[i : i + 4]) for i in range(0, len(params), 4)]  # type: ignore[misc]
+        return [tuple(params[i : i + 4]) for i in range(0, len(params), 4)]  # type: ignore[misc] # four of each layer, which a slice does not say
     return [(params[i], params[i + 1], None, None) for i in range(0, len(params), 2)]
 
 

@@ -79,7 +79,7 @@ def totals(rows: Tensor, tensors: Sequence[Tensor], largest: int) -> Tensor:
     for i, t in enumerate(tensors):
         if is_shard(t):
             placements = t.placements  # type: ignore[attr-defined] # a DTensor's
-            mesh = t.device_mesh  # type: ignore[attr-defined]
+            mesh = t.device_mesh  # type: ignore[attr-defined] # a DTensor's
             for dim, placement in enumerate(placements):
                 if placement.is_shard():
                     groups.setdefault((mesh, dim), []).append(i)

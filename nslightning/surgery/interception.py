@@ -267,7 +267,7 @@ def evaluate(operation: Operation, selection: Selection, call: Call) -> Any:
 def _plain(x: Tensor) -> bool:
     """Whether PyTorch decides what a function does with a tensor, and not the tensor's own class."""
     cls = type(x)
-    return disabled_torch_function(cls) or cls.__torch_function__.__func__ is Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
+    return disabled_torch_function(cls) or cls.__torch_function__.__func__ is Tensor.__torch_function__.__func__  # type: ignore[attr-defined] # class methods, which the stubs call functions
 
 
 def _recomputed() -> bool:
@@ -396,15 +396,15 @@ class _Threads:
             self.users += 1
             if self.users == 1:
                 self.start, self.submit = threading.Thread.start, ThreadPoolExecutor.submit
-                threading.Thread.start = _start  # type: ignore[method-assign, assignment]
-                ThreadPoolExecutor.submit = _submit  # type: ignore[method-assign, assignment]
+                threading.Thread.start = _start  # type: ignore[method-assign, assignment] # stood for while a model runs
+                ThreadPoolExecutor.submit = _submit  # type: ignore[method-assign, assignment] # stood for while a model runs
 
     def release(self) -> None:
         """A method ends."""
         with self.lock:
             self.users -= 1
             if not self.users:
-                threading.Thread.start, ThreadPoolExecutor.submit = self.start, self.submit  # type: ignore[method-assign]
+                threading.Thread.start, ThreadPoolExecutor.submit = self.start, self.submit  # type: ignore[method-assign] # put back
 
 
 _threads = _Threads()
@@ -413,7 +413,7 @@ _threads = _Threads()
 def _start(thread: threading.Thread) -> None:
     worker = getattr(getattr(thread, "_target", None), "__module__", "") == "concurrent.futures.thread"
     if _here.runs and not worker:  # a pool's worker outlives the method, and its tasks bring their run along
-        thread.run = _following(thread.run)  # type: ignore[method-assign]
+        thread.run = _following(thread.run)  # type: ignore[method-assign] # this thread's alone
     _threads.start(thread)
 
 
@@ -460,7 +460,7 @@ def teach_the_compiler(eager: tuple[Callable[..., Any], ...]) -> None:
     compile_functions_for_modes(f for f in (*FUNCTIONS, *UNSUPPORTED_FUNCTIONS) if not is_operator(f))
     for absolute in (builtins.abs, operator.abs):
         compile_as(absolute, _absolute)
-    never_compile((*eager, _Threads.follow, _Threads.release, running, begun.__wrapped__))  # type: ignore[attr-defined]
+    never_compile((*eager, _Threads.follow, _Threads.release, running, begun.__wrapped__))  # type: ignore[attr-defined] # of `functools.wraps`
 
 
 def _absolute(x: Any, /) -> Any:

@@ -142,7 +142,7 @@ def _asking(function: Callable[..., Any], key: tuple[type, str]) -> Callable[...
         looked = None if part is None else part.lookups.get(key)
         return function(self, *args, **kwargs) if looked is None else looked(*args, **kwargs)
 
-    accessors.add(entrance.__code__)  # type: ignore[attr-defined]
+    accessors.add(entrance.__code__)  # type: ignore[attr-defined] # a function's
     return entrance
 
 

@@ -103,15 +103,15 @@ class Method:
             The bound method.
         """
         if self.is_replacement:
-            return self.replaced  # type: ignore[no-any-return]
+            return self.replaced  # type: ignore[no-any-return] # of the user's class: any type
         if self.descriptor is not None:  # what the class gives for it is no function to be bound
             return self.descriptor.__get__(module, type(module))
         method = getattr(type(module), self.name)
         if self.unbound:
-            return method  # type: ignore[no-any-return]
+            return method  # type: ignore[no-any-return] # of the user's class: any type
         if torch.compiler.is_compiling():  # the compiler of torch 2.11 does not follow a descriptor's `__get__`
             return partial(method, module)
-        return method.__get__(module)  # type: ignore[no-any-return]
+        return method.__get__(module)  # type: ignore[no-any-return] # of the user's class: any type
 
     @property  # type: ignore[misc] # a type that may be asked for, and not be set
     def __class__(self) -> type:  # what `inspect` and Lightning ask for
@@ -395,7 +395,7 @@ class Caller(Method):
         return self._later(module, method, result)
 
     def _later(self, module: nn.Module, method: Callable[..., Any], function: Any) -> Any:
-        if not (_makes(method, function) or (isinstance(function, Callable) and _chooses(function))):  # type: ignore[arg-type]
+        if not (_makes(method, function) or (isinstance(function, Callable) and _chooses(function))):  # type: ignore[arg-type] # any callable with a name
             return function
         entrance = Caller(module, f"{self.name}.{function.__name__}", self.part, function)
 

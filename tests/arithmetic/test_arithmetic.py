@@ -497,7 +497,7 @@ def test_a_cell_computes_in_its_arithmetic_and_records_it() -> None:
 # ------------------------------------------------------------------------------------------------------------ Trainer
 def fitted(arithmetic: str, seen: dict[str, object] | None = None, **options: object) -> list[torch.Tensor]:
     torch.manual_seed(0)
-    model = ImageClassifier(**options)  # type: ignore[arg-type]
+    model = ImageClassifier(**options)
     if seen is not None:
         model.backbone.register_forward_hook(lambda *_: seen.update(switches()))
     trainer = Trainer(

@@ -44,8 +44,8 @@ def plain(logger: type, **more: Any) -> Any:
         run_id = name = version = "1"
         save_dir = root_dir = log_dir = None
         log_hyperparams = log_graph = save = finalize = after_save_checkpoint = log_metrics = lambda *_, **__: None
-        log_table = lambda self, key, columns, data: calls.made.append(("table", (key, columns, data)))  # noqa: E731
-        log_image = lambda self, key, images: calls.made.append(("image", (key, images)))  # noqa: E731
+        log_table = lambda self, key, columns, data: calls.made.append(("table", (key, columns, data)))  # noqa: E731 # one line reads better
+        log_image = lambda self, key, images: calls.made.append(("image", (key, images)))  # noqa: E731 # one line reads better
 
     return Quiet()
 

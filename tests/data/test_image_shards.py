@@ -291,7 +291,7 @@ def test_few_files_are_open_at_once(out, monkeypatch):
     samples = Shards(str(out)).samples("train")
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 # a listing of numbers
     contents = [samples[i][0].read() for i in (*range(COUNT), *range(0, COUNT, 7))]
-    assert len(os.listdir("/proc/self/fd")) <= before + 2  # noqa: PTH208
+    assert len(os.listdir("/proc/self/fd")) <= before + 2  # noqa: PTH208 # a listing of numbers
     assert contents[COUNT] == contents[0]
     again = pickle.loads(pickle.dumps(samples))
     assert again._open == {}

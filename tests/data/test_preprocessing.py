@@ -114,15 +114,15 @@ def test_an_image_is_augmented_by_seed_epoch_and_index_alone(name, samples):
     data = FileImages(samples, HE2016.at(32), AUGMENTATIONS[name], seed=3)
     whole, labels = data.__getitems__([6 + 0, 6 + 1, 6 + 2])
     random.seed(99)
-    np.random.seed(98)  # noqa: NPY002
+    np.random.seed(98)  # noqa: NPY002 # the global stream is what is tested
     torch.manual_seed(97)
-    states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()  # noqa: NPY002
+    states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()  # noqa: NPY002 # the global stream is what is tested
     alone, _ = FileImages(samples, HE2016.at(32), AUGMENTATIONS[name], seed=3).__getitems__([6 + 2])
     assert torch.equal(alone[0], whole[2])
     assert labels.tolist() == [0, 1, 2]
     # What else draws from the global streams is not disturbed.
     assert random.getstate() == states[0]
-    assert np.array_equal(np.random.get_state()[1], states[1])  # noqa: NPY002
+    assert np.array_equal(np.random.get_state()[1], states[1])  # noqa: NPY002 # the global stream is what is tested
     assert torch.equal(torch.get_rng_state(), states[2])
     other_epoch, _ = data.__getitems__([12 + 2])
     other_seed, _ = FileImages(samples, HE2016.at(32), AUGMENTATIONS[name], seed=4).__getitems__([6 + 2])
@@ -220,7 +220,7 @@ def test_a_policy_that_timm_does_not_know_is_named(samples):
 class Pretrained(torch.nn.Module):
     """Stands for a module with pretrained weights, which would have to be downloaded."""
 
-    hparams = {"backbone": "timm/resnet50.a1_in1k", "pretrained": True}  # noqa: RUF012
+    hparams = {"backbone": "timm/resnet50.a1_in1k", "pretrained": True}  # noqa: RUF012 # of a stand-in class
 
 
 def test_pretrained_weights_with_another_preprocessing_are_named(tmp_path):

@@ -72,11 +72,11 @@ def test_the_quirks_are_set_together() -> None:
     assert not other.shared_lr  # paper A searched a rate for each alpha
     assert other.data_options == {}
     volume = settings("zones", {"backbone": "paper/fc", "against": {"relu": 1}}).as_published()
-    assert volume.nan_differs  # type: ignore[attr-defined]
+    assert volume.nan_differs
     norms = settings("zones", {"backbone": "paper/lenet5", "against": {"max_pool": 1}, "norm": "linf_sum"})
     assert not norms.as_published().nan_differs  # type: ignore[attr-defined] # NaN compares as not above
     with pytest.raises(ValueError, match="zones over the reals are of the exact rule"):
-        dataclasses.replace(norms, norm="zone").as_published()  # type: ignore[call-arg]
+        dataclasses.replace(norms, norm="zone").as_published()
 
 
 def test_an_experiment_as_published_has_a_folder_of_its_own_and_each_cell_once() -> None:

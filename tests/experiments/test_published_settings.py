@@ -133,11 +133,11 @@ def test_an_optimizer_that_is_none_is_named(given: dict[str, Any], message: str)
 def test_a_run_takes_its_optimizer_and_a_cosine_that_ends_later() -> None:
     given = {"backbone": "paper/fc", "width": 8, "depth": 1, "data": "FashionMNISTSample", "train_images": 128}
     given |= {"epochs": 2, "optimizer": "INNAprop", "optimizer_options": {"alpha": 0.5, "beta": 0.9}}
-    found = train(settings("train", {**given, "learning_rate": 0.01, "schedule_epochs": 4}), "cpu")  # type: ignore[arg-type]
+    found = train(settings("train", {**given, "learning_rate": 0.01, "schedule_epochs": 4}), "cpu")
     rates = [row["value"] for row in found.rows if row["metric"] == "learning_rate"]
     assert rates == pytest.approx([0.01, 0.01 * (1 + 2**-0.5) / 2])
     losses = [row["value"] for row in found.rows if row["metric"] == "train_loss"]
-    plain = train(settings("train", {**given, "optimizer": "adam", "optimizer_options": None}), "cpu")  # type: ignore[arg-type]
+    plain = train(settings("train", {**given, "optimizer": "adam", "optimizer_options": None}), "cpu")
     other = [row["value"] for row in plain.rows if row["metric"] == "train_loss"]
     assert losses[0] == other[0]  # before the first step
     assert losses[1] != other[1]

@@ -128,7 +128,7 @@ def test_a_call_that_names_its_choice_keeps_it(capture):
 def test_what_a_capture_cannot_take_is_refused(capture):
     x = torch.zeros(1, 1, 2, 2, requires_grad=True)
     selection = Selection(Jacobians(max_pool="minimal"))
-    step = lambda: torch.autograd.grad(pool(x, selection, regular(2, 2)).sum(), x)  # noqa: E731
+    step = lambda: torch.autograd.grad(pool(x, selection, regular(2, 2)).sum(), x)  # noqa: E731 # one line reads better
     with pytest.raises(RuntimeError, match="run one step before the capture"):
         capture(step)
     step()

@@ -331,7 +331,7 @@ def test_windows_of_zeros_behind_a_relu_that_met_no_tie_matter_to_no_choice():
     selection = Selection(Jacobians(max_pool="minimal"))
     windows = regular(2, 2)
     negative = torch.full((1, 1, 2, 2), -1.0, requires_grad=True)
-    behind = lambda f: nodes.kept_ties(pool(f(negative), selection, windows).grad_fn)  # noqa: E731
+    behind = lambda f: nodes.kept_ties(pool(f(negative), selection, windows).grad_fn)  # noqa: E731 # one line reads better
     assert not behind(torch.relu)
     assert behind(lambda x: F.leaky_relu(x, 0.5))  # an unpatched LeakyReLU passes gradients below 0 on
     assert behind(lambda x: torch.relu(x + 2))  # ties above 0

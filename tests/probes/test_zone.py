@@ -122,7 +122,7 @@ def exact_gradient(model, x, choice):
             values = [seen["pool"][n, channel, p, q].item() for p, q in cells]
             winners = [cell for cell, value in zip(cells, values, strict=True) if value == max(values)]
             p, q = winners[0]
-            patch_at = lambda p, q, n=n: [[image[n][0][p + r][q + s] for s in range(2)] for r in range(2)]  # noqa: E731
+            patch_at = lambda p, q, n=n: [[image[n][0][p + r][q + s] for s in range(2)] for r in range(2)]  # noqa: E731 # one line reads better
             pre = b[channel] + sum(w[channel][0][r][s] * patch_at(p, q)[r][s] for r in range(2) for s in range(2))
             active = seen["relu1"][n, channel, p, q].item() > 0
             for k in range(3):

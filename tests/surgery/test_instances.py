@@ -614,7 +614,7 @@ class Elsewhere(nn.Module):
     def context(self):
         yield F.relu(self.k)
 
-    @functools.lru_cache  # noqa: B019
+    @functools.lru_cache  # noqa: B019 # what is tested
     def kept(self):
         return F.relu(self.k)
 
