@@ -1,6 +1,7 @@
 """Image files of every kind are read as what they show, or refused by name."""
 
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -136,3 +137,13 @@ def test_what_is_no_image_is_named(tmp_path):
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\nno")
     with pytest.raises(DataError, match=r"a\.png: the image cannot be decoded"):
         read_image(str(tmp_path / "a.png"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no /proc/self/mem, whose reading is an I/O error")
+def test_a_disk_that_does_not_answer_is_no_damaged_image(tmp_path):
+    (tmp_path / "image.png").symlink_to("/proc/self/mem")
+    with pytest.raises(DataError, match=r"image.png: it cannot be read \(Input/output error\).\nThe file may be whole"):
+        read_image(str(tmp_path / "image.png"))
+    (tmp_path / "damaged.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    with pytest.raises(DataError, match=r"damaged.png: the image cannot be decoded"):
+        read_image(str(tmp_path / "damaged.png"))
