@@ -48,7 +48,7 @@ part 30 steps_autocast "$python" -m benchmarks.surgery "${small[@]}" --autocast 
 part 40 resnet50 "$python" -m benchmarks.surgery "${large[@]}" --out "$into/steps_resnet50_cuda.md"
 part 40 resnet50_autocast "$python" -m benchmarks.surgery "${large[@]}" --autocast \
 	--out "$into/steps_resnet50_autocast_cuda.md"
-part 50 compiled "$python" -m benchmarks.compiled --device cuda --seconds 2 --networks LeNet-5 "VGG11, 32x32" \
+part 40 compiled "$python" -m benchmarks.compiled --device cuda --seconds 2 --networks LeNet-5 "VGG11, 32x32" \
 	--out "$into/compiled_cuda.json"
 
 # What training and measuring cost.
@@ -61,10 +61,9 @@ fit() { # seconds name options...
 fit 30 fp32 --rows VGG11 --released
 fit 20 fp32_captured --rows VGG11 --options --model.cuda_graph=true
 fit 40 fp16 --precision 16-mixed --rows VGG11 ResNet-50
+part 40 cells "$python" -m benchmarks.cells --device cuda --out "$into/cells_cuda.json"
 part 60 divergence "$python" -m benchmarks.divergence --device cuda --seconds 1 --out "$into/divergence_cuda.json"
 
 # May be cut.
 fit 30 fp16_captured --precision 16-mixed --rows VGG11 --options --model.cuda_graph=true
-# The same steps with the Python nodes and Triton's kernels, to compare.
-NSLIGHTNING_NATIVE=1 part 30 steps_python "$python" -m benchmarks.surgery "${small[@]}" --out "$into/steps_python_cuda.md"
 ((${#failed[@]} == 0)) || { echo "failed: ${failed[*]}; see $log" >&2; exit 1; }

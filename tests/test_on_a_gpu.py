@@ -104,3 +104,32 @@ def test_a_captured_language_model_is_the_eager_one(tmp_path):
         weights.append({name: value.cpu() for name, value in model.state_dict().items()})
     eager, captured = weights
     assert all(torch.equal(value, captured[name]) for name, value in eager.items())
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"precision": 24}, {"optimizer": "adam"}, {"dropout": 0.5}, {"batch_norm": True}]
+)
+def test_a_captured_cell_finds_what_the_eager_one_finds(monkeypatch, change):
+    from nslightning.experiments import training
+    from nslightning.experiments.cells import settings
+
+    network = {"backbone": "paper/lenet5"}
+    if "dropout" in change:
+        network = {"backbone": "paper/fc", "width": 64, "depth": 2}
+    data = {"image_shape": (1, 28, 28), "images": 250, "eval_images": 20, "constant": 0.5}
+    cell = settings(
+        "train", {**network, "data": "Synthetic", "data_options": data, "batch_size": 32, "epochs": 3,
+                  "learning_rate": 0.05, "relu": 1.0, "arithmetic": "deterministic", **change},
+    )  # fmt: skip
+    made = []
+
+    class Noted(training.CapturedStep):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append(self)
+
+    monkeypatch.setattr(training, "CapturedStep", Noted)
+    captured = training.train(cell, "cuda:0").rows
+    assert made[0].replayed == 3 * 7 - 3  # each epoch's last batch is smaller
+    monkeypatch.setattr(training, "_CAPTURING", ())
+    assert captured == training.train(cell, "cuda:0").rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -138,6 +139,8 @@ class Arithmetic:
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = self.reduced_reductions
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = self.reduced_reductions
         if self.deterministic:
+            # Without this variable cuBLAS refuses to compute; Lightning's `deterministic=True` sets it the same way.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         if self.cudnn_benchmark:
             set_cudnn("benchmark", True)
@@ -147,11 +150,7 @@ class Arithmetic:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Compute like this inside the block; the switches stand as before afterwards.
-
-        Yields:
-            Nothing.
-        """
+        """Compute like this inside the block; PyTorch's switches stand as before afterwards."""
         matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
         before = (
             torch.get_float32_matmul_precision(),

@@ -7,6 +7,7 @@ of the Trainer is missed. That the weights are those of ``Trainer.fit`` bit for 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -24,12 +25,14 @@ from nslightning.experiments.networks import build, loaded, provenance
 from nslightning.experiments.optimizers import make_optimizer
 from nslightning.experiments.partial import Partial
 from nslightning.experiments.precision import PRECISIONS, computing
+from nslightning.models.captured import CapturedStep
 from nslightning.models.fused import fused
 from nslightning.models.patched import at_least_float32
 from nslightning.surgery import selections
 
 __all__ = ["Run", "evaluate", "train"]
 
+_CAPTURING = ("cuda",)  # devices that have graphs
 _CHECKED_EVERY = 50  # steps between looks for weights that are NaN
 _shared_scalers: dict[str, torch.amp.GradScaler] = {}  # of `shared_scaler`, by device
 
@@ -115,6 +118,9 @@ class Run:
         if cell.shared_scaler and cell.precision == 24:
             self.scaler = _shared_scalers.setdefault(device.type, self.scaler)
         self._watched = next(network.parameters())
+        self._gradients_of: Callable[[Tensor, Tensor], tuple[Tensor, ...]] = self._differentiate
+        if device.type in _CAPTURING and _repeats(cell, network):
+            self._gradients_of = CapturedStep(network, self._differentiate)
         self._taken: list[tuple[Tensor, Tensor]] = []  # of the epoch that has begun
         self._seen = 0
 
@@ -169,12 +175,17 @@ class Run:
             The loss, and how many images were classified correctly.
         """
         self.optimizer.zero_grad()
+        loss, correct = self._gradients_of(x, y)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return loss, correct
+
+    def _differentiate(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Form the scaled loss' gradients, and return what :meth:`step` returns."""
         with computing(self.cell.precision, self.device):
             logits = self.network(x)
             loss = _loss(self.cell, logits, y)
         self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
         return loss.detach(), (logits.argmax(1) == y).sum()
 
     def epoch(self, images: Images, epoch: int, after_step: Callable[[], None] | None = None) -> tuple[float, float]:
@@ -213,6 +224,12 @@ class Run:
     def _dead(self) -> bool:
         self.alive = self.alive and not bool(self._watched.isnan().any())
         return not self.alive
+
+
+def _repeats(cell: TrainCell, network: nn.Module) -> bool:
+    """Whether a step makes the same launches each time: random choices and arithmetics draw from their own streams."""
+    choices = [choice for s in selections(network).values() for choice in dataclasses.astuple(s.jacobians)]
+    return not ("random" in choices or cell.computed.random_rounding or cell.computed.order == "random_order")
 
 
 def _loss(cell: TrainCell, logits: Tensor, y: Tensor) -> Tensor:

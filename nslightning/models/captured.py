@@ -1,7 +1,8 @@
-"""A network's training forward and backward as CUDA graphs: two launches in place of one for each operation."""
+"""Training steps from CUDA graphs: one or two launches in place of one for each operation."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from nslightning.surgery import selections
 
-__all__ = ["CapturedNetwork", "eagerly", "refuse_capture"]
+__all__ = ["CapturedNetwork", "CapturedStep", "eagerly", "refuse_capture"]
 
 
 class _Kind(NamedTuple):
@@ -97,6 +98,117 @@ class _Alone(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Any:
         return self.network(*inputs)
+
+
+class CapturedStep:
+    """Runs a training step's forward, loss and backward from one CUDA graph.
+
+    The first steps run eagerly: they warm up what a capture needs, and count like all others. The next batch of the
+    same shape is captured, and from then on each batch of that shape is a replay. A batch of another shape, such as an
+    epoch's last one, runs eagerly, and so does a step whose operations an observer or a recorder watches. Where a
+    capture fails, a warning says why, and the training goes on eagerly.
+
+    The optimizer's step is not part of the graph, so that any optimizer, schedule and loss scaler may follow. A
+    replay's gradients lie in memory that the next replay overwrites; this object puts them into ``.grad`` itself, and
+    clears ``.grad`` before an eager step.
+
+    Args:
+        network: The network that is trained.
+        differentiate: Takes the batch's tensors, runs forward, loss and backward, and returns the tensors that the
+            caller wants to keep, such as the loss.
+
+    Attributes:
+        replayed: How many steps came from the graph.
+    """
+
+    WARM_UP = 3  # steps, as PyTorch's notes on CUDA graphs advise
+
+    def __init__(self, network: nn.Module, differentiate: Callable[..., tuple[Tensor, ...]]) -> None:
+        self._network, self._differentiate = network, differentiate
+        self._parameters = list(network.parameters())
+        self._shapes: list[tuple[torch.Size, torch.dtype]] = []
+        self._warm = 0
+        self._fails = False
+        self._replay: Callable[[], None] | None = None
+        self._batch: tuple[Tensor, ...] = ()
+        self._results: tuple[Tensor, ...] = ()
+        self._gradients: list[Tensor | None] = []
+        self.replayed = 0
+
+    def __call__(self, *batch: Tensor) -> tuple[Tensor, ...]:
+        """Form the gradients of one batch.
+
+        Args:
+            *batch: The batch's tensors, on one CUDA device.
+
+        Returns:
+            What ``differentiate`` returns; the parameters' ``.grad`` hold this batch's gradients alone.
+        """
+        shapes = [(tensor.shape, tensor.dtype) for tensor in batch]
+        if self._fails or _watched(self._network) or (self._warm and shapes != self._shapes):
+            return self._eagerly(batch)
+        if self._warm < self.WARM_UP:
+            self._shapes = shapes
+            self._warm += 1
+            return _on_another_stream(self._eagerly, batch)
+        if self._replay is None and not self._capture(batch):
+            return self._eagerly(batch)
+        assert self._replay is not None
+        for kept, tensor in zip(self._batch, batch, strict=True):
+            kept.copy_(tensor)
+        self._replay()
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = gradient
+        self.replayed += 1
+        return tuple(result.clone() for result in self._results)
+
+    def _eagerly(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        self._clear()
+        return self._differentiate(*batch)
+
+    def _clear(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def _capture(self, batch: tuple[Tensor, ...]) -> bool:
+        """Capture the step of a batch, and return whether this was possible."""
+        self._clear()  # the graph makes gradients of its own, and does not add to those of another step
+        self._batch = tuple(tensor.clone() for tensor in batch)
+        try:
+            self._replay, self._results = _recorded(lambda: self._differentiate(*self._batch))
+        except RuntimeError as error:
+            self._fails, self._batch = True, ()
+            warnings.warn(
+                f"this training's steps run eagerly, for they cannot be captured in a CUDA graph: {error}", stacklevel=2
+            )
+            return False
+        self._gradients = [parameter.grad for parameter in self._parameters]
+        return True
+
+
+def _on_another_stream(
+    run: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]], batch: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """Run a step on a stream of its own, as a capture will."""
+    current, other = torch.cuda.current_stream(), torch.cuda.Stream()
+    other.wait_stream(current)
+    with torch.cuda.stream(other):
+        results = run(batch)
+    current.wait_stream(other)
+    return results
+
+
+def _recorded(run: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
+    """Capture what a function launches, without executing it.
+
+    Returns:
+        What executes it, and the function's results, in memory that each execution fills.
+    """
+    graph = torch.cuda.CUDAGraph()
+    # Other threads, such as one that pins memory, may go on with what a capture forbids in its own.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        results = run()
+    return graph.replay, results
 
 
 def _watched(network: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -545,3 +546,13 @@ def test_a_process_may_have_frozen_its_flags() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.split() == ["True", "True", "True", "False", "False"], result.stderr
+
+
+def test_determinism_lets_cublas_compute(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that the test's end removes what follows
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    with Arithmetic(deterministic=True).applied():
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    with Arithmetic(deterministic=True).applied():
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"

@@ -7,13 +7,11 @@ is read again. The launches of the C++ nodes are captured in test_cuda_kernels.p
 
 import pytest
 import torch
+from captures import capturing_on_the_host
 from test_compiled import CHOICE, SPELLINGS, TWO, Calls, X
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nslightning import Jacobians, ops, patch, using
-from nslightning.ops.autograd import native
-from nslightning.ops.autograd import selection as selections
 from nslightning.ops.autograd.pointwise import pointwise
 from nslightning.ops.autograd.pooling import pool, regular
 from nslightning.ops.autograd.selection import Selection
@@ -24,49 +22,11 @@ OTHER = Jacobians(
     selu=0.7, abs=0.7, norm=0.7, hinge=0.7, max="sum", maximum="sum", max_pool="sum",
     scatter_max="sum", segment_max="sum", bag_max="sum",
 )  # fmt: skip
-ASKED = ("_local_scalar_dense", "is_nonzero", "equal")
-
-
-class Capture(TorchDispatchMode):
-    """Keeps the calls of kernels, to make them again."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert not any(name in func.name() for name in ASKED), f"{func} waits for a value, which no capture allows"
-        result = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, result))
-        return result
-
-    @torch.no_grad()
-    def replay(self):
-        for func, args, kwargs, result in self.calls:
-            for into, value in zip(tree_leaves(result), tree_leaves(func(*args, **kwargs)), strict=True):
-                if isinstance(into, torch.Tensor) and into.data_ptr() != value.data_ptr():
-                    into.copy_(value)
 
 
 @pytest.fixture
 def capture(monkeypatch):
-    """CPU tensors are like CUDA tensors: a choice has memory of its own there, and no value is looked at."""
-    capturing = []
-    for name in ("_has_own_memory", "_has_graphs"):
-        monkeypatch.setattr(selections, name, lambda device: True)
-    monkeypatch.setattr(native, "_library", lambda: None)  # their launches are no calls that the mode sees
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(capturing))
-
-    def run(function):
-        capture = Capture()
-        capturing.append(True)
-        try:
-            with capture:
-                return capture, function()
-        finally:
-            capturing.clear()
-
-    return run
+    return capturing_on_the_host(monkeypatch)
 
 
 def gradients(model):
