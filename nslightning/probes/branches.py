@@ -24,6 +24,7 @@ from nslightning.ops.autograd.selection import Selection
 from nslightning.ops.groups import MEMBERS, Members
 from nslightning.ops.losses import HINGES
 from nslightning.ops.record import Call, Operation
+from nslightning.probes.sums import numbers
 
 __all__ = ["Branches"]
 
@@ -36,15 +37,31 @@ class Branches:
         seen: By site, each evaluation with copies of the tensors that it was given.
         met: By site, how many evaluations the replay has come to.
         again: Whether the forward is over: what is evaluated now is a checkpoint computed once more.
+        left: Of each pooling that was left as it is, whether one of its windows is off its branch; None where poolings
+            are looked at and moved.
     """
 
     seen: dict[str, list[Call]] = field(default_factory=dict)
     met: dict[str, int] = field(default_factory=dict)
     again: bool = False
+    left: list[Tensor] | None = None
 
-    def begin(self) -> None:
-        """Start a replay."""
-        self.met, self.again = {}, False
+    def begin(self, leave_poolings: bool = False) -> None:
+        """Start a replay.
+
+        Args:
+            leave_poolings: Move no pooling, and look at the end of the forward whether one should have been. To look
+                at each would make the host wait for the device at each, and most are on their branch.
+        """
+        self.met, self.again, self.left = {}, False, [] if leave_poolings else None
+
+    def holds(self) -> bool:
+        """Whether the forward of this replay took the recorded branches; a device is waited for once.
+
+        Returns:
+            False where a pooling that was left as it is should have been moved: the replay is to be made again.
+        """
+        return not self.left or not any(numbers(self.left))
 
     def record(self, site: str, operation: Operation, call: Call) -> None:
         """Keep what a site is given.
@@ -92,15 +109,18 @@ class Branches:
         if seen is None or [t.shape for t in _operands(seen)] != shapes:
             raise RuntimeError(f"in another precision the forward evaluates {site or 'the model'} otherwise")
         with torch.no_grad():
-            _impose(operation, call, seen)
+            _impose(operation, call, seen, None if self.again else self.left)
 
 
 def _operands(call: Call) -> list[Tensor]:
     return [t for t in tree_leaves(tuple(call)) if isinstance(t, Tensor) and t.is_floating_point()]
 
 
-def _impose(operation: Operation, call: Call, seen: Call) -> None:
-    """Move the operands of a call, which are detached or not, to the branch of a recorded one."""
+def _impose(operation: Operation, call: Call, seen: Call, left: list[Tensor] | None) -> None:
+    """Move the operands of a call, which are detached or not, to the branch of a recorded one.
+
+    Where there is a list of poolings that are left as they are, one is added to it in place of being moved.
+    """
     x = call.x.detach()
     if operation.kernels is not None:
         _move(call.x, _beside_kinks(operation.positions, call, seen))
@@ -108,6 +128,8 @@ def _impose(operation: Operation, call: Call, seen: Call) -> None:
         _move(call.x, _reduced(call, seen))
     elif operation.name in MEMBERS:
         _move_members(MEMBERS[operation.name], call, seen)
+    elif operation.name == "max_pool" and left is not None:
+        left.append(_off_windows(operation, call, seen)(x).any())
     elif operation.name == "max_pool":
         _move(call.x, _pooled(operation, call, seen))
     elif operation.name == "maximum" and (larger := _larger(call)) is not None:
@@ -205,17 +227,24 @@ def _larger(call: Call) -> tuple[Tensor, Tensor, int] | None:
     return (other, x, -1) if other.shape == shape and other.is_floating_point() else None
 
 
+def _off_windows(operation: Operation, call: Call, seen: Call) -> Callable[[Tensor], Tensor]:
+    """What says of a pooling's input in which of its planes a window is off its branch."""
+    planes = call.x.dim() - call.parameters[0].dims
+    recorded = _winners(operation, call, seen.x)
+
+    def off(x: Tensor) -> Tensor:
+        return ~((_winners(operation, call, x) == recorded) | seen.x.isnan()).flatten(planes).all(planes)
+
+    return off
+
+
 def _pooled(operation: Operation, call: Call, seen: Call) -> Tensor:
     """The input of a pooling: plane by plane, for windows overlap."""
     x = call.x.detach()
     planes = x.dim() - call.parameters[0].dims
-    wanted = _winners(operation, call, seen.x)
-
-    def differ(t: Tensor) -> Tensor:
-        return ~((_winners(operation, call, t) == wanted) | seen.x.isnan()).flatten(planes).all(planes)
-
+    off_windows = _off_windows(operation, call, seen)
     for way in (_equalised, _ordered, _recorded):
-        off = differ(x)
+        off = off_windows(x)
         if not off.any():
             break
         shape = (*off.shape, *(1,) * (x.dim() - planes))

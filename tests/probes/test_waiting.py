@@ -31,6 +31,7 @@ from nslightning.probes import (
     ties,
     zone,
 )
+from nslightning.probes.branches import Branches
 
 
 class Waits(TorchDispatchMode):
@@ -228,9 +229,7 @@ def test_how_often_a_probe_waits_for_five_sites(device, function):
         return waits.met
 
     one, five = waits_of(1), waits_of(5)
-    # Whether a replay's pooling has left its branch is asked at each pooling.
-    more = 4 if function == "zone" else 0
-    assert len(five) == len(one) + more, (one, five)
+    assert len(five) == len(one), (one, five)
 
 
 def test_the_scale_of_a_loss_is_no_wait_of_its_own(device):
@@ -242,3 +241,31 @@ def test_the_scale_of_a_loss_is_no_wait_of_its_own(device):
         scale = _coming_loss_scale(trainer)
         assert scale() == 8.0 == loss_scale(trainer)
     assert waits.met == ["_local_scalar_dense"]  # of the one that may wait
+
+
+@pytest.mark.parametrize("sites", [1, 5])
+def test_a_regular_zone_waits_twice(device, sites):
+    x, model = torch.randn(2, 1, 12, 12, generator=torch.Generator().manual_seed(1)), network(sites, False)
+    with Waits() as waits:
+        assert zone(model, lambda y: y.square().mean(), x, Jacobians(relu=1.0)).kind == "regular"
+    assert len(waits.met) == 2, waits.met
+
+
+def test_poolings_that_are_off_their_branch_are_moved_on_a_device_too(request, monkeypatch):
+    """In bfloat16 windows tie that tie in no other precision."""
+    held = []
+    stock = Branches.holds
+    monkeypatch.setattr(Branches, "holds", lambda self: held.append(stock(self)) or held[-1])
+    model, x = network(3, True).bfloat16(), torch.randn(2, 1, 12, 12, generator=torch.Generator().manual_seed(1))
+
+    def measured():
+        held.clear()
+        return zone(model, lambda y: y.float().square().mean(), x.bfloat16(), Jacobians(max_pool="minimal"))
+
+    on_cpu = measured()
+    assert held == [True, True]  # the replays in float32 and in float64
+    request.getfixturevalue("device")
+    on_device = measured()
+    assert held == [False, True, False, True]  # each is made again
+    assert on_device.kind == on_cpu.kind == "bifurcation"
+    assert on_device.difference == on_cpu.difference
