@@ -109,8 +109,8 @@ class CapturedStep:
     capture fails, a warning says why, and the training goes on eagerly.
 
     The optimizer's step is not part of the graph, so that any optimizer, schedule and loss scaler may follow. A
-    replay's gradients lie in memory that the next replay overwrites; this object puts them into ``.grad`` itself, and
-    clears ``.grad`` before an eager step.
+    replay's gradients lie in memory that the next replay overwrites. The caller clears ``.grad`` before each step, as
+    ``optimizer.zero_grad()`` does.
 
     Args:
         network: The network that is trained.
@@ -146,13 +146,13 @@ class CapturedStep:
         """
         shapes = [(tensor.shape, tensor.dtype) for tensor in batch]
         if self._fails or _watched(self._network) or (self._warm and shapes != self._shapes):
-            return self._eagerly(batch)
+            return self._differentiate(*batch)
         if self._warm < self.WARM_UP:
             self._shapes = shapes
             self._warm += 1
-            return _on_another_stream(self._eagerly, batch)
+            return _on_another_stream(self._differentiate, batch)
         if self._replay is None and not self._capture(batch):
-            return self._eagerly(batch)
+            return self._differentiate(*batch)
         assert self._replay is not None
         for kept, tensor in zip(self._batch, batch, strict=True):
             kept.copy_(tensor)
@@ -162,22 +162,15 @@ class CapturedStep:
         self.replayed += 1
         return tuple(result.clone() for result in self._results)
 
-    def _eagerly(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        self._clear()
-        return self._differentiate(*batch)
-
-    def _clear(self) -> None:
-        for parameter in self._parameters:
-            parameter.grad = None
-
     def _capture(self, batch: tuple[Tensor, ...]) -> bool:
         """Capture the step of a batch, and return whether this was possible."""
-        self._clear()  # the graph makes gradients of its own, and does not add to those of another step
         self._batch = tuple(tensor.clone() for tensor in batch)
         try:
             self._replay, self._results = _recorded(lambda: self._differentiate(*self._batch))
         except RuntimeError as error:
             self._fails, self._batch = True, ()
+            for parameter in self._parameters:  # what a capture left of them was never computed
+                parameter.grad = None
             warnings.warn(
                 f"this training's steps run eagerly, for they cannot be captured in a CUDA graph: {error}", stacklevel=2
             )
@@ -186,14 +179,12 @@ class CapturedStep:
         return True
 
 
-def _on_another_stream(
-    run: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]], batch: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
+def _on_another_stream(run: Callable[..., tuple[Tensor, ...]], batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Run a step on a stream of its own, as a capture will."""
     current, other = torch.cuda.current_stream(), torch.cuda.Stream()
     other.wait_stream(current)
     with torch.cuda.stream(other):
-        results = run(batch)
+        results = run(*batch)
     current.wait_stream(other)
     return results
 

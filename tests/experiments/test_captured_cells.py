@@ -58,7 +58,7 @@ def graphs(monkeypatch):
             made.append(self)
 
     monkeypatch.setattr(captured, "_recorded", recorded)
-    monkeypatch.setattr(captured, "_on_another_stream", lambda run, batch: run(batch))
+    monkeypatch.setattr(captured, "_on_another_stream", lambda run, batch: run(*batch))
     monkeypatch.setattr(training, "_CAPTURING", ("cpu",))
     monkeypatch.setattr(training, "CapturedStep", Noted)
     return made
