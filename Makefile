@@ -135,7 +135,7 @@ test-lowest: lowest ## Run the fast tests with the lowest versions that pyprojec
 	$(UV) pip sync --quiet build/lowest.txt --python $(LOWEST_ENV)/bin/python
 	$(UV) pip install --quiet --python $(LOWEST_ENV)/bin/python --no-deps --no-build-isolation --editable .
 	$(LOWEST_ENV)/bin/python -m nslightning.ops.kernels.build
-	$(LOWEST_ENV)/bin/pytest --numprocesses=auto --dist=worksteal
+	$(LOWEST_ENV)/bin/pytest --numprocesses=auto --dist=worksteal -W default  # old versions warn of more
 
 .PHONY: lint
 lint: setup ## Check style and formatting (ruff, shellcheck), declared imports (deptry), workflows and issue forms

@@ -81,7 +81,7 @@ class GradientDivergence(Callback):
     =============================== ==================================================================
 
     The run folder gets ``divergence.csv``, one row per step, choice and parameter (an empty ``parameter`` is the
-    total, ``reference`` the choice in use) with the method that found it, and at the end ``divergence.pdf`` and
+    total, ``reference`` the choice in use) with the method that measured it, and at the end ``divergence.pdf`` and
     ``.png``, the relative divergence
     against the step. A second GradientDivergence of the same run logs as ``divergence-2/...`` and writes
     ``divergence-2.csv``.
@@ -300,27 +300,27 @@ class GradientDivergence(Callback):
         own = {name: own.get(name, torch.zeros_like(p)) for name, p in named.items()}
         with undisturbed(pl_module, trainer.global_step):
             reason = "" if recorded is None or loss is None else _agreed(trainer, _strangers(recorded, loss))
-            found: dict[str, Divergence] = {}
+            measured: dict[str, Divergence] = {}
             if recorded is not None and not reason:
                 carried = recorded.carried(self.choices, named, retain_graph=shared or loss is not None)
                 differences = ((choice, _means(trainer, d)) for choice, d in carried)
-                found = measure_differences(differences, _means(trainer, own))
-                found = {choice: replace(d, method="propagate") for choice, d in found.items()}
+                measured = measure_differences(differences, _means(trainer, own))
+                measured = {choice: replace(d, method="propagate") for choice, d in measured.items()}
                 check = loss is not None and _any_process(trainer, self._hooked or not self._checked)
-                if check and loss is not None and any(d.l2 for d in found.values()):
-                    reason = self._nonlinear(trainer, pl_module, recorded, loss, own, found)
+                if check and loss is not None and any(d.l2 for d in measured.values()):
+                    reason = self._nonlinear(trainer, pl_module, recorded, loss, own, measured)
             if reason:
                 self._say(reason)
                 assert loss is not None  # without it nothing was looked for
                 others = gradients(loss, pl_module, self.choices, retain_graph=shared)
         if recorded is None or reason:
             mean = _means(trainer, own)
-            found = {choice: measure(_means(trainer, other), mean) for choice, other in others.items()}
+            measured = {choice: measure(_means(trainer, other), mean) for choice, other in others.items()}
         self._seconds += clock.seconds()  # the norms have come from the device: all that it waits for is done
         factor = scale()
-        found = {choice: _unscaled(d, factor) for choice, d in found.items()}
+        measured = {choice: _unscaled(d, factor) for choice, d in measured.items()}
         self._account(trainer)
-        self._record(trainer, found)
+        self._record(trainer, measured)
 
     def _nonlinear(
         self,
@@ -329,10 +329,10 @@ class GradientDivergence(Callback):
         recorded: Recording,
         loss: Tensor,
         own: Mapping[str, Tensor],
-        found: Mapping[str, Divergence],
+        measured: Mapping[str, Divergence],
     ) -> str:
         """Why differences do not add up, by one subtraction for the choice of the largest; empty if they do."""
-        choice = max(found, key=lambda name: found[name].l2 if math.isfinite(found[name].l2) else 0.0)
+        choice = max(measured, key=lambda name: measured[name].l2 if math.isfinite(measured[name].l2) else 0.0)
         one = {choice: self.choices[choice]}
         named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         ((_, d),) = recorded.carried(one, named)
@@ -380,7 +380,9 @@ class GradientDivergence(Callback):
             divergence_by_step(totals, self._file.with_suffix(".pdf"), choice_changes(self._folder))
             figure = self._file.with_suffix(".png")
             words = divergence_in_words(totals, str(trainer.precision))
-            rank_zero_info("\n".join([*words, f"figure: {figure}"]))
+            if not trainer.fast_dev_run:  # type: ignore[attr-defined] # set by a connector; its folder goes with it
+                words.append(f"figure: {figure}")
+            rank_zero_info("\n".join(words))
             columns = ["step", "choice", "parameter", *NORMS]
             show_table(
                 trainer, f"{self._name}/per_layer", columns, rows[rows["parameter"] != ""][columns].values.tolist()
@@ -409,15 +411,15 @@ class GradientDivergence(Callback):
         self._others, self._own, self._hooks, self._recorded, self._loss = {}, {}, [], None, None
         self._before = {}
 
-    def _record(self, trainer: Trainer, found: Mapping[str, Divergence]) -> None:
+    def _record(self, trainer: Trainer, measured: Mapping[str, Divergence]) -> None:
         step, name = trainer.global_step, self._name
-        metrics = {f"{name}/{c}/{norm}": v for c, d in found.items() for norm, v in d.norms().items()}
+        metrics = {f"{name}/{c}/{norm}": v for c, d in measured.items() for norm, v in d.norms().items()}
         share = {f"{name}/share": self._spent / self._trained} if self._trained else {}
         log_step(trainer, metrics | {f"{name}/seconds": self._seconds} | share)
         if not trainer.is_global_zero:
             return
         rows: list[dict[str, Any]] = []
-        for choice, d in found.items():
+        for choice, d in measured.items():
             parts = {"": d, **(d.per_layer if self.per_layer else {})}
             at = {"step": step, "choice": choice, "reference": self._reference}
             rows += [{**at, "parameter": p, **e.norms(), "method": d.method} for p, e in parts.items()]

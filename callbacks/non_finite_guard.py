@@ -193,14 +193,14 @@ class NonFiniteGuard(Callback):
 
     def _look(self, trainer: Trainer, module: LightningModule) -> NonFinite:
         """Run the batch again and watch."""
-        found = NonFinite(trainer.global_step, self._batch_idx, "not reproduced")
+        finding = NonFinite(trainer.global_step, self._batch_idx, "not reproduced")
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
             if not _finite(tensor):
-                found.what, found.where = "weight", name
-                return found
+                finding.what, finding.where = "weight", name
+                return finding
         if not all(_finite(t) for t in tree_leaves(self._batch) if isinstance(t, Tensor)):
-            found.what = "batch"
-            return found
+            finding.what = "batch"
+            return finding
         step = ReplayedStep(module, self._batch_idx, loss_scale(trainer))
         with ExitStack() as stack:
             stack.enter_context(undisturbed(module, trainer.global_step))
@@ -220,31 +220,31 @@ class NonFiniteGuard(Callback):
                 with trainer.precision_plugin.train_step_context():
                     loss = step(self._batch)
             except NoLossError:  # the step decides by what it keeps for itself
-                return found
+                return finding
             counts.read()
             bad = next((c for c in calls if not (c.finite_in and c.finite_out)), None)
             if bad is not None:
-                found.what = "activation"
-                found.where = bad.name if bad.finite_in else f"a function that runs before {bad.name}"
+                finding.what = "activation"
+                finding.where = bad.name if bad.finite_in else f"a function that runs before {bad.name}"
             elif not _finite(loss):
-                found.what = "loss"
-            if bad is not None or found.what == "loss":
+                finding.what = "loss"
+            if bad is not None or finding.what == "loss":
                 met = bad.ties_after if bad is not None else {s: t.tied for s, t in counts.items()}
-                found.ties = {site: n for site, n in met.items() if n}
-                return found
+                finding.ties = {site: n for site, n in met.items() if n}
+                return finding
             named = {n: p for n, p in module.named_parameters() if p.requires_grad}
             gradients = torch.autograd.grad(loss, list(named.values()), retain_graph=True, allow_unused=True)
             if all(_finite(g) for g in gradients if g is not None):
-                return found
+                return finding
             source = next((c for c in reversed(calls) if c.finite_above and not c.finite_below), None)
-            found.what = "gradient"
-            found.where = source.name if source is not None else "a function between the modules"
+            finding.what = "gradient"
+            finding.where = source.name if source is not None else "a function between the modules"
             before = source.ties_before if source is not None else {}
             after = {site: t.tied - before.get(site, 0) for site, t in counts.items()}
-            found.ties = {site: n for site, n in after.items() if n}
+            finding.ties = {site: n for site, n in after.items() if n}
             if selections(module):
-                found.finite_under_reference = _finite_under_reference(loss, module, list(named.values()))
-        return found
+                finding.finite_under_reference = _finite_under_reference(loss, module, list(named.values()))
+        return finding
 
 
 @contextmanager

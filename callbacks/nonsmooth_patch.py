@@ -180,5 +180,5 @@ class NonsmoothPatch(Callback):
 
 
 def _callbacks(trainer: Trainer) -> list[Callback]:
-    found: list[Callback] = trainer.callbacks  # type: ignore[attr-defined] # set by a connector
-    return found
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined] # set by a connector
+    return callbacks

@@ -110,8 +110,8 @@ def _metrics(module: nn.Module) -> list[Metric]:
     held = (
         leaf for part in module.modules() for leaf in tree_leaves([v for k, v in vars(part).items() if k != "_modules"])
     )
-    found = [*(m for m in module.modules() if isinstance(m, Metric)), *(m for m in held if isinstance(m, Metric))]
-    return list({id(metric): metric for metric in found}.values())
+    metrics = [*(m for m in module.modules() if isinstance(m, Metric)), *(m for m in held if isinstance(m, Metric))]
+    return list({id(metric): metric for metric in metrics}.values())
 
 
 @contextmanager

@@ -79,8 +79,8 @@ class TwinDivergence(Callback):
             log_step(trainer, None)
             return
         rows, metrics = list[dict[str, Any]](), dict[str, float]()
-        for what in ("weights", "gradients"):
-            measured = self._measured(trainer, pl_module, what)
+        for quantity in ("weights", "gradients"):
+            measured = self._measured(trainer, pl_module, quantity)
             metrics |= {
                 row["metric"].replace("/", f"/{row['twin']}/", 1): row["value"]
                 for row in measured
@@ -136,17 +136,17 @@ class TwinDivergence(Callback):
                 show_figure(trainer, f"{self._file.stem}/figure", self._file.with_suffix(".png"))
             show_file(trainer, f"{self._file.stem}/table", self._file)
 
-    def _measured(self, trainer: Trainer, module: LightningModule, what: str) -> list[dict[str, Any]]:
+    def _measured(self, trainer: Trainer, module: LightningModule, quantity: str) -> list[dict[str, Any]]:
         """The distances of every twin's weights or gradients to the first one's."""
         assert isinstance(module, Twins)
         twins, rows = module.named_twins(), list[dict[str, Any]]()
-        reference = _tensors(twins[module.first], what)
+        reference = _tensors(twins[module.first], quantity)
         for name in [n for n in twins if n != module.first]:
-            found = measure(_tensors(twins[name], what), reference)
-            parts: Mapping[str, Divergence] = {"": found, **(found.per_layer if self.per_layer else {})}
+            difference = measure(_tensors(twins[name], quantity), reference)
+            parts: Mapping[str, Divergence] = {"": difference, **(difference.per_layer if self.per_layer else {})}
             at = {"step": trainer.global_step, "epoch": trainer.current_epoch, "twin": name}
             rows += [
-                {**at, "parameter": parameter, "metric": f"{what}/{norm}", "value": value}
+                {**at, "parameter": parameter, "metric": f"{quantity}/{norm}", "value": value}
                 for parameter, part in parts.items()
                 for norm, value in part.norms().items()
             ]
@@ -165,8 +165,8 @@ class TwinDivergence(Callback):
         return rows
 
 
-def _tensors(module: nn.Module, what: str) -> dict[str, Tensor]:
+def _tensors(module: nn.Module, quantity: str) -> dict[str, Tensor]:
     named = dict(module.named_parameters())
-    if what == "weights":
+    if quantity == "weights":
         return dict(named)
     return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in named.items() if p.requires_grad}

@@ -132,12 +132,12 @@ class WeightDivergence(Callback):
                 log_step(trainer, None)
             return
         reference = self._start or self._fixed or _read(self._at_step[step])["state_dict"]
-        found = measure(*_pairs(dict(module.named_parameters()), reference, self.reference))
+        difference = measure(*_pairs(dict(module.named_parameters()), reference, self.reference))
         if not final:
-            log_step(trainer, {f"{self._name}/{norm}": value for norm, value in found.norms().items()})
-        rows = [{"step": step, "parameter": "", **found.norms()}]
+            log_step(trainer, {f"{self._name}/{norm}": value for norm, value in difference.norms().items()})
+        rows = [{"step": step, "parameter": "", **difference.norms()}]
         if self.per_layer:
-            rows += [{"step": step, "parameter": name, **part.norms()} for name, part in found.per_layer.items()]
+            rows += [{"step": step, "parameter": name, **part.norms()} for name, part in difference.per_layer.items()]
         append_rows(self._file, rows)
 
 

@@ -116,14 +116,18 @@ class ZoneMonitor(Callback):
             trainer.precision_plugin.train_step_context(),
         ):
             try:
-                found = zone(ReplayedStep(module, batch_idx, scale), _identity, (batch,), choice, self.reference)
+                measured = zone(ReplayedStep(module, batch_idx, scale), _identity, (batch,), choice, self.reference)
             except NoLossError:  # the step is skipped
                 return [float("nan")] * 5
             except ValueError as error:
                 if "not finite" not in str(error):
                     raise
                 return [float("nan")] * 5
-        return [*(float(found.kind == kind) for kind in _KINDS), found.observed.l2 / scale, found.difference / scale]
+        return [
+            *(float(measured.kind == kind) for kind in _KINDS),
+            measured.observed.l2 / scale,
+            measured.difference / scale,
+        ]
 
 
 def _identity(loss: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 
 from nslightning.commands.stopping import Stopped, signals
+from nslightning.commands.streams import printing
 from nslightning.spelling import did_you_mean
 
 __all__ = ["main"]
@@ -74,8 +75,8 @@ def main(args: Sequence[str] | None = None) -> int:
         args: The command line without the program's name; ``sys.argv`` by default.
 
     Returns:
-        The exit status: 0, 1 where a command failed, 2 where it was called wrongly, 130 after Ctrl-C and 143 after
-        SIGTERM.
+        The exit status: 0, 1 where a command failed, 2 where it was called wrongly, 129 after the end of its terminal,
+        130 after Ctrl-C, 141 where the reader of its output is gone, and 143 after SIGTERM.
 
     Example:
         >>> main(["--version"])
@@ -83,6 +84,22 @@ def main(args: Sequence[str] | None = None) -> int:
         0
     """
     argv = list(sys.argv[1:] if args is None else args)
+    return printing(lambda: _stoppable(argv))
+
+
+def _stoppable(argv: list[str]) -> int:
+    program = " ".join(["nslightning", *(word for word in argv[:1] if word in COMMANDS)])
+    with signals() as handler:
+        try:
+            status = _run(argv)
+        except Stopped as stop:
+            print(f"\n{program}: stopped by {stop.by}", file=sys.stderr)
+            return stop.status
+        # A command knows that it was interrupted; by what is known here.
+        return 128 + handler.signum if status == 130 and handler.signum is not None else status
+
+
+def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage())
         return 0
@@ -107,6 +124,11 @@ def main(args: Sequence[str] | None = None) -> int:
             return 2
         return 0
     command, *rest = argv
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        print("nslightning: the folder that this shell stands in is gone: cd to one that exists", file=sys.stderr)
+        return 2
     if command not in COMMANDS:
         hint = did_you_mean(command, [*COMMANDS, "--help", "--version"])
         print(f"nslightning: there is no command {command!r}{hint} Commands: {', '.join(COMMANDS)}", file=sys.stderr)
@@ -121,14 +143,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0
     if command in _HEAVY and "torch" not in sys.modules and not {"-h", "--help"} & set(rest):
         print(f"nslightning {command}: loading torch and lightning ...", file=sys.stderr, flush=True)
-    with signals() as handler:
-        try:
-            status = int(import_module(COMMANDS[command][0]).main([command, *rest]))
-        except Stopped as stop:
-            print(f"\nnslightning {command}: stopped by {stop.by}", file=sys.stderr)
-            return stop.status
-        # A command knows that it was interrupted; by what is known here.
-        return 128 + handler.signum if status == 130 and handler.signum is not None else status
+    return int(import_module(COMMANDS[command][0]).main([command, *rest]))
 
 
 def _help(command: str, words: list[str]) -> str | None:
@@ -166,7 +181,7 @@ def _packaged_configs(argv: list[str]) -> list[str]:
     """Replace each ``--config`` that is no file here by the packaged one of that name."""
     from nslightning import configs
 
-    found = list(argv)
+    words = list(argv)
     for i, word in enumerate(argv):
         flag, equals, value = word.partition("=")
         if flag not in ("--config", "-c"):
@@ -175,9 +190,11 @@ def _packaged_configs(argv: list[str]) -> list[str]:
             if i + 1 == len(argv):
                 raise FileNotFoundError(f"{flag} names a YAML file, such as {flag} configs/quickstart.yaml")
             value = argv[i + 1]
+        if not value:
+            raise FileNotFoundError(f"{flag}= names no file: give one, such as {flag} configs/quickstart.yaml")
         own = Path(value).expanduser()
         if own.exists() and str(own) == value:
             continue
         path = str(own if own.exists() else configs.path(value))
-        found[i if equals else i + 1] = f"{flag}={path}" if equals else path
-    return found
+        words[i if equals else i + 1] = f"{flag}={path}" if equals else path
+    return words

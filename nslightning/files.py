@@ -10,7 +10,7 @@ from pathlib import Path
 
 from platformdirs import user_cache_path
 
-__all__ = ["cache_folder", "expanded", "forget_partial", "replacing", "write_text"]
+__all__ = ["cache_folder", "check_writable", "expanded", "forget_partial", "replacing", "utf8", "write_text"]
 
 _PARTIAL = ".partial-"  # how the name of a file begins that is not in its place yet
 
@@ -28,7 +28,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         The file to write, in the same folder and with the same ending. It is removed if the block raises.
 
     Raises:
-        OSError: If the folder or the file cannot be written.
+        OSError: If the folder or the file cannot be written; it names the file.
 
     Example:
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -39,7 +39,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{_PARTIAL}{path.stem}-", suffix=path.suffix)
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{_PARTIAL}{path.stem}-", suffix=path.suffix)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     os.close(handle)
     partial = Path(name)
     try:
@@ -48,7 +52,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
         with partial.open("rb") as written:
             os.fsync(written.fileno())  # a full disk may say so only here
         partial.replace(path)
-    except BaseException:
+    except BaseException as error:
+        # A full disk says so without a name.
+        if isinstance(error, OSError) and error.errno is not None and error.filename in (None, name):
+            error.filename = str(path)
         partial.unlink(missing_ok=True)
         raise
 
@@ -82,6 +89,8 @@ def _mode(path: Path) -> int:
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file in UTF-8 with Unix line ends, whole or not at all.
 
+    A file's name that is no UTF-8 is written with escapes.
+
     Args:
         path: The file; its folder is made.
         text: Its content.
@@ -90,7 +99,50 @@ def write_text(path: str | Path, text: str) -> None:
         OSError: If it cannot be written; the old file is there as it was.
     """
     with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8", newline="\n")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
+
+
+def check_writable(folder: str | Path) -> Path:
+    """Raise if a folder cannot be made or written to: said before a work that takes long, not after it.
+
+    Args:
+        folder: The folder, which may not exist.
+
+    Returns:
+        The folder among it and those above it that is there already.
+
+    Raises:
+        ValueError: If it cannot.
+
+    Example:
+        >>> check_writable("no/such/folder") == Path.cwd()
+        True
+    """
+    folder = Path(folder).absolute()
+    existing = next(place for place in (folder, *folder.parents) if place.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"{folder} cannot be written: {existing} is no folder that may be written to")
+    return existing
+
+
+def utf8(path: str | Path) -> bool:
+    """Whether a path is text in UTF-8, without which PyTorch opens no file.
+
+    Args:
+        path: The path, as Python has it from the command line.
+
+    Returns:
+        True if it is.
+
+    Example:
+        >>> utf8("runs"), utf8(os.fsdecode(bytes([114, 255])))
+        (True, False)
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def cache_folder(part: str) -> Path:

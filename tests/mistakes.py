@@ -74,6 +74,8 @@ MISTAKES: dict[str, list[Mistake]] = {
         Mistake("fit --model.backbone=paper/lenet5", ("--data is needed", "--data=MNIST")),
         Mistake("fit configs/quickstart.yaml", ("stands alone", "did you mean '--config configs/quickstart.yaml'")),
         Mistake("fit --config", ("--config names a YAML file",)),
+        Mistake("fit --config=", ("--config= names no file", "configs/quickstart.yaml")),
+        Mistake("fit --config -", ("there is no file -",)),
         Mistake("--version --verbos", ("--version takes --verbose",)),
         Mistake("--print-completion fish", ("bash, zsh, tcsh",)),
         *after_config(

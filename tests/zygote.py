@@ -73,8 +73,8 @@ class Zygote:
         return command.wait(), command.said
 
     def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
+        with self.process:  # closes its pipes, and waits
+            self.process.stdin.close()
 
 
 def serve() -> None:

@@ -14,7 +14,7 @@ from nslightning.commands.devices import check_device
 from nslightning.commands.endings import CallError, ended
 from nslightning.commands.plain_parser import Arguments
 from nslightning.commands.progress import progress
-from nslightning.files import expanded, write_text
+from nslightning.files import check_writable, expanded, write_text
 from nslightning.spelling import did_you_mean
 
 if TYPE_CHECKING:
@@ -54,10 +54,10 @@ def main(argv: list[str]) -> int:
         SystemExit: After ``--help`` (0) and for options that are not understood (2).
     """
     parser = make_parser(f"nslightning {argv[0]}")
-    given = parser.parse_args(argv[1:])
+    options = parser.parse_args(argv[1:])
     return ended(
         parser.prog,
-        lambda: _audit(given),
+        lambda: _audit(options),
         go_on="nothing was measured yet",
         output="--json or --html",
         fault=1,
@@ -135,101 +135,108 @@ def _check_outputs(outputs: dict[str, Path]) -> None:
             raise CallError(f"--{kind} takes a file; {path} is a folder")
         if not path.parent.is_dir():
             raise CallError(f"--{kind} {path}: there is no folder {path.parent}; make it first")
+        try:
+            check_writable(path.parent)
+        except ValueError as error:
+            raise CallError(f"--{kind} {path}: {error}") from None
     if len(outputs) == 2 and outputs["json"].resolve() == outputs["html"].resolve():
         raise CallError(f"--json and --html name one file, {outputs['json']}")
 
 
-def _audit(given: argparse.Namespace) -> int:
-    outputs = {kind: path for kind in ("json", "html") if (path := getattr(given, kind)) is not None}
+def _audit(options: argparse.Namespace) -> int:
+    outputs = {kind: path for kind in ("json", "html") if (path := getattr(options, kind)) is not None}
     _check_outputs(outputs)
 
     import torch
 
     from nslightning.models.weights import load_weights, read_checkpoint
 
-    check_device(given.device)
-    torch.manual_seed(given.seed)
-    network, batches, what = _model_and_data(given)
-    if given.weights is not None:
-        load_weights(network, read_checkpoint(given.weights)["state_dict"], str(given.weights))
-    batches = [(_fit(images, network, given.model), labels) for images, labels in batches]
+    check_device(options.device)
+    torch.manual_seed(options.seed)
+    network, batches, description = _model_and_data(options)
+    if options.weights is not None:
+        load_weights(network, read_checkpoint(options.weights)["state_dict"], str(options.weights))
+    batches = [(_fit(images, network, options.model), labels) for images, labels in batches]
 
     from nslightning.arithmetic import Arithmetic
     from nslightning.probes.audit import audit
     from nslightning.report.audit_page import page
     from nslightning.report.audit_text import advice, table
 
-    with Arithmetic().applied(), progress() as tell:
-        found = audit(
+    with Arithmetic().applied(), progress() as show:
+        report = audit(
             network,
             batches,
-            dtypes=given.precisions,
-            device=given.device,
-            training=not given.eval,
-            seed=given.seed,
-            name=given.model,
-            data=what,
-            progress=tell,
+            dtypes=options.precisions,
+            device=options.device,
+            training=not options.eval,
+            seed=options.seed,
+            name=options.model,
+            data=description,
+            progress=show,
         )
-    print(table(found))
+    print(table(report))
     for kind, path in outputs.items():
         if kind == "json":
             import json
 
-            plain = found.to_dict() | {"advice": advice(found)}
+            plain = report.to_dict() | {"advice": advice(report)}
             text = json.dumps(plain, indent=2, allow_nan=False) + "\n"
         else:
-            text = page(found)
+            text = page(report)
         write_text(path, text)
     if outputs:
         print(f"\nWritten: {', '.join(map(str, outputs.values()))}")
-    if left := [dtype for dtype, why in found.not_run.items() if why == "interrupted"]:
-        print(f"\ninterrupted; the same command with --precisions {' '.join(left)} measures the rest", file=sys.stderr)
+    if unmeasured := [dtype for dtype, why in report.not_run.items() if why == "interrupted"]:
+        rest = " ".join(unmeasured)
+        print(f"\ninterrupted; the same command with --precisions {rest} measures the rest", file=sys.stderr)
         return 130
-    if given.fail_above is not None and not found.largest <= given.fail_above:
-        largest = "not finite" if not math.isfinite(found.largest) else f"{found.largest:.3g}"
-        print(f"\nThe largest relative divergence, {largest}, exceeds --fail-above {given.fail_above}", file=sys.stderr)
+    if options.fail_above is not None and not report.largest <= options.fail_above:
+        largest = "not finite" if not math.isfinite(report.largest) else f"{report.largest:.3g}"
+        above = f"exceeds --fail-above {options.fail_above}"
+        print(f"\nThe largest relative divergence, {largest}, {above}", file=sys.stderr)
         return 3
     return 0
 
 
 # ----------------------------------------------------------------------------------------------------- model
-def _model_and_data(given: argparse.Namespace) -> tuple[nn.Module, list[Batch], str]:
-    """The network that was named, batches that it takes, and what these are."""
+def _model_and_data(options: argparse.Namespace) -> tuple[nn.Module, list[Batch], str]:
+    """The named network, batches that it takes, and a description of these."""
     from nslightning.models import weights
     from nslightning.models.own import OwnNameError, is_own, own_network
 
-    if weights.is_hugging_face_folder(given.model):
-        network = weights.HuggingFaceLogits(given.model)
+    if weights.is_hugging_face_folder(options.model):
+        network = weights.HuggingFaceLogits(options.model)
         if network.vocab_size is not None:
-            return network, _tokens(given, network.vocab_size), "random tokens"
+            return network, _tokens(options, network.vocab_size), "random tokens"
         assert network.image_shape is not None
-        batches, what, _ = _data(given, network.image_shape)
-        return network, batches, what
-    if Path(given.model).is_file():
-        made, shape, _ = weights.network_of_checkpoint(weights.read_checkpoint(Path(given.model)), given.model)
-        batches, what, _ = _data(given, shape)
-        return made, batches, what
-    if is_own(given.model):
+        batches, description, _ = _data(options, network.image_shape)
+        return network, batches, description
+    if Path(options.model).is_file():
+        made, shape, _ = weights.network_of_checkpoint(weights.read_checkpoint(Path(options.model)), options.model)
+        batches, description, _ = _data(options, shape)
+        return made, batches, description
+    if is_own(options.model):
         try:
-            own = own_network(given.model)
+            own = own_network(options.model)
         except OwnNameError as error:
             raise CallError(str(error)) from error
-        batches, what, _ = _data(given)
-        return own, batches, what
-    _known_backbone(given.model)
-    batches, what, classes = _data(given)
-    return _backbone(given.model, classes or 1000, tuple(batches[0][0].shape[1:])), batches, what
+        batches, description, _ = _data(options)
+        return own, batches, description
+    _known_backbone(options.model)
+    batches, description, classes = _data(options)
+    return _backbone(options.model, classes or 1000, tuple(batches[0][0].shape[1:])), batches, description
 
 
-def _tokens(given: argparse.Namespace, vocab_size: int) -> list[Batch]:
+def _tokens(options: argparse.Namespace, vocab_size: int) -> list[Batch]:
     """Random token ids, 32 in a row."""
     import torch
 
-    if given.data != "synthetic":
-        raise CallError(f"--data {given.data}: a text model is audited on random tokens; leave --data out")
-    drawn = torch.Generator().manual_seed(given.seed)
-    return [(torch.randint(vocab_size, (given.batch_size, 32), generator=drawn), None) for _ in range(given.batches)]
+    if options.data != "synthetic":
+        raise CallError(f"--data {options.data}: a text model is audited on random tokens; leave --data out")
+    drawn = torch.Generator().manual_seed(options.seed)
+    shape = (options.batch_size, 32)
+    return [(torch.randint(vocab_size, shape, generator=drawn), None) for _ in range(options.batches)]
 
 
 def _known_backbone(name: str) -> None:
@@ -275,31 +282,31 @@ def _fit(images: Tensor, network: nn.Module, name: str) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------ data
-def _data(given: argparse.Namespace, shape: tuple[int, ...] | None = None) -> tuple[list[Batch], str, int | None]:
-    """The batches, what they are, and the number of classes where the data have some.
+def _data(options: argparse.Namespace, shape: tuple[int, ...] | None = None) -> tuple[list[Batch], str, int | None]:
+    """The batches, a description of them, and the number of classes where the data have some.
 
     Args:
-        given: The command line.
+        options: The command line.
         shape: (channels, height, width) that the network was made for, where that is known.
     """
-    size = given.image_size or (shape[1] if shape else 32 if given.model.startswith("paper/") else 224)
-    if given.data == "synthetic":
+    size = options.image_size or (shape[1] if shape else 32 if options.model.startswith("paper/") else 224)
+    if options.data == "synthetic":
         import torch
 
-        drawn = torch.Generator().manual_seed(given.seed)
+        drawn = torch.Generator().manual_seed(options.seed)
         images = (
-            given.batch_size,
+            options.batch_size,
             shape[0] if shape else 3,
             size,
-            shape[2] if shape and not given.image_size else size,
+            shape[2] if shape and not options.image_size else size,
         )
-        return [(torch.randn(images, generator=drawn), None) for _ in range(given.batches)], "synthetic images", None
-    if Path(given.data).expanduser().is_dir():
-        return _folder(Path(given.data).expanduser(), given, size)
-    return _module(given)
+        return [(torch.randn(images, generator=drawn), None) for _ in range(options.batches)], "synthetic images", None
+    if Path(options.data).expanduser().is_dir():
+        return _folder(Path(options.data).expanduser(), options, size)
+    return _module(options)
 
 
-def _folder(folder: Path, given: argparse.Namespace, size: int) -> tuple[list[Batch], str, int | None]:
+def _folder(folder: Path, options: argparse.Namespace, size: int) -> tuple[list[Batch], str, int | None]:
     import torch
 
     from nslightning.data.images import FileImages
@@ -307,48 +314,49 @@ def _folder(folder: Path, given: argparse.Namespace, size: int) -> tuple[list[Ba
     from nslightning.data.verify import data_error
 
     files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in _SUFFIXES and f.is_file())
-    wanted = given.batches * given.batch_size
+    wanted = options.batches * options.batch_size
     if len(files) < wanted:
         fix = f"Give fewer --batches or a smaller --batch-size, or more images ({', '.join(sorted(_SUFFIXES))})."
         raise data_error(folder, f"count: {len(files)} images in it, {wanted} needed", fix)
     classes = sorted({f.parent.name for f in files})
     labelled = len(classes) > 1 and all(f.parent != folder for f in files)
     images = FileImages([(str(f), classes.index(f.parent.name)) for f in files], HE2016.at(size))
-    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(given.seed)).tolist()[:wanted]
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(options.seed)).tolist()[:wanted]
     batches: list[Batch] = []
-    for start in range(0, wanted, given.batch_size):
-        pixels, labels = images.__getitems__(order[start : start + given.batch_size])
+    for start in range(0, wanted, options.batch_size):
+        pixels, labels = images.__getitems__(order[start : start + options.batch_size])
         batches.append((pixels, labels if labelled else None))
-    what = f"{len(files)} images of {folder}, " + (f"{len(classes)} classes" if labelled else "random labels")
-    return batches, what, len(classes) if labelled else None
+    description = f"{len(files)} images of {folder}, " + (f"{len(classes)} classes" if labelled else "random labels")
+    return batches, description, len(classes) if labelled else None
 
 
-def _module(given: argparse.Namespace) -> tuple[list[Batch], str, int | None]:
+def _module(options: argparse.Namespace) -> tuple[list[Batch], str, int | None]:
     import torch.nn.functional as F
 
     from nslightning import data
     from nslightning.experiments.data import download
 
     names = [n for n in data.__all__ if _is_image_data(getattr(data, n))]
-    if given.data not in names:
-        hint = did_you_mean(given.data, ["synthetic", *names])
+    if options.data not in names:
+        hint = did_you_mean(options.data, ["synthetic", *names])
         raise CallError(
-            f"--data {given.data}: there is no such folder or data set{hint} Data sets: synthetic, {', '.join(names)}"
+            f"--data {options.data}: there is no such folder or data set{hint} Data sets: synthetic, {', '.join(names)}"
         )
-    if given.download == "true":
-        download(given.data, ())
-    source = getattr(data, given.data)(batch_size=given.batch_size, seed=given.seed, workers=0)
+    if options.download == "true":
+        download(options.data, ())
+    source = getattr(data, options.data)(batch_size=options.batch_size, seed=options.seed, workers=0)
     source.prepare_data()
     loader: Iterable[tuple[Tensor, Tensor]] = source.train_dataloader()
     batches: list[Batch] = []
-    for images, labels in islice(loader, given.batches):
-        size = given.image_size
+    for images, labels in islice(loader, options.batches):
+        size = options.image_size
         if size is not None and images.shape[-2:] != (size, size):
             images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
         batches.append((images, labels))
-    if len(batches) < given.batches:
-        raise data.DataError(f"{given.data} has {len(batches)} batches of {given.batch_size}, not {given.batches}")
-    return batches, f"{given.data}, training images", source.num_classes
+    if len(batches) < options.batches:
+        asked = f"{options.batches} of them were asked for"
+        raise data.DataError(f"{options.data} has {len(batches)} batches of {options.batch_size}, and {asked}")
+    return batches, f"{options.data}, training images", source.num_classes
 
 
 def _is_image_data(cls: Any) -> bool:

@@ -39,7 +39,7 @@ def check_network(start: Start, model: LightningModule) -> None:
     name, (then_shape, now_shape) = odd[0], (d.get(odd[0], "missing") for d in (stored, wanted))
     raise ValueError(
         f"--ckpt_path: {start.checkpoint} holds {made_as}, and this is {now}: {len(odd)} parameters differ, "
-        f"as {name}: {then_shape} there, {now_shape} here. Give the config that made it, by --config"
+        f"as {name}: {then_shape} in the checkpoint, {now_shape} here. Give the config that made it, by --config"
     )
 
 

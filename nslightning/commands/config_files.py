@@ -1,4 +1,4 @@
-"""Config files as they were written: what a YAML parser would pass over is named."""
+"""Config files as they were written, with an error for what a YAML parser would pass over."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
-        what = " ".join(filter(None, (error.context, error.problem)))
-        raise ValueError(f"{path}{where}: this is not YAML: {what}") from None
+        problem = " ".join(filter(None, (error.context, error.problem)))
+        raise ValueError(f"{path}{where}: this is not YAML: {problem}") from None
     except yaml.YAMLError as error:  # a character that YAML does not allow
         raise ValueError(f"{path}: this is not YAML: {' '.join(str(error).split())}") from None
     except ValueError as error:
@@ -48,8 +48,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
             f"{path} is empty: a config is a mapping of options to values, such as configs/quickstart.yaml"
         )
     if not isinstance(content, dict):
-        told = " ".join(str(content).split())
-        raise ValueError(f"{path} is no mapping of options to values, but {told[:100]}{' ...' * (len(told) > 100)}")
+        text = " ".join(str(content).split())
+        raise ValueError(f"{path} is no mapping of options to values, but {text[:100]}{' ...' * (len(text) > 100)}")
     return content
 
 

@@ -11,7 +11,7 @@ from nslightning.commands.dashes import spelled_with_dashes, with_new_spellings
 from nslightning.commands.devices import check_device
 from nslightning.commands.endings import ended
 from nslightning.commands.progress import progress
-from nslightning.files import expanded
+from nslightning.files import check_writable, expanded
 
 if TYPE_CHECKING:
     # Nothing that imports torch: jsonargparse runs this block to understand the annotations of `cost`.
@@ -37,11 +37,11 @@ def main(argv: list[str]) -> int:
         SystemExit: After ``--help`` (0) and for arguments that are not understood (2).
     """
     parser = make_parser(f"nslightning {argv[0]}")
-    given = parser.parse_args(with_new_spellings(parser, argv[1:], _RENAMED)).as_dict()
-    given.pop("config")
+    options = parser.parse_args(with_new_spellings(parser, argv[1:], _RENAMED)).as_dict()
+    options.pop("config")
     # Read when torch is imported: the profiler that measures memory would else write to stderr.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    return ended(parser.prog, lambda: cost(**given), go_on="nothing was written")
+    return ended(parser.prog, lambda: cost(**options), go_on="nothing was written")
 
 
 def make_parser(prog: str) -> ArgumentParser:
@@ -128,6 +128,8 @@ def cost(
     folder = expanded(output)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output is a folder; {output} is a file")
+    if not step:
+        check_writable(folder)
 
     import torch
 
@@ -157,7 +159,7 @@ def cost(
         return 0
 
     result: CostReport | CostScaling
-    with torch.random.fork_rng(), progress() as tell:
+    with torch.random.fork_rng(), progress() as show:
         torch.manual_seed(seed)
         shape = (batch_size, input_channels(backbone, image_shape), *image_shape[1:])
         batch = torch.randn(shape), torch.randint(num_classes, (batch_size,))
@@ -170,10 +172,10 @@ def cost(
                 named,
                 repetitions=repetitions,
                 name=backbone,
-                progress=tell,
+                progress=show,
             )
         else:
-            result = cost_ratio(build(), batch, named, repetitions=repetitions, name=backbone, progress=tell)
+            result = cost_ratio(build(), batch, named, repetitions=repetitions, name=backbone, progress=show)
     print(scaling_table(result) if isinstance(result, CostScaling) else table(result))
 
     folder.mkdir(parents=True, exist_ok=True)

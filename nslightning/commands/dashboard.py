@@ -37,21 +37,21 @@ def main(argv: list[str]) -> int:
         SystemExit: After ``--help`` (0) and for options that are not understood (2).
     """
     parser = make_parser(f"nslightning {argv[0]}")
-    given = parser.parse_args(argv[1:])
-    return ended(parser.prog, lambda: _define(given), output="--out=FILE")
+    options = parser.parse_args(argv[1:])
+    return ended(parser.prog, lambda: _define(options), output="--out=FILE")
 
 
-def _define(given: argparse.Namespace) -> int:
-    if not given.apply:
-        check_output(given.out)
+def _define(options: argparse.Namespace) -> int:
+    if not options.apply:
+        check_output(options.out)
     from nslightning import dashboard
 
-    if given.apply:
-        print(dashboard.apply(given.entity, given.project, given.name))
+    if options.apply:
+        print(dashboard.apply(options.entity, options.project, options.name))
         return 0
-    content = dashboard.definition(given.entity, given.project, given.name)
-    write_text(given.out, json.dumps(content, indent=2) + "\n")
-    print(f"{given.out}: written; --apply makes the view at W&B")
+    content = dashboard.definition(options.entity, options.project, options.name)
+    write_text(options.out, json.dumps(content, indent=2) + "\n")
+    print(f"{options.out}: written; --apply makes the view at W&B")
     return 0
 
 

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 
 __all__ = ["spelled_with_dashes", "with_new_spellings", "with_underscores"]
 
+_PRINT = "--print_config"  # jsonargparse looks for this word, to which it gives a value
+
 
 def spelled_with_dashes(parser: argparse.ArgumentParser) -> None:
     """Give every option of a parser dashes for underscores; the names of its values stay.
@@ -18,6 +20,8 @@ def spelled_with_dashes(parser: argparse.ArgumentParser) -> None:
     """
     known = parser._option_string_actions
     for action in parser._actions:
+        if _PRINT in action.option_strings:
+            continue
         old = list(action.option_strings)
         action.option_strings = [word.replace("_", "-") if word.startswith("--") else word for word in old]
         for before, after in zip(old, action.option_strings, strict=True):
@@ -44,6 +48,9 @@ def with_new_spellings(
         option, equals, value = word.partition("=")
         flag, dot, part = option.partition(".")
         new = flag
+        if flag == _PRINT.replace("_", "-"):
+            words.append(_PRINT + equals + value)
+            continue
         if flag.startswith("--") and flag not in known:
             new = flag.replace("_", "-")
             new = (renamed or {}).get(new, new)
@@ -61,7 +68,7 @@ def with_new_spellings(
             parts.setdefault(new, []).append(f"{part}: {value if equals else next(rest, '')}")
         else:
             words.append(f"{new}{equals}{value}")
-    return words + [f"{flag}={{{', '.join(given)}}}" for flag, given in parts.items()]
+    return words + [f"{flag}={{{', '.join(fields)}}}" for flag, fields in parts.items()]
 
 
 def with_underscores(argv: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The device that a command was asked to compute on: there, or named with what is there instead."""
+"""The device that a command was asked to compute on; where it is missing, an error that lists the present ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def check_device(device: str, option: str = "--device") -> None:
         option: The option that named it.
 
     Raises:
-        CallError: If it cannot; with the devices that are there.
+        CallError: If it cannot; with the devices that it can.
 
     Example:
         >>> check_device("cpu")

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 
 from nslightning.commands.stopping import Stopped
+from nslightning.commands.streams import NO_READER, reader_is_gone
 
 __all__ = ["CallError", "Ending", "ended", "ending_of", "root_of"]
 
@@ -87,7 +88,8 @@ def ended(
         print(f"\n{program}: stopped by {by}{where}; {go_on}", file=sys.stderr)
         return stop.status if isinstance(stop, Stopped) else 130
     except Exception as error:
-        if (ending := ending_of(error, began=False, output=output)) is None:
+        ending = ending_of(error, began=False, output=output)
+        if ending is None or ending.status == NO_READER:
             raise
         print(f"{program}: error: {ending.message}", file=sys.stderr)
         return ending.status if isinstance(error, CallError) or ending.status != 2 else fault
@@ -123,11 +125,12 @@ def ending_of(
     """
     cause = root_of(error)
     kinds: tuple[Callable[[BaseException, bool], Ending | None], ...] = (
-        _data, _system, _worker, _peer, _own, _wandb, _memory, _network, _model, _mistake, _callback, _late, _frozen,
+        _data, _system, _reader, _worker, _peer, _own, _wandb, _memory, _network, _model, _mistake, _callback, _late,
+        _frozen,
     )  # fmt: skip
     for kind in kinds:
         if (ending := kind(cause, began)) is not None:
-            if go_on is not None and ending.status == 1:
+            if go_on is not None and ending.status in (1, NO_READER):
                 ending.message += f"\n  go on with: {go_on}"
             elif isinstance(cause, OSError) and cause.errno in _PLACE and not began:
                 ending.message += f"; {output} names another place to write to"
@@ -137,6 +140,8 @@ def ending_of(
 
 def _data(error: BaseException, began: bool) -> Ending | None:
     """Data that are missing or damaged."""
+    if "nslightning.data.verify" not in sys.modules:  # it imports torch
+        return None
     from nslightning.data.verify import DataError
 
     if not isinstance(error, DataError):
@@ -145,7 +150,11 @@ def _data(error: BaseException, began: bool) -> Ending | None:
 
 
 def _system(error: BaseException, began: bool) -> Ending | None:
-    """A file or folder that the system refuses."""
+    """A file or folder that the system refuses; what a library raises while it tidies up after that is no bug."""
+    chain = [error]
+    while chain[-1].__context__ is not None:
+        chain.append(chain[-1].__context__)
+    error = next((e for e in chain if isinstance(e, OSError) and e.errno in _DISK), error)
     if not isinstance(error, OSError) or error.errno not in (*_PLACE, *_DISK):
         return None
     where = error.filename2 or error.filename
@@ -153,6 +162,13 @@ def _system(error: BaseException, began: bool) -> Ending | None:
         where = next((p for p in (Path(str(where)), *Path(str(where)).parents) if p.is_file()), where)
     reason = (_PLACE | _DISK)[error.errno]
     return Ending(1 if began or error.errno in _DISK else 2, f"{'a file' if where is None else where} {reason}")
+
+
+def _reader(error: BaseException, began: bool) -> Ending | None:
+    """The program that read the output, such as `head`, has ended."""
+    if not isinstance(error, BrokenPipeError) or not reader_is_gone():
+        return None
+    return Ending(NO_READER, "the program that read its output has ended")
 
 
 def _worker(error: BaseException, began: bool) -> Ending | None:
@@ -180,7 +196,7 @@ def _peer(error: BaseException, began: bool) -> Ending | None:
 
 
 def _own(error: BaseException, began: bool) -> Ending | None:
-    """What a callback of ours was asked to find, and found."""
+    """Values that are not finite, which a callback of ours was asked to look for."""
     if "lightning.pytorch" not in sys.modules:
         return None
     from nslightning.callbacks import NonFiniteError
@@ -217,7 +233,7 @@ def _network(error: BaseException, began: bool) -> Ending | None:
 
 
 def _model(error: BaseException, began: bool) -> Ending | None:
-    """A model of the caller's that does not run, or does not take what it was given."""
+    """A model of the caller's that does not run, or does not take its inputs."""
     if "torch" not in sys.modules:
         return None
     from nslightning.models.own import OwnNetworkError
@@ -227,7 +243,7 @@ def _model(error: BaseException, began: bool) -> Ending | None:
 
 
 def _mistake(error: BaseException, began: bool) -> Ending | None:
-    """What was given is not allowed, or not there."""
+    """A value that is not allowed, or a file that is missing."""
     if isinstance(error, CallError):
         return Ending(2, str(error))
     kinds: tuple[type[BaseException], ...] = (FileNotFoundError, ImportError, ValueError)
@@ -250,7 +266,7 @@ def _mistake(error: BaseException, began: bool) -> Ending | None:
 
 
 def _callback(error: BaseException, began: bool) -> Ending | None:
-    """Whatever a callback, a logger or a plugin raises before the first step: what it was given does not suit it."""
+    """Whatever a callback, a logger or a plugin raises before the first step: its arguments do not suit it."""
     if began or not isinstance(error, Exception):
         return None
     named = _raised_in(error.__traceback__)
@@ -261,7 +277,7 @@ def _callback(error: BaseException, began: bool) -> Ending | None:
 
 
 def _late(error: BaseException, began: bool) -> Ending | None:
-    """What one of Lightning's callbacks refuses only when it is there to be done, such as a metric nothing logs."""
+    """What one of Lightning's callbacks refuses only in the course of a run, such as a metric that nothing logs."""
     if "lightning.pytorch" not in sys.modules or error.__traceback__ is None:
         return None
     from lightning.fabric.utilities.exceptions import MisconfigurationException

@@ -41,36 +41,37 @@ def main(argv: Sequence[str]) -> int:
         SystemExit: After ``--help`` (0) and for options that are not understood (2).
     """
     parser = make_parser(f"nslightning {argv[0]}")
-    given = parser.parse_args(list(argv[1:]))
+    options = parser.parse_args(list(argv[1:]))
     from nslightning.experiments.grid import SCALES
 
-    if given.name is None and not given.list:
+    if options.name is None and not options.list:
         parser.error("name a figure, or --list them")
-    if given.run and given.results:
-        parser.error("--from draws results that are there, --run makes them: give one of the two")
-    if given.run and given.run not in SCALES:
-        parser.error(f"--run {given.run} is no scale{did_you_mean(given.run, SCALES)} There are: {', '.join(SCALES)}")
-    if given.out.exists() and not given.out.is_dir():
-        parser.error(f"--out {given.out} is a file, and is to be a folder")
-    if given.name == "all" and not given.run:
+    if options.run and options.results:
+        parser.error("--from draws results, --run makes them first: give one of the two")
+    if options.run and options.run not in SCALES:
+        hint = did_you_mean(options.run, SCALES)
+        parser.error(f"--run {options.run} is no scale{hint} There are: {', '.join(SCALES)}")
+    if options.out.exists() and not options.out.is_dir():
+        parser.error(f"--out {options.out} is a file, and is to be a folder")
+    if options.name == "all" and not options.run:
         parser.error("all needs --run SCALE; what is finished is skipped")
-    return ended(parser.prog, lambda: _figures(given), output="--out=FOLDER")
+    return ended(parser.prog, lambda: _figures(options), output="--out=FOLDER")
 
 
-def _figures(given: argparse.Namespace) -> int:
+def _figures(options: argparse.Namespace) -> int:
     from nslightning.experiments.figures import FIGURES, feeding, find
 
-    names = list(FIGURES) if given.name in (None, "all") else [given.name]
+    names = list(FIGURES) if options.name in (None, "all") else [options.name]
     for name in names:
         find(name)
-    if given.list:
+    if options.list:
         for name in names:
             drawing = FIGURES[name]
             fed = ", ".join(feeding(name)) if drawing.needs_results else "no results needed"
             print(f"{name}\n    {drawing.title}\n    from: {fed}\n    paper: {drawing.paper}")
         return 0
-    status = _run(given, names) if given.run else 0
-    return status if status in (2, 130) else max(status, _draw(given, names))
+    status = _run(options, names) if options.run else 0
+    return status if status in (2, 130) else max(status, _draw(options, names))
 
 
 def make_parser(prog: str) -> Arguments:
@@ -89,7 +90,7 @@ def make_parser(prog: str) -> Arguments:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("name", nargs="?", help="the figure, or all; --list tells every name")
+    parser.add_argument("name", nargs="?", help="the figure, or all; --list prints every name")
     parser.add_argument(
         "--from", dest="results", nargs="+", type=Path, default=[], metavar="RESULTS", help="results of experiments"
     )
@@ -102,41 +103,41 @@ def make_parser(prog: str) -> Arguments:
     parser.add_argument(
         "--out", type=expanded, default=Path("figures"), metavar="FOLDER", help="where to (default: figures)"
     )
-    parser.add_argument("--list", action="store_true", help="tell every figure, what feeds it and its published one")
+    parser.add_argument("--list", action="store_true", help="print every figure, its experiments and its published one")
     return parser
 
 
-def _run(given: argparse.Namespace, names: Sequence[str]) -> int:
+def _run(options: argparse.Namespace, names: Sequence[str]) -> int:
     """Run the experiments that feed the figures: the worst of their exit statuses."""
     from nslightning.commands import experiment
     from nslightning.experiments.figures import FIGURES, feeding
 
-    options = ["--scale", given.run, "--output", str(given.output), "--compare"]
+    words = ["--scale", options.run, "--output", str(options.output), "--compare"]
     for option in ("workers", "device"):
-        if getattr(given, option) is not None:
-            options += [f"--{option}", getattr(given, option)]
+        if getattr(options, option) is not None:
+            words += [f"--{option}", getattr(options, option)]
     worst = 0
     for one in dict.fromkeys(e for name in names if FIGURES[name].needs_results for e in feeding(name)):
-        status = experiment.main(["experiment", one, *options])
+        status = experiment.main(["experiment", one, *words])
         if status in (2, 130):
             return status
         worst = max(worst, status)
     return worst
 
 
-def _draw(given: argparse.Namespace, names: Sequence[str]) -> int:
+def _draw(options: argparse.Namespace, names: Sequence[str]) -> int:
     """Draw the figures; one that cannot be drawn does not keep the others."""
     from nslightning.experiments.figures import draw, feeding
 
     worst = 0
     for name in names:
-        results = given.results
-        if given.run:
-            folders = [Path(given.output) / e / given.run for e in feeding(name)]
+        results = options.results
+        if options.run:
+            folders = [Path(options.output) / e / options.run for e in feeding(name)]
             results = [f for f in folders if (f / "results.csv").is_file()]
 
         def drawn(name: str = name, results: Sequence[Path] = results) -> int:
-            for file in draw(name, results, given.out):
+            for file in draw(name, results, options.out):
                 print(file)
             return 0
 

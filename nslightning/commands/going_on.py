@@ -1,7 +1,7 @@
-"""Where a command starts: anew, in the folder of a run that goes on, or with a checkpoint and the config beside it.
+"""Where a command starts: a new run, the folder of a run that goes on, or a checkpoint and the config beside it.
 
 A run that goes on takes its own config, not the one that began it or its name: a config file says how runs of its kind
-begin, and what one of them became stands in the run's folder. What is to change is said by flags.
+begin, and the run's folder says how it went on. Flags change a run that goes on.
 """
 
 from __future__ import annotations
@@ -154,8 +154,8 @@ def start(argv: Sequence[str], command: str) -> tuple[Start, str]:
         FileNotFoundError: If there is no such checkpoint.
     """
     call = Call.read(argv)
-    found = _start(call, argv, command)
-    return found, Call.read(found.argv).options.get("task", "images")
+    begin = _start(call, argv, command)
+    return begin, Call.read(begin.argv).options.get("task", "images")
 
 
 def _start(call: Call, argv: Sequence[str], command: str) -> Start:
@@ -247,20 +247,36 @@ def _from_file(call: Call, file: Path, fit: bool) -> Start:
 
 
 def _refuse_foreign_classes(config: Path) -> None:
-    """A config that nobody named runs classes of the installed libraries alone."""
-    for name in _class_paths(read_config(config)):
-        if "." in name and not name.startswith(("nslightning.", "lightning.", "torch.", "pytorch_lightning.")):
+    """A config that the call does not name runs classes of the installed libraries alone."""
+    for name in _code_in(read_config(config)):
+        if not name.startswith(("nslightning.", "lightning.", "torch.", "pytorch_lightning.")):
             raise ValueError(
-                f"{config} names a class of its own, {name}, and is not read unasked: if you trust it, add "
+                f"{config} names code of its own, {name}, and is not read unasked: if you trust it, add "
                 f"--config={config}"
             )
 
 
-def _class_paths(content: Any) -> list[str]:
+#: Options whose text names a class or a function, where it is no mapping with a ``class_path``.
+_NAMES_CODE = ("backbone", "callbacks", "data", "logger", "lr_scheduler", "model", "optimizer", "plugins", "profiler",
+               "strategy")  # fmt: skip
+
+
+def _code_in(content: Any, key: str = "") -> list[str]:
+    """The names of code in a config: of classes and functions by their paths, and of networks as ``package:factory``.
+
+    Example:
+        >>> _code_in({"model": {"backbone": "a.b:make"}, "trainer": {"callbacks": ["c.D", {"class_path": "e.F"}]}})
+        ['a.b:make', 'c.D', 'e.F']
+    """
     if isinstance(content, dict):
-        own = [str(content["class_path"])] if "class_path" in content else []
-        return own + [path for value in content.values() for path in _class_paths(value)]
-    return [path for value in content for path in _class_paths(value)] if isinstance(content, list) else []
+        return [name for inner, value in content.items() for name in _code_in(value, str(inner))]
+    if isinstance(content, list):
+        return [name for value in content for name in _code_in(value, key)]
+    if not isinstance(content, str) or key not in ("class_path", *_NAMES_CODE):
+        return []
+    if key == "backbone":  # torchvision/resnet18, timm/hf-hub:..., or package.module:factory
+        return [content] if ":" in content.partition("/")[0] else []
+    return [content] if "." in content else []
 
 
 def _going_on(call: Call, folder: Path, which: str) -> Start:
@@ -281,7 +297,7 @@ def _going_on(call: Call, folder: Path, which: str) -> Start:
             elif own_seen:
                 kept.append(word)
             elif Path(value).is_file():
-                _tell_differences(Path(value), own)
+                _say_differences(Path(value), own)
         elif flag not in ("--ckpt_path", "--name", "--output"):
             kept.append(word)
     kept = _not_twice(kept, runs.segments(runs.read_record(folder)), read_config(own))
@@ -292,19 +308,19 @@ def _without(call: Call, flags: Sequence[str]) -> list[str]:
     return [call.command, *(w for w in call.words if w.partition("=")[0] not in {f"--{flag}" for flag in flags})]
 
 
-def _tell_differences(given: Path, own: Path) -> None:
+def _say_differences(asked: Path, own: Path) -> None:
     """Say what a config file asks for that the run does not have."""
-    here, there = runs.flat(read_config(given)), runs.flat(read_config(own))
+    wanted, kept = runs.flat(read_config(asked)), runs.flat(read_config(own))
     choice = "model.jacobians."
     differing = [
-        f"{name}: {value!r}, and the run has {there[name]!r}"
-        for name, value in here.items()
-        if name in there and not name.startswith("trainer.callbacks.") and not _alike(value, there[name])
+        f"{name}: {value!r}, and the run has {kept[name]!r}"
+        for name, value in wanted.items()
+        if name in kept and not name.startswith("trainer.callbacks.") and not _alike(value, kept[name])
     ]
     if differing:
-        example = next((name for name in here if name.startswith(choice)), "trainer.max_epochs")
+        example = next((name for name in wanted if name.startswith(choice)), "trainer.max_epochs")
         rank_zero_info(
-            f"The run goes on under its own config, {own}; {given} says otherwise, and is not followed ("
+            f"The run goes on under its own config, {own}; {asked} says otherwise, and is not followed ("
             f"{'; '.join(differing)}). Flags change a run that goes on, such as --{example}=..."
         )
 

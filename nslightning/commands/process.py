@@ -33,6 +33,7 @@ def own_process(argv: Sequence[str]) -> Iterator[None]:
     """
     program, environment, form = sys.argv, dict(os.environ), warnings.formatwarning
     messages = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    tracebacks = logging.raiseExceptions
     sys.argv = [program[0], *argv]
     with warnings.catch_warnings():
         # Lightning's own use of a torch name on its way out.
@@ -45,10 +46,12 @@ def own_process(argv: Sequence[str]) -> Iterator[None]:
             warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint need to be provided")
         warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}\n"
         messages.addFilter(_wanted)
+        logging.raiseExceptions = False  # a library's log on a full disk: the run's own error says so
         try:
             yield
         finally:
             messages.removeFilter(_wanted)
+            logging.raiseExceptions = tracebacks
             warnings.formatwarning = form
             sys.argv = program
             for name in _SET:

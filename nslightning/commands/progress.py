@@ -22,7 +22,7 @@ def progress() -> Iterator[Callable[[str], None]]:
     terminal = sys.stderr.isatty()
     last = time.monotonic()
 
-    def tell(line: str) -> None:
+    def show(line: str) -> None:
         nonlocal last
         if terminal:
             print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
@@ -31,7 +31,7 @@ def progress() -> Iterator[Callable[[str], None]]:
             print(line, file=sys.stderr, flush=True)
 
     try:
-        yield tell
+        yield show
     finally:
         if terminal:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)

@@ -36,23 +36,23 @@ def main(argv: list[str]) -> int:
         SystemExit: After ``--help`` (0) and for options that are not understood (2).
     """
     parser = make_parser(f"nslightning {argv[0]}")
-    given = parser.parse_args(argv[1:])
-    return ended(parser.prog, lambda: _report(given), output="--out=FILE")
+    options = parser.parse_args(argv[1:])
+    return ended(parser.prog, lambda: _report(options), output="--out=FILE")
 
 
-def _report(given: argparse.Namespace) -> int:
-    check_output(given.out)
+def _report(options: argparse.Namespace) -> int:
+    check_output(options.out)
     from nslightning.report import find_runs, page, read_run
 
-    runs = [read_run(folder) for folder in find_runs(given.runs)]
-    write_text(given.out, page(runs))
-    size = given.out.stat().st_size / 1e6
-    print(f"{given.out}: {len(runs)} run{'s' * (len(runs) != 1)}, {size:.1f} MB; open it in any browser")
-    if given.open:
+    runs = [read_run(folder) for folder in find_runs(options.runs)]
+    write_text(options.out, page(runs))
+    size = options.out.stat().st_size / 1e6
+    print(f"{options.out}: {len(runs)} run{'s' * (len(runs) != 1)}, {size:.1f} MB; open it in any browser")
+    if options.open:
         import webbrowser
 
-        if not webbrowser.open(given.out.resolve().as_uri()):
-            print(f"there is no browser here: copy {given.out} to a machine that has one", file=sys.stderr)
+        if not webbrowser.open(options.out.resolve().as_uri()):
+            print(f"there is no browser here: copy {options.out} to a machine that has one", file=sys.stderr)
     return 0
 
 

@@ -12,14 +12,14 @@ from typing import Any
 import yaml
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import SaveConfigCallback
 
 from nslightning import runs
 from nslightning.commands.stopping import Signals, Stopped
 from nslightning.files import write_text
 
-__all__ = ["Bar", "SaveConfig", "StopWhenAsked", "makes_again"]
+__all__ = ["Bar", "MovedRun", "SaveConfig", "StopWhenAsked", "makes_again"]
 
 
 _SHOWN_EVERY = 0.25  # seconds
@@ -100,6 +100,43 @@ def _after_last_step(trainer: Trainer) -> bool:
     batches = loop.epoch_loop.batch_progress
     done = batches.is_last_batch and batches.current.completed == batches.current.ready
     return bool(done and epochs.processed < epochs.started)
+
+
+class MovedRun(Callback):
+    """Has ModelCheckpoint keep the best checkpoints that it knew, though its folder has another path than before.
+
+    Lightning compares the folder's path with the one that the checkpoint holds. Where they differ it forgets which one
+    was the best, and the next one takes its place, however bad it is: after a run's folder was moved, and where it was
+    named by another path to the same place.
+
+    Args:
+        folder: The run's folder, in which the run goes on.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Replace the old folder in what the callbacks are about to read."""
+        for callback in trainer.checkpoint_callbacks:
+            state = checkpoint.get("callbacks", {}).get(callback.state_key)
+            if not isinstance(callback, ModelCheckpoint) or not state or callback.dirpath is None:
+                continue
+            old, new = state.get("dirpath"), Path(callback.dirpath)
+            if old is None or old == callback.dirpath or not new.absolute().is_relative_to(self.folder.absolute()):
+                continue
+            inside = new.absolute().relative_to(self.folder.absolute()).parts
+            if Path(old).parts[-len(inside) :] != inside:  # it was no folder of this run's
+                continue
+            state["dirpath"] = callback.dirpath
+            for name in ("best_model_path", "last_model_path", "kth_best_model_path"):
+                state[name] = _moved(state.get(name) or "", old, new)
+            kept = state.get("best_k_models") or {}
+            state["best_k_models"] = {_moved(path, old, new): score for path, score in kept.items()}
+
+
+def _moved(path: str, old: str, new: Path) -> str:
+    return str(new / Path(path).relative_to(old)) if path and Path(path).is_relative_to(old) else path
 
 
 class StopWhenAsked(Callback):

@@ -35,13 +35,13 @@ def _shards(arguments: argparse.Namespace) -> int:
         raise CallError("name the folder to be made: nslightning shards FOLDER OUT; or add --verify")
     if not 1 <= arguments.shard_mb <= 1024:
         raise CallError(f"--shard-mb={arguments.shard_mb} is to be from 1 to 1024")
-    with progress() as tell:
+    with progress() as show:
         if out is None:
             out, folder = folder, None
         else:
-            manifest = convert(folder, out, round(arguments.shard_mb * 1e6), tell)
+            manifest = convert(folder, out, round(arguments.shard_mb * 1e6), show)
         if arguments.verify:
-            manifest = verify(out, folder, tell)
+            manifest = verify(out, folder, show)
     counts = ", ".join(
         f"{manifest.images[split]:,} images of {split} in {len(shards)} file{'s' * (len(shards) > 1)}"
         for split, shards in manifest.splits.items()

@@ -1,4 +1,4 @@
-"""How a command ends when it is asked to: Ctrl-C and SIGTERM, the exit status that says so, and one line."""
+"""How a command ends when it is asked to: Ctrl-C, SIGTERM or a lost terminal, the exit status, and one line."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from types import FrameType
 __all__ = ["Signals", "Stopped", "signals"]
 
 _NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+_HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
+if _HANGUP is not None:
+    _NAMES[_HANGUP] = "the end of its terminal"
 
 
 class Stopped(KeyboardInterrupt):
@@ -22,7 +25,7 @@ class Stopped(KeyboardInterrupt):
         signum: The signal.
 
     Attributes:
-        status: The exit status: 130 for Ctrl-C, 143 for SIGTERM.
+        status: The exit status: 130 for Ctrl-C, 143 for SIGTERM, 129 for a lost terminal.
         by: What it was, in words.
     """
 
@@ -33,7 +36,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class Signals:
-    """What Ctrl-C and SIGTERM do while a command runs.
+    """What Ctrl-C, SIGTERM and the end of the terminal (SIGHUP) do while a command runs.
 
     They raise :class:`Stopped` where the command happens to be. A training sets ``waits``: the first signal is then
     kept in ``signum`` until a step is done, and the second one ends the command at once.
@@ -47,12 +50,15 @@ class Signals:
         self.waits = False
         self.signum: int | None = None
         self._process = os.getpid()
+        self._terminal = [number for number in (1, 2) if os.isatty(number)]
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
         """Handle a signal."""
         if os.getpid() != self._process:  # a loader's worker, forked: the process that started it ends it
             return
         again, self.signum = self.signum is not None, self.signum or signum
+        if signum == _HANGUP:
+            self._let_go_of_terminal()
         if self.waits and not again:
             stop = _NAMES.get(signal.Signals(signum), "the signal")
             print(f"\n{stop}: stopping after this step; a second one stops at once", file=sys.stderr, flush=True)
@@ -63,10 +69,19 @@ class Signals:
         raise Stopped(signum)
 
     def install(self) -> None:
-        """Make this the handler, in place of whatever was made it since."""
+        """Make this the handler, in place of whatever was made it since; `nohup` keeps its word."""
         for signum in _NAMES:
+            if signum == _HANGUP and signal.getsignal(signum) is signal.SIG_IGN:
+                continue
             with suppress(ValueError):  # outside the main thread
                 signal.signal(signum, self)
+
+    def _let_go_of_terminal(self) -> None:
+        """Write no more to a terminal that is gone: what writes would raise before the checkpoint is saved."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for number in self._terminal:
+            os.dup2(nowhere, number)
+        os.close(nowhere)
 
 
 _current: list[Signals] = []
@@ -79,7 +94,7 @@ def _end_quietly() -> None:
 
 @contextmanager
 def signals() -> Iterator[Signals]:
-    """Handle Ctrl-C and SIGTERM by a :class:`Signals`, the outer command's where one command runs another.
+    """Handle Ctrl-C, SIGTERM and SIGHUP by a :class:`Signals`, the outer command's where one command runs another.
 
     Yields:
         The handler.

@@ -26,11 +26,11 @@ from nslightning.commands.endings import CallError
 from nslightning.commands.epoch_ends import EpochEnds
 from nslightning.commands.going_on import Start
 from nslightning.commands.predictions import PredictionsFile
-from nslightning.commands.run_callbacks import StopWhenAsked, makes_again
+from nslightning.commands.run_callbacks import MovedRun, StopWhenAsked, makes_again
 from nslightning.commands.run_place import RunPlace
 from nslightning.commands.stopping import Signals
 from nslightning.data import ImageDataModule, TokenFile
-from nslightning.files import replacing
+from nslightning.files import replacing, utf8
 from nslightning.models import ImageClassifier, LanguageModel
 from nslightning.surgery import selections
 
@@ -113,6 +113,11 @@ class TrainCLI(LightningCLI):
         config.ckpt_path = None if self.start.checkpoint or config.ckpt_path == "last" else config.ckpt_path
         if Path(config.name).name != config.name:
             raise ValueError(f"--name={config.name} is to be the name of one folder in --output={config.output}")
+        for option in ("name", "output"):
+            if not utf8(text := getattr(config, option)):
+                raise ValueError(
+                    f"--{option}={text} is no UTF-8, and PyTorch opens no checkpoint there: give another --{option}"
+                )
         if not 0 <= config.seed_everything < 2**32:
             raise ValueError(f"--seed_everything={config.seed_everything} is to be from 0 to 2**32 - 1")
         if self.task != "own" and config.model.get("jacobians", "") is None:
@@ -165,7 +170,8 @@ class TrainCLI(LightningCLI):
         trainer_parts.whole_checkpoints(made)
         if self.subcommand == "fit":
             self.stopper = StopWhenAsked(self.signals, None if self.place.scratch else folder)
-            made.callbacks += [EpochEnds(), self.stopper]  # type: ignore[attr-defined] # set by a connector
+            moved = [] if self.start.folder is None else [MovedRun(self.start.folder)]
+            made.callbacks += [*moved, EpochEnds(), self.stopper]  # type: ignore[attr-defined] # set by a connector
         return made
 
     def _network(self) -> str:

@@ -61,8 +61,8 @@ def _gathered(argv: list[str]) -> list[str]:
     choices: dict[str, list[str]] = {}
     words = iter(argv)
     for word in words:
-        if found := re.fullmatch(r"--model\.choices\.([^.=]+)\.(\w+)(?:=(.*))?", word):
-            name, field, value = found.groups()
+        if field_of_choice := re.fullmatch(r"--model\.choices\.([^.=]+)\.(\w+)(?:=(.*))?", word):
+            name, field, value = field_of_choice.groups()
             choices.setdefault(name, []).append(f"{field}: {next(words, '') if value is None else value}")
         else:
             rest.append(word)

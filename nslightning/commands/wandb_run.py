@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from configparser import ConfigParser
 from configparser import Error as ConfigError
+from contextlib import suppress
 from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from urllib.parse import urlparse
 
 from jsonargparse import Namespace
 
+from nslightning.files import check_writable
 from nslightning.spelling import did_you_mean
 
 __all__ = ["finish", "prepared"]
@@ -99,15 +101,44 @@ def _prepare(options: Namespace, folder: Path) -> list[str]:
         reason = "W&B has no API key here and stays offline"
     if mode == "offline":
         os.environ.setdefault("WANDB_SILENT", "true")  # the next line says what wandb's own six would
+    if not _cache_is_writable():
+        _start_with_cache(folder / "wandb" / "cache")
+    if mode == "offline":
         return [f"{reason}; to upload this run: wandb login && wandb sync {folder}/wandb/offline-run-*"]
     return []
+
+
+def _cache_is_writable() -> bool:
+    """Whether W&B's own process has a place for its log; without one it writes the log to the terminal."""
+    if not (place := os.environ.get("XDG_CACHE_HOME") or os.environ.get("HOME")):
+        return False
+    try:
+        check_writable(place)
+    except ValueError:
+        return False
+    return True
+
+
+def _start_with_cache(folder: Path) -> None:
+    """Start W&B's own process with a cache of its own; this process keeps its one."""
+    import wandb
+
+    before = os.environ.get("XDG_CACHE_HOME")
+    os.environ["XDG_CACHE_HOME"] = str(folder.absolute())
+    try:
+        wandb.setup()
+    finally:
+        del os.environ["XDG_CACHE_HOME"]
+        if before is not None:
+            os.environ["XDG_CACHE_HOME"] = before
 
 
 def finish() -> None:
     """End the W&B run, so that the next one in this process is another."""
     wandb = sys.modules.get("wandb")
     if wandb is not None and getattr(wandb, "run", None) is not None:
-        wandb.finish(exit_code=int(sys.exc_info()[0] is not None))
+        with suppress(OSError):  # its log, on a full disk: the run's own error says so
+            wandb.finish(exit_code=int(sys.exc_info()[0] is not None))
 
 
 def _has_key() -> bool:

@@ -35,10 +35,10 @@ def main(argv: list[str]) -> int:
         SystemExit: After ``--help`` (0) and for arguments that are not understood (2).
     """
     parser = make_parser(f"nslightning {argv[0]}")
-    given = parser.parse_args(with_new_spellings(parser, argv[1:], _RENAMED)).as_dict()
-    given.pop("config")
+    options = parser.parse_args(with_new_spellings(parser, argv[1:], _RENAMED)).as_dict()
+    options.pop("config")
 
-    return ended(parser.prog, lambda: _each(**given), go_on="the same command goes on")
+    return ended(parser.prog, lambda: _each(**options), go_on="the same command goes on")
 
 
 def make_parser(prog: str) -> ArgumentParser:
@@ -137,10 +137,10 @@ def zones(
         device: cpu, cuda, cuda:1, ...
         arithmetic: How sums are ordered and rounded, and PyTorch's switches, joined by +: bias_last, sequential,
             split_k=4, random_rounding, tf32, ... (nslightning.arithmetic). By default float32 means float32: no TF32.
-            Where a gradient that is computed twice differs from itself, as under random_rounding, norm=zone tells that
+            Where a gradient that is computed twice differs from itself, as under random_rounding, norm=zone prints that
             noise floor (relative to the gradient), and on how many mini-batches the choices differ by no more.
         estimator: sampling draws weights and biases. exact draws weights and counts the biases that put some ReLU input
-            at 0 on some training image: a few draws tell the share to a point. It applies to paper/fc in 32 bits, a
+            at 0 on some training image: a few draws give the share to a point. It applies to paper/fc in 32 bits, a
             choice of relu, and batches=null.
         as_published: The released procedure: its rule, whose pooling computes another forward, and nothing held out;
             with bitwise_first_layer, a mini-batch whose gradients are NaN under both choices counts. For a norm of the
@@ -228,17 +228,17 @@ def zones(
             break
         for bits in again:  # at the rate of 1 / sqrt(draws), at most twice as many at once
             chunks[bits] = min(most, chunks[bits] * 2)
-    return _tell(shares, experiment, folder, of, zone_shares)
+    return _show(shares, experiment, folder, of, zone_shares)
 
 
-def _try(given: dict[str, Any], as_published: bool) -> None:
-    """Load the data and build the network once: what is missing or mistaken is said before anything is written."""
+def _try(fixed: dict[str, Any], as_published: bool) -> None:
+    """Load the data and build the network once, so that a mistake is named before anything is written."""
     import torch
 
     from nslightning.experiments.cells import settings
     from nslightning.experiments.networks import build, loaded
 
-    cell, cpu = settings("zones", given), torch.device("cpu")
+    cell, cpu = settings("zones", fixed), torch.device("cpu")
     cell = cell.as_published() if as_published else cell
     with torch.random.fork_rng():
         build(cell, loaded(cell, cpu), cpu, None)
@@ -281,7 +281,7 @@ def _shares(experiment: Any, folder: Path, of: str) -> Any:  # a pandas.DataFram
         else:
             each = drawn["differing"] / drawn["batches"]
             share, low, high = _mean(each)
-            if n > 1 and each.std() == 0:  # all alike: no better known than so many draws can tell
+            if n > 1 and each.std() == 0:  # all alike: this number of draws bounds the share no closer
                 low, high = (0.0, 1 - 0.05 ** (1 / n)) if share == 0 else (0.05 ** (1 / n), 1.0)
         kinds = {k: float(drawn[k].sum() / drawn["batches"].sum()) for k in (*_KINDS, "within_noise") if k in drawn}
         if "noise_floor" in drawn:
@@ -305,7 +305,7 @@ def _mean(each: Any) -> tuple[float, float, float]:
     return share, max(0.0, share - half), min(1.0, share + half)
 
 
-def _tell(shares: Any, experiment: Any, folder: Path, of: str, draw: Any) -> int:
+def _show(shares: Any, experiment: Any, folder: Path, of: str, draw: Any) -> int:
     """Print the shares, and write them as a table and a figure."""
     from rich.console import Console
     from rich.table import Table

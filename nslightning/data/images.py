@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -269,7 +270,11 @@ def read_image(file: str | ShardImage) -> Image.Image:
         DataError: If the file is gone or damaged, its disk does not answer, or its numbers have no known scale.
     """
     try:
-        with Image.open(file if isinstance(file, str) else io.BytesIO(file.read())) as opened:
+        # Pillow leaves a file open that it was handed by name and could not read.
+        with (
+            Path(file).open("rb") if isinstance(file, str) else io.BytesIO(file.read()) as stream,
+            Image.open(stream) as opened,
+        ):
             image = ImageOps.exif_transpose(opened)
             if image.mode in _UNKNOWN_SCALE or (image.mode == "I" and opened.format not in ("PNG", "PPM")):
                 kind = "floating-point numbers" if image.mode == "F" else "integers of 32 bits"

@@ -26,7 +26,7 @@ from nslightning.experiments.computing import compute
 from nslightning.experiments.executors import Resources, make_executor
 from nslightning.experiments.grid import Experiment, Planned
 from nslightning.experiments.progress import make_progress
-from nslightning.files import write_text
+from nslightning.files import check_writable, write_text
 
 __all__ = ["Report", "run"]
 
@@ -156,9 +156,7 @@ def _check(missing: Sequence[Planned], folder: Path) -> Path:
     from nslightning.experiments.networks import loaded
     from nslightning.models.backbones import create_backbone
 
-    existing = next(p for p in (folder, *folder.parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"{folder} cannot be made: {existing} is no folder that may be written to")
+    existing = check_writable(folder)
     seen = set()
     for _, _, cell in missing:
         key = str((cell.data, cell.data_options, cell.backbone, cell.options))

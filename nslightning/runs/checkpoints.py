@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 
-from nslightning.files import replacing
+from nslightning.files import replacing, utf8
 
 __all__ = ["WholeCheckpoints", "checkpoints_in", "is_whole", "last_checkpoint", "read_checkpoint"]
 
@@ -70,6 +70,8 @@ def read_checkpoint(file: Path, weights_only: bool | None = None) -> dict[str, A
     """
     if file.is_dir():
         return {}
+    if not utf8(file.absolute()):
+        raise ValueError(f"{file} has a name that is no UTF-8, and PyTorch opens no such file: rename it")
     reason = _damage(file)
     content: Any = None
     if reason is None:

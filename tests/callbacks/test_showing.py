@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -186,3 +187,26 @@ def test_group_and_tags_are_the_config_s_or_say_what_is_trained(flags, group, ta
     config = Path("runs/quickstart/001/config.yaml").read_text()
     assert ("mine" in config) == bool(flags)
     assert "FashionMNISTSample\n      - bf16" not in config
+
+
+def test_wandb_s_own_process_has_a_cache_where_the_user_has_none(tmp_path, monkeypatch):
+    """It writes its log to the terminal else; the training's own caches stay where they are."""
+    import wandb
+    from jsonargparse import Namespace
+
+    from nslightning.commands import wandb_run
+
+    caches = []
+    monkeypatch.setattr(wandb, "setup", lambda: caches.append(os.environ["XDG_CACHE_HOME"]))
+    for place, cache in (({"XDG_CACHE_HOME": str(tmp_path)}, None), ({}, "own"), ({"HOME": str(tmp_path)}, None)):
+        monkeypatch.delenv("HOME", raising=False)
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        for name, value in place.items():
+            monkeypatch.setenv(name, value)
+        folder = tmp_path / f"run-{len(place)}-{next(iter(place), '')}"
+        folder.mkdir()
+        options = Namespace(save_dir=None, name=None, id=None, offline=True)
+        wandb_run._prepare(options, folder)
+        assert caches == ([str(folder / "wandb" / "cache")] if cache else [])
+        assert os.environ.get("XDG_CACHE_HOME") == place.get("XDG_CACHE_HOME")
+        caches.clear()

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_callbacks import (
     CHOICES,
@@ -143,6 +143,8 @@ def test_distance_to_another_run_and_to_a_file(tmp_path):
         trainer(tmp_path / "d", watching).fit(Module(Net), data())
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")  # the second run's, with the first one's rows
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_a_resumed_run_measures_from_where_it_began(tmp_path):
     def run(folder, ckpt=None):
         saving = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=1)
@@ -267,7 +269,8 @@ class Small(Module):
 def fit(folder, guard, module, loader, *callbacks, **options):
     torch.manual_seed(11)
     run = trainer(folder, guard, *callbacks, **options)
-    run.fit(module, loader)
+    # Lightning warns of a module that validates without data; no batch of these is read.
+    run.fit(module, loader, *([] if isinstance(loader, LightningDataModule) else [loader]))
     return run
 
 
@@ -355,6 +358,7 @@ def test_a_gradient_that_the_choice_at_a_tie_made(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")  # it goes on
+@pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path.")  # without what saved it
 def test_actions_and_state(tmp_path):
     file = runs.MetricsFile(tmp_path / "run" / "001")
     guard, saving = NonFiniteGuard("log"), ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
@@ -365,7 +369,9 @@ def test_actions_and_state(tmp_path):
     assert rows["nonfinite/batches"].dropna().tolist() == [1, 2, 3]
     assert guard.found.step == 3
     again = NonFiniteGuard("log")
-    trainer(tmp_path, again).fit(Small(Explode()), batches(), ckpt_path=tmp_path / "step=6.ckpt", weights_only=True)
+    trainer(tmp_path, again).fit(
+        Small(Explode()), batches(), batches(), ckpt_path=tmp_path / "step=6.ckpt", weights_only=True
+    )
     assert (again.batches, again.found) == (3, guard.found)
 
     with pytest.warns(UserWarning, match="the output of net.middle"):

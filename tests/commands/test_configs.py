@@ -65,6 +65,7 @@ SLOW = {"cifar100_densenet121", "convnext_imagenet", "resnet_imagenet", "resnet_
 @pytest.mark.filterwarnings(
     "ignore:paper/resnet50 in 16-mixed on a processor is slow"
 )  # it is, and two batches are few
+@pytest.mark.filterwarnings("ignore:fp16's loss scale left out 2 of 2 steps")  # and too few to find a scale
 def test_config_trains_two_batches(name, fake_data, monkeypatch):
     monkeypatch.setenv("NSLIGHTNING_DATA_DIR", str(fake_data))
     assert main(["fit", "--config", f"configs/{name}.yaml", *SMALL, *EXTRA.get(name, FAKE)]) == 0

@@ -18,7 +18,7 @@ from zygote import Zygote
 
 from nslightning import runs
 from nslightning.commands.epoch_ends import EpochEnds
-from nslightning.commands.run_callbacks import StopWhenAsked
+from nslightning.commands.run_callbacks import MovedRun, StopWhenAsked
 from nslightning.commands.stopping import Signals, Stopped, signals
 
 QUICK = ("--config", "configs/quickstart.yaml", "--trainer.enable_progress_bar=false", "--trainer.logger=true")
@@ -152,6 +152,8 @@ def fit_until(folder: Path, at: int | None, checkpoint: Path | None = None, **op
     return last
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")  # it goes on
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")  # all batches are alike
 @pytest.mark.parametrize("step", range(8))
 def test_what_the_last_step_logged_is_not_lost(step, tmp_path):
     """Wherever in an epoch it is stopped: at a step whose row is due, at another, and at an epoch's last one."""
@@ -173,6 +175,49 @@ def test_what_the_last_step_logged_is_not_lost(step, tmp_path):
         pd.testing.assert_frame_equal(parts, whole)
 
 
+class Scored(Logs):
+    """Its epochs have the scores that are given."""
+
+    def __init__(self, *scores: float):
+        super().__init__()
+        self.scores = scores
+
+    def on_train_epoch_end(self):
+        self.log("score", self.scores[self.current_epoch])
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")  # it goes on
+@pytest.mark.parametrize("way", ["moved", "another path to it", "the same path"])
+def test_a_worse_epoch_does_not_take_the_place_of_the_best_one_when_a_run_was_moved(way, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path("runs/x/001")
+
+    def fit(folder: Path, epochs: int, *scores: float, goes_on: bool = True) -> ModelCheckpoint:
+        best = ModelCheckpoint(folder / "checkpoints", "best", monitor="score", mode="max", save_last=True)
+        trainer = Trainer(
+            max_epochs=epochs, accelerator="cpu", logger=False, callbacks=[best], enable_progress_bar=False,
+            enable_model_summary=False, log_every_n_steps=1,
+        )  # fmt: skip
+        trainer.callbacks += [MovedRun(folder)]
+        loader = DataLoader(torch.ones(4), batch_size=4)
+        trainer.fit(Scored(*scores), loader, ckpt_path=folder / "checkpoints/last.ckpt" if goes_on else None)
+        return best
+
+    first = fit(folder, 2, 5.0, 7.0, goes_on=False)
+    assert float(first.best_model_score) == 7.0
+    if way == "moved":
+        Path("elsewhere").mkdir()
+        Path("runs").rename("elsewhere/runs")
+        folder = Path("elsewhere/runs/x/001")
+    elif way == "another path to it":
+        folder = folder.absolute()
+    best = fit(folder, 3, 5.0, 7.0, 6.0)
+    assert float(best.best_model_score) == 7.0
+    assert Path(best.best_model_path).resolve() == (folder / "checkpoints/best.ckpt").resolve()
+    assert sorted(file.name for file in (folder / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert torch.load(folder / "checkpoints/best.ckpt", weights_only=True)["epoch"] == 1
+
+
 class Dies(Callback):
     """The process is killed right after a checkpoint is written at the end of a step."""
 
@@ -181,6 +226,8 @@ class Dies(Callback):
             raise RuntimeError("killed")
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")  # it goes on
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")  # all batches are alike
 def test_a_checkpoint_counts_no_step_whose_row_is_missing(tmp_path):
     """Lightning writes a step's row after the checkpoints of the step: a kill in between would lose it."""
 
@@ -241,6 +288,7 @@ def test_workers_that_die_of_a_signal_leave_a_checkpoint_only_where_it_is_exact(
     assert last.step == (4 if where == "validation" else 3)
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")  # it goes on
 def test_epochs_of_one_step_are_stopped_between_two(tmp_path):
     """Every step is its epoch's last one; the rate of learning falls as it does without a stop."""
     options = {"max_epochs": 6, "limit_train_batches": 1, "log_every_n_steps": 1}

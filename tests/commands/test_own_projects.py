@@ -70,7 +70,7 @@ class Data(L.LightningDataModule):
     val_dataloader = test_dataloader = predict_dataloader = train_dataloader
 """
 
-QUIET = ["--trainer.enable_progress_bar=false", "--trainer.max_epochs=1"]
+QUIET = ["--trainer.enable_progress_bar=false", "--trainer.max_epochs=1", "--trainer.log_every_n_steps=4"]
 OWN = ["--model=somebodys.Net", "--data=somebodys.Data", *QUIET]
 PATCH = ["--trainer.callbacks+=NonsmoothPatch", "--trainer.callbacks.jacobians.relu=1"]
 
@@ -126,7 +126,7 @@ def test_a_config_names_them(somebodys):
     config = {
         "model": {"class_path": "somebodys.Net", "init_args": {"width": 3}},
         "data": {"class_path": "somebodys.Data"},
-        "trainer": {"callbacks": [patch], "max_epochs": 1, "enable_progress_bar": False},
+        "trainer": {"callbacks": [patch], "max_epochs": 1, "enable_progress_bar": False, "log_every_n_steps": 4},
     }
     (somebodys / "mine.yaml").write_text(yaml.safe_dump(config))
     assert main(["fit", "--config", "mine.yaml"]) == 0

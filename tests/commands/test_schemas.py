@@ -96,6 +96,17 @@ def test_settings_are_described():
     assert described["momentum"]["description"] == "Of ``sgd``."
 
 
+def plain(node):
+    """A schema without what says nothing: pydantic 2.9 leaves some of it out, and writes a constant twice."""
+    if isinstance(node, list):
+        return [plain(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    idle = {"enum"} if "const" in node else set()
+    idle |= {"additionalProperties"} if node.get("additionalProperties") is True else set()
+    return {key: plain(value) for key, value in node.items() if key not in idle}
+
+
 @pytest.mark.parametrize("kind", ["config", "experiment"])
 def test_the_packaged_schemas_are_of_this_source(kind, repo_root):
     """Other versions of torch or Lightning have other classes: only what is this package's is compared."""
@@ -108,7 +119,7 @@ def test_the_packaged_schemas_are_of_this_source(kind, repo_root):
     )
     words = f"run: nslightning schema {kind} --out configs/schemas/{kind}.json"
     if kind == "experiment":
-        assert made == packaged, words
+        assert plain(made) == plain(packaged), words
         return
     for one, other in zip(made["anyOf"], packaged["anyOf"], strict=True):
         for part in ("model", "data", "name", "output", "seed_everything", "task", "arithmetic", "ckpt_path"):
@@ -142,3 +153,21 @@ def test_what_is_packaged_names_no_place_of_a_machine():
     ours = made["$defs"]["Jacobians"]
     assert ours["description"]
     assert ours["properties"]["relu"]["description"]
+
+
+class Base:
+    def __init__(self, size: int = 1):
+        self.size = size
+
+
+def test_jsonargparse_s_own_schema_still_fails_for_a_class_that_no_module_holds():
+    """All that a report upstream needs. Where this fails, jsonargparse is mended: `_Schema.class_path_schema` goes."""
+    from jsonargparse import ArgumentParser
+    from jsonargparse._completions_jsonschema import ParserJsonschema
+
+    made = type("Made", (Base,), {})  # as Lightning makes optimizers, while a program runs
+    assert made.__module__ == __name__
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(Base, "base")
+    with pytest.raises(AttributeError, match="Made"):
+        ParserJsonschema().generate(parser)

@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from nslightning import runs
+from nslightning.cli import main
 from nslightning.commands.config_files import read_config
 from nslightning.commands.going_on import Call, start
 
@@ -110,7 +111,7 @@ def test_a_checkpoint_by_its_path_takes_the_config_beside_it():
 def test_a_config_beside_a_checkpoint_names_no_class_of_its_own_unasked():
     folder = write_run(Path("stranger/x/001"), data={"class_path": "evil.Data"})
     file = folder / "checkpoints/last.ckpt"
-    with pytest.raises(ValueError, match=r"names a class of its own, evil\.Data.*--config=stranger/x/001/config\.yaml"):
+    with pytest.raises(ValueError, match=r"names code of its own, evil\.Data.*--config=stranger/x/001/config\.yaml"):
         start(["test", f"--ckpt_path={file}"], "test")
     start(["test", f"--config={folder}/config.yaml", f"--ckpt_path={file}"], "test")  # which the parser then reads
 
@@ -191,6 +192,68 @@ def test_a_stranger_s_hyperparameters_run_nothing(hyper_parameters):
     torch.save(content, "stranger.ckpt")
     with pytest.raises(Exception, match=r"."):
         ImageClassifier.load_from_checkpoint("stranger.ckpt")
+    assert not Path("pwned").exists()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model": {"backbone": "os:mkdir", "backbone_options": {"path": "pwned"}}},
+        {"model": {"optimizer": "os.mkdir"}},
+        {"model": {"class_path": "os.mkdir", "init_args": {"path": "pwned"}}},
+        {"model": "os.mkdir"},
+        {"data": "strangers.Data"},
+        {"trainer": {"callbacks": ["strangers.Callback"]}},
+        {"trainer": {"callbacks": "strangers.Callback"}},
+        {"trainer": {"logger": [{"class_path": "strangers.Logger"}]}},
+        {"trainer": {"strategy": {"class_path": "strangers.Strategy"}}},
+    ],
+    ids=str,
+)
+def test_a_stranger_s_config_beside_a_checkpoint_runs_no_code_of_its_own(config):
+    folder = write_run(Path("stranger/x/001"), **config)
+    with pytest.raises(ValueError, match=r"names code of its own, .*: if you trust it, add --config="):
+        start(["test", f"--ckpt_path={folder}/checkpoints/last.ckpt"], "test")
+    assert not Path("pwned").exists()
+
+
+@pytest.mark.parametrize(
+    "tag", ["!!python/object/apply:os.mkdir [pwned]", "!!python/name:os.mkdir", "!!python/object:os.X {}"]
+)
+def test_a_config_s_yaml_makes_no_objects(tag, capsys):
+    Path("tags.yaml").write_text(f"name: {tag}\n")
+    with pytest.raises(ValueError, match=r"tags.yaml, line 1.*could not determine a constructor"):
+        read_config("tags.yaml")
+    folder = write_run(Path("stranger/x/001"))
+    (folder / "config.yaml").write_text(f"model: {tag}\n")
+    with pytest.raises(ValueError, match="could not determine a constructor"):
+        start(["test", f"--ckpt_path={folder}/checkpoints/last.ckpt"], "test")
+    assert not Path("pwned").exists()
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "callbacks",
+        "loops",
+        "optimizer_states",
+        "hparams_name",
+        "hparams_type",
+        "nslightning",
+        "datamodule_hyper_parameters",
+    ],
+)
+def test_code_in_any_part_of_a_checkpoint_is_refused(place):
+    folder = write_run(Path("stranger/x/001"))
+    file = folder / "checkpoints/last.ckpt"
+    torch.save({"state_dict": {"w": torch.zeros(2)}, place: {"ModelCheckpoint": Runs()}}, file)
+    with pytest.raises(ValueError, match="more than plain data"):
+        start(["fit", f"--config={folder}/config.yaml", "--ckpt_path=last"], "fit")
+    # Its own config does not switch the protection off, where the call does not name that config.
+    (folder / "config.yaml").write_text("weights_only: false\nmodel:\n  backbone: paper/lenet5\n")
+    for words in (["test", f"--ckpt_path={file}"], ["fit", "--name=x", "--output=stranger", "--ckpt_path=last"]):
+        with pytest.raises(ValueError, match="more than plain data"):
+            start(words, words[0])
     assert not Path("pwned").exists()
 
 
@@ -288,3 +351,18 @@ def test_a_config_that_is_none(content, says):
 def test_a_byte_order_mark_and_merges_are_read():
     Path("x.yaml").write_bytes(b"\xef\xbb\xbfbase: &b {c: 1}\nother: {<<: *b, d: 2}\n")
     assert read_config("x.yaml")["other"] == {"c": 1, "d": 2}
+
+
+def test_a_path_that_is_no_utf8_is_not_called_damaged(capsys):
+    """PyTorch opens no such file, and the operating system makes them."""
+    file = write_run(Path("runs/x/001")) / "checkpoints/last.ckpt"
+    odd = file.rename(file.with_name("odd-\udcff.ckpt"))
+    with pytest.raises(ValueError, match=r"has a name that is no UTF-8, and PyTorch opens no such file: rename it"):
+        start(["test", f"--ckpt_path={odd}"], "test")
+
+
+@pytest.mark.parametrize("option", ["name", "output"])
+def test_a_run_takes_no_folder_that_is_no_utf8(option, capsys):
+    assert main(["fit", "--data=Synthetic", "--model.backbone=paper/lenet5", f"--{option}=odd-\udcff"]) == 2
+    assert f"--{option}=odd-\\udcff is no UTF-8" in capsys.readouterr().err.encode(errors="backslashreplace").decode()
+    assert not list(Path().iterdir())

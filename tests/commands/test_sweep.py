@@ -1,9 +1,13 @@
 """``nslightning sweep`` as a user calls it, and the spaces that it searches."""
 
+import os
+import signal
+
 import pandas as pd
 import pytest
 import yaml
 
+from nslightning.callbacks import StepSeed
 from nslightning.cli import main
 from nslightning.commands.search import Space
 
@@ -84,6 +88,32 @@ def test_mistaken_calls(options, message, tmp_path, capsys):
         status = stop.code
     assert status == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("signum", "status", "by"), [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")])
+def test_an_interrupted_sweep_says_how_far_it_came_and_goes_on(signum, status, by, tmp_path, capsys, monkeypatch):
+    """The signal comes in the first step of the second trial: the first one counts, the second is drawn once more."""
+    steps = []
+
+    def begins(*_):
+        steps.append(1)
+        if len(steps) == 3:
+            os.kill(os.getpid(), signum)
+
+    monkeypatch.setattr(StepSeed, "on_train_batch_start", begins)
+    words = ["--search", "model.optimizer.lr=log:1e-3..1e-1", "--trials=2", "--no-prune"]
+    assert sweep(tmp_path / "search", *words) == status
+    said = capsys.readouterr().err
+    assert f"nslightning sweep: stopped by {by} after 1 of 2 trials of 'sweep'; the same command goes on" in said
+    assert "Traceback" not in said
+    first = pd.read_csv(tmp_path / "search/trials.csv")
+    assert list(first["state"]) == ["complete"]
+
+    assert sweep(tmp_path / "search", *words) == 0
+    table = pd.read_csv(tmp_path / "search/trials.csv")
+    assert list(table["state"]) == ["complete", "complete"]
+    pd.testing.assert_frame_equal(table.iloc[:1], first)
+    assert len(steps) == 3 + 2  # the two steps of the trial that was lost, and no others
 
 
 @pytest.mark.slow

@@ -102,6 +102,7 @@ def test_processes_share_the_batches_of_one(folder, out):
     assert same(union, whole)
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path.")  # the rest is trained without saving
 @pytest.mark.parametrize("workers", [1, 3])
 def test_goes_on_in_the_middle_of_an_epoch_with_other_workers(folder, out, workers, tmp_path):
     """Interrupted on files that one process read; the rest is read from shards."""

@@ -157,12 +157,13 @@ def fit(folder, data, *callbacks, **options):
     return model
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path.")  # the rest is trained without saving
 def test_resume_in_the_middle_of_an_epoch(tmp_path):
     write(tmp_path)
-    keep = ModelCheckpoint(tmp_path, "{epoch}-{step}", save_top_k=-1, every_n_train_steps=1)
+    keep = ModelCheckpoint(tmp_path / "kept", "{epoch}-{step}", save_top_k=-1, every_n_train_steps=1)
     whole = fit(tmp_path, module(tmp_path), keep)
     per_epoch = len(whole.seen) // 3
-    resumed = fit(tmp_path, module(tmp_path), ckpt_path=tmp_path / f"epoch=1-step={per_epoch + 4}.ckpt")
+    resumed = fit(tmp_path, module(tmp_path), ckpt_path=tmp_path / f"kept/epoch=1-step={per_epoch + 4}.ckpt")
     expected = {key: x for key, x in whole.seen.items() if key >= (1, 4)}
     assert resumed.seen.keys() == expected.keys()
     assert all(torch.equal(resumed.seen[key], expected[key]) for key in expected)

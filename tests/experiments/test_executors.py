@@ -243,6 +243,7 @@ def test_submitit_refuses_what_it_does_not_take(tmp_path):
             make_executor("submitit", Resources(options={"cluster": "local", **options}), tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:unclosed file .*_log:ResourceWarning")  # submitit's log, in this process
 def test_a_job_computes_its_cells_and_says_where_its_log_is(tmp_path):
     pytest.importorskip("submitit", reason="the extra `submitit` is not installed")
     options = {"cluster": "debug", "cells_per_job": 2}
@@ -320,6 +321,7 @@ class Interrupting(io.StringIO):
         return super().write(text)
 
 
+@pytest.mark.filterwarnings("ignore:unclosed file .*_log:ResourceWarning")  # submitit's log, in this process
 def test_the_command_takes_an_executor(tmp_path, capsys):
     file = tmp_path / "little.yaml"
     file.write_text(f"kind: train\nfixed: {FIXED}\nvary: {{seed: [0]}}\nscales: {{small: {{}}}}\n".replace("'", ""))

@@ -70,6 +70,7 @@ def test_the_metrics_file_is_that_of_logging_each_step(tmp_path, options):
     assert a.callback_metrics == b.callback_metrics  # the last step of a training is logged always
 
 
+@pytest.mark.filterwarnings("ignore:The number of training batches")  # ten
 def test_what_no_step_shows_is_not_computed(tmp_path):
     _, logged, _ = fit(tmp_path, max_epochs=1, log_every_n_steps=50)
     assert logged == ["train/loss", "train/acc1"]  # the last of ten steps

@@ -117,6 +117,7 @@ def test_a_switch_writes_the_numbers_that_change_and_no_others(capture):
     assert selection.on(x.device)["relu"].data_ptr() == before
 
 
+@pytest.mark.filterwarnings("ignore:Your compiler for AOTAutograd")  # it counts, and does not mind the arguments
 def test_a_compiled_step_reads_the_memory_of_its_device(capture):
     """One graph serves every choice, though the numbers lie in memory that was made when it was traced."""
     torch._dynamo.reset()

@@ -393,6 +393,7 @@ def test_nan_in_half_precision_is_pooled_as_stock_does():
     assert torch.equal(bits_of(y.detach()), bits_of(F.max_pool2d(x, 2)))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace")
 @pytest.mark.parametrize("inplace", [False, True])
 def test_a_trace_runs(inplace):
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(inplace), torch.nn.ReLU6(inplace))

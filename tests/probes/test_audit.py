@@ -209,6 +209,7 @@ def test_operations_that_are_not_measured_are_named(few):
     assert "there was nothing to choose" in advice(audit(smooth, few, dtypes=["32"]))[0]
 
 
+@pytest.mark.filterwarnings("ignore:divergence subtracts gradients instead")  # noise does not add up
 def test_noise_floor(few):
     class Noisy(torch.autograd.Function):
         @staticmethod
@@ -244,6 +245,7 @@ def test_noise_floor(few):
     assert audit(NoisyNet(tie=True), few, dtypes=["32"]).noise["32"] == 0  # noise that reaches no parameter
 
 
+@pytest.mark.filterwarnings("ignore:divergence subtracts gradients instead")  # noise does not add up
 def test_the_noise_floor_is_that_of_the_noisiest_batch():
     class NoisyWhereBright(Relu):
         def forward(self, x):

@@ -58,6 +58,7 @@ PICKS = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("pick", PICKS)
+@pytest.mark.filterwarnings("ignore:index_reduce.. is in beta")
 def test_a_compensation_is_none_over_the_reals(pick, dtype):
     """Rounding of the low precision that entered the replay would be a bifurcation there."""
     kinds = []

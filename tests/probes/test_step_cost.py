@@ -100,6 +100,7 @@ def test_lightning_s_profiler_works(tmp_path, monkeypatch, capfd, caplog):
     caplog.set_level("INFO")
     words = ["fit", "--data=Synthetic", "--data.image_shape=[1,28,28]", "--data.images=8", "--data.batch_size=4"]
     words += ["--trainer.limit_val_batches=0.0", "--trainer.max_epochs=1", "--trainer.profiler=simple"]
+    words.append("--trainer.log_every_n_steps=1")
     assert main([*words, "--trainer.accelerator=cpu", "--trainer.enable_checkpointing=false"]) == 0
     said = "".join(capfd.readouterr()) + caplog.text
     assert "Profiler Report" in said

@@ -95,6 +95,7 @@ def test_what_stock_refuses_to_overwrite_is_refused_in_its_words(function, view)
     assert said(True) == said(False)
 
 
+@pytest.mark.filterwarnings("ignore:index_reduce.. is in beta")
 def test_results_without_dimensions_are_no_views():
     for function in (
         lambda t: t.scatter_reduce(0, torch.zeros((), dtype=torch.long), t * 1, "amax"),

@@ -121,6 +121,7 @@ def test_every_spelling(spelling):
 
 
 @pytest.mark.filterwarnings("ignore:size_average and reduce")
+@pytest.mark.filterwarnings("ignore:Model has nothing to patch")  # of what the patch knows before a forward
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_autocast(spelling):
     """Stock's precision, bits and reference gradients from inputs in half precision; the chosen gradients at ties."""
@@ -191,6 +192,7 @@ def test_smooth_losses_are_left_alone_and_not_named(module):
     assert not report.sites
 
 
+@pytest.mark.filterwarnings("ignore:Model has nothing to patch")  # of what the patch knows before a forward
 @pytest.mark.parametrize(
     ("f", "named"),
     [
