@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from nslightning.commands.devices import check_accelerator
 
-__all__ = ["check", "runs_on_cpu", "say_what_is_slow"]
+__all__ = ["check", "runs_on_cpu", "say_what_hangs", "say_what_is_slow"]
 
 
 class Limit(NamedTuple):
@@ -117,3 +118,16 @@ def say_what_is_slow(trainer: Namespace, network: str) -> None:
         "--trainer.fast_dev_run=true tries one batch, --trainer.limit_train_batches=20 a few, and "
         "--model.backbone=paper/lenet5 a small network"
     )
+
+
+def say_what_hangs() -> None:
+    """Warn where ``torchrun`` may start processes again that then wait for each other without end.
+
+    Its launcher keeps one store over all restarts, with the addresses that the processes before wrote there.
+    """
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if restarts > 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        rank_zero_warn(
+            "torchrun may start these processes again, and those may hang: they read addresses of processes that are "
+            "gone. Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, on every machine"
+        )

@@ -138,6 +138,7 @@ class TrainCLI(LightningCLI):
                 config.trainer.devices, config.trainer.num_nodes, config.trainer.strategy = 1, 1, "auto"
             return
         trainer_options.say_what_is_slow(config.trainer, self._network())
+        trainer_options.say_what_hangs()
         if config.trainer.fast_dev_run:
             self.place.take_scratch()
             return

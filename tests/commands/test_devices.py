@@ -7,7 +7,7 @@ from jsonargparse import Namespace
 from nslightning.cli import main
 from nslightning.commands.devices import check_accelerator, check_device
 from nslightning.commands.endings import CallError
-from nslightning.commands.trainer_options import say_what_is_slow
+from nslightning.commands.trainer_options import say_what_hangs, say_what_is_slow
 
 
 @pytest.fixture
@@ -54,3 +54,19 @@ def test_a_large_network_in_half_precision_without_a_gpu(precision, network, dev
     assert [("timm/resnet50 in 16-mixed" in str(w.message)) for w in recwarn] == [True] * said
     for w in recwarn:
         assert "--trainer.precision=" in str(w.message)
+
+
+@pytest.mark.parametrize(
+    ("environment", "warns"),
+    [
+        ({}, False),
+        ({"TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_USE_AGENT_STORE": "True"}, True),
+        ({"TORCHELASTIC_MAX_RESTARTS": "0", "TORCHELASTIC_USE_AGENT_STORE": "True"}, False),
+        ({"TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_USE_AGENT_STORE": "False"}, False),
+    ],
+)
+def test_restarts_that_may_hang_are_said(environment, warns, monkeypatch, recwarn):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    say_what_hangs()
+    assert ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in str(w.message) for w in recwarn] == [True] * warns
