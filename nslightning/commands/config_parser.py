@@ -8,12 +8,13 @@ import sys
 import warnings
 from collections.abc import Sequence
 from enum import Enum
+from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import ArgumentParser, get_loader, set_dumper, set_loader
 
-from nslightning.commands.config_files import refuse_duplicates
+from nslightning.commands.config_files import includes, refuse_duplicates, with_included
 from nslightning.commands.rewritten import explained
 
 __all__ = ["HelpfulErrors"]
@@ -22,9 +23,13 @@ _load = get_loader("yaml")
 
 
 def _load_strictly(text: str) -> Any:
-    """YAML as jsonargparse reads it, without keys that are given twice: the first value would be lost in silence."""
+    """YAML as jsonargparse reads it, without keys that are given twice: the first value would be lost in silence.
+
+    While jsonargparse reads a config file, the file's folder is the working one: there included files are looked for.
+    """
     refuse_duplicates(text)
-    return _spelled_out(_load(text))
+    content = _load(text)
+    return _spelled_out(with_included(content, Path.cwd()) if includes(content) else content)
 
 
 def _spelled_out(content: Any) -> Any:

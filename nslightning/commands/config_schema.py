@@ -22,6 +22,18 @@ _NOTHING: dict[str, Any] = {"not": {}}
 # What the training hands over to an optimizer or a schedule.
 _HANDED = ("params", "optimizer")
 
+#: Arguments of a class that an included file names.
+_PARTIAL: dict[str, Any] = {
+    "additionalProperties": False,
+    "properties": {"init_args": {"type": "object"}},
+    "required": ["init_args"],
+    "type": "object",
+}
+_INCLUDE = {
+    "description": "Config files that this one stands on top of: mappings are merged, and name+ adds to the list name.",
+    "items": {"pattern": r"\.ya?ml$", "type": "string"},
+    "type": "array",
+}
 
 #: Options that Lightning describes.
 _LIGHTNING_S = ("trainer", "ckpt_path", "weights_only")
@@ -59,6 +71,7 @@ class _Schema(ParserJsonschema):
             other = self.unknown_class_path_schema()
             other["properties"]["class_path"] = {"type": "string", "not": {"enum": sorted(known)}}
             forms.append(other)
+        forms.append(_PARTIAL)
         return made
 
     def class_path_schema(self, class_path: str, action: Any) -> dict[str, Any]:
@@ -124,6 +137,9 @@ def config_schema() -> dict[str, Any]:
         for name in _LIGHTNING_S:
             options[name] = _bare(options[name])
         options["task"] = {"enum": ["images" if task == "twins" else task]}
+        options["include"] = _INCLUDE
+        trainer = options["trainer"]["properties"]
+        trainer["callbacks+"] = trainer["callbacks"]
         options["model"].pop("required", None)
         if task == "text":
             made["required"] = ["task"]

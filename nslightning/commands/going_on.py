@@ -78,7 +78,7 @@ class Call:
             network = self.options.get("model.backbone") or self.options.get("model")
             return re.sub(r"[/:]", "-", network or self.options.get("task", "images"))
         # configs/innaprop/cifar10_vgg11.yaml is another experiment than configs/cifar10_vgg11.yaml.
-        file = Path(self.configs[-1])
+        file = Path(next((c for c in reversed(self.configs) if Path(c).parent.name != "fragments"), self.configs[-1]))
         folders = file.parent.parts
         inside = folders[folders.index("configs") + 1 :] if "configs" in folders else ()
         return "-".join([*inside, file.stem])

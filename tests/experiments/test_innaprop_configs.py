@@ -18,6 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, OptimizerCallable
 import nslightning.optim
 from nslightning import configs
 from nslightning.commands import train
+from nslightning.commands.config_files import read_config
 from nslightning.data import TokenFile
 from nslightning.data.tokens import prepare
 from nslightning.models import LanguageModel
@@ -44,7 +45,7 @@ class Seen(Callback):
 
 
 def read(folder, name):
-    return yaml.safe_load((FOLDER / folder / f"{name}.yaml").read_text())
+    return read_config(FOLDER / folder / f"{name}.yaml")
 
 
 def flags(name, root):
