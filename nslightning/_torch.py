@@ -42,6 +42,7 @@ __all__ = [
     "default_to_fused_or_foreach",
     "disable_function_modes",
     "disabled_torch_function",
+    "exchanges_values",
     "foreach_add",
     "foreach_norm",
     "foreach_sub",
@@ -393,6 +394,27 @@ def hides_its_inside(node: Any) -> bool:
         ("torch.nn.modules._functions", "BackwardHookFunction"),
         ("torch.nn.modules._functions", "SyncBatchNorm"),
         ("torch.nn.parallel.distributed", "_DDPSink"),
+    )
+
+
+def exchanges_values(node: Any) -> bool:
+    """Whether a backward node waits for the same node of other processes: batch norm over processes, a sum over them.
+
+    PyTorch's functions for this stand in ``torch.distributed``, and its operators in the namespace of ``c10d``.
+
+    Args:
+        node: A backward node.
+
+    Returns:
+        True if it does.
+    """
+    function = function_of(node)
+    if function is None:
+        return "c10d" in node.name()
+    name = (function.__module__, function.__name__)
+    return function.__module__.startswith("torch.distributed.") or name == (
+        "torch.nn.modules._functions",
+        "SyncBatchNorm",
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -12,8 +13,23 @@ import torch
 import torch.nn.functional as F
 import yaml
 from lightning.pytorch import Callback
+from torch import distributed as dist
+from torch import nn
+from torch.distributed.nn.functional import all_reduce
 
 from nslightning import Jacobians, using
+
+
+class UnionNorm(nn.BatchNorm1d):
+    """PyTorch's SyncBatchNorm takes tensors on a GPU alone: these are its statistics, for the processor."""
+
+    def forward(self, x):
+        if dist.is_initialized():
+            count = dist.get_world_size()
+            mean, square = (all_reduce(t.mean(0)) / count for t in (x, x.square()))
+        else:
+            mean, square = x.mean(0), x.square().mean(0)
+        return (x - mean) / (square - mean.square() + self.eps).sqrt() * self.weight + self.bias
 
 
 class DeadUnits(Callback):
@@ -89,6 +105,7 @@ class Fault(Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         kind, *place, file = os.environ.get("FAULT", "none 0 0 .").split()
+        kind, _, target = kind.partition("=")
         here = [trainer.global_rank, trainer.global_step]
         if kind == "none" or [int(number) for number in place] != here or Path(file).exists():
             return
@@ -97,6 +114,15 @@ class Fault(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
         elif kind == "nan":
             batch[0].fill_(torch.nan)
+        elif kind == "memory":
+            size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (size + 2**28, size + 2**28))
+            torch.empty(2**32, dtype=torch.uint8)
+        elif kind == "remove":
+            Path(target).unlink()
+        elif kind == "reader":
+            (reader, *_) = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+            os.kill(int(reader), signal.SIGKILL)
 
 
 def start(command, options, output, *flags, **environment):
@@ -115,7 +141,7 @@ def finish(*processes):
     """Wait for processes, which are to end well."""
     for process in processes:
         try:
-            said, _ = process.communicate(timeout=240)
+            said, _ = process.communicate(timeout=480)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)

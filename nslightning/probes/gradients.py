@@ -12,7 +12,15 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from nslightning._torch import without_post_accumulate_hooks
 from nslightning.jacobians import Jacobians
-from nslightning.probes.graph import bottleneck, freeing, opaque_nodes, operation_nodes, reachable, reruns_forward
+from nslightning.probes.graph import (
+    bottleneck,
+    communicates,
+    freeing,
+    opaque_nodes,
+    operation_nodes,
+    reachable,
+    reruns_forward,
+)
 from nslightning.probes.shards import is_shard, reshard
 from nslightning.surgery import Plan, using
 
@@ -136,7 +144,8 @@ def _start(
     loss: Tensor, choices: list[Jacobians | Plan], named: Mapping[str, Tensor]
 ) -> tuple[Tensor | GradientEdge, dict[str, Tensor]]:
     """Where the backwards under all choices but the first may start, and the tensors that they have to reach."""
-    if not all(t.is_leaf for t in named.values()):  # a choice may matter to what is computed, and to nothing below
+    # A choice may matter to what is computed, and to nothing below; other processes may have ties that this has not.
+    if not all(t.is_leaf for t in named.values()) or communicates(loss):
         return loss, dict(named)
     goals = {*operation_nodes(loss, choices), *opaque_nodes(loss)}
     start = bottleneck(loss, goals)

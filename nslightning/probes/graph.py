@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.utils.checkpoint import CheckpointFunction
 
-from nslightning._torch import function_of, hides_its_inside, is_compiled_function, saved_tensor_names
+from nslightning._torch import exchanges_values, function_of, hides_its_inside, is_compiled_function, saved_tensor_names
 from nslightning.jacobians import Jacobians
 from nslightning.ops.autograd.nodes import is_own, kept_ties, operation_of, release
 from nslightning.surgery import Plan
@@ -19,6 +19,7 @@ __all__ = [
     "UnseenError",
     "agree",
     "bottleneck",
+    "communicates",
     "freeing",
     "opaque_nodes",
     "operation_nodes",
@@ -92,6 +93,20 @@ def reruns_forward(loss: Tensor) -> bool:
         Whether it has.
     """
     return any(function_of(node) is CheckpointFunction for node in reachable([loss.grad_fn]))
+
+
+def communicates(loss: Tensor) -> bool:
+    """Whether a loss's backward exchanges values with other processes, as batch norm over processes does.
+
+    All processes have to run such a backward, each as often as the others, be there ties on them or not.
+
+    Args:
+        loss: A tensor computed by a forward.
+
+    Returns:
+        Whether it does.
+    """
+    return any(map(exchanges_values, reachable([loss.grad_fn])))
 
 
 def bottleneck(loss: Tensor, goals: Collection[Any]) -> GradientEdge | None:

@@ -23,6 +23,7 @@ from nslightning.probes.gradients import gradients, wanted
 from nslightning.probes.graph import (
     UnseenError,
     agree,
+    communicates,
     freeing,
     operation_nodes,
     reachable,
@@ -400,8 +401,8 @@ def refuse_unseen(loss: Tensor, named: Mapping[str, Tensor]) -> None:
         named: What is differentiated for, by name.
 
     Raises:
-        UnseenError: If a part was compiled or is computed again by a checkpoint of ``use_reentrant=True``, or if
-            parameters are distributed over processes.
+        UnseenError: If a part was compiled or is computed again by a checkpoint of ``use_reentrant=True``, if
+            parameters are distributed over processes, or if the backward exchanges values between them.
     """
     refuse_compiled(loss)
     if reruns_forward(loss):
@@ -411,6 +412,11 @@ def refuse_unseen(loss: Tensor, named: Mapping[str, Tensor]) -> None:
         )
     if any(map(is_shard, named.values())):
         raise UnseenError("parameters are distributed over processes (FSDP2): use method='subtract'")
+    if communicates(loss):
+        raise UnseenError(
+            "the backward exchanges values between processes (SyncBatchNorm, say), of which each has ties of its own: "
+            "use method='subtract'"
+        )
 
 
 def refuse_eager_only(model: nn.Module) -> None:

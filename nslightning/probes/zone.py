@@ -14,7 +14,14 @@ from nslightning.jacobians import Jacobians
 from nslightning.probes.branches import Branches
 from nslightning.probes.divergence import SAME, Divergence, Method, measure
 from nslightning.probes.gradients import gradients_in_turn, wanted
-from nslightning.probes.graph import UnseenError, opaque_nodes, operation_nodes, refuse_compiled, reruns_forward
+from nslightning.probes.graph import (
+    UnseenError,
+    communicates,
+    opaque_nodes,
+    operation_nodes,
+    refuse_compiled,
+    reruns_forward,
+)
 from nslightning.probes.propagation import Recording, Starts, agrees, recording, refuse_eager_only, refuse_random
 from nslightning.probes.replay import Replay
 from nslightning.probes.sums import dense, numbers, waits, wide
@@ -130,7 +137,8 @@ def zone(
 
     Raises:
         ValueError: If the model is not patched or a part of it is compiled, an operation runs under ``torch.vmap``, no
-            parameter requires gradients, a choice is random, or gradients are not finite even in float64.
+            parameter requires gradients, a choice is random, the backward exchanges values between processes, or
+            gradients are not finite even in float64.
         RuntimeError: If the forward evaluates other operations in float64 than in the model's precision.
 
     Example:
@@ -232,6 +240,11 @@ def _compare(
     ties make of the choices has to arrive, with weights that keep it from cancelling.
     """
     refuse_compiled(loss)
+    if communicates(loss):
+        raise UnseenError(
+            "a zone is one process's, and this backward exchanges values between processes (SyncBatchNorm, say): look "
+            "for zones in one process"
+        )
     if not any(operation_nodes(loss, (a, b))) and not any(opaque_nodes(loss)):
         return None
     named = wanted(model)

@@ -3,12 +3,14 @@
 import os
 import socket
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 import torch.multiprocessing as mp
+from ddp_helpers import UnionNorm
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import distributed as dist
@@ -75,8 +77,30 @@ class Sharded(Net):
             fully_shard(part)
 
 
+class Synced(Net):
+    """Batch norm over both processes, below ties that the first process alone has."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = UnionNorm(5).double()
+
+    def hidden(self, x):
+        h = self.norm(self.a(x + 1))
+        return self.act(h - h.detach() + (x[:, :1] < 0))
+
+
+class Smooth(Net):
+    """The same without batch norm."""
+
+    def hidden(self, x):
+        h = self.a(x + 1)
+        return self.act(h - h.detach() + (x[:, :1] < 0))
+
+
 RUNS = {
     "ddp": (Net, "auto"),
+    "synced": (Synced, "auto"),
+    "smooth": (Smooth, "auto"),
     "hook": (Clipping, "auto"),
     "one": (HiddenOnOne, "auto"),
     "one, asked": (HiddenOnOne, "subtract"),
@@ -85,13 +109,25 @@ RUNS = {
 }
 
 
+def pictures():
+    """The second process takes those of odd numbers, whose first value is below 0."""
+    x = torch.randn(16, 3, generator=torch.Generator().manual_seed(1)).double()
+    x[:, 0] = x[:, 0].abs()
+    x[1::2, 0] *= -1
+    return list(x)
+
+
 def fits(rank, port, folder):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
-    images = list(torch.randn(16, 3, generator=torch.Generator().manual_seed(1)).double())
+    images = pictures()
     for name, (kind, method) in RUNS.items():
         module = kind()
         sharded = isinstance(module, Sharded)
-        strategy = ModelParallelStrategy(process_group_backend="gloo") if sharded else DDPStrategy()
+        strategy = (
+            ModelParallelStrategy(process_group_backend="gloo")
+            if sharded
+            else DDPStrategy(timeout=timedelta(seconds=120))
+        )
         choices = {"one": {"relu": 1.0}, "half": {"relu": 0.5}}
         measuring = [GradientDivergence(choices, every_n_steps=1, method=method)] if method else []
         with warnings.catch_warnings(record=True) as said:
@@ -150,3 +186,25 @@ def test_shards_are_measured_as_whole_gradients(runs):
 def test_measuring_shards_changes_no_training(runs):
     for name, weight in runs["fsdp2, unwatched"][1].items():
         assert torch.equal(runs["fsdp2"][1][name], weight)
+
+
+@pytest.mark.parametrize("name", ["synced", "smooth"])
+def test_two_processes_measure_what_one_does_with_the_union_of_their_batches(runs, name, tmp_path):
+    """With batch norm over the processes every choice's backward exchanges values: both processes run each of them."""
+    table, weights, said = runs[name]
+    assert [words for words in said if "between processes" in words] == said
+    assert bool(said) == (name == "synced")
+    module = RUNS[name][0]()
+    trainer = Trainer(
+        accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=str(tmp_path),
+        callbacks=[GradientDivergence({"one": {"relu": 1.0}, "half": {"relu": 0.5}}, every_n_steps=1)],
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(pictures(), batch_size=8))
+    (alone,) = (pd.read_csv(file, keep_default_na=False) for file in tmp_path.rglob("divergence.csv"))
+    norms = ["l1", "l2", "linf", "relative", "cosine"]
+    assert table["parameter"].tolist() == alone["parameter"].tolist()
+    pd.testing.assert_frame_equal(table[norms], alone[norms], rtol=1e-9, atol=1e-13)
+    assert (table[table["parameter"] == "a.weight"]["l2"] > 0).all()
+    for key, weight in module.named_parameters():
+        torch.testing.assert_close(weights[key], weight.detach(), rtol=1e-9, atol=1e-12)

@@ -3,15 +3,18 @@
 import json
 import os
 import socket
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.multiprocessing as mp
+from ddp_helpers import UnionNorm
 from torch import distributed as dist
 from torch import nn
 
 from nslightning import Jacobians, patch
-from nslightning.probes import MethodWarning, divergence, gradients
+from nslightning._torch import exchanges_values
+from nslightning.probes import MethodWarning, UnseenError, divergence, gradients, zone
 
 CHOICES = {"one": Jacobians(relu=1.0), "half": Jacobians(relu=0.5)}
 
@@ -134,3 +137,36 @@ def test_fsdp2_is_measured_shard_by_shard(wrapped, folder):
                 assert d.l2 > 0
                 for name, part in {"": d, **d.per_layer}.items():
                     assert found[method][choice][name] == pytest.approx(part.norms(), rel=1e-9, abs=1e-12)
+
+
+def test_a_backward_that_exchanges_values_is_run_whole_for_every_choice():
+    """In a group of one process: what decides is the graph."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), UnionNorm(5), nn.ReLU(), nn.Linear(5, 1)).double()
+    with torch.no_grad():
+        model[1].weight[:2] = 0  # these units are 0 at every image
+    patch(model, Jacobians())
+    loss = model(images(0)).square().sum()
+    counted = []
+    loss.grad_fn.register_hook(lambda *_: counted.append(1))
+    with pytest.warns(MethodWarning, match="exchanges values between processes"):
+        norms = {name: d.norms() for name, d in divergence(loss, model, CHOICES, method="propagate").items()}
+    assert len(counted) == 3
+    with pytest.raises(UnseenError, match="a zone is one process's"):
+        zone(model, lambda y: y.square().sum(), images(0), CHOICES["one"])
+    dist.destroy_process_group()  # the same statistics, without the exchange
+    loss = model(images(0)).square().sum()
+    assert norms["one"]["l2"] > 0
+    for name, d in divergence(loss, model, CHOICES, method="propagate").items():
+        assert norms[name] == pytest.approx(d.norms(), rel=1e-9)
+
+
+def test_pytorch_s_own_batch_norm_over_processes_is_known_and_takes_no_processor():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    from torch.nn.modules._functions import SyncBatchNorm
+
+    assert exchanges_values(SimpleNamespace(_forward_cls=SyncBatchNorm))
+    assert not exchanges_values(torch.ones(1, requires_grad=True).exp().grad_fn)
+    with pytest.raises(ValueError, match="expected input tensor to be on GPU"):
+        nn.SyncBatchNorm(2)(torch.ones(4, 2))
