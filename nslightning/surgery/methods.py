@@ -15,7 +15,7 @@ import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterator
 from contextlib import _AsyncGeneratorContextManager, _GeneratorContextManager
 from functools import partial, partialmethod, singledispatchmethod, wraps
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, MethodType
 from typing import Any, ClassVar
 
 import torch
@@ -57,12 +57,24 @@ _NONE = object()
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-class Method:
+class _MethodType(type):
+    """Makes a method of a function and an object, too, as ``types.MethodType`` does for ``weakref.WeakMethod``."""
+
+    def __call__(cls, *args: Any) -> Any:
+        if len(args) == 2 and isinstance(args[1], nn.Module):
+            function, module = args
+            methods = (m for m in module.__dict__.values() if type(m) is cls and m.__func__ is function)
+            return next(methods, None) or MethodType(function, module)
+        return super().__call__(*args)
+
+
+class Method(metaclass=_MethodType):
     """One method of one patched module.
 
     It passes for the bound method that it stands for: signature, annotations, documentation, ``__wrapped__``,
     ``__func__`` and ``inspect.ismethod`` are that one's. Copies and pickles belong to the copied module. It refers to
-    the module weakly, so that a patched model is freed as soon as an unpatched one.
+    the module weakly, so that a patched model is freed as soon as an unpatched one; a method that is copied or pickled
+    by itself keeps its module. After :func:`~nslightning.unpatch` it is the method that it stood for.
 
     Args:
         module: The module.
@@ -73,6 +85,7 @@ class Method:
 
     def __init__(self, module: nn.Module, name: str, part: Part, replaced: Any = _NONE) -> None:
         self.ref, self.name, self.part, self.replaced = weakref.ref(module), name, part, replaced
+        self.owner: nn.Module | None = None  # the module, where nothing else may refer to it
         defined = inspect.getattr_static(type(module), name, None)
         self.unbound = isinstance(defined, (staticmethod, classmethod))  # the module is no argument of it
         self.descriptor = defined if isinstance(defined, (partialmethod, singledispatchmethod)) else None
@@ -132,22 +145,54 @@ class Method:
     def __repr__(self) -> str:
         return f"<patched {self.stock(self.module)!r}>"
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Method:
-        module, part = copy.deepcopy(self.module, memo), copy.deepcopy(self.part, memo)
+    @property
+    def stands(self) -> bool:
+        """Whether the module has it in the method's place."""
+        return self.module.__dict__.get(self.name) is self
+
+    def retire(self) -> None:
+        """Be the method that it stands for from now on: who kept it had kept the stock method."""
+        self.part.undone = True
+
+    def __copy__(self) -> Method:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if not self.stands:
+            return copy.deepcopy(self.stock(self.module), memo)
+        by_itself = id(self.module) not in memo
+        module = copy.deepcopy(self.module, memo)
+        if by_itself:
+            return _kept(module, self.name)
         kept = (copy.deepcopy(self.replaced, memo),) if self.is_replacement else ()
-        return type(self)(module, self.name, part, *kept)
+        return type(self)(module, self.name, copy.deepcopy(self.part, memo), *kept)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if kept_attributes(self.module) is not None:
             raise pickle.PicklingError(
                 "torch.fx pickles the code of a GraphModule and no more: unpatch the model first"
             )
+        if not self.stands:
+            return getattr, (self.module, self.name)
         kept = (self.replaced,) if self.is_replacement else ()
-        return type(self), (self.module, self.name, self.part, *kept)
+        return _unpickled, (type(self), self.module, self.name, self.part, *kept)
 
 
-_OF_METHODS = ("ref", "name", "part", "replaced", "unbound", "descriptor", "kind")
-_PICKLING = ("__getstate__", "__setstate__", "__getnewargs__", "__getnewargs_ex__", "__reduce__", "__copy__")
+def _unpickled(cls: type[Method], module: nn.Module, name: str, part: Part, *replaced: Any) -> Any:
+    """A method from a pickle: of the whole module, which has no attributes yet, or of the method by itself."""
+    return _kept(module, name) if name in module.__dict__ else cls(module, name, part, *replaced)
+
+
+def _kept(module: nn.Module, name: str) -> Any:
+    """A module's method, which may be all that refers to the module."""
+    method = getattr(module, name)
+    if isinstance(method, Method):
+        method.owner = module
+    return method
+
+
+_OF_METHODS = ("ref", "name", "part", "replaced", "owner", "unbound", "descriptor", "kind")
+_PICKLING = ("__getstate__", "__setstate__", "__getnewargs__", "__getnewargs_ex__", "__reduce__")
 
 
 class SiteForward(Method):
@@ -175,6 +220,11 @@ class SiteForward(Method):
                     return result
         return self.ordinary(args if x is _NONE else (x, *args), kwargs)
 
+    def retire(self) -> None:
+        """Be the stock method from now on."""
+        super().retire()
+        self.fast, self.settled = None, True
+
     def ordinary(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The way that takes every call.
 
@@ -187,6 +237,8 @@ class SiteForward(Method):
         """
         part = self.part
         surgery, (site, operation, cls) = part.surgery, part.reached
+        if part.undone:
+            return self.stock(self.module)(*args, **kwargs)
         compiling = torch.compiler.is_compiling()
         if not compiling:
             _refuse_tracing()
@@ -285,6 +337,8 @@ class Caller(Method):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the method."""
         surgery = self.part.surgery
+        if self.part.undone:
+            return self.stock(self.module)(*args, **kwargs)
         if torch.compiler.is_compiling():
             return self._compiled(args, kwargs)
         _refuse_tracing()

@@ -397,6 +397,7 @@ def _restore(modules: Iterable[nn.Module]) -> None:
             if type(method) not in _KINDS:
                 continue  # a callable attribute that was set since
             del module.__dict__[name]
+            method.retire()
             if method.is_replacement:
                 module.__dict__[name] = method.replaced
         for looked in part.lookups.values():

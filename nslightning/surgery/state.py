@@ -188,6 +188,7 @@ class Part:
         methods: The names under which the module has methods of the surgery's.
         lookups: What the surgery has for the module's properties and special methods, by the class that defines them
             and their names.
+        undone: Whether the patch was taken back; who kept a method of the module's then has the stock one.
     """
 
     surgery: Surgery
@@ -200,6 +201,7 @@ class Part:
     cls: type[nn.Module] | None = None
     methods: tuple[str, ...] = ()
     lookups: dict[tuple[type, str], Any] = field(default_factory=dict)
+    undone: bool = False
 
     @property
     def reached(self) -> tuple[Site, Operation, type[nn.Module]]:

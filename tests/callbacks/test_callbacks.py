@@ -696,6 +696,20 @@ def test_a_failed_backward_leaves_nothing(tmp_path):
     assert torch._functorch.config.donated_buffer
 
 
+def test_a_training_that_fails_leaves_its_figure(tmp_path):
+    class Failing(Module):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 3:
+                raise RuntimeError("out of memory")
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer(tmp_path, GradientDivergence(CHOICES, 1)).fit(Failing(Plain), data())
+    assert sorted(set(read(tmp_path)["step"])) == [0, 1, 2]
+    assert (tmp_path / "divergence.pdf").read_bytes().startswith(b"%PDF")
+    assert (tmp_path / "divergence.png").stat().st_size > 5000
+
+
 def test_a_step_without_loss(tmp_path):
     class Skips(Module):
         def training_step(self, batch, batch_idx):

@@ -772,6 +772,17 @@ def test_a_mean_is_outside_from_two_published_standard_deviations_on(experiment_
     assert compared.loc[(1, "exact"), "inside"] == ""
 
 
+@pytest.mark.parametrize(("ours", "inside"), [(1.0, "yes"), (0.5, "yes"), (0.4375, "no")])
+def test_two_published_standard_deviations_are_inside(experiment_file, monkeypatch, ours, inside):
+    """All numbers are exact in binary: 0.25 is twice 0.125."""
+    published = pd.DataFrame({"data": SAMPLE, "value": [0.0], "mean": 0.75, "sd": 0.125, "n": 10, "n_nan": 0})
+    monkeypatch.setattr(compare, "table", lambda name: published)
+    entry = {"published": "training", "match": {"value": "relu"}, "metric": "test_accuracy"}
+    experiment = dataclasses.replace(Experiment.read(experiment_file, "small"), compare=(entry,))
+    compared = comparison(experiment, made(experiment, [ours] * 8)).set_index(["relu", "rule"])
+    assert compared.loc[(0, "exact"), "inside"] == inside
+
+
 @pytest.mark.parametrize(("ours", "inside"), [(0.50, "yes"), (0.53, "no"), (0.30, "yes"), (0.27, "no")])
 def test_a_probability_is_outside_from_two_standard_deviations_of_both_sides_on(
     experiment_file, monkeypatch, ours, inside

@@ -190,6 +190,12 @@ def test_distances_are_those_of_the_weights_and_of_the_gradients_stepped_along(p
     run.fit(twins, data())
     rows = read(tmp_path)
     assert not rows.duplicated(["step", "twin", "parameter", "metric"]).any()
+    for kind in ("weights", "gradients"):  # what loggers and other callbacks get
+        for norm in NORMS:
+            last = rows[(rows["metric"] == f"{kind}/{norm}") & (rows["twin"] == "relu1") & (rows["parameter"] == "")]
+            assert run.callback_metrics[f"{kind}/relu1/{norm}"] == pytest.approx(
+                last[last["step"] < 6]["value"].iloc[-1]
+            )
     rows = rows.set_index(["step", "twin", "metric", "parameter"])["value"]
     assert sorted(set(rows.index.get_level_values("step"))) == [0, 2, 3, 4, 5, 6]  # 3 starts an epoch; 5: validation
     parameters = [n for n, _ in twins.twins["native"].named_parameters()]

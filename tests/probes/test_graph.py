@@ -57,6 +57,16 @@ KINDS = {
 }
 
 
+def test_the_loss_itself_is_no_place():
+    x, y = torch.zeros(2, requires_grad=True), torch.zeros(2, requires_grad=True)
+    one, other = x.relu(), y.relu()
+    loss = one.dot(other)  # its own node alone is passed by all
+    assert bottleneck(loss, {one.grad_fn, other.grad_fn}) is None
+    assert bottleneck(loss, {loss.grad_fn}) is None
+    assert bottleneck(loss, set()) is None
+    assert bottleneck(loss.sin(), {one.grad_fn, other.grad_fn}).node is loss.grad_fn
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_second_backward_starts_where_choices_part(kind):
     torch.manual_seed(0)

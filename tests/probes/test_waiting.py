@@ -109,6 +109,22 @@ def test_a_measured_step_waits_twice_at_most(device, tied):
         assert all(bool(d.l2) is tied or d.l2 > 0 for d in found.values())
 
 
+@pytest.mark.parametrize("sites", [1, 3])  # of one ReLU and its pooling the ReLU alone matters
+def test_what_the_ties_start_is_the_same_on_the_device_s_way(sites, monkeypatch, request):
+    def started():
+        model = network(sites, True)
+        loss = model(torch.randn(2, 1, 12, 12, generator=torch.Generator().manual_seed(1))).square().mean()
+        with recording(model) as met:
+            met.meet(loss, list(CHOICES.values()))
+        choice, named = CHOICES["1.0"], list(model.parameters())
+        return met.carry(met.starts(choice), choice, named)
+
+    want = started()
+    request.getfixturevalue("device")
+    assert any(bool(d.any()) for d in want)
+    assert all(torch.equal(a, b) for a, b in zip(want, started(), strict=True))
+
+
 def test_the_device_s_way_gives_the_same_numbers(monkeypatch, request):
     want, _ = measured(network(3, True), CHOICES)
     request.getfixturevalue("device")

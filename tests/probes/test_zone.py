@@ -346,6 +346,25 @@ def test_a_small_difference_is_one_far_below_where_rounding_ends(size):
     assert 2.0**16 < found.difference / found.rounding < 2.0**28
 
 
+def test_a_large_gradient_above_the_ties_does_not_hide_a_small_difference():
+    """It has no part in the difference, so its rounding is none of the difference's."""
+
+    class Sizes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.large, self.small = nn.Parameter(torch.tensor([0.3])), nn.Parameter(torch.zeros(1))
+
+        def forward(self, x):
+            return 1e6 * (self.large * x).sin() + 1e-8 * F.relu(self.small)
+
+    model = Sizes()
+    patch(model, Jacobians())
+    found = zone(model, torch.sum, torch.ones(1), Jacobians(relu=1.0))
+    assert (found.kind, found.method) == ("bifurcation", "propagate")
+    assert found.difference == pytest.approx(1e-8, rel=1e-6)
+    assert found.rounding < 1e-20
+
+
 def test_complex_parameters():
     class Spiral(nn.Module):
         def __init__(self, dtype, bias):

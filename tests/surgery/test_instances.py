@@ -129,6 +129,68 @@ def test_a_patched_model_is_freed_like_any_other():
         gone(X)
 
 
+WAYS_TO_KEEP_A_METHOD = {
+    "copied": copy.copy,
+    "copied with its module": copy.deepcopy,
+    "pickled": lambda method: pickle.loads(pickle.dumps(method)),
+    "weakly referred to": lambda method: weakref.WeakMethod(method)(),
+    "partial": functools.partial,
+    "partial and pickled": lambda method: pickle.loads(pickle.dumps(functools.partial(method))),
+    "partial and copied": lambda method: copy.deepcopy(functools.partial(method)),
+    "of a dict": lambda method: copy.deepcopy({"method": method})["method"],
+}
+
+
+@pytest.mark.parametrize("way", WAYS_TO_KEEP_A_METHOD)
+def test_a_bound_method_is_kept_by_itself(way):
+    model = Net()
+    patch(model, HALF)
+    for method in (model.forward, model.encode, model.act.forward):
+        kept = WAYS_TO_KEEP_A_METHOD[way](method)
+        gc.collect()
+        of = getattr(kept, "func", kept).__self__
+        assert (of is method.__self__) == (way in ("copied", "weakly referred to", "partial"))
+        k = torch.zeros(3, requires_grad=True) if method is model.act.forward else of.k
+        y = kept(k if method is model.act.forward else X)
+        assert torch.autograd.grad(y.sum(), k)[0].tolist() == [0.25 if method is model.forward else 0.5] * 3
+    assert copy.copy(model.forward) == model.forward
+    reference = weakref.WeakMethod(model.forward)
+    del model, method, of, kept
+    gc.collect()
+    assert reference() is None
+
+
+def test_a_pickled_method_and_its_module_stay_one():
+    model = Net()
+    patch(model, HALF)
+    for pair in ([model.encode, model], [model, model.encode]):
+        for ways in (copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))):
+            one, other = ways(pair)
+            of, method = (other, one) if isinstance(other, nn.Module) else (one, other)
+            assert method is of.encode
+            assert method.__self__ is of
+
+
+def test_a_method_kept_after_unpatch_is_the_stock_one():
+    model = Net()
+    patch(model, HALF)
+    kept, of_site = model.encode, model.act.forward
+    of_site(torch.zeros(3, requires_grad=True))
+    assert slope(kept(X), model) == [0.5] * 3
+    unpatch(model)
+    stock = Net()
+    assert slope(kept(X), model) == slope(stock.encode(X), stock) == [0.0] * 3
+    for call in (of_site, torch.compile(of_site, backend="aot_eager")):
+        x = torch.zeros(3, requires_grad=True)
+        assert torch.autograd.grad(call(x).sum(), x)[0].tolist() == [0.0] * 3
+    copied, loaded = copy.deepcopy(kept), pickle.loads(pickle.dumps(kept))
+    for method in (copied, loaded):
+        assert type(method) is type(stock.encode)
+        assert method.__self__ is not model
+    patch(model, Jacobians(relu=1.0))
+    assert slope(model.encode(X), model) == [1.0] * 3
+
+
 def test_subclass_hooks_and_parametrisations_know_nothing_of_it():
     class Registered(nn.Module):
         known: typing.ClassVar[dict[str, type]] = {}

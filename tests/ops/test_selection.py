@@ -1,0 +1,56 @@
+"""What a selection keeps and tells, asked for directly."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from nslightning import Jacobians
+from nslightning.ops.autograd.selection import Selection, fixed, guarded
+
+
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
+@pytest.mark.parametrize("constant", [False, True])
+def test_a_copy_has_the_same_choice_and_memory_of_its_own(again, constant):
+    selection = Selection(Jacobians(relu=0.25, max_pool=3.0), 7, constant=constant)
+    copied = again(selection)
+    assert (copied.jacobians, copied.seed, copied.constant) == (selection.jacobians, 7, constant)
+    assert copied.at_kinks("relu") == (0.25,)
+    copied.set(Jacobians(relu=0.75))
+    assert selection.at_kinks("relu") == (0.25,)
+    assert copied.memory["relu"] is not selection.memory["relu"]
+
+
+def test_a_constant_choice_is_read_as_a_replayed_backward_reads_it():
+    torch.full((64,), 123.0)  # what an unfilled tensor might show
+    for value in (0.25, 1.0):
+        assert fixed("relu", value).read("relu", torch.ones(2, 3)).tolist() == [value]
+    assert fixed("relu6", (0.25, 0.75)).read("relu6", torch.ones(2)).tolist() == [0.25, 0.75]
+    assert fixed("relu", None).read("relu", torch.ones(2)).isnan().all()  # the reference
+    varied = Selection(Jacobians(relu=0.5))
+    assert varied.read("relu", torch.ones(2)).tolist() == [0.5]
+
+
+@pytest.mark.parametrize(("choice", "refused"), [(None, False), (0.0, False), (0.5, True), (1.0, True)])
+def test_a_guarded_result_refuses_another_choice(choice, refused):
+    selection = Selection(Jacobians(relu=choice))
+    x = torch.ones(3, requires_grad=True)
+    y = guarded(x * 1, "relu", selection)
+    if not refused:
+        y.sum().backward()
+        return
+    with pytest.raises(RuntimeError, match=f"entries share memory, in place, .* given relu={choice}. Clone the tensor"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("layout", ["sparse", "nested"])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_guarded_result_says_which_layout_it_has(layout):
+    x = torch.ones(2, 3, requires_grad=True)
+    y = x.to_sparse() if layout == "sparse" else torch.nested.as_nested_tensor([x[0], x[1]])
+    guarded(y, "relu", Selection(Jacobians(relu=0.5)))
+    gradient = torch.ones_like(y)
+    said = r"layout torch.sparse_coo has .* Make the tensor dense" if layout == "sparse" else r"\(nested\) has .*dense"
+    with pytest.raises(RuntimeError, match=said):
+        y.backward(gradient)
