@@ -416,6 +416,8 @@ def _gradients(one: Program, leaves: list[Any], results: list[Any], model: Model
         return [("gradient raises", _message(error))]
     # Where nothing comes down a second time, stock hands down zeros, or nothing, as its formulas happen to be written.
     second = [None if g is None or not g.count_nonzero() else g for g in second]
+    # Such a zero times infinity is a NaN, where without it there is infinity.
+    second = [None if g is None else torch.where(g.isfinite(), g, torch.nan) for g in second]
     return [
         *((f"gradient {i}", gradient_shown(g)) for i, g in enumerate(found)),
         *((f"second gradient {i}", gradient_shown(g)) for i, g in enumerate(second)),
@@ -566,7 +568,8 @@ def compare(one: Program) -> Verdict:
         return Verdict([], named=True)
     if oracle.undefined or differences(oracle.seen, stock.seen):
         return Verdict([])  # a NaN, of which the formulas know nothing; or autocast, which a mode below it changes
-    if any(isinstance(g, dict) and not bool(shaped(g).isfinite().all()) for _, g in stock.gradients):
+    gradients = (*stock.gradients, *oracle.gradients)
+    if any(isinstance(g, dict) and not bool(shaped(g).isfinite().all()) for _, g in gradients):
         return Verdict([])  # 0 times infinity is a NaN wherever a formula multiplies, and none where it selects
     chosen = outcome(one, patched=True, choice=OTHER)
     if any(name == "gradient raises" and "has PyTorch's own derivative only" in x for name, x in chosen.gradients):
@@ -585,9 +588,11 @@ def departures(ours: list[Any], oracle: list[Any], stock: list[Any]) -> list[str
     found = []
     for (name, x), (_, y), (_, z) in zip(ours, oracle, stock, strict=True):
         if not (isinstance(x, dict) and isinstance(y, dict)):
-            if x != y:
-                found.append(f"{name} is None in one of them")
-            continue
+            if x is None or y is None or x[1] != y[1]:
+                if x is not y:
+                    found.append(f"{name} is None, or of another layout, in one of them")
+                continue
+            x, y, z = ({"shape": -1, "dtype": one[0], "bits": b"".join(_bytes(one))} for one in (x, y, z))
         a, b, c = (shaped(one) for one in (x, y, z))
         eps = torch.finfo(a.dtype).eps
         scale = float(b[b.isfinite()].abs().max()) if b.isfinite().any() else 0.0
@@ -596,6 +601,15 @@ def departures(ours: list[Any], oracle: list[Any], stock: list[Any]) -> list[str
             values = f"{a.tolist()} instead of {b.tolist()}, stock {c.tolist()}"
             found.append(f"{name}: by {most:.3g}, {values}"[:400])
     return found
+
+
+def _bytes(seen: Any) -> Iterator[bytes]:
+    """The bits of the values of a tensor that is not strided, as :func:`gradient_shown` shows it."""
+    for part in seen if isinstance(seen, tuple) else ():
+        if isinstance(part, bytes):
+            yield part
+        else:
+            yield from _bytes(part)
 
 
 def shaped(seen: dict[str, Any]) -> Tensor:

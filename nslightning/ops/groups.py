@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nslightning.ops.autograd.nodes import of_a_leaf
+from nslightning.ops.autograd.layouts import overlaps
+from nslightning.ops.autograd.nodes import of_a_leaf, refuse_changes_of_a_copy
 from nslightning.ops.autograd.routing import ROUTES, Route, around, own, wide
-from nslightning.ops.autograd.selection import Selection, fixed, replayed
+from nslightning.ops.autograd.selection import Selection, fixed, guarded, replayed
 from nslightning.ops.module_base import ChosenFunction, ChosenModule
 from nslightning.ops.record import Call, Count, Kink, Operation, ShareName, only, register, spelled
 
@@ -175,8 +176,14 @@ def scattered(selection: Selection, call: Call) -> Tensor:
         # PyTorch refuses to overwrite a leaf before it computes anything.
         if of_a_leaf(base) or not (torch.is_grad_enabled() and (base.requires_grad or src.requires_grad)):
             return _SCATTER_[kind](base, dim, index, src, reduce, include_self=included)
+        if overlaps(base):
+            written = _SCATTER_[kind](base, dim, index, src, reduce, include_self=included)
+            return guarded(written, "scatter_max", selection)
         # As stock does, whose backward keeps a copy of what was overwritten.
-        return base.copy_(scattered(selection, call._replace(x=base.clone(), inplace=False)))
+        result = scattered(selection, call._replace(x=base.clone(), inplace=False))
+        written = base.copy_(result)
+        refuse_changes_of_a_copy(result, written)
+        return written
     stock = _SCATTER[kind](base, dim, index, src, reduce, include_self=included)
     if stock.numel() == 0 or index.numel() == 0:
         return stock
@@ -184,7 +191,11 @@ def scattered(selection: Selection, call: Call) -> Tensor:
     results = stock if stock.dim() else stock.reshape(1)  # a reshape to the same shape would be a view
     parts = src.to(stock.dtype), base.to(stock.dtype), index, results.detach(), results
     chosen = around("scatter_max", selection, (dim, included), *parts)
-    return chosen if stock.dim() else aten._unsafe_view(chosen, ())  # stock's result is no view
+    if stock.dim():
+        return chosen
+    number: Tensor = aten._unsafe_view(chosen, ())  # stock's result is no view
+    refuse_changes_of_a_copy(chosen, number)
+    return number
 
 
 def _scatter_ties(call: Call) -> tuple[Count, int]:

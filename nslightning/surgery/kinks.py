@@ -35,7 +35,8 @@ KINKS: dict[str, Callable[[Any], bool]] = {
     "Threshold": _always,
     "Hardtanh": _always, "Hardsigmoid": _always, "Hardswish": _always, "Hardshrink": _always, "Softshrink": _always,
     "Elu": lambda node: abs(getattr(node, "_saved_alpha", 0) * getattr(node, "_saved_input_scale", 1) - 1) > 1e-12,
-    "Logit": lambda node: getattr(node, "_saved_eps", 0.0) is not None, "Hypot": _always,
+    "Logit": lambda node: getattr(node, "_saved_eps", 0.0) is not None, "Hypot": _always, "SpecialI0E": _always,
+    "Copysign": _wanted(0),  # it is |x| with another sign
     # maxima and order
     "Max": _always, "Min": _always, "Amax": _always, "Amin": _always, "Aminmax": _always, "Maximum": _always,
     "Minimum": _always, "Fmax": _always, "Fmin": _always, "Median": _always, "Nanmedian": _always, "Mode": _always,

@@ -1178,14 +1178,25 @@ def test_what_the_callback_cannot_see_is_said_once(tmp_path):
     assert (found["shown"]["l2"] > 0).any()
 
 
-@pytest.mark.parametrize("where", ["tensor", "module", "parameter"])
+def dead_units():
+    """Units that tie at every image, in a network of PyTorch's own functions."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(169, 4), nn.ReLU(), nn.Linear(4, 4))
+    for p in net[1].parameters():
+        nn.init.zeros_(p.data[:2])
+    return net
+
+
+@pytest.mark.parametrize("where", ["tensor", "module", "parameter", "tensor of a network without custom functions"])
 @pytest.mark.filterwarnings("ignore:GradientDivergence subtracts")  # which is what is tested
 def test_a_hook_that_clips_is_noticed(where, tmp_path):
     class Clipping(Module):
         def __init__(self):
-            super().__init__(Plain)
+            super().__init__(Plain if "without" not in where else dead_units)
             clip = lambda g: g.clamp(-1e-4, 1e-4)  # noqa: E731 # said once
-            if where == "tensor":
+            if "without" in where:  # nothing but the first difference's check can notice it
+                norm = lambda g: g / g.norm()  # noqa: E731 # of the live units' gradients, too
+                self.net[1].register_forward_hook(lambda m, args, y: y.register_hook(norm) and None)
+            elif where == "tensor":
                 self.net.conv1.register_forward_hook(lambda m, args, y: y.register_hook(clip) and None)
             elif where == "module":
                 self.net.conv1.register_full_backward_pre_hook(lambda m, g: (clip(g[0]),))

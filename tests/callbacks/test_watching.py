@@ -347,6 +347,7 @@ def test_a_gradient_that_no_choice_made(tmp_path):
 
 def test_a_gradient_that_the_choice_at_a_tie_made(tmp_path):
     module = Small(nn.Identity(), Jacobians(relu=3e38))
+    module.net.unused = nn.Linear(2, 2)
     with torch.no_grad():
         module.net.last.weight.mul_(1e3)
     with pytest.raises(NonFiniteError, match=r"the backward of net.act; ties fed it: 8 at act; under .* is finite"):

@@ -137,6 +137,13 @@ def test_the_device_s_way_gives_the_same_numbers(monkeypatch, request):
                 assert found[choice].per_layer[name].norms()[norm] == pytest.approx(value, rel=1e-4, abs=1e-7)
 
 
+def test_without_a_scaler_the_accumulation_alone_scales_the_loss():
+    trainer = SimpleNamespace(precision_plugin=SimpleNamespace(), accumulate_grad_batches=4)
+    assert loss_scale(trainer) == _coming_loss_scale(trainer)() == 0.25
+    trainer.precision_plugin.scaler = None
+    assert loss_scale(trainer) == _coming_loss_scale(trainer)() == 0.25
+
+
 def test_subtraction_waits_once_for_all_parameters(device):
     a, b = ({str(i): torch.randn(5, i + 1) for i in range(20)} for _ in range(2))
     with Waits() as waits:

@@ -1,6 +1,7 @@
 """Zones against the truth over the reals, worked out in rational arithmetic."""
 
 import copy
+import math
 from fractions import Fraction
 from itertools import product
 
@@ -182,6 +183,77 @@ def test_small_networks_against_rational_arithmetic(dtype):
             assert found.difference > 1e6 * found.rounding
         met[truth] += 1
     assert all(met.values()), met
+
+
+# Losses of three numbers per sample that tie at every sample, the rows of the weight that they tie by, and how the
+# gradient of the loss at the tie is made of the choice: by row, as a multiple of the input.
+KINKED_LOSSES = {
+    "margin ranking": (
+        lambda y: F.margin_ranking_loss(y[:, 0], y[:, 1], torch.ones(len(y)), reduction="none"), "equal", (-1, 1, 0)
+    ),
+    "hinge embedding": (
+        lambda y: F.hinge_embedding_loss(y[:, 0], -torch.ones(len(y)), margin=0.0, reduction="none"), "zero", (-1, 0, 0)
+    ),
+    "multi margin": (
+        lambda y: F.multi_margin_loss(y, torch.zeros(len(y)).long(), margin=0.0, reduction="none"), "equal",
+        (Fraction(-1, 3), Fraction(1, 3), 0),
+    ),
+    "norm": (lambda y: y.norm(dim=1), "zero", (1, 1, 1)),
+    "norm of order 3": (lambda y: torch.linalg.vector_norm(y[:, :2], 3, dim=1), "zero", (1, 1, 0)),
+    "distance": (lambda y: F.pairwise_distance(y, y.detach(), eps=0.0), "zero", (1, 1, 1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, dtype) for name in KINKED_LOSSES for dtype in (torch.float32, torch.bfloat16)
+     if name != "multi margin" or dtype == torch.float32],  # PyTorch has no bfloat16 kernel of it for a CPU
+)  # fmt: skip
+def test_hinges_and_norms_against_rational_arithmetic(name, dtype):
+    """In every other network the weights of the samples cancel over the reals, and not as float32 rounds."""
+    loss, tie, coefficients = KINKED_LOSSES[name]
+    a, b = Jacobians(hinge=0.75, norm=0.75), Jacobians(hinge=0.25, norm=0.25)
+    kinds = []
+    for seed in range(8):
+        torch.manual_seed(seed)
+        model = nn.Linear(4, 3, bias=False)
+        with torch.no_grad():
+            model.weight[:2] = model.weight[0]
+            if tie == "zero":
+                model.weight.zero_()
+        model = nn.Sequential(model, Applied(loss)).to(dtype)
+        x = torch.randn(1, 4).expand(5, 4).to(dtype) if seed % 2 else torch.randn(5, 4).to(dtype)
+        weights = torch.tensor([0.1, 0.37, -0.59, 0.83, 0.0]).to(torch.bfloat16).double()
+        weights[4] = -weights.sum()  # exact in float64
+        if dtype == torch.bfloat16:
+            weights = torch.tensor([3.0, 5.0, 7.0, -11.0, -4.0]).double() / 16
+        patch(model, Jacobians())
+        found = zone(model, lambda y, w=weights: (y * w.to(y.dtype)).sum(), x, a, b)
+        exact = [
+            [Fraction(1, 2) * c * sum(Fraction(w) * v for w, v in zip(weights.tolist(), column, strict=True))
+             for column in zip(*rational(x), strict=True)]
+            for c in coefficients
+        ]  # fmt: skip
+        size = math.sqrt(float(sum(v * v for row in exact for v in row)))
+        assert (size == 0) == bool(seed % 2)
+        if size:
+            assert (found.kind, found.difference) == ("bifurcation", pytest.approx(size, rel=1e-9))
+        else:
+            assert found.kind in ("regular", "compensation")
+        kinds.append(found.kind)
+    assert kinds.count("bifurcation") == 4
+    assert "compensation" in kinds or dtype == torch.bfloat16  # whose products are summed up in float32, exactly
+
+
+class Applied(nn.Module):
+    """A function of the last layer's output."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, y):
+        return self.function(y)
 
 
 def test_rational_gradient_is_the_gradient():

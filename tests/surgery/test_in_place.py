@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nslightning import Jacobians, PatchWarning, patch
+from nslightning import Jacobians, PatchWarning, patch, using
 
 # ------------------------------------------------------------------- in place, where memory is shared or overwritten
 IN_PLACE = {
@@ -21,6 +21,8 @@ IN_PLACE = {
     "abs": torch.abs_,
     "clamp": lambda t: t.clamp_(0, 1.5),
     "clamp by tensors": lambda t: t.clamp_(torch.zeros(()), torch.ones(())),
+    "scatter_reduce": lambda t: t.scatter_reduce_(0, torch.zeros(t.shape, dtype=torch.int64), t.detach() * 2, "amax"),
+    "index_reduce": lambda t: t.index_reduce_(0, torch.arange(t.shape[0]), t.detach() - 1, "amax"),  # without a tie
 }
 PLACES = {
     "whole": lambda t: t,
@@ -44,6 +46,7 @@ class InPlace(nn.Module):
         return y
 
 
+@pytest.mark.filterwarnings("ignore:index_reduce.. is in beta")
 @pytest.mark.parametrize("afterwards", [False, True], ids=["", "overwritten afterwards"])
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", IN_PLACE)
@@ -55,20 +58,38 @@ def test_in_place_the_gradient_or_the_refusal_is_stocks(name, place, afterwards)
             patch(model, Jacobians())
         x = torch.arange(-12, 13.0).reshape(5, 5).div(2).requires_grad_()
         try:
-            outcomes.append(torch.autograd.grad(model(x).sum(), x)[0].tolist())
+            outcomes.append(str(torch.autograd.grad(model(x).sum(), x)[0].tolist()))  # NaN as NaN
         except RuntimeError as error:
             outcomes.append("modified by an inplace operation" in str(error))
     assert outcomes[0] == outcomes[1]
     assert outcomes[0] is not False
 
 
-def test_in_place_on_shared_memory_another_choice_is_refused():
-    model = InPlace(F.relu_, PLACES["windows"], False)
+class Inside(nn.Module):
+    """Overwrites a part of a tensor, and goes on with the whole of it."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+
+    def forward(self, x):
+        y = (x * 1).unfold(1, 3, 1)
+        self.part(y).relu_()
+        return F.hardtanh(y)
+
+
+@pytest.mark.parametrize("part", [lambda y: y, lambda y: y[:1], lambda y: y[..., 1:]], ids=["all", "row", "columns"])
+def test_in_place_on_shared_memory_another_choice_is_refused(part):
+    """Also where the gradient comes by another view of the memory than the one that was overwritten."""
+    model = Inside(part)
     patch(model, Jacobians(relu=0.5))
+    with using(model, Jacobians()):
+        model(torch.zeros(5, 5, requires_grad=True)).sum().backward()
     with pytest.raises(RuntimeError, match="whose entries share memory, in place, has PyTorch's own derivative only"):
         model(torch.zeros(5, 5, requires_grad=True)).sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:index_reduce.. is in beta")
 @pytest.mark.parametrize("view", [lambda t: t, lambda t: t[:1].expand(2, 2)], ids=["leaf", "expanded view of a leaf"])
 @pytest.mark.parametrize(
     "function",
@@ -93,6 +114,25 @@ def test_what_stock_refuses_to_overwrite_is_refused_in_its_words(function, view)
         return str(raised.value), len(caught)
 
     assert said(True) == said(False)
+
+
+@pytest.mark.filterwarnings("ignore:index_reduce.. is in beta")
+@pytest.mark.parametrize("dims", [0, 1])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_maximum_over_an_index_that_is_overwritten_is_refused(tied, dims):
+    """As in stock, whose backward compares the entries with it."""
+
+    class Overwrites(nn.Module):
+        def forward(self, x):
+            entries = x.detach() if tied else x.detach() - 1
+            return x.index_reduce(0, torch.zeros(1).long(), entries, "amax").mul_(2)
+
+    model, x = Overwrites(), torch.zeros((1,) * dims, requires_grad=True)
+    for patched in (False, True):
+        if patched:
+            patch(model, Jacobians())
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            model(x).backward()
 
 
 @pytest.mark.filterwarnings("ignore:index_reduce.. is in beta")

@@ -36,9 +36,9 @@ class Shift(nn.Module):
 SMOOTH = {
     "where _where masked_fill masked_scatter masked_select": "the mask is the model's own",
     "nan_to_num": "a jump at infinity",
-    "copysign fmod remainder nextafter sgn angle atan2": "a jump, or not defined there: no derivative is near",
+    "fmod remainder nextafter sgn angle atan2": "a jump, or not defined there: no derivative is near",
     "xlogy special_xlog1py special_entr": "an infinite derivative at 0",
-    "sinc mvlgamma special_i0e special_i1 special_i1e i0 special_i0": "smooth: another formula at 0",
+    "sinc mvlgamma special_i1 special_i1e i0 special_i0": "smooth: another formula at 0",
     "pow float_power": "an infinite derivative at 0, or none",
     "prod cumprod": "a polynomial, differentiated without a division by 0",
     "smooth_l1_loss huber_loss": "continuously differentiable for a positive width",
@@ -62,7 +62,8 @@ def formulas():
 
 def camel(name):
     """How PyTorch names the node of an operation."""
-    return "".join(part[:1].upper() + part[1:] for part in name.split("_")).replace("2d", "2D").replace("3d", "3D")
+    words = "".join(part[:1].upper() + part[1:] for part in name.split("_"))
+    return re.sub(r"\d[a-z]", lambda match: match[0].upper(), words)
 
 
 KINKED = re.compile(
@@ -125,6 +126,9 @@ UNSEEN = {
     "foreach abs": (lambda x: torch._foreach_abs([x])[0], "AbsBackward0"),
     "foreach clamp": (lambda x: torch._foreach_clamp_min([x], 0)[0], "ClampMinBackward0"),
     "hypot": (lambda x: torch.hypot(x, 2 * x), "HypotBackward0"),
+    "copysign": (lambda x: torch.copysign(x, torch.ones(4, 4)), "CopysignBackward0"),
+    "copysign by a number": (lambda x: x.copysign(-1.0), "CopysignBackward"),
+    "i0e": (lambda x: torch.special.i0e(x), "SpecialI0EBackward0"),
     "complex abs": (lambda x: torch.complex(x, x).abs(), "AbsBackward0"),
     "grid": (lambda x: F.grid_sample(torch.ones(1, 1, 4, 4), x.view(1, 2, 4, 2), align_corners=False), "GridSampler"),
 }
@@ -191,6 +195,8 @@ SMOOTH_CALLS = {
     "grid of images": lambda x: F.grid_sample(x.view(1, 1, 4, 4), torch.zeros(1, 2, 4, 2), align_corners=False),
     "where": lambda x: torch.where(x > 0, x, 0 * x),
     "huber": lambda x: F.huber_loss(x, torch.zeros(4, 4)),
+    "copysign of a constant": lambda x: x * torch.copysign(torch.ones(4, 4), x),
+    "i1e": lambda x: torch.special.i1e(x),
     "indices": lambda x: x * x.detach().sort(1)[1],
 }
 
@@ -257,6 +263,23 @@ def test_the_choice_inside_a_recurrent_network():
     smooth = nn.RNN(2, 3)  # tanh
     with pytest.warns(PatchWarning, match="nothing to patch"):
         patch(smooth, HALF, example=x)
+
+
+@pytest.mark.parametrize("cell", [False, True])
+def test_a_compiled_recurrent_network_keeps_the_choice_or_is_refused(cell):
+    """The kernel has no graph for the compiler: dynamo hands it to eager mode, which reaches it."""
+    torch.compiler.reset()
+    module = nn.RNNCell(2, 3, nonlinearity="relu") if cell else nn.RNN(2, 3, nonlinearity="relu")
+    for p in module.parameters():
+        nn.init.zeros_(p)
+    x = torch.ones(3, 2)
+    model = nn.Sequential(module)
+    patch(model, HALF)
+    fast = torch.compile(model, backend="aot_eager")
+    for run in (model, fast):
+        out = run(x) if cell else run(x)[0]
+        bias = module.bias_ih if cell else module.bias_ih_l0
+        assert torch.autograd.grad(out.sum(), bias)[0].tolist() == [1.5] * 3
 
 
 # -------------------------------------------------------------------------------------------- looking again

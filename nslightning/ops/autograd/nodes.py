@@ -6,12 +6,13 @@ in C++ (:mod:`~nslightning.ops.autograd.native`), which has no attributes that P
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from nslightning._torch import is_view
+from nslightning._torch import in_functorch, is_view
 from nslightning.ops.autograd import native
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ __all__ = [
     "of_a_leaf",
     "operation_of",
     "refuse_changes",
+    "refuse_changes_of_a_copy",
     "release",
     "selection_of",
 ]
@@ -66,11 +68,24 @@ def refuse_changes(node: Any, written: Tensor) -> None:
     than stock's error.
 
     Args:
-        node: The node of a :class:`NonsmoothFunction`.
+        node: The node of a :class:`NonsmoothFunction`, whose backward calls :func:`check_changes`.
         written: The result, in the memory that it was written to.
     """
     if not torch.compiler.is_compiling() and isinstance(node, torch.autograd.function.BackwardCFunction):
         node.written = written.detach(), written._version  # type: ignore[attr-defined] # a node takes attributes; its stub has none
+
+
+def refuse_changes_of_a_copy(result: Tensor, written: Tensor) -> None:
+    """The same for a result that was computed elsewhere and copied to where it was to be written.
+
+    Args:
+        result: The result, of the package's operation or, where nothing tied, of stock's.
+        written: Where it was copied to.
+    """
+    if torch.compiler.is_compiling() or in_functorch() or result.grad_fn is None:
+        return
+    noted = SimpleNamespace(operation=result.grad_fn.name(), written=(written.detach(), written._version))
+    result.grad_fn.register_prehook(lambda _: check_changes(noted))
 
 
 def check_changes(node: Any) -> None:

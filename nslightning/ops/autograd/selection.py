@@ -18,6 +18,7 @@ from nslightning._torch import (
     in_functorch,
     is_legacy_batch,
     is_tracing,
+    is_view,
     is_zero_tensor,
     outside_every_mode,
     while_compiling,
@@ -488,7 +489,9 @@ def guarded(y: Tensor, operation: str, selection: Selection) -> Tensor:
             )
 
     if y.requires_grad:
-        y.register_hook(refuse)
+        # What overwrites a view is a node of the memory's: gradients that come by another view pass it, too.
+        memory = y._base if not torch.compiler.is_compiling() and is_view(y) and y._base is not None else y
+        memory.register_hook(refuse)
     return y
 
 
