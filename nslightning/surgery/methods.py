@@ -63,7 +63,7 @@ class _MethodType(type):
     def __call__(cls, *args: Any) -> Any:
         if len(args) == 2 and isinstance(args[1], nn.Module):
             function, module = args
-            methods = (m for m in module.__dict__.values() if isinstance(m, cls) and m.__func__ is function)
+            methods = (m for m in module.__dict__.values() if issubclass(type(m), cls) and m.__func__ is function)
             return next(methods, None) or MethodType(function, module)
         return super().__call__(*args)
 
