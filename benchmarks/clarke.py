@@ -30,7 +30,7 @@ def measure(units: int, inputs: int) -> dict[str, float]:
         return sum(2**i * h for i, h in enumerate(hidden))
 
     begun = time.thread_time()
-    found = clarke(program, [0] * inputs)
+    exact = clarke(program, [0] * inputs)
     seconds = time.thread_time() - begun
     away = [draw.randint(1, 10**6) for _ in range(inputs)]  # one pattern: the program run twice, without a tie
     begun = time.thread_time()
@@ -39,8 +39,8 @@ def measure(units: int, inputs: int) -> dict[str, float]:
         "units": units,
         "inputs": inputs,
         "theory": 2 * sum(math.comb(units - 1, k) for k in range(inputs)),
-        "patterns": found.patterns,
-        "linear_programs": found.programs,
+        "patterns": exact.patterns,
+        "linear_programs": exact.programs,
         "seconds": seconds,
         "one_run_seconds": (time.thread_time() - begun) / 2,
     }
@@ -49,12 +49,12 @@ def measure(units: int, inputs: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/clarke_cpu.json"))
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     rows = []
     for units, inputs in CASES:
         rows.append(measure(units, inputs))
         print(rows[-1], flush=True)
-    given.output.write_text(json.dumps({"machine": describe("cpu"), "rows": rows}, indent=1) + "\n")
+    arguments.output.write_text(json.dumps({"machine": describe("cpu"), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

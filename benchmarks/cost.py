@@ -52,10 +52,10 @@ def batch_for(model: str, shape: tuple[int, int, int], size: int) -> tuple[torch
 
 
 def mlps(folder: Path, repetitions: int) -> None:
-    found: dict[int, dict[str, CostScaling]] = {}
+    by_batch: dict[int, dict[str, CostScaling]] = {}
     choices = {name: CHOICES[name] for name in ("relu0.5", "relu1")}
     for size in BATCHES:
-        found[size] = {
+        by_batch[size] = {
             f"{depth} hidden": cost_scaling(
                 lambda width, depth=depth: mlp(depth, width),
                 WIDTHS,
@@ -67,9 +67,9 @@ def mlps(folder: Path, repetitions: int) -> None:
             )
             for depth in DEPTHS
         }
-        for name, scaling in found[size].items():
+        for name, scaling in by_batch[size].items():
             print(f"\nbatch {size}, {name}\n{scaling_table(scaling)}", flush=True)
-    data = {str(size): {n: s.to_dict() for n, s in scalings.items()} for size, scalings in found.items()}
+    data = {str(size): {n: s.to_dict() for n, s in scalings.items()} for size, scalings in by_batch.items()}
     (folder / "cost_mlp_cpu.json").write_text(json.dumps(data, allow_nan=False) + "\n")
 
 
@@ -79,14 +79,14 @@ def models(folder: Path, repetitions: int) -> None:
         "torchvision/resnet18": ((3, 64, 64), 8),
         "timm/mobilenetv3_small_050": ((3, 96, 96), 16),
     }
-    found = {}
+    reports = {}
     for name, (shape, size) in cases.items():
         torch.manual_seed(0)
         network = create_backbone(name, 10, shape).train()
         batch = batch_for(name, shape, size)
-        found[name] = cost_ratio(network, batch, CHOICES, repetitions=repetitions, name=name)
-        print(f"\n{table(found[name])}", flush=True)
-    data = {name: report.to_dict() for name, report in found.items()}
+        reports[name] = cost_ratio(network, batch, CHOICES, repetitions=repetitions, name=name)
+        print(f"\n{table(reports[name])}", flush=True)
+    data = {name: report.to_dict() for name, report in reports.items()}
     (folder / "cost_models_cpu.json").write_text(json.dumps(data, allow_nan=False) + "\n")
 
 
@@ -95,11 +95,11 @@ def draw(folder: Path) -> None:
     lines = ["# What a gradient costs", "", "Made by `python benchmarks/cost.py`."]
     if (path := folder / "cost_mlp_cpu.json").exists():
         data = json.loads(path.read_text())
-        found = {b: {n: CostScaling.from_dict(s) for n, s in scalings.items()} for b, scalings in data.items()}
+        by_batch = {b: {n: CostScaling.from_dict(s) for n, s in scalings.items()} for b, scalings in data.items()}
         for ending in ("png", "pdf"):
             for choice, name in (("stock", "cost_mlp_cpu"), ("relu1", "cost_mlp_cpu_relu1")):
-                plot_scaling(found["128"], folder / f"{name}.{ending}", choice=choice, published=PUBLISHED)
-        lines += ["", *mlp_table(found)]
+                plot_scaling(by_batch["128"], folder / f"{name}.{ending}", choice=choice, published=PUBLISHED)
+        lines += ["", *mlp_table(by_batch)]
     if (path := folder / "cost_models_cpu.json").exists():
         reports = {n: CostReport.from_dict(r) for n, r in json.loads(path.read_text()).items()}
         for ending in ("png", "pdf"):
@@ -109,8 +109,8 @@ def draw(folder: Path) -> None:
     (folder / "cost_cpu.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def mlp_table(found: dict[str, dict[str, CostScaling]]) -> list[str]:
-    first = next(iter(found["128"].values())).reports[0]
+def mlp_table(by_batch: dict[str, dict[str, CostScaling]]) -> list[str]:
+    first = next(iter(by_batch["128"].values())).reports[0]
     env = first.environment
     lines = [
         "## MLPs 784-width^depth-10",
@@ -125,7 +125,7 @@ def mlp_table(found: dict[str, dict[str, CostScaling]]) -> list[str]:
         + " | J/F | FLOP ratio | slope stock | slope p J/F |",
         "|" + "---|" * (6 + len(first.choices)),
     ]
-    for batch, scalings in found.items():
+    for batch, scalings in by_batch.items():
         for name, scaling in scalings.items():
             cells = [", ".join(f"{r.ratio(c.name):.2f}" for r in scaling.reports) for c in first.choices]
             jvp = ", ".join(f"{r.jvp_ratio:.1f}" for r in scaling.reports if r.jvp_ratio is not None)
@@ -133,7 +133,7 @@ def mlp_table(found: dict[str, dict[str, CostScaling]]) -> list[str]:
             slopes = scaling.slopes()
             cells += [jvp, flops, f"{slopes['stock']:+.2f}", f"{slopes['forward mode']:+.2f}"]
             lines.append(f"| {batch} | {name} | " + " | ".join(cells) + " |")
-    everything = [r for s in found.values() for scaling in s.values() for r in scaling.reports]
+    everything = [r for s in by_batch.values() for scaling in s.values() for r in scaling.reports]
     for choice in (c.name for c in first.choices):
         ratios = sorted(r.ratio(choice) for r in everything)
         over = sum(not r.holds(choice) for r in everything)
@@ -147,13 +147,13 @@ def mlp_table(found: dict[str, dict[str, CostScaling]]) -> list[str]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", nargs="?", default="all", choices=["all", "mlps", "models", "draw"])
+    parser.add_argument("part", nargs="?", default="all", choices=["all", "mlps", "models", "draw"])
     parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
-    given = parser.parse_args()
-    given.output.mkdir(parents=True, exist_ok=True)
-    if given.what in ("all", "mlps"):
-        mlps(given.output, given.repetitions)
-    if given.what in ("all", "models"):
-        models(given.output, given.repetitions)
-    draw(given.output)
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    if arguments.part in ("all", "mlps"):
+        mlps(arguments.output, arguments.repetitions)
+    if arguments.part in ("all", "models"):
+        models(arguments.output, arguments.repetitions)
+    draw(arguments.output)

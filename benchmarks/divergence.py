@@ -48,7 +48,7 @@ class Training:
         patch(network, Jacobians())
         self.named = dict(network.named_parameters())
         self.optimizer = torch.optim.SGD(network.parameters(), lr=0.0)  # the step that is timed stays the same one
-        self.found: dict[str, Divergence] = {}
+        self.divergences: dict[str, Divergence] = {}
 
     def loss(self) -> Tensor:
         """One forward."""
@@ -67,7 +67,7 @@ class Training:
             met.backward(loss)
         own = {name: p.grad for name, p in self.named.items() if p.grad is not None}
         carried = met.carried(self.choices, {name: self.named[name] for name in own}, retain_graph=False)
-        self.found = measure_differences(carried, own)
+        self.divergences = measure_differences(carried, own)
         self.optimizer.step()
 
     def naive(self) -> None:
@@ -80,7 +80,7 @@ class Training:
             with using(self.network, choice):
                 loss.backward()
             other = {n: grad for n in own if (grad := self.named[n].grad) is not None}
-            self.found[name] = measure(other, own)
+            self.divergences[name] = measure(other, own)
 
 
 def cases(size: str, device: str) -> dict[str, Callable[[], Training]]:
@@ -135,7 +135,7 @@ def main() -> None:
                 "case": name, "step": step, "choices": list(run.choices), "plain_ms": float(np.median(plain)) * 1e3,
                 "ms": float(np.median(t)) * 1e3, "ratio": float(np.median(t / plain)),
                 "ratio_of_minima": float(t.min() / plain.min()), "turns": len(t),
-                "relative": {choice: d.relative for choice, d in run.found.items()},
+                "relative": {choice: d.relative for choice, d in run.divergences.items()},
             }  # fmt: skip
             rows.append(row)
             largest = max(row["relative"].values(), default=0.0)

@@ -2,8 +2,8 @@
 
 The released way: one process, one run after another, images decoded one by one by the two workers of a DataLoader, loss
 and accuracy fetched after every step. The engine: several processes of one thread, images in memory. Both train the
-same patched networks on the same images; one way after the other, the least time of each is told, by the clock and by
-what all processes together took of the CPU. The engine's time has the start of its processes in it, the released way's
+same patched networks on the same images; one way after the other, the table has the least time of each, by the clock
+and of the CPU over all processes. The engine's time has the start of its processes in it, the released way's
 has not. Their accuracies differ by the order of the images and its normalisation; that they are close says that both
 trained.
 
@@ -103,36 +103,36 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2 if not torch.cuda.is_available() else 4)
     parser.add_argument("--rounds", type=int, default=3)
-    given = parser.parse_args()
-    found = {}
+    arguments = parser.parse_args()
+    grids = {}
     for name, spec in GRIDS.items():
         options = {k: v for k, v in spec.items() if k != "grid"}
-        fixed = {**options, "data": given.data, "train_images": given.train_images, "epochs": given.epochs}
-        fixed |= {"schedule": "constant"} | ({"data_options": {"holdout": 0}} if given.data == "MNIST" else {})
+        fixed = {**options, "data": arguments.data, "train_images": arguments.train_images, "epochs": arguments.epochs}
+        fixed |= {"schedule": "constant"} | ({"data_options": {"holdout": 0}} if arguments.data == "MNIST" else {})
         experiment = Experiment("benchmark", "train", "small", fixed=fixed, grids=(spec["grid"],))
         cells = experiment.cells()
         seconds: dict[str, list[float]] = {"released": [], "engine": []}
         cpu: dict[str, list[float]] = {"released": [], "engine": []}
         accuracy = {}
         load.cache_clear()
-        for _ in range(given.rounds):
+        for _ in range(arguments.rounds):
             for way in seconds:
                 with tempfile.TemporaryDirectory() as folder:
                     start, before = time.perf_counter(), cpu_seconds()
                     if way == "released":
-                        accuracy[way] = released(cells, given.device)
+                        accuracy[way] = released(cells, arguments.device)
                     else:
-                        report = run(experiment, folder, workers=given.workers, device=given.device)
+                        report = run(experiment, folder, workers=arguments.workers, device=arguments.device)
                         assert report.computed == len(cells)
                     seconds[way].append(round(time.perf_counter() - start, 2))
                     cpu[way].append(round(cpu_seconds() - before, 2))
                     if way == "engine":
                         rows = collect(experiment, folder)
-                        last = rows[(rows["metric"] == "test_accuracy") & (rows["epoch"] == given.epochs - 1)]
+                        last = rows[(rows["metric"] == "test_accuracy") & (rows["epoch"] == arguments.epochs - 1)]
                         accuracy[way] = last["value"].mean()
         least, least_cpu = ({way: min(t) for way, t in times.items()} for times in (seconds, cpu))
         ratio, ratio_cpu = (times["released"] / times["engine"] for times in (least, least_cpu))
-        found[name] = {
+        grids[name] = {
             "runs": len(cells),
             "seconds": seconds,
             "ratio": round(ratio, 2),
@@ -145,8 +145,8 @@ def main() -> None:
             f"CPU: {least_cpu['released']:.1f} s, {least_cpu['engine']:.1f} s: {ratio_cpu:.1f} times less",
             flush=True,
         )
-    record = {"machine": describe(given.device), "arguments": vars(given), "grids": found}
-    (RESULTS / f"experiments_{given.device}.json").write_text(json.dumps(record, indent=1) + "\n")
+    record = {"machine": describe(arguments.device), "arguments": vars(arguments), "grids": grids}
+    (RESULTS / f"experiments_{arguments.device}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -88,20 +88,20 @@ def main() -> None:
     parser.add_argument("--dimensions", type=int, nargs="+", default=list(DIMENSIONS))
     parser.add_argument("--seconds", type=float, default=1.0, help="for each time")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/forward_mode_cpu.json"))
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
-    for p in given.dimensions:
-        rows.append(measure(p, given.seconds))
+    for p in arguments.dimensions:
+        rows.append(measure(p, arguments.seconds))
         print({k: float(f"{v:.3g}") for k, v in rows[-1].items()}, flush=True)
-    found = {
+    record = {
         "machine": describe("cpu"),
         "rows": rows,
         "slopes_from_300": {name: slope(rows, name) for name in ("backward", "forward_mode", "matrix_product")}
         if sum(row["dimension"] >= 300 for row in rows) > 1
         else {},
     }
-    given.output.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+    arguments.output.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -46,20 +46,20 @@ def kill_half(model: nn.Module) -> None:
 def kept(f: Callable[[Tensor], Any], x: Tensor, parameters: Iterable[Tensor] = ()) -> int:
     """Bytes of the distinct storages that a forward keeps for the backward, beside the parameters and the input."""
     own = {t.untyped_storage().data_ptr() for t in (*parameters, x)}
-    found: dict[int, int] = {}
+    sizes: dict[int, int] = {}
     alive = []  # so that no address is used twice
 
     def pack(t: Tensor) -> Tensor:
         storage = t.untyped_storage()
         if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage.nbytes()
+            sizes[storage.data_ptr()] = storage.nbytes()
             alive.append(storage)
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         output = f(x)
     del output
-    return sum(found.values())
+    return sum(sizes.values())
 
 
 def peak(step: Callable[[], None], before: int, device: str) -> int:

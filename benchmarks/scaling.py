@@ -107,25 +107,32 @@ def main() -> None:
     parser.add_argument("--choices", type=int, default=4)
     parser.add_argument("--every", type=int, default=500)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/scaling.json"))
-    given = parser.parse_args()
+    arguments = parser.parse_args()
 
-    rate, size = images_per_core(given.images, given.seconds)
-    network = torchvision.models.get_model(given.network, weights=None)
+    rate, size = images_per_core(arguments.images, arguments.seconds)
+    network = torchvision.models.get_model(arguments.network, weights=None)
     parameters = sum(p.numel() for p in network.parameters())
-    machine = Machine(given.device_rate, given.cores, rate, given.link, given.storage, given.image_bytes)
+    machine = Machine(
+        arguments.device_rate, arguments.cores, rate, arguments.link, arguments.storage, arguments.image_bytes
+    )
     rows: list[dict[str, Any]] = [
-        {"devices": n, **needs(machine, parameters, given.batch, n, given.choices, given.every)}
+        {"devices": n, **needs(machine, parameters, arguments.batch, n, arguments.choices, arguments.every)}
         for n in (1, 8, 64, 512)
     ]
     content = {
         "machine": describe("cpu"),
         "measured": {"images_per_core": rate, "bytes_of_the_timed_files": size, "parameters": parameters},
-        "assumed": {**asdict(machine), "batch": given.batch, "choices": given.choices, "every": given.every},
+        "assumed": {
+            **asdict(machine),
+            "batch": arguments.batch,
+            "choices": arguments.choices,
+            "every": arguments.every,
+        },
         # Weights, and SGD's one buffer of momentum: four bytes each.
         "checkpoint_bytes": 8 * parameters,
         "rows": rows,
     }
-    given.out.write_text(json.dumps(content, indent=1) + "\n")
+    arguments.out.write_text(json.dumps(content, indent=1) + "\n")
     print(f"{rate:.0f} images a second per core; checkpoint {8 * parameters / 1e6:.0f} MB")
     for row in rows:
         print(

@@ -152,17 +152,19 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--out", type=Path, help="write this JSON and the table beside it, as .md")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
     machine = describe("cpu")
     rows = []
     for name, (settings, norm) in CASES.items():
-        rows.append(measure(name, settings, norm, given.data, given.batches, given.seconds))
+        rows.append(measure(name, settings, norm, arguments.data, arguments.batches, arguments.seconds))
         print(rows[-1], file=sys.stderr)
     print(table(rows, machine))
-    if given.out:
-        given.out.write_text(json.dumps({"machine": machine, "data": given.data, "rows": rows}, indent=1) + "\n")
-        given.out.with_suffix(".md").write_text(table(rows, machine))
+    if arguments.out:
+        arguments.out.write_text(
+            json.dumps({"machine": machine, "data": arguments.data, "rows": rows}, indent=1) + "\n"
+        )
+        arguments.out.with_suffix(".md").write_text(table(rows, machine))
 
 
 if __name__ == "__main__":

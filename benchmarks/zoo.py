@@ -95,7 +95,7 @@ def tensors(output: object) -> Iterator[Tensor]:
 
 def graph(output: object) -> Counter[str]:
     """The nonsmooth operations in the autograd graph below an output, counted without the surgery."""
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     todo = [node for x in tensors(output) if (node := x.grad_fn) is not None]
     seen = set(todo)
     while todo:
@@ -103,20 +103,20 @@ def graph(output: object) -> Counter[str]:
         name = NODES.get(node.name().rstrip("0123456789").removesuffix("Backward"))
         # ELU with alpha 1 is smooth, unless it is SELU, which is scaled.
         if name is not None and not (name == "elu" and node._saved_alpha == node._saved_scale == 1):
-            found[name] += 1
+            counts[name] += 1
         new = {below for below, _ in node.next_functions if below is not None} - seen
         seen |= new
         todo += new
-    return found
+    return counts
 
 
 def reported(report: PatchReport) -> Counter[str]:
     """The calls of a report in the graph's terms."""
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for site in report.sites:
         for name in _IN_GRAPH.get(site.kind, _IN_GRAPH.get(site.operation, (site.operation,))):
-            found[name] += site.calls
-    return found
+            counts[name] += site.calls
+    return counts
 
 
 def bits(x: Tensor) -> Tensor:
@@ -342,12 +342,12 @@ def read(path: Path) -> list[dict[str, str]]:
 
 def total(rows: list[dict[str, str]], column: str) -> Counter[str]:
     """The operations of a column, over all rows."""
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for row in rows:
         for part in filter(None, row[column].split(", ")):
             n, name = part.split()
-            found[name] += int(n)
-    return found
+            counts[name] += int(n)
+    return counts
 
 
 def page(rows: list[dict[str, str]]) -> str:
@@ -365,7 +365,7 @@ def page(rows: list[dict[str, str]]) -> str:
         f"one black image; torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}.",
         "",
     ]
-    for what, some in (
+    for kind, some in (
         ("torchvision", [r for r in rows if r["family"] == "torchvision"]),
         ("timm", [r for r in rows if r["family"].startswith("timm/")]),
         ("other inputs than a batch of images", [r for r in rows if (r["family"], r["model"]) in MODELS]),
@@ -373,7 +373,7 @@ def page(rows: list[dict[str, str]]) -> str:
         good = [r for r in some if not r["error"]]
         left = [r for r in good if r["unreached"]]
         lines.append(
-            f"- **{what}**: {len(some)} models, {len(good)} run; {sum(int(r['modules']) for r in good)} sites reached "
+            f"- **{kind}**: {len(some)} models, {len(good)} run; {sum(int(r['modules']) for r in good)} sites reached "
             f"as modules, {sum(int(r['functional']) for r in good)} as functions in "
             f"{sum(r['functional'] != '0' for r in good)} models; {len(left)} models with an operation left to "
             f"PyTorch; {sum(r['modules'] == r['functional'] == '0' for r in good)} with nothing to patch; forward "

@@ -125,8 +125,8 @@ class Food101(ImageDataModule):
         samples: list[tuple[str, int]] = []
         for label, name in enumerate(sorted(listed)):
             # One listing per class: asking for each of 101,000 files takes minutes on a network drive.
-            there = {f"{name}/{entry.name}" for entry in (images / name).glob("*.jpg")}
-            if absent := sorted(set(listed[name]) - there):
+            on_disk = {f"{name}/{entry.name}" for entry in (images / name).glob("*.jpg")}
+            if absent := sorted(set(listed[name]) - on_disk):
                 failed = f"missing: {len(absent)} images that {file.name} lists are not there"
                 raise data_error(images / absent[0], failed, self._fix())
             samples += [(str(images / path), label) for path in listed[name]]

@@ -116,16 +116,16 @@ class DownloadedImages(ImageDataModule):
 
     def _checked(self, train: bool) -> tuple[Tensor, Tensor]:
         pixels, targets = self._read(train)
-        what = f"{self.name}, {'training' if train else 'test'} images"
+        images_of = f"{self.name}, {'training' if train else 'test'} images"
         if pixels.shape[1:] != self.image_shape or len(pixels) == 0:
-            failed = f"shape: {what} are {pixels.shape[1:]}, not {self.image_shape}, {len(pixels)} of them"
+            failed = f"shape: {images_of} are {pixels.shape[1:]}, not {self.image_shape}, {len(pixels)} of them"
             raise data_error(self.root, failed, self._fix())
         if pixels.dtype != np.uint8:
-            raise data_error(self.root, f"type: {what} are {pixels.dtype}, not uint8", self._fix())
+            raise data_error(self.root, f"type: {images_of} are {pixels.dtype}, not uint8", self._fix())
         if len(pixels) != len(targets):
-            raise data_error(self.root, f"count: {what}: {len(pixels)} images, {len(targets)} labels", self._fix())
+            raise data_error(self.root, f"count: {images_of}: {len(pixels)} images, {len(targets)} labels", self._fix())
         if targets.min() < 0 or targets.max() >= self.num_classes:
-            failed = f"labels: {what}: {targets.min()} to {targets.max()}, not 0 to {self.num_classes - 1}"
+            failed = f"labels: {images_of}: {targets.min()} to {targets.max()}, not 0 to {self.num_classes - 1}"
             raise data_error(self.root, failed, self._fix())
         self.verified = all(self._md5_matches.values())
         self.variant = "official" if self.verified else "repacked copy: MD5 not the published one"
@@ -136,7 +136,8 @@ class DownloadedImages(ImageDataModule):
         """What mends a damaged file."""
         return "Delete the file and add --data.download=true to download it again."
 
-    def _found(self, file: Path) -> Path:
+    def _existing(self, file: Path) -> Path:
+        """The file itself, or an error that says how to get it."""
         if not file.is_file():
             fix = (
                 "Add --data.download=true (for audit, experiment and zones, --download) to download it, or name the"
@@ -145,13 +146,13 @@ class DownloadedImages(ImageDataModule):
             raise data_error(file, f"missing: {self.name} is read from it and it is not there", fix)
         return file
 
-    def _compare(self, file: Path, found: str, published: str) -> None:
+    def _compare(self, file: Path, digest: str, published: str) -> None:
         """Note whether a file is the published one, and refuse it if it must be."""
-        self._md5_matches[file.name] = found == published
-        if self.verify and found != published:
+        self._md5_matches[file.name] = digest == published
+        if self.verify and digest != published:
             fix = self._fix() + " For a repacked copy that you trust, add --data.verify=false."
             size = file.stat().st_size
-            raise data_error(file, f"md5: {found} ({size} bytes), the published file has {published}", fix)
+            raise data_error(file, f"md5: {digest} ({size} bytes), the published file has {published}", fix)
 
 
 class MNIST(DownloadedImages):
@@ -178,7 +179,7 @@ class MNIST(DownloadedImages):
     def _idx(self, name: str, dims: int) -> NDArray[np.uint8]:
         folder = self.root / self._source.__name__ / "raw"
         packed = folder / f"{name}.gz"
-        file = packed if packed.is_file() and not (folder / name).is_file() else self._found(folder / name)
+        file = packed if packed.is_file() and not (folder / name).is_file() else self._existing(folder / name)
         content = read_bytes(file, self._fix())
         array = parse_idx(content, dims, file, self._fix())
         self._compare(file, hashlib.md5(content, usedforsecurity=False).hexdigest(), self.md5[name])
@@ -213,7 +214,7 @@ class CIFAR10(DownloadedImages):
     def _read(self, train: bool) -> Pixels:
         parts = []
         for name, published in self._source.train_list if train else self._source.test_list:
-            file = self._found(self.root / self._source.base_folder / name)
+            file = self._existing(self.root / self._source.base_folder / name)
             self._compare(file, file_md5(file), published)
             parts.append(self._batch(file))
         images, labels = zip(*parts, strict=True)
@@ -269,7 +270,7 @@ class SVHN(DownloadedImages):
 
     def _read(self, train: bool) -> Pixels:
         _, name, published = self._source.split_list[self.split if train else "test"]
-        file = self._found(self.root / name)
+        file = self._existing(self.root / name)
         self._compare(file, file_md5(file), published)
         from scipy.io import loadmat  # here, because only SVHN needs it
 
@@ -322,8 +323,8 @@ class FashionMNISTSample(ImageDataModule):
             file = folder / name
             content = read_bytes(file, fix)
             array = parse_idx(content, dims, file, fix)
-            if (found := hashlib.sha256(content).hexdigest()) != self.sha256[name]:
-                raise data_error(file, f"sha256: {found}, not {self.sha256[name]}", fix)
+            if (digest := hashlib.sha256(content).hexdigest()) != self.sha256[name]:
+                raise data_error(file, f"sha256: {digest}, not {self.sha256[name]}", fix)
             arrays.append(torch.from_numpy(array.copy()))
         return TensorImages(arrays[0][:, None], arrays[1].long(), self.mean, self.std, seed=self.seed)
 
@@ -409,9 +410,9 @@ class _ArraysOnly(pickle.Unpickler):
         ("numpy", "dtype"),
         ("_codecs", "encode"),
         *(
-            (f"numpy.{core}.{where}", what)
+            (f"numpy.{core}.{module}", name)
             for core in ("core", "_core")
-            for where, what in (
+            for module, name in (
                 ("multiarray", "_reconstruct"),
                 ("multiarray", "scalar"),
                 ("numeric", "_frombuffer"),

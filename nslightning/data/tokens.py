@@ -186,9 +186,9 @@ class TokenFile(ResumableDataModule):
             raise data_error(file, f"it cannot be read ({type(error).__name__}: {error})", fix) from None
         return meta
 
-    def _vocab_size(self, given: int | None) -> int:
+    def _vocab_size(self, size: int | None) -> int:
         known: int | None = self.meta.get("vocab_size")
-        if given is None:
+        if size is None:
             if known is not None:
                 return known
             if not self.folder.is_dir():
@@ -199,10 +199,10 @@ class TokenFile(ResumableDataModule):
                 f" Files made by {_prepare_command(self.folder)} come with it."
             )
             raise data_error(self.folder / "meta.json", "missing: the vocabulary's size is not known", fix)
-        if not (known or 1) <= given <= 2**16:
+        if not (known or 1) <= size <= 2**16:
             least = f"{known}, the tokenizer's" if known else "1"
-            raise ValueError(f"vocab_size is {given}; it must be at least {least}, and at most 65536")
-        return given
+            raise ValueError(f"vocab_size is {size}; it must be at least {least}, and at most 65536")
+        return size
 
     def _load(self, split: Split) -> TokenBlocks:
         if split == "test":
@@ -242,8 +242,8 @@ def prepare(texts: Sequence[Path], out: Path, tokenizer: str = "bytes", val: flo
     if not texts:
         raise ValueError("no text files: name at least one after --text")
     names = ("train.bin", "val.bin", "meta.json")
-    if there := [name for name in names if (out / name).exists()]:
-        raise ValueError(f"{out} holds {', '.join(there)} already: remove them, or give another --out")
+    if existing := [name for name in names if (out / name).exists()]:
+        raise ValueError(f"{out} holds {', '.join(existing)} already: remove them, or give another --out")
     encode, about = _bytes() if tokenizer == "bytes" else _tokenizer(Path(tokenizer))
     made = not out.exists()
     out.mkdir(parents=True, exist_ok=True)

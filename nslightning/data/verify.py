@@ -80,9 +80,9 @@ def parse_idx(content: bytes, dims: int, file: object, fix: str) -> NDArray[np.u
     """
     start = 4 * (1 + dims)
     magic = 0x0800 + dims  # 08: unsigned bytes
-    found = int.from_bytes(content[:4], "big")
-    if found != magic or len(content) < start:
-        raise data_error(file, f"IDX header: it starts with {found:#010x}, not {magic:#010x}", fix)
+    start_bytes = int.from_bytes(content[:4], "big")
+    if start_bytes != magic or len(content) < start:
+        raise data_error(file, f"IDX header: it starts with {start_bytes:#010x}, not {magic:#010x}", fix)
     shape = tuple(int(size) for size in np.frombuffer(content[4:start], ">u4"))
     if len(content) != start + math.prod(shape):
         promised = start + math.prod(shape)

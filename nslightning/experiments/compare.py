@@ -237,7 +237,7 @@ def _equal(published: Any, ours: Any) -> bool:
 
 
 def _normal(value: Any) -> str:
-    """A value as it is told: numbers to nine digits, networks by their own name."""
+    """A value in one spelling: numbers to nine digits, networks by their own name."""
     if str(value) in ("True", "False"):
         return str(value)
     try:
@@ -266,7 +266,7 @@ def markdown(experiment: Experiment, compared: pd.DataFrame) -> str:
     shown = compared[[*names, "inside"] if some else names].astype(object)
     for column in shown:
         digits = 4 if str(column).endswith(numbers) else 6
-        shown[column] = [_told(v, digits) for v in compared[column]]
+        shown[column] = [_in_digits(v, digits) for v in compared[column]]
     lines = ["| " + " | ".join(map(str, shown)) + " |", "|" + "---|" * len(shown.columns)]
     lines += ["| " + " | ".join(row) + " |" for row in shown.itertuples(index=False)]
     notes = [f"Data: {'; '.join(dict.fromkeys(compared['data']))}. Scale: {experiment.scale}."]
@@ -282,7 +282,7 @@ def markdown(experiment: Experiment, compared: pd.DataFrame) -> str:
     return "\n".join([title, *lines, "", *filter(None, notes), ""])
 
 
-def _told(value: Any, digits: int) -> str:
+def _in_digits(value: Any, digits: int) -> str:
     if not isinstance(value, float):
         return str(value)
     return "" if math.isnan(value) else f"{value:.{digits}g}"

@@ -227,10 +227,10 @@ def setting(cell: Cell, name: str) -> Any:
     return value.get(inner) if dot else value
 
 
-def _nested(given: Mapping[str, Any]) -> dict[str, Any]:
+def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings with the entries of mappings put into them."""
-    plain = {name: value for name, value in given.items() if "." not in name}
-    for name, value in given.items():
+    plain = {name: value for name, value in settings.items() if "." not in name}
+    for name, value in settings.items():
         outer, dot, inner = name.partition(".")
         if dot:
             plain[outer] = {**(plain.get(outer) or {}), inner: value}
@@ -247,21 +247,21 @@ def _with_learning_rate(cell: Cell) -> Cell:
 
 def _identifier(kind: str, cell: Cell) -> str:
     """Twelve hexadecimal digits of kind and settings that are not at their default: new settings keep old names."""
-    told = {
+    settings = {
         f.name: getattr(cell, f.name)
         for f in dataclasses.fields(cell)
         if f.default is dataclasses.MISSING or getattr(cell, f.name) != f.default
     }
-    text = json.dumps([kind, told], sort_keys=True, default=str)
+    text = json.dumps([kind, settings], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _values(path: Path, name: str, given: Any) -> list[Any]:
-    if isinstance(given, dict) and set(given) == {"from", "count"}:
-        return list(range(given["from"], given["from"] + given["count"]))
-    if not isinstance(given, list) or not given:
-        raise ValueError(f"{path}: {name} varies over a list of values, or {{from: 0, count: 3}}; given {given!r}")
-    return given
+def _values(path: Path, name: str, values: Any) -> list[Any]:
+    if isinstance(values, dict) and set(values) == {"from", "count"}:
+        return list(range(values["from"], values["from"] + values["count"]))
+    if not isinstance(values, list) or not values:
+        raise ValueError(f"{path}: {name} varies over a list of values, or {{from: 0, count: 3}}; given {values!r}")
+    return values
 
 
 def _same(value: Any, wanted: Any) -> bool:

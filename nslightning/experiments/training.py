@@ -77,9 +77,9 @@ def train(cell: TrainCell, device: str, kept: Path | None = None) -> Outcome:
                 within = None if cell.count_zeros else functools.partial(keep, epoch)
                 measured["train_loss"], measured["train_accuracy"] = run.epoch(images.train, epoch, within)
             tested = {
-                f"{name}_{what}": value
+                f"{name}_{metric}": value
                 for name, split in splits.items()
-                for what, value in evaluate(cell, network, split).items()
+                for metric, value in evaluate(cell, network, split).items()
             }
             measured |= zeros
         else:

@@ -38,7 +38,7 @@ class RunLock:
             self._lock.acquire(timeout=0 if self._is_held_by_the_living() else _ORPHANS)
         except Timeout:
             raise ValueError(
-                f"{folder} is in use by {_told(self._read())}: two processes would write into the same files. "
+                f"{folder} is in use by {_in_words(self._read())}: two processes would write into the same files. "
                 "Wait until it ends, or stop it; without --ckpt_path a new run gets a folder of its own"
             ) from None
         me = {
@@ -77,7 +77,7 @@ class RunLock:
         return True
 
 
-def _told(holder: dict[str, Any]) -> str:
+def _in_words(holder: dict[str, Any]) -> str:
     if not holder:
         return "another process"
     return f"process {holder['pid']} on {holder['host']} since {holder['since']} ({holder['command']})"

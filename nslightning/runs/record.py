@@ -196,13 +196,12 @@ def choice_changes(folder: str | Path) -> list[tuple[int, str]]:
     Returns:
         The first step of each segment under another choice than the one before, and what it changed to in words.
     """
-    told = segments(read_record(folder))
-    found = []
-    for before, after in pairwise(told):
+    changes = []
+    for before, after in pairwise(segments(read_record(folder))):
         if (before.choice, before.sites) != (after.choice, after.sites):
             rules = f", {len(after.sites)} rules for sites" if before.sites != after.sites else ""
-            found.append((after.from_step, f"{before.choice} to {after.choice}{rules}"))
-    return found
+            changes.append((after.from_step, f"{before.choice} to {after.choice}{rules}"))
+    return changes
 
 
 def note_end(folder: str | Path, end: End, step: int) -> None:

@@ -71,14 +71,13 @@ def _searched(parameter: str, value: float | str, **wanted: str | bool | int) ->
     rows = table("learning_rates")
     for column, one in wanted.items():
         rows = rows[rows[column] == one]
-    found = rows[rows["value"] == value] if not isinstance(value, str) else rows[:0]
-    if found.empty:
-        there = (
-            f"it searched {parameter} in {', '.join(f'{v:g}' for v in rows['value'])}" if len(rows) else "none there"
-        )
+    published = rows[rows["value"] == value] if not isinstance(value, str) else rows[:0]
+    if published.empty:
+        values = ", ".join(f"{v:g}" for v in rows["value"])
+        searched = f"it searched {parameter} in {values}" if values else "it searched no value"
         asked = ", ".join(f"{k}={v}" for k, v in wanted.items() if k != "paper")
         raise ValueError(
-            f"paper {wanted['paper']} has no searched learning rate for {asked}, {parameter}={value}: {there}. "
+            f"paper {wanted['paper']} has no searched learning rate for {asked}, {parameter}={value}: {searched}. "
             "Give learning_rate a number, or take the one of 0 for all: shared_lr: true"
         )
-    return float(found["learning_rate"].iloc[0])
+    return float(published["learning_rate"].iloc[0])
