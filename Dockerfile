@@ -10,9 +10,11 @@ RUN uv pip install --python .venv/bin/python --no-deps --no-build-isolation . \
  && XDG_CACHE_HOME=/app/cache .venv/bin/python -m nslightning.ops.kernels.build
 
 FROM python:3.11-slim
+# Triton compiles a small C file for the GPU at hand, and torch.compile C++, at the first run.
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 RUN useradd --create-home user
 COPY --from=build --chown=user /app/.venv /app/.venv
-# The C++ autograd nodes: this image has no compiler to build them with.
+# The C++ autograd nodes, built already: no run waits for them.
 COPY --from=build --chown=user /app/cache /home/user/.cache
 USER user
 WORKDIR /home/user

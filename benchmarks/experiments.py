@@ -99,7 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--data", default="FashionMNISTSample", help="MNIST for the papers' own")
-    parser.add_argument("--train-images", type=int, help="only the first so many")
+    parser.add_argument("--train-images", type=int, help="how many training images, from the first on")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2 if not torch.cuda.is_available() else 4)
     parser.add_argument("--rounds", type=int, default=3)

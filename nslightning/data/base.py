@@ -131,7 +131,7 @@ class TrainLoader(Loader):
             if start and state != self.state_dict():
                 raise ValueError(
                     f"the checkpoint was written after {start} batches of an epoch with {state}, and this run"
-                    f" has {self.state_dict()}: what is left of that epoch cannot be told. Resume with the"
+                    f" has {self.state_dict()}: the rest of that epoch is not known. Resume with the"
                     " same --data options and number of processes, or from a checkpoint of an epoch's end."
                 )
         if isinstance(self.sampler, TrainSampler):
@@ -294,7 +294,7 @@ class ResumableDataModule(LightningDataModule, ABC):
         rank, world = self._place(items)
         size = even_batch_size(len(items), world, self.eval_batch_size)
         sampler = EvalSampler(items, rank, world)
-        # Keywords, because Lightning makes the loader anew for `predict` and passes batch_size itself.
+        # Keywords, because Lightning makes another loader for `predict` and passes batch_size itself.
         loader = Loader(items, batch_size=size, sampler=sampler, **self._options(items))
         loader.device = self._device
         return loader

@@ -191,7 +191,7 @@ class FileImages(Draws):
         seed: Seed of the augmentation, which depends on (seed, epoch, index, repeat) only.
 
     Attributes:
-        as_bytes: Leave the normalisation to whoever takes the batches: a quarter of the memory to copy to a device.
+        as_bytes: The code that takes the batches normalises them: a quarter of the memory to copy to a device.
     """
 
     def __init__(

@@ -233,7 +233,7 @@ def verify(out: Path, folder: Path | None = None, tell: Callable[[str], None] = 
                 raise data_error(out / shard.file, "sum: it is not the file that was written", fix)
         samples = shards.samples(split)
         if any(not 0 <= label < len(manifest.classes) for _, label in samples):
-            raise data_error(out / split, "classes: a label is none of the classes", fix)
+            raise data_error(out / split, "classes: a label names no class", fix)
         if folder is None or source is None:
             continue
         files_there = source.samples(split)

@@ -60,7 +60,7 @@ class Cell:
             (:class:`nslightning.arithmetic.Arithmetic`). 16 bits on a CPU have float32 sums besides.
         data: A data set of :mod:`nslightning.data`.
         data_options: Its arguments.
-        train_images: Only the first so many of the training images.
+        train_images: How many of the training images are used, from the first on; None for all.
         normalise: False leaves pixels in [0, 1], as paper A's notebooks did.
         augment: Crop and flip where the data set has it.
         batch_size: Images per batch.
@@ -207,7 +207,7 @@ class TwinCell(TrainCell):
         choices: What each twin has otherwise, by its name, such as ``{"0": {}, "10": {max_pool: 10}}``; the distances
             are to the first.
         control: Train the first choice twice; the second is called ``control``.
-        steps: Measure before each of so many steps, not before each epoch.
+        steps: Measure before each of this number of steps, not before each epoch.
     """
 
     choices: dict[str, dict[str, Any]]

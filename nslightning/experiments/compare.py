@@ -191,7 +191,7 @@ def _row(
     elif statistic == "share":
         spread = math.nan
         limit = _student(n) * spread_of_draws * math.sqrt(1 / n + 1 / entry.get("draws", 1))
-        if limit == 0 and mean in (0, 1):  # all alike: no better known than so many draws can tell
+        if limit == 0 and mean in (0, 1):  # all draws alike: n draws bound the share only so far
             limit = 1 - 0.05 ** (1 / n)
     elif statistic == "probability":
         spread = _binomial(published_mean, count)
@@ -258,7 +258,8 @@ def markdown(experiment: Experiment, compared: pd.DataFrame) -> str:
     """
     title = f"# {experiment.title or experiment.name}, {experiment.scale} scale\n"
     if compared.empty:
-        return f"{title}\nNothing to compare: the file names no published numbers, or no cell is finished.\n"
+        reason = "no cell is finished" if experiment.compare else "the file names no published numbers"
+        return f"{title}\nNothing to compare: {reason}.\n"
     numbers = ("mean", "sd", "difference")
     some = compared["published_mean"].notna().any()
     theirs = () if some else ("difference", *(c for c in compared if str(c).startswith("published_")))

@@ -3,8 +3,8 @@
 A folder ``<output>/<name>/<scale>`` holds ``cells/<id>.json`` (one finished cell each, written at once),
 ``cells/<id>.error`` (why a cell failed; it is tried again by the next call), ``cells/<id>.partial`` (how far a training
 is that is being computed, every two minutes), ``cells/<id>.running`` (who computes it), ``results.csv`` (one row per
-cell, index and metric; ``results.parquet`` too where pyarrow is installed) and ``provenance.json``. Whoever computes a
-cell writes its files, so that every executor leaves the same folder.
+cell, index and metric; ``results.parquet`` too where pyarrow is installed) and ``provenance.json``. The process
+that computes a cell writes its files, so that every executor leaves the same folder.
 """
 
 from __future__ import annotations

@@ -137,7 +137,7 @@ class Experiment:
         for name, values in (change.get("vary") or {}).items():
             having = [g for g in grids if name in g] or (grids if len(grids) == 1 else [])
             if not having:
-                raise ValueError(f"{path}: scales.{scale}.vary.{name} is in none of the grids")
+                raise ValueError(f"{path}: scales.{scale}.vary.{name} is not in any of the grids")
             grids = [{**g, name: values} if g in having else g for g in grids]
         fixed = {**(content.get("fixed") or {}), **(change.get("fixed") or {}), **(overrides or {})}
         grids = [{k: _values(path, k, v) for k, v in g.items() if k not in (overrides or {})} for g in grids]

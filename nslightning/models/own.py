@@ -123,7 +123,7 @@ def _look_up(where: str, attribute: str) -> Any:
     except ModuleNotFoundError as error:
         missing = error.name or where
         if where != missing and not where.startswith(f"{missing}."):
-            raise OwnNetworkError(f"{where} was found, and imports {missing}, which is not there") from error
+            raise OwnNetworkError(f"{where} exists, and imports {missing}, which is not installed") from error
         files = [f.stem for f in sorted(Path.cwd().glob("*.py"))]
         hint = did_you_mean(f"{where}:{attribute}", [f"{file}:{attribute}" for file in files], otherwise="")
         raise OwnNameError(f"there is no module {missing!r} in {Path.cwd()} or installed{hint}") from error

@@ -147,7 +147,7 @@ class TimmSchedule(LRScheduler):
         try:
             self._schedule, _ = create_scheduler_v2(optimizer, name, num_epochs=total, **options)
         except TypeError as error:
-            raise ValueError(f"timm's schedules do not take what was given: {error}") from error
+            raise ValueError(f"timm's schedules refuse these options: {error}") from error
         super().__init__(optimizer, last_epoch)
 
     def get_lr(self) -> list[float | Any]:

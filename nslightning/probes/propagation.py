@@ -388,8 +388,9 @@ def agrees(
     eps = max((torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point or dtype.is_complex), default=0.0)
     if math.isfinite(gap) and gap > _ROUNDINGS * eps * size:
         raise UnseenError(
-            "a difference does not add up as gradients do: a hook or a custom backward on its way is not linear (it "
-            "clips, say): use method='subtract', or nslightning.probes.gradients"
+            "the difference carried down is not that of the two gradients. Either large parts of the gradients cancel, "
+            "so that rounding is as large as the difference, or a hook or a custom backward on the way is not linear "
+            "(it clips, say): use method='subtract', or nslightning.probes.gradients"
         )
 
 

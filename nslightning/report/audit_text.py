@@ -66,7 +66,7 @@ def advice(audit: Audit) -> list[str]:
         if all(c.get(site.operation) == getattr(Jacobians(), site.operation) for c in audit.choices.values())
     }
     if untouched:
-        lines.append(f"Ties of {', '.join(sorted(untouched))} were met, and none of the choices measured changes them.")
+        lines.append(f"Ties of {', '.join(sorted(untouched))} were met, and no measured choice changes them.")
     # Once for each module, whose code may have several rows.
     unreached = list(dict.fromkeys(site_label(s.name) for s in audit.sites if s.how == "unreached"))
     if unreached:

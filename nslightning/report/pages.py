@@ -101,7 +101,7 @@ class Figure:
         note: What a reader must know to read it.
         choose: Columns of which the reader picks one value.
         focus: Column of which the reader may pick one value to see alone.
-        first: Column of which only so many values are drawn until the reader asks for all, and how many.
+        first: A column, and how many of its values are drawn before the reader asks for all.
         axis: Title of the axis whose title the spec leaves to the page.
         extent: Pixels for the labels of the vertical axis, where the page is wide enough.
     """

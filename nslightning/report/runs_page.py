@@ -98,7 +98,7 @@ def _labels(runs: Sequence[RunFolder]) -> dict[str, str]:
 
 
 def _thin(data: pd.DataFrame, limit: int) -> pd.DataFrame:
-    """The rows of at most so many steps, spread evenly over all, the first and the last among them."""
+    """At most ``limit`` steps' rows, spread evenly over all, the first and the last among them."""
     steps = np.unique(data["step"])
     if len(steps) <= limit:
         return data

@@ -103,7 +103,7 @@ def _damage(file: Path) -> str | None:
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Writes a checkpoint beside its place and moves it there: whoever is killed meanwhile leaves the old one."""
+    """Writes a checkpoint beside its place and moves it there: a process killed meanwhile leaves the old one."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write a checkpoint.
