@@ -23,7 +23,7 @@ Row = dict[str, Any]
 #: A setting that counts something.
 Count = Annotated[int, Field(ge=1)]
 
-#: Data modules that hold images out for validation unless told otherwise.
+#: Data modules that hold images out for validation by default.
 _WITH_HOLDOUT = ("MNIST", "FashionMNIST", "CIFAR10", "CIFAR100", "SVHN", "Food101")
 
 

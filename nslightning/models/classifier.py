@@ -45,7 +45,7 @@ class ImageClassifier(PatchedModule):
         optimizer: Any optimizer class, given the parameters. A checkpoint of the command line holds its configuration;
             a callable given in Python is not stored, and is given again to ``load_from_checkpoint``.
         lr_scheduler: Any scheduler class. ``ReduceLROnPlateau`` watches ``val/loss``, or
-            what Lightning's own version of it is told to ``monitor``.
+            what Lightning's own version of it has to ``monitor``.
         lr_interval: Whether the scheduler is stepped after each ``epoch`` or each ``step``; by default after each step
             for those made for it (``OneCycleLR``, ``CyclicLR``), and after each epoch for all others.
         parameter_rules: Settings of the optimizer for some of the parameters, such as

@@ -78,7 +78,7 @@ class PatchedModule(LightningModule):
             configuration; a callable given in Python is not stored, and is given again to
             ``load_from_checkpoint``.
         lr_scheduler: Any scheduler class, given the optimizer. ``ReduceLROnPlateau`` watches ``val/loss``, or
-            what Lightning's own version of it is told to ``monitor``.
+            what Lightning's own version of it has to ``monitor``.
         compile: Compile the network with ``torch.compile``. One compiled backward serves every choice.
         cuda_graph: Run training forwards and backwards from CUDA graphs
             (:class:`~nslightning.models.captured.CapturedNetwork`). One captured backward serves every choice.

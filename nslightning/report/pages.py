@@ -260,7 +260,7 @@ def render(page: Page) -> str:
         page: What it holds.
 
     Returns:
-        The source; it makes no request to any server, and the browser is told to refuse one.
+        The source; it makes no request to any server, and a policy makes the browser refuse one.
     """
     figures = {f"figure-{i}": figure for i, figure in enumerate(_figures(page), start=1)}
     drawn = {

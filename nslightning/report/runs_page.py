@@ -60,7 +60,7 @@ def page(runs: Sequence[RunFolder]) -> str:
 
 
 def _distinct(runs: Sequence[RunFolder]) -> list[RunFolder]:
-    """Runs of one name are told apart by their folders."""
+    """Runs that share a name are named by their folders instead."""
     names = [run.name for run in runs]
     return [run if names.count(run.name) == 1 else replace(run, name=str(run.folder)) for run in runs]
 

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: written whole, found again, and told from damaged ones."""
+"""The checkpoints of a run: written whole, listed, and checked for damage."""
 
 from __future__ import annotations
 
