@@ -92,9 +92,10 @@ reproduce-%: setup
 
 ##@ Documentation
 
+# NO_MKDOCS_2_WARNING: the theme would print an advertisement for its successor.
 .PHONY: docs
 docs: setup ## Build the documentation into build/site, without network; a warning is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet  # the theme's advertisement is no warning of ours
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 .PHONY: docs-serve
 docs-serve: setup ## Show the documentation while it is written
