@@ -36,7 +36,7 @@ def parameter_groups(
         Groups, of one of which every trained parameter is. A group without a setting takes the optimizer's.
 
     Raises:
-        ValueError: If a rule matches no parameter, or has no ``match``; if the network does not say what its layers are.
+        ValueError: If a rule matches no parameter, or has no ``match``; if the network names no layers.
 
     Example:
         >>> network = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
