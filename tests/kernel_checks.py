@@ -127,7 +127,7 @@ def both_ways(operation, x, g, monkeypatch, kernels) -> tuple[list[torch.Tensor]
     found = []
     for used in (kernels, None):
         with monkeypatch.context() as patched:
-            patched.setattr("nslightning.ops.autograd.fused._kernels", lambda device, used=used: used)
+            patched.setattr("nslightning.ops.autograd.fused.kernels_for", lambda device, used=used: used)
             patched.setattr("nslightning.ops.autograd.native._library", lambda: None)
             given, incoming = x.clone().requires_grad_(), g.clone().requires_grad_()
             y = operation(given)

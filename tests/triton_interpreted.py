@@ -58,7 +58,7 @@ def test_max_pool_in_half_precision(dtype) -> None:
 @pytest.fixture
 def on_cpu(monkeypatch) -> None:
     """The operations take the kernels for tensors on the CPU, too."""
-    monkeypatch.setattr("nslightning.ops.autograd.fused._kernels", lambda device: triton_kernels)
+    monkeypatch.setattr("nslightning.ops.autograd.fused.kernels_for", lambda device: triton_kernels)
     monkeypatch.setattr("nslightning.ops.autograd.native._library", lambda: None)
 
 

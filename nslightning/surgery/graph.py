@@ -19,7 +19,7 @@ __all__ = ["Foreign", "foreign_nodes", "kinds", "structure", "tensors"]
 
 # Linear in what gradients pass through: the boxes have none.
 _SMOOTH = ("torchvision_roi_align_default", "torchvision_ps_roi_align_default")
-_OURS = ("nslightning_read_now_default", "nslightning_chosen_default")
+_OURS = ("nslightning_chosen_default",)
 _OPAQUE = (str, bytes, int, float, complex, bool, type(None), type, ModuleType, FunctionType, BuiltinFunctionType,
            MethodType, torch.dtype, torch.device, torch.Generator)  # fmt: skip
 _OF_MODULES = frozenset((*vars(nn.Module()), "_nonsmooth_part"))  # parameters, parts, hooks

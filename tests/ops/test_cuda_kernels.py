@@ -125,7 +125,7 @@ def python(driver, monkeypatch):
     def run(function, *args):
         with monkeypatch.context() as patched:
             patched.setattr(native, "_library", lambda: None)
-            patched.setattr("nslightning.ops.autograd.fused._kernels", lambda device: None)
+            patched.setattr("nslightning.ops.autograd.fused.kernels_for", lambda device: None)
             return function(*args)
 
     return run

@@ -165,7 +165,7 @@ def test_no_tie_leaves_the_stock_operation_in_the_graph(compiled, monkeypatch):
     if compiled and not cpu_kernels.available():
         pytest.skip("there was no C++ compiler when the package was installed")
     if not compiled:
-        monkeypatch.setattr("nslightning.ops.autograd.fused._kernels", lambda device: None)
+        monkeypatch.setattr("nslightning.ops.autograd.fused.kernels_for", lambda device: None)
     monkeypatch.setattr("nslightning.ops.autograd.native._library", lambda: None)
     x = torch.tensor([1.0, -2.0], requires_grad=True)
     assert type(relu(x, 7.0).grad_fn).__name__ == "ReluBackward0"
@@ -286,7 +286,7 @@ def test_what_is_kept_for_the_backward(monkeypatch):
     assert kept(torch.zeros(1 << 20)) <= (1 << 20) // 8 + 8 * 8  # 3.1 % of the activation, and the blocks' numbers
     x[12345] = 0.0
     assert kept(x) <= (1 << 20) // 8
-    monkeypatch.setattr("nslightning.ops.autograd.fused._kernels", lambda device: None)
+    monkeypatch.setattr("nslightning.ops.autograd.fused.kernels_for", lambda device: None)
     monkeypatch.setattr("nslightning.ops.autograd.native._library", lambda: None)
     assert kept(x) <= (1 << 20) // 64 + 8
 

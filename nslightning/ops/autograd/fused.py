@@ -29,7 +29,18 @@ from nslightning.ops.autograd.selection import (
 from nslightning.ops.autograd.tie_bits import chosen_value
 from nslightning.ops.autograd.windows import AT_ONCE, Regular
 
-__all__ = ["fits", "max_pool2d", "pool_difference", "pool_fits", "pool_gradient", "relu"]
+__all__ = [
+    "dtypes_on",
+    "fits",
+    "kernels_for",
+    "max_pool2d",
+    "pool_difference",
+    "pool_fits",
+    "pool_forward",
+    "pool_gradient",
+    "pool_gradient_of",
+    "relu",
+]
 
 _PART = 2**19  # entries, that stay in the cache
 
@@ -46,13 +57,20 @@ def fits(x: Tensor) -> bool:
     """
     if not concrete(x):
         return False
-    kernels = _kernels(x.device.type)
+    kernels = kernels_for(x.device.type)
     return kernels is not None and x.dtype in kernels.DTYPES and x.permute(storage_order(x)).is_contiguous()
 
 
 @cache
-def _kernels(device: str) -> Any:
-    """The module that has the kernels for a type of device, if one does."""
+def kernels_for(device: str) -> Any:
+    """The module that has the kernels for a type of device, if one does.
+
+    Args:
+        device: Such as ``"cpu"``.
+
+    Returns:
+        :mod:`~nslightning.ops.kernels.cpu` or :mod:`~nslightning.ops.kernels.triton`; None where they cannot be used.
+    """
     if device == "cpu":
         from nslightning.ops.kernels import cpu as cpu_kernels
 
@@ -62,6 +80,19 @@ def _kernels(device: str) -> Any:
 
         return triton_kernels
     return None
+
+
+def dtypes_on(device: str) -> tuple[torch.dtype, ...]:
+    """What the kernels for a type of device compute.
+
+    Args:
+        device: Such as ``"cpu"``.
+
+    Returns:
+        The dtypes; none where there are no kernels.
+    """
+    kernels = kernels_for(device)
+    return () if kernels is None else kernels.DTYPES
 
 
 def pool_fits(x: Tensor, geometry: Regular) -> bool:
@@ -89,7 +120,7 @@ class _ReLU(NonsmoothFunction):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, selection: Selection, inplace: bool) -> Tensor:
-        y, bits = _kernels(x.device.type).relu_forward(x, inplace=inplace)
+        y, bits = kernels_for(x.device.type).relu_forward(x, inplace=inplace)
         if inplace:
             ctx.mark_dirty(x)
         ctx.operation, ctx.selection = "relu", selection
@@ -109,7 +140,7 @@ class _ReLU(NonsmoothFunction):
 def _relu_vjp(y: Tensor, bits: Tensor, g: Tensor, selection: Selection) -> Tensor:
     if replayed(g) and _final(g):
         alpha, rule = selection.read("relu", g), selection.read(".published", g)
-        return cast(Tensor, _kernels(y.device.type).relu_backward(g, y, bits, alpha, constant=rule))
+        return cast(Tensor, kernels_for(y.device.type).relu_backward(g, y, bits, alpha, constant=rule))
     (derivative,) = selection.at_kinks("relu")
     constant = selection.jacobians.rule == "published"
     if derivative is None or (derivative == 0 and not constant):
@@ -121,7 +152,7 @@ def _relu_vjp(y: Tensor, bits: Tensor, g: Tensor, selection: Selection) -> Tenso
         tied = _unpacked(bits, y).permute(order)
         value = chosen_value(derivative, constant, selection, g.permute(order), tied).permute(back)
         return torch.where(tied.permute(back), value, torch.ops.aten.threshold_backward.default(g, y, 0))
-    return cast(Tensor, _kernels(y.device.type).relu_backward(g, y, bits, derivative, constant=constant))
+    return cast(Tensor, kernels_for(y.device.type).relu_backward(g, y, bits, derivative, constant=constant))
 
 
 native.composition("relu", lambda _, saved, g, selection: _relu_vjp(saved[0], saved[1], g, selection))
@@ -150,7 +181,7 @@ def relu(x: Tensor, selection: Selection, inplace: bool = False) -> Tensor:
     Returns:
         The stock result, bit for bit; by the stock operation itself where it is known that no entry is tied.
     """
-    if not _kernels(x.device.type).any_zero(x):
+    if not kernels_for(x.device.type).any_zero(x):
         return torch.relu_(x) if inplace else torch.relu(x)
     # On a view autograd would put the node inside another one, where it cannot be asked for its ties.
     if inplace and x._is_view():
@@ -178,12 +209,10 @@ class _MaxPool2d(NonsmoothFunction):
         # What a window of zeros shares out ends in the ReLU right below, which is 0 there whatever the choice: the
         # stock operation's node says that none of its own entries tied.
         dies = type(x.grad_fn) is _stock_relu()
-        y, reached, ctx.tied = _kernels(x.device.type).pool_forward(
-            x, _numbers(geometry), _size(geometry, *x.shape[1:]), zeros=not dies
-        )
+        y, reached, ctx.tied = pool_forward(x, geometry, zeros=not dies)
         ctx.operation, ctx.geometry, ctx.selection, ctx.composed = "max_pool", geometry, selection, composed
         ctx.save_for_backward(x, reached)
-        return cast(Tensor, y)
+        return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -193,6 +222,45 @@ class _MaxPool2d(NonsmoothFunction):
         if ctx.tied and ctx.selection.recorder is not None:
             ctx.selection.recorder(ctx, vjp, partial(pool_difference, (x, reached, g), *windows))
         return vjp(ctx.selection), None, None, None
+
+
+def pool_forward(x: Tensor, geometry: Regular, *, zeros: bool = True) -> tuple[Tensor, Tensor, bool]:
+    """2-d max pooling, and which entries of each window reach its maximum.
+
+    Args:
+        x: Input for which :func:`pool_fits`.
+        geometry: Its windows.
+        zeros: Count a tied window as one even where its maximum is 0.
+
+    Returns:
+        The stock result; int16 of its shape; whether a choice may matter.
+    """
+    size = _size(geometry, *x.shape[1:])
+    return cast(
+        tuple[Tensor, Tensor, bool],
+        kernels_for(x.device.type).pool_forward(x, _numbers(geometry), size, zeros=zeros),
+    )
+
+
+def pool_gradient_of(g: Tensor, reached: Tensor, weights: Tensor, geometry: Regular, size: tuple[int, int]) -> Tensor:
+    """The gradient of 2-d max pooling, under a choice that is a selection's memory on the gradient's device.
+
+    Args:
+        g: The incoming gradient, of the output's shape.
+        reached: What :func:`pool_forward` returned.
+        weights: The memory, shape (4,).
+        geometry: The windows.
+        size: The input's height and width.
+
+    Returns:
+        The gradient with respect to the input.
+    """
+    kernels, windows = kernels_for(g.device.type), _numbers(geometry)
+    if weights.device.type == "cpu":
+        return cast(Tensor, kernels.pool_backward(g, reached, windows, size, tuple(weights.tolist())))
+    share, whole, each, last = weights.unbind()
+    table = pool_coefficients.__wrapped__(share, whole, each, torch.float32, g.device)  # no tensors in the cache
+    return cast(Tensor, kernels.pool_shares(g, reached, windows, size, table, last))
 
 
 def pool_gradient(
@@ -218,11 +286,9 @@ def pool_gradient(
     """
     if not _final(g) or (selection.jacobians.max_pool == "random" and not replayed(g)):
         return composed(x, g, selection)
-    kernels, size = _kernels(x.device.type), (x.shape[2], x.shape[3])
+    kernels, size = kernels_for(x.device.type), (x.shape[2], x.shape[3])
     if replayed(g):
-        share, whole, each, last = selection.read(".pool", g).unbind()
-        table = pool_coefficients.__wrapped__(share, whole, each, torch.float32, g.device)  # no tensors in the cache
-        return cast(Tensor, kernels.pool_shares(g, reached, _numbers(geometry), size, table, last))
+        return pool_gradient_of(g, reached, selection.read(".pool", g), geometry, size)
     return cast(Tensor, kernels.pool_backward(g, reached, _numbers(geometry), size, selection.pool_weights()))
 
 
@@ -255,7 +321,7 @@ def pool_difference(
         shares = pool_difference_coefficients(selection.pool_weights(), less.pool_weights(), wide, g.device)
         if shares is not None:
             size = x.shape[2], x.shape[3]
-            return cast(Tensor, _kernels(x.device.type).pool_shares(g, reached, _numbers(geometry), size, *shares))
+            return cast(Tensor, kernels_for(x.device.type).pool_shares(g, reached, _numbers(geometry), size, *shares))
     d = torch.empty_like(x)
     images = max(1, _PART // max(1, x[:1].numel())) if x.device.type == "cpu" else len(x)
     for into, *part in zip(*(t.split(images) for t in (d, *given)), strict=True):

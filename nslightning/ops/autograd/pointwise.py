@@ -224,12 +224,54 @@ def _choose_when_replayed(
     derivative: Tensor, reference: float | None, rule: Tensor | None, mask: Tensor, g: Tensor, gradient: Tensor
 ) -> Tensor:
     """Overwrite the entries at one kink, with the choice in tensors: one recorded backward serves every choice."""
+    value, as_stock = _value_when_replayed(derivative, reference, rule, g)
+    # Numbers are compared, and with one that the forward does not know: a compiler would keep a mask of booleans, which
+    # its loops write and convert slowly.
+    return torch.where(mask.to(g.dtype) > as_stock.to(g.dtype), value, gradient)
+
+
+def _value_when_replayed(
+    derivative: Tensor, reference: float | None, rule: Tensor | None, g: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What tied entries receive, and whether they keep what stock gives them."""
     value = (g * derivative).to(g.dtype)  # rounded once, as in eager mode
-    as_stock = torch.zeros_like(mask) if reference is None else derivative == reference
-    if rule is not None:
-        value = torch.where(rule, derivative.to(g.dtype), value)
-        as_stock = as_stock & ((derivative == 0) | ~rule)
-    return torch.where(mask & ~(torch.isnan(derivative) | as_stock), value, gradient)
+    as_stock = torch.isnan(derivative)
+    if reference is not None:
+        same = derivative == reference
+        as_stock = as_stock | (same if rule is None else same & ((derivative == 0) | ~rule))
+    return value if rule is None else torch.where(rule, derivative.to(g.dtype), value), as_stock
+
+
+class _CompiledReLU(NonsmoothFunction):
+    """Keeps one byte per entry, ``side``: whether it lies below 0 (0), at 0 (1) or above (2)."""
+
+    @staticmethod
+    def forward(x: Tensor, side: Tensor, selection: Selection, inplace: bool) -> Tensor:
+        if not inplace:
+            return torch.relu(x)
+        torch.relu_(x)
+        return x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, side, ctx.selection, inplace = inputs
+        ctx.operation = "relu"
+        if inplace:
+            ctx.mark_dirty(x)
+        ctx.save_for_backward(side)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        (side,) = ctx.saved_tensors
+        (derivative,), rule = ctx.selection.read("relu", g).unbind(), ctx.selection.read(".published", g)
+        value, as_stock = _value_when_replayed(derivative, 0.0, rule, g)
+        side, least = side.to(g.dtype), 1.0 + as_stock.to(g.dtype)  # of the entries that receive anything
+        return torch.where(side >= least, torch.where(side + least > 2.0, g, value), 0.0), None, None, None
+
+
+def _bytes(where: Tensor, number: float, other: Tensor | float) -> Tensor:
+    """A small number for each entry: compiled loops write bytes many times as fast as booleans."""
+    return torch.where(where, number, other).to(torch.uint8)
 
 
 class _Saved(NamedTuple):
@@ -292,7 +334,12 @@ def pointwise(operation: str, x: Tensor, selection: Selection, *parameters: Any,
         return fused.relu(x, selection, inplace)
     positions = record.positions(*parameters)
     order = storage_order(x) if data_dependent(x) and x.is_floating_point() else None
-    if order is None:
+    if operation == "relu" and torch.compiler.is_compiling():
+        below_or_above = torch.where(x.detach() <= 0, 0.0, 2.0)
+        return cast(Tensor, _CompiledReLU.apply(x, _bytes(x.detach() == 0, 1.0, below_or_above), selection, inplace))
+    if torch.compiler.is_compiling():
+        ties = [_bytes(x.detach() == position, 1.0, 0.0) for position in positions]
+    elif order is None:
         ties = [x.detach() == position for position in positions]
     else:
         ties = [part for tie in find_ties(x.detach(), positions, order) or () for part in tie]

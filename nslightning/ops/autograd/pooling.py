@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from nslightning._torch import in_forward_mode, in_functorch, is_legacy_batch
-from nslightning.ops.autograd import fused, native
+from nslightning.ops.autograd import fused, native, pool_operators
 from nslightning.ops.autograd.nodes import NonsmoothFunction, OwnFunction
-from nslightning.ops.autograd.selection import Selection, data_dependent, fixed, replayed
+from nslightning.ops.autograd.selection import Selection, data_dependent, fixed, refuse_random, replayed
 from nslightning.ops.autograd.windows import Adaptive, Regular, Windows
 
 __all__ = ["adaptive", "pool", "regular", "tied_windows"]
@@ -182,6 +182,9 @@ def _folded(function: Any, size: int, in_dims: tuple[int | None, ...], args: tup
 
 def _vjp(x: Tensor, indices: Tensor, g: Tensor, geometry: Geometry, selection: Selection) -> Tensor:
     """The gradient with respect to the input under a selection."""
+    if pool_operators.wanted() and g.device.type == "cpu":
+        numbers = pool_operators.numbers_of(geometry) if isinstance(geometry, Regular) else list(geometry.output)
+        return cast(Tensor, _pool_composed(g, x, indices, selection.on(g.device)[".pool"], geometry.dims, numbers))
     if replayed(g):
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         share, whole, each, last = selection.read(".pool", g).to(wide).unbind()
@@ -190,6 +193,41 @@ def _vjp(x: Tensor, indices: Tensor, g: Tensor, geometry: Geometry, selection: S
         return cast(Tensor, give(g, x, target, geometry, (share, whole, each)))
     target, weights = _chosen(x, indices, geometry, selection)
     return cast(Tensor, _Give.apply(g, x, target, geometry, weights))
+
+
+def _run_composed(g: Tensor, x: Tensor, indices: Tensor, weights: Tensor, dims: int, numbers: Sequence[int]) -> Tensor:
+    """The composed gradient in eager mode, inside a compiled graph."""
+    pool_operators.refuse_second_derivative(g)
+    refuse_random(weights)
+    share, whole, each, last = weights.tolist()
+    geometry: Geometry
+    if len(numbers) == dims:
+        geometry = Adaptive(tuple(numbers))
+    else:
+        kernel, stride, padding, dilation = (tuple(numbers[i : i + dims]) for i in range(0, 4 * dims, dims))
+        geometry = Regular(kernel, stride, padding, dilation, bool(numbers[-1]))
+    target = _Target.forward(x, indices, geometry, None) if last else indices
+    gradient = _Give.forward(g, x, target, geometry, (share, whole, each))
+    return gradient.contiguous(memory_format=_layout(x, dims))
+
+
+def _fake_composed(g: Tensor, x: Tensor, indices: Tensor, weights: Tensor, dims: int, numbers: Sequence[int]) -> Tensor:
+    return torch.empty(x.shape, dtype=g.dtype, device=g.device, memory_format=_layout(x, dims))
+
+
+_pool_composed = pool_operators.operator(
+    "pool_composed(Tensor g, Tensor x, Tensor indices, Tensor weights, int dims, int[] windows) -> Tensor",
+    _run_composed,
+    _fake_composed,
+    devices=("CPU",),
+)
+
+
+def _layout(x: Tensor, dims: int) -> torch.memory_format:
+    """The memory format of images of so many dimensions; contiguous where they lie otherwise."""
+    last = torch.channels_last if dims == 2 else torch.channels_last_3d
+    images = x.dim() == dims + 2 and not x.is_contiguous() and x.is_contiguous(memory_format=last)
+    return last if images else torch.contiguous_format
 
 
 def _composed(geometry: Geometry, x: Tensor, g: Tensor, selection: Selection) -> Tensor:
@@ -250,16 +288,15 @@ def _in_parts(
             "which PyTorch makes without its vmap rule. Use torch.func: jacrev, jacfwd, or vmap over vjp."
         )
     dims, x = geometry.dims, next(t for t in tensors if t.is_floating_point())
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    last = x.dim() == dims + 2 and not x.is_contiguous() and x.is_contiguous(memory_format=formats[x.dim()])
-    given = [(t.movedim(1, -1) if last else t.flatten(0, -dims - 1).unsqueeze(-1)).contiguous() for t in tensors]
+    last = _layout(x, dims) != torch.contiguous_format
+    ordered = [(t.movedim(1, -1) if last else t.flatten(0, -dims - 1).unsqueeze(-1)).contiguous() for t in tensors]
     shape = like.movedim(1, -1).shape if last else (*like.flatten(0, -dims - 1).shape, 1)
-    rows = max(1, _PART * given[0].shape[0] // max(1, max(t.numel() for t in given)))
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or rows >= given[0].shape[0]:
-        result = part(*given)
+    rows = max(1, _PART * ordered[0].shape[0] // max(1, max(t.numel() for t in ordered)))
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or rows >= ordered[0].shape[0]:
+        result = part(*ordered)
     else:
         result = torch.empty(shape, dtype=dtype or like.dtype, device=x.device)
-        for into, *some in zip(result.split(rows), *(t.split(rows) for t in given), strict=True):
+        for into, *some in zip(result.split(rows), *(t.split(rows) for t in ordered), strict=True):
             into.copy_(part(*some))
     return result.movedim(-1, 1) if last else result.squeeze(-1).view(like.shape)
 
@@ -373,6 +410,14 @@ def pool(x: Tensor, selection: Selection, geometry: Geometry, return_indices: bo
     x = _autocast(x, geometry, return_indices)
     if isinstance(geometry, Regular):
         _refuse_empty_windows(x, geometry)
+    if (
+        isinstance(geometry, Regular)
+        and not (return_indices or published)
+        and pool_operators.wanted()
+        and _differentiable(x)
+        and pool_operators.fits(x, geometry)
+    ):
+        return pool_operators.max_pool2d(x, geometry, selection)
     transformed = not torch.compiler.is_compiling() and in_functorch()
     if (
         isinstance(geometry, Regular)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from math import inf
 from typing import Any, cast
 from weakref import WeakSet, WeakValueDictionary
 
@@ -27,6 +28,7 @@ from nslightning.ops.autograd.shares import PoolWeights, pool_weights, shares
 from nslightning.ops.record import OPERATIONS, RULES, Choice, Operation, Rule, follow, known
 
 __all__ = [
+    "LIBRARY",
     "OwnChoice",
     "Selection",
     "concrete",
@@ -36,11 +38,25 @@ __all__ = [
     "pool_coefficients",
     "pool_difference_coefficients",
     "read_now",
+    "refuse_random",
     "replayed",
 ]
 
 
-@torch.library.custom_op("nslightning::read_now", mutates_args=())
+LIBRARY = torch.library.Library("nslightning", "FRAGMENT")  #: The operators that a compiler takes whole.
+
+
+def _read_now(values: Tensor, gradient: Tensor) -> Tensor:
+    refuse_random(values)
+    return values.clone()
+
+
+# Not by `torch.library.custom_op`, whose operators cost the host several times as much.
+LIBRARY.define("read_now(Tensor values, Tensor gradient) -> Tensor", tags=(torch.Tag.flexible_layout,))
+LIBRARY.impl("read_now", _read_now, "CompositeExplicitAutograd")
+torch.library.register_fake("nslightning::read_now", lambda values, gradient: torch.empty_like(values))
+
+
 def read_now(values: Tensor, gradient: Tensor) -> Tensor:
     """Read a selection's tensor in a backward that is compiled, or captured in a CUDA graph.
 
@@ -57,18 +73,25 @@ def read_now(values: Tensor, gradient: Tensor) -> Tensor:
     Raises:
         RuntimeError: If the choice is random: it is drawn for the ties alone, whose number a graph does not know.
     """
+    return cast(Tensor, torch.ops.nslightning.read_now.default(values, gradient))
+
+
+def refuse_random(values: Tensor) -> None:
+    """Raise if the choice is random, for which a selection's memory holds infinity.
+
+    Args:
+        values: A tensor of a :class:`Selection`.
+
+    Raises:
+        RuntimeError: If it is, outside a replay, which runs no Python.
+    """
     on_host = values.numpy() if values.device.type == "cpu" else _ON_HOST.get(values.data_ptr())
-    if on_host is not None and np.isinf(on_host).any():  # a replay, which runs none of this, returns infinities
+    numbers = [] if on_host is None else on_host.ravel().tolist()
+    if inf in numbers:  # a replay, which runs none of this, returns infinities
         raise RuntimeError(
             'the choice "random" cannot be taken by a compiled backward, nor by one that is captured in a CUDA graph. '
             "Choose something else, or run it in eager mode."
         )
-    return values.clone()
-
-
-@read_now.register_fake
-def _(values: Tensor, gradient: Tensor) -> Tensor:
-    return torch.empty_like(values)
 
 
 #: By the address of a selection's numbers on a device, the same numbers on the host.
@@ -338,15 +361,15 @@ class Selection:
             A new tensor on ``g``'s device. NaN stands for the reference.
         """
         if torch.compiler.is_compiling():
-            # One entry, for an operator's argument is written to memory in the layout that eager mode gives it.
-            return cast(Tensor, read_now(self.on(g.device)[name], g[(slice(0, 1),) * g.dim()]))
+            # A number of its own, for what an operator takes is written to memory, and so is all that it is a view of.
+            return read_now(self.on(g.device)[name], g[(slice(0, 1),) * g.dim()].sum())
         if self.constant:  # filled at each replay
             constant, numbers = torch.empty_like(self.memory[name], device=g.device), np.atleast_1d(self._numbers[name])
             _write(constant, numbers, range(len(numbers)))
             return constant
         values = self.on(g.device)[name]
         _REPLAYED.add(values)
-        return cast(Tensor, read_now(values, g))
+        return read_now(values, g)
 
     def at_kinks(self, operation: str) -> tuple[float | str | None, ...]:
         """The derivatives at the kinks of a pointwise operation.
