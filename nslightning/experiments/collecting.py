@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nslightning.experiments.exact_csv import read_exactly
 from nslightning.experiments.grid import Experiment
 from nslightning.files import replacing, write_text
 
@@ -60,11 +61,8 @@ def restore(experiment: Experiment, output: str | Path) -> int:
         return 0
     import pandas as pd
 
-    # A number is read as it was written; from pandas 3.1 on that is so always, and the option is deprecated.
-    old = tuple(int(part) for part in pd.__version__.split(".")[:2]) < (3, 1)
-    exactly: dict[str, Any] = {"float_precision": "round_trip"} if old else {}
     # A metric may be called nan.
-    table = pd.read_csv(table_file, **exactly, low_memory=False, keep_default_na=False, na_values=[""])
+    table = read_exactly(table_file, low_memory=False, keep_default_na=False, na_values=[""])
     for name, rows in table[table["cell"].isin(lost)].groupby("cell", sort=False):
         planned, entry = lost[str(name)], record["cells"][name]
         by_cell = {"experiment", "scale", "cell", *planned.varied, "data", "device", "dtype", "value"}

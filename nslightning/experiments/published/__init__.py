@@ -16,10 +16,10 @@ __all__ = ["searched_learning_rate", "table"]
 
 @lru_cache
 def _read(name: str) -> pd.DataFrame:
-    import pandas as pd
+    from nslightning.experiments.exact_csv import read_exactly
 
     with files(__name__).joinpath(f"{name}.csv").open() as file:
-        return pd.read_csv(file)
+        return read_exactly(file)
 
 
 def table(name: str) -> pd.DataFrame:
