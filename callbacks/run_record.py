@@ -1,6 +1,7 @@
 """What a run must say of itself for its numbers to be traced."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -132,7 +133,10 @@ class RunRecord(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Note that a signal, or an error, ended the run."""
-        self._note(trainer, "stopped" if isinstance(exception, (SystemExit, KeyboardInterrupt)) else "failed")
+        ended: End = "stopped" if isinstance(exception, (SystemExit, KeyboardInterrupt)) else "failed"
+        # A disk that took no checkpoint takes no note of it: the run's own error is the one to be read.
+        with suppress(OSError) if isinstance(exception, OSError) else nullcontext():
+            self._note(trainer, ended)
 
     def _note(self, trainer: Trainer, ended: End) -> None:
         if self._written:

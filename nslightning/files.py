@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from platformdirs import user_cache_path
@@ -56,7 +56,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
         # A full disk says so without a name.
         if isinstance(error, OSError) and error.errno is not None and error.filename in (None, name):
             error.filename = str(path)
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # of a disk that does not answer
+            partial.unlink(missing_ok=True)
         raise
 
 

@@ -216,7 +216,8 @@ def _wandb(error: BaseException, began: bool) -> Ending | None:
 def _memory(error: BaseException, began: bool) -> Ending | None:
     """The device's memory is used up."""
     torch = sys.modules.get("torch")
-    refused = isinstance(error, RuntimeError) and "not enough memory" in str(error)  # how a CPU says it
+    signs = ("not enough memory", "can't allocate memory")  # how a CPU says it, by the version of PyTorch
+    refused = isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
     if torch is None or not (refused or isinstance(error, torch.OutOfMemoryError)):
         return None
     first = str(error).splitlines()[0]

@@ -22,6 +22,8 @@ from nslightning.spelling import did_you_mean
 
 __all__ = ["finish", "prepared"]
 
+#: Seconds that a finished run waits for W&B to take what is not uploaded yet; without them it waits without end.
+_UPLOAD = "300"
 _MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")
 
 
@@ -99,6 +101,7 @@ def _prepare(options: Namespace, folder: Path) -> list[str]:
     if not mode and not _has_key():
         mode = os.environ["WANDB_MODE"] = "offline"
         reason = "W&B has no API key here and stays offline"
+    os.environ.setdefault("WANDB_FINISH_TIMEOUT", _UPLOAD)
     if mode == "offline":
         os.environ.setdefault("WANDB_SILENT", "true")  # the next line says what wandb's own six would
     if not _cache_is_writable():

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import wandb_server
 from ddp_helpers import start
 from fake_data import write_image_folder
 from test_two_processes import config
 
 from nslightning import runs
+from nslightning.commands.endings import ending_of
 
 FIT = [
     *(sys.executable, "-m", "nslightning", "fit", "--model.backbone=paper/lenet5", "--data=ImageFolder"),
@@ -38,13 +40,22 @@ def until(condition, process: subprocess.Popen, limit: float = 240) -> None:
     """Wait for something that a process does."""
     end = time.monotonic() + limit
     while not condition():
-        assert process.poll() is None, process.communicate()[1]
+        assert process.poll() is None, process.communicate()
         assert time.monotonic() < end
         time.sleep(0.05)
 
 
 def children(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def alive(group: int) -> list[str]:
+    """The processes of a group that run still; what has ended and was not waited for does not count."""
+    stats = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it ended meanwhile
+            stats.append(file.read_text().rpartition(")")[2].split())
+    return [" ".join(stat[:4]) for stat in stats if int(stat[2]) == group and stat[0] != "Z"]
 
 
 def ended(process: subprocess.Popen) -> str:
@@ -163,11 +174,14 @@ def test_a_reading_process_that_hangs_ends_the_run_in_one_line(images):
     goes_on(images / "runs/x/001")
 
 
-def two_processes(folder: Path, fault: str, *callbacks: str) -> str:
+def two_processes(folder: Path, fault: str, *callbacks: str, **data: object) -> str:
     """What a training on two processes says that goes wrong in one of them; both have ended."""
     options = config()
     del options["trainer"]["logger"]
     options["data"]["init_args"] |= {"batch_size": 8}
+    if data:
+        options["data"] = {"class_path": "ImageFolder", "init_args": data}
+        del options["trainer"]["precision"]
     options["trainer"] |= {"devices": 2, "strategy": "ddp"}
     options["trainer"]["callbacks"] = [{"class_path": name} for name in (*callbacks, "ddp_helpers.Fault")]
     options["trainer"]["callbacks"].append(
@@ -180,8 +194,10 @@ def two_processes(folder: Path, fault: str, *callbacks: str) -> str:
     said, _ = run.communicate(timeout=240)
     assert (folder / "happened").exists(), said
     assert run.returncode != 0
-    with pytest.raises(ProcessLookupError):  # no process of its group is left
-        os.killpg(run.pid, 0)
+    end = time.monotonic() + 60
+    while alive(run.pid) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert alive(run.pid) == []
     assert "Traceback" not in said, said
     assert said.count("error: ") == 1 or "another process of this training ended" in said, said
     assert list(folder.glob("runs/run/001/checkpoints/last.ckpt"))
@@ -193,6 +209,50 @@ def test_a_nan_in_one_process_ends_both_with_one_message(tmp_path):
     said = two_processes(tmp_path, "nan 1 3", "nslightning.callbacks.NonFiniteGuard")
     assert said.count("error: ") == 1
     assert re.search(r"nslightning fit: error: .*step 3", said)
+
+
+@pytest.mark.slow
+def test_a_reading_process_of_one_of_two_that_is_killed_ends_both(images):
+    said = two_processes(
+        images, "reader 1 3", root=str(images / "images"), image_size=32, batch_size=2, workers=1, timeout=60
+    )
+    assert said.count("a process that reads the data was ended from outside") == 1
+
+
+def with_wandb(folder: Path, url: str, **environment: str) -> subprocess.Popen:
+    """A run that logs to a W&B server, with a checkpoint after every second step."""
+    options = config()
+    checkpoint = {"every_n_train_steps": 2, "filename": "last"}
+    options["trainer"]["callbacks"] = [
+        {"class_path": "ddp_helpers.Slow"},
+        {"class_path": "ddp_helpers.Dump"},
+        {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": checkpoint},
+    ]
+    return start(
+        "fit", options, folder / "runs", WANDB_BASE_URL=url, WANDB_API_KEY="0" * 40, WANDB_MODE="online",
+        WANDB_FINISH_TIMEOUT="5", **environment,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_wandb_that_never_answers_ends_the_run_before_its_first_step(tmp_path):
+    with wandb_server.Server() as server:
+        server.silent.set()
+        run = with_wandb(tmp_path, server.url, WANDB_INIT_TIMEOUT="5")
+        said, _ = run.communicate(timeout=480)
+    assert run.returncode == 1, said
+    assert "Traceback" not in said
+    assert "nslightning fit: error: W&B: " in said
+    assert "set WANDB_MODE=offline to train without an account" in said
+
+
+def test_a_processor_without_memory_is_known():
+    """As torch 2.15 says it."""
+    said = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried ..."
+    ending = ending_of(RuntimeError(said), began=True)
+    assert ending is not None
+    assert ending.status == 1
+    assert "a smaller batch" in ending.message
 
 
 def test_the_newest_checkpoint_is_the_one_that_was_written_last(tmp_path):
