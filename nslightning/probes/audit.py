@@ -21,6 +21,7 @@ from nslightning.probes.divergence import Divergence, divergence, measure
 from nslightning.probes.gradients import gradients
 from nslightning.probes.guarantee import Guarantee, clarke_guarantee
 from nslightning.probes.ties import Ties, counting
+from nslightning.probes.zone import zone
 from nslightning.surgery import PatchReport, PatchWarning, patch
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "Spread",
     "audit",
     "choices_of_an_audit",
+    "matters",
     "rounding",
     "verdict",
     "visible",
@@ -113,6 +115,8 @@ class Spread:
         cosine: Cosine between the two gradients on that batch.
         per_batch: ``relative`` of every batch.
         layers: The parameters with the largest share of the squared difference on that batch.
+        zone: ``"bifurcation"`` where the gradients of that batch differ over the reals, ``"compensation"`` where the
+            difference is rounding; None where this was not asked (:func:`~nslightning.probes.zone`).
     """
 
     choice: str
@@ -121,6 +125,7 @@ class Spread:
     cosine: float
     per_batch: list[float]
     layers: dict[str, float] = field(default_factory=dict)
+    zone: str | None = None
 
 
 @dataclass(frozen=True)
@@ -285,9 +290,11 @@ def audit(
     For each dtype a copy of the model runs in that dtype throughout (no mixed precision, no loss scaling), on every
     batch once: the ties are those of that very forward, and the divergence is carried down from them
     (:func:`~nslightning.probes.divergence` with ``method="propagate"``), so a zero means that no tie of this batch
-    matters. The loss is the cross-entropy of the logits, formed in at least float32. The copy is in training mode by
-    default, and its buffers (batch norm's running statistics) are put back before each batch; the model and the
-    global random state are left untouched, and dropout draws the same stream in every dtype.
+    matters. A difference above machine epsilon may still be rounding, where large terms cancel: for the largest one
+    of each group of operations :func:`~nslightning.probes.zone` decides, until one is real. The loss is the cross-
+    entropy of the logits, formed in at least float32. The copy is in training mode by default, and its buffers (batch
+    norm's running statistics) are put back before each batch; the model and the global random state are left
+    untouched, and dropout draws the same stream in every dtype.
 
     Args:
         model: A network that is not patched, ``images (N, ...) -> logits (N, K, ...)`` with K >= 2; of a tuple or a
@@ -343,7 +350,7 @@ def audit(
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", PatchWarning)  # nothing to patch: the advice says it
                     report = patch(network, Jacobians(), seed=seed, strict=False)
-                    counts, differences, floor, guarantees, lines = _measure(
+                    counts, differences, floor, guarantees, lines, zones = _measure(
                         network, batches, dtype, choices, seed, tell
                     )
             except KeyboardInterrupt:  # what is measured is kept, where there is something
@@ -359,7 +366,7 @@ def audit(
                 _add(by_hand, line, dtype, floor)
             clarke[dtype] = _check(report, guarantees, lines)
             for choice, per_batch in differences.items():
-                spreads.append(_spread(choice, dtype, per_batch, top))
+                spreads.append(_spread(choice, dtype, per_batch, top, zones.get(choice)))
     if not reports:
         first = next(iter(failed.values()))
         raise NotRunningError(f"the model runs in none of {', '.join(failed)}: {_line(first)}") from first
@@ -389,8 +396,8 @@ def _measure(
     choices: Mapping[str, Jacobians],
     seed: int,
     tell: Callable[[str], None],
-) -> tuple[dict[str, Ties], dict[str, list[Divergence]], float, list[Guarantee], list[Handwritten]]:
-    """Ties over all batches, divergences per batch, the noise floor, what theorems promise, kinks written by hand."""
+) -> tuple[dict[str, Ties], dict[str, list[Divergence]], float, list[Guarantee], list[Handwritten], dict[str, str]]:
+    """Ties over all batches, divergences per batch, the noise floor, theorems' promises, kinks by hand, and zones."""
     counts: dict[str, Ties] = {}
     differences: dict[str, list[Divergence]] = {choice: [] for choice in choices}
     floors = []
@@ -398,22 +405,27 @@ def _measure(
     lines: list[Handwritten] = []
     buffers = {key: buffer.clone() for key, buffer in network.named_buffers()}
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
+
+    def inputs(i: int) -> Tensor:
+        images = batches[i][0]
+        return images.to(device, DTYPES[dtype] if images.is_floating_point() else None)
+
+    def begin(i: int) -> None:
+        with torch.no_grad():
+            for key, buffer in network.named_buffers():
+                buffer.copy_(buffers[key])
+        torch.manual_seed(seed + i)
+
     for i, (images, labels) in enumerate(batches):
         tell(f"{dtype}: batch {i + 1} of {len(batches)}, {' x '.join(map(str, images.shape))} on {device}")
-        x = images.to(device, DTYPES[dtype] if images.is_floating_point() else None)
+        x = inputs(i)
 
-        def begin(seed: int = seed + i) -> None:
-            with torch.no_grad():
-                for key, buffer in network.named_buffers():
-                    buffer.copy_(buffers[key])
-            torch.manual_seed(seed)
-
-        def forward(x: Tensor = x, labels: Tensor | None = labels, seed: int = seed + i) -> Tensor:
-            begin(seed)
+        def forward(x: Tensor = x, labels: Tensor | None = labels, i: int = i) -> Tensor:
+            begin(i)
             with torch.enable_grad():
-                return _loss(network(x), labels, seed)
+                return _loss(network(x), labels, seed + i)
 
-        begin()
+        begin(i)
         guarantees.append(clarke_guarantee(network, x))
         with counting(network) as here:
             loss = forward()
@@ -426,7 +438,52 @@ def _measure(
         once, again = (gradients(loss, network, {"": Jacobians()})[""] for _ in range(2))
         floors.append(measure(again, once).relative)
         lines += handwritten(network, forward)
-    return counts, differences, max(floors, key=_badness), guarantees, lines
+    floor = max(floors, key=_badness)
+
+    def zone_of(choice: str) -> str | None:
+        relative = [_badness(d.relative) for d in differences[choice]]
+        i = relative.index(max(relative))
+        tell(f"{dtype}: whether {choice} changes the gradient over the reals, batch {i + 1}")
+        begin(i)
+        try:
+            return zone(network, lambda output: _loss(output, batches[i][1], seed + i), inputs(i), choices[choice]).kind
+        except (ValueError, RuntimeError):  # a random choice, a forward that other precisions evaluate otherwise
+            return None
+
+    return (
+        counts,
+        differences,
+        floor,
+        guarantees,
+        lines,
+        _zones(choices, differences, max(rounding(dtype), floor), zone_of),
+    )
+
+
+def _zones(
+    choices: Mapping[str, Jacobians],
+    differences: Mapping[str, Sequence[Divergence]],
+    floor: float,
+    zone_of: Callable[[str], str | None],
+) -> dict[str, str]:
+    """The zones of choices whose difference is above a floor.
+
+    Of the choices that change the same operations the one with the largest difference is asked first, and the next one
+    only where that is rounding.
+    """
+    largest = {choice: max(d.relative for d in per_batch) for choice, per_batch in differences.items()}
+    zones: dict[str, str] = {}
+    settled = set()
+    for choice in sorted(largest, key=lambda name: -_badness(largest[name])):
+        changed = choices[choice].to_dict().items() - Jacobians().to_dict().items()
+        operations = frozenset(name for name, _ in changed)
+        if math.isfinite(largest[choice]) and largest[choice] > floor and operations not in settled:
+            kind = zone_of(choice)
+            if kind is not None:
+                zones[choice] = kind
+            if kind != "compensation":
+                settled.add(operations)
+    return zones
 
 
 def _check(report: PatchReport, guarantees: Sequence[Guarantee], lines: Sequence[Handwritten]) -> ClarkeCheck:
@@ -484,11 +541,12 @@ def _loss(output: Any, labels: Tensor | None, seed: int) -> Tensor:
     return F.cross_entropy(output.to(exact), labels.to(output.device))
 
 
-def _spread(choice: str, dtype: str, per_batch: list[Divergence], top: int) -> Spread:
+def _spread(choice: str, dtype: str, per_batch: list[Divergence], top: int, zone: str | None) -> Spread:
     worst = max(per_batch, key=lambda d: _badness(d.relative))
     shares = {name: (d.l2 / worst.l2) ** 2 for name, d in worst.per_layer.items()} if worst.l2 else {}
     ranked = sorted(((n, s) for n, s in shares.items() if s > 0), key=lambda item: -item[1])
-    return Spread(choice, dtype, worst.relative, worst.cosine, [d.relative for d in per_batch], dict(ranked[:top]))
+    relative = [d.relative for d in per_batch]
+    return Spread(choice, dtype, worst.relative, worst.cosine, relative, dict(ranked[:top]), zone)
 
 
 def _sites(reports: Mapping[str, PatchReport], ties: Mapping[str, Mapping[str, Ties]]) -> list[SiteTies]:
@@ -551,6 +609,19 @@ def visible(measured: Audit, dtype: str) -> float:
     return max(rounding(dtype), measured.noise[dtype])
 
 
+def matters(measured: Audit, spread: Spread) -> bool:
+    """Whether one choice changed the gradient, by more than rounding and the kernels did.
+
+    Args:
+        measured: The audit.
+        spread: One of its divergences.
+
+    Returns:
+        True above :func:`visible`, but where the difference is known to be rounding.
+    """
+    return spread.relative > visible(measured, spread.dtype) and spread.zone != "compensation"
+
+
 def verdict(measured: Audit, dtype: str) -> str:
     """What the Jacobian choice does to the gradient in one dtype.
 
@@ -559,13 +630,14 @@ def verdict(measured: Audit, dtype: str) -> str:
         dtype: One of its dtypes.
 
     Returns:
-        ``"no ties"``, ``"dead ties"`` (met, and the divergence exactly 0), ``"rounding"`` (below the dtype's, or below
-        the noise floor), ``"matters"`` or ``"not finite"``.
+        ``"no ties"``, ``"dead ties"`` (met, and the divergence exactly 0), ``"rounding"`` (below the dtype's, below the
+        noise floor, or 0 over the reals), ``"matters"`` or ``"not finite"``.
     """
-    values = [spread.relative for spread in measured.spreads if spread.dtype == dtype]
-    if not all(map(math.isfinite, values)):
+    spreads = [spread for spread in measured.spreads if spread.dtype == dtype]
+    if not all(math.isfinite(spread.relative) for spread in spreads):
         return "not finite"
     if not any(site.ties.get(dtype, (0, 0))[0] for site in measured.sites):
         return "no ties"
-    largest = max(values)
-    return "matters" if largest > visible(measured, dtype) else "rounding" if largest else "dead ties"
+    if any(matters(measured, spread) for spread in spreads):
+        return "matters"
+    return "rounding" if any(spread.relative for spread in spreads) else "dead ties"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from nslightning.jacobians import Jacobians
 from nslightning.ops.record import OPERATIONS
-from nslightning.probes.audit import Audit, Spread, rounding, verdict, visible
+from nslightning.probes.audit import Audit, Spread, matters, rounding, verdict, visible
 from nslightning.text_table import aligned
 
 __all__ = [
@@ -47,10 +47,16 @@ def advice(audit: Audit) -> list[str]:
         )
     if "rounding" in groups:
         largest = max((s for s in audit.spreads if s.dtype in groups["rounding"]), key=lambda s: s.relative)
+        floor = visible(audit, largest.dtype)
+        reason = (
+            f"is below {floor:.1e}, what another order of summation may change."
+            if largest.relative <= floor
+            else f"is above {floor:.1e}, but large terms cancel in it: over the real numbers the gradients agree "
+            "(docs: compensation)."
+        )
         lines.append(
             f"In {names['rounding']}: ties, but no more than rounding. The largest relative difference, "
-            f"{largest.relative:.1e} ({largest.choice}, {largest.dtype}), is below "
-            f"{visible(audit, largest.dtype):.1e}, what another order of summation may change."
+            f"{largest.relative:.1e} ({largest.choice}, {largest.dtype}), {reason}"
             + ("" if "matters" in groups or audit.by_hand else " Nothing to change.")
         )
     if "matters" in groups:
@@ -122,7 +128,7 @@ def _matters(audit: Audit, dtypes: list[str]) -> list[str]:
     tied = {site.operation for site in audit.tied_sites}
     groups: dict[tuple[str, ...], list[Spread]] = {}
     for spread in audit.spreads:
-        if spread.dtype in dtypes and spread.relative > visible(audit, spread.dtype):
+        if spread.dtype in dtypes and matters(audit, spread):
             changed = audit.choices[spread.choice]
             groups.setdefault(tuple(o for o in sorted(tied) if changed[o] != getattr(Jacobians(), o)), []).append(
                 spread

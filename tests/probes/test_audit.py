@@ -187,14 +187,43 @@ def test_planted_ties_change_the_advice(few, model, expected, says):
 
 
 def test_advice_tells_the_ties_of_rounding_from_those_of_the_network(few):
-    # 1 + 2^-10 is 1 in bf16 and is not in float64: these windows tie in bf16 alone.
-    images = 1 + torch.rand(4, 3, 8, 8) * 2**-9
+    # 1 + 2^-10 is 1 in bf16 and is not in float64: windows of such outputs tie in bf16 alone.
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64, 3))
-    found = audit(net, [(images, few[0][1])], dtypes=["bf16", "64"])
+    with torch.no_grad():
+        net[0].weight.mul_(2**-10)
+        net[0].bias.fill_(1)
+    found = audit(net, [(torch.randn(4, 3, 8, 8), few[0][1])], dtypes=["bf16", "64"])
     assert [verdict(found, d) for d in ("bf16", "64")] == ["matters", "no ties"]
     assert "rounding makes the ones that do" in "\n".join(advice(found))
     found = audit(Relu(tie=True), few, dtypes=["bf16", "64"])
     assert "the network or the data makes ties" in "\n".join(advice(found))
+
+
+def test_a_difference_that_cancels_over_the_reals_is_rounding():
+    """On a constant background every window of a plane gains what another one loses: only rounding is left."""
+    torch.manual_seed(0)
+    images = torch.zeros(4, 1, 80, 80)
+    images[:, :, 20:40, 20:40] = torch.rand(4, 1, 20, 20)
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3), nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(4, 3),
+    )  # fmt: skip
+    choices = {name: CHOICES[name] for name in ("minimal", "beta10")}
+    found = audit(net, [(images, torch.tensor([0, 1, 2, 0]))], dtypes=["32", "64"], choices=choices)
+    for dtype in ("32", "64"):
+        largest = max((s for s in found.spreads if s.dtype == dtype), key=lambda s: s.relative)
+        assert largest.relative > 2 * float(torch.finfo(DTYPES[dtype]).eps)  # which alone would say that it matters
+        assert largest.zone == "compensation"
+        assert verdict(found, dtype) == "rounding"
+    words = "\n".join(advice(found))
+    assert "large terms cancel in it: over the real numbers the gradients agree" in words
+    assert "Nothing to change" in words
+    assert Audit.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    net[0].weight.data[0] = net[0].bias.data[0] = 0  # a plane that is constant: its ties do not cancel
+    net[2] = nn.Sequential(nn.ReLU(), net[2])
+    real = audit(net, [(images, None)], dtypes=["32"], choices=CHOICES)
+    assert "bifurcation" in {s.zone for s in real.spreads}
+    assert verdict(real, "32") == "matters"
 
 
 def test_operations_that_are_not_measured_are_named(few):
