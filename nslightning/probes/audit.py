@@ -69,7 +69,7 @@ def choices_of_an_audit() -> dict[str, Jacobians]:
 
 
 class NotRunningError(RuntimeError):
-    """A model that runs in none of the precisions that were asked for."""
+    """A model fails in every precision that was asked for."""
 
 
 @dataclass(frozen=True)
@@ -315,7 +315,7 @@ def audit(
 
     Raises:
         ValueError: If an argument is not admissible, the model is patched, or its outputs or labels do not fit.
-        NotRunningError: If the model runs in none of the dtypes.
+        NotRunningError: If the model fails in every dtype.
         KeyboardInterrupt: If it is interrupted before one of the dtypes is done. Later on the findings are those of the
             dtypes that are, and the others are ``not_run``.
 
@@ -348,7 +348,7 @@ def audit(
             try:
                 network = copy.deepcopy(model).to(device, DTYPES[dtype]).train(training)
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", PatchWarning)  # nothing to patch: the advice says it
+                    warnings.simplefilter("ignore", PatchWarning)  # nothing to patch: the audit's advice covers it
                     report = patch(network, Jacobians(), seed=seed, strict=False)
                     counts, differences, floor, guarantees, lines, zones = _measure(
                         network, batches, dtype, choices, seed, tell
@@ -468,8 +468,8 @@ def _zones(
 ) -> dict[str, str]:
     """The zones of choices whose difference is above a floor.
 
-    Of the choices that change the same operations the one with the largest difference is asked first, and the next one
-    only where that is rounding.
+    Among choices that change the same operations the one with the largest difference is examined first; the next one
+    is examined only if that difference is rounding.
     """
     largest = {choice: max(d.relative for d in per_batch) for choice, per_batch in differences.items()}
     zones: dict[str, str] = {}
@@ -505,11 +505,11 @@ def _check(report: PatchReport, guarantees: Sequence[Guarantee], lines: Sequence
     )
 
 
-def _add(found: dict[tuple[str, str], ByHand], line: Handwritten, dtype: str, floor: float) -> None:
-    """Add what one batch shows of a line to what is known of it; below the noise nothing is shown."""
+def _add(by_place: dict[tuple[str, str], ByHand], line: Handwritten, dtype: str, floor: float) -> None:
+    """Merge one batch's result for a line into the results so far; a change within the noise is ignored."""
     if line.relative <= floor:
         return
-    known = found.setdefault((line.module, line.place), ByHand(line.module or "(model)", line.place, line.code))
+    known = by_place.setdefault((line.module, line.place), ByHand(line.module or "(model)", line.place, line.code))
     tied, total = known.ties.get(dtype, (0, 0))
     known.ties[dtype] = tied + line.tied, total + line.total
     known.relative[dtype] = max(known.relative.get(dtype, 0.0), line.relative)

@@ -37,8 +37,8 @@ class Branches:
         seen: By site, each evaluation with copies of the tensors that it was given.
         met: By site, how many evaluations the replay has come to.
         again: Whether the forward is over: what is evaluated now is a checkpoint computed once more.
-        left: Of each pooling that was left as it is, whether one of its windows is off its branch; None where poolings
-            are looked at and moved.
+        left: For each pooling that was not moved, whether one of its windows is off its branch; None where poolings are
+            looked at and moved.
     """
 
     seen: dict[str, list[Call]] = field(default_factory=dict)
@@ -56,7 +56,7 @@ class Branches:
         self.met, self.again, self.left = {}, False, [] if leave_poolings else None
 
     def holds(self) -> bool:
-        """Whether the forward of this replay took the recorded branches; a device is waited for once.
+        """Whether the forward of this replay took the recorded branches. It waits for a device once.
 
         Returns:
             False where a pooling that was left as it is should have been moved: the replay is to be made again.
@@ -85,8 +85,8 @@ class Branches:
     def impose(self, site: str, operation: Operation, call: Call) -> None:
         """Make a site take the recorded branch: overwrite what it is about to be given, as little as needed.
 
-        The values belong to a replay's own tensors. They are overwritten behind autograd's back, which differentiates
-        as if rounding had led to the same branch.
+        The values belong to a replay's own tensors. They are overwritten without autograd, which differentiates as
+        if rounding had led to the same branch.
 
         Args:
             site: Its name.
@@ -153,8 +153,8 @@ def _move(x: Tensor, to: Tensor) -> None:
 def _beside(x: Tensor, kink: Tensor, side: Tensor) -> Tensor:
     """``x`` where it lies on the side of the kink that is wanted (-1, 0 or 1), else the nearest number that does."""
     nearest = torch.where(side == 0, kink, torch.nextafter(kink, side * inf))
-    there = torch.sign(x - kink) == side
-    return torch.where(there | side.isnan() | kink.isnan(), x, nearest)
+    on_side = torch.sign(x - kink) == side
+    return torch.where(on_side | side.isnan() | kink.isnan(), x, nearest)
 
 
 def _beside_kinks(positions: Callable[..., list[Any]], call: Call, seen: Call) -> Tensor:
@@ -166,7 +166,7 @@ def _beside_kinks(positions: Callable[..., list[Any]], call: Call, seen: Call) -
         side = ((seen.x > before).to(x.dtype) - (seen.x < before).to(x.dtype)).masked_fill(seen.x.isnan(), float("nan"))
         x = _beside(x, at, side)
         ties.append((side == 0) & (seen.x == before) & ~at.isnan())
-    for (kink, _), tied in zip(pairs, ties, strict=True):  # a tie with one kink is nothing that another moves
+    for (kink, _), tied in zip(pairs, ties, strict=True):  # other kinks do not move a tie with this one
         x = torch.where(tied, torch.as_tensor(kink, dtype=x.dtype, device=x.device), x)
     return x
 
@@ -219,7 +219,7 @@ def _move_members(members: Callable[[Call], Members], call: Call, seen: Call) ->
 
 
 def _larger(call: Call) -> tuple[Tensor, Tensor, int] | None:
-    """Of two tensors that are compared one that is as large as the result, the other, and 1 if that one is first."""
+    """A compared tensor that has the result's shape, the other tensor, and 1 if the former comes first, else -1."""
     x, other = call.x, call.parameters[1]
     shape = torch.broadcast_shapes(x.shape, other.shape)
     if x.shape == shape and x.is_floating_point():
@@ -228,7 +228,7 @@ def _larger(call: Call) -> tuple[Tensor, Tensor, int] | None:
 
 
 def _off_windows(operation: Operation, call: Call, seen: Call) -> Callable[[Tensor], Tensor]:
-    """What says of a pooling's input in which of its planes a window is off its branch."""
+    """A function of a pooling's input that returns in which of its planes a window is off its branch."""
     planes = call.x.dim() - call.parameters[0].dims
     recorded = _winners(operation, call, seen.x)
 
@@ -288,7 +288,7 @@ def _recorded(operation: Operation, call: Call, x: Tensor, seen: Tensor, planes:
 
 
 def _shared(operation: Operation, call: Call, x: Tensor, choice: Any, weights: Callable[[Tensor], Tensor]) -> Tensor:
-    """What the windows that an entry wins share out to it, each of a weight of its own."""
+    """For each entry the sum of what the windows that it wins pass to it, each window with its own weight."""
     apart = torch.autograd.graph.saved_tensors_hooks(_itself, _itself)  # not a checkpoint's, which would run it again
     with torch.enable_grad(), apart:
         leaf = x.detach().double().requires_grad_()

@@ -90,7 +90,7 @@ def handwritten(model: nn.Module, loss: Callable[[], Tensor]) -> list[Handwritte
     if not tied or not value.requires_grad:
         return []
     before = _gradient(model, value)
-    found = []
+    kinks = []
     for line in tied:
         with _Watch(model, line.key) as watch:
             try:
@@ -105,8 +105,8 @@ def handwritten(model: nn.Module, loss: Callable[[], Tensor]) -> list[Handwritte
         if change > _ROUNDINGS * eps * size and math.isfinite(change):
             relative = change / size if size else math.inf
             kept = watch.lines.get(line.key, line)
-            found.append(Handwritten(line.module, line.place, line.code, kept.tied, kept.total, relative))
-    return found
+            kinks.append(Handwritten(line.module, line.place, line.code, kept.tied, kept.total, relative))
+    return kinks
 
 
 @dataclass

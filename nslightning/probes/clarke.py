@@ -29,10 +29,10 @@ class Clarke:
         programs: How many linear programs that took.
 
     Example:
-        >>> found = clarke(lambda x: abs(x[0]), [0])
-        >>> sorted(map(int, (g for (g,) in found.limits)))
+        >>> hull = clarke(lambda x: abs(x[0]), [0])
+        >>> sorted(map(int, (g for (g,) in hull.limits)))
         [-1, 1]
-        >>> found.contains([0.5]), found.contains([2]), found.differentiable
+        >>> hull.contains([0.5]), hull.contains([2]), hull.differentiable
         (True, False, False)
     """
 
@@ -128,8 +128,8 @@ def clarke(program: Program, at: Iterable[Any]) -> Clarke:
     Example:
         >>> def program(x):  # relu(x) - relu(-x) is x
         ...     return max(0, x[0]) - max(0, -x[0])
-        >>> found = clarke(program, [0])
-        >>> found.limits, found.autodiff, found.contains(found.autodiff)
+        >>> hull = clarke(program, [0])
+        >>> hull.limits, hull.autodiff, hull.contains(hull.autodiff)
         (((Fraction(1, 1),),), (Fraction(0, 1),), False)
     """
     point = tuple(map(_fraction, at))

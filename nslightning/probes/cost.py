@@ -57,8 +57,7 @@ def cost_ratio(
 
     Everything is measured on copies, in the model's training or evaluation mode, on its device and in its
     dtype: the model's parameters, buffers, ``grad`` fields and flags and torch's random streams stay as they
-        are. A patched
-    model keeps its patch (its ``only`` and ``skip``) under each choice; any other is patched whole. The
+    are. A patched model keeps its patch (its ``only`` and ``skip``) under each choice; any other is patched whole. The
     computations are interleaved in random order, round by round, so that a disturbance meets all of them
     alike. On a CPU they run on one thread and the clock is that thread's own time, on CUDA it is CUDA's
     events.
@@ -92,8 +91,8 @@ def cost_ratio(
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
         >>> batch = torch.zeros(2, 4), torch.tensor([0, 2])
-        >>> found = cost_ratio(net, batch, {"relu1": Jacobians(relu=1.0)}, repetitions=2)
-        >>> [c.name for c in found.choices], found.parameters
+        >>> report = cost_ratio(net, batch, {"relu1": Jacobians(relu=1.0)}, repetitions=2)
+        >>> [c.name for c in report.choices], report.parameters
         (['stock', 'native', 'relu1'], 67)
     """
     _check(model, batch, choices, repetitions, warmup)
@@ -113,7 +112,7 @@ def cost_ratio(
         _random_state(device),
         warnings.catch_warnings(),
     ):
-        warnings.simplefilter("ignore", PatchWarning)  # the report tells: 0 evaluations
+        warnings.simplefilter("ignore", PatchWarning)  # the report shows it: 0 evaluations
         work = copy.deepcopy(model)
         stock = _variant(work, None)
         variants = {STOCK: stock} | {n: _variant(work, jacobians) for n, jacobians in choices.items()}
@@ -238,12 +237,12 @@ def cost_scaling(
 def _variant(work: nn.Module, jacobians: Jacobians | None) -> nn.Module:
     """A copy that shares all parameters and buffers, patched with a choice, or unpatched for None."""
     variant = copy.deepcopy(work, {id(t): t for t in [*work.parameters(), *work.buffers()]})
-    found = selections(variant)
+    variant_selections = selections(variant)
     if jacobians is None:
         for name in surgeries(variant):
             unpatch(variant.get_submodule(name))
-    elif found:
-        for selection in found.values():
+    elif variant_selections:
+        for selection in variant_selections.values():
             selection.set(jacobians)
     else:
         patch(variant, jacobians, strict=False)
@@ -268,8 +267,8 @@ def _count_ties(model: nn.Module, inputs: Any) -> tuple[int, int]:
 
 
 def _max_difference(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    found = [(x.double() - y.double()).abs().max() for x, y in zip(a, b, strict=True) if x.numel()]
-    return float(torch.stack(found).max()) if found else 0.0  # NaN passes through both maxima
+    maxima = [(x.double() - y.double()).abs().max() for x, y in zip(a, b, strict=True) if x.numel()]
+    return float(torch.stack(maxima).max()) if maxima else 0.0  # NaN passes through both maxima
 
 
 def _flops(forward: Callable[[], Any], gradient: Callable[[], Any]) -> tuple[int, float | None]:
@@ -355,7 +354,7 @@ def _modules(
     warmup: int,
     device: torch.device,
 ) -> tuple[list[ModuleCost], dict[str, str]]:
-    found, unmeasured = [], {}
+    costs, unmeasured = [], {}
     for name, (args, kwargs, calls) in _innermost_calls(variants[STOCK], run).items():
         for choice, variant in variants.items():
             module = variant.get_submodule(name)
@@ -367,8 +366,8 @@ def _modules(
                 unmeasured[name or _MODEL] = str(error).strip().splitlines()[0]
                 break
             if timed is not None:
-                found.append(ModuleCost(name or _MODEL, type(module).__name__, choice, calls, *timed))
-    return found, unmeasured
+                costs.append(ModuleCost(name or _MODEL, type(module).__name__, choice, calls, *timed))
+    return costs, unmeasured
 
 
 def _innermost_calls(model: nn.Module, run: Callable[[], Any]) -> dict[str, tuple[Any, Any, int]]:
@@ -548,9 +547,9 @@ def _check(model: nn.Module, batch: Any, choices: Mapping[str, Jacobians], repet
 
 def _check_loss(value: Any) -> None:
     if not isinstance(value, Tensor) or value.dim() or not value.requires_grad:
-        given = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        description = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(
-            f"loss(output, targets) must be a 0-d tensor that depends on the parameters; given {given}"
+            f"loss(output, targets) must be a 0-d tensor that depends on the parameters; given {description}"
             + (" without a gradient" if isinstance(value, Tensor) and not value.requires_grad else "")
         )
 

@@ -246,12 +246,12 @@ class CostReport:
         ratio = self.ratio(choice)
         if self.holds(choice):
             return f"{choice}: cheap gradient holds, {ratio:.2f} <= {self.bound:g}"
-        found = self.responsible(choice)
+        modules = self.responsible(choice)
         named = ", ".join(
-            f"{m.name} ({m.kind}, {m.ratio:.1f}{f', {m.calls} calls' * (m.calls > 1)})" for m in found[:5]
+            f"{m.name} ({m.kind}, {m.ratio:.1f}{f', {m.calls} calls' * (m.calls > 1)})" for m in modules[:5]
         )
-        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-        if found:
+        more = f" and {len(modules) - 5} more" if len(modules) > 5 else ""
+        if modules:
             why = f"responsible: {named}{more}"
         elif self.modules:
             why = (
@@ -318,16 +318,16 @@ class CostReport:
         Returns:
             The report.
         """
-        given = {name: data[name] for name in cls.__dataclass_fields__}
-        given["forward"], given["recorded"] = Timing(**data["forward"]), Timing(**data["recorded"])
-        given["jvp"] = None if data["jvp"] is None else Timing(**data["jvp"])
-        given.pop("grouped", None)  # of reports written when grouped convolutions were miscounted
-        given["choices"] = tuple(_choice(c) for c in data["choices"])
-        given["modules"] = tuple(
+        values = {name: data[name] for name in cls.__dataclass_fields__}
+        values["forward"], values["recorded"] = Timing(**data["forward"]), Timing(**data["recorded"])
+        values["jvp"] = None if data["jvp"] is None else Timing(**data["jvp"])
+        values.pop("grouped", None)  # of reports written when grouped convolutions were miscounted
+        values["choices"] = tuple(_choice(c) for c in data["choices"])
+        values["modules"] = tuple(
             ModuleCost(**m | {"forward": Timing(**m["forward"]), "gradient": Timing(**m["gradient"])})
             for m in data["modules"]
         )
-        return cls(**given)
+        return cls(**values)
 
     def save(self, path: str | Path) -> Path:
         """Write the report as JSON, or as CSV with one row per choice.
@@ -383,11 +383,11 @@ class CostScaling:
             ValueError: If there are fewer than two numbers of parameters.
         """
         p = [r.parameters for r in self.reports]
-        found = {c.name: slope(p, [r.ratio(c.name) for r in self.reports]) for c in self.reports[0].choices}
+        slopes = {c.name: slope(p, [r.ratio(c.name) for r in self.reports]) for c in self.reports[0].choices}
         forward = [r.forward_mode_ratio for r in self.reports]
         if all(value is not None for value in forward):
-            found["forward mode"] = slope(p, [value for value in forward if value is not None])
-        return found
+            slopes["forward mode"] = slope(p, [value for value in forward if value is not None])
+        return slopes
 
     def rows(self) -> list[dict[str, Any]]:
         """All reports as one tidy table.

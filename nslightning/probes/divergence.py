@@ -119,7 +119,7 @@ def divergence(
             goes unnoticed there if the loss is finite. Not for random choices. The loss's own graph decides whether it
             can be done: where operations hide from it (in compiled parts, reentrant checkpoints, ``torch.vmap``, custom
             functions that run patched parts), or where a difference does not add up as gradients do (one subtraction
-            tells: hooks that clip, custom backwards), gradients are subtracted, and a :class:`MethodWarning` says so.
+            checks it: hooks that clip, custom backwards), gradients are subtracted, with a :class:`MethodWarning`.
         inputs: Further tensors to differentiate for, by name, such as the model's input; they count in the totals.
             Leaves of the graph, if the difference is to be propagated.
         retain_graph: Keep the graph after the last backward, for whatever comes next on the same loss.
@@ -187,7 +187,7 @@ def _propagated(
     """The divergences as they are carried down from the ties.
 
     Raises:
-        UnseenError: If they cannot be.
+        UnseenError: If they cannot be carried.
     """
     refuse_unseen(loss, named)
     alike = {name: choice for name, choice in choices.items() if isinstance(choice, Jacobians)}
@@ -196,13 +196,13 @@ def _propagated(
     with recording(model) as met:
         (base,) = gradients_in_turn(loss, model, [reference], named)
     met.refuse_strangers(loss)
-    found = measure_differences(met.carried(alike, named), base)
-    largest = max(found, key=lambda name: found[name].l2 if math.isfinite(found[name].l2) else 0.0)
-    if found[largest].l2:
+    divergences = measure_differences(met.carried(alike, named), base)
+    largest = max(divergences, key=lambda name: divergences[name].l2 if math.isfinite(divergences[name].l2) else 0.0)
+    if divergences[largest].l2:
         (carried,) = (d for _, d in met.carried({largest: alike[largest]}, named))
         (other,) = gradients_in_turn(loss, model, [alike[largest]], named, retain_graph=retain_graph)
         agrees(loss, other, base, carried)
-    return {name: replace(d, method="propagate") for name, d in found.items()}
+    return {name: replace(d, method="propagate") for name, d in divergences.items()}
 
 
 def measure(choice: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Divergence:
@@ -255,8 +255,8 @@ def measure_differences(
 ) -> dict[str, Divergence]:
     """The divergence of each of several sets of gradients from one reference, of which the differences are known.
 
-    What the norms need of the reference is found once for all, and of parameters that no difference reaches nothing
-    but the squares.
+    What the norms need of the reference is computed once for all choices. For parameters that no difference reaches
+    only the squares are computed.
 
     Args:
         differences: What each choice adds to the reference's gradients, by parameter name, with the choice's name:
@@ -278,11 +278,11 @@ def measure_differences(
 
 
 class _Reference:
-    """What divergences from one set of gradients need of it, found when the first one does."""
+    """What divergences need of the reference gradients. Each part is computed when a divergence first needs it."""
 
     def __init__(self, gradients: Mapping[str, Tensor]) -> None:
-        self.names, self.given = list(gradients), list(gradients.values())
-        self.gradients = [dense(g) for g in self.given]
+        self.names, self.raw = list(gradients), list(gradients.values())
+        self.gradients = [dense(g) for g in self.raw]
         self.waits = any(waits(g.device) for g in self.gradients)
 
     @cached_property
@@ -297,43 +297,43 @@ class _Reference:
         return squares(self.gradients)
 
     def same(self, i: int) -> Tensor:
-        """The row of a gradient that is equal: NaN where it is not finite, and nothing can be told."""
+        """The row of a gradient that is equal; NaN where it is not finite, since no difference is defined there."""
         square = self.squares[i]
         zero = square - square
         return torch.stack([zero, zero, zero, square, square, square])
 
     def rows(self, other: Mapping[str, Tensor], *, carried: bool) -> Tensor | None:
-        """What the norms need, a row for each gradient; None if it is known without a look that nothing differs.
+        """What the norms need, a row for each gradient; None if nothing differs and no value had to be read for that.
 
         Args:
             other: A choice's gradients, or what it adds to the reference's if that was carried.
             carried: Which of the two.
         """
-        given = [dense(other[name]) for name in self.names]
+        values = [dense(other[name]) for name in self.names]
         if carried:
-            equal = [is_nothing(d) for d in given]
+            equal = [is_nothing(d) for d in values]
             if all(equal) and (self.waits or self.finite):
                 return None
         else:
-            equal = [other[name] is b for name, b in zip(self.names, self.given, strict=True)]
+            equal = [other[name] is b for name, b in zip(self.names, self.raw, strict=True)]
         differing = [i for i, same in enumerate(equal) if not same]
-        found = [self.same(i) if same else self.squares[i] for i, same in enumerate(equal)]
-        parts = [[tensors[i] for i in differing] for tensors in (given, self.gradients, self.squares)]
+        table = [self.same(i) if same else self.squares[i] for i, same in enumerate(equal)]
+        parts = [[tensors[i] for i in differing] for tensors in (values, self.gradients, self.squares)]
         for i, row in zip(differing, rows(*parts, carried=carried), strict=True):
-            # To a reference that is not finite no difference is that was carried.
-            found[i] = row + (found[i] - found[i]).to(row.device) if carried else row
-        return totals(torch.stack([row.to(found[0].device) for row in found]), self.given, LARGEST) if found else None
+            # A carried difference to a reference that is not finite is NaN.
+            table[i] = row + (table[i] - table[i]).to(row.device) if carried else row
+        return totals(torch.stack([row.to(table[0].device) for row in table]), self.raw, LARGEST) if table else None
 
     def divergences(self, tables: Mapping[str, Tensor | None]) -> dict[str, Divergence]:
-        """The divergences of all sets of gradients of which :meth:`rows` has told, by one transfer from the device."""
-        if self.waits and any(table is None for table in tables.values()):  # what is not finite is to be seen, too
+        """The divergences of all sets of gradients, from the tables of :meth:`rows`, by one transfer from a device."""
+        if self.waits and any(table is None for table in tables.values()):  # these rows show what is not finite
             equal = torch.stack([row.to(self.squares[0].device) for row in map(self.same, range(len(self.names)))])
-            equal = totals(equal, self.given, LARGEST)
+            equal = totals(equal, self.raw, LARGEST)
             tables = {name: equal if table is None else table for name, table in tables.items()}
-        found = {name: self._with_total(table) for name, table in tables.items() if table is not None}
-        device = next(iter(found.values())).device if found else None
-        values = torch.stack([table.to(device) for table in found.values()]).tolist() if found else []
-        known = dict(zip(found, values, strict=True))
+        measured = {name: self._with_total(table) for name, table in tables.items() if table is not None}
+        device = next(iter(measured.values())).device if measured else None
+        values = torch.stack([table.to(device) for table in measured.values()]).tolist() if measured else []
+        known = dict(zip(measured, values, strict=True))
         same = replace(SAME, per_layer=dict.fromkeys(self.names, SAME))
         return {name: self._divergence(known[name]) if name in known else same for name in tables}
 

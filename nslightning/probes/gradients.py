@@ -37,9 +37,9 @@ def gradients(
 ) -> dict[str, dict[str, Tensor]]:
     """The parameter gradients of one loss under several choices: one forward, one backward per choice.
 
-    The backward of the second and further choices starts where the choices part: above, the gradients are the first
-    one's. The parameters' ``grad`` fields are left alone. A compiled model must have been compiled under
-    ``torch._functorch.config.patch(donated_buffer=False)``, or PyTorch refuses a second backward.
+    The backward of the second and further choices starts where the choices part: above that place the gradients equal
+    those of the first choice. The parameters' ``grad`` fields are left alone. A compiled model must have been compiled
+    under ``torch._functorch.config.patch(donated_buffer=False)``, or PyTorch refuses a second backward.
 
     Where a part of the model runs in a checkpoint of ``use_reentrant=True``, or its parameters are the shards of
     FSDP2, gradients arrive in ``grad`` alone: each choice's whole ``backward`` runs there, and ``grad`` is put back.
@@ -69,8 +69,8 @@ def gradients(
         >>> _ = nn.init.zeros_(model[0].weight), nn.init.zeros_(model[0].bias)
         >>> report = nslightning.patch(model, Jacobians())
         >>> loss = model(torch.ones(1, 2)).sum()
-        >>> found = gradients(loss, model, {"relu0": Jacobians(), "relu1": Jacobians(relu=1.0)})
-        >>> found["relu0"]["0.bias"], found["relu1"]["0.bias"]
+        >>> by_choice = gradients(loss, model, {"relu0": Jacobians(), "relu1": Jacobians(relu=1.0)})
+        >>> by_choice["relu0"]["0.bias"], by_choice["relu1"]["0.bias"]
         (tensor([0., 0.]), tensor([1., 1.]))
     """
     if not choices:
@@ -126,10 +126,10 @@ def gradients_in_turn(
     first = {n: torch.zeros_like(t) if g is None else g for (n, t), g in zip(named.items(), values, strict=True)}
     yield first
     for i, jacobians in enumerate(every[1:], 2):
-        found: Sequence[Tensor] = ()
+        lower_gradients: Sequence[Tensor] = ()
         if lower and passing is not None:  # else nothing came down
             with using(model, jacobians):
-                found = torch.autograd.grad(
+                lower_gradients = torch.autograd.grad(
                     start,
                     list(lower.values()),
                     passing,
@@ -137,14 +137,14 @@ def gradients_in_turn(
                     allow_unused=True,
                     materialize_grads=True,
                 )
-        yield first | dict(zip(lower, found, strict=False))
+        yield first | dict(zip(lower, lower_gradients, strict=False))
 
 
 def _start(
     loss: Tensor, choices: list[Jacobians | Plan], named: Mapping[str, Tensor]
 ) -> tuple[Tensor | GradientEdge, dict[str, Tensor]]:
     """Where the backwards under all choices but the first may start, and the tensors that they have to reach."""
-    # A choice may matter to what is computed, and to nothing below; other processes may have ties that this has not.
+    # Inputs that were computed may depend on a choice with no leaf below; other processes may have other ties.
     if not all(t.is_leaf for t in named.values()) or communicates(loss):
         return loss, dict(named)
     goals = {*operation_nodes(loss, choices), *opaque_nodes(loss)}
@@ -174,13 +174,13 @@ def _accumulated(
     try:
         with without_post_accumulate_hooks([t for t, _ in before.values()]):
             loss.backward(retain_graph=retain_graph)
-        found = {name: t.grad if t.is_leaf else inner.get(name) for name, t in named.items()}
+        accumulated = {name: t.grad if t.is_leaf else inner.get(name) for name, t in named.items()}
     finally:
         for handle in handles:
             handle.remove()
         for t, gradient in before.values():
             t.grad = gradient
-    return {name: torch.zeros_like(t) if (g := found[name]) is None else g for name, t in named.items()}
+    return {name: torch.zeros_like(t) if (g := accumulated[name]) is None else g for name, t in named.items()}
 
 
 def wanted(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

@@ -41,11 +41,11 @@ def operation_nodes(loss: Tensor, among: Iterable[Jacobians | Plan] = ()) -> Ite
 
     Args:
         loss: A tensor computed by an eager forward.
-        among: The choices of interest: without the operations of which all of them say the same.
+        among: The choices of interest; operations at which all of these agree are left out.
 
     Yields:
-        Each node once. None means that no tie was met, and that the gradients under all choices, or all of those, are
-        the same. Max pooling whose ties are looked for in the backward is among them even if it will find none.
+        Each node once. If there is no node, no tie was met, and the gradients under all choices, or all of ``among``,
+        are the same. Max pooling that looks for its ties in the backward is yielded even if it will find no tie.
     """
     choices = list(among)
     for node in reachable([loss.grad_fn]):
@@ -98,7 +98,7 @@ def reruns_forward(loss: Tensor) -> bool:
 def communicates(loss: Tensor) -> bool:
     """Whether a loss's backward exchanges values with other processes, as batch norm over processes does.
 
-    All processes have to run such a backward, each as often as the others, be there ties on them or not.
+    All processes have to run such a backward equally often, with or without ties.
 
     Args:
         loss: A tensor computed by a forward.
@@ -120,7 +120,7 @@ def bottleneck(loss: Tensor, goals: Collection[Any]) -> GradientEdge | None:
         goals: Backward nodes below it.
 
     Returns:
-        The place; None where there is none but the loss itself.
+        The place; None if only the loss itself is such a place.
     """
     if not goals:
         return None
@@ -137,16 +137,16 @@ def bottleneck(loss: Tensor, goals: Collection[Any]) -> GradientEdge | None:
         if node not in leading:
             leading.add(node)
             up += above[node]
-    # In topological order. What leads to no goal goes first, so that parameters above do not stand in the way. All that
-    # is left passes a node where no other node is ready and no edge has been met that leads to one which is not.
-    found, open_edges = None, 0
+    # In topological order. Nodes that lead to no goal go first, so that parameters above do not stand in the way. All
+    # remaining paths pass a node if no other node is ready and no edge that was met leads to a node that is not ready.
+    lowest, open_edges = None, 0
     missing = {node: len(edges) for node, edges in above.items()}
     ready: list[Any] = [loss.grad_fn]
     aside: list[Any] = []
     while ready or aside:
         node = aside.pop() if aside else ready.pop()
         if node in leading and not ready and not open_edges and single.get(node, False):
-            found = GradientEdge(node, 0)
+            lowest = GradientEdge(node, 0)
         if node in goals:
             break
         for below, _ in node.next_functions:
@@ -156,7 +156,7 @@ def bottleneck(loss: Tensor, goals: Collection[Any]) -> GradientEdge | None:
                 if not missing[below]:
                     open_edges -= len(above[below])
                     (ready if below in leading else aside).append(below)
-    return found
+    return lowest
 
 
 def _matters(node: Any, choices: list[Jacobians | Plan]) -> bool:
@@ -165,7 +165,7 @@ def _matters(node: Any, choices: list[Jacobians | Plan]) -> bool:
 
 
 def agree(node: Any, one: Jacobians | Plan, other: Jacobians | Plan) -> bool:
-    """Whether two choices say the same of the operation that a backward node belongs to.
+    """Whether two choices agree on the operation that a backward node belongs to.
 
     Args:
         node: The backward node of one of the package's operations.
@@ -173,14 +173,14 @@ def agree(node: Any, one: Jacobians | Plan, other: Jacobians | Plan) -> bool:
         other: Another.
 
     Returns:
-        Whether they do; False where it cannot be told.
+        Whether they do; False where that is not known.
     """
     field = operation_of(node)
     pools = field == "max_pool"
     if field is None or isinstance(one, Plan) or isinstance(other, Plan) or one.rule != other.rule:
         return False
     a, b = getattr(one, field), getattr(other, field)
-    if a == "random":  # another one each time
+    if a == "random":  # it changes at each evaluation
         return False
     return a == b or (pools and one.rule == "exact" and a in _FIRST and b in _FIRST)
 
@@ -235,7 +235,7 @@ def _release(node: Any) -> Callable[..., None]:
         for name in saved_tensor_names(node.__class__):
             held = getattr(node, name)
             for one in held if isinstance(held, tuple | list) else (held,):
-                # Nothing was saved, or hooks of somebody else's (a checkpoint's) have it.
+                # The tensor was not saved, or other hooks (a checkpoint's) hold it.
                 with suppress(RuntimeError):
                     one.register_hooks(_nothing, _released)
 

@@ -94,14 +94,14 @@ class Guarantee:
 
     @property
     def bound(self) -> float | None:
-        r"""At most this share of the machine numbers that the biases may be put some evaluation on a kink.
+        r"""An upper bound on the share of the biases' values (machine numbers) that put an evaluation on a kink.
 
-        Given all else, an entry :math:`y = f + b` is at a kink for one value of b a kink. So among the :math:`|M|^n`
-        values of n biases at most the share :math:`\sum k / |M|` does that, with the sum over the evaluations of the
-        batch and k the kinks of each; elsewhere the loss is differentiable. Where the arithmetic rounds, the same is
-        true of a bias that is added last. Lee, Park and Aiken (ICML 2023) prove a bound of this kind, linear in the
-        number of kinks, for a batch of one, and that it is tight; their constants are not quoted here. None where some
-        site has no biases of its own, or compares entries with each other.
+        With all else fixed, an entry :math:`y = f + b` is at each of its kinks for one value of b. So among the
+        :math:`|M|^n` values of n biases at most the share :math:`\sum k / |M|` does that, with the sum over the
+        evaluations of the batch and k the kinks of each; elsewhere the loss is differentiable. Where the arithmetic
+        rounds, the same is true of a bias that is added last. Lee, Park and Aiken (ICML 2023) prove a bound of this
+        kind, linear in the number of kinks, for a batch of one, and that it is tight; their constants are not quoted
+        here. None where some site has no biases of its own, or compares entries with each other.
         """
         counts = [site.kinks for site in self.sites]
         if any(count is None for count in counts):
@@ -149,8 +149,8 @@ def clarke_guarantee(model: nn.Module, *args: Any, jacobians: Jacobians | None =
         >>> import nslightning
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
         >>> report = nslightning.patch(net, nslightning.Jacobians())
-        >>> found = clarke_guarantee(net, torch.ones(4, 2))
-        >>> found.always, found.sites[0].reason
+        >>> guarantee = clarke_guarantee(net, torch.ones(4, 2))
+        >>> guarantee.always, guarantee.sites[0].reason
         (True, 'theorem 6: its own biases, and one share of the way for all its kinks')
     """
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -176,7 +176,7 @@ class _Seen:
     biases: list[Tensor]
     size: int  # entries of the input
     weight: Tensor | None  # what a fully connected layer multiplies the samples by
-    samples: Tensor | None  # what it is given
+    samples: Tensor | None  # the layer's input
     behind_relu: bool  # whether its entries that are 0 have the derivative 0
     dead: Tensor | bool  # whether all tied entries do
     call: Call | None  # of max pooling

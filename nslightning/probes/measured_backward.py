@@ -1,4 +1,4 @@
-"""The divergence of other choices on a backward that somebody else's training loop runs."""
+"""The divergence of other choices, measured on a backward that a training loop runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["measured_backward"]
 
 @contextmanager
 def measured_backward(model: nn.Module, choices: Mapping[str, Choice]) -> Iterator[dict[str, Divergence]]:
-    """Measure other choices on the first ``loss.backward()`` inside the block, whoever calls it.
+    """Measure other choices on the first ``loss.backward()`` inside the block, from any caller.
 
     For training loops of your own, of timm or of Accelerate. The gradients that the loop gets are bit for bit those
     that it gets without the measurement. Of other choices only the differences are computed, carried down from the
@@ -71,12 +71,12 @@ def measured_backward(model: nn.Module, choices: Mapping[str, Choice]) -> Iterat
         with torch.random.fork_rng(devices):  # a checkpointed part draws again when it is computed again
             measured.update(measure_differences(recorded.carried(others, named, retain_graph=keep), whole))
 
-    with recording(model) as recorded, _FirstBackward(lambda *given: run(recorded, *given)):
+    with recording(model) as recorded, _FirstBackward(lambda *arguments: run(recorded, *arguments)):
         yield measured
 
 
 class _FirstBackward(TorchFunctionMode):
-    """Hands the first call of ``Tensor.backward`` to somebody else."""
+    """Passes the first call of ``Tensor.backward`` to a function."""
 
     def __init__(self, run: Callable[[Tensor, tuple[Any, ...], dict[str, Any]], None]) -> None:
         super().__init__()

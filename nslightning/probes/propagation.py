@@ -48,7 +48,8 @@ __all__ = [
 Starts = list[tuple[GradientEdge, Tensor]]
 _Gradients = Tensor | tuple[Tensor | None, ...]
 
-# So many units of rounding, of the gradients' norm, may lie between a difference and the subtraction that checks it.
+# The largest gap between a carried difference and the subtraction that checks it, in units of rounding of the
+# gradients' norm.
 _ROUNDINGS = 256
 
 
@@ -83,7 +84,7 @@ class _Met:
 
 @dataclass(eq=False)
 class Recording:
-    """What one backward met at its ties, from which the difference to any other choice can be carried down.
+    """Records of one backward at its ties. The difference to any other choice is carried down from them.
 
     Args:
         model: The patched model that ran.
@@ -96,15 +97,15 @@ class Recording:
     whole: bool = False
 
     def backward(self, loss: Tensor, *given: Any, **settings: Any) -> None:
-        """``loss.backward()``, of whose graph only the part is kept that differences are carried through.
+        """Run ``loss.backward()`` and keep only the part of its graph that differences are carried through.
 
         What lies above the highest operation that met ties is freed while the backward runs, as without
         ``retain_graph``, unless ``whole`` is set.
 
         Args:
             loss: A tensor computed by an eager forward of the model.
-            *given: What ``loss.backward`` takes.
-            **settings: The same, but for ``retain_graph``.
+            *given: The positional arguments of ``loss.backward``.
+            **settings: Its keyword arguments; ``retain_graph`` is set here.
         """
         if self.whole:
             loss.backward(*given, **settings | {"retain_graph": True})
@@ -118,13 +119,13 @@ class Recording:
 
         Args:
             loss: A tensor computed by an eager forward of the model.
-            among: The choices of interest: no further than to where they may say different things.
+            among: The choices of interest; the backward stops where these may differ.
         """
         nodes = operation_nodes(loss, among)
         below = [
             GradientEdge(node, output) for tied in nodes for node, output in tied.next_functions if node is not None
         ]
-        # What PyTorch does in place on a view cannot be asked for the gradient of a place.
+        # PyTorch gives no gradient at a node of its own in-place operations on views.
         parts = any(node.name().endswith("::CopySlices") for node in reachable([loss.grad_fn]))
         goals = list(wanted(self.model).values()) if parts else below
         if below:
@@ -140,13 +141,13 @@ class Recording:
             Only what is not identically zero: at an operation, or below the ReLUs that directly follow it.
 
         Raises:
-            ValueError: If the choice is random, which is another one at each evaluation.
+            ValueError: If the choice is random: it changes from one evaluation to the next.
         """
         (mattering,) = self._mattering([choice])
         return self._starts(choice, mattering)
 
     def _starts(self, choice: Jacobians, mattering: set[tuple[int, int]] | None) -> Starts:
-        """Those that matter; None if each is to be looked at."""
+        """The starts that matter. If ``mattering`` is None, each difference is looked at to decide."""
         starts: Starts = []
         with torch.no_grad(), using(self.model, _linear_part(choice)):
             for i, met in self._differing(choice):
@@ -159,16 +160,16 @@ class Recording:
         return starts
 
     def _differing(self, choice: Jacobians) -> Iterator[tuple[int, _Met]]:
-        """The records of operations of which a choice may say something else than the one in use."""
+        """The records of operations at which a choice may differ from the one in use."""
         refuse_random(choice)
         return ((i, one) for i, one in enumerate(self.records) if not agree(one.node, choice, one.in_use))
 
     def _mattering(self, choices: Sequence[Jacobians]) -> list[set[tuple[int, int]] | None]:
         """For each choice, which differences of which records are not identically zero below the ReLUs they meet.
 
-        On a device all are formed without waiting, and one transfer tells for all records and choices; they are formed
-        again where they matter, so that only one choice's are in memory. On a CPU each is looked at where it is formed,
-        and None stands for not known yet.
+        On a device all are formed without waiting, and one transfer reads the flags of all records and choices. Those
+        that matter are formed again later, so that memory holds the differences of one choice only. On a CPU each is
+        looked at where it is formed; there the result is None, which means not known yet.
         """
         for choice in choices:
             refuse_random(choice)
@@ -185,8 +186,8 @@ class Recording:
                         places.append((c, i, j))
         mattering: list[set[tuple[int, int]] | None] = [set() for _ in choices]
         if flags:
-            found = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()
-            for c, i, j in (place for place, matters in zip(places, found, strict=True) if matters):
+            values = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()
+            for c, i, j in (place for place, matters in zip(places, values, strict=True) if matters):
                 members = mattering[c]
                 assert members is not None
                 members.add((i, j))
@@ -269,7 +270,7 @@ def recording(model: nn.Module) -> Iterator[Recording]:
     """Record what the backwards inside the block meet at ties.
 
     What is compiled reports nothing, and what runs inside a custom function reports operations that are not in the
-    loss's graph: :meth:`Recording.refuse_strangers` tells.
+    loss's graph: :meth:`Recording.refuse_strangers` raises on those.
 
     The backward may be any: that of a training step serves, by ``loss.backward(retain_graph=True)`` or cheaper by
     :meth:`Recording.backward`, and spares the one that :func:`differences` runs for the reference.
@@ -294,18 +295,18 @@ def recording(model: nn.Module) -> Iterator[Recording]:
     recorded = Recording(model)
 
     def recorder(selection: Selection) -> Callable[..., None]:
-        def record(node: Any, *given: Any) -> None:
-            recorded.records.append(_Met(node, selection.jacobians, *given))
+        def record(node: Any, *functions: Any) -> None:
+            recorded.records.append(_Met(node, selection.jacobians, *functions))
 
         return record
 
-    found = selections(model).values()
-    for selection in found:
+    watched = selections(model).values()
+    for selection in watched:
         selection.recorder = recorder(selection)
     try:
         yield recorded
     finally:
-        for selection in found:
+        for selection in watched:
             selection.recorder = None
 
 
@@ -359,9 +360,9 @@ def differences(
 def agrees(
     loss: Tensor, gradients: Mapping[str, Tensor], reference: Mapping[str, Tensor], carried: Mapping[str, Tensor]
 ) -> None:
-    """Raise if a difference that was carried down is not the one of the gradients, up to what rounding makes of these.
+    """Raise if a carried difference and the subtraction of the two gradients are further apart than rounding explains.
 
-    It is where everything that gradients pass on their way is linear; hooks and custom backwards need not be.
+    They agree where everything that gradients pass on their way is linear; hooks and custom backwards need not be.
 
     Args:
         loss: What they are gradients of. Under autocast parts of its graph have fewer digits than the parameters, and
@@ -371,7 +372,7 @@ def agrees(
         carried: What the choice adds to them, as :meth:`Recording.carried` says.
 
     Raises:
-        UnseenError: If it is not.
+        UnseenError: If they are.
     """
     gaps, sizes = [], []
     for name, b in reference.items():
@@ -395,7 +396,7 @@ def agrees(
 
 
 def refuse_unseen(loss: Tensor, named: Mapping[str, Tensor]) -> None:
-    """Raise if a loss's graph does not show the operations that its backward runs, as far as the graph tells.
+    """Raise if a loss's graph does not show the operations that its backward runs, as far as the graph shows.
 
     Args:
         loss: A tensor computed by a forward.
@@ -437,7 +438,7 @@ def refuse_eager_only(model: nn.Module) -> None:
 
 
 def refuse_computed(inputs: Mapping[str, Tensor] | None) -> None:
-    """Raise if a tensor lies inside the graph, where a difference may be known to end before it reaches one.
+    """Raise if a tensor lies inside the graph: the carrying of a difference may stop above it.
 
     Args:
         inputs: Tensors by name.
@@ -454,7 +455,7 @@ def refuse_computed(inputs: Mapping[str, Tensor] | None) -> None:
 
 
 def refuse_random(*choices: Jacobians | Plan) -> None:
-    """Raise if a choice is another one each time it is evaluated, so that no difference between two can be told.
+    """Raise if a choice changes from one evaluation to the next: two gradients of it have no fixed difference.
 
     Args:
         *choices: Choices.
@@ -475,7 +476,7 @@ def _through_gates(edge: GradientEdge, d: Tensor, *, look: bool) -> Starts:
     Args:
         edge: Where the difference leaves its operation.
         d: The difference.
-        look: Stop where nothing is left of it, and return nothing then.
+        look: Stop where the difference is 0 everywhere, and return no start then.
     """
     while not look or _any(d):
         lower = _below_gate(edge.node)
@@ -516,7 +517,7 @@ def _several(values: _Gradients) -> tuple[Tensor | None, ...]:
 
 
 def _linear_part(jacobians: Jacobians) -> Jacobians:
-    """What a choice does to an incoming difference: the constants that the published rule adds are no part of it."""
+    """The part of a choice that acts on an incoming difference: without the constants that the published rule adds."""
     if jacobians.rule == "exact":
         return jacobians
     constants = [op.name for op in OPERATIONS.values() if op.kernels is not None and op.kernels.published]

@@ -1,4 +1,4 @@
-"""Running a model and a loss without a trace, as they are or in another precision."""
+"""Running a model and a loss without side effects, as they are or in another precision."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ class Replay(nn.Module):
             return t.detach().to(dtype.to_complex() if t.is_complex() else dtype)
 
         def body() -> _T:
-            given = tree_map(cast, self.inputs)
-            args, kwargs = ((), given) if isinstance(given, Mapping) else (given, {})
+            inputs = tree_map(cast, self.inputs)
+            args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
             output = self.model(*(args if isinstance(args, tuple) else (args,)), **kwargs)
             return work(self.loss_fn(output))
 
@@ -80,8 +80,8 @@ class Replay(nn.Module):
                 tensors[name] = cast(parameter).clone().requires_grad_(parameter.requires_grad)
                 for hook in hooks_of(parameter):
                     tensors[name].register_hook(hook)
-        found = {t.device for t in (*self.parameters(), *self.buffers())}
-        devices = sorted((d for d in found if d.type == "cuda"), key=str)
+        all_devices = {t.device for t in (*self.parameters(), *self.buffers())}
+        devices = sorted((d for d in all_devices if d.type == "cuda"), key=str)
         exact = torch.autocast(devices[0].type if devices else "cpu", enabled=False) if dtype else nullcontext()
         with torch.random.fork_rng(devices), torch.enable_grad(), exact:
             result: _T = functional_call(self, tensors, (body,))

@@ -34,7 +34,7 @@ class SameFunctions:
     is that function nearby: it has no kink there, and every share of the gradient over these entries is the same.
 
     Known are two-dimensional convolutions, max poolings with fixed windows, functions of each entry, batch norm, and
-    sums of branches. Elsewhere nothing is said.
+    sums of branches. The functions of all other nodes are not known.
     """
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class SameFunctions:
         """The functions that a node of the graph returns.
 
         Args:
-            node: A backward node; None where there is none.
+            node: A backward node, or None for a tensor without one.
 
         Returns:
             Whole numbers of shape (N, H, W), equal where the function is; None where it is not known.

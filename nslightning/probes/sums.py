@@ -24,7 +24,7 @@ _GROUP = 1 << 24  # entries that are widened at a time on a device
 
 
 def waits(device: torch.device) -> bool:
-    """Whether to look at a tensor's values means to wait.
+    """Whether reading a tensor's values waits for its device.
 
     Args:
         device: Where the tensor is.
@@ -89,7 +89,7 @@ def _zero(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def nothing(like: Tensor) -> Tensor:
-    """A difference of zeros that takes no memory and is known without a look at it.
+    """A difference of zeros that takes no memory; :func:`is_nothing` recognises it without reading it.
 
     Args:
         like: Any tensor.
@@ -126,15 +126,15 @@ def squares(tensors: Sequence[Tensor]) -> list[Tensor]:
     Returns:
         0-d float64 tensors where they are.
     """
-    found = [torch.zeros((), dtype=torch.float64, device=t.device) for t in tensors]
+    squared_lengths = [torch.zeros((), dtype=torch.float64, device=t.device) for t in tensors]
     for members in _groups(tensors):
         for i, length in zip(members, foreach_norm(_widened(tensors, members), 2), strict=True):
-            found[i] = length.square()
+            squared_lengths[i] = length.square()
     for i, t in enumerate(tensors):
         if not waits(t.device):
             for (block,) in _blocks(t):
-                found[i] += torch.vdot(block, block).real
-    return found
+                squared_lengths[i] += torch.vdot(block, block).real
+    return squared_lengths
 
 
 def rows(given: Sequence[Tensor], reference: Sequence[Tensor], square: Sequence[Tensor], *, carried: bool) -> Tensor:
@@ -152,7 +152,7 @@ def rows(given: Sequence[Tensor], reference: Sequence[Tensor], square: Sequence[
     """
     if not given:
         return torch.zeros(0, 6, dtype=torch.float64)
-    found: list[Tensor] = [torch.empty(0)] * len(given)
+    table: list[Tensor] = [torch.empty(0)] * len(given)
     for members in _groups(reference):
         differences, bases = _widened(given, members), _widened(reference, members)
         if carried:
@@ -162,12 +162,12 @@ def rows(given: Sequence[Tensor], reference: Sequence[Tensor], square: Sequence[
         columns = (*(foreach_norm(differences, p) for p in (1, 2, inf)), foreach_norm(others, 2))
         for i, l1, l2, linf, length in zip(members, *columns, strict=True):
             dd, aa, bb = l2.square(), length.square(), square[i]
-            found[i] = torch.stack([l1, dd, linf, aa, bb, (aa + bb - dd) / 2])
+            table[i] = torch.stack([l1, dd, linf, aa, bb, (aa + bb - dd) / 2])
     for i, b in enumerate(reference):
         if not waits(b.device) or not b.numel():
             sums = _sums(given[i], b, carried=carried)
-            found[i] = torch.cat([sums[:4], square[i].view(1), sums[4:]])
-    return torch.stack([row.to(found[0].device) for row in found])
+            table[i] = torch.cat([sums[:4], square[i].view(1), sums[4:]])
+    return torch.stack([row.to(table[0].device) for row in table])
 
 
 def _groups(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
@@ -187,14 +187,14 @@ def _widened(tensors: Sequence[Tensor], members: Sequence[int]) -> list[Tensor]:
     return [tensors[i].detach().to(wide(tensors[i].dtype)) for i in members]
 
 
-def _sums(given: Tensor, reference: Tensor, *, carried: bool = False) -> Tensor:
-    """(l1, l2^2, linf, |a|^2, a.b) of a choice's gradient a = b + d; given is a, or d if it was carried."""
-    pair = given, reference
+def _sums(gradient_or_difference: Tensor, reference: Tensor, *, carried: bool = False) -> Tensor:
+    """(l1, l2^2, linf, |a|^2, a.b) of a choice's gradient a = b + d, of which d is given if ``carried``, else a."""
+    pair = gradient_or_difference, reference
     plain = all(concrete(t) and t.device.type == "cpu" and t.is_contiguous() for t in pair)
-    if plain and given.dtype == reference.dtype in cpu_kernels.DTYPES and cpu_kernels.available():
-        return cpu_kernels.sums(given.detach(), reference.detach(), carried=carried)
+    if plain and gradient_or_difference.dtype == reference.dtype in cpu_kernels.DTYPES and cpu_kernels.available():
+        return cpu_kernels.sums(gradient_or_difference.detach(), reference.detach(), carried=carried)
     total = torch.zeros(5, dtype=torch.float64, device=reference.device)
-    for one, b, other in _blocks(given, reference, given):
+    for one, b, other in _blocks(gradient_or_difference, reference, gradient_or_difference):
         a, d = (other.add_(b), one) if carried else (one, other.sub_(b))
         products = [torch.vdot(d, d).real, torch.vdot(a, a).real, torch.vdot(a, b).real]
         size = d.abs() if d.is_complex() else d.abs_()
@@ -204,9 +204,9 @@ def _sums(given: Tensor, reference: Tensor, *, carried: bool = False) -> Tensor:
     return total
 
 
-def _blocks(*given: Tensor) -> Iterator[list[Tensor]]:
-    """Copies of tensors of one size in float64, in blocks that stay in the cache, each in the last's place."""
-    flat = [t.detach().flatten() for t in given]
+def _blocks(*tensors: Tensor) -> Iterator[list[Tensor]]:
+    """Copies of tensors of one size in float64, in blocks that fit the cache; each block overwrites the last."""
+    flat = [t.detach().flatten() for t in tensors]
     size = min(_BLOCK, len(flat[0]))
     if not size:
         return

@@ -29,7 +29,7 @@ class Ties:
     in every sample of the batch (the first dimension, of at least two; a dead unit, a batch norm that starts at zero),
     or in a pooling window all of whose entries are equal (a constant background). Such a tie comes back at each step
     and in every precision. All others are *accidental*: rounding makes them, and more of them the fewer bits there are.
-    The two are told apart in pointwise operations and max pooling.
+    Pointwise operations and max pooling distinguish the two; elsewhere no tie counts as structural.
 
     Args:
         operation: Field of :class:`~nslightning.Jacobians`.
@@ -114,25 +114,25 @@ def observing(model: nn.Module, observe: Callable[[str, Operation, Call], None])
         ValueError: If the model is not patched.
         TypeError: If the model is compiled: its sites cannot be watched.
     """
-    found = selections(model)
-    if not found:
+    watched = selections(model)
+    if not watched:
         raise ValueError(f"{type(model).__name__} is not patched; call `patch(model, Jacobians())` first")
     for module in model.modules():
         if is_compiled(module):
             raise TypeError("ties are counted in eager mode: give the model as it was before torch.compile")
-    parts = {name: name.partition("#")[0] for name in found}  # a part may have several selections
+    parts = {name: name.partition("#")[0] for name in watched}  # a part may have several selections
     several = len(set(parts.values())) > 1
 
     def observer(part: str) -> Callable[[str, Operation, Call], None]:
         return lambda site, operation, call: observe(".".join(filter(None, (part, site))), operation, call)
 
-    before = {name: selection.observer for name, selection in found.items()}
-    for name, selection in found.items():
+    before = {name: selection.observer for name, selection in watched.items()}
+    for name, selection in watched.items():
         selection.observer = observer(parts[name]) if several else observe
     try:
         yield
     finally:
-        for name, selection in found.items():
+        for name, selection in watched.items():
             selection.observer = before[name]
 
 
@@ -158,7 +158,7 @@ def counting(model: nn.Module) -> Iterator[TieCounts]:
             tied, total = operation.ties(call)
             if in_functorch():  # its tensors cannot be read later
                 tied, total = int(tied), int(total)
-            # To ask a device whether one ties is to wait for it.
+            # Reading from a device whether an entry ties would wait for the device.
             looks = (isinstance(tied, Tensor) and waits(tied.device)) or bool(tied)
             structural, zero = _structure(operation, call) if looks else (0, 0)
             if in_functorch():
@@ -233,8 +233,8 @@ def ties(model: nn.Module, *args: Any, **kwargs: Any) -> TieCounts:
         >>> import nslightning
         >>> model = nn.Sequential(nn.ReLU(), nn.MaxPool2d(2))
         >>> report = nslightning.patch(model, nslightning.Jacobians())
-        >>> found = ties(model, torch.tensor([[[[0.0, 1.0], [1.0, -1.0]]]]))
-        >>> found["0"].tied, found["1"].tied, found["1"].fraction
+        >>> counts = ties(model, torch.tensor([[[[0.0, 1.0], [1.0, -1.0]]]]))
+        >>> counts["0"].tied, counts["1"].tied, counts["1"].fraction
         (1, 1, 1.0)
     """
     devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"}

@@ -146,7 +146,7 @@ class _Met(NamedTuple):
         edge: Where its input lies in the graph.
         site: The site's name.
         operation: The operation's.
-        tied: Which of its entries, or pooling windows, tie; None where it is not told.
+        tied: Which of its entries, or pooling windows, tie; None where the operation does not report it.
         elements: Those of the operation's Clarke Jacobian between which all others lie.
     """
 
@@ -158,7 +158,7 @@ class _Met(NamedTuple):
 
 
 def _tied(operation: Operation, call: Call) -> Tensor | None:
-    """The entries, or the pooling windows, that tie; None where it is not told."""
+    """The entries, or the pooling windows, that tie; None where the operation does not report it."""
     with torch.no_grad():
         if operation.kernels is not None:
             positions = operation.positions(*call.parameters)
@@ -192,16 +192,16 @@ class _Search:
             # Between the site's input and the operation there may be a reshaping or a copy.
             below = [node.next_functions[0], *node.next_functions[0][0].next_functions[:1]]
             name = operation_of(node)
-            found = next((m for edge in below for m in met if m.edge == edge and m.operation == name), None)
-            if found is not None and found.elements:
-                self.nodes[node] = found
+            evaluation = next((m for edge in below for m in met if m.edge == edge and m.operation == name), None)
+            if evaluation is not None and evaluation.elements:
+                self.nodes[node] = evaluation
             else:
-                unvaried.append("?" if found is None else found.site)
+                unvaried.append("?" if evaluation is None else evaluation.site)
         self.unvaried = tuple(dict.fromkeys(unvaried))
         self.best, self.corner = 0.0, dict[Any, Tensor]()  # a squared norm, and the indices of the elements there
 
     def run(self, starts: int, rounds: int, evaluations: int) -> Worst:
-        """Search, and say how far."""
+        """Search, and report how far the search went."""
         size = math.sqrt(sum(_square(g) for g in self.base))
         guarantee: Guarantee = "all corners"
         if self.nodes:
@@ -374,7 +374,7 @@ class _Mixture:
         reference = selection.jacobians
 
         def prepare(above: tuple[Any, ...]) -> None:
-            # Stock's choice may send nothing at all to an input, and a hook can put nothing in the place of nothing.
+            # Stock's choice may return None for an input, and a hook cannot replace None by a gradient.
             selection.set(elements[0])
 
         def mixed(below: tuple[Any, ...], above: tuple[Any, ...]) -> tuple[Any, ...] | None:

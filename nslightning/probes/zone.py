@@ -51,12 +51,12 @@ class Zone:
         kind: ``"regular"``: the two gradients are the same. ``"bifurcation"``: they differ over the reals.
             ``"compensation"``: they differ as computed, and agree over the reals.
         observed: The divergence of the two gradients as computed, by subtraction; zero where no tie matters.
-        noise: The divergence of one choice's gradient computed twice: the floor of what ``observed`` can tell. It is
+        noise: The divergence of one choice's gradient computed twice: an ``observed`` below it means nothing. It is
             exactly 0 where sums repeat themselves, and not under :class:`~nslightning.arithmetic.RandomRounding` or
             with kernels that add up in no fixed order. None where nothing was subtracted, since no tie matters.
         difference: Euclidean norm of the difference over the reals, as float64 has it; 0 in the regular zone, where it
             is not asked for.
-        rounding: What rounding can have left of it: a norm of which float64 can tell nothing below.
+        rounding: The largest norm that rounding alone can have left; a smaller ``difference`` is not resolved.
         method: How the difference over the reals was found: carried down from the ties, or, where the loss's graph does
             not show them all or a hook is not linear, as the difference of two gradients in float64.
     """
@@ -69,7 +69,7 @@ class Zone:
     method: Method = "propagate"
 
     def __str__(self) -> str:
-        """The kind and the norms that tell it, on one line."""
+        """The kind and the norms that decide it, on one line."""
         text = f"{self.kind}: the gradients differ by {self.observed.l2:.3g} as computed"
         if self.noise is not None and self.noise.l2:
             text += f" (one choice's from itself by {self.noise.l2:.3g})"
@@ -97,8 +97,8 @@ def zone(
 
     (the sum over the ties i, :math:`J_i` what lies below one) is asked for over the reals. The forward runs again in
     float64 and each operation is made to take the branch that it took in the model's own precision: the same entries
-    tie, are active, or win their window. Parameters, buffers and inputs are cast exactly, batch norm forms its
-    statistics anew, dropout draws the same masks. D is then carried down (:func:`~nslightning.probes.differences`).
+    tie, are active, or win their window. Parameters, buffers and inputs are cast exactly, batch norm computes its
+    statistics again, dropout draws the same masks. D is then carried down (:func:`~nslightning.probes.differences`).
 
     What float64 finds is never quite 0 where terms cancel: over a constant background, say, every tied entry stands on
     the same patch, and its weight gets the sum of what the entries gain and lose. Two errors of D are therefore
@@ -157,14 +157,14 @@ def zone(
         compared = run.at(None, lambda loss: _compare(model, loss, a, b))
     if compared is None:
         return Zone("regular", _nothing(model), None)
-    observed, noise, found, method = compared
-    if found is None:
+    observed, noise, computed, method = compared
+    if computed is None:
         return Zone("regular", observed, noise, method=method)
     branches = Branches()
     with observing(model, branches.record):
         run.at(None, lambda loss: None)
     work = _subtracted if method == "subtract" else _carried
-    coarse = found if run.is_in(torch.float32) else _replay(run, torch.float32, branches, a, b, work)
+    coarse = computed if run.is_in(torch.float32) else _replay(run, torch.float32, branches, a, b, work)
     exact = _replay(run, torch.float64, branches, a, b, work if method == "subtract" else _carried_alone)
     difference = _norm(exact.difference)
     if not math.isfinite(difference):
@@ -325,15 +325,15 @@ def _carried(run: Replay, loss: Tensor, a: Jacobians, b: Jacobians) -> _Differen
 
 
 def _subtracted(run: Replay, loss: Tensor, a: Jacobians, b: Jacobians) -> _Difference:
-    """By whole gradients, of the loss and of multiples of it by numbers that make rounding another one each time."""
+    """By whole gradients, of the loss and of its multiples by numbers that make it round differently each time."""
     named = wanted(run.model)
-    found = _between(*gradients_in_turn(loss, run.model, [a, b], named))
+    unscaled = _between(*gradients_in_turn(loss, run.model, [a, b], named))
     left = 0.0
     for factor in _FACTORS:
         scaled = _between(*gradients_in_turn(loss * factor, run.model, [a, b], named))
-        pairs = zip(scaled.difference, found.difference, strict=True)
+        pairs = zip(scaled.difference, unscaled.difference, strict=True)
         left = max(left, _norm(s / factor - d for s, d in pairs))
-    return found._replace(terms=max(found.terms, left * 2.0**53))
+    return unscaled._replace(terms=max(unscaled.terms, left * 2.0**53))
 
 
 def _replay(
