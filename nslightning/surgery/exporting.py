@@ -1,4 +1,4 @@
-"""Nonsmooth operations in a graph of ``torch.export``: one operator, which keeps the choice in the graph."""
+"""Nonsmooth operations in a graph of ``torch.export``: one custom operator keeps their choice in the graph."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ def _keep(ctx: Any, inputs: tuple[Tensor, list[Tensor], str], output: list[Tenso
 
 
 def _backward(ctx: Any, gradients: list[Tensor]) -> tuple[Tensor | None, list[Tensor | None], None]:
-    # Not an operator of its own: inside one PyTorch records no graph.
+    # This is no custom operator: PyTorch records no graph inside one.
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in ctx.saved_tensors]
         results = _results(_evaluate(leaves[0], leaves[1:], ctx.spec))
         pairs = [(y, g) for y, g, floating in zip(results, gradients, ctx.floating, strict=True) if floating]
-        found: list[Tensor | None] = list(
+        input_gradients: list[Tensor | None] = list(
             torch.autograd.grad([y for y, _ in pairs], leaves, [g for _, g in pairs], allow_unused=True)
         )
-    return found[0], found[1:], None
+    return input_gradients[0], input_gradients[1:], None
 
 
 chosen.register_autograd(_backward, setup_context=_keep)
@@ -64,10 +64,10 @@ def _results(result: Any) -> list[Tensor]:
 
 
 def _evaluate(x: Tensor, others: list[Tensor], spec: str) -> Any:
-    given, rest = json.loads(spec), iter(others)
-    parameters = tuple(_read(p, rest) for p in given["parameters"])
-    call = Call(x, parameters, return_indices=given["return_indices"])
-    return OPERATIONS[given["operation"]].apply(Selection(Jacobians(**given["jacobians"]), given["seed"]), call)
+    decoded, rest = json.loads(spec), iter(others)
+    parameters = tuple(_read(p, rest) for p in decoded["parameters"])
+    call = Call(x, parameters, return_indices=decoded["return_indices"])
+    return OPERATIONS[decoded["operation"]].apply(Selection(Jacobians(**decoded["jacobians"]), decoded["seed"]), call)
 
 
 def _read(written: Any, others: Any) -> Any:
@@ -75,8 +75,8 @@ def _read(written: Any, others: Any) -> Any:
         case {"tensor": _}:
             return next(others)
         case {"windows": fields}:
-            given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-            return Regular(**given)
+            arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+            return Regular(**arguments)
         case {"tuple": values}:
             return tuple(values)
     return written

@@ -1,4 +1,4 @@
-"""A look at the autograd graph that a patched model made: every kink in it belongs to a site, or is named."""
+"""Searches the autograd graph that a patched model made for kinks and custom backwards that belong to no site."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from nslightning.surgery.kinks import kink
 
 __all__ = ["Foreign", "foreign_nodes", "kinds", "structure", "tensors"]
 
-# Linear in what gradients pass through: the boxes have none.
+# These are linear in the features. Their boxes get no gradient.
 _SMOOTH = ("torchvision_roi_align_default", "torchvision_ps_roi_align_default")
 _OURS = ("nslightning_chosen_default",)
 _OPAQUE = (str, bytes, int, float, complex, bool, type(None), type, ModuleType, FunctionType, BuiltinFunctionType,
            MethodType, torch.dtype, torch.device, torch.Generator)  # fmt: skip
 _OF_MODULES = frozenset((*vars(nn.Module()), "_nonsmooth_part"))  # parameters, parts, hooks
-_MOST = 10_000  # objects that a search for tensors looks into
+_MOST = 10_000  # a search for tensors looks into at most this number of objects
 
 
 class Foreign(NamedTuple):
     """A node of the graph whose derivative is not the package's.
 
     Args:
-        operation: ``"custom"`` for a backward that somebody else wrote, or the ATen operation of a kink.
+        operation: ``"custom"`` for a backward from outside PyTorch and this package, or the ATen operation of a kink.
         kind: The name of the function, the operator, or the node.
-        number: The node's number, which tells when it was made.
+        number: The node's sequence number; autograd counts up as it makes nodes.
     """
 
     operation: str
@@ -43,13 +43,14 @@ class Foreign(NamedTuple):
 def foreign_nodes(output: Iterable[Tensor], given: Iterable[Tensor]) -> Iterator[Foreign]:
     """The nodes between tensors and a model's inputs that surgery may not have reached.
 
-    Custom functions have a backward that cannot be looked into: Python's ``torch.autograd.Function``, C++'s, and custom
-    operators with an autograd formula. PyTorch's own (checkpoints, collective communication) and ours are left out.
-    Kinks are PyTorch's own nodes of :data:`~nslightning.surgery.kinks.KINKS`, those of patched sites among them.
+    Surgery cannot look into the backward of a custom function: Python's ``torch.autograd.Function``, C++'s, or a custom
+    operator with an autograd formula. Those of PyTorch (checkpoints, collective communication) and of this package are
+    left out. Kinks are PyTorch's own nodes of :data:`~nslightning.surgery.kinks.KINKS`. Kinks of patched sites are
+    among them.
 
     Args:
         output: Tensors that the model made.
-        given: Its inputs; what lies below them is not the model's.
+        given: The model's inputs; the search stops at them.
 
     Yields:
         Each such node once.
@@ -82,7 +83,7 @@ def tensors(*values: Any) -> Iterator[Tensor]:
     """The tensors that can be reached from values: through containers, dataclasses and attributes of objects.
 
     Args:
-        *values: Anything; a module gives what stands in its attributes, but not its parameters and parts.
+        *values: Anything. In a module the search visits the attributes, but not the parameters and submodules.
 
     Yields:
         Each tensor.
@@ -111,7 +112,7 @@ def tensors(*values: Any) -> Iterator[Tensor]:
 
 
 def structure(value: Any) -> Any:
-    """What kind of thing a method returned: classes, and the keys of mappings.
+    """The structure of a value that a method returned: its classes, and the keys of its mappings.
 
     Args:
         value: Anything.
@@ -129,14 +130,15 @@ def structure(value: Any) -> Any:
 
 
 def kinds(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """What kind of call a method got: the classes of its arguments, and the values of flags.
+    """The kind of a call to a method: the classes of its arguments, and the values of its flags.
 
     Args:
         args: The positional arguments.
         kwargs: The keyword arguments.
 
     Returns:
-        A hashable value, the same for calls that take the same path, if no number decides about it.
+        A hashable value. Calls with the same value take the same path through the method, unless the path depends on
+        other values, such as a number.
 
     Example:
         >>> kinds((1.5,), {"flag": True}) == kinds((2.5,), {"flag": True}) != kinds((2.5,), {"flag": False})
@@ -147,7 +149,7 @@ def kinds(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 
 def _foreign_to_torch(cls: type) -> bool:
-    """Whether a class is that of an object that may carry a model's tensors about."""
+    """Whether objects of this class may hold a model's tensors in their attributes."""
     if cls.__module__.startswith("torch.distributions."):
         return True
     top = cls.__module__.partition(".")[0]

@@ -56,7 +56,7 @@ FORGETFUL: frozenset[Callable[..., Any]] = frozenset(
 
 
 class Ranked(NamedTuple):
-    """A call that returned values in an order of PyTorch's own, and where they stood: the values may never be used.
+    """A call that returned values in an order that PyTorch chose, and their indices, which may be all that is used.
 
     Args:
         first: The number of the first autograd node that it made.
@@ -79,20 +79,20 @@ class FunctionalCalls(TorchFunctionMode):
     Args:
         surgery: The surgery of the model that is running.
         part: What is kept with the module whose code runs.
-        recording: Note which autograd nodes are made by what.
+        recording: Note which autograd nodes each site and each module makes.
 
     Attributes:
         part: What is kept with the innermost patched module whose code is running.
         differentiating: Whether gradients were wanted when the run began.
         evaluations: How often each row of the report was evaluated.
-        owned: Ranges of autograd nodes that a site made, or a call that is named or left alone.
+        owned: Ranges of autograd nodes that a site made, or a call that the report names or the surgery leaves alone.
         ranked: Calls of an operation without a choice that return indices too.
         spans: Ranges of autograd nodes that the code of a module made, the inner ones first.
         entered: The methods that ran, and whether their module was in training mode.
-        over: Whether the run has ended, for threads that go on.
+        over: Whether the run has ended; a thread that it started may still be running.
     """
 
-    # The code of what calls the methods of a model, by which a stack frame is recognised as an entrance.
+    # The code objects that call a model's methods; a stack frame that runs one of them is an entrance.
     entrances: frozenset[CodeType] = frozenset()
 
     def __init__(self, surgery: Surgery, part: Part, recording: bool = False) -> None:
@@ -104,7 +104,7 @@ class FunctionalCalls(TorchFunctionMode):
         self.ranked: list[Ranked] = []
         self.spans: list[tuple[int, int, Part]] = []
         self.entered: set[tuple[Part, str, bool]] = set()
-        self.origin = self  # the run that a thread's is a part of
+        self.origin = self  # a copy for another thread refers to the run that it was copied from
         self.over = False
         self._numbers: dict[tuple[int, str], int] = {}
 
@@ -129,7 +129,7 @@ class FunctionalCalls(TorchFunctionMode):
             start: The number of the first node.
             end: The number after the last one's.
         """
-        if any(run.origin is self for run in _here.runs):  # node numbers are a thread's
+        if any(run.origin is self for run in _here.runs):  # each thread numbers its own nodes
             self.owned.append((start, end))
 
     def number(self, part: Part, operation: str) -> int:
@@ -150,7 +150,8 @@ class FunctionalCalls(TorchFunctionMode):
         self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is Tensor.norm:  # a method written in Python, which a compiler hands over as a key of no dictionary
+        # The compiler hands this method, which is written in Python, over as an object that no dictionary has as a key.
+        if func is Tensor.norm:
             func = Tensor.norm
         if func in FORGETFUL and not torch.compiler.is_compiling():
             args, kwargs = arguments_as_called(func, args, kwargs)
@@ -165,7 +166,7 @@ class FunctionalCalls(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _owned(self, func: Callable, args: Any, kwargs: Any) -> Any:
-        """What a function returns that is named in the report, or left alone on purpose."""
+        """Run a function that the report names, or that the surgery leaves alone, and note the nodes that it makes."""
         if not self.recording:
             return func(*args, **kwargs)
         start = sequence_number()
@@ -177,7 +178,7 @@ class FunctionalCalls(TorchFunctionMode):
         """Name, or refuse, a call of an operation that has no choice."""
         surgery, operation, part = self.surgery, UNSUPPORTED_FUNCTIONS[func], self.part
         kind = getattr(func, "__name__", str(func))
-        if torch.compiler.is_compiling():  # no row can be made here, and no caller told from another
+        if torch.compiler.is_compiling():  # no row can be made here, and the calling module is not known
             if surgery.strict and not (surgery.only or surgery.skip):
                 raise UnreachedError.of(surgery.report.model, "", operation, kind)
             return func(*args, **kwargs)
@@ -185,7 +186,7 @@ class FunctionalCalls(TorchFunctionMode):
             return self._owned(func, args, kwargs)
         start = sequence_number()
         result = func(*args, **kwargs)
-        if _with_indices(result):  # the values may never be used: the graph tells, or the backward
+        if _with_indices(result):  # it matters only if the values are used: the graph or the backward shows that
             self.ranked.append(Ranked(start, sequence_number(), part, operation, kind))
             node = result[0].grad_fn
             if node is not None:
@@ -239,12 +240,12 @@ class FunctionalCalls(TorchFunctionMode):
 
 
 def _with_indices(result: Any) -> bool:
-    """Whether a function returned values and where they stood."""
+    """Whether a function returned values and their indices."""
     return isinstance(result, tuple) and len(result) == 2 and not result[1].is_floating_point()
 
 
 def evaluate(operation: Operation, selection: Selection, call: Call) -> Any:
-    """Evaluate a call; what the operation calls itself is not the model's.
+    """Evaluate a call. The mode does not see functions that the operation itself calls.
 
     Args:
         operation: The operation.
@@ -273,7 +274,7 @@ def _plain(x: Tensor) -> bool:
 def _recomputed() -> bool:
     """Whether a checkpoint lies between a functional call and the patched method that made it.
 
-    When the checkpoint computes the call again, the mode will not be there.
+    The mode is not active when the checkpoint computes the call a second time, in the backward.
     """
     frame: FrameType | None = sys._getframe(3)
     while frame is not None and frame.f_code not in FunctionalCalls.entrances:
@@ -289,9 +290,9 @@ def arguments_as_called(
     """The arguments that a function of :data:`FORGETFUL` was called with: its frame on the stack still has them.
 
     Args:
-        func: The function, as a mode's ``__torch_function__`` gets it; that is to be the caller.
-        args: What it gets with it.
-        kwargs: The same.
+        func: The function that a mode's ``__torch_function__`` received; that method must be the caller.
+        args: The positional arguments that it received.
+        kwargs: The keyword arguments that it received.
 
     Returns:
         The positional and the keyword arguments.
@@ -300,12 +301,12 @@ def arguments_as_called(
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_code is not code:
         frame = frame.f_back
-    if frame is None:  # called by its handler's name: nothing was forgotten
+    if frame is None:  # the handler itself was called, so no argument is missing
         return args, kwargs
-    names, given = code.co_varnames, frame.f_locals
+    names, values = code.co_varnames, frame.f_locals
     positions, n = code.co_argcount, code.co_argcount + code.co_kwonlyargcount
-    rest = given[names[n]] if code.co_flags & 0x04 else ()  # *args
-    return (*(given[name] for name in names[:positions]), *rest), {name: given[name] for name in names[positions:n]}
+    rest = values[names[n]] if code.co_flags & 0x04 else ()  # *args
+    return (*(values[name] for name in names[:positions]), *rest), {name: values[name] for name in names[positions:n]}
 
 
 def _differentiable(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -382,8 +383,8 @@ def begun(run: FunctionalCalls) -> Iterator[None]:
 class _Threads:
     """Makes threads that a patched method starts, and tasks that it hands to a pool of threads, part of its run.
 
-    A mode is a matter of one thread. While a patched method runs, and only then, ``Thread.start`` and
-    ``ThreadPoolExecutor.submit`` look whether the thread that calls them runs a patched method.
+    A mode is active in one thread only. While a patched method runs, ``Thread.start`` and
+    ``ThreadPoolExecutor.submit`` are replaced; the replacements check whether the calling thread runs a patched method.
     """
 
     def __init__(self) -> None:
@@ -412,7 +413,7 @@ _threads = _Threads()
 
 def _start(thread: threading.Thread) -> None:
     worker = getattr(getattr(thread, "_target", None), "__module__", "") == "concurrent.futures.thread"
-    if _here.runs and not worker:  # a pool's worker outlives the method, and its tasks bring their run along
+    if _here.runs and not worker:  # a pool's worker outlives the method; each task that it runs carries its own run
         thread.run = _following(thread.run)  # type: ignore[method-assign] # this thread's alone
     _threads.start(thread)
 

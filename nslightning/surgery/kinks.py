@@ -1,7 +1,8 @@
 """The backward nodes of PyTorch's that choose where the derivative is not unique.
 
-Made from the derivative formulas that PyTorch is built from; a test reads those of the installed version, and fails if
-one that compares, selects or takes a norm is neither here nor among those that it excuses, with the reason.
+The table follows the derivative formulas that PyTorch is built from. A test reads the formulas of the installed
+version. It fails if a formula that compares, selects or takes a norm is neither in this table nor on the test's list of
+exceptions, which gives a reason for each.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ def _always(node: Any) -> bool:
 
 
 def _saved(name: str, *values: Any) -> Callable[[Any], bool]:
-    """Whether a node kept one of some values under a name; also where it does not tell."""
+    """Whether a node saved one of the values under a name; true for a node that saved nothing under that name."""
     return lambda node: getattr(node, f"_saved_{name}", values[0]) in values
 
 
@@ -27,7 +28,7 @@ def _wanted(position: int) -> Callable[[Any], bool]:
     return lambda node: node.next_functions[position][0] is not None
 
 
-# By the operation in ATen: the node's name is the operation's in CamelCase. What follows says when it has a kink.
+# By the operation in ATen, in CamelCase, which the node's name contains. The function says if a node has a kink.
 KINKS: dict[str, Callable[[Any], bool]] = {
     # pointwise
     "Abs": _always, "Clamp": _always, "ClampMin": _always, "ClampMax": _always, "Relu": _always, "Prelu": _always,
@@ -66,7 +67,7 @@ _BASIS = (
     "where singular values or eigenvalues are equal, or 0, its derivative is that of the basis which the decomposition "
     "happens to return"
 )
-#: Kinks at which there is nothing to choose: they are named, and are no error.
+#: Kinks without a choice, and the reason. The report names them; they raise no error.
 LEFT: dict[str, str] = {
     **dict.fromkeys(
         ("Std", "StdMean"),

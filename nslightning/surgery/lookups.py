@@ -1,7 +1,8 @@
-"""What Python looks up on the class and never on the instance: properties, and special methods such as ``__call__``.
+"""Patches properties and special methods such as ``__call__``, which Python looks up on the class.
 
-An instance cannot stand in for these. While a patched instance lives, its class holds the same property, or a function
-of the same name, that asks the instance whether it is patched. Other instances of the class run the code that they ran.
+An attribute of the instance cannot replace these. While a patched instance lives, its class holds a replacement: a
+property or a function of the same name, which checks whether the instance is patched. Other instances of the class run
+the code that they ran before.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from nslightning.surgery.state import PART, Part
 
 __all__ = ["Looked", "lookups"]
 
-# They return no tensor, or belong to pickling and to the life of an object.
+# These return no tensor, or serve to pickle, copy or delete an object.
 _NO_TENSOR = frozenset((
     "__len__", "__length_hint__", "__contains__", "__bool__", "__index__", "__int__", "__float__", "__complex__",
     "__format__", "__bytes__", "__fspath__", "__del__", "__copy__", "__deepcopy__", "__getnewargs__",
@@ -36,7 +37,7 @@ def lookups(cls: type, own: Callable[[type], bool]) -> Iterator[tuple[type, str]
 
     Args:
         cls: The class of a module.
-        own: Whether a class is a model's own, and no library's.
+        own: Whether a class comes from a model's code, and not from a library.
 
     Yields:
         The class that defines it, and its name.
@@ -96,7 +97,7 @@ class Looked(Caller):
 
 
 class _Followed:
-    """What a class holds in place of a property or a special method, while some patched instance needs it."""
+    """Replaces a property or a special method in its class while at least one patched instance needs it."""
 
     def __init__(self, definer: type, name: str) -> None:
         self.definer, self.name, self.users = definer, name, 0
@@ -106,7 +107,7 @@ class _Followed:
         type.__setattr__(definer, name, self.after)
 
     def used_by(self, looked: Looked) -> Callable[[], Any]:
-        """Count a patched instance; what is returned, or the instance's end, takes it off again."""
+        """Count a patched instance. Calling the returned function, or the end of the instance, uncounts it."""
         self.users += 1
         release = weakref.finalize(looked, self._release)
         release.atexit = False
@@ -124,7 +125,7 @@ _followed: dict[tuple[type, str], _Followed] = {}
 
 
 def _entrance(value: Any, key: tuple[type, str]) -> tuple[Callable[..., Any], Any]:
-    """The code of a property or a special method, and what does the same through a patched module."""
+    """The code of a property or a special method, and the replacement that runs it through a patched module."""
     if isinstance(value, property):
         assert value.fget is not None
         return value.fget, value.getter(_asking(value.fget, key))
@@ -153,5 +154,5 @@ def _codes(value: Any) -> Iterator[Any]:
 
 
 def _calls(code: Any) -> bool:
-    """Whether code calls anything: without that it can only combine numbers by operators, which have no kinks."""
+    """Whether code calls anything. Code without a call only combines values by operators, which have no kinks."""
     return any(line.opname.startswith("CALL") for line in dis.get_instructions(code))

@@ -1,7 +1,7 @@
-"""What a patched module runs in place of its methods: objects that stand in the instance, beside its attributes.
+"""The objects that replace the methods of a patched module; they are attributes of the instance.
 
-The module's class stays its own. ``nn.Module.__call__`` looks ``forward`` up on the instance, and so does everybody who
-calls a method; each of these objects runs the method of the module's class, as it is when it is called.
+The class of the module stays the same. Python looks a method up on the instance first, and ``nn.Module.__call__`` looks
+``forward`` up there too: both get the object. The object runs the method that the class has at the time of the call.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from nslightning.surgery.state import Part
 
 __all__ = ["Caller", "ClassName", "LeftAlone", "Method", "SiteForward", "SiteText", "accessors", "nothing_to_patch"]
 
-#: The code of what calls a method of a patched module; its local `self` is the module.
+#: The code objects that call a method of a patched module; their local variable `self` is the module.
 accessors: set[CodeType] = {getattr(nn.Module, call_with_hooks()).__code__}
 _NONE = object()
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -71,26 +71,27 @@ class _MethodType(type):
 class Method(metaclass=_MethodType):
     """One method of one patched module.
 
-    It passes for the bound method that it stands for: signature, annotations, documentation, ``__wrapped__``,
-    ``__func__`` and ``inspect.ismethod`` are that one's. Copies and pickles belong to the copied module. It refers to
-    the module weakly, so that a patched model is freed as soon as an unpatched one; a method that is copied or pickled
-    by itself keeps its module. After :func:`~nslightning.unpatch` it is the method that it stood for.
+    It looks like the bound method that it replaces: signature, annotations, documentation, ``__wrapped__``,
+    ``__func__`` and ``inspect.ismethod`` are those of the bound method. Copies and pickles belong to the copied module.
+    It refers to the module weakly, so that Python frees a patched model as soon as an unpatched one. A method that is
+    copied or pickled without its module keeps its module alive. After :func:`~nslightning.unpatch` it runs the method
+    that it replaced.
 
     Args:
         module: The module.
         name: The method's name.
         part: What the surgery keeps with the module.
-        replaced: What stood in the instance under this name before.
+        replaced: The attribute that the instance had under this name before.
     """
 
     def __init__(self, module: nn.Module, name: str, part: Part, replaced: Any = _NONE) -> None:
         self.ref, self.name, self.part, self.replaced = weakref.ref(module), name, part, replaced
-        self.owner: nn.Module | None = None  # the module, where nothing else may refer to it
+        self.owner: nn.Module | None = None  # the module, where this may be its only reference
         defined = inspect.getattr_static(type(module), name, None)
-        self.unbound = isinstance(defined, (staticmethod, classmethod))  # the module is no argument of it
+        self.unbound = isinstance(defined, (staticmethod, classmethod))  # it does not take the module as an argument
         self.descriptor = defined if isinstance(defined, (partialmethod, singledispatchmethod)) else None
         self.kind = type(self.stock(module))
-        for attribute in ("__doc__", "__module__", "__annotations__"):  # which would be those of this class
+        for attribute in ("__doc__", "__module__", "__annotations__"):  # otherwise Python finds those of this class
             self.__dict__[attribute] = getattr(self.stock(module), attribute, None)
 
     @property
@@ -103,11 +104,11 @@ class Method(metaclass=_MethodType):
 
     @property
     def is_replacement(self) -> bool:
-        """Whether the instance had something of its own under this name."""
+        """Whether the instance had an attribute under this name before the patch."""
         return self.replaced is not _NONE
 
     def stock(self, module: nn.Module) -> Callable[..., Any]:
-        """The method that it stands for.
+        """The method that it replaces.
 
         Args:
             module: The module, or a shallow copy of it.
@@ -117,7 +118,7 @@ class Method(metaclass=_MethodType):
         """
         if self.is_replacement:
             return self.replaced  # type: ignore[no-any-return] # of the user's class: any type
-        if self.descriptor is not None:  # what the class gives for it is no function to be bound
+        if self.descriptor is not None:  # the class returns no plain function for it
             return self.descriptor.__get__(module, type(module))
         method = getattr(type(module), self.name)
         if self.unbound:
@@ -126,9 +127,9 @@ class Method(metaclass=_MethodType):
             return partial(method, module)
         return method.__get__(module)  # type: ignore[no-any-return] # of the user's class: any type
 
-    @property  # type: ignore[misc] # a type that may be asked for, and not be set
-    def __class__(self) -> type:  # what `inspect` and Lightning ask for
-        # The compiler of torch 2.11 would go on to what it takes for the method's function, and drop the choice.
+    @property  # type: ignore[misc] # a read-only `__class__`
+    def __class__(self) -> type:  # `inspect` and Lightning read it
+        # The compiler of torch 2.11 would call the stock function of a bound method, and so drop the choice.
         return type(self) if compiler_is_reading() else self.kind
 
     @property
@@ -139,7 +140,7 @@ class Method(metaclass=_MethodType):
         if name == "__globals__":
             raise AttributeError("torch.jit.script drops the Jacobian choice: unpatch the model first")
         if name in _OF_METHODS or name in _PICKLING:
-            raise AttributeError(name)  # while it is being made
+            raise AttributeError(name)  # the object is not initialised yet
         return getattr(self.stock(self.module), name)
 
     def __repr__(self) -> str:
@@ -151,7 +152,7 @@ class Method(metaclass=_MethodType):
         return self.module.__dict__.get(self.name) is self
 
     def retire(self) -> None:
-        """Be the method that it stands for from now on: who kept it had kept the stock method."""
+        """Run the stock method from now on: code may have kept this object."""
         self.part.undone = True
 
     def __copy__(self) -> Method:
@@ -179,12 +180,12 @@ class Method(metaclass=_MethodType):
 
 
 def _unpickled(cls: type[Method], module: nn.Module, name: str, part: Part, *replaced: Any) -> Any:
-    """A method from a pickle: of the whole module, which has no attributes yet, or of the method by itself."""
+    """A method from a pickle of its whole module, which has no attributes yet, or from a pickle of the method alone."""
     return _kept(module, name) if name in module.__dict__ else cls(module, name, part, *replaced)
 
 
 def _kept(module: nn.Module, name: str) -> Any:
-    """A module's method, which may be all that refers to the module."""
+    """A method that keeps its module alive, because the method may hold the only reference to the module."""
     method = getattr(module, name)
     if isinstance(method, Method):
         method.owner = module
@@ -199,8 +200,8 @@ class SiteForward(Method):
     """The ``forward`` of a module that is a nonsmooth operation.
 
     Attributes:
-        fast: The quick way, once the report has the site: tried first with one positional argument, outside the
-            compiler. Where it returns ``NotImplemented``, the ordinary way runs.
+        fast: The fast path. It exists once the report has the site, and runs first if a call outside the compiler has
+            one positional argument. If it returns ``NotImplemented``, the ordinary path runs.
     """
 
     fast: Callable[[Tensor], Any] | None = None
@@ -221,12 +222,12 @@ class SiteForward(Method):
         return self.ordinary(args if x is _NONE else (x, *args), kwargs)
 
     def retire(self) -> None:
-        """Be the stock method from now on."""
+        """Run the stock method from now on, without the fast path."""
         super().retire()
         self.fast, self.settled = None, True
 
     def ordinary(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The way that takes every call.
+        """The ordinary path, which takes every call.
 
         Args:
             args: The positional arguments of the module's forward.
@@ -256,7 +257,7 @@ class SiteForward(Method):
             return evaluate(operation, selection, call)
         if run is None and part.names[0] == "" and torch.is_grad_enabled():  # the model is this operation alone
             site.calls, surgery.report.traced = site.calls or 1, True
-        looking = run is not None and run.recording  # the quick way does not tell which nodes it makes
+        looking = run is not None and run.recording  # the fast path does not record which nodes it makes
         if not (self.settled or looking or surgery.counted) and site.calls and surgery.report.traced:
             self.settled = True
             self.fast = native.site(operation.name, module, selection)
@@ -276,7 +277,7 @@ class SiteForward(Method):
 
 
 class SiteText(Method):
-    """The ``extra_repr`` of a site: the module's own, and the choice."""
+    """The ``extra_repr`` of a site: the module's own text, followed by the choice."""
 
     def __call__(self) -> str:
         """The text between the parentheses."""
@@ -288,9 +289,9 @@ class SiteText(Method):
 
 
 class ClassName(Method):
-    """The method that names a module's class: the first thing that a ``torch.fx`` tracer asks the model for.
+    """The method that returns the name of a module's class. A ``torch.fx`` tracer calls it first.
 
-    A tracer runs the code of the class, and would drop the choice at functional calls in silence.
+    A tracer runs the code of the class, and would silently drop the choice at functional calls.
     """
 
     def __call__(self) -> str:
@@ -309,7 +310,7 @@ _QUANTIZE = "FX quantisation replaces modules, and their Jacobian choice with th
 
 
 def _refuse_tracing() -> None:
-    """Say that ``torch.jit.trace`` drops the choice: an error where gradients are on, for the trace may be trained."""
+    """Refuse ``torch.jit.trace``, which drops the choice, where gradients are on; warn where they are off."""
     if not is_tracing():
         return
     if torch.is_grad_enabled():
@@ -352,7 +353,8 @@ class Caller(Method):
             # A leaf of the graph: the graph calls the module, and the module keeps the choice.
             return tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)
         run = running(surgery)
-        idle = not (torch.is_grad_enabled() or surgery.watched)  # nothing to choose, and nobody watches
+        # Without gradients there is no choice to make, and without observers no call to show.
+        idle = not (torch.is_grad_enabled() or surgery.watched)
         if run is None:
             if idle or self._fused(module, args, kwargs):
                 return method(*args, **kwargs)
@@ -406,12 +408,15 @@ class Caller(Method):
         return self._returned(module, method, result)
 
     def _suspended(self, method: Callable[..., Any], args: tuple[Any, ...], result: Any) -> Any:
-        """What drives the code of a generator, a coroutine or an asynchronous generator that the method returned."""
+        """A driver for the generator, coroutine or asynchronous generator that the method returned, or None.
+
+        A context manager that is made from a generator gets the driver in the generator's place.
+        """
         if isinstance(result, (_GeneratorContextManager, _AsyncGeneratorContextManager)):
             driven = self._suspended(method, args, result.gen)
             result.gen = result.gen if driven is None else driven
             return None
-        if any(result is x for x in args):  # somebody else's
+        if any(result is x for x in args):  # the caller made it, not the method
             return None
         if inspect.isgenerator(result):
             begins = inspect.getgeneratorstate(result) == inspect.GEN_CREATED
@@ -424,7 +429,7 @@ class Caller(Method):
         return None
 
     def _returned(self, module: nn.Module, method: Callable[..., Any], result: Any) -> Any:
-        """What the method returned; functions that its code made, or partial ones, become entrances too."""
+        """The method's result. Functions in it that take a choice, or that the method made, become entrances."""
         if isinstance(result, (map, filter)) and torch.is_grad_enabled():
             warnings.warn(
                 f"{self.name} returns a {type(result).__name__}, whose code runs later and keeps PyTorch's derivative: "
@@ -479,10 +484,10 @@ class Caller(Method):
                 step = generator.athrow(error)
 
     def _driven(self, generator: Any) -> Generator[Any, Any, Any]:
-        """A generator or a coroutine whose code runs as the method's does, whoever asks it for the next value."""
+        """A generator that runs each step of a generator or a coroutine as part of the method."""
         surgery, step = self.part.surgery, partial(generator.send, None)
         key = (self.part, self.name, self.module.training)
-        recording = torch.is_grad_enabled() and key not in surgery.looked  # from its beginning to its end
+        recording = torch.is_grad_enabled() and key not in surgery.looked  # in all its steps, or in no step
         while True:
             inner = running(surgery)
             try:
@@ -506,7 +511,7 @@ class Caller(Method):
                 step = partial(generator.throw, error)
 
     def _step(self, step: Callable[[], Any], recording: bool) -> Any:
-        """Run the code up to where it next waits, or to its end, and look at what it hands out."""
+        """Run the code to its next ``yield`` or ``await``, or to its end, and check the graph of the value."""
         surgery = self.part.surgery
         run = FunctionalCalls(surgery, self.part, recording and torch.is_grad_enabled())
         run.entered.add((self.part, self.name, self.module.training))
@@ -531,8 +536,8 @@ class Caller(Method):
             return False
         if not torch.is_grad_enabled():
             return True
-        given = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-        return not any(x.requires_grad for x in (*given, *module.parameters()))
+        arguments = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        return not any(x.requires_grad for x in (*arguments, *module.parameters()))
 
     def _compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         _teach_the_compiler()
@@ -549,7 +554,7 @@ class Caller(Method):
 
     @while_compiling
     def _look_at_trace(self) -> bool:
-        """Name the custom functions in the graph being traced, which the compiler hides behind one node of its own."""
+        """Name the custom functions in the graph being traced: the compiled graph has one node for all of its code."""
         surgery = self.part.surgery
         for name in _traced_custom_functions():
             site = surgery.row(self.part, "custom", name, False, "unreached")
@@ -559,14 +564,14 @@ class Caller(Method):
         return True
 
     def _finish(
-        self, run: FunctionalCalls, module: nn.Module, given: tuple[tuple[Any, ...], dict[str, Any]], result: Any
+        self, run: FunctionalCalls, module: nn.Module, arguments: tuple[tuple[Any, ...], dict[str, Any]], result: Any
     ) -> None:
-        """Put what a run evaluated into the report, and look at the graph that it made if anything is new."""
+        """Add the evaluations of a run to the report; check the run's graph if it differs from earlier ones."""
         surgery, report = self.part.surgery, self.part.surgery.report
         if run.differentiating:
-            key = (frozenset(run.entered), kinds(*given), structure(result))
+            key = (frozenset(run.entered), kinds(*arguments), structure(result))
             if run.recording or key not in surgery.looked:
-                _look(run, module, given, result)
+                _look(run, module, arguments, result)
                 surgery.looked.add(key)
                 entrance = (self.part, self.name, module.training)
                 if run.recording:
@@ -583,7 +588,7 @@ class Caller(Method):
 
 
 class _Steps:
-    """Something to be awaited, from the generator that drives it."""
+    """An awaitable object made from a generator."""
 
     def __init__(self, generator: Generator[Any, Any, Any]) -> None:
         self.generator = generator
@@ -616,11 +621,14 @@ def _chooses(function: Callable[..., Any]) -> bool:
 
 
 class _TracedUnreachedError(UnreachedError, AssertionError):
-    """The same, raised while the compiler traces: it swallows errors of other kinds, and goes on without itself."""
+    """An :class:`UnreachedError` while the compiler traces. The compiler lets only some error classes through.
+
+    It catches others, and runs the code without compiling it.
+    """
 
 
 class LeftAlone(Caller):
-    """The ``forward`` of a module that is an operation and is left alone: what it makes is not looked at."""
+    """The ``forward`` of an operation that the surgery leaves alone: the nodes that it makes are not checked."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the method."""
@@ -645,7 +653,7 @@ FunctionalCalls.entrances |= {
 
 @while_compiling
 def _teach_the_compiler() -> bool:
-    """What the compiler has to know of patched models; it is told when it first meets one."""
+    """Prepare the compiler for patched models, when it first compiles one."""
     teach_the_compiler((*_EAGER, foreign_nodes, kinds, structure, tensors))
     return True
 
@@ -663,7 +671,7 @@ def _traced_custom_functions() -> Iterator[str]:
 
 
 def _accessor(method: Method, depth: int) -> nn.Module:
-    """The module on which a method was looked up: a shallow copy shares the object with what it was copied from.
+    """The module on which a method was looked up: a shallow copy shares the object with the module it was copied from.
 
     ``nn.DataParallel`` makes such copies, one per device.
     """
@@ -674,15 +682,15 @@ def _accessor(method: Method, depth: int) -> nn.Module:
 
 
 def _has_gradient(result: Any) -> bool:
-    """Whether a method computed something to be differentiated, as one that sets up an optimizer does not."""
+    """Whether a method's result holds a tensor that autograd can differentiate."""
     return any(x.grad_fn is not None for x in tensors(result))
 
 
-def _look(run: FunctionalCalls, module: nn.Module, given: Any, result: Any) -> None:
-    """Name what the graph holds that belongs to no site."""
+def _look(run: FunctionalCalls, module: nn.Module, arguments: Any, result: Any) -> None:
+    """Name the kinks and custom backwards of the graph that belong to no site."""
     surgery = run.surgery
     made = tensors(result, *module.modules())
-    for node in foreign_nodes(made, list(tensors(given))):
+    for node in foreign_nodes(made, list(tensors(arguments))):
         if node.operation != "custom" and (not run.recording or _owned(run, node.number)):
             continue
         if (ranked := next((r for r in run.ranked if r.first <= node.number < r.last), None)) is not None:
@@ -714,7 +722,7 @@ _EAGER = (
 
 
 def nothing_to_patch(report: PatchReport) -> str:
-    """What to say of a model without any nonsmooth operation.
+    """The warning for a model without any nonsmooth operation.
 
     Args:
         report: The model's.

@@ -1,4 +1,4 @@
-"""Patch a model in place, and take it back."""
+"""Patch a model in place, and undo the patch."""
 
 from __future__ import annotations
 
@@ -56,11 +56,10 @@ def patch(
     optimizers stay valid. Functional calls (``F.relu``, ``x.relu_()``, ``F.max_pool2d``, ...) are caught while the
     model's methods run.
 
-    An operation that is found and cannot be reached would keep PyTorch's own derivative: one that has no choice
+    The patch cannot reach some operations, which would keep PyTorch's own derivative: an operation that has no choice
     (``topk``, ``median``, ...), a scripted part, an autograd function or operator with a backward of its own, a
-    call that a checkpoint computes again. None is passed over in silence. Where it can be known from the modules,
-    or from the ``example``, this function raises and leaves the model as it was; elsewhere the first forward with
-    gradients does.
+    call that a checkpoint computes again. Each of them is an error. If the modules or the ``example`` show the
+    operation, this function raises and leaves the model as it was; otherwise the first forward with gradients raises.
 
     Args:
         model: The model; patch it before it is compiled or wrapped for distributed training.
@@ -68,7 +67,7 @@ def patch(
         only: Reach only the sites that match: a glob over qualified names (``"layer1.*"``), a compiled
             regular expression, a module class, or several of these. A functional call is matched by the name
             of the module that makes it.
-        skip: Leave the sites that match alone; wins over ``only``. What is left alone need not be reachable.
+        skip: Leave the sites that match alone; wins over ``only``. Sites that are left alone may be unreachable.
         example: An input, a tuple of positional or a dict of keyword arguments for one forward in evaluation
             mode, so that the report lists the functional calls at once.
         seed: Seeds the ``"random"`` choice.
@@ -93,32 +92,32 @@ def patch(
     """
     _refuse(model)
     surgery = Surgery(model, Plan.of(jacobians), only, skip, seed, strict)
-    found = list(_find(model, surgery))
-    surgery.begin([part for _, part, _ in found])
-    surgery.catching = any(part.calls for _, part, _ in found)
-    surgery.report.sites += [part.site for _, part, _ in found if part.site is not None]
+    changes = list(_find(model, surgery))
+    surgery.begin([part for _, part, _ in changes])
+    surgery.catching = any(part.calls for _, part, _ in changes)
+    surgery.report.sites += [part.site for _, part, _ in changes if part.site is not None]
     if strict and surgery.report.unreached:
         raise UnreachedError(surgery.report.model, surgery.report.unreached)
     try:
-        for module, part, methods in found:
+        for module, part, methods in changes:
             _install(module, part, methods)
-        for hint in _hints(surgery, found):
+        for hint in _hints(surgery, changes):
             warnings.warn(hint, PatchWarning, stacklevel=2)
         if example is not None:
             _run(model, example)
         elif not surgery.report.reached and not surgery.catching:
             warnings.warn(nothing_to_patch(surgery.report), PatchWarning, stacklevel=2)
     except BaseException:
-        _restore(module for module, _, _ in found)
+        _restore(module for module, _, _ in changes)
         raise
     return surgery.report
 
 
 def unpatch(model: nn.Module) -> None:
-    """Make a patched model exactly the model it was.
+    """Undo a patch: the model is exactly as it was before.
 
     Args:
-        model: What was given to :func:`patch`.
+        model: The model that was given to :func:`patch`.
 
     Raises:
         ValueError: If the model is not patched.
@@ -144,7 +143,7 @@ def preview(
     *,
     example: Any = None,
 ) -> PatchReport:
-    """What :func:`patch` would do, without doing it.
+    """The report that :func:`patch` would make, without a change of the model.
 
     Args:
         model: A model that is not patched; it stays as it is.
@@ -154,7 +153,7 @@ def preview(
         example: As in :func:`patch`; without it functional calls stay unknown.
 
     Returns:
-        The report, with what cannot be reached among its rows.
+        The report. Its rows include the operations that cannot be reached.
 
     Example:
         >>> plan = Plan([Jacobians(relu=1.0), {"stage": "1", "relu": 0.5}])
@@ -170,7 +169,7 @@ def preview(
 
 @contextmanager
 def using(model: nn.Module, jacobians: Jacobians | Plan) -> Iterator[None]:
-    """The choice that backward passes inside this block take; forwards never change.
+    """Set the choice that backward passes inside this block take; forwards never change.
 
     One forward serves any number of choices::
 
@@ -188,13 +187,13 @@ def using(model: nn.Module, jacobians: Jacobians | Plan) -> Iterator[None]:
         Nothing.
 
     Raises:
-        ValueError: If nothing of the model is patched; if one side has the published rule with a beta other than
-            0, whose arithmetic is part of max pooling's forward; or if a plan wants to tell apart what was patched
-            as one.
+        ValueError: If no part of the model is patched; if one side has the published rule with a beta other than
+            0, whose arithmetic is part of max pooling's forward; or if a plan gives two choices to sites that
+            share one selection.
     """
-    found = selections(model)
+    by_name = selections(model)
     wanted = choices(model, jacobians)
-    before = {name: selection.jacobians for name, selection in found.items()}
+    before = {name: selection.jacobians for name, selection in by_name.items()}
     for name, now in before.items():
         if _published_beta(now) != _published_beta(wanted[name]):
             raise ValueError(
@@ -203,16 +202,16 @@ def using(model: nn.Module, jacobians: Jacobians | Plan) -> Iterator[None]:
                 "Patch the model again instead."
             )
     try:
-        for name, selection in found.items():
+        for name, selection in by_name.items():
             selection.set(wanted[name])
         yield
     finally:
-        for name, selection in found.items():
+        for name, selection in by_name.items():
             selection.set(before[name])
 
 
 def choices(model: nn.Module, jacobians: Jacobians | Plan) -> dict[str, Jacobians]:
-    """What a choice means for each of a model's selections.
+    """The Jacobians that each of a model's selections takes under a choice.
 
     Args:
         model: A patched model, or one that contains patched ones.
@@ -222,21 +221,21 @@ def choices(model: nn.Module, jacobians: Jacobians | Plan) -> dict[str, Jacobian
         By the names of :func:`selections`.
 
     Raises:
-        ValueError: If nothing of the model is patched, or if a plan wants to tell apart what was patched as one.
+        ValueError: If no part of the model is patched, or if a plan gives two choices to sites that share a selection.
     """
-    found = selections(model)
-    if not found:
+    by_name = selections(model)
+    if not by_name:
         raise ValueError(f"{type(model).__name__} is not patched; call `patch(model, Jacobians())` first")
     if isinstance(jacobians, Jacobians):
-        return dict.fromkeys(found, jacobians)
+        return dict.fromkeys(by_name, jacobians)
     wanted: dict[int, Jacobians] = {}
     for surgery in surgeries(model).values():
         wanted |= {id(surgery.selections[rules]): choice for rules, choice in _meant(model, surgery, jacobians).items()}
-    return {name: wanted[id(selection)] for name, selection in found.items()}
+    return {name: wanted[id(selection)] for name, selection in by_name.items()}
 
 
 def _meant(model: nn.Module, surgery: Surgery, plan: Plan) -> dict[tuple[int, ...], Jacobians]:
-    """What a plan means for each selection of a surgery that was made under another plan."""
+    """The Jacobians that each selection of a surgery takes under a plan, which may differ from the surgery's own."""
     if plan == surgery.plan:
         return {rules: plan.choice(rules) for rules in surgery.selections}
     decided: dict[tuple[int, ...], dict[str, tuple[Any, str]]] = {rules: {} for rules in surgery.selections}
@@ -248,24 +247,24 @@ def _meant(model: nn.Module, surgery: Surgery, plan: Plan) -> dict[tuple[int, ..
             for call in sorted({*plan.calls, *surgery.plan.calls}):
                 rules = surgery.plan.covering(part.rules, operation, call)
                 choice = plan.choice(plan.covering(matching, operation, call))
-                here = f"{part.names[0] or 'the model'}, call {call}"
-                for what in (operation, "rule"):
-                    value = getattr(choice, what)
-                    other, there = decided[rules].setdefault(what, (value, here))
+                place = f"{part.names[0] or 'the model'}, call {call}"
+                for field in (operation, "rule"):
+                    value = getattr(choice, field)
+                    other, other_place = decided[rules].setdefault(field, (value, place))
                     if other != value:
                         raise ValueError(
-                            f"the plan gives {operation} {what}={other!r} at {there} and {value!r} at {here}, which "
-                            "were patched as one: patch the model with a plan whose rules tell them apart (a rule may "
-                            "repeat the choice that would hold without it)"
+                            f"the plan gives {operation} {field}={other!r} at {other_place} and {value!r} at {place}, "
+                            "which were patched as one: patch the model with a plan whose rules tell them apart (a "
+                            "rule may repeat the choice that would hold without it)"
                         )
     return {
-        rules: replace(plan.base, **{what: value for what, (value, _) in found.items()})
-        for rules, found in decided.items()
+        rules: replace(plan.base, **{field: value for field, (value, _) in fields.items()})
+        for rules, fields in decided.items()
     }
 
 
 def _published_beta(jacobians: Jacobians) -> float | str | None:
-    """The beta that max pooling's forward is computed with, where that is not the stock forward."""
+    """The beta that the published rule puts into max pooling's forward; None if the forward is the stock one."""
     stock = jacobians.rule == "exact" or jacobians.max_pool in (None, 0.0, "native")
     return None if stock else jacobians.max_pool
 
@@ -274,7 +273,7 @@ def report(model: nn.Module) -> PatchReport:
     """The report of a patched model, with the functional calls seen so far.
 
     Args:
-        model: What was given to :func:`patch`.
+        model: The model that was given to :func:`patch`.
 
     Returns:
         The live report.
@@ -325,17 +324,17 @@ def surgeries(model: nn.Module) -> dict[str, Surgery]:
     Returns:
         Each one, in the order of the modules, by the qualified name of the part that was patched.
     """
-    found: dict[int, tuple[str, Surgery]] = {}
+    by_identity: dict[int, tuple[str, Surgery]] = {}
     for name, module in model.named_modules():
         part: Part | None = module.__dict__.get(PART)
         if part is not None:
-            found.setdefault(id(part.surgery), (name, part.surgery))
-    return dict(found.values())
+            by_identity.setdefault(id(part.surgery), (name, part.surgery))
+    return dict(by_identity.values())
 
 
 # --------------------------------------------------------------------------------------------------- helpers
 def _root(model: nn.Module) -> Part:
-    """What is kept with a model that was given to `patch`."""
+    """The surgery's record of a model that was given to `patch`."""
     part: Part | None = model.__dict__.get(PART)
     if part is not None and "" in part.names:
         return part
@@ -353,22 +352,22 @@ def _refuse(model: nn.Module) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("a scripted model cannot be patched: patch the eager model it was made from")
     for name, module in model.named_modules():
-        what = f"its part {name!r}" if name else "the model"
+        label = f"its part {name!r}" if name else "the model"
         if is_compiled(module):
-            raise TypeError(f"{what} is compiled already: patch first, then compile")
+            raise TypeError(f"{label} is compiled already: patch first, then compile")
         bases = {base.__name__ for base in type(module).__mro__}
         for wrapper in ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel"):
             if wrapper in bases:
-                raise TypeError(f"{what} is wrapped by {wrapper} already: patch first, then wrap")
+                raise TypeError(f"{label} is wrapped by {wrapper} already: patch first, then wrap")
         if (part := module.__dict__.get(PART)) is not None:
             raise ValueError(
-                f"{what} is patched already ({part.surgery.report.summary()}): use `using(model, ...)` to "
+                f"{label} is patched already ({part.surgery.report.summary()}): use `using(model, ...)` to "
                 "change the choice of a backward, or `unpatch` it first"
             )
 
 
 _KINDS = (Caller, ClassName, LeftAlone, SiteForward, SiteText)
-_BASE = frozenset(dir(nn.Module))  # which run no code of a model's own
+_BASE = frozenset(dir(nn.Module))  # names that PyTorch's class defines
 
 
 def _install(module: nn.Module, part: Part, methods: Mapping[str, type[Method]]) -> None:
@@ -395,7 +394,7 @@ def _restore(modules: Iterable[nn.Module]) -> None:
         for name in part.methods:
             method: Any = module.__dict__.get(name)
             if type(method) not in _KINDS:
-                continue  # a callable attribute that was set since
+                continue  # the user set another attribute after the patch
             del module.__dict__[name]
             method.retire()
             if method.is_replacement:
@@ -406,7 +405,7 @@ def _restore(modules: Iterable[nn.Module]) -> None:
 
 
 def _calls(module: nn.Module) -> bool:
-    """Whether a module's code may call functions that its class does not tell of."""
+    """Whether a module's code may call functions that cannot be known from its class."""
     if "forward" in module.__dict__ or _own_code(module):
         return True
     definer = _definer(type(module))
@@ -427,7 +426,7 @@ def _own_code(module: nn.Module) -> bool:
 def _entrances(module: nn.Module) -> Iterator[str]:
     """The methods of a module whose code may call functions."""
     yield from _own_entrances(module)
-    for name in dir(type(module)):  # of a library's class, those that may be called in place of `forward`
+    for name in dir(type(module)):  # a library's class may have methods that are called in place of `forward`
         if name.startswith("forward") and name not in module.__dict__:
             yield name
 
@@ -442,7 +441,7 @@ def _own_entrances(module: nn.Module) -> Iterator[str]:
             seen.add(name)
             if name not in module.__dict__ and isinstance(method, _METHODS):
                 yield name
-    for name, value in vars(module).items():  # a named function may be compared with itself, these are not
+    for name, value in vars(module).items():  # lambdas and partials; code may compare a named function with itself
         if (isinstance(value, FunctionType) and "<" in value.__qualname__) or isinstance(value, partial):
             yield name
 
@@ -453,7 +452,7 @@ _METHODS = (
 
 
 def _own(cls: type) -> bool:
-    """Whether a class is a model's own, and no library's."""
+    """Whether a class comes from a model's code, and not from a library."""
     return cls.__module__.partition(".")[0] not in (
         "torch", "lightning", "pytorch_lightning", "typing", "abc", "builtins",
     )  # fmt: skip
@@ -465,7 +464,7 @@ def _definer(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def _find(model: nn.Module, surgery: Surgery) -> Iterator[tuple[nn.Module, Part, dict[str, type[Method]]]]:
-    """Every module with what the surgery makes of it, once, the model itself first."""
+    """Each module once, the model itself first, with its part and the methods that the surgery puts into it."""
     names: dict[int, list[str]] = {}
     modules: dict[int, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -481,7 +480,7 @@ def _find(model: nn.Module, surgery: Surgery) -> Iterator[tuple[nn.Module, Part,
         kind, inplace = type(module).__name__, bool(getattr(module, "inplace", False))
         cls = _whose_forward(module, MODULES)
         operation = None
-        if cls is not None:  # the first that its parameters make it, if any: an ELU may be smooth
+        if cls is not None:  # the first that claims it, if any: the parameters of an ELU may make it smooth
             operation = next((op for op in MODULES[cls] if op.claims(module)), None)
         methods: dict[str, type[Method]] = {}
         unreached: str | None = None
@@ -496,7 +495,7 @@ def _find(model: nn.Module, surgery: Surgery) -> Iterator[tuple[nn.Module, Part,
             choice = getattr(surgery.plan.choice(rules), operation.name)
             part.site = Site(name, operation.name, choice, "module", kind, tuple(aliases), inplace)
             part.site.decided = surgery.plan.explain(rules, operation.name)
-        elif operation is not None or isinstance(module, (ChosenFunction, ChosenModule)):  # these choose themselves
+        elif operation is not None or isinstance(module, (ChosenFunction, ChosenModule)):  # these have their own choice
             methods = {"forward": LeftAlone}
         else:
             part.calls = _calls(module)
@@ -512,45 +511,45 @@ def _find(model: nn.Module, surgery: Surgery) -> Iterator[tuple[nn.Module, Part,
             elif isinstance(module, Caller.FUSED) or unsupported is not None or module is model:
                 methods = {"forward": Caller} | ({"_get_name": ClassName} if module is model else {})
         if module is model and type(module).forward is nn.Module.forward and "forward" not in module.__dict__:
-            methods.pop("forward", None)  # it has none
+            methods.pop("forward", None)  # the model defines no forward
         if unreached is not None and part.chosen:
             part.site = Site(name, unreached, None, "unreached", kind, tuple(aliases), inplace)
         yield module, part, methods
 
 
 def _whose_forward(module: nn.Module, classes: Mapping[type[nn.Module], Any]) -> type[nn.Module] | None:
-    """Which of the classes has the forward that this module runs; None too if it has its own."""
+    """The class among these whose forward this module runs; None if there is none, or the instance has its own."""
     if "forward" in module.__dict__:  # replaced on the instance
         return None
-    # ReLU6 inherits Hardtanh's forward: the most derived class says what it is.
+    # ReLU6 inherits Hardtanh's forward: the most derived class decides which operation it is.
     definer = _definer(type(module))
     return next((c for c in type(module).__mro__ if c in classes and issubclass(c, definer)), None)
 
 
-def _hints(surgery: Surgery, found: list[tuple[nn.Module, Part, dict[str, type[Method]]]]) -> Iterator[str]:
-    """What to say of selectors and rules that match no module."""
-    names = [name for _, part, _ in found for name in part.names if name]
+def _hints(surgery: Surgery, changes: list[tuple[nn.Module, Part, dict[str, type[Method]]]]) -> Iterator[str]:
+    """A warning for each selector and each rule that matches no module."""
+    names = [name for _, part, _ in changes for name in part.names if name]
 
-    def close(given: str) -> str:
-        near = closest(given.rstrip(".*"), names, most=3)
+    def close(pattern: str) -> str:
+        near = closest(pattern.rstrip(".*"), names, most=3)
         return " matches no module of the model" + (f"; close names: {', '.join(near)}" if near else "")
 
     for selector in (*surgery.only, *surgery.skip):
-        if not any(matches(selector, part.names, module) for module, part, _ in found):
+        if not any(matches(selector, part.names, module) for module, part, _ in changes):
             yield f"{text(selector)!r}{close(text(selector))}"
     for i, rule in enumerate(surgery.plan.rules):
-        if not any(i in part.rules for _, part, _ in found):
-            given = [text(one) for one in (*rule.name, *rule.stage)]
-            yield f"rule {surgery.plan.number(i)} ({rule.where}){close(given[0] if given else '')}"
+        if not any(i in part.rules for _, part, _ in changes):
+            patterns = [text(one) for one in (*rule.name, *rule.stage)]
+            yield f"rule {surgery.plan.number(i)} ({rule.where}){close(patterns[0] if patterns else '')}"
 
 
 def _run(model: nn.Module, example: Any) -> None:
-    """One forward that leaves no trace: evaluation mode, no random numbers kept."""
+    """One forward in evaluation mode; afterwards the modes and the random number generators are as before."""
     training = {module: module.training for module in model.modules()}
     cpu, cuda = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     try:
         model.eval()
-        with torch.enable_grad():  # tells what gradients pass through from bookkeeping
+        with torch.enable_grad():  # separates calls that gradients pass through from bookkeeping
             if isinstance(example, dict):
                 model(**example)
             else:

@@ -25,11 +25,11 @@ _WHERE = ("operation", "module", "name", "stage", "call")
 
 @dataclass(frozen=True)
 class Rule:
-    """A Jacobian choice for the sites that match everything that is given; without any, for all sites.
+    """A Jacobian choice for the sites that match all the matchers; a rule without matchers is for all sites.
 
     Each of ``operation``, ``module``, ``name`` and ``stage`` may be a list, of which one has to match. There is no
-    matcher for training and evaluation mode: the choice is read by a backward, and ``using(model, ...)`` says which
-    one takes another.
+    matcher for training and evaluation mode: the backward reads the choice, and ``using(model, ...)`` sets another
+    choice for some backwards.
 
     Args:
         jacobians: A mapping such as ``{"relu": 0.5}`` decides on these operations only; a whole
@@ -46,8 +46,8 @@ class Rule:
             as in Python (``"1:3"``, ``"2:"``, ``range(1, 3)``).
 
     Raises:
-        ValueError: If an operation or a field is unknown, or a range is none.
-        TypeError: If something else than the above is given.
+        ValueError: If an operation or a field is unknown, or a range is malformed.
+        TypeError: If an argument has another type.
 
     Example:
         >>> Rule({"relu": 0.5}, stage="layer1", operation="relu")
@@ -71,13 +71,13 @@ class Rule:
             object.__setattr__(self, "jacobians", {field: getattr(whole, field) for field in self.jacobians})
         elif not isinstance(self.jacobians, Jacobians):
             raise TypeError(f"a rule takes Jacobians or a mapping such as {{'relu': 0.5}}; given {self.jacobians!r}")
-        for what in ("operation", "stage"):
-            given = getattr(self, what)
-            several = () if given is None else (given,) if isinstance(given, str) else given
+        for matcher in ("operation", "stage"):
+            value = getattr(self, matcher)
+            several = () if value is None else (value,) if isinstance(value, str) else value
             several = tuple(several) if isinstance(several, Iterable) else (several,)
             if not all(isinstance(one, str) for one in several):
-                raise TypeError(f"{what} takes a name or several; given {given!r}")
-            object.__setattr__(self, what, several)
+                raise TypeError(f"{matcher} takes a name or several; given {value!r}")
+            object.__setattr__(self, matcher, several)
         for operation in self.operation:
             _known("operation", operation, tuple(OPERATIONS))
         object.__setattr__(self, "module", tuple(map(_class, selectors("module", self.module))))
@@ -87,7 +87,7 @@ class Rule:
     @property
     def unconditional(self) -> bool:
         """Whether it decides for every site."""
-        return not any(getattr(self, what) for what in _WHERE)
+        return not any(getattr(self, matcher) for matcher in _WHERE)
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -129,7 +129,7 @@ class Rule:
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Rule:
-        """A rule as it stands in a config: matchers and choices beside each other.
+        """A rule from a mapping of a config, which has matchers and choices side by side.
 
         Args:
             given: Such as ``{"stage": "layer1", "relu": 0.5}``.
@@ -138,8 +138,8 @@ class Rule:
             The rule.
 
         Raises:
-            ValueError: If a key is neither a matcher nor a field of :class:`~nslightning.Jacobians`, or no field is
-                there.
+            ValueError: If a key is neither a matcher nor a field of :class:`~nslightning.Jacobians`, or if
+                there is no field.
 
         Example:
             >>> Rule.from_dict({"name": "/act$/", "relu": 0.5})
@@ -160,18 +160,18 @@ class Rule:
         Returns:
             JSON-ready values, of which :meth:`from_dict` makes the rule again.
         """
-        found: dict[str, Any] = {}
-        for what in _WHERE[:-1]:
-            if several := [text(one, path=True) for one in getattr(self, what)]:
-                found[what] = several[0] if len(several) == 1 else several
+        data: dict[str, Any] = {}
+        for matcher in _WHERE[:-1]:
+            if several := [text(one, path=True) for one in getattr(self, matcher)]:
+                data[matcher] = several[0] if len(several) == 1 else several
         if self.call is not None:
             first, end = self.call
-            found["call"] = first if end == first + 1 else f"{first}:{'' if end is None else end}"
-        return found | {k: list(v) if isinstance(v, tuple) else v for k, v in self.changes.items()}
+            data["call"] = first if end == first + 1 else f"{first}:{'' if end is None else end}"
+        return data | {k: list(v) if isinstance(v, tuple) else v for k, v in self.changes.items()}
 
     @property
     def where(self) -> str:
-        """Its matchers, in words for a table."""
+        """Its matchers as text for a table."""
         return ", ".join(f"{k}={v!r}" for k, v in self.to_dict().items() if k in _WHERE) or "everywhere"
 
     def __repr__(self) -> str:
@@ -184,8 +184,8 @@ class Plan:
     """One Jacobian choice for every site of a model: rules, of which later ones win.
 
     Args:
-        rules: Rules; also plain :class:`~nslightning.Jacobians`, which are for all sites, and mappings as a config
-            has them (:meth:`Rule.from_dict`). What no rule decides is the reference choice.
+        rules: Rules; also plain :class:`~nslightning.Jacobians`, which are for all sites, and mappings as in a
+            config (:meth:`Rule.from_dict`). A field that no rule decides takes the reference choice.
 
     Example:
         >>> plan = Plan([Jacobians(relu=1.0), Rule({"relu": 0.5}, stage="layer1"), {"stage": "layer1.0", "relu": 0}])
@@ -223,7 +223,7 @@ class Plan:
 
     @property
     def base(self) -> Jacobians:
-        """What the rules that are for all sites decide."""
+        """The choice of the rules that are for all sites."""
         return self.choice([i for i, rule in enumerate(self.rules) if rule.unconditional])
 
     @property
@@ -263,13 +263,13 @@ class Plan:
         return tuple(i for i in matching if self.rules[i].covers(operation, call))
 
     def choice(self, rules: Iterable[int]) -> Jacobians:
-        """What some rules decide together.
+        """The choice of several rules together.
 
         Args:
             rules: Their indices.
 
         Returns:
-            The choice: of each field the last that was decided.
+            The choice; for each field the last rule that decides on it wins.
         """
         chosen = Jacobians()
         for i in rules:
@@ -277,14 +277,14 @@ class Plan:
         return chosen
 
     def explain(self, rules: Sequence[int], operation: str) -> str:
-        """Which of some rules decided on an operation, and over which ones.
+        """The rule that decides on an operation, and the rules that it overrides.
 
         Args:
             rules: Their indices.
             operation: The field of :class:`~nslightning.Jacobians`.
 
         Returns:
-            One line; empty where nothing but a rule for all sites decided, or none did.
+            One line; empty if only one rule for all sites decides, or no rule does.
         """
         deciding = [i for i in rules if operation in self.rules[i].changes]
         if not deciding:
@@ -317,7 +317,7 @@ class Plan:
         """The plan as plain data.
 
         Returns:
-            One mapping per rule; ``Plan(that)`` is the plan again.
+            One mapping per rule; ``Plan`` makes the same plan of the list.
         """
         return [rule.to_dict() for rule in self.rules]
 
@@ -329,18 +329,18 @@ class Plan:
 
 # ------------------------------------------------------------------------------------------------- selectors
 def selectors(what: str, given: Any) -> tuple[One, ...]:
-    """A selector flattened, once: it may be an iterator.
+    """The single selectors in a selector. It is read once, because it may be an iterator.
 
     Args:
-        what: Its name, for the error.
+        what: The selector's name, for the error.
         given: A glob, a regular expression, a module class, several of these, or None.
 
     Returns:
         The single ones; a string between slashes has become a regular expression.
 
     Raises:
-        TypeError: If something else is given.
-        ValueError: If the regular expression is none.
+        TypeError: If it is something else.
+        ValueError: If the regular expression is malformed.
     """
     if given is None:
         return ()
@@ -360,7 +360,7 @@ def selectors(what: str, given: Any) -> tuple[One, ...]:
 
 
 def text(selector: One, *, path: bool = False) -> str:
-    """A selector in words.
+    """A selector as text.
 
     Args:
         selector: One selector.
@@ -401,51 +401,51 @@ def _is(module: nn.Module, cls: Any) -> bool:
     return any(cls in (c.__name__, f"{c.__module__}.{c.__qualname__}") for c in type(module).__mro__)
 
 
-def _class(given: One) -> One:
+def _class(selector: One) -> One:
     """A class or the name of one."""
-    if isinstance(given, re.Pattern) or (isinstance(given, str) and not re.fullmatch(r"[\w.<>]+", given)):
+    if isinstance(selector, re.Pattern) or (isinstance(selector, str) and not re.fullmatch(r"[\w.<>]+", selector)):
         raise ValueError(
-            f"module takes a class or its name, such as 'ReLU'; given {text(given)!r}. Globs and expressions go into "
-            "name=..."
+            f"module takes a class or its name, such as 'ReLU'; given {text(selector)!r}. Globs and expressions go "
+            "into name=..."
         )
-    return given
+    return selector
 
 
 def _in_stage(name: str, stage: str) -> bool:
-    """Whether a qualified name is a stage's or that of a module inside it."""
-    wanted, given = stage.split("."), name.split(".")
-    return len(given) >= len(wanted) and all(map(_part_matches, wanted, given))
+    """Whether a qualified name is that of a stage, or of a module inside the stage."""
+    wanted, parts = stage.split("."), name.split(".")
+    return len(parts) >= len(wanted) and all(map(_part_matches, wanted, parts))
 
 
-def _part_matches(wanted: str, given: str) -> bool:
-    """One part of a name, between dots: a glob, or a range of numbers behind a common beginning."""
+def _part_matches(wanted: str, part: str) -> bool:
+    """Whether one part of a name, between dots, matches a glob or a range of numbers behind a common prefix."""
     if (span := re.fullmatch(r"(.*?)(\d+)-(\d+)", wanted)) is None:
-        return fnmatch.fnmatchcase(given, wanted)
+        return fnmatch.fnmatchcase(part, wanted)
     start, first, last = span.groups()
-    number = given.removeprefix(start)
-    return given.startswith(start) and number.isdecimal() and int(first) <= int(number) <= int(last)
+    number = part.removeprefix(start)
+    return part.startswith(start) and number.isdecimal() and int(first) <= int(number) <= int(last)
 
 
-def _range(given: Any) -> tuple[int, int | None] | None:
+def _range(call: Any) -> tuple[int, int | None] | None:
     """A call's number or a range of numbers as (first, end)."""
-    if given is None:
+    if call is None:
         return None
-    if isinstance(given, (tuple, list)) and len(given) == 2:  # as kept by a rule
-        first, end = given
-    elif isinstance(given, int) and not isinstance(given, bool):
-        first, end = given, given + 1
-    elif isinstance(given, range) and given.step == 1:
-        first, end = given.start, given.stop
-    elif isinstance(given, str) and (span := re.fullmatch(r"(\d*)(:?)(\d*)", given)) and any(span.groups()):
+    if isinstance(call, (tuple, list)) and len(call) == 2:  # as kept by a rule
+        first, end = call
+    elif isinstance(call, int) and not isinstance(call, bool):
+        first, end = call, call + 1
+    elif isinstance(call, range) and call.step == 1:
+        first, end = call.start, call.stop
+    elif isinstance(call, str) and (span := re.fullmatch(r"(\d*)(:?)(\d*)", call)) and any(span.groups()):
         first = int(span[1] or 0)
         end = int(span[3]) if span[3] else (None if span[2] else first + 1)
     else:
         first, end = -1, None
     if first < 0 or (end is not None and end <= first):
-        raise ValueError(f"call takes a number from 0 on, or a range such as '1:3' or '2:'; given {given!r}")
+        raise ValueError(f"call takes a number from 0 on, or a range such as '1:3' or '2:'; given {call!r}")
     return first, end
 
 
-def _known(what: str, given: Any, allowed: Sequence[str]) -> None:
-    if given not in allowed:
-        raise ValueError(f"{what} {given!r} is not known{did_you_mean(given, allowed)} Allowed: {', '.join(allowed)}")
+def _known(kind: str, value: Any, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{kind} {value!r} is not known{did_you_mean(value, allowed)} Allowed: {', '.join(allowed)}")

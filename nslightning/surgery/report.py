@@ -1,4 +1,4 @@
-"""What a patch reached, as a table for people and as plain data for files."""
+"""The report of a patch: a table for people, and plain data for files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["PatchReport", "PatchWarning", "Site", "UnreachedError"]
 
 
 class PatchWarning(UserWarning):
-    """Something about a patch that its owner will want to know."""
+    """A warning that a patch does less than its caller may expect."""
 
 
 _NODE = re.compile(r"\w+Backward\d+\w*")
@@ -38,12 +38,12 @@ class Site:
             yet.
         choice: The value chosen there; None is the reference.
         how: ``"module"`` (the module is the operation), ``"functional"`` (a call caught while the model runs) or
-            ``"unreached"`` (found, and left with PyTorch's own derivative).
+            ``"unreached"`` (it keeps PyTorch's own derivative).
         kind: The module's class, or the function as it is called.
         aliases: The other names under which the same module is registered.
         inplace: Whether the operation overwrites its input.
         calls: Evaluations in the first forward, in eager mode, that reached it.
-        decided: Which rule of a plan decided, and over which others, where more than one choice was there.
+        decided: The rule of a plan that decided and the rules that it overrides, if more than one choice was possible.
     """
 
     name: str
@@ -58,14 +58,14 @@ class Site:
 
 
 class UnreachedError(ValueError):
-    """An operation that is found and cannot be reached: it would keep PyTorch's own derivative.
+    """The patch cannot reach an operation, which would keep PyTorch's own derivative.
 
     Args:
         model: Class name of the model.
-        sites: Where.
+        sites: The sites that are not reached.
 
     Attributes:
-        sites: Where.
+        sites: The sites that are not reached.
     """
 
     def __init__(self, model: str, sites: Sequence[Site]) -> None:
@@ -91,7 +91,7 @@ class UnreachedError(ValueError):
             model: Class name of the model.
             name: The site's module.
             operation: The operation.
-            kind: What is called.
+            kind: The function or the class.
 
         Returns:
             The error.
@@ -100,7 +100,7 @@ class UnreachedError(ValueError):
 
 
 def _phrase(site: Site) -> str:
-    """What is not reached, as part of a sentence."""
+    """The part of a sentence that names a site which is not reached."""
     where = site.name or "the model"
     match site.operation:
         case "scripted":
@@ -116,7 +116,7 @@ def _phrase(site: Site) -> str:
 
 
 def _way_out(site: Site) -> str:
-    """What makes a site reachable, as a sentence without its full stop."""
+    """The way to make a site reachable, as a sentence without its full stop."""
     match site.operation:
         case "scripted":
             return "Use the eager module that it was made from"
@@ -133,13 +133,13 @@ def _way_out(site: Site) -> str:
 class PatchReport:
     """The sites of a patched model.
 
-    ``str(report)`` is a table. Functional calls are found when the model runs: they are listed after the
-    first forward with gradients, or at once when :func:`~nslightning.patch` is given an example input.
+    ``str(report)`` is a table. The report lists functional calls after the
+    first forward with gradients, or at once if :func:`~nslightning.patch` is given an example input.
 
     Args:
         model: Class name of the patched model.
         jacobians: The choice for all sites, where no rule for some of them decides otherwise.
-        sites: What was found, in the order of the model's modules, then of its calls.
+        sites: The sites, in the order of the model's modules, then of its calls.
         traced: Whether a forward with gradients has been seen, so that functional calls are known.
         only: The selectors that the sites were limited to, as text.
         skip: The selectors of sites left alone, as text.
@@ -171,7 +171,7 @@ class PatchReport:
         Functional sites are left out: they are known only after a forward.
         """
         modules = sorted({(s.name, s.operation, s.aliases) for s in self.sites if s.how == "module"})
-        # Only what differs from the reference: a version with more operations finds the same digits.
+        # Only fields that differ from the reference: a version with more operations gives the same digits.
         changed = {k: v for k, v in self.jacobians.to_dict().items() if v != getattr(Jacobians(), k)}
         rules = [rule.to_dict() for rule in self.plan.sites]
         text = json.dumps([changed, rules, self.only, self.skip, modules], sort_keys=True)
@@ -229,11 +229,11 @@ class PatchReport:
         counts: dict[str, int] = {}
         for site in self.reached:
             counts[site.operation] = counts.get(site.operation, 0) + 1
-        found = ", ".join(f"{n} {operation}" for operation, n in counts.items()) or "nothing"
+        operations = ", ".join(f"{n} {operation}" for operation, n in counts.items()) or "nothing"
         left = f"; {len(self.unreached)} sites keep PyTorch's own derivative" if self.unreached else ""
         n = len(self.plan.sites)
         rules = f" and {n} rule{'s' * (n > 1)} for some sites" if n else ""
-        return f"Patched {self.model}: {found} with {self.jacobians!r}{rules} [{self.fingerprint}]{left}"
+        return f"Patched {self.model}: {operations} with {self.jacobians!r}{rules} [{self.fingerprint}]{left}"
 
     def __str__(self) -> str:
         header = ("site", "operation", "choice", "reached by", "kind", "notes")

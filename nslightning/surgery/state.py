@@ -1,4 +1,4 @@
-"""What one patch did to one model: the surgery, which the patched modules share, and what it keeps with each."""
+"""The state of one patch of one model: the surgery, which the patched modules share, and one part for each module."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CHECKPOINT: CodeType = inspect.unwrap(checkpoint).__code__
 
 
 class Surgery:
-    """What one :func:`patch` did to one model; the modules that it changed share it.
+    """The state of one :func:`patch` of one model; the modules that it changed share it.
 
     Args:
         model: The model to be patched.
@@ -36,15 +36,15 @@ class Surgery:
         only: Reach only these sites.
         skip: Leave these sites alone.
         seed: Seeds the ``"random"`` choice.
-        strict: Raise where an operation is met that cannot be reached.
+        strict: Raise if the model evaluates an operation that cannot be reached.
 
     Attributes:
         selections: One per combination of the plan's rules that holds somewhere, by their indices.
-        everywhere: By operation the selection of all functional calls; None where a compiler could not tell them
-            apart.
+        everywhere: By operation the selection of all functional calls; None if they have several selections,
+            which a compiler cannot distinguish.
         counted: Whether a rule depends on the number of a call.
-        catching: Whether some module has code that may call functions: only then a mode watches for them.
-        looked: What has been looked at: the methods that ran, and the structure of what they returned.
+        catching: Whether some module has code that may call functions: a mode catches calls only if it is true.
+        looked: The runs whose graph was checked: their methods, and the structure of the values they returned.
         sites: The objects that run the module sites.
     """
 
@@ -69,14 +69,14 @@ class Surgery:
         self._rows: dict[tuple[str, str, bool, tuple[int, ...]], Site] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # Sites enrol again where they are copied; what was looked at is known by the identity of parts.
+        # A copied site adds itself to `sites`; `looked` refers to parts by identity, which a copy does not keep.
         return {k: v for k, v in self.__dict__.items() if k not in ("sites", "looked")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, sites=WeakSet(), looked=set())
 
     def begin(self, parts: Sequence[Part]) -> None:
-        """Make every selection that a call of these parts may need, so that none appears while somebody watches."""
+        """Make each selection that a call of these parts may need, so that observers can be set on all of them now."""
         for name in OPERATIONS:
             rules_of = {self.plan.covering(part.rules, name, i) for part in parts for i in self.plan.calls}
             for rules in sorted(rules_of):
@@ -87,7 +87,7 @@ class Surgery:
 
     @property
     def watched(self) -> bool:
-        """Whether calls matter without gradients: somebody observes, or the published rule changes the forward."""
+        """Whether calls matter without gradients: an observer is set, or the published rule changes the forward."""
         return any(s.observer is not None or s.jacobians.rule == "published" for s in self.selections.values())
 
     def chosen(self, names: Sequence[str], module: nn.Module) -> bool:
@@ -97,12 +97,12 @@ class Surgery:
         return not any(matches(s, names, module) for s in self.skip)
 
     def part(self, module: nn.Module) -> Part | None:
-        """What this surgery keeps with a module; None if it does not know the module."""
+        """The part that this surgery keeps with a module; None if the module belongs to no part of it."""
         part: Part | None = module.__dict__.get(PART)
         return part if part is not None and part.surgery is self else None
 
     def operations(self, part: Part) -> Iterable[str]:
-        """The operations that a module evaluates, or may evaluate as long as no forward has told."""
+        """The operations that a module evaluates; before the first forward, those that it may evaluate."""
         if not self.report.traced and part.site is None and part.calls:
             return OPERATIONS
         return {site.operation for site in self.report.reached if site.name == part.names[0]}
@@ -113,10 +113,10 @@ class Surgery:
         Args:
             part: What is kept with the module.
             operation: The field of :class:`~nslightning.Jacobians`.
-            number: Tells the number of the call; None where no patched forward is running.
+            number: Returns the number of the call; None if no patched forward is running.
 
         Raises:
-            RuntimeError: If they depend on the call's number, and that cannot be known.
+            RuntimeError: If they depend on the call's number, which cannot be known here.
         """
         if not self.counted or not part.by_call(operation):
             return self.plan.covering(part.rules, operation, 0)
@@ -133,9 +133,9 @@ class Surgery:
         return self.plan.covering(part.rules, operation, 0 if number is None else number(part, operation))
 
     def row(self, part: Part, operation: str, kind: str, inplace: bool, how: Any, rules: tuple[int, ...] = ()) -> Site:
-        """The report's row for one module's calls of one function, made when it is first met."""
+        """The report's row for one module's calls of one function, made at the first call."""
         if part.site is not None and part.site.operation == operation and (how == "unreached" or rules == part.first):
-            return part.site  # what its class tells
+            return part.site  # the row that the module's class gave
         key = (part.names[0], kind, inplace, rules)
         if (known := self._rows.get(key)) is not None:
             return known
@@ -174,21 +174,21 @@ class Surgery:
 
 @dataclass(eq=False)
 class Part:
-    """What a surgery keeps with one module of the model.
+    """The record that a surgery keeps with one module of the model.
 
     Args:
         surgery: The surgery.
         names: The qualified names under which the model has the module; the patched model itself is ``""``.
         rules: The plan's rules that are for some calls of the module.
         chosen: Whether ``only`` and ``skip`` let the choice reach it.
-        calls: Whether its code may call functions that its class does not tell of.
+        calls: Whether its code may call functions that cannot be known from its class.
         site: The module's row in the report, if it has one.
         operation: The operation that reaches the site, if one does.
-        cls: The registered class that says how.
+        cls: The registered class that says how the operation reads the module.
         methods: The names under which the module has methods of the surgery's.
-        lookups: What the surgery has for the module's properties and special methods, by the class that defines them
-            and their names.
-        undone: Whether the patch was taken back; who kept a method of the module's then has the stock one.
+        lookups: The surgery's replacements for the module's properties and special methods, by the class that defines
+            them and their names.
+        undone: Whether the patch was undone; a method object that code has kept then runs the stock method.
     """
 
     surgery: Surgery
