@@ -3,7 +3,7 @@
 Each family has a file: the records of its operations, its functions and its modules. What a family exports is exported
 here.
 """
-# ruff: noqa: F403 # a family's file says what it exports, once
+# ruff: noqa: F403 # a family's file lists its exports, once
 
 # The order of the fields of Jacobians, and of the tables in the docs:
 # isort: off
@@ -22,7 +22,7 @@ from nslightning.ops import clamps, exponential, groups, losses, maxima, norms, 
 from nslightning.ops.autograd.pointwise import pointwise_operation
 from nslightning.ops.record import OPERATIONS, Call, Kernels, Kink, Operation, register
 
-#: The operations that come with the package; what is registered from outside is not among them.
+#: The operations that come with the package; operations that are registered later are not among them.
 PACKAGED = frozenset(OPERATIONS)
 
 __all__ = ["PACKAGED", "Call", "Kernels", "Kink", "Operation", "pointwise_operation", "register"]

@@ -139,7 +139,7 @@ _AT_LOWER, _AT_UPPER = _stock_at_bounds()
 
 
 def _clamp_backward(g: Tensor, x: Tensor, low: float | None, high: float | None) -> Tensor:
-    """Stock's backward, which is no operator; composed as there, so that the result lies in memory as there."""
+    """Stock's backward, which is no operator; the same operations give the result the same strides."""
     above = None if low is None else x >= low if _AT_LOWER else x > low
     below = None if high is None else x <= high if _AT_UPPER else x < high
     inside = above if below is None else below if above is None else above.logical_and_(below)
@@ -217,7 +217,7 @@ def _divided(
     return tuple(t.to(g.dtype) for t in (to_x, to_low, to_high))
 
 
-# What is native here is read in a compiled backward alone, which then puts 0 in its place.
+# Only a compiled backward reads the native value, and then puts 0 in its place.
 ROUTES["clamp"] = Route("clamp", 3, _at_bounds, _divided, native=0.0)
 # The divisor of a normalisation is a norm clamped from below.
 ROUTES["clamp_min"] = at_zero("clamp", _AT_LOWER)

@@ -33,8 +33,8 @@ _NAN = float("nan")
 
 
 # ------------------------------------------------------------------------------------------------------- mechanism
-# Entries stand in a tensor, and an index of the tensor's shape says for each to which of the results along one
-# dimension it belongs. A result may have one entry more, the base: what stood in its place before.
+# An index of the entries' shape says for each entry to which result along one dimension it belongs. A result may have
+# one more member, the base: the value that its place held before.
 def _count(at: Tensor, dim: int, index: Tensor, results: Tensor) -> Tensor:
     return torch.zeros_like(results, dtype=torch.int64).scatter_add(dim, index, at.to(torch.int64))
 
@@ -84,7 +84,7 @@ def _share(
     known: tuple[Tensor, ...],
     native: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What the entries of tied results receive, and what their bases do.
+    """The gradients of the entries of tied results, and of their bases.
 
     Args:
         choice: The five weights.
@@ -96,7 +96,8 @@ def _share(
         results: The results.
         known: Which results are tied, which entries reach theirs, how many members of a result do, and whether the base
             is one of them.
-        native: By what stock divides the gradient before it gives it to each; None where it gives all to the first.
+        native: The number by which stock divides the gradient that each entry receives; None where it gives all to
+            the first entry.
     """
     whole, share, each, first, last = choice
     tied, at, members, base = known
@@ -125,7 +126,7 @@ def _share(
 
 def _shared(first: bool, choice: Any, uniform: Any, g: Tensor, tensors: Any, parameters: Any, *known: Tensor) -> Any:
     (x, index, results), (tied, at, count) = tensors, known
-    # Stock divides what it gave to each entry where that is positive, and only there.
+    # Stock divides an entry's gradient by the number of tied entries only where the gradient is positive.
     native = None if first else torch.where(g > 0, count, 1)
     none = torch.zeros_like(tied)
     return _share(choice, uniform, g, x, parameters[0], index, results, (tied, at, count, none), native)[:1]
@@ -179,7 +180,7 @@ def scattered(selection: Selection, call: Call) -> Tensor:
         if overlaps(base):
             written = _SCATTER_[kind](base, dim, index, src, reduce, include_self=included)
             return guarded(written, "scatter_max", selection)
-        # As stock does, whose backward keeps a copy of what was overwritten.
+        # As stock, whose backward keeps a copy of the overwritten memory.
         result = scattered(selection, call._replace(x=base.clone(), inplace=False))
         written = base.copy_(result)
         refuse_changes_of_a_copy(result, written)
@@ -211,12 +212,19 @@ def _scatter_ties(call: Call) -> tuple[Count, int]:
 
 def _scatter_call(kind: str, inplace: bool, *args: Any, **kwargs: Any) -> Call | None:
     names = ("x", "dim", "index", "src", "reduce")
-    given = dict(zip(names, args, strict=False)) | {"src" if k == "source" else k: v for k, v in kwargs.items()}
-    wanted = given.get("reduce") in ("amax", "amin") and isinstance(given.get("src"), Tensor)
-    if not wanted or given.get("out") is not None or not isinstance(given.get("dim"), int):
+    arguments = dict(zip(names, args, strict=False)) | {"src" if k == "source" else k: v for k, v in kwargs.items()}
+    wanted = arguments.get("reduce") in ("amax", "amin") and isinstance(arguments.get("src"), Tensor)
+    if not wanted or arguments.get("out") is not None or not isinstance(arguments.get("dim"), int):
         return None
-    parts = (kind, given["dim"], given["index"], given["src"], given["reduce"], given.get("include_self", True))
-    return Call(given["x"], parts, inplace)
+    parts = (
+        kind,
+        arguments["dim"],
+        arguments["index"],
+        arguments["src"],
+        arguments["reduce"],
+        arguments.get("include_self", True),
+    )
+    return Call(arguments["x"], parts, inplace)
 
 
 _SCATTER_SPELLINGS = {
@@ -422,11 +430,11 @@ _BAG = ("indices", "weight", "offsets", "max_norm", "norm_type", "scale_grad_by_
 
 
 def _bag_call(*args: Any, **kwargs: Any) -> Call | None:
-    given = dict(zip(_BAG, args, strict=False)) | {"indices" if k == "x" else k: v for k, v in kwargs.items()}
-    indices, weight = given.pop("indices"), given.pop("weight")
-    if given.pop("mode", "mean") != "max" or weight.dtype == torch.long:
+    arguments = dict(zip(_BAG, args, strict=False)) | {"indices" if k == "x" else k: v for k, v in kwargs.items()}
+    indices, weight = arguments.pop("indices"), arguments.pop("weight")
+    if arguments.pop("mode", "mean") != "max" or weight.dtype == torch.long:
         return None
-    return Call(weight, (indices, given))
+    return Call(weight, (indices, arguments))
 
 
 def _bag_module(m: Any, x: Tensor, offsets: Tensor | None = None, per_sample_weights: Any = None) -> Call:
@@ -455,15 +463,15 @@ register(
 
 # ---------------------------------------------------------------------------------------------------------- members
 class Members(NamedTuple):
-    """The entries that a call compares, and what they stand beside.
+    """The entries that a call compares, and how they are grouped.
 
     Args:
         entries: The entries, NaN where one belongs to no group.
         group: To which group each belongs.
         dim: The dimension that groups them.
         shape: The results' shape.
-        base: What takes part as it stands in the results' places; None without it.
-        greatest: Whether the maximum is looked for, else the minimum.
+        base: The former values of the results' places, where they take part; else None.
+        greatest: True for the maximum, False for the minimum.
         memory: The memory that the entries stand in.
     """
 
@@ -487,7 +495,7 @@ def _segment_members(call: Call) -> Members:
     return Members(entries, index, axis, _segment_stock(call).shape, None, call.parameters[0] == "max", call.x)
 
 
-#: Who compares what, of the operations whose entries are no parameters.
+#: By operation, the function that returns the members of a call; for operations whose entries are no parameters.
 MEMBERS: dict[str, Callable[[Call], Members]] = {"scatter_max": _scatter_members, "segment_max": _segment_members}
 
 
@@ -506,15 +514,15 @@ def scatter_reduce(
     r"""The maximum, or the minimum, of the entries that an index sends to one place.
 
     Where :math:`k > 1` entries reach it, the Clarke Jacobian is the convex hull of their unit vectors. PyTorch shares
-    equally, and counts what stood in ``x`` also with ``include_self=False``, where that gets nothing.
+    equally. With ``include_self=False`` it counts the value in ``x`` too, but gives it no gradient.
 
     Args:
-        x: What stands in the places before, floating dtype.
+        x: The former values of the places, floating dtype.
         dim: The dimension along which entries are sent.
         index: For each entry its place.
         src: The entries, of ``x``'s dtype and at least the shape of ``index``.
         reduce: ``"amax"`` or ``"amin"``.
-        include_self: Whether what stands in the places takes part.
+        include_self: Whether the former values take part.
         jacobian: A number beta or a name; see :class:`~nslightning.Jacobians`. None is the reference.
         seed: Seeds ``jacobian="random"``.
 
@@ -548,12 +556,12 @@ def index_reduce(
     """The maximum, or the minimum, of the slices that an index sends to one place; see :func:`scatter_reduce`.
 
     Args:
-        x: What stands in the places before, floating dtype.
+        x: The former values of the places, floating dtype.
         dim: The dimension of the slices.
         index: For each slice its place, a vector.
         src: The slices, of ``x``'s dtype.
         reduce: ``"amax"`` or ``"amin"``.
-        include_self: Whether what stands in the places takes part.
+        include_self: Whether the former values take part.
         jacobian: A number beta or a name; see :class:`~nslightning.Jacobians`. None is the reference.
         seed: Seeds ``jacobian="random"``.
 

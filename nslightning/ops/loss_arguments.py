@@ -1,4 +1,4 @@
-"""The arguments of PyTorch's losses, in all the ways in which they may be given."""
+"""The arguments of PyTorch's losses, in every spelling that PyTorch accepts."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ __all__ = ["arguments", "defaults", "reduction"]
 
 
 def arguments(function: str) -> dict[str, Any]:
-    """The arguments of a function of ``torch.nn.functional``; those of torch have the same ones without the legacy.
+    """The arguments of a function of ``torch.nn.functional``; functions of ``torch`` lack the legacy ones.
 
     Args:
         function: Its name.
 
     Returns:
-        Their defaults by name, in order, the input under our name for it.
+        The defaults by name, in order. The input is called ``x``, as everywhere in the package.
     """
-    given = inspect.signature(getattr(F, function)).parameters
-    return {("x" if name == "input" else name): parameter.default for name, parameter in given.items()}
+    parameters = inspect.signature(getattr(F, function)).parameters
+    return {("x" if name == "input" else name): parameter.default for name, parameter in parameters.items()}
 
 
 def defaults(function: str) -> dict[str, Any]:
-    """Those of the arguments that have a default.
+    """The arguments of a function that have a default.
 
     Args:
         function: The name of a function of ``torch.nn.functional``.
@@ -41,7 +41,7 @@ def reduction(given: dict[str, Any]) -> str:
     """How a loss is reduced, from the arguments that its functions have had over the years.
 
     Args:
-        given: The arguments by name; those about the reduction are taken out.
+        given: The arguments by name; those about the reduction are removed.
 
     Returns:
         ``"mean"``, ``"sum"`` or ``"none"``.

@@ -138,12 +138,12 @@ _TENSORS = {"hinge_embedding_loss": 2, "multi_margin_loss": 2}  # three in the o
 
 
 def _hinged(function: str, names: tuple[str, ...], *args: Any, **kwargs: Any) -> Call | None:
-    given = _DEFAULTS[function] | dict(zip(names, args, strict=False)) | kwargs
-    how = reduction(given)
-    if given.get("p", 1) != 1 and function == "multi_margin_loss":
+    by_name = _DEFAULTS[function] | dict(zip(names, args, strict=False)) | kwargs
+    how = reduction(by_name)
+    if by_name.get("p", 1) != 1 and function == "multi_margin_loss":
         return None  # of squares: smooth
-    x, *others = (given.pop(n) for n in names[: _TENSORS.get(function, 3)])
-    return Call(x, (function, tuple(others), given | {"reduction": how}))
+    x, *others = (by_name.pop(n) for n in names[: _TENSORS.get(function, 3)])
+    return Call(x, (function, tuple(others), by_name | {"reduction": how}))
 
 
 def _hinge_functions() -> dict[Callable, Callable[..., Call | None]]:
@@ -173,7 +173,7 @@ def _hinge_ties(call: Call) -> tuple[Tensor, Tensor]:
     return tied_hinges(function, call.x, *others, **{n: v for n, v in rest.items() if n != "reduction"})
 
 
-#: The losses clamp from below: what stock returns at a hinge is what it returns for the clamp.
+#: The losses clamp from below: at a hinge stock returns the same as for the clamp.
 _NATIVE = float(CLAMP.stock(0.0, None)[0] or 0.0)
 ROUTES["hinge"] = at_zero("hinge", _NATIVE)
 ROUTES["multi_margin"] = at_zero("hinge", 0.0)  # has a kernel of its own

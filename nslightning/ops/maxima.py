@@ -202,7 +202,7 @@ ROUTES["maximum"] = Route("maximum", 2, _equal, _between_two)
 
 
 def _stock_shares(function: str) -> tuple[float, float]:
-    """What the installed PyTorch gives to each of two equal entries: halves, but of fmax all to the first in 2.11."""
+    """The shares that the installed PyTorch gives to two equal entries: halves, but fmax of 2.11 gives all to one."""
     with torch.inference_mode(False), torch.enable_grad():
         x, y = torch.zeros(2, dtype=torch.float64, device="cpu", requires_grad=True).unbind()
         to_x, to_y = torch.autograd.grad(_STOCK[function](x, y), (x, y))

@@ -1,7 +1,8 @@
-"""What the operations as modules are made of: an ``nn.Module`` that chooses its Jacobian itself.
+"""The base classes of the operations as modules, each of which chooses its Jacobian itself.
 
-Those that PyTorch has as modules are subclasses of these, with the same arguments and one more for the choice, named as
-in the function; the others keep what their function is given beside the input. ``rule`` and ``seed`` are as in
+An operation that PyTorch has as a module is a subclass of that module. It takes one more argument, the choice, named as
+in the function. The other modules keep the arguments that their function takes beside the input. ``rule`` and ``seed``
+are as in
 :class:`~nslightning.Jacobians` and :func:`~nslightning.patch`. A patch around them leaves them alone.
 
 Example:
@@ -27,10 +28,10 @@ __all__ = ["ChosenFunction", "ChosenModule"]
 
 
 class ChosenModule(nn.Module):
-    """What chooses: a stock module with one argument more, whose forward is the record's."""
+    """A stock module with one more argument, the choice; the operation's record evaluates its forward."""
 
     choice: ClassVar[str]  # that argument's name
-    fields: ClassVar[tuple[str, ...]]  # what it sets in Jacobians
+    fields: ClassVar[tuple[str, ...]]  # the fields of Jacobians that the choice sets
     _stock: ClassVar[type[nn.Module]]
 
     def __init_subclass__(cls, choice: str = "", fields: tuple[str, ...] = (), **kwargs: Any) -> None:
@@ -52,7 +53,7 @@ class ChosenModule(nn.Module):
             **kwargs: As for the stock module.
 
         Returns:
-            What the stock module returns, bit for bit under the exact rule.
+            The stock module's result, bit for bit under the exact rule.
         """
         for operation in MODULES[self._stock]:
             if operation.claims(self):
@@ -69,14 +70,14 @@ class ChosenModule(nn.Module):
 
 
 class ChosenFunction(nn.Module):
-    """What PyTorch has as a function only: its arguments beside the inputs, and the choice."""
+    """An operation that PyTorch has only as a function: keeps its arguments beside the inputs, and the choice."""
 
-    fields: ClassVar[tuple[str, ...]]  # what the choice sets in Jacobians
+    fields: ClassVar[tuple[str, ...]]  # the fields of Jacobians that the choice sets
 
-    def __init__(self, choice: Any, seed: int = 0, **given: Any) -> None:
+    def __init__(self, choice: Any, seed: int = 0, **arguments: Any) -> None:
         super().__init__()
         self.selection = Selection(OwnChoice(self.fields, choice), seed)
-        self.given = given
+        self.given = arguments
 
     def extra_repr(self) -> str:
         """The arguments, and the choice."""

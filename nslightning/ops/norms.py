@@ -49,7 +49,7 @@ def _everywhere(
     parameters: tuple[Any, ...],
     tied: Tensor,
 ) -> tuple[Tensor]:
-    """What each entry of a zero vector receives."""
+    """The gradient that each entry of a zero vector receives."""
     each = torch.where(tied, g.to(wide(g)) * choice[0], 0).to(tensors[0].dtype)
     return (restored(each, *parameters).expand_as(tensors[0]),)
 
@@ -201,13 +201,13 @@ def _linalg_norm(x: Tensor, ord: Any = None, dim: Any = None, keepdim: bool = Fa
     dims = x.dim() if dim is None else 1 if isinstance(dim, int) else len(dim)
     if ord is not None and ord != "fro" and dims != 1:
         return None  # of a matrix: its singular values, or the greatest sum
-    given = _norm(x, ord, dim, keepdim, **rest)
-    return given and (*given[:-1], torch.linalg.vector_norm)
+    parsed = _norm(x, ord, dim, keepdim, **rest)
+    return parsed and (*parsed[:-1], torch.linalg.vector_norm)
 
 
 def _vector_norm(x: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, **rest: Any) -> Any:
-    given = _norm(x, ord, dim, keepdim, **rest)
-    return given and (*given[:-1], torch.linalg.vector_norm)
+    parsed = _norm(x, ord, dim, keepdim, **rest)
+    return parsed and (*parsed[:-1], torch.linalg.vector_norm)
 
 
 def _distance(x: Tensor, other: Tensor, p: float = 2) -> Any:
@@ -221,15 +221,15 @@ def _pairwise_distance(x1: Tensor, x2: Tensor, p: float = 2.0, eps: float = 1e-6
 
 
 def _euclidean(parse: Callable[..., Any], *args: Any, **kwargs: Any) -> Call | None:
-    given = parse(*args, **kwargs)
-    return None if given is None or given[1] == 1 else Call(given[0], ("norm", *given[1:]))
+    parsed = parse(*args, **kwargs)
+    return None if parsed is None or parsed[1] == 1 else Call(parsed[0], ("norm", *parsed[1:]))
 
 
 def _of_absolutes(parse: Callable[..., Any], *args: Any, **kwargs: Any) -> Call | None:
-    given = parse(*args, **kwargs)
-    if given is None or given[1] != 1:
+    parsed = parse(*args, **kwargs)
+    if parsed is None or parsed[1] != 1:
         return None
-    return Call(given[0], within=lambda selection, x: chosen_norm(x, selection, *given[1:]))
+    return Call(parsed[0], within=lambda selection, x: chosen_norm(x, selection, *parsed[1:]))
 
 
 def _normalized(x: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Any = None) -> Call | None:
@@ -289,10 +289,10 @@ def _l1(x: Tensor, target: Tensor, how: str, weight: Tensor | None) -> Call | No
 
 
 def _l1_function(function: str, *args: Any, **kwargs: Any) -> Call | None:
-    given = dict(zip(_ARGUMENTS[function], args, strict=False)) | kwargs
-    if function == "smooth_l1_loss" and given.get("beta", 1.0) != 0:
+    by_name = dict(zip(_ARGUMENTS[function], args, strict=False)) | kwargs
+    if function == "smooth_l1_loss" and by_name.get("beta", 1.0) != 0:
         return None  # smooth
-    return _l1(given["x"], given["target"], reduction(given), given.get("weight"))
+    return _l1(by_name["x"], by_name["target"], reduction(by_name), by_name.get("weight"))
 
 
 #: L1 losses and 1-norms are absolute values inside.

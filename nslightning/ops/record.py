@@ -1,4 +1,4 @@
-"""What the package knows of a nonsmooth operation: one record each, and the tables that are made of the records.
+"""The records of the nonsmooth operations, one for each, and the tables that are made of the records.
 
 A record stands in the file of its operation's family. :class:`~nslightning.Jacobians`, the surgery, the probes, the
 audit and the docs read it; :func:`register` adds one, from inside the package or from outside.
@@ -53,7 +53,7 @@ Count = int | Tensor
 
 
 class Choice(Protocol):
-    """What chooses: an object with a field for each operation, such as :class:`~nslightning.Jacobians`, and a rule."""
+    """A choice: an object with a field for each operation and a rule, such as :class:`~nslightning.Jacobians`."""
 
     @property
     def rule(self) -> str:
@@ -70,7 +70,7 @@ class Call(NamedTuple):
         parameters: The others, and the operation's own parameters.
         inplace: Overwrite ``x``.
         return_indices: Also return the indices that the operation finds.
-        within: What evaluates it where it is part of something else, as the absolute value is of an L1 loss.
+        within: Evaluates it where it is part of another function, as the absolute value is part of an L1 loss.
     """
 
     x: Tensor
@@ -95,8 +95,8 @@ class Kink:
         sides: The derivatives on the left and on the right, a function of the parameters. A side that differs from
             entry to entry is a tensor, or None.
         jumps: Whether the function jumps there, a function of the parameters: then it has no Clarke Jacobian.
-        clarke: The Clarke Jacobian in words, where numbers do not tell it.
-        stock: What stock PyTorch returns in words, where the two sides do not tell it.
+        clarke: The Clarke Jacobian in words, where numbers do not give it.
+        stock: The stock choice in words, where it is no number between the two sides.
 
     Example:
         >>> zero = Kink("x = 0", position=lambda slope: 0.0, sides=lambda slope: (slope, 1.0))
@@ -114,17 +114,18 @@ class Kink:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Kernels:
-    """What a pointwise operation is made of; :mod:`~nslightning.ops.autograd.pointwise` puts the choice around it.
+    """The stock kernels of a pointwise operation; :mod:`~nslightning.ops.autograd.pointwise` puts the choice around it.
 
     Args:
         forward: The stock kernel, ``(x, *parameters) -> y``.
         backward: The stock backward kernel, ``(g, saved, *parameters) -> gradient``.
-        saves: What the backward reads: the output (shared with the next layer) or the input. In place the output
-            stands for the input where it tells the same (``"either"``), else a copy of the input is kept.
+        saves: The tensor that the backward reads: the output (shared with the next layer) or the input. In place the
+            output serves as the input where it carries the same information (``"either"``), else a copy of the input is
+            kept.
         forward_: The stock kernel that overwrites ``x``; without one, ``forward``'s result is copied there.
         backward_: The backward that stock takes in place, ``(g, output, *parameters) -> gradient``, where that is
             another one.
-        prepare: What becomes of the input and the parameters before all else. Tensors among the parameters come
+        prepare: Converts the input and the parameters before the kernels run. Tensors among the parameters come
             first; where the backward returns a tuple, its other members are their gradients, still of ``x``'s shape.
         published: Whether the published rule drops the incoming gradient at ties.
     """
@@ -167,7 +168,7 @@ class ModuleSpelling:
 
         Args:
             module: The module.
-            *args: What its forward is given.
+            *args: The arguments of its forward.
             **kwargs: The same by name.
 
         Returns:
@@ -197,15 +198,15 @@ class Operation:
         name: The field of :class:`~nslightning.Jacobians` that chooses its Jacobian.
         formula: The function.
         kinks: Where its Jacobian is not unique; a pair of numbers chooses the derivatives of two kinks.
-        choice: What the number chosen means, as the field's documentation.
+        choice: The meaning of the chosen number, as the field's documentation.
         apply: Evaluates a call under a selection.
         ties: Counts a call's ties: ``(tied evaluations, all evaluations)``. Each is a number or a 0-d tensor, which
-            nothing reads before all sites of a forward are counted: to read it is to wait for its device.
-        modules: The module classes that spell it, each with what turns ``(module, *args)`` into a call; with
+            is read only when all sites of a forward are counted, since reading it waits for its device.
+        modules: The module classes that spell it, each with a function that turns ``(module, *args)`` into a call; with
             :func:`only`, under a condition.
-        functions: The functions and methods that spell it, each with what turns its arguments into a call; this
+        functions: The functions and methods that spell it, each with a function that turns its arguments into a call or
             returns None where the arguments make it another operation.
-        kernels: What a pointwise operation is made of; None for all others.
+        kernels: The stock kernels of a pointwise operation; None for all others.
         shares: Whether it shares a gradient over several entries: then the choice is a number beta or a name of
             :data:`~nslightning.ops.autograd.shares.SHARES`.
         names: The other choices that have a name.
@@ -216,9 +217,9 @@ class Operation:
             probed from the installed version when the record is made. Empty where it is no number.
         corners: Elements of the Clarke Jacobian between which all others lie, ``*parameters -> choices``; without it,
             the derivatives on the two sides. Empty where the choices name no such elements.
-        remedy: What an audit advises where its ties matter.
+        remedy: The advice of an audit where its ties matter.
         rounding_remedy: The same where rounding alone makes the ties that matter.
-        note: What else there is to say.
+        note: Further remarks.
         references: Where the choice was studied.
         example: The function as a model writes it, for plots and checks.
         at: The parameters of the example; for an operation that shares, the value of its equal entries.
@@ -248,7 +249,7 @@ class Operation:
     at: tuple[Any, ...] = ()
 
     def __reduce__(self) -> Any:
-        return _named, (self.name,)  # there is one of each: pickles and copies name it
+        return _named, (self.name,)  # each operation exists once: pickles and copies refer to it by name
 
     def claims(self, module: nn.Module) -> bool:
         """Whether a module is this operation.
@@ -328,7 +329,7 @@ class Operation:
         ends: list[Any] = []
         for side in (0, 1):
             chosen: list[Any] = [kink.sides(*parameters)[side] for kink in self.kinks if kink.sides is not None]
-            # What differs from entry to entry is no number; where stock takes it, the reference names it.
+            # A side that differs from entry to entry is no number; where stock takes that side, the reference names it.
             as_stock = len(chosen) == 1 and self.taken == (side,)
             ends.append(None if as_stock else chosen[0] if len(chosen) == 1 else tuple(chosen))
         return tuple(ends)
@@ -378,7 +379,7 @@ class Operation:
 
     @property
     def advice(self) -> str:
-        """What an audit advises where its ties matter."""
+        """The advice of an audit where its ties matter."""
         return self.remedy or (
             f"Look at what brings {self.name} to these points, or fix the choice and record it: "
             f"patch(model, Jacobians({self.name}=...))."
@@ -386,7 +387,7 @@ class Operation:
 
     @property
     def rounding_advice(self) -> str:
-        """What an audit advises where rounding alone makes the ties that matter."""
+        """The advice of an audit where rounding alone makes the ties that matter."""
         return self.rounding_remedy or (
             "Compute what enters these sites in float32, or fix the choice and record it: "
             f"patch(model, Jacobians({self.name}=...))."
@@ -441,7 +442,7 @@ def register(operation: Operation) -> Operation:
 def follow(follower: Callable[[Operation], None]) -> None:
     """Have a function called with every operation that is registered from now on.
 
-    For what is made of the records and stands above them.
+    Modules above this one use it for tables that they make of the records.
 
     Args:
         follower: Takes the operation.
@@ -463,12 +464,12 @@ def known(kind: str, name: str, allowed: Iterable[Any]) -> None:
     """Raise unless a name is one of those that are allowed.
 
     Args:
-        kind: What is named.
+        kind: The kind of thing that the name names, for the message.
         name: The name.
-        allowed: The names there are.
+        allowed: The allowed names.
 
     Raises:
-        ValueError: Else, with the name that was probably meant.
+        ValueError: If it is not; the message suggests the name that was probably meant.
     """
     allowed = tuple(allowed)
     if name not in allowed:

@@ -21,7 +21,7 @@ Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 @dataclass(frozen=True, eq=False)
 class Recurrence:
-    """What a recurrent kernel computes with a relu, given the relu.
+    """The computation of a recurrent kernel with a relu, as a function of the input and the relu.
 
     PyTorch's kernel for a CPU runs these very operations, so that the results have its bits. Other devices have kernels
     of their own.
@@ -40,7 +40,7 @@ class Recurrence:
             x: The input.
 
         Returns:
-            What the kernel returns.
+            The kernel's result.
         """
         return self.run(x, lambda y: pointwise("relu", y, selection))
 

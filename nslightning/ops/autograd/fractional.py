@@ -34,7 +34,7 @@ class Fractional:
         kernel_size: The window's size, a number or one each.
         output_size: The number of windows, a number or one each; or None.
         output_ratio: Where it is None: their number as a share of the input's size.
-        samples: What places the windows, shape (N, C, dims), in [0, 1); None draws them.
+        samples: The random numbers that place the windows, shape (N, C, dims), in [0, 1); None draws them.
 
     Raises:
         ValueError: If neither ``output_size`` nor ``output_ratio`` is given.
@@ -92,9 +92,9 @@ class Fractional:
         return flat.gather(-1, places.flatten(-dims)).view(shape), places
 
 
-def _each(dims: int, given: Any) -> tuple[Any, ...]:
-    given = tuple(given) if isinstance(given, Sequence) else (given,)
-    return tuple(given * dims if len(given) == 1 else given)
+def _each(dims: int, numbers: Any) -> tuple[Any, ...]:
+    numbers = tuple(numbers) if isinstance(numbers, Sequence) else (numbers,)
+    return tuple(numbers * dims if len(numbers) == 1 else numbers)
 
 
 @own

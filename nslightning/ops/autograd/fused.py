@@ -1,8 +1,8 @@
-"""ReLU and 2-d max pooling through fused kernels; all else, and all that these do not fit, is composed.
+"""ReLU and 2-d max pooling through fused kernels; calls that these do not take are composed of PyTorch's operations.
 
 The kernels are C++ on a CPU (:mod:`~nslightning.ops.kernels.cpu`) and Triton on a CUDA device
-(:mod:`~nslightning.ops.kernels.triton`). What differentiates the backward again, draws at random or is transformed goes
-the composed way, from the same saved tensors.
+(:mod:`~nslightning.ops.kernels.triton`). A backward that is differentiated again, draws at
+random or is transformed is composed, too, from the same saved tensors.
 """
 
 from __future__ import annotations
@@ -83,13 +83,13 @@ def kernels_for(device: str) -> Any:
 
 
 def dtypes_on(device: str) -> tuple[torch.dtype, ...]:
-    """What the kernels for a type of device compute.
+    """The dtypes that the kernels for a type of device take.
 
     Args:
         device: Such as ``"cpu"``.
 
     Returns:
-        The dtypes; none where there are no kernels.
+        The dtypes; empty for a device without kernels.
     """
     kernels = kernels_for(device)
     return () if kernels is None else kernels.DTYPES
@@ -206,8 +206,8 @@ class _MaxPool2d(NonsmoothFunction):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, geometry: Regular, selection: Selection, composed: Any) -> Tensor:
-        # What a window of zeros shares out ends in the ReLU right below, which is 0 there whatever the choice: the
-        # stock operation's node says that none of its own entries tied.
+        # The gradient of a window of zeros ends in the ReLU right below. Where that is stock's, no choice applies to
+        # its entries, and its derivative is 0 wherever its output is 0.
         dies = type(x.grad_fn) is _stock_relu()
         y, reached, ctx.tied = pool_forward(x, geometry, zeros=not dies)
         ctx.operation, ctx.geometry, ctx.selection, ctx.composed = "max_pool", geometry, selection, composed
@@ -247,7 +247,7 @@ def pool_gradient_of(g: Tensor, reached: Tensor, weights: Tensor, geometry: Regu
 
     Args:
         g: The incoming gradient, of the output's shape.
-        reached: What :func:`pool_forward` returned.
+        reached: The masks that :func:`pool_forward` returned.
         weights: The memory, shape (4,).
         geometry: The windows.
         size: The input's height and width.
@@ -306,10 +306,10 @@ def pool_difference(
 
     Args:
         given: The first three arguments of :func:`pool_gradient`.
-        geometry: As there.
-        composed: As there.
-        selection: The one choice.
-        less: The other one.
+        geometry: As in :func:`pool_gradient`.
+        composed: As in :func:`pool_gradient`.
+        selection: The first choice.
+        less: The choice whose gradient is subtracted.
 
     Returns:
         The difference, of the input's shape.

@@ -60,7 +60,7 @@ _compositions: dict[str, tuple[_Composition, _Composition | None]] = {}
 
 
 class Described(NamedTuple):
-    """What a C++ node says of itself.
+    """The description of a C++ node.
 
     Args:
         operation: The field of :class:`~nslightning.Jacobians` that chooses.
@@ -74,12 +74,13 @@ class Described(NamedTuple):
 
 
 def composition(operation: str, gradient: _Composition, difference: _Composition | None = None) -> None:
-    """Say how an operation's gradient is composed of PyTorch's operations, for what its C++ node does not take.
+    """Register how an operation's gradient is composed of PyTorch's operations, where its C++ node does not compute it.
 
     Args:
         operation: One of :data:`OPERATIONS`.
-        gradient: ``(parameters, saved, g, selection) -> gradient``; what the node saved is listed in ``nodes.cpp``.
-        difference: ``(parameters, saved, g, selection, less) -> gradient``: what one choice adds to another.
+        gradient: ``(parameters, saved, g, selection) -> gradient``; ``nodes.cpp`` lists the tensors that a node saves.
+        difference: ``(parameters, saved, g, selection, less) -> gradient``: the gradient under one choice
+            less that under another.
     """
     _compositions[operation] = (gradient, difference)
 
@@ -146,7 +147,7 @@ def _choice(library: ModuleType, selection: Selection) -> Any:
 
 
 def site(operation: str, module: nn.Module, selection: Selection) -> Callable[[Tensor], Any] | None:
-    """What takes the calls of a module that is one operation.
+    """The C++ function that takes the calls of a module that is one operation.
 
     Args:
         operation: A field of :class:`~nslightning.Jacobians`.
@@ -221,13 +222,13 @@ def max_pool2d(
 
 
 def describe(node: Any) -> Described | None:
-    """What a backward node says of itself.
+    """Describe a backward node.
 
     Args:
         node: A backward node.
 
     Returns:
-        None for every node but those of the package's C++ operations.
+        The description of a node of the package's C++ operations; None for every other node.
     """
     library = _library()
     described = None if library is None else library.describe(node)
@@ -245,12 +246,12 @@ def backward(node: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
         The gradient for its input, under the choice that its selection holds now.
     """
     library = _library()
-    assert library is not None  # there is a node of it
+    assert library is not None  # the node came from it
     return (library.backward(node, *incoming),)
 
 
 def release(node: Any) -> bool:
-    """Free what a C++ node saved.
+    """Free the tensors that a C++ node saved.
 
     Args:
         node: A backward node.
@@ -267,14 +268,14 @@ def _connect(index: int) -> bool:
     """Load the CUDA kernels for a device that a node met for the first time, if they are in force.
 
     Returns:
-        Whether to ask never again: not while a CUDA graph is captured, when nothing may be loaded.
+        Whether the answer is final; False while a CUDA graph is captured, when kernels must not be loaded.
     """
     if cuda_state() != "in force" or torch.version.hip is not None:
         return True
     if torch.cuda.is_current_stream_capturing():
         return False
     library = _library()
-    assert library is not None  # it called
+    assert library is not None  # it called this function
     major, minor = torch.cuda.get_device_capability(index)
     try:
         library.load(index, cuda.image(10 * major + minor), cuda.DRIVER, False)
@@ -291,7 +292,7 @@ def _hold(selection: Selection, x: Tensor) -> None:
     """Give the nodes of a selection the memory on a device that captured launches read."""
     if (numbers := selection.meet(x)) is not None:
         library, kinks = _library(), tuple(numbers[name] for name in OPERATIONS[:-1])
-        assert library is not None  # it called
+        assert library is not None  # it called this function
         library.hold(selection.shared, x.device.index or 0, kinks, numbers[".pool"], numbers[".published"])
 
 
@@ -305,7 +306,7 @@ def _record(
     operation: str, parameters: tuple[Any, ...], selection: Selection, saved: tuple[Tensor, ...], g: Tensor, node: Any
 ) -> None:
     recorder = selection.recorder
-    if recorder is None:  # it went away since the node looked
+    if recorder is None:  # it was removed after the node had looked
         return
     gradient, difference = _compositions[operation]
     vjp = partial(gradient, parameters, saved, g)
@@ -313,7 +314,7 @@ def _record(
 
 
 class _Module:
-    """What ``nodes.cpp`` calls."""
+    """The functions that ``nodes.cpp`` calls."""
 
     _composed = staticmethod(_composed)
     _connect = staticmethod(_connect)

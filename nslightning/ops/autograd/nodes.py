@@ -1,4 +1,4 @@
-"""What the backward nodes of the package's operations say of themselves.
+"""Questions to the backward nodes of the package's operations.
 
 A graph is asked through these functions alone, whether a node was written in Python (an ``autograd.Function`` below) or
 in C++ (:mod:`~nslightning.ops.autograd.native`), which has no attributes that Python could read.
@@ -35,7 +35,7 @@ __all__ = [
 
 
 class OwnFunction(torch.autograd.Function):
-    """An autograd function of the package: what its backward does is known, whatever it is given."""
+    """An autograd function of the package, whose backward the package knows."""
 
 
 class NonsmoothFunction(OwnFunction):
@@ -62,10 +62,10 @@ def of_a_leaf(x: Tensor) -> bool:
 
 
 def refuse_changes(node: Any, written: Tensor) -> None:
-    """Let a node's backward refuse, as stock's, that what the operation wrote in place was overwritten since.
+    """Let a node's backward raise, as stock's does, if the result in place was overwritten after the operation.
 
-    Stock keeps the result there. The package's node has what it needs elsewhere, and would return another gradient
-    than stock's error.
+    Stock reads the result in its backward. The package's node reads other memory, and would return a gradient where
+    stock raises an error.
 
     Args:
         node: The node of a :class:`NonsmoothFunction`, whose backward calls :func:`check_changes`.
@@ -79,8 +79,8 @@ def refuse_changes_of_a_copy(result: Tensor, written: Tensor) -> None:
     """The same for a result that was computed elsewhere and copied to where it was to be written.
 
     Args:
-        result: The result, of the package's operation or, where nothing tied, of stock's.
-        written: Where it was copied to.
+        result: The result of the package's operation, or of the stock one where no entry tied.
+        written: The tensor that it was copied to.
     """
     if torch.compiler.is_compiling() or in_functorch() or result.grad_fn is None:
         return
@@ -89,7 +89,7 @@ def refuse_changes_of_a_copy(result: Tensor, written: Tensor) -> None:
 
 
 def check_changes(node: Any) -> None:
-    """Raise what stock raises if what :func:`refuse_changes` noted has changed.
+    """Raise stock's error if the tensor that :func:`refuse_changes` noted has changed.
 
     Args:
         node: The node whose backward runs.
@@ -97,7 +97,7 @@ def check_changes(node: Any) -> None:
     Raises:
         RuntimeError: If it has.
     """
-    if torch.compiler.is_compiling():  # which orders what is written by itself
+    if torch.compiler.is_compiling():  # the compiler orders writes itself
         return
     written, version = getattr(node, "written", (None, 0))
     if written is not None and written._version != version:
@@ -171,9 +171,9 @@ def kept_ties(node: Any) -> bool:
 
 
 def gradients_under(node: Any, jacobians: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What a backward node would return under another choice than the one in force.
+    """The gradients that a backward node would return under another choice than the one in force.
 
-    The result can be differentiated with respect to what came in, where gradients are enabled.
+    They can be differentiated with respect to the incoming gradients, where gradients are enabled.
 
     Args:
         node: A backward node for which :func:`operation_of` names an operation.
@@ -204,13 +204,13 @@ def gradients_under(node: Any, jacobians: Any, *incoming: Tensor | None) -> tupl
 
 
 def release(node: Any) -> bool:
-    """Free what a C++ node of the package saved; no backward can pass it afterwards.
+    """Free the tensors that a C++ node of the package saved; no backward can pass it afterwards.
 
     Args:
         node: A backward node.
 
     Returns:
-        False, and nothing happens, for every other node.
+        Whether it was such a node; False for every other node, which keeps its tensors.
     """
     return native.release(node)
 

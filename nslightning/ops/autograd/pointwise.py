@@ -42,8 +42,8 @@ def pointwise_operation(
     Args:
         name: The field of :class:`~nslightning.Jacobians` that chooses its derivatives.
         kinks: Its kinks.
-        kernels: What it is made of.
-        at: Parameters with which it has all its kinks; there the backward is asked what it returns at them.
+        kernels: Its stock kernels.
+        at: Parameters with which it has all its kinks; the stock backward is probed at them.
         apply: Evaluates a call, where that is more than the kernels.
         ties: Counts a call's ties, where that is more than the entries of its input.
         **facts: The other fields of :class:`~nslightning.ops.record.Operation`.
@@ -76,7 +76,7 @@ def pointwise_operation(
 
 
 def _taken(name: str, kernels: Kernels, kink: Kink, at: tuple[Any, ...]) -> float:
-    """What the backward takes at a kink: 0 for the left derivative, 1 for the right, between them a share."""
+    """The stock choice at a kink: 0 for the left derivative, 1 for the right, a share for one between them."""
     if kink.position is None or kink.sides is None:
         raise ValueError(f"a kink of {name} has no position or no derivatives: both are functions of its parameters")
     with torch.inference_mode(False), torch.no_grad():
@@ -107,23 +107,23 @@ class _Kinked(NonsmoothFunction):
         overwritten: bool,
         parameters: tuple[Any, ...],
         order: tuple[int, ...] | None,
-        given: int,
+        count: int,
         *tensors: Tensor,
     ) -> Tensor:
         kernels = _kernels(operation)
         if inplace:
             with nullcontext() if torch.compiler.is_compiling() else kept_version(x):  # `mark_dirty` counts it
-                kernels.overwrite(x, *tensors[:given], *parameters)
+                kernels.overwrite(x, *tensors[:count], *parameters)
             return x
         # As stock works on the memory that it overwrites: a kernel may round by the strides. A compiler has kernels of
         # its own, and that of torch 2.11 returns gradients of 0 where a custom function overwrites a copy.
         if overwritten and not torch.compiler.is_compiling():
-            return kernels.overwrite(duplicate(x), *tensors[:given], *parameters)
-        return kernels.forward(x, *tensors[:given], *parameters)
+            return kernels.overwrite(duplicate(x), *tensors[:count], *parameters)
+        return kernels.forward(x, *tensors[:count], *parameters)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, ctx.operation, ctx.selection, inplace, ctx.overwritten, ctx.parameters, ctx.order, ctx.given, *tensors = (
+        x, ctx.operation, ctx.selection, inplace, ctx.overwritten, ctx.parameters, ctx.order, ctx.count, *tensors = (
             inputs
         )
         if inplace:
@@ -138,20 +138,20 @@ class _Kinked(NonsmoothFunction):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         saved, *tensors = ctx.saved_tensors
         check_changes(ctx)
-        selection, given = ctx.selection, tensors[: ctx.given]
-        vjp = partial(_vjp, ctx, saved, given, tensors[ctx.given :], g)
+        selection, parameter_tensors = ctx.selection, tensors[: ctx.count]
+        vjp = partial(_vjp, ctx, saved, parameter_tensors, tensors[ctx.count :], g)
         if not torch.compiler.is_compiling() and selection.recorder is not None:
             selection.recorder(ctx, lambda other: vjp(other)[0])
         gradient, *others = vjp(selection)
-        others = [other.sum_to_size(tensor.shape) for other, tensor in zip(others, given, strict=False)]
+        others = [other.sum_to_size(tensor.shape) for other, tensor in zip(others, parameter_tensors, strict=False)]
         return (gradient, *(None,) * 7, *others, *(None,) * (len(tensors) - len(others)))
 
 
 class _Transformable(_Kinked):
     """The same for ``torch.func`` and forward-mode differentiation, which the compiler does not take.
 
-    The operation acts on each entry by itself, so its Jacobian is diagonal: what carries gradients down carries
-    tangents up.
+    The operation acts on each entry by itself, so its Jacobian is diagonal: the same product maps
+    gradients and tangents.
     """
 
     generate_vmap_rule = True
@@ -159,13 +159,13 @@ class _Transformable(_Kinked):
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor | None, *tangents: Any) -> Tensor:
         saved, *tensors = ctx.saved_tensors
-        given, ties = tensors[: ctx.given], tensors[ctx.given :]
+        parameter_tensors, ties = tensors[: ctx.count], tensors[ctx.count :]
         result = torch.zeros_like(saved)
         if tangent is not None:
-            result = _vjp(ctx, saved, given, ties, tangent, ctx.selection, published=False)[0]
-        for i, direction in enumerate(tangents[7 : 7 + ctx.given]):
-            if direction is not None:  # zeros, for what has no gradient
-                result = sum(_stock_vjp(ctx, direction.expand_as(saved), saved, given)[1 + i :][:1], result)
+            result = _vjp(ctx, saved, parameter_tensors, ties, tangent, ctx.selection, published=False)[0]
+        for i, direction in enumerate(tangents[7 : 7 + ctx.count]):
+            if direction is not None:  # zeros, for a tensor without a gradient
+                result = sum(_stock_vjp(ctx, direction.expand_as(saved), saved, parameter_tensors)[1 + i :][:1], result)
         return result
 
 
@@ -175,18 +175,18 @@ def _kernels(operation: str) -> Kernels:
     return kernels
 
 
-def _stock_vjp(ctx: Any, g: Tensor, saved: Tensor, given: list[Tensor]) -> tuple[Tensor, ...]:
+def _stock_vjp(ctx: Any, g: Tensor, saved: Tensor, parameter_tensors: list[Tensor]) -> tuple[Tensor, ...]:
     """The stock gradients with respect to the input, and to tensors among the parameters."""
     kernels = _kernels(ctx.operation)
     backward = kernels.backward if not ctx.overwritten or kernels.backward_ is None else kernels.backward_
-    gradients = backward(g, saved, *given, *ctx.parameters)
+    gradients = backward(g, saved, *parameter_tensors, *ctx.parameters)
     return gradients if isinstance(gradients, tuple) else (gradients,)
 
 
 def _vjp(
     ctx: Any,
     saved: Tensor,
-    given: list[Tensor],
+    parameter_tensors: list[Tensor],
     ties: list[Tensor],
     g: Tensor,
     selection: Selection,
@@ -197,18 +197,20 @@ def _vjp(
     ``ties`` holds a mask per kink where the node's ``order`` is None, else the two tensors of a :class:`TieBits`.
     """
     operation, kernels, order = OPERATIONS[ctx.operation], _kernels(ctx.operation), ctx.order
-    gradient, *others = _stock_vjp(ctx, g, saved, given)
+    gradient, *others = _stock_vjp(ctx, g, saved, parameter_tensors)
     if replayed(g):
         masks = ties  # a compiled backward of an eager forward has the packed ties of eager mode
         if order is not None:
             masks = [as_mask(TieBits(*ties[i : i + 2]), g, order) for i in range(0, len(ties), 2)]
-        for i, (mask, reference) in enumerate(zip(masks, operation.stock(*given, *ctx.parameters), strict=True)):
+        for i, (mask, reference) in enumerate(
+            zip(masks, operation.stock(*parameter_tensors, *ctx.parameters), strict=True)
+        ):
             chosen = selection.read(operation.name, g)[i]
             rule = selection.read(".published", g) if published and kernels.published else None
             gradient = _choose_when_replayed(chosen, reference, rule, mask, g, gradient)
         return (gradient, *others)
     constant = published and selection.jacobians.rule == "published" and kernels.published
-    references = operation.stock(*given, *ctx.parameters)
+    references = operation.stock(*parameter_tensors, *ctx.parameters)
     for i, (reference, derivative) in enumerate(zip(references, selection.at_kinks(operation.name), strict=True)):
         if derivative is None or (derivative == reference and (derivative == 0 or not constant)):
             continue
@@ -233,7 +235,7 @@ def _choose_when_replayed(
 def _value_when_replayed(
     derivative: Tensor, reference: float | None, rule: Tensor | None, g: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What tied entries receive, and whether they keep what stock gives them."""
+    """The gradient that tied entries receive, and whether they keep the stock one instead."""
     value = (g * derivative).to(g.dtype)  # rounded once, as in eager mode
     as_stock = torch.isnan(derivative)
     if reference is not None:
@@ -275,7 +277,7 @@ def _bytes(where: Tensor, number: float, other: Tensor | float) -> Tensor:
 
 
 class _Saved(NamedTuple):
-    """What a node says of its evaluation, where it is none of Python's."""
+    """The attributes of a Python node, for a C++ node, which has no such attributes."""
 
     operation: str
     parameters: tuple[float | None, ...]
@@ -286,7 +288,7 @@ class _Saved(NamedTuple):
 def _composed(
     operation: str, parameters: tuple[float, ...], saved: tuple[Tensor], g: Tensor, selection: Selection
 ) -> Tensor:
-    """The gradient for what a C++ node saved: the input."""
+    """The gradient from the tensor that a C++ node saved: the input."""
     (x,) = saved
     numbers: tuple[float | None, ...] = {"leaky_relu": parameters[:1], "hardtanh": parameters}.get(operation, ())
     if operation == "clamp":
@@ -345,8 +347,8 @@ def pointwise(operation: str, x: Tensor, selection: Selection, *parameters: Any,
         ties = [part for tie in find_ties(x.detach(), positions, order) or () for part in tie]
     if not ties:  # most forwards end here
         return stock(x, *parameters)
-    given = [p for p in parameters if isinstance(p, Tensor)]
-    settings = tuple(parameters[len(given) :]), order, len(given), *given, *ties
+    parameter_tensors = [p for p in parameters if isinstance(p, Tensor)]
+    settings = tuple(parameters[len(parameter_tensors) :]), order, len(parameter_tensors), *parameter_tensors, *ties
     function = _Transformable if transformed else _Kinked
     # In place on a view, autograd would put the node inside another one, where it cannot be asked for its ties; a trace
     # takes no function that works in place.
@@ -362,12 +364,12 @@ def pointwise(operation: str, x: Tensor, selection: Selection, *parameters: Any,
     return cast(Tensor, function.apply(x, operation, selection, inplace, inplace, *settings))
 
 
-def _differentiated(*given: Any) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in given)
+def _differentiated(*inputs: Any) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
 
 
 def _transformed(x: Tensor) -> bool:
-    """Whether a ``torch.func`` transform or forward-mode differentiation may be looking."""
+    """Whether a ``torch.func`` transform or forward-mode differentiation may be active."""
     if torch.compiler.is_compiling():
         return False
     return in_functorch() or in_forward_mode()

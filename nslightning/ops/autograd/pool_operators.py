@@ -31,8 +31,8 @@ def operator(
 
     Args:
         schema: Its name and signature.
-        run: What it does. The tensors may lie in memory otherwise than those that were traced, so that no copy is made.
-        fake: What it returns, in shape, dtype and layout, for tensors without values.
+        run: Computes it. Its tensors may have other strides than the traced ones, so that no copy is made.
+        fake: Returns a result of the right shape, dtype and layout for tensors without values.
         devices: Where it runs.
 
     Returns:
@@ -47,12 +47,12 @@ def operator(
 
 
 def wanted() -> bool:
-    """Whether the operators are to be used: while a compiler traces; an exported program has none of the package's."""
+    """Whether to use the operators: while a compiler traces, except for an export, which must run without them."""
     return torch.compiler.is_compiling() and not is_exporting()
 
 
 def refuse_second_derivative(g: Tensor) -> None:
-    """Raise where what an operator returns would be differentiated: it has no derivative of its own.
+    """Raise where the result of an operator would be differentiated: the operator has no derivative.
 
     Args:
         g: The incoming gradient.

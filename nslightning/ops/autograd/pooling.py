@@ -20,7 +20,7 @@ __all__ = ["adaptive", "pool", "regular", "tied_windows"]
 aten = torch.ops.aten
 Geometry = Regular | Adaptive
 _NATIVE = (0.0, 1.0, 0.0, 0.0)  # the weights of the reference choice
-# What a window's gradient g becomes at each of its k tied entries, g * (share / k + each), and at one more, g * whole.
+# (share, whole, each): each of a window's k tied entries receives g * (share / k + each), and one g * whole more.
 _Weights = tuple[float | Tensor, float | Tensor, float | Tensor]
 _PART = 2**18  # elements of the input that are worked on at a time on a CPU, so that temporaries stay in the cache
 
@@ -154,7 +154,7 @@ def _forward_mode() -> bool:
 
 
 def _differentiable(x: Tensor) -> bool:
-    """Whether a derivative may be asked for; a tensor inside a ``torch.func`` transform does not always tell."""
+    """Whether a derivative may be asked for; a tensor inside a ``torch.func`` transform does not always show it."""
     if _forward_mode() or (not torch.compiler.is_compiling() and in_functorch()):
         return True
     return torch.is_grad_enabled() and x.requires_grad
@@ -164,15 +164,15 @@ def _folded(function: Any, size: int, in_dims: tuple[int | None, ...], args: tup
     """Apply a function to a batch of calls, which is one call with a larger batch."""
     dims = next(a.dims for a in args if isinstance(a, Geometry))
     batch: int | None = None
-    given = []
+    batched = []
     for a, at in zip(args, in_dims, strict=True):
         if isinstance(a, Tensor):
             a = a.expand(size, *a.shape) if at is None else a.movedim(at, 0)
             if a.dim() > dims + 2:
                 batch = a.shape[1]
                 a = a.flatten(0, 1)
-        given.append(a)
-    result = function.apply(*given)
+        batched.append(a)
+    result = function.apply(*batched)
     if batch is None:
         return result, (0, 0) if isinstance(result, tuple) else 0
     if isinstance(result, tuple):
@@ -224,7 +224,7 @@ _pool_composed = pool_operators.operator(
 
 
 def _layout(x: Tensor, dims: int) -> torch.memory_format:
-    """The memory format of images of so many dimensions; contiguous where they lie otherwise."""
+    """The memory format of images with ``dims`` spatial dimensions: channels last, or else contiguous."""
     last = torch.channels_last if dims == 2 else torch.channels_last_3d
     images = x.dim() == dims + 2 and not x.is_contiguous() and x.is_contiguous(memory_format=last)
     return last if images else torch.contiguous_format
@@ -242,7 +242,7 @@ def _windows_of(sizes: tuple[int, ...]) -> Regular:
 
 
 def _native_gradient(sizes: tuple[int, ...], saved: tuple[Tensor, Tensor], g: Tensor, selection: Selection) -> Tensor:
-    """The gradient for what a C++ node saved: the input, and which entries reach each window's maximum."""
+    """The gradient from the tensors of a C++ node: the input, and which entries reach each window's maximum."""
     geometry = _windows_of(sizes)
     return fused.pool_gradient(*saved, g, selection, geometry, partial(_composed, geometry))
 
@@ -506,7 +506,7 @@ def tied_windows(x: Tensor, geometry: Geometry) -> Tensor:
     with torch.no_grad():
         output = geometry.forward(x)[0]
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        count = lambda x, y: _windows(geometry, x, y.shape[1:-1]).count  # noqa: E731 # said once, here
+        count = lambda x, y: _windows(geometry, x, y.shape[1:-1]).count  # noqa: E731 # a name keeps the call short
         return _in_parts(count, geometry, output, (x, output), dtype=dtype)
 
 
@@ -542,11 +542,11 @@ def adaptive(dims: int, x: Tensor, output_size: Any) -> Adaptive:
     Returns:
         The windows.
     """
-    given = output_size if isinstance(output_size, Sequence) else (output_size,)
-    given = tuple(given) * dims if len(given) == 1 else given
-    return Adaptive(tuple(int(size if n is None else n) for n, size in zip(given, x.shape[-dims:], strict=True)))
+    sizes = output_size if isinstance(output_size, Sequence) else (output_size,)
+    sizes = tuple(sizes) * dims if len(sizes) == 1 else sizes
+    return Adaptive(tuple(int(size if n is None else n) for n, size in zip(sizes, x.shape[-dims:], strict=True)))
 
 
-def _each(dims: int, given: Any) -> tuple[int, ...]:
-    given = tuple(given) if isinstance(given, Sequence) else (given,)
-    return tuple(int(n) for n in (given * dims if len(given) == 1 else given))
+def _each(dims: int, numbers: Any) -> tuple[int, ...]:
+    numbers = tuple(numbers) if isinstance(numbers, Sequence) else (numbers,)
+    return tuple(int(n) for n in (numbers * dims if len(numbers) == 1 else numbers))

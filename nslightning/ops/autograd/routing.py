@@ -1,9 +1,9 @@
 """A chosen Jacobian around a stock operation, which keeps its own backward.
 
-The mechanism of the operations that reduce or compare. Their result passes through a node that sees its gradient
-first: what belongs to untied evaluations goes on to the stock operation, whatever its version does with it; what
-belongs to ties goes past it, straight to the inputs, as the selection says when the backward runs. When the forward
-met no tie, in eager mode on a CPU, the operation *is* the stock one.
+The operations that reduce or compare work this way. Their result passes through a node that sees its gradient first.
+The node passes the gradients of untied evaluations on to the stock operation. It sends the gradients of ties straight
+to the inputs, as the selection says when the backward runs. Where the forward met no tie, in eager mode on a CPU, the
+node is left out and the stock operation runs alone.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Route:
     Args:
         field: The field of :class:`~nslightning.Jacobians` that chooses.
         inputs: How many of the tensors are inputs that take gradients; they come first.
-        ties: ``(tensors, parameters) -> (tied, ...)``: the mask of the results that are ties, and whatever else
-            ``gradients`` wants to know.
+        ties: ``(tensors, parameters) -> (tied, ...)``: the mask of the results that are ties, and the further
+            tensors that ``gradients`` reads.
         gradients: ``(choice, uniform, g, tensors, parameters, tied, ...) -> gradients`` of the inputs, 0 away from
             ties. ``choice`` is the chosen derivatives or weights, each 0-d; ``uniform``, for the random choice only,
             draws a number in [0, 1) for each entry of a tensor.
@@ -45,8 +45,8 @@ class Route:
         added: One result may sum over ties and others: the gradients are added to the stock ones, which are 0 at
             the ties.
         reduces: The parameters begin with the dimensions that were reduced away, and whether they are kept.
-        remember: ``(tensors, parameters) -> tensors``: what stands for the tensors after the forward, where stock does
-            not keep the input, and the next layer may overwrite it. ``ties`` and ``gradients`` then see these.
+        remember: ``(tensors, parameters) -> tensors``: replaces the tensors after the forward, where stock does not
+            keep the input and the next layer may overwrite it. ``ties`` and ``gradients`` then receive these.
     """
 
     field: str
@@ -141,7 +141,7 @@ class _AroundBothWays(_Around):
 def _vjp(
     route: Route, parameters: tuple[Any, ...], tensors: tuple[Tensor, ...], g: Tensor, selection: Selection
 ) -> tuple[tuple[Tensor, ...], Tensor]:
-    """What ties send to the inputs under a selection, and what is left for the stock operation."""
+    """The gradients of the inputs at ties under a selection, and the gradient left for the stock operation."""
     recorded = replayed(g)
     choice = selection.read(route.field, g) if recorded else _choice(route, selection)
     stock = _stock(route, choice)
@@ -163,7 +163,7 @@ def _choice(route: Route, selection: Selection) -> Tensor:
 
 
 def _stock(route: Route, choice: Tensor) -> Tensor:
-    """Whether a choice is to leave everything to the stock operation."""
+    """Whether a choice leaves the whole gradient to the stock operation."""
     return choice[0] == 1 if route.native is None else choice[0].isnan()
 
 
@@ -173,7 +173,7 @@ def around(route: str, selection: Selection, parameters: tuple[Any, ...], *tenso
     Args:
         route: A key of :data:`ROUTES`.
         selection: The choice, read when the backward runs.
-        parameters: What the route wants to know of the operation.
+        parameters: The operation's parameters that the route reads.
         *tensors: The route's inputs and constants; at last the stock operation's result.
 
     Returns:
@@ -203,13 +203,13 @@ def around(route: str, selection: Selection, parameters: tuple[Any, ...], *tenso
 
 
 def own(operation: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Make an operation's calls its own: a patch of the model around it does not see what it is made of.
+    """Hide the calls inside an operation from a patch of the model around it.
 
     Args:
         operation: A function that calls stock operations.
 
     Returns:
-        The same.
+        The function, with its stock operations hidden.
     """
 
     @wraps(operation)
@@ -227,7 +227,7 @@ def own(operation: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def wide(t: Tensor) -> torch.dtype:
-    """Where coefficients are formed: float64 for float64, else float32, for fp16 and bf16 hold too few digits."""
+    """The dtype of coefficients: float64 for float64, else float32, since fp16 and bf16 hold too few digits."""
     return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
@@ -236,12 +236,12 @@ def dimensions(x: Tensor, dim: Any) -> tuple[int, ...]:
 
     Args:
         x: Its input.
-        dim: As given to it: a number, several, or none, which is all.
+        dim: The reduction's argument: a number, several, or None for all.
 
     Returns:
         Numbers >= 0.
     """
-    if dim is None or dim == () or dim == [] or not x.dim():  # a number has none that could be taken away
+    if dim is None or dim == () or dim == [] or not x.dim():  # a 0-d tensor has no dimension to remove
         return tuple(range(x.dim()))
     return tuple(d % x.dim() for d in ((dim,) if isinstance(dim, int) else dim))
 
@@ -251,11 +251,11 @@ def restored(t: Tensor, dims: tuple[int, ...], keepdim: bool) -> Tensor:
 
     Args:
         t: The result.
-        dims: What :func:`dimensions` returned.
-        keepdim: Whether they are there.
+        dims: The result of :func:`dimensions`.
+        keepdim: Whether the result still has them.
 
     Returns:
-        The same with a size of 1 in each of them.
+        The tensor with a size of 1 in each of them.
     """
     for d in () if keepdim else sorted(dims):
         t = t.unsqueeze(d)

@@ -60,8 +60,8 @@ torch.library.register_fake("nslightning::read_now", lambda values, gradient: to
 def read_now(values: Tensor, gradient: Tensor) -> Tensor:
     """Read a selection's tensor in a backward that is compiled, or captured in a CUDA graph.
 
-    The compiler may move what depends on the forward's inputs alone into the forward, and a choice read there
-    would be the one in force then. Naming the incoming gradient keeps the read in the backward.
+    The compiler may move a computation that depends only on the forward's inputs into the forward, which would read
+    the choice in force at that time. Naming the incoming gradient keeps the read in the backward.
 
     Args:
         values: A tensor of a :class:`Selection`, on the gradient's device.
@@ -87,7 +87,7 @@ def refuse_random(values: Tensor) -> None:
     """
     on_host = values.numpy() if values.device.type == "cpu" else _ON_HOST.get(values.data_ptr())
     numbers = [] if on_host is None else on_host.ravel().tolist()
-    if inf in numbers:  # a replay, which runs none of this, returns infinities
+    if inf in numbers:  # a replay runs no Python, so it returns infinities
         raise RuntimeError(
             'the choice "random" cannot be taken by a compiled backward, nor by one that is captured in a CUDA graph. '
             "Choose something else, or run it in eager mode."
@@ -96,7 +96,7 @@ def refuse_random(values: Tensor) -> None:
 
 #: By the address of a selection's numbers on a device, the same numbers on the host.
 _ON_HOST: WeakValueDictionary[int, np.ndarray] = WeakValueDictionary()
-#: What captured graphs read: these may be replayed when the model is gone.
+#: The tensors that captured graphs read. They are kept, since a graph may be replayed after its model is deleted.
 _REPLAYED: set[Tensor] = set()
 
 
@@ -143,11 +143,11 @@ def _has_own_memory(device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class OwnChoice:
-    """The choice that a call or a module names itself: of its own operations, stock's for all others.
+    """The choice that a call or a module names for its own operations; all others keep the stock choice.
 
     Args:
         operations: The operations that it is for.
-        value: What it chooses for each of them.
+        value: The choice for each of them.
         rule: The arithmetic.
 
     Raises:
@@ -179,7 +179,7 @@ class Selection:
 
     The choice is held twice: as the frozen object that eager code reads, and as small tensors that are filled in place.
     A compiled backward reads these, which takes no recompilation, and a captured CUDA graph when it is replayed. On a
-    device they are filled on its current stream, by kernels: nothing waits, and nothing is copied from the host. A
+    device they are filled on its current stream, by kernels, without a wait and without a copy from the host. A
     context variable would not do: CUDA backward passes run on other threads.
 
     Args:
@@ -230,9 +230,9 @@ class Selection:
     def recorder(self) -> Callable[..., None] | None:
         """Called in eager mode by each backward that met ties.
 
-        It takes the autograd node and what that would have returned under any choice, ``Selection -> gradient``; and
-        where there is a better way than to subtract, what one choice adds to another, ``(Selection, Selection) ->
-        gradient``.
+        It takes the autograd node and a function that returns its gradient under any choice, ``Selection -> gradient``.
+        Where a better way exists than to subtract two gradients, it also takes a function that returns the gradient
+        under one choice less that under another, ``(Selection, Selection) -> gradient``.
         """
         return self._recorder
 
@@ -494,8 +494,8 @@ def guarded(y: Tensor, operation: str, selection: Selection) -> Tensor:
         selection: The choice, read when the backward runs.
 
     Returns:
-        ``y``. Its backward raises a ``RuntimeError`` under another choice than the reference, and where somebody
-        records what choices change.
+        ``y``. Its backward raises a ``RuntimeError`` under another choice than the reference, and while a
+        recorder is set.
     """
 
     def refuse(g: Tensor) -> None:
@@ -512,7 +512,7 @@ def guarded(y: Tensor, operation: str, selection: Selection) -> Tensor:
             )
 
     if y.requires_grad:
-        # What overwrites a view is a node of the memory's: gradients that come by another view pass it, too.
+        # An operation that overwrites a view becomes a node of the base: gradients of other views pass it, too.
         memory = y._base if not torch.compiler.is_compiling() and is_view(y) and y._base is not None else y
         memory.register_hook(refuse)
     return y
@@ -536,12 +536,12 @@ def pool_coefficients(
     """The weights of max pooling, by how many entries of a window are tied.
 
     Args:
-        share: As in :meth:`Selection.pool_weights`, like the next two.
-        whole: See there.
-        each: See there.
-        dtype: In which they are formed.
-        device: Where they are wanted.
-        apart: Count what every tied entry receives and what the target receives beside it apart.
+        share: As in :meth:`Selection.pool_weights`.
+        whole: As in :meth:`Selection.pool_weights`.
+        each: As in :meth:`Selection.pool_weights`.
+        dtype: The dtype of the result.
+        device: The device of the result.
+        apart: Keep the share of every tied entry and the target's extra share in separate rows.
 
     Returns:
         Shape (2, 17): the coefficients of the gradient of a window with column-many tied entries, for these and for
@@ -565,13 +565,13 @@ def pool_difference_coefficients(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, bool] | None:
-    """What one choice's coefficients add to another's, which is nothing where no entry ties.
+    """The coefficients of one choice less those of another, which are 0 where no entry ties.
 
     Args:
-        weights: Of :meth:`Selection.pool_weights`.
-        less: The other choice's.
-        dtype: In which they are wanted; they are formed in float64.
-        device: Where they are wanted.
+        weights: The choice, as :meth:`Selection.pool_weights` returns it.
+        less: The weights of the other choice.
+        dtype: The dtype of the result; the coefficients are formed in float64.
+        device: The device of the result.
 
     Returns:
         Coefficients as :func:`pool_coefficients` has them, and whether the target is the last tied entry. None where

@@ -11,7 +11,7 @@ class Shares(NamedTuple):
     """How a gradient g is shared over k tied entries.
 
     Args:
-        native: Times what stock gives to each entry.
+        native: Each entry receives its stock gradient times ``native``.
         share: Each entry receives ``g * share / k``.
         each: Each entry receives ``g * each`` more.
         first: The first entry receives ``g * first`` more.

@@ -52,7 +52,7 @@ def find_ties(x: Tensor, positions: Sequence[float], order: tuple[int, ...]) -> 
             :func:`~nslightning.ops.autograd.layouts.storage_order`.
 
     Returns:
-        One entry per position, with no block where there is no tie; None where there is none at all.
+        One entry per position, without blocks where that has no tie; None where no position has a tie.
 
     Example:
         >>> [zero] = find_ties(torch.tensor([1.0, 0.0, -0.0]), [0.0], (0,))
@@ -85,18 +85,18 @@ def find_ties(x: Tensor, positions: Sequence[float], order: tuple[int, ...]) -> 
 
 
 def chosen_value(derivative: float | str, constant: bool, selection: Selection, g: Tensor, tied: Tensor) -> Tensor:
-    """What tied entries receive.
+    """The gradient that tied entries receive.
 
     Args:
         derivative: The derivative chosen at the kink, or ``"random"``.
         constant: Whether the incoming gradient is dropped, as by the published rule.
-        selection: Whose random stream is drawn from.
+        selection: The selection whose random stream is drawn from.
         g: The incoming gradient.
-        tied: Where the ties are, not 0 there; of ``g``'s shape.
+        tied: Not 0 at ties, 0 elsewhere; of ``g``'s shape.
 
     Returns:
-        A new tensor of ``g``'s shape and dtype, what its entries would receive if all were tied; for a random
-        derivative 0 where there is no tie.
+        A new tensor of ``g``'s shape and dtype: the gradient that each entry would receive if it were tied. A random
+        derivative gives 0 at entries that are not tied.
 
     Raises:
         RuntimeError: If a random derivative is asked for under a ``torch.func`` transform.
@@ -124,19 +124,19 @@ def overwrite(
     constant: bool,
     selection: Selection,
 ) -> Tensor:
-    """Write what tied entries receive over their gradient, and leave the bits of all others alone.
+    """Overwrite the gradient of tied entries, and leave the bits of all others alone.
 
-    Where the result is to be differentiated again, or ``g`` is a batch of gradients (``is_grads_batched``), it is made
-    of operations that take this.
+    Where the result is to be differentiated again, or ``g`` is a batch of gradients (``is_grads_batched``), PyTorch's
+    operations compute it, which support both.
 
     Args:
         gradient: The gradient with respect to the input; its memory may be reused.
         g: The incoming gradient, of the same shape and dtype.
         ties: The ties of the input.
-        order: The order in which these were found.
-        derivative: As in :func:`chosen_value`, like the next two.
-        constant: See there.
-        selection: See there.
+        order: The order that :func:`find_ties` read them in.
+        derivative: As in :func:`chosen_value`.
+        constant: As in :func:`chosen_value`.
+        selection: As in :func:`chosen_value`.
 
     Returns:
         The gradient.
@@ -162,12 +162,12 @@ def overwrite(
 
 
 def _compiled(x: Tensor) -> bool:
-    """Whether there are compiled loops for a tensor on a CPU."""
+    """Whether compiled loops take a tensor on a CPU."""
     return concrete(x) and x.dtype in cpu_kernels.DTYPES and cpu_kernels.available()
 
 
 def _mask(ties: TieBits, length: int) -> Tensor:
-    """The ties of a tensor's entries, in the order in which they were found, bool."""
+    """The ties of a tensor's entries, in the order that :func:`find_ties` read them in, bool."""
     size = 8 * ties.bits.shape[1]
     blocks = (ties.bits.unsqueeze(1) & _WEIGHTS[torch.uint8].to(ties.bits.device)).ne(0).flatten(1)
     mask = torch.zeros(-(-length // size), size, dtype=torch.bool, device=ties.bits.device)
@@ -180,7 +180,7 @@ def as_mask(ties: TieBits, x: Tensor, order: tuple[int, ...]) -> Tensor:
     Args:
         ties: The ties of a tensor.
         x: A tensor of its shape.
-        order: The order in which they were found.
+        order: The order that :func:`find_ties` read them in.
 
     Returns:
         Bool, of the shape of ``x``.

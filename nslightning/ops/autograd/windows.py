@@ -89,8 +89,8 @@ class Regular:
         Returns:
             For each dimension its spans, in the order of the places.
         """
-        given = zip(self.kernel, self.stride, self.padding, self.dilation, sizes, windows, strict=True)
-        return [[_span(i * d - p, s, size, n) for i in range(k)] for k, s, p, d, size, n in given]
+        per_dimension = zip(self.kernel, self.stride, self.padding, self.dilation, sizes, windows, strict=True)
+        return [[_span(i * d - p, s, size, n) for i in range(k)] for k, s, p, d, size, n in per_dimension]
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,7 @@ class Windows:
             The shape of the input. An entry's windows are added one after the other where these are few enough to
             be taken at once, as in the stock kernels; else dimension by dimension.
         """
-        # A product is one pass less than a selection, and the same where nothing is infinite or NaN.
+        # A product takes one pass less than a selection, and has the same result where all entries are finite.
         finite = data_dependent(v) and bool(v.sum().isfinite())
         for stage in reversed(self.stages):
             entries = v.new_zeros(stage.shape)
@@ -326,7 +326,7 @@ class Windows:
             rank: From 0, in row-major order; the shape and dtype of ``count``.
 
         Returns:
-            int64, the shape of ``count``; 0 where there is no such entry.
+            int64, the shape of ``count``; 0 where no such entry exists.
         """
         # The one question that cannot be asked dimension by dimension: a row's tied entries may lie in two windows.
         flat = torch.arange(prod(self.sizes), device=self.x.device).view(1, *self.sizes, 1)

@@ -1,8 +1,8 @@
 """Fused CPU kernels, in C++, for the operations whose ATen composition passes over the memory most often.
 
-What :mod:`~nslightning.ops.kernels.triton` does on CUDA devices; here it is known, too, whether a tie was met. Half
-precisions are computed in float32 and rounded once. The kernels (``cpu.cpp``) are compiled when the package is
-installed. Where that was not possible, :func:`available` is false, and the composition is used.
+They compute the same as :mod:`~nslightning.ops.kernels.triton` does on CUDA devices, and also say whether a tie was
+met. Half precisions are computed in float32 and rounded once. The kernels (``cpu.cpp``) are compiled when the package
+is installed. Where that was not possible, :func:`available` is false, and the composition is used.
 """
 
 from __future__ import annotations
@@ -84,14 +84,14 @@ def addresses(names: Sequence[str]) -> dict[str, int]:
 
 
 def _named(name: str, dtype: torch.dtype) -> str:
-    """What a kernel is called in the library, such as relu_forward_float32."""
+    """A kernel's name in the library, such as relu_forward_float32."""
     return f"{name}_{str(dtype).removeprefix('torch.')}"
 
 
 def _run(name: str, dtype: torch.dtype, *arguments: Tensor | float | ctypes.Array[ctypes.c_int64]) -> bool | None:
     """Call a kernel on the memory of the tensors among its arguments."""
-    given = (a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
-    result: bool | None = getattr(_library(), _named(name, dtype))(*given, torch.get_num_threads())
+    values = (a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
+    result: bool | None = getattr(_library(), _named(name, dtype))(*values, torch.get_num_threads())
     return result
 
 
@@ -123,7 +123,7 @@ def any_zero(x: Tensor) -> bool:
         x: ReLU's input, as in :func:`relu_forward`.
 
     Returns:
-        Whether an entry is 0; nothing is read behind the first one found.
+        Whether an entry is 0; the kernel stops reading at the first one.
     """
     return bool(_run("any_zero", x.dtype, x, x.numel()))
 
@@ -156,7 +156,7 @@ def relu_backward(g: Tensor, y: Tensor, bits: Tensor, alpha: float, *, constant:
     Args:
         g: Incoming gradient, of ``y``'s shape and dtype.
         y: The output of :func:`relu_forward`.
-        bits: The ties from there.
+        bits: The ties that :func:`relu_forward` returned.
         alpha: ReLU'(0).
         constant: Write ``alpha`` itself at ties, the published rule.
 
@@ -189,12 +189,12 @@ def mark(x: Tensor, position: float, size: int) -> tuple[Tensor, Tensor]:
 
 
 def overwrite(gradient: Tensor, g: Tensor, ties: tuple[Tensor, Tensor], derivative: float, *, constant: bool) -> None:
-    """Write what tied entries receive over their gradient.
+    """Overwrite the gradient of tied entries.
 
     Args:
         gradient: Shape (n,), contiguous.
         g: Incoming gradient, likewise.
-        ties: What :func:`mark` found.
+        ties: The result of :func:`mark`.
         derivative: The derivative at the ties.
         constant: Write it itself, not its product with ``g``.
     """
@@ -228,7 +228,7 @@ def _disjoint(geometry: Sequence[tuple[int, int]]) -> bool:
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which there is arithmetic."""
+    """The dtype in which the kernels compute."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -244,7 +244,7 @@ def pool_backward(
     Args:
         g: Incoming gradient, of the output's shape.
         mask: The masks of :func:`pool_forward`.
-        geometry: As there.
+        geometry: As in :func:`pool_forward`.
         size: The input's height and width.
         weights: ``(share, whole, each, last)`` of :meth:`~nslightning.ops.autograd.selection.Selection.pool_weights`.
 
@@ -268,13 +268,13 @@ def pool_shares(
     coefficients: Tensor,
     last: bool,
 ) -> Tensor:
-    """What :func:`pool_backward` does, by coefficients: those of a difference, say.
+    """The gradient of 2-d max pooling, from coefficients instead of weights, such as those of a difference.
 
     Args:
-        g: As there, and all but the last two.
-        mask: See there.
-        geometry: See there.
-        size: See there.
+        g: As in :func:`pool_backward`.
+        mask: As in :func:`pool_backward`.
+        geometry: As in :func:`pool_backward`.
+        size: As in :func:`pool_backward`.
         coefficients: As :func:`~nslightning.ops.autograd.selection.pool_coefficients` has them; float64 for
             float64, else float32.
         last: Whether the target is the last tied entry.

@@ -60,7 +60,7 @@ def image(architecture: int) -> bytes:
         architecture: The device's compute capability, such as 90 for 9.0.
 
     Returns:
-        What ``cuModuleLoadData`` takes.
+        The binary that ``cuModuleLoadData`` takes.
 
     Raises:
         CompilationError: If there is no NVRTC, or it does not know the architecture.
@@ -84,10 +84,10 @@ def compiled(architecture: int) -> bytes:
         architecture: As in :func:`image`.
 
     Returns:
-        See there.
+        The binary that ``cuModuleLoadData`` takes.
 
     Raises:
-        CompilationError: See there; the message holds what NVRTC says.
+        CompilationError: As in :func:`image`; the message holds NVRTC's log.
     """
     nvrtc = _nvrtc()
     if nvrtc is None:
@@ -112,11 +112,11 @@ def compiled(architecture: int) -> bytes:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
 
-def _read(nvrtc: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
+def _read(nvrtc: ctypes.CDLL, program: ctypes.c_void_p, part: str) -> bytes:
     size = ctypes.c_size_t()
-    _check(nvrtc, getattr(nvrtc, f"nvrtcGet{what}Size")(program, ctypes.byref(size)))
+    _check(nvrtc, getattr(nvrtc, f"nvrtcGet{part}Size")(program, ctypes.byref(size)))
     buffer = ctypes.create_string_buffer(size.value)
-    _check(nvrtc, getattr(nvrtc, f"nvrtcGet{what}")(program, buffer))
+    _check(nvrtc, getattr(nvrtc, f"nvrtcGet{part}")(program, buffer))
     return buffer.raw
 
 
