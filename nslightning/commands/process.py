@@ -12,7 +12,14 @@ from contextlib import contextmanager
 __all__ = ["own_process"]
 
 # What a command sets for the processes that it starts. WANDB_SERVICE stays: W&B's own process outlives a run.
-_SET = ("NSLIGHTNING_RUN_FOLDER", "PL_GLOBAL_SEED", "PL_SEED_WORKERS", "WANDB_MODE", "WANDB_SILENT")
+_SET = (
+    "NSLIGHTNING_RUN_FOLDER",
+    "PL_GLOBAL_SEED",
+    "PL_SEED_WORKERS",
+    "WANDB_FINISH_TIMEOUT",
+    "WANDB_MODE",
+    "WANDB_SILENT",
+)
 
 
 def _wanted(record: logging.LogRecord) -> bool:

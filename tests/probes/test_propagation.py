@@ -163,7 +163,7 @@ def test_no_tie_costs_no_backward():
 @pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "composed"])
 def test_windows_of_zeros_behind_a_relu_cost_no_backward(kernels, monkeypatch):
     if not kernels:
-        monkeypatch.setattr(fused, "_kernels", lambda device: None)
+        monkeypatch.setattr(fused, "kernels_for", lambda device: None)
         monkeypatch.setattr("nslightning.ops.autograd.native._library", lambda: None)
     elif not cpu_kernels.available():
         pytest.skip("there was no C++ compiler when the package was installed")
