@@ -15,7 +15,7 @@ CHOICES = ["native", 0.0, "first", "last", "minimal", "sum", 0.3, 10.0, -2.0]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 DIGITS = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 0.15}
 
-pytestmark = pytest.mark.filterwarnings("ignore:index_reduce. is in beta")
+pytestmark = pytest.mark.filterwarnings("ignore:index_reduce.. is in beta")
 
 
 def weights(choice, k, native):

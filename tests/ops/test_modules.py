@@ -11,6 +11,8 @@ from torch import nn
 from nslightning import Jacobians, UnreachedError, ops, patch
 from nslightning.ops.record import MODULES
 
+pytestmark = pytest.mark.filterwarnings("ignore:index_reduce.. is in beta")
+
 X = torch.tensor([[[0.0, 0.0, 6.0, -0.5], [3.0, -3.0, 0.5, 0.5], [1.0, -1.0, 1.0, 0.0]]])  # (1, 3, 4): on every kink
 T = torch.tensor([[[1.0, 1.0, 0.0, 0.0], [0.0, 1.0, 1.0, 0.0]]])  # ties along every dimension
 IMAGE = torch.zeros(1, 1, 4, 4)
