@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -205,12 +206,21 @@ def _own(error: BaseException, began: bool) -> Ending | None:
 
 
 def _wandb(error: BaseException, began: bool) -> Ending | None:
-    """Weights & Biases does not take the key, or does not answer."""
+    """Weights & Biases does not take the key, does not answer, or its process on this machine has ended."""
+    if isinstance(error, ConnectionError) and _passed("wandb", error):
+        without = "WANDB_MODE=disabled trains without it"
+        return Ending(1, f"W&B's own process, wandb-core, was ended from outside; {without}")
     if not type(error).__module__.startswith("wandb"):
         return None
     first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     way = "log in with `wandb login`, or set WANDB_MODE=offline to train without an account"
     return Ending(1, f"W&B: {first.strip()}\n  {way}")
+
+
+def _passed(package: str, error: BaseException) -> bool:
+    """Whether an error came through a package's code."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(package in Path(frame.filename).parts for frame in frames)
 
 
 def _memory(error: BaseException, began: bool) -> Ending | None:

@@ -246,6 +246,16 @@ def test_wandb_that_never_answers_ends_the_run_before_its_first_step(tmp_path):
     assert "set WANDB_MODE=offline to train without an account" in said
 
 
+def test_wandbs_process_that_is_killed_is_known():
+    code = compile("raise ConnectionResetError('Connection lost')", "/packages/wandb/sdk/lib/client.py", "exec")
+    with pytest.raises(ConnectionResetError) as raised:
+        exec(code)
+    ending = ending_of(raised.value, began=True)
+    assert ending is not None
+    assert (ending.status, "wandb-core, was ended from outside" in ending.message) == (1, True)
+    assert ending_of(ConnectionResetError("Connection lost"), began=True) is None  # from elsewhere: a bug
+
+
 def test_a_processor_without_memory_is_known():
     """As torch 2.15 says it."""
     said = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried ..."
