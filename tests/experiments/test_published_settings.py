@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ import yaml
 from torch import nn
 
 from nslightning import configs
+from nslightning.commands.config_files import read_config
 from nslightning.experiments import Experiment, comparison, settings
 from nslightning.experiments.cells import TrainCell
 from nslightning.experiments.compare import _published
@@ -49,7 +49,7 @@ def test_every_published_training_is_a_cell_of_some_grid_at_the_papers_scale() -
     [("imagenet_beta", "2x2", 80, "16-mixed", "published"), ("imagenet_alpha", "3x3", 90, "32-true", "published")],
 )
 def test_imagenet_has_the_papers_network(name: str, pool: str, epochs: int, precision: str, rule: str) -> None:
-    config = yaml.safe_load(Path(configs.path(name)).read_text())
+    config = read_config(configs.path(name))
     model = config["model"]
     assert model["backbone_options"]["stem_pool"] == pool
     assert model["jacobians"]["rule"] == rule

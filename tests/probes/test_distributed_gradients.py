@@ -139,6 +139,7 @@ def test_fsdp2_is_measured_shard_by_shard(wrapped, folder):
                     assert found[method][choice][name] == pytest.approx(part.norms(), rel=1e-9, abs=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed.nn.functional.all_reduce is deprecated")  # it is what people call
 def test_a_backward_that_exchanges_values_is_run_whole_for_every_choice():
     """In a group of one process: what decides is the graph."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
