@@ -131,8 +131,8 @@ class TrainLoader(Loader):
             if start and state != self.state_dict():
                 raise ValueError(
                     f"the checkpoint was written after {start} batches of an epoch with {state}, and this run"
-                    f" has {self.state_dict()}: the rest of that epoch is not known. Resume with the"
-                    " same --data options and number of processes, or from a checkpoint of an epoch's end."
+                    f" has {self.state_dict()}: the rest of that epoch is not known. Resume with as many images a step"
+                    " over all processes and the same other --data options, or from a checkpoint of an epoch's end."
                 )
         if isinstance(self.sampler, TrainSampler):
             self.sampler.start = start * (self.batch_size or 1)

@@ -174,6 +174,43 @@ def test_a_reading_process_that_hangs_ends_the_run_in_one_line(images):
     goes_on(images / "runs/x/001")
 
 
+#: A library in front of the system's: where the file of its environment exists, no file reaches the disk.
+NO_DISK = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdlib.h>
+#include <unistd.h>
+int fsync(int number) {
+  if (!access(getenv("NO_DISK"), F_OK)) { errno = EIO; return -1; }
+  return ((int (*)(int))dlsym(RTLD_NEXT, "fsync"))(number);
+}
+"""
+
+
+@pytest.mark.slow
+def test_a_disk_that_takes_no_checkpoint_leaves_the_one_before(images):
+    """As a network's file system answers whose server is gone: EIO when a file is to be safe on it."""
+    source, library, switch = (images / name for name in ("no_disk.c", "no_disk.so", "switch"))
+    source.write_text(NO_DISK)
+    try:
+        subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, source], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"a disk that fails takes a library that `gcc` makes, which fails here: {error}")
+    run = subprocess.Popen(
+        [*FIT, "--data.workers=0"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        env={**os.environ, "LD_PRELOAD": str(library), "NO_DISK": str(switch)},
+    )  # fmt: skip
+    checkpoint = images / "runs/x/001/checkpoints/last.ckpt"
+    until(checkpoint.exists, run)
+    switch.touch()
+    errors = ended(run)
+    assert re.search(r"error: \S*checkpoints/last\.ckpt cannot be read or written: the disk does not answer", errors)
+    assert "go on with: nslightning fit --config runs/x/001/config.yaml --ckpt_path=last" in errors
+    assert not list(images.rglob(".partial*"))
+    goes_on(images / "runs/x/001")
+
+
 def two_processes(folder: Path, fault: str, *callbacks: str, **data: object) -> str:
     """What a training on two processes says that goes wrong in one of them; both have ended."""
     options = config()
@@ -212,11 +249,32 @@ def test_a_nan_in_one_process_ends_both_with_one_message(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_process_that_is_out_of_memory_ends_both(tmp_path):
+    said = two_processes(tmp_path, "memory 1 3")
+    assert said.count("a smaller batch, or --trainer.accumulate_grad_batches, needs less") == 1
+
+
+@pytest.mark.slow
 def test_a_reading_process_of_one_of_two_that_is_killed_ends_both(images):
     said = two_processes(
         images, "reader 1 3", root=str(images / "images"), image_size=32, batch_size=2, workers=1, timeout=60
     )
     assert said.count("a process that reads the data was ended from outside") == 1
+
+
+@pytest.mark.slow
+def test_a_file_that_disappears_for_one_of_two_processes_ends_both(images):
+    (images / "images/train/ant/ant_3.jpg").rename(images / "ant_3.jpg")
+    (images / "images/train/ant/ant_3.jpg").symlink_to(images / "ant_3.jpg")
+    said = two_processes(
+        images,
+        f"remove={images / 'ant_3.jpg'} 0 3",
+        root=str(images / "images"),
+        image_size=32,
+        batch_size=2,
+        workers=0,
+    )
+    assert said.count("ant_3.jpg: it was there at the start and is gone") == 1
 
 
 def with_wandb(folder: Path, url: str, **environment: str) -> subprocess.Popen:

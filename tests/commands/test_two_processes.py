@@ -165,3 +165,40 @@ def test_killed_in_the_middle_of_an_epoch(devices):
         assert (two / table).read_text() == (one / table).read_text()
     pd.testing.assert_frame_equal(metrics(two), metrics(one))
     assert metrics(two)["train/loss"].notna().sum() == 24
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_a_run_goes_on_with_another_number_of_processes(before, after):
+    """With the same images a step it is the run that one number of processes makes; with others it is refused."""
+    options = config()
+    options["data"]["init_args"] |= {"batch_size": 16 // before, "constant": 0.5}
+    options["trainer"]["callbacks"] = [
+        {"class_path": "ddp_helpers.Dump"},
+        {
+            "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+            "init_args": {"every_n_train_steps": 4, "filename": "last"},
+        },
+    ]
+
+    def processes(count):
+        return [f"--trainer.devices={count}", f"--trainer.strategy={'auto' if count == 1 else 'ddp'}"]
+
+    finish(
+        start("fit", options, "whole", *processes(before)),
+        start("fit", options, "changed", *processes(before), "--trainer.max_steps=4"),
+    )
+    folder = Path("changed/run/001")
+    weights = torch.load(folder / "weights-0.pt")
+    on = ["--ckpt_path=last", *processes(after), "--trainer.max_steps=-1"]
+    refused = start("fit", options, "changed", *on)
+    said, _ = refused.communicate(timeout=480)
+    assert refused.returncode != 0
+    assert "Traceback" not in said, said
+    assert "batch_size x processes" in said
+    finish(start("fit", options, "changed", *on, f"--data.init_args.batch_size={16 // after}"))
+    found, expected = (torch.load(f / "weights-0.pt") for f in (folder, Path("whole/run/001")))
+    for name, weight in expected.items():
+        assert torch.allclose(found[name], weight, rtol=1e-9, atol=1e-12), name
+    assert not torch.equal(found[name], weights[name])
+    assert metrics(folder)["train/loss"].notna().sum() == 12
