@@ -120,23 +120,34 @@ class TrainLoader(Loader):
 
         Args:
             state: What ``state_dict`` returned when the checkpoint was written.
+
+        Raises:
+            ValueError: If an epoch was interrupted whose batches were others.
         """
         self._interrupted = state
+        # Of an epoch that would have fewer batches now than were trained on, Lightning asks for no batch at all.
+        progress = None if self.trainer is None else self.trainer.fit_loop.epoch_loop.batch_progress
+        if progress is not None and not progress.is_last_batch:
+            self._refuse_others(progress.current.ready, state)
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override] # a generator
         start = 0
         if (state := self._interrupted) is not None:
             self._interrupted = None
             start = self._batches_done()
-            if start and state != self.state_dict():
-                raise ValueError(
-                    f"the checkpoint was written after {start} batches of an epoch with {state}, and this run"
-                    f" has {self.state_dict()}: the rest of that epoch is not known. Resume with as many images a step"
-                    " over all processes and the same other --data options, or from a checkpoint of an epoch's end."
-                )
+            self._refuse_others(start, state)
         if isinstance(self.sampler, TrainSampler):
             self.sampler.start = start * (self.batch_size or 1)
         yield from super().__iter__()
+
+    def _refuse_others(self, start: int, state: dict[str, Any]) -> None:
+        """Raise where an epoch's rest is not known."""
+        if start and state != self.state_dict():
+            raise ValueError(
+                f"the checkpoint was written after {start} batches of an epoch with {state}, and this run"
+                f" has {self.state_dict()}: the rest of that epoch is not known. Resume with as many images a step"
+                " over all processes and the same other --data options, or from a checkpoint of an epoch's end."
+            )
 
     def _batches_done(self) -> int:
         return 0 if self.trainer is None else self.trainer.fit_loop.epoch_loop.batch_progress.current.ready

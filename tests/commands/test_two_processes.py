@@ -65,7 +65,7 @@ def totals(folder):
 
 def metrics(folder):
     """One row per step; what was logged more than once fails."""
-    rows = pd.read_csv(folder / "metrics.csv").drop(columns=["divergence/seconds", "divergence/share"])
+    rows = pd.read_csv(folder / "metrics.csv").drop(columns=["divergence/seconds", "divergence/share"], errors="ignore")
     rows = rows[[column for column in rows if not column.startswith("perf/")]]
     long = rows.melt("step").dropna()
     long = long[long["variable"] != "epoch"]
