@@ -12,6 +12,6 @@
 # Three minutes before the end SLURM sends SIGUSR1: each process ends its step, together they write a checkpoint, and the
 # job asks to be queued again. Started again, this script finds the run that it began and goes on, with the same bits.
 set -euo pipefail
-export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK" # srun does not take it over from sbatch
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:?SLURM runs this script: sbatch examples/slurm.sh --config FILE}" # srun does not take it over from sbatch
 srun --kill-on-bad-exit=1 nslightning fit "$@" \
   --trainer.num_nodes="$SLURM_JOB_NUM_NODES" --trainer.devices="$SLURM_NTASKS_PER_NODE" --trainer.strategy=ddp

@@ -81,7 +81,11 @@ def with_included(content: dict[str, Any], folder: Path, outer: tuple[Path, ...]
     below: dict[str, Any] = {}
     for name in content["include"]:
         file = Path(folder, name)
-        file = (file if file.exists() else configs.path(name)).resolve()
+        try:
+            file = (file if file.exists() else configs.path(name)).resolve()
+        except FileNotFoundError as error:
+            includer = outer[-1] if outer else folder
+            raise FileNotFoundError(f"{includer} includes {name}, and {error}") from None
         if file in outer:
             raise ValueError(f"{file} includes itself, by way of {outer[-1]}")
         below = _on_top(below, _read(file, outer))

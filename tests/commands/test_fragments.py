@@ -84,7 +84,10 @@ def test_a_config_of_one_s_own_includes_packaged_and_own_files(tmp_path, monkeyp
     [
         ("include: [x.yaml]", r"x\.yaml includes itself, by way of .*x\.yaml"),
         ("include: [other.yaml]", r"x\.yaml includes itself, by way of .*other\.yaml"),
-        ("include: [fragments/wandbb.yaml]", r"no packaged config of that name; did you mean 'fragments/wandb'\?"),
+        (
+            "include: [fragments/wandbb.yaml]",
+            r"x\.yaml includes fragments/wandbb\.yaml, and .*did you mean 'fragments/wandb'\?",
+        ),
         ("include: all", r"x\.yaml: include: all names no YAML files; it is a list of them"),
         ("include: [empty.yaml]", r"empty\.yaml is empty"),
     ],

@@ -760,27 +760,28 @@ def test_a_share_is_outside_from_two_standard_deviations_of_both_sides_on(
     assert comparison(experiment, results)["inside"].item() == inside
 
 
-@pytest.mark.parametrize(("ours", "inside"), [(0.931, "yes"), (0.969, "yes"), (0.926, "no"), (0.974, "no")])
-def test_a_mean_is_outside_from_two_published_standard_deviations_on(experiment_file, monkeypatch, ours, inside):
-    """0.019 and 0.024 from a mean whose standard deviation is 0.01."""
-    published = pd.DataFrame({"data": SAMPLE, "value": [0.0], "mean": 0.95, "sd": 0.01, "n": 10, "n_nan": 0})
+@pytest.mark.parametrize(
+    ("mean", "sd", "ours", "inside"),
+    [
+        (0.95, 0.01, 0.931, "yes"),
+        (0.95, 0.01, 0.969, "yes"),
+        (0.95, 0.01, 0.926, "no"),
+        (0.95, 0.01, 0.974, "no"),
+        (0.75, 0.125, 1.0, "yes"),  # exact in binary: two standard deviations themselves are inside
+        (0.75, 0.125, 0.5, "yes"),
+        (0.75, 0.125, 0.4375, "no"),
+    ],
+)
+def test_a_mean_is_outside_above_two_published_standard_deviations(
+    experiment_file, monkeypatch, mean, sd, ours, inside
+):
+    published = pd.DataFrame({"data": SAMPLE, "value": [0.0], "mean": mean, "sd": sd, "n": 10, "n_nan": 0})
     monkeypatch.setattr(compare, "table", lambda name: published)
     entry = {"published": "training", "match": {"value": "relu"}, "metric": "test_accuracy"}
     experiment = dataclasses.replace(Experiment.read(experiment_file, "small"), compare=(entry,))
     compared = comparison(experiment, made(experiment, [ours] * 8)).set_index(["relu", "rule"])
     assert compared.loc[(0, "exact"), "inside"] == inside
     assert compared.loc[(1, "exact"), "inside"] == ""
-
-
-@pytest.mark.parametrize(("ours", "inside"), [(1.0, "yes"), (0.5, "yes"), (0.4375, "no")])
-def test_two_published_standard_deviations_are_inside(experiment_file, monkeypatch, ours, inside):
-    """All numbers are exact in binary: 0.25 is twice 0.125."""
-    published = pd.DataFrame({"data": SAMPLE, "value": [0.0], "mean": 0.75, "sd": 0.125, "n": 10, "n_nan": 0})
-    monkeypatch.setattr(compare, "table", lambda name: published)
-    entry = {"published": "training", "match": {"value": "relu"}, "metric": "test_accuracy"}
-    experiment = dataclasses.replace(Experiment.read(experiment_file, "small"), compare=(entry,))
-    compared = comparison(experiment, made(experiment, [ours] * 8)).set_index(["relu", "rule"])
-    assert compared.loc[(0, "exact"), "inside"] == inside
 
 
 @pytest.mark.parametrize(("ours", "inside"), [(0.50, "yes"), (0.53, "no"), (0.30, "yes"), (0.27, "no")])
