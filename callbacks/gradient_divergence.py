@@ -346,11 +346,11 @@ class GradientDivergence(Callback):
         self._subtracts = _agreed(trainer, reason)
         return self._subtracts
 
-    def _say(self, reason: str, what: str = "subtracts gradients instead of propagating differences:") -> None:
+    def _say(self, reason: str, doing: str = "subtracts gradients instead of propagating differences:") -> None:
         """Say once what is done otherwise than asked for, and why."""
         if reason not in self._said:
             self._said.add(reason)
-            rank_zero_warn(f"GradientDivergence {what} {reason}")
+            rank_zero_warn(f"GradientDivergence {doing} {reason}")
 
     def _account(self, trainer: Trainer) -> None:
         """Note the time spent, and when the budget allows the next measurement."""

@@ -34,7 +34,7 @@ class NonFinite:
     Args:
         step: The optimizer step.
         batch: The batch in its epoch.
-        what: ``"weight"`` (before the step: an optimizer step made it), ``"batch"``, ``"activation"``, ``"loss"``,
+        kind: ``"weight"`` (before the step: an optimizer step made it), ``"batch"``, ``"activation"``, ``"loss"``,
             ``"gradient"``, or ``"not reproduced"`` where the batch, run again, gave finite values.
         where: The parameter, or the module that was given finite values and returned others, in its forward or its
             backward.
@@ -46,23 +46,23 @@ class NonFinite:
 
     step: int
     batch: int
-    what: str
+    kind: str
     where: str = ""
     ties: dict[str, int] = field(default_factory=dict)
     finite_under_reference: bool | None = None
 
     def __str__(self) -> str:
-        kind = {
+        origin = {
             "activation": f"the output of {self.where}",
             "gradient": f"a gradient, from the backward of {self.where}",
             "weight": f"the weight {self.where}",
-        }.get(self.what, f"the {self.what}")
-        text = f"step {self.step}, batch {self.batch}: the first value that is not finite is {kind}"
-        if self.what == "not reproduced":
+        }.get(self.kind, f"the {self.kind}")
+        text = f"step {self.step}, batch {self.batch}: the first value that is not finite is {origin}"
+        if self.kind == "not reproduced":
             text = f"step {self.step}, batch {self.batch}: loss or gradients were not finite, and are when run again"
         if self.ties:
             text += "; ties fed it: " + ", ".join(f"{n:,} at {site}" for site, n in self.ties.items())
-        elif self.what in ("activation", "gradient"):
+        elif self.kind in ("activation", "gradient"):
             text += "; no tie fed it"
         if self.finite_under_reference is not None:
             verdict = "is finite" if self.finite_under_reference else "is not finite either"
@@ -102,7 +102,7 @@ class NonFiniteGuard(Callback):
         if action not in ("raise", "stop", "log"):
             raise ValueError(f"action is 'raise', 'stop' or 'log'; given {action!r}")
         self.action = action
-        self.found: NonFinite | None = None
+        self.finding: NonFinite | None = None
         self.batches = 0
         self._batch: Any = None
         self._batch_idx = 0
@@ -113,16 +113,16 @@ class NonFiniteGuard(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier training."""
         if begins_anew(trainer, stage):
-            self.found, self.batches = None, 0
+            self.finding, self.batches = None, 0
 
     def state_dict(self) -> dict[str, Any]:
         """What was found so far."""
-        return {"batches": self.batches, "found": None if self.found is None else asdict(self.found)}
+        return {"batches": self.batches, "finding": None if self.finding is None else asdict(self.finding)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting."""
         self.batches = state_dict["batches"]
-        self.found = None if state_dict["found"] is None else NonFinite(**state_dict["found"])
+        self.finding = None if state_dict["finding"] is None else NonFinite(**state_dict["finding"])
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a module whose step cannot be run again."""
@@ -174,20 +174,20 @@ class NonFiniteGuard(Callback):
         self._batch, self._loss = None, None
 
     def _report(self, trainer: Trainer, module: LightningModule) -> None:
-        if self.found is None:
-            self.found = self._look(trainer, module)
+        if self.finding is None:
+            self.finding = self._look(trainer, module)
             if trainer.world_size > 1:
                 everyone: list[Any] = [None] * trainer.world_size
-                torch.distributed.all_gather_object(everyone, self.found)
-                self.found = next((f for f in everyone if f.what != "not reproduced"), everyone[0])
+                torch.distributed.all_gather_object(everyone, self.finding)
+                self.finding = next((f for f in everyone if f.kind != "not reproduced"), everyone[0])
             file = run_folder(trainer) / "nonfinite.json"  # on all ranks: Lightning broadcasts the folder
             if trainer.is_global_zero:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text(json.dumps(asdict(self.found), indent=2) + "\n")
+                file.write_text(json.dumps(asdict(self.finding), indent=2) + "\n")
             if self.action != "raise":
-                rank_zero_warn(str(self.found))
+                rank_zero_warn(str(self.finding))
         if self.action == "raise":
-            raise NonFiniteError(str(self.found))
+            raise NonFiniteError(str(self.finding))
         if self.action == "stop":
             trainer.should_stop = True
 
@@ -196,10 +196,10 @@ class NonFiniteGuard(Callback):
         finding = NonFinite(trainer.global_step, self._batch_idx, "not reproduced")
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
             if not _finite(tensor):
-                finding.what, finding.where = "weight", name
+                finding.kind, finding.where = "weight", name
                 return finding
         if not all(_finite(t) for t in tree_leaves(self._batch) if isinstance(t, Tensor)):
-            finding.what = "batch"
+            finding.kind = "batch"
             return finding
         step = ReplayedStep(module, self._batch_idx, loss_scale(trainer))
         with ExitStack() as stack:
@@ -224,11 +224,11 @@ class NonFiniteGuard(Callback):
             counts.read()
             bad = next((c for c in calls if not (c.finite_in and c.finite_out)), None)
             if bad is not None:
-                finding.what = "activation"
+                finding.kind = "activation"
                 finding.where = bad.name if bad.finite_in else f"a function that runs before {bad.name}"
             elif not _finite(loss):
-                finding.what = "loss"
-            if bad is not None or finding.what == "loss":
+                finding.kind = "loss"
+            if bad is not None or finding.kind == "loss":
                 met = bad.ties_after if bad is not None else {s: t.tied for s, t in counts.items()}
                 finding.ties = {site: n for site, n in met.items() if n}
                 return finding
@@ -237,7 +237,7 @@ class NonFiniteGuard(Callback):
             if all(_finite(g) for g in gradients if g is not None):
                 return finding
             source = next((c for c in reversed(calls) if c.finite_above and not c.finite_below), None)
-            finding.what = "gradient"
+            finding.kind = "gradient"
             finding.where = source.name if source is not None else "a function between the modules"
             before = source.ties_before if source is not None else {}
             after = {site: t.tied - before.get(site, 0) for site, t in counts.items()}

@@ -32,8 +32,10 @@ def main() -> None:
     height = len(LAYERS)
     for row, boxes in enumerate(LAYERS):
         width = 10 / len(boxes)
-        for column, (name, what) in enumerate(boxes):
-            _box(axis, column * width + 0.08, height - row - 0.9, width - 0.16, name, what, shade=row / (height - 1))
+        for column, (name, contents) in enumerate(boxes):
+            _box(
+                axis, column * width + 0.08, height - row - 0.9, width - 0.16, name, contents, shade=row / (height - 1)
+            )
     axis.annotate("", (10.5, 0.1), (10.5, height), arrowprops={"arrowstyle": "->", "color": "#555"})
     axis.text(10.62, height / 2, "imports", rotation=90, va="center", color="#555")
     axis.set(xlim=(0, 11), ylim=(0, height + 0.05))
@@ -42,11 +44,11 @@ def main() -> None:
     print(FILE)
 
 
-def _box(axis: Axes, x: float, y: float, width: float, name: str, what: str, shade: float) -> None:
+def _box(axis: Axes, x: float, y: float, width: float, name: str, contents: str, shade: float) -> None:
     colour = plt.get_cmap("Blues")(0.12 + 0.25 * shade)
     axis.add_patch(FancyBboxPatch((x, y), width, 0.72, "round,pad=0.02,rounding_size=0.08", fc=colour, ec="#346"))
     axis.text(x + width / 2, y + 0.47, name, ha="center", va="center", weight="bold", color="#123")
-    axis.text(x + width / 2, y + 0.2, what, ha="center", va="center", fontsize=7.5, color="#123")
+    axis.text(x + width / 2, y + 0.2, contents, ha="center", va="center", fontsize=7.5, color="#123")
 
 
 if __name__ == "__main__":

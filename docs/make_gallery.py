@@ -34,32 +34,32 @@ class Entry(NamedTuple):
 
 def sources(name: str, results: Path) -> list[Path]:
     """Of every experiment that feeds a figure, the results at the largest scale there is; smoke is no result."""
-    found = []
+    folders = []
     for experiment in figures.feeding(name):
         scales = [s for s in reversed(SCALES[1:]) if (results / experiment / s / "results.csv").is_file()]
-        found += [results / experiment / s for s in scales[:1]]
-    return found
+        folders += [results / experiment / s for s in scales[:1]]
+    return folders
 
 
 def entries(results: Path) -> list[Entry]:
     """What can be drawn, and what cannot."""
     made = []
     for name, drawing in figures.FIGURES.items():
-        there = sources(name, results) if drawing.needs_results else []
-        missing = "" if there or not drawing.needs_results else "no results yet"
+        folders = sources(name, results) if drawing.needs_results else []
+        missing = "" if folders or not drawing.needs_results else "no results yet"
         if not missing:
             try:
-                figures.make(name, figures.read(there))
+                figures.make(name, figures.read(folders))
             except ValueError as error:  # results that do not suffice, such as those of one rule alone
                 missing = str(error)
-        made.append(Entry(name, there, missing))
+        made.append(Entry(name, folders, missing))
     return made
 
 
 def command(entry: Entry) -> str:
     """What draws a figure, from the repository's root."""
-    there = " ".join(s.relative_to(ROOT).as_posix() for s in entry.sources)
-    return f"nslightning figure {entry.name}" + (f" --from {there}" if there else "")
+    folders = " ".join(s.relative_to(ROOT).as_posix() for s in entry.sources)
+    return f"nslightning figure {entry.name}" + (f" --from {folders}" if folders else "")
 
 
 def section(entry: Entry) -> str:
@@ -123,10 +123,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", action="store_true", help="write the page alone")
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="where results are")
-    given = parser.parse_args()
-    made = entries(given.results.resolve())
+    options = parser.parse_args()
+    made = entries(options.results.resolve())
     (HERE / "gallery.md").write_text(page(made), encoding="utf-8")
-    if given.text:
+    if options.text:
         return
     PLOTS.mkdir(parents=True, exist_ok=True)
     drawn = {e.name: e for e in made if not e.missing}

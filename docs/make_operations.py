@@ -148,21 +148,21 @@ def spellings(name: str) -> list[str]:
     """What a patch reaches, by the names that people write."""
     functions, classes = OPERATIONS[name].functions, OPERATIONS[name].modules
     homes = ((torch, "torch."), (Tensor, "Tensor."), (F, "F."), (torch.linalg, "torch.linalg."))
-    found = [
+    of_functions = [
         f"{prefix}{attribute}"
         for home, prefix in homes
         for attribute in sorted(dir(home))
         if not attribute.startswith("_") and callable(f := getattr(home, attribute, None)) and f in functions
     ]
-    return [f"nn.{cls.__name__}" for cls in classes] + found
+    return [f"nn.{cls.__name__}" for cls in classes] + of_functions
 
 
 def chosen_by(name: str) -> list[str]:
     """The modules of `ops` that take this choice, and the functions that they are."""
     exported = [getattr(ops, public) for public in ops.__all__]
-    found = [cls for cls in exported if isinstance(cls, type) and name in getattr(cls, "fields", ())]
-    functions = [re.findall(r"ops\.(\w+)", cls.__doc__)[0] for cls in found]
-    return [*dict.fromkeys(functions), *(cls.__name__ for cls in found)]
+    modules = [cls for cls in exported if isinstance(cls, type) and name in getattr(cls, "fields", ())]
+    functions = [re.findall(r"ops\.(\w+)", cls.__doc__)[0] for cls in modules]
+    return [*dict.fromkeys(functions), *(cls.__name__ for cls in modules)]
 
 
 def clarke(kink: Kink, operation: Operation) -> str:

@@ -99,7 +99,7 @@ def settings() -> list[Setting]:
     rows = table("training")
     rows = rows[rows["metric"] == "test_accuracy"]
     counts = rows.groupby(list(COLUMNS))["value"].nunique().to_dict()
-    found: dict[tuple[Any, ...], Setting] = {}
+    by_key: dict[tuple[Any, ...], Setting] = {}
     for grid in grids():
         for entry in grid.compare:
             if entry["published"] != "training":
@@ -107,12 +107,12 @@ def settings() -> list[Setting]:
             for planned in grid.cells({"rule": ["published"]}):
                 for row in rows_of(entry, planned.cell, rows).to_dict("records"):
                     key = tuple(row[c] for c in COLUMNS)
-                    one = found.setdefault(key, Setting(key, set(), counts[key], grid))
+                    one = by_key.setdefault(key, Setting(key, set(), counts[key], grid))
                     assert one.grid.name == grid.name, f"two grids have {key}"
                     one.values.add(row["value"])
                     one.runs.append(planned)
     order = [tuple(row) for row in rows[list(COLUMNS)].drop_duplicates().itertuples(index=False)]
-    return [found[key] for key in order]
+    return [by_key[key] for key in order]
 
 
 def ran(one: Setting) -> tuple[Experiment, pd.DataFrame, pd.DataFrame] | None:

@@ -30,7 +30,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         markdown = markdown.replace("<!-- configs -->", _configs())
     # Files of the repository that are no part of the site.
     markdown = _OUTSIDE.sub(r"\1 (`\2`)", markdown)
-    return _HELP.sub(lambda found: f"```text\n{_help(found[1])}\n```", markdown)
+    return _HELP.sub(lambda mark: f"```text\n{_help(mark[1])}\n```", markdown)
 
 
 def on_page_content(html: str, **_: Any) -> str:

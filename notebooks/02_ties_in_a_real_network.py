@@ -54,4 +54,4 @@ for dtype in (torch.float64, torch.float32, torch.bfloat16):
     network.to(dtype)
     loss = F.cross_entropy(network(images.to(dtype)).float(), labels)
     measured = divergence(loss, network, choices)
-    print(f"{dtype!s:15}", {name: f"{found.relative:.2g}" for name, found in measured.items()})
+    print(f"{dtype!s:15}", {name: f"{difference.relative:.2g}" for name, difference in measured.items()})

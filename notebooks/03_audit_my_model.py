@@ -45,8 +45,8 @@ model = nn.Sequential(
     nn.Linear(8, 5),
 )
 batches = [(torch.randn(8, 3, 32, 32), None)]
-found = audit(model, batches, dtypes=["bf16", "32"])
-print(table(found))
+audited = audit(model, batches, dtypes=["bf16", "32"])
+print(table(audited))
 
 # %% [markdown]
 # `3.act` and `4.act` tie in float32, too: where a ReLU made the block's input 0, the branch adds exactly 0. There the

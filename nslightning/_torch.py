@@ -428,14 +428,14 @@ def without_post_accumulate_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    found = [hooks for t in tensors if (hooks := getattr(t, "_post_accumulate_grad_hooks", None))]
-    kept = [dict(hooks) for hooks in found]
-    for hooks in found:
+    hook_dicts = [hooks for t in tensors if (hooks := getattr(t, "_post_accumulate_grad_hooks", None))]
+    kept = [dict(hooks) for hooks in hook_dicts]
+    for hooks in hook_dicts:
         hooks.clear()
     try:
         yield
     finally:
-        for hooks, before in zip(found, kept, strict=True):
+        for hooks, before in zip(hook_dicts, kept, strict=True):
             hooks.update(before)
 
 

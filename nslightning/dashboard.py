@@ -96,7 +96,7 @@ def workspace(entity: str, project: str, name: str = "nslightning") -> Workspace
         return wr.LinePlot(title=title, x=STEP, log_y=log, **named)
 
     sections = [
-        ws.Section(name=section, is_open=True, panels=[line(title, *what) for title, what in panels.items()])
+        ws.Section(name=section, is_open=True, panels=[line(title, *panel) for title, panel in panels.items()])
         for section, panels in METRICS.items()
     ]
     heat_maps = [

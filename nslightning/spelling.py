@@ -8,11 +8,11 @@ from collections.abc import Iterable
 __all__ = ["closest", "did_you_mean"]
 
 
-def closest(given: object, known: Iterable[str], most: int = 1, cutoff: float = 0.6) -> list[str]:
-    """The known names most like the one that was given; swapped letters are the likeliest slip.
+def closest(unknown: object, known: Iterable[str], most: int = 1, cutoff: float = 0.6) -> list[str]:
+    """The known names most like the unknown one; swapped letters are the likeliest slip.
 
     Args:
-        given: The name that is not known.
+        unknown: The name that is not known.
         known: The names that are.
         most: How many to return at most.
         cutoff: How alike a name must be, from 0 to 1.
@@ -24,18 +24,18 @@ def closest(given: object, known: Iterable[str], most: int = 1, cutoff: float = 
         >>> closest("rleu", ["relu", "rule"]), closest("huge", ["smoke", "small"])
         (['relu'], [])
     """
-    word, names = str(given), list(dict.fromkeys(map(str, known)))
+    word, names = str(unknown), list(dict.fromkeys(map(str, known)))
     swapped = [name for name in names if name != word and sorted(name) == sorted(word)]
     alike = difflib.get_close_matches(word, names, most, cutoff)
     same = [name for name in names if name == word]
     return list(dict.fromkeys([*same, *swapped, *alike]))[:most]
 
 
-def did_you_mean(given: object, known: Iterable[str], most: int = 1, *, otherwise: str = ".") -> str:
+def did_you_mean(unknown: object, known: Iterable[str], most: int = 1, *, otherwise: str = ".") -> str:
     """The end of a sentence that names something unknown: the name that was probably meant, as a question.
 
     Args:
-        given: The name that is not known.
+        unknown: The name that is not known.
         known: The names that are.
         most: How many names to ask about at most.
         otherwise: What to end with where no known name is alike.
@@ -47,5 +47,5 @@ def did_you_mean(given: object, known: Iterable[str], most: int = 1, *, otherwis
         >>> did_you_mean("smal", ["smoke", "small"]), did_you_mean("huge", ["smoke", "small"])
         ("; did you mean 'small'?", '.')
     """
-    names = closest(given, known, most)
+    names = closest(unknown, known, most)
     return f"; did you mean {' or '.join(map(repr, names))}?" if names else otherwise

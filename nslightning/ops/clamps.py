@@ -348,7 +348,7 @@ class Clamp(ChosenFunction):
 
     def forward(self, x: Tensor) -> Tensor:
         """Clamp a tensor of any shape."""
-        low, high, inplace, _ = self.given.values()
+        low, high, inplace, _ = self.arguments.values()
         return pointwise("clamp", x, self.selection, low, high, inplace=inplace)
 
 

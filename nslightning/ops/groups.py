@@ -685,7 +685,7 @@ class ScatterReduce(ChosenFunction):
 
     def forward(self, x: Tensor, index: Tensor, src: Tensor) -> Tensor:
         """Send entries to places."""
-        g = self.given
+        g = self.arguments
         return _scattered(self._kind, x, g["dim"], index, src, g["reduce"], g["include_self"], self.selection)
 
 
@@ -712,7 +712,9 @@ class SegmentReduce(ChosenFunction):
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
         """Reduce the segments of these lengths."""
-        return segmented(self.selection, Call(x, (self.given["reduce"], lengths, None, self.given["axis"], False)))
+        return segmented(
+            self.selection, Call(x, (self.arguments["reduce"], lengths, None, self.arguments["axis"], False))
+        )
 
 
 class EmbeddingBag(ChosenModule, nn.EmbeddingBag, choice="jacobian"):

@@ -37,16 +37,16 @@ def defaults(function: str) -> dict[str, Any]:
     return {name: value for name, value in arguments(function).items() if value is not inspect.Parameter.empty}
 
 
-def reduction(given: dict[str, Any]) -> str:
+def reduction(by_name: dict[str, Any]) -> str:
     """How a loss is reduced, from the arguments that its functions have had over the years.
 
     Args:
-        given: The arguments by name; those about the reduction are removed.
+        by_name: The arguments by name; those about the reduction are removed.
 
     Returns:
         ``"mean"``, ``"sum"`` or ``"none"``.
     """
-    size_average, reduce, how = (given.pop(name, None) for name in ("size_average", "reduce", "reduction"))
+    size_average, reduce, how = (by_name.pop(name, None) for name in ("size_average", "reduce", "reduction"))
     if size_average is not None or reduce is not None:
         return legacy_reduction(size_average, reduce)
     return ("none", "mean", "sum")[how] if isinstance(how, int) else how or "mean"

@@ -644,7 +644,9 @@ class _Reduction(ChosenFunction):
 
     def forward(self, x: Tensor) -> Any:
         """Reduce a tensor of any shape."""
-        return reduction(type(self).__name__.lower(), x, self.selection, self.given["dim"], self.given["keepdim"])
+        return reduction(
+            type(self).__name__.lower(), x, self.selection, self.arguments["dim"], self.arguments["keepdim"]
+        )
 
 
 class _Pair(ChosenFunction):

@@ -77,8 +77,8 @@ class ChosenFunction(nn.Module):
     def __init__(self, choice: Any, seed: int = 0, **arguments: Any) -> None:
         super().__init__()
         self.selection = Selection(OwnChoice(self.fields, choice), seed)
-        self.given = arguments
+        self.arguments = arguments
 
     def extra_repr(self) -> str:
         """The arguments, and the choice."""
-        return ", ".join(f"{name}={value}" for name, value in self.given.items())
+        return ", ".join(f"{name}={value}" for name, value in self.arguments.items())

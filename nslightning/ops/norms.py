@@ -522,7 +522,7 @@ class Abs(ChosenFunction):
 
     def forward(self, x: Tensor) -> Tensor:
         """The absolute value of a tensor of any shape."""
-        return pointwise("abs", x, self.selection, inplace=self.given["inplace"])
+        return pointwise("abs", x, self.selection, inplace=self.arguments["inplace"])
 
 
 class L1Loss(ChosenModule, nn.L1Loss, choice="at_zero"):
@@ -541,7 +541,7 @@ class Norm(ChosenFunction):
 
     def forward(self, x: Tensor) -> Tensor:
         """The norms of the vectors of a tensor of any shape."""
-        return chosen_norm(x, self.selection, 2.0, self.given["dim"], self.given["keepdim"])
+        return chosen_norm(x, self.selection, 2.0, self.arguments["dim"], self.arguments["keepdim"])
 
 
 class Normalize(ChosenFunction):
@@ -554,7 +554,7 @@ class Normalize(ChosenFunction):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the vectors of a tensor of any shape."""
-        p, dim, eps, _ = self.given.values()
+        p, dim, eps, _ = self.arguments.values()
         return unit(x, self.selection, p, dim, eps)
 
 
@@ -568,5 +568,5 @@ class NormPool2d(ChosenFunction):
 
     def forward(self, x: Tensor) -> Tensor:
         """Pool a tensor of shape (N, C, H, W) or (C, H, W)."""
-        height, width = nn.modules.utils._pair(self.given["kernel_size"])
+        height, width = nn.modules.utils._pair(self.arguments["kernel_size"])
         return norm_pool(x, self.selection, (height, width))

@@ -96,7 +96,7 @@ class Recording:
     records: list[_Met] = field(default_factory=list)
     whole: bool = False
 
-    def backward(self, loss: Tensor, *given: Any, **settings: Any) -> None:
+    def backward(self, loss: Tensor, *args: Any, **settings: Any) -> None:
         """Run ``loss.backward()`` and keep only the part of its graph that differences are carried through.
 
         What lies above the highest operation that met ties is freed while the backward runs, as without
@@ -104,15 +104,15 @@ class Recording:
 
         Args:
             loss: A tensor computed by an eager forward of the model.
-            *given: The positional arguments of ``loss.backward``.
+            *args: The positional arguments of ``loss.backward``.
             **settings: Its keyword arguments; ``retain_graph`` is set here.
         """
         if self.whole:
-            loss.backward(*given, **settings | {"retain_graph": True})
+            loss.backward(*args, **settings | {"retain_graph": True})
             return
         kept = set(reachable(operation_nodes(loss)))
         with freeing([node for node in reachable([loss.grad_fn]) if node not in kept] if kept else []):
-            loss.backward(*given, **settings | {"retain_graph": bool(kept)})
+            loss.backward(*args, **settings | {"retain_graph": bool(kept)})
 
     def meet(self, loss: Tensor, among: Iterable[Jacobians] = ()) -> None:
         """Run the backward only as far as to the operations that met ties: no parameter gets a gradient.

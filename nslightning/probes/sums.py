@@ -137,24 +137,26 @@ def squares(tensors: Sequence[Tensor]) -> list[Tensor]:
     return squared_lengths
 
 
-def rows(given: Sequence[Tensor], reference: Sequence[Tensor], square: Sequence[Tensor], *, carried: bool) -> Tensor:
+def rows(
+    gradients: Sequence[Tensor], reference: Sequence[Tensor], square: Sequence[Tensor], *, carried: bool
+) -> Tensor:
     """What the norms of differences need, a row for each pair.
 
     Args:
-        given: Dense gradients a, or differences d = a - b if they were carried.
+        gradients: Dense gradients a, or differences d = a - b if they were carried.
         reference: Dense gradients b of the same shapes.
         square: What :func:`squares` says of them.
-        carried: Which of the two ``given`` is.
+        carried: Whether ``gradients`` holds differences.
 
     Returns:
         Shape (pairs, 6), float64, on the first one's device: the sum of ``|d|``, that of its squares, the largest
         ``|d|``, the squared lengths of a and b, and their product.
     """
-    if not given:
+    if not gradients:
         return torch.zeros(0, 6, dtype=torch.float64)
-    table: list[Tensor] = [torch.empty(0)] * len(given)
+    table: list[Tensor] = [torch.empty(0)] * len(gradients)
     for members in _groups(reference):
-        differences, bases = _widened(given, members), _widened(reference, members)
+        differences, bases = _widened(gradients, members), _widened(reference, members)
         if carried:
             others = foreach_add(bases, differences)
         else:
@@ -165,7 +167,7 @@ def rows(given: Sequence[Tensor], reference: Sequence[Tensor], square: Sequence[
             table[i] = torch.stack([l1, dd, linf, aa, bb, (aa + bb - dd) / 2])
     for i, b in enumerate(reference):
         if not waits(b.device) or not b.numel():
-            sums = _sums(given[i], b, carried=carried)
+            sums = _sums(gradients[i], b, carried=carried)
             table[i] = torch.cat([sums[:4], square[i].view(1), sums[4:]])
     return torch.stack([row.to(table[0].device) for row in table])
 

@@ -152,7 +152,7 @@ def _overview(runs: Sequence[RunFolder]) -> Section:
     head = ["run", "choice", "backbone", "data", "precision", "seed", "step", "epochs", "val/loss",
             "val/acc1", "last written, UTC"]  # fmt: skip
     note = "The values logged last. A run with epochs to go is still going, or was stopped when it was last written."
-    lost = [[run.name, *(run.nonfinite.get(key) for key in ("step", "what", "where")), _fed(run.nonfinite)]
+    lost = [[run.name, *(run.nonfinite.get(key) for key in ("step", "kind", "where")), _fed(run.nonfinite)]
             for run in runs if run.nonfinite is not None]  # fmt: skip
     parts: list[Part] = [Text(note, "quiet"), table("runs", head, rows)]
     if lost:

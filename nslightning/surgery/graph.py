@@ -40,7 +40,7 @@ class Foreign(NamedTuple):
     number: int
 
 
-def foreign_nodes(output: Iterable[Tensor], given: Iterable[Tensor]) -> Iterator[Foreign]:
+def foreign_nodes(output: Iterable[Tensor], inputs: Iterable[Tensor]) -> Iterator[Foreign]:
     """The nodes between tensors and a model's inputs that surgery may not have reached.
 
     Surgery cannot look into the backward of a custom function: Python's ``torch.autograd.Function``, C++'s, or a custom
@@ -50,12 +50,12 @@ def foreign_nodes(output: Iterable[Tensor], given: Iterable[Tensor]) -> Iterator
 
     Args:
         output: Tensors that the model made.
-        given: The model's inputs; the search stops at them.
+        inputs: The model's inputs; the search stops at them.
 
     Yields:
         Each such node once.
     """
-    seen = {node for x in given if (node := x.grad_fn) is not None}
+    seen = {node for x in inputs if (node := x.grad_fn) is not None}
     todo = [node for x in output if (node := x.grad_fn) is not None]
     while todo:
         node = todo.pop()

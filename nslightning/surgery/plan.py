@@ -128,11 +128,11 @@ class Rule:
         return first <= call and (end is None or call < end)
 
     @classmethod
-    def from_dict(cls, given: Mapping[str, Any]) -> Rule:
+    def from_dict(cls, mapping: Mapping[str, Any]) -> Rule:
         """A rule from a mapping of a config, which has matchers and choices side by side.
 
         Args:
-            given: Such as ``{"stage": "layer1", "relu": 0.5}``.
+            mapping: Such as ``{"stage": "layer1", "relu": 0.5}``.
 
         Returns:
             The rule.
@@ -145,14 +145,14 @@ class Rule:
             >>> Rule.from_dict({"name": "/act$/", "relu": 0.5})
             Rule({'relu': 0.5}, name='/act$/')
         """
-        if not isinstance(given, Mapping):
-            raise TypeError(f"a rule is a mapping such as {{stage: layer1, relu: 0.5}}; given {given!r}")
-        for key in given:
+        if not isinstance(mapping, Mapping):
+            raise TypeError(f"a rule is a mapping such as {{stage: layer1, relu: 0.5}}; given {mapping!r}")
+        for key in mapping:
             _known("key of a rule", key, (*_WHERE, *OPERATIONS, "rule"))
-        choice = {key: value for key, value in given.items() if key not in _WHERE}
+        choice = {key: value for key, value in mapping.items() if key not in _WHERE}
         if not choice:
-            raise ValueError(f"the rule {dict(given)} decides nothing: add a choice, such as relu: 0.5")
-        return cls(choice, **{key: value for key, value in given.items() if key in _WHERE})
+            raise ValueError(f"the rule {dict(mapping)} decides nothing: add a choice, such as relu: 0.5")
+        return cls(choice, **{key: value for key, value in mapping.items() if key in _WHERE})
 
     def to_dict(self) -> dict[str, Any]:
         """The rule as plain data.
@@ -328,12 +328,12 @@ class Plan:
 
 
 # ------------------------------------------------------------------------------------------------- selectors
-def selectors(what: str, given: Any) -> tuple[One, ...]:
+def selectors(keyword: str, selector: Any) -> tuple[One, ...]:
     """The single selectors in a selector. It is read once, because it may be an iterator.
 
     Args:
-        what: The selector's name, for the error.
-        given: A glob, a regular expression, a module class, several of these, or None.
+        keyword: The selector's name, for the error.
+        selector: A glob, a regular expression, a module class, several of these, or None.
 
     Returns:
         The single ones; a string between slashes has become a regular expression.
@@ -342,20 +342,20 @@ def selectors(what: str, given: Any) -> tuple[One, ...]:
         TypeError: If it is something else.
         ValueError: If the regular expression is malformed.
     """
-    if given is None:
+    if selector is None:
         return ()
-    if isinstance(given, str) and len(given) > 2 and given[0] == given[-1] == "/":
+    if isinstance(selector, str) and len(selector) > 2 and selector[0] == selector[-1] == "/":
         try:
-            return (re.compile(given[1:-1]),)
+            return (re.compile(selector[1:-1]),)
         except re.error as error:
-            raise ValueError(f"{what}={given} is no regular expression: {error}") from error
-    if isinstance(given, (str, re.Pattern)) or (isinstance(given, type) and issubclass(given, nn.Module)):
-        return (given,)
-    if isinstance(given, Iterable):
-        return tuple(one for several in given for one in selectors(what, several))
+            raise ValueError(f"{keyword}={selector} is no regular expression: {error}") from error
+    if isinstance(selector, (str, re.Pattern)) or (isinstance(selector, type) and issubclass(selector, nn.Module)):
+        return (selector,)
+    if isinstance(selector, Iterable):
+        return tuple(one for several in selector for one in selectors(keyword, several))
     raise TypeError(
-        f"{what} takes a glob such as 'layer1.*', a compiled regular expression, a subclass of nn.Module, or "
-        f"several of these; given {given!r}"
+        f"{keyword} takes a glob such as 'layer1.*', a compiled regular expression, a subclass of nn.Module, or "
+        f"several of these; given {selector!r}"
     )
 
 

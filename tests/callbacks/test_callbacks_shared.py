@@ -111,7 +111,7 @@ def test_the_origin_is_found_whatever_the_step_takes_and_returns(module, step, t
     guard = NonFiniteGuard()
     with pytest.raises(NonFiniteError, match="the output of first"):
         train(tmp_path, guard, module=module(), loader=batches(bad=3))
-    assert (guard.found.step, guard.found.what, guard.found.where) == (step, "activation", "first")
+    assert (guard.finding.step, guard.finding.kind, guard.finding.where) == (step, "activation", "first")
 
 
 @pytest.mark.filterwarnings("ignore:Found `dataloader_iter`")
@@ -230,7 +230,7 @@ def test_one_object_serves_two_trainings(tmp_path):
     assert guard.batches
     for name in ("a", "b"):
         train(tmp_path / name, *callbacks, guard)
-    assert (guard.found, guard.batches) == (None, 0)
+    assert (guard.finding, guard.batches) == (None, 0)
     for file in ("divergence.csv", "weights.csv", "zones.csv"):
         assert rows(tmp_path / "a" / file) == rows(tmp_path / "b" / file) != []
 

@@ -281,7 +281,7 @@ def found_in(folder):
 def test_finite_training_is_not_reported(tmp_path):
     guard = NonFiniteGuard()
     fit(tmp_path, guard, Small(), batches())
-    assert guard.found is None
+    assert guard.finding is None
     assert not (tmp_path / "nonfinite.json").exists()
 
 
@@ -294,7 +294,7 @@ def test_a_weight(value, tmp_path):
 
     with pytest.raises(NonFiniteError, match=r"step 3, batch 3: .* is the weight net.last.weight$"):
         fit(tmp_path, NonFiniteGuard(), Small(), batches(), Break())
-    assert found_in(tmp_path)["what"] == "weight"
+    assert found_in(tmp_path)["kind"] == "weight"
 
 
 def test_a_batch(tmp_path):
@@ -307,7 +307,7 @@ def test_an_activation_and_the_ties_above_it(tmp_path):
     with pytest.raises(NonFiniteError, match=r"is the output of net.middle; ties fed it: 8 at relu"):
         fit(tmp_path, NonFiniteGuard(), module, batches(torch.tensor([200.0, 1.0, 1.0, 0.0])))
     found = found_in(tmp_path)
-    assert (found["what"], found["where"], found["step"], found["batch"]) == ("activation", "net.middle", 3, 3)
+    assert (found["kind"], found["where"], found["step"], found["batch"]) == ("activation", "net.middle", 3, 3)
     # A tie for each image at the dead unit; what the activation after the explosion met is not counted.
     assert found["ties"] == {"relu": ties(module.net, torch.tensor([[200.0, 1.0, 1.0, 0.0]]))["relu"].tied * 8}
 
@@ -335,7 +335,7 @@ def test_the_same_random_numbers_are_drawn_again(tmp_path):
     with pytest.warns(UserWarning, match="the output of net.middle"):
         fit(tmp_path, guard, module, batches())
     torch.manual_seed(11)
-    assert guard.found.where == "net.middle"
+    assert guard.finding.where == "net.middle"
 
 
 def test_a_gradient_that_no_choice_made(tmp_path):
@@ -353,7 +353,7 @@ def test_a_gradient_that_the_choice_at_a_tie_made(tmp_path):
     with pytest.raises(NonFiniteError, match=r"the backward of net.act; ties fed it: 8 at act; under .* is finite"):
         fit(tmp_path, NonFiniteGuard(), module, batches())
     found = found_in(tmp_path)
-    assert (found["what"], found["where"], found["step"]) == ("gradient", "net.act", 0)
+    assert (found["kind"], found["where"], found["step"]) == ("gradient", "net.act", 0)
     assert found["ties"] == {"act": 8}
     assert found["finite_under_reference"] is True
 
@@ -368,12 +368,12 @@ def test_actions_and_state(tmp_path):
     assert guard.batches == 3  # the weights are lost from then on
     rows = pd.read_csv(tmp_path / "run" / "001" / "metrics.csv")
     assert rows["nonfinite/batches"].dropna().tolist() == [1, 2, 3]
-    assert guard.found.step == 3
+    assert guard.finding.step == 3
     again = NonFiniteGuard("log")
     trainer(tmp_path, again).fit(
         Small(Explode()), batches(), batches(), ckpt_path=tmp_path / "step=6.ckpt", weights_only=True
     )
-    assert (again.batches, again.found) == (3, guard.found)
+    assert (again.batches, again.finding) == (3, guard.finding)
 
     with pytest.warns(UserWarning, match="the output of net.middle"):
         run = fit(tmp_path, NonFiniteGuard("stop"), Small(Explode()), batches(200.0))
@@ -389,7 +389,7 @@ def test_a_scaler_at_work_is_not_reported(tmp_path):
 
     fit(tmp_path, guard, Module(Plain), data(), Scales(), plugins=fp16(2.0**24))
     assert min(scales) < 2.0**24  # it did overflow
-    assert guard.found is None
+    assert guard.finding is None
     with pytest.raises(NonFiniteError, match="the batch"):
         fit(tmp_path, NonFiniteGuard(), Small(), batches(float("inf")), plugins=fp16(2.0**8))
 

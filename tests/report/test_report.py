@@ -206,7 +206,7 @@ def test_zones_are_shares_of_the_processes(tmp_path):
 
 
 def test_where_values_stopped_being_finite_is_told(tmp_path):
-    found = {"step": 7, "batch": 7, "what": "gradient", "where": "relu1", "ties": {"relu1": 1200}}
+    found = {"step": 7, "batch": 7, "kind": "gradient", "where": "relu1", "ties": {"relu1": 1200}}
     made = build(write_run(tmp_path / "a" / "001", nonfinite__json=json.dumps(found)))
     assert " 7 gradient relu1 1,200 at relu1" in made.text
 

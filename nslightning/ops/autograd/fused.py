@@ -293,7 +293,7 @@ def pool_gradient(
 
 
 def pool_difference(
-    given: tuple[Tensor, Tensor, Tensor],
+    inputs: tuple[Tensor, Tensor, Tensor],
     geometry: Regular,
     composed: Callable[[Tensor, Tensor, Selection], Tensor],
     selection: Selection,
@@ -305,7 +305,7 @@ def pool_difference(
     than to fill it.
 
     Args:
-        given: The first three arguments of :func:`pool_gradient`.
+        inputs: The first three arguments of :func:`pool_gradient`.
         geometry: As in :func:`pool_gradient`.
         composed: As in :func:`pool_gradient`.
         selection: The first choice.
@@ -314,7 +314,7 @@ def pool_difference(
     Returns:
         The difference, of the input's shape.
     """
-    x, reached, g = given
+    x, reached, g = inputs
     vjp: Callable[..., Tensor] = partial(pool_gradient, geometry=geometry, composed=composed)
     if _final(g) and "random" not in (selection.jacobians.max_pool, less.jacobians.max_pool):
         wide = torch.float64 if g.dtype == torch.float64 else torch.float32
@@ -324,7 +324,7 @@ def pool_difference(
             return cast(Tensor, kernels_for(x.device.type).pool_shares(g, reached, _numbers(geometry), size, *shares))
     d = torch.empty_like(x)
     images = max(1, _PART // max(1, x[:1].numel())) if x.device.type == "cpu" else len(x)
-    for into, *part in zip(*(t.split(images) for t in (d, *given)), strict=True):
+    for into, *part in zip(*(t.split(images) for t in (d, *inputs)), strict=True):
         torch.sub(vjp(*part, selection), vjp(*part, less), out=into)
     return d
 

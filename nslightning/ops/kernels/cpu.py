@@ -95,21 +95,21 @@ def _run(name: str, dtype: torch.dtype, *arguments: Tensor | float | ctypes.Arra
     return result
 
 
-def sums(given: Tensor, reference: Tensor, *, carried: bool) -> Tensor:
+def sums(tensor: Tensor, reference: Tensor, *, carried: bool) -> Tensor:
     """How far a tensor is from another one, by sums that do not depend on the number of threads.
 
     Args:
-        given: The difference d if it was carried, else the tensor a = b + d; contiguous.
+        tensor: The difference d if it was carried, else the tensor a = b + d; contiguous.
         reference: The tensor b, likewise.
-        carried: Which of the two is given.
+        carried: Whether ``tensor`` holds the difference.
 
     Returns:
         Shape (5,), float64: the sum of ``|d|``, that of ``d^2``, the largest ``|d|``, the sum of ``a^2`` and that of
         ``a b``, formed in float64.
     """
     size = 1 << 14
-    parts = torch.empty((-(-given.numel() // size), 5), dtype=torch.float64)
-    _run("sums", given.dtype, given, reference, given.numel(), size, carried, parts)
+    parts = torch.empty((-(-tensor.numel() // size), 5), dtype=torch.float64)
+    _run("sums", tensor.dtype, tensor, reference, tensor.numel(), size, carried, parts)
     total = parts.sum(0)
     if len(parts) > 1:
         total[2] = parts[:, 2].max()

@@ -216,8 +216,8 @@ def _pool_backward(
         chosen = tl.where(last_tied != 0, reached >> q == 1, (reached & ((1 << q) - 1)) == 0)
         incoming = tl.load(g + window, mask=inside, other=0.0).to(tl.float32)
         weight = tl.load(weights + _ones(reached) + tl.where(chosen, 17, 0))
-        given = (((reached >> q) & 1) != 0) & (weight != 0)  # an infinite gradient times 0 is NaN
-        total = tl.where(given, total + incoming * weight, total)
+        takes = (((reached >> q) & 1) != 0) & (weight != 0)  # an infinite gradient times 0 is NaN
+        total = tl.where(takes, total + incoming * weight, total)
     tl.store(gradient + at, total.to(gradient.dtype.element_ty), mask=at < n)
 
 
