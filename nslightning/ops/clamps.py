@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nslightning.ops.autograd.layouts import overlaps
-from nslightning.ops.autograd.nodes import of_a_leaf
+from nslightning.ops.autograd.nodes import of_a_leaf, put_in_place
 from nslightning.ops.autograd.pointwise import pointwise, pointwise_operation
 from nslightning.ops.autograd.routing import ROUTES, Route, around, at_zero, wide
 from nslightning.ops.autograd.selection import Selection, fixed, guarded
@@ -244,7 +244,7 @@ def clamped(x: Tensor, selection: Selection, low: _Bound, high: _Bound, *, inpla
     if inplace:
         if torch.is_grad_enabled() and (of_a_leaf(x) or overlaps(x)):
             return guarded(x.clamp_(low, high), "clamp", selection)  # type: ignore[arg-type] # as above
-        return x.copy_(clamped(x.clone(), selection, low, high))
+        return put_in_place(x, clamped(x.clone(), selection, low, high))
     stock = torch.clamp(x, low, high)  # type: ignore[arg-type] # it wants both of one kind, and says so
     if not stock.is_floating_point():
         return stock

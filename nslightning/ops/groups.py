@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nslightning.ops.autograd.layouts import overlaps
-from nslightning.ops.autograd.nodes import of_a_leaf, refuse_changes_of_a_copy
+from nslightning.ops.autograd.nodes import of_a_leaf, put_in_place, refuse_changes_of_a_copy
 from nslightning.ops.autograd.routing import ROUTES, Route, around, own, wide
 from nslightning.ops.autograd.selection import Selection, fixed, guarded, replayed
 from nslightning.ops.module_base import ChosenFunction, ChosenModule
@@ -182,7 +182,7 @@ def scattered(selection: Selection, call: Call) -> Tensor:
             return guarded(written, "scatter_max", selection)
         # As stock, whose backward keeps a copy of the overwritten memory.
         result = scattered(selection, call._replace(x=base.clone(), inplace=False))
-        written = base.copy_(result)
+        written = put_in_place(base, result)
         refuse_changes_of_a_copy(result, written)
         return written
     stock = _SCATTER[kind](base, dim, index, src, reduce, include_self=included)

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from bits import bits
 from torch import nn
 
 from nslightning import Jacobians, PatchWarning, patch, using
@@ -63,6 +64,29 @@ def test_in_place_the_gradient_or_the_refusal_is_stocks(name, place, afterwards)
             outcomes.append("modified by an inplace operation" in str(error))
     assert outcomes[0] == outcomes[1]
     assert outcomes[0] is not False
+
+
+@pytest.mark.filterwarnings("ignore:index_reduce.. is in beta")
+@pytest.mark.parametrize("turned", [False, True], ids=["", "transposed"])
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_overwriting_adds_nothing_to_the_gradient(name, turned):
+    """Not even zeros, which would take signs of zeros and strides from it."""
+    gradients = []
+    for patched in (False, True):
+        model = InPlace(IN_PLACE[name], PLACES["whole"], False)
+        if patched:
+            patch(model, Jacobians())
+        x = torch.arange(-12, 13.0).reshape(5, 5).div(2)
+        incoming = torch.tensor([-1.0, -0.0, 0.0, 1.0, -2.0]).repeat(5, 1)
+        if turned:
+            x, incoming = (t.mT.contiguous().mT for t in (x, incoming))
+        x.requires_grad_()
+        y = model(x)
+        gradients.append((y._version, *torch.autograd.grad(y, x, incoming)))
+    (version, stock), (other_version, ours) = gradients
+    assert version == other_version
+    assert ours.stride() == stock.stride()
+    assert torch.equal(bits(ours), bits(stock))
 
 
 class Inside(nn.Module):

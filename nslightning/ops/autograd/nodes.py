@@ -7,12 +7,12 @@ in C++ (:mod:`~nslightning.ops.autograd.native`), which has no attributes that P
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from nslightning._torch import in_functorch, is_view
+from nslightning._torch import in_forward_mode, in_functorch, is_tracing, is_view, kept_version
 from nslightning.ops.autograd import native
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ __all__ = [
     "kept_ties",
     "of_a_leaf",
     "operation_of",
+    "put_in_place",
     "refuse_changes",
     "refuse_changes_of_a_copy",
     "release",
@@ -59,6 +60,41 @@ def of_a_leaf(x: Tensor) -> bool:
     if not torch.compiler.is_compiling() and is_view(x) and x._base is not None:
         base = x._base
     return base.is_leaf and base.requires_grad
+
+
+class _Put(OwnFunction):
+    """Overwrites a tensor. No gradient goes to its earlier value, where ``copy_`` would send zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, result: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        with kept_version(x):  # `mark_dirty` counts it
+            return x.copy_(result)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor]:
+        return None, g
+
+
+def put_in_place(x: Tensor, result: Tensor) -> Tensor:
+    """Overwrite a tensor with a result that was computed elsewhere.
+
+    Args:
+        x: The tensor, of the result's shape and dtype.
+        result: The result.
+
+    Returns:
+        ``x``, whose gradient goes to ``result`` as it comes: nothing is added to it, not even zeros.
+
+    Example:
+        >>> x = torch.ones(2, requires_grad=True) * 1
+        >>> put_in_place(x, x.clone() * 3).tolist()
+        [3.0, 3.0]
+    """
+    # Of a view, autograd sends the rest of its base a gradient anyway; a trace takes no function that works in place.
+    if torch.compiler.is_compiling() or in_functorch() or in_forward_mode() or is_tracing() or is_view(x):
+        return x.copy_(result)
+    return cast(Tensor, _Put.apply(x, result))
 
 
 def refuse_changes(node: Any, written: Tensor) -> None:

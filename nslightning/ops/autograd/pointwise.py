@@ -19,7 +19,7 @@ from torch import Tensor
 from nslightning._torch import in_forward_mode, in_functorch, is_tracing, is_view, kept_version
 from nslightning.ops.autograd import fused, native
 from nslightning.ops.autograd.layouts import duplicate, is_dense, overlaps, storage_order, stored
-from nslightning.ops.autograd.nodes import NonsmoothFunction, check_changes, of_a_leaf, refuse_changes
+from nslightning.ops.autograd.nodes import NonsmoothFunction, check_changes, of_a_leaf, put_in_place, refuse_changes
 from nslightning.ops.autograd.selection import Selection, data_dependent, guarded, replayed
 from nslightning.ops.autograd.tie_bits import TieBits, as_mask, chosen_value, find_ties, overwrite
 from nslightning.ops.record import OPERATIONS, Call, Count, Kernels, Kink, Operation
@@ -357,7 +357,7 @@ def pointwise(operation: str, x: Tensor, selection: Selection, *parameters: Any,
         # Inside a transform the derivative is formed from the input, whether it is overwritten or not.
         original = x.clone() if transformed else duplicate(x)
         result = function.apply(original, operation, selection, False, not transformed, *settings)
-        written = x.copy_(result)
+        written = put_in_place(x, result)
         if not transformed and (kernels.saves == "output" or kernels.backward_ is not None):
             refuse_changes(result.grad_fn, written)
         return written
