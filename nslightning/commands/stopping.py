@@ -6,6 +6,7 @@ import atexit
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -39,7 +40,8 @@ class Signals:
     """What Ctrl-C, SIGTERM and the end of the terminal (SIGHUP) do while a command runs.
 
     They raise :class:`Stopped` where the command happens to be. A training sets ``waits``: the first signal is then
-    kept in ``signum`` until a step is done, and the second one ends the command at once.
+    kept in ``signum`` until a step is done, and the second one ends the command at once. Where Python ignores
+    exceptions, as in ``__del__`` and in the callback of a weak reference, :class:`Stopped` is raised again soon after.
 
     Attributes:
         waits: Whether the first signal is only kept.
@@ -51,6 +53,9 @@ class Signals:
         self.signum: int | None = None
         self._process = os.getpid()
         self._terminal = [number for number in (1, 2) if os.isatty(number)]
+        self._unraisable_hook = sys.unraisablehook
+        self._will_send = False  # a timer will send the signal once more
+        self._in_hook = self._came_in_hook = False
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
         """Handle a signal."""
@@ -66,6 +71,9 @@ class Signals:
             if hasattr(signal, "SIGCHLD"):
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             return
+        if self._in_hook:  # Python would ignore it here, too
+            self._came_in_hook = True
+            return
         raise Stopped(signum)
 
     def install(self) -> None:
@@ -75,6 +83,34 @@ class Signals:
                 continue
             with suppress(ValueError):  # outside the main thread
                 signal.signal(signum, self)
+
+    def catch_unraisable(self, unraisable: sys.UnraisableHookArgs) -> None:
+        """Send the signal once more where Python ignored :class:`Stopped`: else the command would go on for ever.
+
+        Args:
+            unraisable: An exception that Python ignores.
+        """
+        stop = unraisable.exc_value
+        if not isinstance(stop, Stopped):
+            self._unraisable_hook(unraisable)
+            return
+        self._in_hook, self._came_in_hook = True, False
+        if not self._will_send:
+            self._send_soon(stop.args[0])
+        self._in_hook = False
+        if self._came_in_hook and not self._will_send:
+            self._send_soon(stop.args[0])
+
+    def _send_soon(self, signum: int) -> None:
+        self._will_send = True
+        timer = threading.Timer(0.01, self._send, (signum,))  # by then Python has left the place
+        timer.daemon = True
+        timer.start()
+
+    def _send(self, signum: int) -> None:
+        self._will_send = False
+        if _current and _current[-1] is self:
+            signal.pthread_kill(threading.main_thread().ident or 0, signum)
 
     def _let_go_of_terminal(self) -> None:
         """Write no more to a terminal that is gone: what writes would raise before the checkpoint is saved."""
@@ -109,10 +145,12 @@ def signals() -> Iterator[Signals]:
     handler = Signals()
     _current.append(handler)
     handler.install()
+    hook, sys.unraisablehook = sys.unraisablehook, handler.catch_unraisable
     try:
         yield handler
     finally:
         _current.pop()
+        sys.unraisablehook = hook
         # Once the command is done, Ctrl-C ends the process without an account of what Python was tidying up.
         atexit.unregister(_end_quietly)
         atexit.register(_end_quietly)

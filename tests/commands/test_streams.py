@@ -7,6 +7,9 @@ import signal
 import subprocess
 import sys
 import termios
+import threading
+import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -92,6 +95,52 @@ def test_a_command_under_nohup_goes_on(monkeypatch):
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+class _Stops:
+    """A signal comes while Python deletes it."""
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(1000):  # here the handler runs
+            pass
+
+
+@pytest.mark.parametrize("place", ["__del__", "weak reference"])
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_signal_where_python_ignores_exceptions_stops_the_command(place, times, capsys):
+    def delete_and_wait() -> None:
+        for _ in range(times):
+            delete()
+        time.sleep(30)
+
+    def delete() -> None:
+        if place == "__del__":
+            _Stops()
+        else:
+            key = threading.Event()
+            dead = weakref.ref(key, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+            del key
+            assert dead() is None
+
+    before = sys.unraisablehook
+    with signals(), pytest.raises(Stopped) as stop:
+        delete_and_wait()
+    assert stop.value.status == 143
+    assert "Exception ignored" not in capsys.readouterr().err
+    assert sys.unraisablehook is before
+
+
+def test_other_exceptions_that_python_ignores_are_reported_as_ever(monkeypatch):
+    class Fails:
+        def __del__(self) -> None:
+            raise OSError("no disk")
+
+    reported = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: reported.append(str(unraisable.exc_value)))
+    with signals():
+        Fails()
+    assert reported == ["no disk"]
 
 
 @pytest.mark.usefixtures("heeds_sighup")
