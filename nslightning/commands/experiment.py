@@ -111,7 +111,7 @@ def _read_and_run(options: argparse.Namespace) -> int:
 
 def _run(experiment: Experiment, options: argparse.Namespace) -> int:
     from nslightning.experiments import collect, comparison, folder_of, markdown, run
-    from nslightning.experiments.collecting import finished
+    from nslightning.experiments.collecting import finished, recorded
     from nslightning.experiments.data import download
 
     only = pairs_of(options.only, "--only")
@@ -119,7 +119,7 @@ def _run(experiment: Experiment, options: argparse.Namespace) -> int:
     if options.wandb_sweep is not None:
         return _write_sweeps(experiment, options)
     if options.list:
-        cells, done = experiment.cells(only), finished(folder)
+        cells, done = experiment.cells(only), finished(folder) | recorded(folder)
         for planned in cells:
             varied = ", ".join(f"{k}={v}" for k, v in planned.varied.items())
             print(f"{planned.id} {'finished' if planned.id in done else 'missing '} {varied}")

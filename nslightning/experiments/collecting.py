@@ -17,7 +17,7 @@ from nslightning.files import replacing, write_text
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["collect", "finished", "folder_of", "restore"]
+__all__ = ["collect", "finished", "folder_of", "recorded", "restore"]
 
 
 def folder_of(experiment: Experiment, output: str | Path) -> Path:
@@ -37,6 +37,21 @@ def finished(folder: Path) -> set[str]:
     return {file.stem for file in (folder / "cells").glob("*.json")}
 
 
+def recorded(folder: Path) -> set[str]:
+    """The names of the cells that the table has, whether their files are here or not: a repository has the table alone.
+
+    Args:
+        folder: Of the experiment's results.
+
+    Returns:
+        The names.
+    """
+    record = folder / "provenance.json"
+    if not (record.is_file() and (folder / "results.csv").is_file()):
+        return set()
+    return set(json.loads(record.read_text())["cells"])
+
+
 def restore(experiment: Experiment, output: str | Path) -> int:
     """Make the files of finished cells again from the table, where they are not here.
 
@@ -51,18 +66,15 @@ def restore(experiment: Experiment, output: str | Path) -> int:
         How many cells were restored. Their values have the nine digits of the table.
     """
     folder = folder_of(experiment, output)
-    record_file, table_file = folder / "provenance.json", folder / "results.csv"
-    if not (record_file.is_file() and table_file.is_file()):
-        return 0
-    record = json.loads(record_file.read_text())
-    done = finished(folder)
-    lost = {p.id: p for p in experiment.cells() if p.id in record["cells"] and p.id not in done}
+    lost_names = recorded(folder) - finished(folder)
+    lost = {p.id: p for p in experiment.cells() if p.id in lost_names}
     if not lost:
         return 0
+    record = json.loads((folder / "provenance.json").read_text())
     import pandas as pd
 
     # A metric may be called nan.
-    table = read_exactly(table_file, low_memory=False, keep_default_na=False, na_values=[""])
+    table = read_exactly(folder / "results.csv", low_memory=False, keep_default_na=False, na_values=[""])
     for name, rows in table[table["cell"].isin(lost)].groupby("cell", sort=False):
         planned, entry = lost[str(name)], record["cells"][name]
         by_cell = {"experiment", "scale", "cell", *planned.varied, "data", "device", "dtype", "value"}

@@ -501,12 +501,14 @@ def test_finished_cells_are_skipped_and_the_rest_goes_on(experiment_file, tmp_pa
     assert sorted(set(results["seed"])) == [0, 1]
 
 
-def test_a_clone_goes_on_with_the_cells_of_its_table(experiment_file, tmp_path, counted):
+def test_a_clone_goes_on_with_the_cells_of_its_table(experiment_file, tmp_path, counted, capsys):
     done, _ = counted
     experiment = Experiment.read(experiment_file, "small")
     folder = run(experiment, tmp_path / "out", only={"seed": [0]}).folder
     tables = [(folder / name).read_bytes() for name in ("results.csv", "provenance.json")]
     shutil.rmtree(folder / "cells")  # which no repository holds
+    assert main(["experiment", str(experiment_file), "--output", str(tmp_path / "out"), "--list"]) == 0
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[:8]] == ["finished"] * 4 + ["missing"] * 4
     progress = io.StringIO()
     again = run(experiment, tmp_path / "out", only={"seed": [0]}, progress=progress)
     assert (again.skipped, again.computed, len(done)) == (4, 0, 4)
