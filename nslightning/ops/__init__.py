@@ -20,12 +20,9 @@ from nslightning.ops.losses import *
 # isort: on
 from nslightning.ops import clamps, exponential, groups, losses, maxima, norms, poolings, rectifiers, shrinking
 from nslightning.ops.autograd.pointwise import pointwise_operation
-from nslightning.ops.record import OPERATIONS, Call, Kernels, Kink, Operation, register
+from nslightning.ops.record import Call, Kernels, Kink, Operation, register
 
-#: The operations that come with the package; operations that are registered later are not among them.
-PACKAGED = frozenset(OPERATIONS)
-
-__all__ = ["PACKAGED", "Call", "Kernels", "Kink", "Operation", "pointwise_operation", "register"]
+__all__ = ["Call", "Kernels", "Kink", "Operation", "pointwise_operation", "register"]
 __all__ += rectifiers.__all__
 __all__ += clamps.__all__
 __all__ += shrinking.__all__

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nslightning.jacobians import Jacobians
-from nslightning.ops import PACKAGED
 from nslightning.ops.record import OPERATIONS
 from nslightning.probes.by_hand import Handwritten, handwritten
 from nslightning.probes.divergence import Divergence, divergence, measure
@@ -42,7 +41,7 @@ __all__ = [
 
 DTYPES = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32, "64": torch.float64}
 
-#: The choices that an audit compares with stock PyTorch's; :func:`choices_of_an_audit` adds those of own operations.
+#: The choices that an audit always compares with stock PyTorch's; :func:`choices_of_an_audit` adds others.
 CHOICES: dict[str, Jacobians] = {
     "jax": Jacobians.preset("jax"),
     "tensorflow": Jacobians.preset("tensorflow"),
@@ -53,18 +52,22 @@ CHOICES: dict[str, Jacobians] = {
 
 
 def choices_of_an_audit() -> dict[str, Jacobians]:
-    """What an audit compares with stock PyTorch's choice, unless it is given choices.
+    """The choices that an audit compares with stock PyTorch's by default.
 
     Returns:
-        :data:`CHOICES`, and of each operation that was registered from outside the package the ends of its Clarke
-        Jacobian that stock does not take, each by itself.
+        :data:`CHOICES`, and for each operation that these leave alone the ends of its Clarke Jacobian that stock does
+        not take, each by itself. Operations that were registered from outside the package are among them.
+
+    Example:
+        >>> [name for name in choices_of_an_audit() if "hardswish" in name]
+        ['hardswish=(0.0, 1.5)', 'hardswish=(-0.5, 1.0)']
     """
+    reference = Jacobians()
     added: dict[str, Jacobians] = {}
     for name, record in OPERATIONS.items():
-        if name not in PACKAGED:
-            added |= {
-                f"{name}={end}": Jacobians(**{name: end}) for end in record.elements(*record.at) if end is not None
-            }
+        if all(getattr(choice, name) == getattr(reference, name) for choice in CHOICES.values()):
+            ends = [end for end in dict.fromkeys(record.elements(*record.at)) if end not in (None, "random")]
+            added |= {f"{name}={end}": Jacobians(**{name: end}) for end in ends}
     return CHOICES | added
 
 
@@ -301,7 +304,8 @@ def audit(
             dict of outputs the first counts.
         batches: Images, and labels or None for random ones.
         dtypes: Names in :data:`DTYPES`. One that the device cannot run is listed in ``not_run``.
-        choices: What to compare with stock PyTorch's choice; None is :func:`choices_of_an_audit`.
+        choices: What to compare with stock PyTorch's choice. None is :func:`choices_of_an_audit`; of the choices that
+            it adds, the findings list those of operations that met ties.
         device: Where to run.
         training: Training rather than evaluation mode.
         seed: Seeds random labels, dropout and random choices.
@@ -326,6 +330,7 @@ def audit(
         >>> measured.sites[0].ties["32"], measured.largest > 0
         ((16, 16), True)
     """
+    always = CHOICES if choices is None else choices
     choices = choices_of_an_audit() if choices is None else choices
     if not batches or not dtypes or not choices:
         raise ValueError("an audit takes at least one batch, one dtype and one choice")
@@ -370,6 +375,9 @@ def audit(
     if not reports:
         first = next(iter(failed.values()))
         raise NotRunningError(f"the model runs in none of {', '.join(failed)}: {_line(first)}") from first
+    sites = _sites(reports, ties)
+    tied = {site.operation for site in sites if any(n for n, _ in site.ties.values())}
+    listed = {choice: j for choice, j in choices.items() if choice in always or not tied.isdisjoint(_changed(j))}
     return Audit(
         model=name or type(model).__name__,
         data=data,
@@ -378,11 +386,11 @@ def audit(
         torch=torch.__version__,
         batches=len(batches),
         shape=tuple(batches[0][0].shape),
-        choices={choice: jacobians.to_dict() for choice, jacobians in choices.items()},
+        choices={choice: jacobians.to_dict() for choice, jacobians in listed.items()},
         dtypes=list(reports),
         not_run={dtype: _line(error) for dtype, error in failed.items()},
-        sites=_sites(reports, ties),
-        spreads=spreads,
+        sites=sites,
+        spreads=[spread for spread in spreads if spread.choice in listed],
         noise=noise,
         clarke=clarke,
         by_hand=list(by_hand.values()),
@@ -475,8 +483,7 @@ def _zones(
     zones: dict[str, str] = {}
     settled = set()
     for choice in sorted(largest, key=lambda name: -_badness(largest[name])):
-        changed = choices[choice].to_dict().items() - Jacobians().to_dict().items()
-        operations = frozenset(name for name, _ in changed)
+        operations = _changed(choices[choice])
         if math.isfinite(largest[choice]) and largest[choice] > floor and operations not in settled:
             kind = zone_of(choice)
             if kind is not None:
@@ -484,6 +491,11 @@ def _zones(
             if kind != "compensation":
                 settled.add(operations)
     return zones
+
+
+def _changed(choice: Jacobians) -> frozenset[str]:
+    """The operations, and the rule, that a choice sets otherwise than stock PyTorch does."""
+    return frozenset(name for name, _ in choice.to_dict().items() - Jacobians().to_dict().items())
 
 
 def _check(report: PatchReport, guarantees: Sequence[Guarantee], lines: Sequence[Handwritten]) -> ClarkeCheck:

@@ -31,6 +31,12 @@ def advice(audit: Audit) -> list[str]:
     for dtype in audit.dtypes:
         groups.setdefault(verdict(audit, dtype), []).append(dtype)
     names = {key: ", ".join(f"{d}" for d in dtypes) for key, dtypes in groups.items()}
+    untouched = {
+        site.operation
+        for site in audit.tied_sites
+        if all(c.get(site.operation) == getattr(Jacobians(), site.operation) for c in audit.choices.values())
+    }
+    all_known = not (untouched or audit.by_hand)
     lines = []
     if not any(site.how != "unreached" for site in audit.sites):
         lines.append("No operation with a Jacobian choice was found: there was nothing to choose.")
@@ -43,7 +49,10 @@ def advice(audit: Audit) -> list[str]:
         lines.append(
             f"In {names['dead ties']}: only dead ties. {_most(audit, groups['dead ties'])}, and the gradients of all "
             "choices agree exactly: no tie receives a gradient and passes it on to a parameter."
-            + ("" if audit.by_hand else " Nothing to change.")
+            + (" Nothing to change." if all_known else "")
+            if not untouched
+            else f"In {names['dead ties']}: {_most(audit, groups['dead ties'])}, and the gradients of all measured "
+            "choices agree exactly."
         )
     if "rounding" in groups:
         largest = max((s for s in audit.spreads if s.dtype in groups["rounding"]), key=lambda s: s.relative)
@@ -57,7 +66,7 @@ def advice(audit: Audit) -> list[str]:
         lines.append(
             f"In {names['rounding']}: ties, but no more than rounding. The largest relative difference, "
             f"{largest.relative:.1e} ({largest.choice}, {largest.dtype}), {reason}"
-            + ("" if "matters" in groups or audit.by_hand else " Nothing to change.")
+            + (" Nothing to change." if all_known and "matters" not in groups else "")
         )
     if "matters" in groups:
         lines += _matters(audit, groups["matters"])
@@ -66,13 +75,9 @@ def advice(audit: Audit) -> list[str]:
             f"In {names['not finite']}: gradients that are not finite, or a reference gradient that is 0: a relative "
             "difference says nothing there. Scale the inputs or the loss, or train in bf16 or 32."
         )
-    untouched = {
-        site.operation
-        for site in audit.tied_sites
-        if all(c.get(site.operation) == getattr(Jacobians(), site.operation) for c in audit.choices.values())
-    }
     if untouched:
-        lines.append(f"Ties of {', '.join(sorted(untouched))} were met, and no measured choice changes them.")
+        operations = ", ".join(sorted(untouched))
+        lines.append(f"Ties of {operations} were met, and no measured choice changes them: their effect is not known.")
     # Once for each module, whose code may have several rows.
     unreached = list(dict.fromkeys(site_label(s.name) for s in audit.sites if s.how == "unreached"))
     if unreached:

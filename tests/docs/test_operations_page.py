@@ -67,7 +67,7 @@ def test_the_record_tells_what_stock_returns_beside_and_at_each_kink(name, other
     operation = OPERATIONS[name]
     parameters, f = OTHERS.get(name, (operation.at, operation.example)) if other else (operation.at, operation.example)
     for i, (kink, position) in enumerate(zip(operation.kinks, operation.positions(*parameters) or [0.0], strict=True)):
-        x = torch.tensor([position - 1e-9, position, position + 1e-9], dtype=torch.float64, requires_grad=True)
+        x = torch.tensor([position - 1e-12, position, position + 1e-12], dtype=torch.float64, requires_grad=True)
         y = f(x)
         left, at, right = torch.autograd.grad(y.sum(), x)[0].tolist()
         assert [left, right] == pytest.approx([float(side) for side in kink.sides(*parameters)], abs=1e-8)

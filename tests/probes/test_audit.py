@@ -226,13 +226,34 @@ def test_a_difference_that_cancels_over_the_reals_is_rounding():
     assert verdict(real, "32") == "matters"
 
 
+def test_ties_of_every_operation_are_measured(few):
+    """The presets and the named choices leave hardswish alone. The audit called its ties dead."""
+    net = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Hardswish(), nn.Flatten(), nn.Linear(192, 3))
+    with torch.no_grad():
+        net[0].weight.zero_()
+        net[0].bias.fill_(-3.0)
+    measured = audit(net, few, dtypes=["32"])
+    assert [name for name in measured.choices if name not in CHOICES] == [
+        "hardswish=(0.0, 1.5)",
+        "hardswish=(-0.5, 1.0)",
+    ]
+    by_choice = {s.choice: s.relative for s in measured.spreads}
+    assert by_choice["hardswish=(-0.5, 1.0)"] > 0 == by_choice["hardswish=(0.0, 1.5)"]  # the ties are at -3
+    assert verdict(measured, "32") == "matters"
+    relu = audit(Relu(tie=True), few, dtypes=["32"])
+    assert relu.choices.keys() == CHOICES.keys() == {s.choice for s in relu.spreads}
+
+
 def test_operations_that_are_not_measured_are_named(few):
     net = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Hardswish(), nn.LPPool2d(2, 1), nn.Flatten())
     with torch.no_grad():
         net[0].weight.zero_()
-        net[0].bias.fill_(3.0)
-    words = "\n".join(advice(audit(net, few, dtypes=["32"])))
-    assert "Ties of hardswish were met, and no measured choice changes them" in words
+        net[0].bias.fill_(-3.0)
+    words = "\n".join(advice(audit(net, few, dtypes=["32"], choices=CHOICES)))
+    assert "the gradients of all measured choices agree exactly." in words
+    assert "Ties of hardswish were met, and no measured choice changes them: their effect is not known" in words
+    assert "dead" not in words
+    assert "Nothing to change" not in words
     assert "Not measured: 2 keeps PyTorch's own derivative" in words
     smooth = nn.Sequential(nn.Conv2d(3, 3, 8), nn.SiLU(), nn.Flatten())
     assert "there was nothing to choose" in advice(audit(smooth, few, dtypes=["32"]))[0]
