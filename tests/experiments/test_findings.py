@@ -198,6 +198,20 @@ def decades(against: str, bits: int, names: tuple[str, ...]) -> Numbers:
     return [(100 * norms.get(name, 0) / 938,) for name in names]
 
 
+def zeros_met(depth: int, bits: int) -> Numbers:
+    """By width: ours of ten epochs, and the paper's of its first ten."""
+    ours, paper = results("mnist_zeros/small"), published("zeros")
+    row: Numbers = []
+    for width in (16, 64, 256):
+        mine, theirs = (
+            rows[(rows["depth"] == depth) & (rows["precision"] == bits) & (rows["width"] == width)]
+            for rows in (ours, paper)
+        )
+        assert mine["epoch"].nunique() == 10
+        row.append((mine[mine["metric"] == "zeros"]["value"].sum(), theirs["first10"].item()))
+    return row
+
+
 POOL, RELU = "{'max_pool': 1}", "{'relu': 1}"
 POOL_DECADES = ("zero", "1e-16", "1e-15", "1e-7", "1e-6", "1e-5", "1e-4", "1e-3", "1e-2")
 RELU_DECADES = ("zero", "1e-5", "1e-3", "1e-2")
@@ -270,6 +284,12 @@ ROWS: dict[str, dict[str, Callable[[], Numbers]]] = {
         "bias first, in blocks (MKL here)": lambda: [
             counted("native", 256, "probability", 3, size) for size in BATCHES
         ],
+    },
+    **{
+        f"hidden layers, {bits} bits: 16 neurons, 64, 256": {
+            str(depth): lambda bits=bits, depth=depth: zeros_met(depth, bits) for depth in DEPTHS
+        }
+        for bits in (16, 32)
     },
     ": 16 bit, 32 bit, 64 bit": {
         "VGG11": lambda: passed("vgg11"),
@@ -366,6 +386,24 @@ def test_the_unexplained_widths() -> None:
     low, high = said(r"near the two rows with the bias last, ([\d.]+) and ([\d.]+) %")
     assert is_rounded(low, by_depth("bias_last")[2][0])
     assert is_rounded(high, by_depth("sequential")[2][0])
+
+
+def test_the_sums_of_the_zeros() -> None:
+    ours, inputs, theirs, ours32, theirs32, apart, in_millions = said(
+        r"(\d+) zeros in ([\d,]+) million inputs stand beside the paper's (\d+): .+? it is (\d+) beside (\d+), "
+        r"which is ([\d.]+) standard deviations apart.+? one input in ([\d.]+) million"
+    )
+    sums = {
+        bits: [sum(column) for column in zip(*(c for d in DEPTHS for c in zeros_met(d, bits)), strict=True)]
+        for bits in (16, 32)
+    }
+    assert [int(n) for n in (ours, theirs, ours32, theirs32)] == [*sums[16], *sums[32]]
+    rows = results("mnist_zeros/small")
+    rows = rows[(rows["precision"] == 16) & (rows["metric"] == "relu_calls")]
+    assert round(rows["value"].sum() / 1e6) == int(inputs.replace(",", ""))
+    assert is_rounded(apart, (sums[32][0] - sums[32][1]) / math.sqrt(sum(sums[32])))  # two counts of Poisson's
+    assert abs(sums[16][0] - sums[16][1]) < 2 * math.sqrt(sum(sums[16]))
+    assert is_rounded(in_millions, rows["value"].sum() / sums[16][0] / 1e6)
 
 
 def test_lenets_zones() -> None:

@@ -32,7 +32,8 @@ class Drawing(NamedTuple):
         title: What it shows.
         paper: The published figure that it stands beside.
         make: Draws it from the rows of :func:`read`.
-        kind: Fed by every experiment of this kind, not only by those whose file names it.
+        kind: Fed by every experiment of this kind that varies ``varies``, not only by those whose file names it.
+        varies: A setting of experiments.
         needs_results: Whether it is drawn from results at all.
     """
 
@@ -40,6 +41,7 @@ class Drawing(NamedTuple):
     paper: str
     make: Callable[[pd.DataFrame], Figure]
     kind: str | None = None
+    varies: str = ""
     needs_results: bool = True
 
 
@@ -63,6 +65,7 @@ FIGURES: dict[str, Drawing] = {
         "none: this project's own",
         train.rule_effect,
         kind="train",
+        varies="rule",
     ),
     "mnist-lenet-test": _training(f"LeNet-5 on MNIST, beta: {_TEST.lower()}", "B: mnistLeNetTest16/32", "test"),
     "mnist-lenet-train": _training(f"LeNet-5 on MNIST, beta: {_TRAIN.lower()}", "B: mnistLeNetTrain16/32", "train"),
@@ -181,15 +184,14 @@ def find(name: str) -> Drawing:
 
 
 @lru_cache
-def _packaged() -> dict[str, tuple[str, tuple[str, ...]]]:
-    """Kind and figures of every packaged experiment."""
+def _packaged() -> dict[str, dict[str, Any]]:
+    """What the files of the packaged experiments hold, by name."""
     import yaml
 
     from nslightning import configs
 
     folder = Path(configs.__file__).parent / "experiments"
-    read = {file.stem: yaml.safe_load(file.read_text()) for file in sorted(folder.glob("*.yaml"))}
-    return {name: (content["kind"], tuple(content.get("figures") or ())) for name, content in read.items()}
+    return {file.stem: yaml.safe_load(file.read_text()) for file in sorted(folder.glob("*.yaml"))}
 
 
 def feeding(name: str) -> list[str]:
@@ -205,8 +207,14 @@ def feeding(name: str) -> list[str]:
         >>> feeding("fig3")
         ['cifar10_vgg_alpha', 'cifar10_vgg_beta']
     """
-    kind = find(name).kind
-    return [e for e, (of, figures) in _packaged().items() if name in figures or (kind is not None and of == kind)]
+    drawing = find(name)
+
+    def feeds(content: dict[str, Any]) -> bool:
+        grids = content.get("grids") or [content.get("vary") or {}]
+        of_kind = content["kind"] == drawing.kind and any(drawing.varies in grid for grid in grids)
+        return of_kind or name in (content.get("figures") or ())
+
+    return [experiment for experiment, content in _packaged().items() if feeds(content)]
 
 
 def make(name: str, rows: pd.DataFrame) -> Figure:
