@@ -13,6 +13,7 @@ from kernel_checks import (
     check_max_pool,
     check_pool_difference,
     check_relu,
+    close,
     naive_pool,
 )
 
@@ -108,6 +109,47 @@ def test_max_pool_reads_the_choice_from_the_selections_memory(weights) -> None:
     table = pool_coefficients.__wrapped__(share, whole, each, torch.float32)
     read = triton_kernels.pool_shares(g, mask, geometry, (9, 9), table, last)
     assert torch.equal(read, pool_backward(g, mask, geometry, (9, 9), weights))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_the_compilers_operators_have_the_bits_of_the_cpu_kernels(geometry, dtype, layout, monkeypatch) -> None:
+    """Of whole numbers, whose sums and products have the same bits in every order."""
+    from nslightning import Jacobians
+    from nslightning.ops.autograd import fused
+    from nslightning.ops.autograd.selection import Selection
+    from nslightning.ops.kernels import cpu
+
+    if not cpu.available():
+        pytest.skip("the C++ kernels are not built: python -m nslightning.ops.kernels.build")
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randint(0, 3, (2, 3, 9, 10), generator=generator).to(dtype)
+    x.view(-1)[::11] = float("nan")
+    x = x.contiguous(memory_format=layout)
+    numbers = [*sum(geometry, ()), 0]
+    operators = torch.ops.nslightning
+    y, reached = operators.pool_forward(x, numbers)
+    g = 12 * torch.randint(-12, 13, y.shape, generator=generator).to(dtype)
+
+    def gradient(choice) -> torch.Tensor:
+        return operators.pool_backward(g, reached, Selection(Jacobians(max_pool=choice)).pool, numbers, [9, 10])
+
+    choices = ("native", "last", "sum", "minimal", 10.0)
+    want = [gradient(choice) for choice in choices]
+
+    monkeypatch.setattr(fused, "kernels_for", lambda device: triton_kernels)
+    monkeypatch.setattr(fused, "pool_gradient_of", fused._pool_gradient_by_memory)  # as for weights on a CUDA device
+    for one, other in zip(operators.pool_forward(x, numbers), (y, reached), strict=True):
+        assert (one.dtype, one.stride()) == (other.dtype, other.stride())
+        assert torch.equal(one.nan_to_num(123.0), other.nan_to_num(123.0))
+    for choice, expected in zip(choices, want, strict=True):
+        got = gradient(choice)
+        assert (got.dtype, got.stride()) == (dtype, expected.stride())
+        if choice in ("minimal", 10.0):  # what a window's entries receive is rounded
+            torch.testing.assert_close(got, expected, **close(dtype))
+        else:
+            assert torch.equal(got, expected), choice
 
 
 @pytest.mark.parametrize("size", [(4, 4), (2, 8), (1, 16)], ids=str)

@@ -255,12 +255,19 @@ def pool_gradient_of(g: Tensor, reached: Tensor, weights: Tensor, geometry: Regu
     Returns:
         The gradient with respect to the input.
     """
-    kernels, windows = kernels_for(g.device.type), _numbers(geometry)
-    if weights.device.type == "cpu":
-        return cast(Tensor, kernels.pool_backward(g, reached, windows, size, tuple(weights.tolist())))
+    if weights.device.type != "cpu":
+        return _pool_gradient_by_memory(g, reached, weights, geometry, size)
+    kernels = kernels_for(g.device.type)
+    return cast(Tensor, kernels.pool_backward(g, reached, _numbers(geometry), size, tuple(weights.tolist())))
+
+
+def _pool_gradient_by_memory(
+    g: Tensor, reached: Tensor, weights: Tensor, geometry: Regular, size: tuple[int, int]
+) -> Tensor:
+    """The same without a look at the weights, for which the host would wait."""
     share, whole, each, last = weights.unbind()
     table = pool_coefficients.__wrapped__(share, whole, each, torch.float32, g.device)  # no tensors in the cache
-    return cast(Tensor, kernels.pool_shares(g, reached, windows, size, table, last))
+    return cast(Tensor, kernels_for(g.device.type).pool_shares(g, reached, _numbers(geometry), size, table, last))
 
 
 def pool_gradient(
