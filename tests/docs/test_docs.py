@@ -31,8 +31,8 @@ def test_pages_with_examples_are_found():
     assert {"why", "quickstart", "surgery", "audit", "lightning-project", "other-loops", "port"} <= names
 
 
-#: Run elsewhere: lines of whole scripts that tests/integrations runs, and a registration that would last (tests/ops runs
-#: it in a process of its own).
+#: Run elsewhere: lines of whole scripts that tests/integrations runs, and a registration that would last: tests/ops
+#: runs it in a process of its own.
 COMPILED_ALONE = {"other-loops", "how-to-add-an-operation"}
 
 
