@@ -17,9 +17,9 @@ def environment() -> dict[str, Any]:
     """What a number depends on besides the config: code, libraries, machine.
 
     Returns:
-        The command, the git commit of the code (with ``+changes`` where the tree differs from it; None outside a
-        repository), versions of Python and the libraries, the CUDA devices, and what the arithmetic depends on
-        (:func:`nslightning.arithmetic.record`).
+        The command, the git commit of the code (with ``+changes`` where the tree differs from it in more than results;
+        None outside a repository), versions of Python and the libraries, the CUDA devices, and what the arithmetic
+        depends on (:func:`nslightning.arithmetic.record`).
     """
     import torch
 
@@ -46,12 +46,21 @@ def environment() -> dict[str, Any]:
     }
 
 
+def _is_result(root: Path, path: str) -> bool:
+    """Whether a file lies in the folder of a run or of an experiment: it changes no number."""
+    folders = [root / parent for parent in Path(path).parents if parent.name]
+    return any((folder / name).is_file() for folder in folders for name in ("run.json", "provenance.json"))
+
+
 def _commit(folder: Path) -> str | None:
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
 
     try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", ":/") else "")
+        root, commit = git("rev-parse", "--show-toplevel", "HEAD").split("\n")[:2]
+        # The fields are ended by NUL, and of a renamed file the old name follows without a status.
+        changed = [entry[3:] for entry in git("status", "--porcelain", "-z", "-uall").split("\0") if entry[2:3] == " "]
+        return commit + ("+changes" if any(not _is_result(Path(root), path) for path in changed) else "")
     except (OSError, subprocess.SubprocessError):
         return None

@@ -1046,6 +1046,22 @@ def test_environment(tmp_path, monkeypatch):
     (repository / "sub").mkdir()
     (repository / "a.py").write_text("2")
     assert _commit(repository / "sub") == f"{clean}+changes"
+    (repository / "a.py").write_text("1")
+    results = repository / "results" / "grid"
+    results.mkdir(parents=True)
+    (results / "results.csv").write_text("1")
+    assert _commit(repository) == f"{clean}+changes"  # a folder of nobody knows what
+    (results / "provenance.json").write_text("{}")
+    git(repository, "add", "results")
+    git(repository, "commit", "-m", "results")
+    committed = _commit(repository)
+    (results / "results.csv").write_text("1, 2")
+    (results / "new cell.json").write_text("{}")
+    (repository / "my run").mkdir()
+    (repository / "my run" / "run.json").write_text("{}")
+    assert _commit(repository) == committed  # a grid's own results change no number of its next cells
+    git(repository, "mv", "a.py", "b.py")
+    assert _commit(repository) == f"{committed}+changes"
     monkeypatch.setenv("PATH", "")
     assert _commit(repository) is None  # no git either
     found = runs.environment()
