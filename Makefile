@@ -101,6 +101,13 @@ docs: setup ## Build the documentation into build/site, without network; a warni
 docs-serve: setup ## Show the documentation while it is written
 	$(BIN)/mkdocs serve
 
+.PHONY: generated
+generated: setup ## Write what is made of the code: the pages of operations and of messages, the schemas of configs
+	$(PY) docs/make_operations.py
+	$(PY) docs/make_messages.py
+	$(BIN)/nslightning schema config --out configs/schemas/config.json
+	$(BIN)/nslightning schema experiment --out configs/schemas/experiment.json
+
 .PHONY: notebooks
 notebooks: setup ## Run the notebooks, and write them with their outputs beside their sources
 	$(PY) docs/make_notebooks.py

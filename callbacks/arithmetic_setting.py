@@ -1,4 +1,4 @@
-"""How a training computes: a named arithmetic from its setup to its teardown."""
+"""Sets the arithmetic of a training, from its setup to its teardown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far the gradients of other Jacobian choices are from the one in use, while training."""
+"""Measures while training how far the gradients of other Jacobian choices are from the one in use."""
 
 import math
 import re
@@ -148,7 +148,7 @@ class GradientDivergence(Callback):
 
     @property
     def state_key(self) -> str:
-        """What tells this callback's state from another one's in a checkpoint."""
+        """The key of this callback's state in a checkpoint."""
         return self._generate_state_key(
             choices={name: repr(choice) for name, choice in self.choices.items()},
             every_n_steps=self.every_n_steps,
@@ -448,7 +448,7 @@ def _keeping_graph(module: LightningModule, recorded: Recording) -> Iterator[Non
 
 
 def loss_scale(trainer: Trainer) -> float:
-    """What the loss was multiplied by before its backward: fp16 scaling and gradient accumulation.
+    """Return the factor of the loss before its backward: fp16 scaling and gradient accumulation.
 
     Args:
         trainer: The trainer.
@@ -461,7 +461,7 @@ def loss_scale(trainer: Trainer) -> float:
 
 
 def _coming_loss_scale(trainer: Trainer) -> Callable[[], float]:
-    """What returns the loss scale without waiting, if it is called after a later transfer from the device.
+    """Return a function that reads the loss scale without waiting, if it is called after a later transfer.
 
     The scale lies on the device: its copy to the host starts here.
     """
@@ -473,7 +473,7 @@ def _coming_loss_scale(trainer: Trainer) -> Callable[[], float]:
 
 
 def _any_process(trainer: Trainer, decision: bool) -> bool:
-    """Whether a process decides so: then all do, for what they average has to be of one kind."""
+    """Return whether a process decides so: then all do, for what they average has to be of one kind."""
     return trainer.strategy.reduce_boolean_decision(decision, all=False) if trainer.world_size > 1 else decision
 
 

@@ -1,4 +1,4 @@
-"""Whether the loss of a training stayed finite, and its steps were taken."""
+"""Watches whether the loss of a training stays finite, and whether its steps are taken."""
 
 from typing import Any
 

@@ -16,7 +16,7 @@ __all__ = ["append_rows", "begins_anew", "interval", "log_step", "own_name", "ru
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """Where a run keeps its files.
+    """Return the folder where a run keeps its files.
 
     Args:
         trainer: The trainer, on all ranks: Lightning broadcasts the folder.
@@ -44,7 +44,7 @@ def own_name(trainer: Trainer, callback: Callback, name: str) -> str:
 
 
 def begins_anew(trainer: Trainer, stage: str) -> bool:
-    """Whether a training is about to begin at its first step, before Lightning restores a checkpoint.
+    """Return whether a training is about to begin at its first step, before Lightning restores a checkpoint.
 
     Args:
         trainer: The trainer, in ``setup``.

@@ -1,4 +1,4 @@
-"""Where the first NaN or infinity of a training comes from."""
+"""Finds the origin of the first NaN or infinity of a training."""
 
 import json
 import math
@@ -29,7 +29,7 @@ __all__ = ["NonFinite", "NonFiniteError", "NonFiniteGuard"]
 
 @dataclass
 class NonFinite:
-    """Where the first value that is not finite appeared.
+    """The origin of the first value that is not finite.
 
     Args:
         step: The optimizer step.
@@ -116,7 +116,7 @@ class NonFiniteGuard(Callback):
             self.finding, self.batches = None, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """What was found so far."""
+        """Return the finding and the count."""
         return {"batches": self.batches, "finding": None if self.finding is None else asdict(self.finding)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -341,7 +341,7 @@ def _watching(module: nn.Module, counts: TieCounts) -> Iterator[list[_Call]]:
 
 
 def _finite_under_reference(loss: Tensor, module: nn.Module, parameters: list[nn.Parameter]) -> bool | None:
-    """Whether stock PyTorch's choice gives finite gradients; None where it cannot be taken after the forward."""
+    """Return whether stock PyTorch's choice gives finite gradients; None where it cannot be taken after the forward."""
     try:
         with using(module, Jacobians()):
             gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)

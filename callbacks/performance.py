@@ -1,4 +1,4 @@
-"""How fast a training goes, and how long it waits for its data."""
+"""Measures the speed of a training, and how long it waits for its data."""
 
 from __future__ import annotations
 
@@ -68,11 +68,11 @@ class Performance(Callback):
         self._ended = time.perf_counter()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """What follows is no step."""
+        """Forget the end of the last batch: no step follows."""
         self._ended = None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """What follows is no step."""
+        """Forget the end of the last batch: no step follows."""
         self._ended = None
 
 

@@ -18,7 +18,7 @@ class NoLossError(ValueError):
 
 
 def takes_iterator(module: LightningModule) -> bool:
-    """Whether a training step fetches its batches by itself, from an iterator.
+    """Return whether a training step fetches its batches by itself, from an iterator.
 
     Args:
         module: The module trained.
@@ -79,7 +79,7 @@ class Replayed(Iterator[Any]):
 
     @property
     def done(self) -> bool:
-        """Whether nothing is left."""
+        """Return whether nothing is left."""
         return not self._left
 
     def __next__(self) -> Any:

@@ -1,4 +1,4 @@
-"""What a run must say of itself for its numbers to be traced."""
+"""Records everything that it takes to trace the numbers of a run."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
@@ -144,7 +144,7 @@ class RunRecord(Callback):
 
 
 def _report(module: LightningModule) -> PatchReport | None:
-    """What was patched of a module: of the first part where there are several, as of twins."""
+    """Return the patch report of a module: that of the first part where there are several, as of twins."""
     return next((surgery.report for surgery in surgeries(module).values()), None)
 
 

@@ -1,4 +1,4 @@
-"""How often training evaluates an operation where its Jacobian is not unique."""
+"""Counts how often training evaluates an operation where its Jacobian is not unique."""
 
 from contextlib import ExitStack
 from typing import Any

@@ -1,4 +1,4 @@
-"""How far networks that train in lockstep have come apart."""
+"""Measures how far networks that train in lockstep have come apart."""
 
 import csv
 from collections.abc import Mapping
@@ -154,7 +154,7 @@ class TwinDivergence(Callback):
 
     @staticmethod
     def _logged(trainer: Trainer, module: LightningModule, stage: str, step: int) -> list[dict[str, Any]]:
-        """What the twins logged of themselves."""
+        """Return the metrics that the twins logged."""
         rows = []
         for key, value in trainer.callback_metrics.items():
             of, _, rest = key.partition("/")

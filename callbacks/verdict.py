@@ -1,4 +1,4 @@
-"""What a run measured, in words."""
+"""Puts the measurements of a run into words."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NAMES = {"bf16": "bf16", "16": "fp16", "32": "fp32", "64": "fp64"}
 
 
 def divergence_in_words(rows: pd.DataFrame, precision: str) -> list[str]:
-    r"""How far the gradients of other choices were from the one in use, one line for each choice.
+    r"""Return how far the gradients of other choices were from the one in use, one line for each choice.
 
     Args:
         rows: One row per step and choice, with columns ``choice`` and ``relative``.

@@ -1,4 +1,4 @@
-"""How far training has moved the weights from where they were, or from another run's."""
+"""Measures how far training has moved the weights from their start, or from another run's."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -70,7 +70,7 @@ class WeightDivergence(Callback):
 
     @property
     def state_key(self) -> str:
-        """What tells this callback's state from another one's in a checkpoint."""
+        """The key of this callback's state in a checkpoint."""
         return self._generate_state_key(
             reference=self.reference, every_n_steps=self.every_n_steps, per_layer=self.per_layer
         )

@@ -1,4 +1,4 @@
-"""Whether choices give the same gradient on a training batch, another one, or another one by rounding only."""
+"""Tells while training whether choices give one gradient, two, or two by rounding only."""
 
 from typing import Any
 

@@ -90,7 +90,7 @@ __all__ = [
 
 
 def runs_module_hooks(node: Any) -> bool:
-    """Whether a backward node runs the full backward hooks of a module.
+    """Return whether a backward node runs the full backward hooks of a module.
 
     Args:
         node: A backward node.
@@ -102,7 +102,7 @@ def runs_module_hooks(node: Any) -> bool:
 
 
 def in_functorch() -> bool:
-    """Whether a ``torch.func`` transform (``vmap``, ``grad``, ``jvp``, ...) is running in this thread.
+    """Return whether a ``torch.func`` transform (``vmap``, ``grad``, ``jvp``, ...) is running in this thread.
 
     Returns:
         True inside a transform.
@@ -111,7 +111,7 @@ def in_functorch() -> bool:
 
 
 def is_legacy_batch(x: Tensor) -> bool:
-    """Whether a tensor is a batch of gradients of ``is_grads_batched=True``, which predates ``torch.func``.
+    """Return whether a tensor is a batch of gradients of ``is_grads_batched=True``, which predates ``torch.func``.
 
     Args:
         x: Any tensor.
@@ -123,7 +123,7 @@ def is_legacy_batch(x: Tensor) -> bool:
 
 
 def in_dispatch_mode() -> bool:
-    """Whether a ``TorchDispatchMode`` is active in this thread.
+    """Return whether a ``TorchDispatchMode`` is active in this thread.
 
     Returns:
         True inside such a mode.
@@ -132,7 +132,7 @@ def in_dispatch_mode() -> bool:
 
 
 def is_tracing() -> bool:
-    """Whether ``torch.jit.trace`` is recording.
+    """Return whether ``torch.jit.trace`` is recording.
 
     Returns:
         True while it is.
@@ -141,7 +141,7 @@ def is_tracing() -> bool:
 
 
 def compiler_is_reading() -> bool:
-    """Whether ``torch.compile`` is looking at the code and the objects of a model, in this thread.
+    """Return whether ``torch.compile`` is looking at the code and the objects of a model, in this thread.
 
     ``torch.compiler.is_compiling`` answers for the code that is compiled; this answers for the compiler's own.
 
@@ -152,7 +152,7 @@ def compiler_is_reading() -> bool:
 
 
 def is_transformed(x: Tensor) -> bool:
-    """Whether a tensor was made inside a ``torch.func`` transform and holds another one in place of memory.
+    """Return whether a tensor was made inside a ``torch.func`` transform and holds another one in place of memory.
 
     Args:
         x: Any tensor.
@@ -214,7 +214,7 @@ def keep_saved_buffers() -> Any:
 
 
 def is_view(x: Tensor) -> bool:
-    """Whether autograd takes a tensor for a view of another one.
+    """Return whether autograd takes a tensor for a view of another one.
 
     Args:
         x: Any tensor.
@@ -260,7 +260,7 @@ def active_function_modes() -> list[Any]:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether a module was compiled: by ``torch.compile(module)`` or ``module.compile()``.
+    """Return whether a module was compiled: by ``torch.compile(module)`` or ``module.compile()``.
 
     Args:
         module: Any module; its children are not looked at.
@@ -277,7 +277,7 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def is_exporting() -> bool:
-    """Whether ``torch.export`` is at work; code that ``torch.compile`` traces may ask, too.
+    """Return whether ``torch.export`` is at work; code that ``torch.compile`` traces may ask, too.
 
     The compiler of torch 2.11 answers True to ``torch.compiler.is_exporting`` whenever it traces.
 
@@ -288,7 +288,7 @@ def is_exporting() -> bool:
 
 
 def is_operator(function: Callable[..., Any]) -> bool:
-    """Whether a function is an ATen operator or one of its overloads, as graphs call it.
+    """Return whether a function is an ATen operator or one of its overloads, as graphs call it.
 
     Args:
         function: Any function.
@@ -352,7 +352,7 @@ def function_of(node: Any) -> type[torch.autograd.Function] | None:
 
 
 def is_compiled_function(node: Any) -> bool:
-    """Whether a backward node is that of a compiled graph, which may hold any number of operations.
+    """Return whether a backward node is that of a compiled graph, which may hold any number of operations.
 
     Args:
         node: A backward node.
@@ -376,7 +376,7 @@ def hooks_of(x: Tensor) -> list[Callable[[Tensor], Tensor | None]]:
 
 
 def hides_its_inside(node: Any) -> bool:
-    """Whether a backward node may run code of somebody else's: a Python function, a C++ one, a scripted graph.
+    """Return whether a backward node may run code of somebody else's: a Python function, a C++ one, a scripted graph.
 
     PyTorch registers a Python type for each of its own C++ nodes; all others share one. Of its Python functions, batch
     norm over processes, the sink of DDP and the place where a module's backward hooks run hide nothing.
@@ -398,7 +398,7 @@ def hides_its_inside(node: Any) -> bool:
 
 
 def exchanges_values(node: Any) -> bool:
-    """Whether a backward node waits for the same node of other processes: batch norm over processes, a sum over them.
+    """Return whether a backward node waits for other processes, as batch norm or a sum over processes does.
 
     PyTorch's functions for this stand in ``torch.distributed``, and its operators in the namespace of ``c10d``.
 
@@ -493,7 +493,7 @@ def without_mode(mode: Any) -> Iterator[None]:
 
 
 def disabled_torch_function(cls: type) -> bool:
-    """Whether a class of tensors leaves calls of functions to PyTorch: plain tensors, parameters, distributed ones.
+    """Return whether a class of tensors leaves calls to PyTorch: plain tensors, parameters, distributed ones.
 
     Args:
         cls: A class of tensors.
@@ -667,7 +667,7 @@ def traced_functions() -> list[tuple[str, str, str]]:
 
 
 def has_autograd_formula(name: str) -> bool:
-    """Whether an operator has a formula of its own for its gradient.
+    """Return whether an operator has a formula of its own for its gradient.
 
     Args:
         name: Such as ``"torchvision::nms"``.
@@ -680,7 +680,7 @@ def has_autograd_formula(name: str) -> bool:
 
 
 def in_forward_mode() -> bool:
-    """Whether forward-mode differentiation (``torch.autograd.forward_ad``) is running.
+    """Return whether forward-mode differentiation (``torch.autograd.forward_ad``) is running.
 
     Returns:
         True inside a ``dual_level``.
@@ -689,7 +689,7 @@ def in_forward_mode() -> bool:
 
 
 def is_zero_tensor(x: Tensor) -> bool:
-    """Whether a tensor is zeros without memory, as autograd makes them for gradients that are known to be 0.
+    """Return whether a tensor is zeros without memory, as autograd makes them for gradients that are known to be 0.
 
     Args:
         x: Any tensor.
@@ -701,7 +701,7 @@ def is_zero_tensor(x: Tensor) -> bool:
 
 
 def legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
-    """How a loss is reduced that was called with the arguments of early versions.
+    """Return how a loss is reduced that was called with the arguments of early versions.
 
     Args:
         size_average: Mean rather than sum.

@@ -1,4 +1,4 @@
-"""How a Jacobian choice is written: one reader of what a person may type in YAML, in Python or on a command line.
+"""Reads a Jacobian choice as a person writes it in YAML, in Python or on a command line.
 
 A choice is a :class:`~nslightning.Jacobians`, its fields as a mapping (``{"relu": 1}``), its fields in one word
 (``relu=1,max_pool=minimal``), or the name of a preset (``jax``). Several choices are a mapping of names to choices, or
@@ -119,7 +119,7 @@ def named_choices(choices: Mapping[str, Any] | Sequence[str]) -> dict[str, Jacob
 
 
 def choice_label(jacobians: Mapping[str, Any] | None) -> str:
-    """What a Jacobian choice changes, in short.
+    """Describe the changes of a Jacobian choice, in short.
 
     Args:
         jacobians: The choice as plain data; None where it is not known.

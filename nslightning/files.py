@@ -127,7 +127,7 @@ def check_writable(folder: str | Path) -> Path:
 
 
 def utf8(path: str | Path) -> bool:
-    """Whether a path is text in UTF-8, without which PyTorch opens no file.
+    """Return whether a path is text in UTF-8, without which PyTorch opens no file.
 
     Args:
         path: The path, as Python has it from the command line.

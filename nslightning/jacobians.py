@@ -45,7 +45,7 @@ Example:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class _Fieldless:
-    """What a choice does; its fields are the operations that are known when the class is made.
+    """The methods of a choice; its fields are the operations that are known when the class is made.
 
     Itself a dataclass without fields: only a class whose bases are dataclasses gets a flag for each field.
     """
@@ -101,7 +101,7 @@ if TYPE_CHECKING:
 
     @dataclasses.dataclass(frozen=True)
     class Jacobians(_Fieldless):
-        """What type checkers see: the fields are made of the records when the module is imported."""
+        """The class as type checkers see it: the fields are made of the records when the module is imported."""
 
         rule: Rule
 

@@ -1,4 +1,4 @@
-"""What the arithmetic of a run depends on: machine, libraries, environment and switches."""
+"""The record of a run's arithmetic: machine, libraries, environment and switches."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def switches() -> dict[str, Any]:
 
 
 def flushes() -> bool:
-    """Whether subnormal results become 0 in this thread."""
+    """Return whether subnormal results become 0 in this thread."""
     return float(torch.full((1,), 2.0**-126).mul_(0.5)) == 0.0
 
 

@@ -60,7 +60,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class _Kind(NamedTuple):
-    """What an operation is: its name without decoration, and which arguments it writes to."""
+    """An operation's name without decoration, and the arguments that it writes to."""
 
     name: str
     written: tuple[int | str, ...]  # places of arguments, or names of those that are given by name alone

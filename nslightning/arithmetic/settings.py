@@ -31,7 +31,7 @@ _SWITCHES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Arithmetic:
-    """How a process computes. By default float32 means float32, and sums are the installed library's.
+    """The settings of a process's arithmetic. By default float32 means float32, and sums are the installed library's.
 
     Args:
         order: How linear layers add up: ``native``, ``bias_last``, ``sequential``, ``split_k=N``, ``blocks=N``,
@@ -125,7 +125,7 @@ class Arithmetic:
 
     @property
     def in_modes(self) -> bool:
-        """Whether it needs to see each operation, which a compiled network hides."""
+        """Return whether it needs to see each operation, which a compiled network hides."""
         return self.order != "native" or self.random_rounding or self.half_products
 
     def switch(self) -> None:

@@ -1,4 +1,4 @@
-"""Whether a checkpoint fits the run that is to go on from it, said in words before anything is written."""
+"""Checks that a checkpoint fits the run that goes on from it, before the run writes anything."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def check_network(start: Start, model: LightningModule) -> None:
 
 
 def _network_in_words(hparams: Mapping[str, Any]) -> str:
-    """What a checkpoint, or a model, holds."""
+    """List the contents of a checkpoint or a model."""
     network = hparams.get("backbone", hparams.get("size"))
     classes = hparams.get("num_classes", hparams.get("vocab_size"))
     return f"{network} for {classes} classes" if network else "another network"

@@ -44,7 +44,7 @@ def _read(path: Path, outer: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def includes(content: Any) -> bool:
-    """Whether a config names YAML files that it includes.
+    """Return whether a config names YAML files that it includes.
 
     Args:
         content: What a YAML document holds.

@@ -1,4 +1,4 @@
-"""What the gradient of a backbone costs relative to its loss, under several Jacobian choices."""
+"""Measures the cost of a backbone's gradient relative to its loss, under several Jacobian choices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``nslightning cost --step`` measures: where the time of a whole training step goes."""
+"""Runs ``nslightning cost --step``, which measures the time of each part of a whole training step."""
 
 from __future__ import annotations
 

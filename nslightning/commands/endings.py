@@ -1,4 +1,4 @@
-"""What a command says when it does not end well, and its exit status: every kind of error is known here."""
+"""Turns every kind of error into the message and the exit status of a command."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class CallError(ValueError):
 
 
 class Ending:
-    """How a command ends.
+    """The ending of a command: its exit status and its message.
 
     Args:
         status: The exit status: 1 where something outside the call is at fault, 2 where the call is.
@@ -113,7 +113,7 @@ def root_of(error: BaseException) -> BaseException:
 def ending_of(
     error: BaseException, *, began: bool, go_on: str | None = None, output: str = "--output=FOLDER"
 ) -> Ending | None:
-    """How a command ends that raised an error.
+    """Return the ending of a command that raised an error.
 
     Args:
         error: What it raised.
@@ -218,7 +218,7 @@ def _wandb(error: BaseException, began: bool) -> Ending | None:
 
 
 def _passed(package: str, error: BaseException) -> bool:
-    """Whether an error came through a package's code."""
+    """Return whether an error came through a package's code."""
     frames = traceback.extract_tb(error.__traceback__)
     return any(package in Path(frame.filename).parts for frame in frames)
 
@@ -288,7 +288,7 @@ def _callback(error: BaseException, began: bool) -> Ending | None:
 
 
 def _late(error: BaseException, began: bool) -> Ending | None:
-    """What one of Lightning's callbacks refuses only in the course of a run, such as a metric that nothing logs."""
+    """Describe an error that one of Lightning's callbacks raises only in the course of a run."""
     if "lightning.pytorch" not in sys.modules or error.__traceback__ is None:
         return None
     from lightning.fabric.utilities.exceptions import MisconfigurationException

@@ -1,4 +1,4 @@
-"""What Lightning leaves out where a training goes on from a checkpoint of an epoch's last step, and is done here."""
+"""Does the work that Lightning leaves out when a training goes on from a checkpoint of an epoch's last step."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class EpochEnds(Callback):
         self._moment = "step"
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """What is saved from here on counts the whole step."""
+        """Note that a checkpoint saved from now on counts the whole step."""
         self._moment = None
 
     def on_train_epoch_start(self, *_: Any) -> None:
@@ -114,7 +114,7 @@ def _watched(trainer: Trainer) -> list[str]:
 
 
 def _ready(trainer: Trainer) -> bool:
-    """Whether there are schedules that watch metrics, and those metrics."""
+    """Return whether there are schedules that watch metrics, and those metrics."""
     watched = _watched(trainer)
     return bool(watched) and all(key in trainer.callback_metrics for key in watched)
 

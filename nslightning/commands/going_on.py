@@ -1,4 +1,4 @@
-"""Where a command starts: a new run, the folder of a run that goes on, or a checkpoint and the config beside it.
+"""Finds the start of a command: a new run, the folder of a run that goes on, or a checkpoint with its config.
 
 A run that goes on takes its own config, not the one that began it or its name: a config file says how runs of its kind
 begin, and the run's folder says how it went on. Flags change a run that goes on.
@@ -24,7 +24,7 @@ __all__ = ["Call", "Start", "start"]
 
 @dataclass
 class Call:
-    """What the words of a command line say of the run, before a parser knows their types.
+    """The statements of a command line about the run, read before a parser knows their types.
 
     Args:
         command: The subcommand.
@@ -66,7 +66,7 @@ class Call:
 
     @property
     def output(self) -> str:
-        """Where runs are kept."""
+        """Return the folder where runs are kept."""
         return str(Path(self.options.get("output", "runs")).expanduser())
 
     @property
@@ -106,7 +106,7 @@ def _paired(argv: Sequence[str]) -> list[str]:
 
 
 def _found_in(content: dict[str, Any]) -> dict[str, str]:
-    """What a config file says of the options that find a run."""
+    """Read the options that find a run from a config file."""
     options = {key: str(content[key]) for key in _FINDING if content.get(key) is not None}
     model = content.get("model")
     fields = model if isinstance(model, dict) else {}
@@ -122,7 +122,7 @@ _FINDING = ("name", "output", "ckpt_path", "task", "weights_only")
 
 @dataclass
 class Start:
-    """Where a command starts.
+    """The start of a command: a new run, or one that goes on.
 
     Args:
         argv: The command line to parse, the config of the run among its config files.
@@ -333,7 +333,7 @@ def _alike(one: Any, other: Any) -> bool:
 
 
 def _not_twice(words: Sequence[str], segments: Sequence[runs.Segment], own: dict[str, Any]) -> list[str]:
-    """What is added to a list takes the place of what was added when the run began: its config has that already.
+    """Let additions to a list replace those that were made when the run began: the config has these already.
 
     The README's way to go on is the same line once more, with --ckpt_path=last.
     """

@@ -150,7 +150,7 @@ def whole(words: Sequence[str], build: Callable[[], str]) -> str:
 
 
 def _fingerprint(words: Sequence[str]) -> str:
-    """What the whole help depends on besides the words: versions, and this package's source."""
+    """Describe everything that the help depends on besides the words: versions, and this package's source."""
     packages = ("nslightning", "lightning", "jsonargparse", "torch", "docstring-parser", "rich-argparse")
     state = [sys.version, *words, *(f"{p}={_version(p)}" for p in packages)]
     for file in sorted(_PACKAGE.rglob("*.py")):

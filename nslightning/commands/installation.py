@@ -1,4 +1,4 @@
-"""What the package runs on: versions, devices, and which kernels are in force."""
+"""Describes the installation: versions, devices, and the kernels in force."""
 
 from __future__ import annotations
 

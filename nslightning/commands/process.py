@@ -1,4 +1,4 @@
-"""What is global for one command, set up and taken back: arguments, environment, warnings, messages."""
+"""Sets up the global state of one command and takes it back: arguments, environment, warnings, messages."""
 
 from __future__ import annotations
 

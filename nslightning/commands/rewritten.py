@@ -41,7 +41,7 @@ _VOCABULARY = {"alpha": "model.jacobians.relu", "beta": "model.jacobians.max_poo
 
 @dataclass(frozen=True)
 class Rejection:
-    """What jsonargparse says of a mistake.
+    """The parts of jsonargparse's message about a mistake.
 
     It reports a value's failed attempts one inside the other: the innermost says what was wrong, and the keys on the
     way to it say where.
@@ -212,7 +212,7 @@ def rejection(message: str, error: Exception | None, known: Iterable[str]) -> Re
 
 
 def explained(message: str, error: Exception | None, known: Iterable[str]) -> Explanation:
-    """What is wrong in one sentence, and names that may have been meant.
+    """Describe the mistake in one sentence, and return names that may have been meant.
 
     Args:
         message: jsonargparse's message.

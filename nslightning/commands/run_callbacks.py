@@ -89,12 +89,12 @@ def makes_again(config: Any) -> Any:
 
 
 def _any(trainer: Trainer, mine: bool) -> bool:
-    """Whether something is so in any of the processes."""
+    """Return whether something is so in any of the processes."""
     return bool(trainer.strategy.reduce_boolean_decision(mine, all=False)) if trainer.world_size > 1 else mine
 
 
 def _after_last_step(trainer: Trainer) -> bool:
-    """Whether an epoch's last step is done, and the epoch is not."""
+    """Return whether an epoch's last step is done, and the epoch is not."""
     loop = trainer.fit_loop
     epochs: Any = loop.epoch_progress.current
     batches = loop.epoch_loop.batch_progress
@@ -243,7 +243,7 @@ class StopWhenAsked(Callback):
             self._save(trainer)
 
     def _asked(self, trainer: Trainer) -> bool:
-        """Whether a signal came, to any of the processes."""
+        """Return whether a signal came, to any of the processes."""
         return _any(trainer, self.signals.signum is not None)
 
     def _stop(self, trainer: Trainer) -> None:

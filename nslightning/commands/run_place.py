@@ -14,7 +14,7 @@ __all__ = ["RunPlace", "rank"]
 
 
 class RunPlace:
-    """Where a training keeps its files.
+    """The folder in which a training keeps its files.
 
     Attributes:
         folder: The run's folder; None where nothing is trained.

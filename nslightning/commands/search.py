@@ -48,7 +48,7 @@ _OF_TRIAL = ("callbacks", "logger", "enable_checkpointing")
 
 @dataclass(frozen=True)
 class Space:
-    """What an option is searched in.
+    """The space in which an option is searched.
 
     Args:
         option: Of ``fit``, such as ``model.optimizer.lr``.
@@ -195,7 +195,7 @@ class Search:
 
 
 class TrialEnd(NamedTuple):
-    """How a trial ended.
+    """The ending of a trial.
 
     Args:
         number: Of the trial.

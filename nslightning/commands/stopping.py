@@ -1,4 +1,4 @@
-"""How a command ends when it is asked to: Ctrl-C, SIGTERM or a lost terminal, the exit status, and one line."""
+"""Ends a command on Ctrl-C, SIGTERM or a lost terminal, with one line and the right exit status."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class Signals:
-    """What Ctrl-C, SIGTERM and the end of the terminal (SIGHUP) do while a command runs.
+    """Handles Ctrl-C, SIGTERM and the end of the terminal (SIGHUP) while a command runs.
 
     They raise :class:`Stopped` where the command happens to be. A training sets ``waits``: the first signal is then
     kept in ``signum`` until a step is done, and the second one ends the command at once. Where Python ignores

@@ -57,7 +57,7 @@ def printing(work: Callable[[], int]) -> int:
 
 
 def reader_is_gone() -> bool:
-    """Whether standard output, or error, is a pipe that no one reads any more.
+    """Return whether standard output, or error, is a pipe that no one reads any more.
 
     Returns:
         True if one is; False where the system cannot say.

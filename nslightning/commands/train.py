@@ -84,7 +84,7 @@ def main(argv: Sequence[str], cli_class: type[TrainCLI] = TrainCLI) -> int:
 
 
 def _all_raise(error: Exception) -> bool:
-    """Whether all processes of a training raise an error together."""
+    """Return whether all processes of a training raise an error together."""
     from nslightning.callbacks import NonFiniteError
 
     return isinstance(error, NonFiniteError)

@@ -16,7 +16,7 @@ __all__ = ["check", "runs_on_cpu", "say_what_hangs", "say_what_is_slow"]
 
 
 class Limit(NamedTuple):
-    """What an option of the Trainer may be.
+    """The values that an option of the Trainer may have.
 
     Args:
         option: Its name.
@@ -85,7 +85,7 @@ def check(trainer: Namespace, command: str) -> None:
 
 
 def runs_on_cpu(accelerator: Any) -> bool:
-    """Whether a run takes place on the CPU.
+    """Return whether a run takes place on the CPU.
 
     Args:
         accelerator: As given to the Trainer.

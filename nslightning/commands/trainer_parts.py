@@ -1,4 +1,4 @@
-"""What the command line adds to the Trainer of a config: callbacks, loggers, half precision on a CPU, whole files."""
+"""Adds to the Trainer of a config: callbacks, loggers, half precision on a CPU, whole files."""
 
 from __future__ import annotations
 

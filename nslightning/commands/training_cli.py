@@ -67,7 +67,7 @@ class TrainCLI(LightningCLI):
     _notes: Sequence[str] = ()  # of the loggers, said when the run begins
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """What a run is called and where it goes."""
+        """Add the options for a run's seed, task, name, arithmetic and folder."""
         seed = "Seed of the initial weights, the order of the images, their augmentation and dropout."
         parser.add_argument("--seed_everything", type=int, default=0, help=seed)
         task = (
@@ -90,7 +90,7 @@ class TrainCLI(LightningCLI):
         parser.set_defaults({"trainer.enable_model_summary": False})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """What follows from other options."""
+        """Link the options that follow from other options."""
         for attribute in self.tasks[self.task][2]:
             parser.link_arguments(f"data.{attribute}", f"model.{attribute}", apply_on="instantiate")
         if self.task != "own":
@@ -181,7 +181,7 @@ class TrainCLI(LightningCLI):
         return str(model.get("backbone") or model.get("size") or model.get("class_path"))
 
     def _tags(self) -> list[str]:
-        """What a run is found by in W&B: its network, data, precision and choice."""
+        """Return the tags of a run in W&B: its network, data, precision and choice."""
         config = self.config[self.subcommand]
         data = str((config.get("data") or {}).get("class_path", "")).rpartition(".")[2]
         choice = config.model.get("jacobians")
@@ -272,7 +272,7 @@ class TrainCLI(LightningCLI):
 
     @property
     def began(self) -> bool:
-        """Whether a training step was begun."""
+        """Return whether a training step was begun."""
         return self.stopper is not None and self.stopper.began
 
 

@@ -112,7 +112,7 @@ def _prepare(options: Namespace, folder: Path) -> list[str]:
 
 
 def _cache_is_writable() -> bool:
-    """Whether W&B's own process has a place for its log; without one it writes the log to the terminal."""
+    """Return whether W&B's own process has a place for its log; without one it writes the log to the terminal."""
     if not (place := os.environ.get("XDG_CACHE_HOME") or os.environ.get("HOME")):
         return False
     try:
@@ -145,7 +145,7 @@ def finish() -> None:
 
 
 def _has_key() -> bool:
-    """Whether W&B could log in; asking wandb itself would fix its settings before the mode is chosen."""
+    """Return whether W&B could log in; asking wandb itself would fix its settings before the mode is chosen."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     settings = ConfigParser()

@@ -1,4 +1,4 @@
-"""How often the gradients of two Jacobian choices differ, over initialisations and mini-batches."""
+"""Counts how often the gradients of two Jacobian choices differ, over initialisations and mini-batches."""
 
 from __future__ import annotations
 

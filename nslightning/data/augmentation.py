@@ -1,4 +1,4 @@
-"""What training images undergo besides the network's own preprocessing."""
+"""The augmentation of training images, besides the network's own preprocessing."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ class TrainLoader(Loader):
     _interrupted: dict[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """What must be the same for an interrupted epoch to go on.
+        """The settings that must be the same for an interrupted epoch to go on.
 
         Returns:
             The number of items, the batch over all processes, and the seed.
@@ -208,7 +208,7 @@ class ResumableDataModule(LightningDataModule, ABC):
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What was read, for a run's record; complete once ``setup`` has run.
+        """A description of the data for a run's record; complete once ``setup`` has run.
 
         Returns:
             ``dataset``, ``variant``, ``verified`` (were the files compared with what is published, and are
@@ -357,7 +357,7 @@ class ImageDataModule(ResumableDataModule):
 
     @property
     def summary(self) -> str:
-        """What a batch holds, in a few words.
+        """Describe a batch in a few words.
 
         Returns:
             Such as ``images of 3x32x32, 10 classes``.

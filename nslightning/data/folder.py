@@ -29,7 +29,7 @@ class Folder:
         self.root, self.fix = root, fix
 
     def has(self, split: str) -> bool:
-        """Whether there is a folder of a split's name."""
+        """Return whether there is a folder of a split's name."""
         return (self.root / split).is_dir()
 
     def classes(self, split: str) -> list[str]:
@@ -145,7 +145,7 @@ class ImageFolder(ImageDataModule):
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What was read; of shards also their address and the digest of what they hold.
+        """A description of the data; of shards also their address and the digest of their contents.
 
         Returns:
             The record.

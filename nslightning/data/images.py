@@ -108,7 +108,7 @@ class TensorImages(Draws):
 
     @property
     def device(self) -> torch.device:
-        """Where the images are."""
+        """Return where the images are."""
         return self.labels.device
 
     def to(self, device: torch.device) -> TensorImages:
@@ -240,7 +240,7 @@ class FileImages(Draws):
 
     @property
     def erases(self) -> bool:
-        """Whether parts of images are erased after the normalisation."""
+        """Return whether parts of images are erased after the normalisation."""
         return self.augmentation is not None and bool(self.augmentation.erasing)
 
     def _transform(self, epoch: int) -> ToBytes:

@@ -1,4 +1,4 @@
-"""How an image file becomes a network's input: the size, the crop, the interpolation and the scale of its pixels.
+"""Turns an image file into a network's input: the size, the crop, the interpolation and the scale of its pixels.
 
 Pretrained weights expect the preprocessing that they were trained with. Another one costs points of accuracy, and
 nothing fails.
@@ -67,7 +67,7 @@ class Preprocessing:
         return self if size is None else replace(self, size=size)
 
     def same_as(self, other: Preprocessing) -> bool:
-        """Whether both make the same of every image, whatever they are called.
+        """Return whether both make the same of every image, whatever they are called.
 
         Args:
             other: Another preprocessing.

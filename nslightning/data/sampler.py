@@ -1,4 +1,4 @@
-"""Which item is seen when: a function of seed, epoch and position alone.
+"""The order of the items: a function of seed, epoch and position alone.
 
 An item is an image, or a block of tokens. A training draw is one integer, ``epoch * items + index``: it tells
 the data set which item to read *and* which augmentation to apply, in whatever worker or process it is read. Where an

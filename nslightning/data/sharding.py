@@ -103,7 +103,7 @@ def _plan(source: Folder, shard_bytes: int, tell: Callable[[str], None]) -> tupl
 
 
 def _cuts(sizes: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
-    """Where shards begin and end.
+    """Return where shards begin and end.
 
     Example:
         >>> list(_cuts([4, 4, 4, 9, 1], 8))
@@ -140,7 +140,7 @@ def _begin(out: Path, settings: dict[str, Any], folder: Path) -> None:
 
 
 def _is_there(out: Path, part: _Part) -> bool:
-    """Whether a shard was written before an interruption."""
+    """Return whether a shard was written before an interruption."""
     file = out / part.file
     try:
         return file.exists() and names(file).to_pylist() == part.names

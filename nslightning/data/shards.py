@@ -72,7 +72,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder of shards holds: its file ``shards.json``.
+    """The contents of a folder of shards: its file ``shards.json``.
 
     Attributes:
         format: The form of the shards.
@@ -88,7 +88,7 @@ class Manifest:
 
     @property
     def images(self) -> dict[str, int]:
-        """How many images each split holds."""
+        """Return how many images each split holds."""
         return {split: sum(shard.images for shard in shards) for split, shards in self.splits.items()}
 
     @classmethod
@@ -115,7 +115,7 @@ class Manifest:
 
 
 def is_shards(root: str) -> bool:
-    """Whether a folder of images is one of shards, by its file ``shards.json`` or its address.
+    """Return whether a folder of images is one of shards, by its file ``shards.json`` or its address.
 
     Args:
         root: A folder, or the address of a folder in an object store, such as ``s3://bucket/shards``.
@@ -155,7 +155,7 @@ class Shards:
             self.folder = data_folder() / "shards" / named
 
     def has(self, split: str) -> bool:
-        """Whether there are images of a split."""
+        """Return whether there are images of a split."""
         return split in self.manifest.splits
 
     def classes(self, split: str) -> list[str]:
@@ -164,12 +164,12 @@ class Shards:
 
     @cached_property
     def manifest(self) -> Manifest:
-        """What the folder holds."""
+        """The contents of the folder."""
         return Manifest.read(self._content, f"{self.address or self.folder}/{MANIFEST}")
 
     @property
     def digest(self) -> str:
-        """What the shards are: the digest of their manifest, which has the digest of each."""
+        """The identity of the shards: the digest of their manifest, which has the digest of each."""
         return hashlib.sha256(self._content).hexdigest()
 
     @cached_property
@@ -277,7 +277,7 @@ class ShardSamples(Sequence[tuple["ShardImage", int]]):
         return self.__dict__ | {"_open": OrderedDict()}
 
     def place(self, index: int) -> tuple[Path, int]:
-        """Where an image lies.
+        """Return where an image lies.
 
         Args:
             index: Its number in the split.
@@ -342,7 +342,7 @@ class ShardImage:
 
 
 def names(file: Path) -> Any:
-    """What the image files in a shard were called.
+    """Return the names that the image files in a shard had.
 
     Args:
         file: The shard.

@@ -133,7 +133,7 @@ class DownloadedImages(ImageDataModule):
         return torch.from_numpy(images), torch.from_numpy(targets.astype(np.int64))
 
     def _fix(self) -> str:
-        """What mends a damaged file."""
+        """Return the advice that mends a damaged file."""
         return "Delete the file and add --data.download=true to download it again."
 
     def _existing(self, file: Path) -> Path:
@@ -284,7 +284,7 @@ class SVHN(DownloadedImages):
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What was read, with ``split``: the images trained on.
+        """A description of the data, with ``split``: the images trained on.
 
         Returns:
             The record.

@@ -156,7 +156,7 @@ class TokenFile(ResumableDataModule):
 
     @property
     def summary(self) -> str:
-        """What a batch holds, in a few words.
+        """Describe a batch in a few words.
 
         Returns:
             Such as ``blocks of 1024 tokens, 50257 different ones``.
@@ -165,7 +165,7 @@ class TokenFile(ResumableDataModule):
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What was read, with the blocks' size, the vocabulary's, and what made the files.
+        """A description of the data, with the sizes of the blocks and the vocabulary, and the maker of the files.
 
         Returns:
             The record.

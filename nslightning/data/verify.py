@@ -38,7 +38,7 @@ def data_error(file: object, failed: str, fix: str) -> DataError:
 
 
 def data_folder() -> Path:
-    """Where data sets are looked for by default.
+    """Return the folder where data sets are looked for by default.
 
     Returns:
         The folder in ``NSLIGHTNING_DATA_DIR``, else ``nslightning/data`` in the user's cache folder (``~/.cache``).

@@ -1,4 +1,4 @@
-"""What one run of an experiment needs to know: the settings of each kind of cell, and what it returns."""
+"""The cells of an experiment: the settings of each kind of cell, and its results."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _WITH_HOLDOUT = ("MNIST", "FashionMNIST", "CIFAR10", "CIFAR100", "SVHN", "Food10
 
 
 class Outcome(NamedTuple):
-    """What a cell found.
+    """The results of a cell.
 
     Args:
         rows: Each ``{"metric": name, "value": number}`` with what it is indexed by, such as ``"epoch"`` or ``"theta"``.
@@ -41,7 +41,7 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """What all kinds of cells share: a network under a choice, and images.
+    """The settings that all kinds of cells share: a network under a choice, and images.
 
     Args:
         backbone: As for ``nslightning fit``, such as ``paper/lenet5``.

@@ -21,7 +21,7 @@ __all__ = ["collect", "finished", "folder_of", "recorded", "restore"]
 
 
 def folder_of(experiment: Experiment, output: str | Path) -> Path:
-    """Where the results of an experiment are kept: ``<output>/<name>/<scale>``."""
+    """Return the folder where the results of an experiment are kept: ``<output>/<name>/<scale>``."""
     return Path(output) / experiment.name / experiment.scale
 
 

@@ -124,7 +124,7 @@ def _meant(
 
 
 def _nothing_published(experiment: Experiment) -> str:
-    """Which data no published number is of, and which data would have some."""
+    """Return which data no published number is of, and which data would have some."""
     theirs = dict.fromkeys(str(row["data"]) for entry in experiment.compare for row in _meant(entry))
     without = [data for data in dict.fromkeys(p.cell.data for p in experiment.cells()) if data not in theirs]
     if not without or not theirs:
@@ -232,7 +232,7 @@ def _binomial(p: float, n: float) -> float:
 
 
 def _equal(published: Any, ours: Any) -> bool:
-    """Whether a published value and a setting are the same: numbers as numbers, networks by their own name."""
+    """Return whether a published value and a setting are the same: numbers as numbers, networks by their own name."""
     return _normal(published) == _normal(ours)
 
 

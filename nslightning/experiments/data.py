@@ -54,7 +54,7 @@ class Images:
 
     @property
     def device(self) -> torch.device:
-        """Where the images are."""
+        """Return where the images are."""
         return self.images.device
 
     def batches(
@@ -148,12 +148,12 @@ class Loaded:
 
     @property
     def shares_test(self) -> bool:
-        """Whether validation would be on the test images."""
+        """Return whether validation would be on the test images."""
         return self._module._split("val") is self._module._split("test")
 
     @property
     def variant(self) -> str:
-        """Which copy was read, and how much of it."""
+        """Return which copy was read, and how much of it."""
         part = f", first {self._train_images} training images" if self._train_images is not None else ""
         return f"{self._module.name} ({self._module.variant}{part})"
 

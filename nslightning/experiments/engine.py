@@ -32,7 +32,7 @@ __all__ = ["Report", "run"]
 
 
 class Report(NamedTuple):
-    """What a call did.
+    """The outcome of a call.
 
     Args:
         folder: Where the results are.
@@ -168,7 +168,7 @@ def _check(missing: Sequence[Planned], folder: Path) -> Path:
 
 
 class Ended(NamedTuple):
-    """How the computation of a cell ended.
+    """The ending of a cell's computation.
 
     Args:
         seconds: How long it took.

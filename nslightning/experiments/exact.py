@@ -22,7 +22,7 @@ _ROWS = 8192
 
 
 class Chance(NamedTuple):
-    """What one layer's biases may meet.
+    """The values that one layer's biases may meet.
 
     Args:
         probability: The chance that at least one of its units is exactly 0 on at least one image.
@@ -223,7 +223,7 @@ def _values(
     lattice: Lattice,
     batch_size: int,
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """What the units are on the images, at biases of choice: a function of k and of the entries among ``near``."""
+    """Return the units' values on the images, at chosen biases: a function of k and of the entries among ``near``."""
     batches = h.split(batch_size)
     if order == "native":  # the library's own kernel, with a bias of its own for each image
 

@@ -73,7 +73,7 @@ def _pool_by_norm(network: nn.Module) -> list[NormPool2d]:
 
 
 def provenance(cell: Cell, images: Loaded, report: PatchReport, device: torch.device) -> dict[str, str]:
-    """What the numbers of a cell depend on besides its settings and the code."""
+    """Describe everything that the numbers of a cell depend on besides its settings and the code."""
     return {
         "data": images.variant,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,

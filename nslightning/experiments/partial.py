@@ -1,4 +1,4 @@
-"""What a cell has computed so far, on disk: an interruption of a long training loses minutes."""
+"""Saves the state of an unfinished cell: an interruption of a long training loses minutes."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class Partial:
 
     @property
     def due(self) -> bool:
-        """Whether it is time to save."""
+        """Return whether it is time to save."""
         return self._file is not None and time.monotonic() - self._last >= self._every
 
     def load(self) -> dict[str, Any] | None:
-        """What was saved last.
+        """Return the state that was saved last.
 
         Returns:
             The state; None where there is none, where it cannot be read, or another version wrote it.
@@ -66,6 +66,6 @@ class Partial:
 
 @cache
 def _writer() -> dict[str, str]:
-    """What the bits of a computation depend on besides its settings, as text."""
+    """Describe everything that the bits of a computation depend on besides its settings."""
     here = environment()
     return {name: str(here[name]) for name in ("python", "versions", "git", "devices")}

@@ -16,7 +16,7 @@ PRECISIONS = {16: torch.float16, 24: torch.float32, 32: torch.float32, 64: torch
 
 
 def halves(precision: int, device: torch.device) -> bool:
-    """Whether products are formed by :class:`~nslightning.arithmetic.HalfProducts`: 16 bits on a CPU.
+    """Return whether products are formed by :class:`~nslightning.arithmetic.HalfProducts`: 16 bits on a CPU.
 
     Args:
         precision: 16, 24, 32 or 64.

@@ -1,4 +1,4 @@
-"""How far a grid is: a live table in a terminal, a line per cell elsewhere."""
+"""Shows the progress of a grid: a live table in a terminal, a line per cell elsewhere."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SHOWN = 12
 
 
 class Progress(Protocol):
-    """What shows how far a grid is."""
+    """A display of a grid's progress."""
 
     def __enter__(self) -> Self: ...
 
@@ -44,7 +44,7 @@ class Progress(Protocol):
 
 
 def make_progress(stream: TextIO | None, missing: Sequence[Planned], cells: Path) -> Progress:
-    """What suits a stream.
+    """Return the display that suits a stream.
 
     Args:
         stream: Where to show it; None shows nothing.
@@ -165,7 +165,7 @@ class LiveTable:
 
 
 def words(cell: Planned) -> str:
-    """What distinguishes a cell in its grid."""
+    """Return the settings that distinguish a cell in its grid."""
     return ", ".join(f"{name}={value}" for name, value in cell.varied.items())
 
 

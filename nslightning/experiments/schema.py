@@ -67,7 +67,7 @@ def _settings(cell: type) -> dict[str, Any]:
 
 
 def _parts(kind: str, names: dict[str, Any]) -> dict[str, Any]:
-    """What a file of one kind has, and each of its scales."""
+    """Return the schemas of a file of one kind and of its scales."""
     setting = {name: {"$ref": f"#/$defs/{kind}/properties/{name}"} for name in names}
     # An entry of a setting that is a mapping is `options.entry`.
     entries: dict[str, Any] = {r"^\w+\.": {}}
@@ -83,7 +83,7 @@ def _parts(kind: str, names: dict[str, Any]) -> dict[str, Any]:
 
 
 def _file(kind: str) -> dict[str, Any]:
-    """What stands in a file of one kind."""
+    """Return the entries of a file of one kind."""
     parts = {
         part: {"$ref": f"#/$defs/{kind}_parts/properties/{part}"} for part in ("fixed", "vary", "grids", "compare")
     }

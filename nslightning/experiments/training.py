@@ -227,7 +227,7 @@ class Run:
 
 
 def _repeats(cell: TrainCell, network: nn.Module) -> bool:
-    """Whether a step makes the same launches each time: random choices and arithmetics draw from their own streams."""
+    """Return whether a step makes the same launches each time: random choices and arithmetics do not."""
     choices = [choice for s in selections(network).values() for choice in dataclasses.astuple(s.jacobians)]
     return not ("random" in choices or cell.computed.random_rounding or cell.computed.order == "random_order")
 

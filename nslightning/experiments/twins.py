@@ -21,7 +21,7 @@ __all__ = ["twins"]
 
 
 class _Closest(NamedTuple):
-    """How close the first activation's inputs came to its kinks, in one forward."""
+    """The distance of the first activation's inputs from its kinks, in one forward."""
 
     zero: Tensor
     six: Tensor | None

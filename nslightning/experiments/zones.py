@@ -1,4 +1,4 @@
-"""How often the gradients of two choices differ: Monte Carlo over parameters and mini-batches."""
+"""Estimates how often the gradients of two choices differ: Monte Carlo over parameters and mini-batches."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ __all__ = ["CapturedNetwork", "CapturedStep", "eagerly", "refuse_capture"]
 
 
 class _Kind(NamedTuple):
-    """What a captured graph was made for; another kind of input runs eagerly."""
+    """The kind of input that a captured graph was made for; another kind runs eagerly."""
 
     shapes: tuple[tuple[torch.Size, torch.dtype, tuple[int, ...]], ...]
     autocast: torch.dtype | None
@@ -203,7 +203,7 @@ def _recorded(run: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], None]
 
 
 def _watched(network: nn.Module) -> bool:
-    """Whether somebody watches the operations of the forward that is about to run."""
+    """Return whether somebody watches the operations of the forward that is about to run."""
     return any(s.observer is not None or s.recorder is not None for s in selections(network).values())
 
 

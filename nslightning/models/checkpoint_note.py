@@ -1,4 +1,4 @@
-"""What a checkpoint says about the Jacobian choice that its weights were trained under."""
+"""The note in a checkpoint about the Jacobian choice under which its weights were trained."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ FUSED: tuple[type[Optimizer], ...] = (torch.optim.SGD, Adam, AdamW)
 
 
 def takes_fused(parameters: Iterable[Tensor]) -> bool:
-    """Whether a fused kernel takes all of some parameters.
+    """Return whether a fused kernel takes all of some parameters.
 
     Args:
         parameters: The parameters.

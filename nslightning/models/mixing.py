@@ -14,7 +14,7 @@ __all__ = ["Mixing"]
 
 @dataclass(frozen=True)
 class Mixing:
-    """How training batches are mixed: by Mixup (Zhang et al. 2018), by CutMix (Yun et al. 2019), or by one of both.
+    """The mixing of training batches: by Mixup (Zhang et al. 2018), by CutMix (Yun et al. 2019), or by one of both.
 
     Attributes:
         mixup: Mixup's alpha: shares are drawn from Beta(alpha, alpha). 0: no Mixup.

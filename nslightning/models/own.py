@@ -32,7 +32,7 @@ class OwnNetworkError(RuntimeError):
 
 
 def is_own(name: str) -> bool:
-    """Whether a backbone's name has the form ``package.module:factory``.
+    """Return whether a backbone's name has the form ``package.module:factory``.
 
     Args:
         name: The name.

@@ -1,4 +1,4 @@
-"""What every LightningModule that trains under a Jacobian choice has in common."""
+"""The common base of all LightningModules that train under a Jacobian choice."""
 
 from __future__ import annotations
 
@@ -247,7 +247,7 @@ class PatchedModule(LightningModule):
         return list(self._trainer.optimizers) if self._trainer is not None else []
 
     def parameter_groups(self) -> Any:
-        """What the optimizer is given: the parameters, or groups of them.
+        """Return the optimizer's parameters, or groups of them.
 
         Returns:
             All parameters.
@@ -255,7 +255,7 @@ class PatchedModule(LightningModule):
         return self.parameters()
 
     def lr_interval(self, scheduler: Any) -> str:
-        """What a scheduler is stepped by.
+        """Return the unit of a scheduler's steps.
 
         Args:
             scheduler: The scheduler.
@@ -316,7 +316,7 @@ class PatchedModule(LightningModule):
         self._note.write(checkpoint, self.patch_report, optimizer)
 
     def _reads_gradients_before_step(self) -> bool:
-        """Whether gradients are clipped, or looked at, between the fp16 scaler's unscaling and the step."""
+        """Return whether gradients are clipped, or looked at, between the fp16 scaler's unscaling and the step."""
         trainer = self._trainer
         if trainer is None or getattr(trainer.precision_plugin, "scaler", None) is None:
             return False

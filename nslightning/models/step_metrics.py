@@ -91,7 +91,7 @@ def _as_training_step(module: LightningModule) -> Iterator[None]:
 
 
 def _reads_each_step(trainer: Trainer) -> bool:
-    """Whether something of a trainer may read the metrics of any training step."""
+    """Return whether something of a trainer may read the metrics of any training step."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined] # set in Trainer.__init__
         if getattr(callback, "reads_step_metrics", not type(callback).__module__.startswith(_LIBRARIES)):
             return True

@@ -111,7 +111,7 @@ def network_of_checkpoint(content: Mapping[str, Any], source: str) -> tuple[nn.M
 
 
 def is_hugging_face_folder(name: str) -> bool:
-    """Whether a name is a folder that ``save_pretrained`` wrote.
+    """Return whether a name is a folder that ``save_pretrained`` wrote.
 
     Args:
         name: A path.

@@ -40,7 +40,7 @@ def _count(at: Tensor, dim: int, index: Tensor, results: Tensor) -> Tensor:
 
 
 def _reached(tensors: tuple[Tensor, ...], parameters: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """Which results are tied, which entries reach theirs, and how many of a result's entries do."""
+    """Return which results are tied, which entries reach theirs, and how many of a result's entries do."""
     x, index, results = tensors
     (dim,) = parameters
     at = x == results.gather(dim, index)

@@ -38,7 +38,7 @@ def defaults(function: str) -> dict[str, Any]:
 
 
 def reduction(by_name: dict[str, Any]) -> str:
-    """How a loss is reduced, from the arguments that its functions have had over the years.
+    """Return how a loss is reduced, from the arguments that its functions have had over the years.
 
     Args:
         by_name: The arguments by name; those about the reduction are removed.

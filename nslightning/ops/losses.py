@@ -116,7 +116,7 @@ def hinge(
 
 
 def tied_hinges(function: str, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """How many hinges of a loss are evaluated at 0.
+    """Count how many hinges of a loss are evaluated at 0.
 
     Args:
         function: A key of :data:`HINGES`.

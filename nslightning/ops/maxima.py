@@ -45,7 +45,7 @@ _STOCK: dict[str, Callable[..., Any]] = {
 
 # ------------------------------------------------------------------------------------------------- along dimensions
 def _remember(tensors: tuple[Tensor, ...], parameters: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-    """Which entries reach their maximum, and which of them has its index."""
+    """Return which entries reach their maximum, and which of them has its index."""
     x, picked = tensors
     dims, keepdim = parameters
     picked = restored(picked, dims, keepdim)
@@ -57,7 +57,7 @@ def _among_remembered(tensors: tuple[Tensor, ...], parameters: tuple[Any, ...]) 
 
 
 def _reached(tensors: tuple[Tensor, ...], parameters: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """Which results are tied, which entries reach their maximum, and how many of them do."""
+    """Return which results are tied, which entries reach their maximum, and how many of them do."""
     x, maxima = tensors
     return _counted(x == restored(maxima, *parameters), *parameters)
 
@@ -154,7 +154,7 @@ def reduction(function: str, x: Tensor, selection: Selection, dim: Any = None, k
 
 
 def tied_reductions(function: str, x: Tensor, dim: Any = None, keepdim: bool = False) -> tuple[Count, int]:
-    """How many of a reduction's results are reached by several entries.
+    """Count how many of a reduction's results are reached by several entries.
 
     Args:
         function: As for :func:`reduction`.
@@ -233,7 +233,7 @@ def pair(function: str, x: Tensor, other: Tensor, selection: Selection) -> Tenso
 
 
 def tied_pairs(x: Tensor, other: Tensor) -> tuple[Tensor, int]:
-    """How many pairs of entries are equal.
+    """Count how many pairs of entries are equal.
 
     Args:
         x: First input.

@@ -150,7 +150,7 @@ class _PublishedNorms(OwnFunction):
 
 
 def tied_norms(x: Tensor, p: float = 2.0, dim: Any = None) -> tuple[Tensor, int]:
-    """How many vectors are zero; for p = 1, how many entries are.
+    """Count how many vectors are zero; for p = 1, how many entries are.
 
     Args:
         x: Input, any shape, floating dtype.
@@ -261,7 +261,7 @@ def _norm_ties(call: Call) -> tuple[Tensor, int]:
 
 
 def _p(low: float, high: float) -> Callable[[Any], bool]:
-    """Whether a pairwise distance has an exponent in an interval."""
+    """Return whether a pairwise distance has an exponent in an interval."""
     return lambda m: low <= m.norm <= high and m.norm != math.inf
 
 

@@ -57,7 +57,7 @@ def _pool_ties(call: Call) -> tuple[Tensor, int]:
 
 
 def _pools(dims: int, x: Tensor) -> bool:
-    """Whether an input has the shape of images, and entries; PyTorch itself refuses the others."""
+    """Return whether an input has the shape of images, and entries; PyTorch itself refuses the others."""
     return x.dim() in (dims + 1, dims + 2) and x.numel() > 0
 
 

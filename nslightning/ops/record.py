@@ -86,7 +86,7 @@ def _never(*parameters: Any) -> bool:
 
 @dataclass(frozen=True)
 class Kink:
-    """Where an operation's Jacobian is not unique.
+    """A point at which an operation's Jacobian is not unique.
 
     Args:
         where: The points, as a formula.
@@ -153,7 +153,7 @@ class Kernels:
 
 @dataclass(frozen=True)
 class ModuleSpelling:
-    """How a class of modules spells an operation.
+    """The spelling of an operation by a class of modules.
 
     Args:
         parse: ``(module, *args, **kwargs) -> call``.
@@ -252,7 +252,7 @@ class Operation:
         return _named, (self.name,)  # each operation exists once: pickles and copies refer to it by name
 
     def claims(self, module: nn.Module) -> bool:
-        """Whether a module is this operation.
+        """Return whether a module is this operation.
 
         Args:
             module: Any module.

@@ -257,7 +257,7 @@ class LeakyReLU(ChosenModule, nn.LeakyReLU, choice="at_zero"):
 
 # ----------------------------------------------------------------------------------------------------------- PReLU
 def _along_channels(x: Tensor, weight: Tensor) -> tuple[Tensor, tuple[Tensor]]:
-    """What ``F.prelu`` does before its kernel: autocast's dtype, its complaints, the slopes along dimension 1."""
+    """Do the work of ``F.prelu`` before its kernel: autocast's dtype, the errors, the slopes along dimension 1."""
     if autocasts(x):
         dtype = F.prelu(x.detach().flatten()[:1], weight.detach().flatten()[:1]).dtype
         x, weight = x.to(dtype), weight.to(dtype)

@@ -139,7 +139,7 @@ def _stack(
 
 
 def _composed(x: Tensor) -> bool:
-    """Whether PyTorch composes its kernel of the operations above."""
+    """Return whether PyTorch composes its kernel of the operations above."""
     return x.device.type == "cpu"
 
 

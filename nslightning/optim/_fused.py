@@ -25,7 +25,7 @@ _BLOCK = 4096
 
 
 class Coefficients(NamedTuple):
-    """What the numbers of a step are multiplied with; each is rounded to float32.
+    """The coefficients of a step; each is rounded to float32.
 
     Args:
         sigma: The decay of the running mean of squared gradients.
@@ -111,7 +111,7 @@ def _step(
 
 
 def fits(weights: Sequence[Tensor], steps: Sequence[Tensor]) -> bool:
-    """Whether the kernel takes a group of tensors.
+    """Return whether the kernel takes a group of tensors.
 
     Args:
         weights: The parameters, or their master weights, real and of one device and precision.

@@ -1,4 +1,4 @@
-"""What INNA and INNAprop share: parameter groups, state, master weights, and the walk over the tensors."""
+"""The common base of INNA and INNAprop: parameter groups, state, master weights, and the walk over the tensors."""
 
 import math
 from collections.abc import Callable, Iterator

@@ -197,7 +197,7 @@ class INNAprop(VelocityForm):
 
 @cache
 def _kernel() -> ModuleType | None:
-    """What takes a whole step in one kernel; None where there is no Triton."""
+    """Return the module whose kernel takes a whole step; None without Triton."""
     return import_module("nslightning.optim._fused") if find_spec("triton") else None
 
 

@@ -1,4 +1,4 @@
-"""How far a model's gradients depend on the Jacobian choice: its ties, the divergence, and a verdict in one word."""
+"""Audits how far a model's gradients depend on the Jacobian choice: ties, divergence, and a one-word verdict."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class SiteTies:
 
 @dataclass(frozen=True)
 class Spread:
-    """How far one choice's gradient is from the reference's, in one dtype.
+    """The distance of one choice's gradient from the reference's, in one dtype.
 
     Args:
         choice: Name of the choice.
@@ -133,7 +133,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class ClarkeCheck:
-    """Whether theorems promise that stock PyTorch's gradient lies in the Clarke subdifferential.
+    """The promise of theorems that stock PyTorch's gradient lies in the Clarke subdifferential.
 
     Args:
         holds: Whether they do on these batches. False means that it is not known.
@@ -499,7 +499,7 @@ def _changed(choice: Jacobians) -> frozenset[str]:
 
 
 def _check(report: PatchReport, guarantees: Sequence[Guarantee], lines: Sequence[Handwritten]) -> ClarkeCheck:
-    """What theorems promise over all batches."""
+    """Join the promises of the theorems over all batches."""
     missing = {
         f"{row.name}:{row.kind}" if row.name else row.kind: "it keeps PyTorch's own derivative, which was not looked at"
         for row in report.sites
@@ -622,7 +622,7 @@ def visible(measured: Audit, dtype: str) -> float:
 
 
 def matters(measured: Audit, spread: Spread) -> bool:
-    """Whether one choice changed the gradient, by more than rounding and the kernels did.
+    """Return whether one choice changed the gradient, by more than rounding and the kernels did.
 
     Args:
         measured: The audit.
@@ -635,7 +635,7 @@ def matters(measured: Audit, spread: Spread) -> bool:
 
 
 def verdict(measured: Audit, dtype: str) -> str:
-    """What the Jacobian choice does to the gradient in one dtype.
+    """Name the effect of the Jacobian choice on the gradient in one dtype.
 
     Args:
         measured: The audit.

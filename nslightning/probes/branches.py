@@ -1,4 +1,4 @@
-"""Which branch each evaluation of a nonsmooth operation takes, and how to make it take another precision's.
+"""Records the branch that each evaluation of a nonsmooth operation takes, and replays it in another precision.
 
 Branches are imposed, values are not: where a replay's own values lead to the recorded branch they stay as they are, and
 elsewhere the entries that decide are moved as little as puts them on it. What is imposed on an operand is the order in
@@ -31,7 +31,7 @@ __all__ = ["Branches"]
 
 @dataclass
 class Branches:
-    """What each evaluation of each site was given, and so which branch it took.
+    """The inputs of each evaluation of each site, which decide its branch.
 
     Args:
         seen: By site, each evaluation with copies of the tensors that it was given.
@@ -56,7 +56,7 @@ class Branches:
         self.met, self.again, self.left = {}, False, [] if leave_poolings else None
 
     def holds(self) -> bool:
-        """Whether the forward of this replay took the recorded branches. It waits for a device once.
+        """Return whether the forward of this replay took the recorded branches. It waits for a device once.
 
         Returns:
             False where a pooling that was left as it is should have been moved: the replay is to be made again.
@@ -298,7 +298,7 @@ def _shared(operation: Operation, call: Call, x: Tensor, choice: Any, weights: C
 
 
 def _winners(operation: Operation, call: Call, x: Tensor) -> Tensor:
-    """Which entries reach the maximum of which pooling windows: each window has a random number, each entry a sum."""
+    """Return which entries reach the maximum of which windows: each window has a random number, each entry a sum."""
     return _shared(operation, call, x, "sum", _random)
 
 
@@ -315,12 +315,12 @@ def _itself(saved: Tensor) -> Tensor:
 
 
 def _same_branch(operation: Operation, call: Call, seen: Call) -> bool:
-    """Whether another operation's own values lead to the recorded branch; a hinge that does not is moved there."""
+    """Return whether an operation's own values lead to the recorded branch; a hinge that does not is moved there."""
     return operation.name == "hinge" and _same_hinges(call, seen)
 
 
 def _off_norms(call: Call, seen: Call) -> Tensor:
-    """Which entries belong to vectors that are not on their recorded side of 0, or of the smallest divisor."""
+    """Return which entries belong to vectors that are not on their recorded side of 0, or of the smallest divisor."""
     function, p, dim = call.parameters[:3]
     least = call.parameters[3] if function == "normalize" else 0.0
     dims = dimensions(call.x, dim)
@@ -329,7 +329,7 @@ def _off_norms(call: Call, seen: Call) -> Tensor:
 
 
 def _off_hinges(call: Call, seen: Call) -> Tensor:
-    """Which hinges are not on their recorded side."""
+    """Return which hinges are not on their recorded side."""
     u, before = _hinges(call, call.x.detach()), _hinges(seen, seen.x)
     return torch.sign(u) != torch.sign(before).to(u.dtype)
 

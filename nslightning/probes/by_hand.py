@@ -187,7 +187,7 @@ def _inside_libraries(file: str) -> bool:
 
 
 def _ties(name: str, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """Where a function that compares is given equal numbers; None if it does not compare."""
+    """Return where a function that compares is given equal numbers; None if it does not compare."""
     if name in _COMPARISONS or name == "heaviside":
         other = args[1] if len(args) > 1 else kwargs.get("other", kwargs.get("values"))
         if name == "heaviside":
@@ -215,7 +215,7 @@ def _picked_dim(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int |
 def _otherwise(
     name: str, result: Tensor, tied: Tensor, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Tensor:
-    """What a function returns if it decides its ties the other way."""
+    """Return the result of a function that decides its ties the other way."""
     if result.dtype == torch.bool:
         return torch.where(tied, ~result, result)
     if name == "heaviside":

@@ -45,7 +45,7 @@ class Clarke:
 
     @property
     def differentiable(self) -> bool | None:
-        """Whether the limit is one; None where that is not decided.
+        """Return whether the limit is one; None where that is not decided.
 
         A piecewise affine function is differentiable where it has one limit of gradients. A function of another kind
         is strictly differentiable there.
@@ -55,7 +55,7 @@ class Clarke:
         return None if set(self.undecided) - set(self.limits) else True
 
     def distance(self, gradient: Iterable[Any], undecided: bool = False) -> Fraction:
-        """How far a gradient is from the convex hull, in the largest entry.
+        """Return how far a gradient is from the convex hull, in the largest entry.
 
         Args:
             gradient: As many numbers as the program has inputs; floats count as what they are exactly.
@@ -82,7 +82,7 @@ class Clarke:
         return start - nearer
 
     def contains(self, gradient: Iterable[Any], tolerance: Any = 0) -> bool | None:
-        """Whether a gradient lies in the Clarke subdifferential.
+        """Return whether a gradient lies in the Clarke subdifferential.
 
         Args:
             gradient: As many numbers as the program has inputs.
@@ -236,27 +236,27 @@ class Number:
         return self.branches.sign(self - other)
 
     def __gt__(self, other: Any) -> bool:
-        """Whether it is greater at nearby points."""
+        """Return whether it is greater at nearby points."""
         return self._sign(other) > 0
 
     def __ge__(self, other: Any) -> bool:
-        """Whether it is not less at nearby points."""
+        """Return whether it is not less at nearby points."""
         return self._sign(other) >= 0
 
     def __lt__(self, other: Any) -> bool:
-        """Whether it is less at nearby points."""
+        """Return whether it is less at nearby points."""
         return self._sign(other) < 0
 
     def __le__(self, other: Any) -> bool:
-        """Whether it is not greater at nearby points."""
+        """Return whether it is not greater at nearby points."""
         return self._sign(other) <= 0
 
     def __eq__(self, other: object) -> bool:
-        """Whether it is equal at nearby points."""
+        """Return whether it is equal at nearby points."""
         return self._sign(other) == 0
 
     def __bool__(self) -> bool:
-        """Whether it is not 0 at nearby points."""
+        """Return whether it is not 0 at nearby points."""
         return self._sign() != 0
 
 

@@ -1,4 +1,4 @@
-"""What a gradient costs: time, memory and operations relative to evaluating the loss once.
+"""Measures the cost of a gradient: time, memory and operations relative to evaluating the loss once.
 
 The nonsmooth cheap gradient principle (Bolte, Boustany, Pauwels, Pesquet-Popescu, *On the complexity of
 nonsmooth automatic differentiation*, ICLR 2023) bounds ``cost(loss and gradient) / cost(loss)`` by a constant

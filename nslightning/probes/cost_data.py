@@ -1,4 +1,4 @@
-"""What a gradient cost, as plain data for files; :mod:`nslightning.report.cost_table` makes tables of it."""
+"""The measured cost of a gradient as plain data; :mod:`nslightning.report.cost_table` makes tables of it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class ChoiceCost:
-    """What the gradient costs under one Jacobian choice.
+    """The cost of the gradient under one Jacobian choice.
 
     Args:
         name: The choice's name; ``"stock"`` is the unpatched model.
@@ -80,7 +80,7 @@ class ChoiceCost:
 
 @dataclass(frozen=True)
 class ModuleCost:
-    """What one module costs, called alone with the input that it had in the model.
+    """The cost of one module, called alone with the input that it had in the model.
 
     Args:
         name: Its qualified name.
@@ -202,7 +202,7 @@ class CostReport:
         return None if self.jvp_ratio is None else self.parameters * self.jvp_ratio
 
     def holds(self, choice: str = STOCK) -> bool:
-        """Whether the overhead ratio is within the bound.
+        """Return whether the overhead ratio is within the bound.
 
         Args:
             choice: The choice's name.
@@ -235,7 +235,7 @@ class CostReport:
         return [modules[name] for name in names]
 
     def verdict(self, choice: str = STOCK) -> str:
-        """Whether the cheap gradient principle is seen to hold, in one line.
+        """Return whether the cheap gradient principle is seen to hold, in one line.
 
         Args:
             choice: The choice's name.

@@ -1,4 +1,4 @@
-"""How far the gradients of two Jacobian choices are apart."""
+"""Measures how far the gradients of two Jacobian choices are apart."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def divergence(
     retain_graph: bool = True,
     control: bool = False,
 ) -> dict[str, Divergence]:
-    """How far each choice's parameter gradients are from the reference's, on one loss and one forward.
+    """Measure how far each choice's parameter gradients are from the reference's, on one loss and one forward.
 
     Args:
         loss: A 0-d tensor computed by a forward of the patched ``model``, its graph not yet freed.
@@ -278,7 +278,7 @@ def measure_differences(
 
 
 class _Reference:
-    """What divergences need of the reference gradients. Each part is computed when a divergence first needs it."""
+    """The values of the reference gradients that divergences need, each computed when it is first needed."""
 
     def __init__(self, gradients: Mapping[str, Tensor]) -> None:
         self.names, self.raw = list(gradients), list(gradients.values())
@@ -287,7 +287,7 @@ class _Reference:
 
     @cached_property
     def finite(self) -> bool:
-        """Whether all entries are, by one transfer from the device."""
+        """Return whether all entries are, by one transfer from the device."""
         sums = [g.sum() for g in self.gradients]
         return not sums or bool(torch.stack([v.to(sums[0].device) for v in sums]).isfinite().all())
 
@@ -303,7 +303,7 @@ class _Reference:
         return torch.stack([zero, zero, zero, square, square, square])
 
     def rows(self, other: Mapping[str, Tensor], *, carried: bool) -> Tensor | None:
-        """What the norms need, a row for each gradient; None if nothing differs and no value had to be read for that.
+        """Return the sums that the norms need, a row a gradient; None if nothing differs and no value had to be read.
 
         Args:
             other: A choice's gradients, or what it adds to the reference's if that was carried.

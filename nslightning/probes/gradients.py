@@ -87,7 +87,7 @@ def gradients_in_turn(
     *,
     retain_graph: bool = True,
 ) -> Iterator[dict[str, Tensor]]:
-    """What :func:`gradients` returns, one choice at a time, so that not all need be in memory.
+    """Yield the items of :func:`gradients` one choice at a time, so that not all need be in memory.
 
     Args:
         loss: A 0-d tensor computed by a forward of the patched ``model``, its graph not yet freed.
@@ -143,7 +143,7 @@ def gradients_in_turn(
 def _start(
     loss: Tensor, choices: list[Jacobians | Plan], named: Mapping[str, Tensor]
 ) -> tuple[Tensor | GradientEdge, dict[str, Tensor]]:
-    """Where the backwards under all choices but the first may start, and the tensors that they have to reach."""
+    """Return where the backwards under all choices but the first may start, and the tensors that they have to reach."""
     # Inputs that were computed may depend on a choice with no leaf below; other processes may have other ties.
     if not all(t.is_leaf for t in named.values()) or communicates(loss):
         return loss, dict(named)
@@ -184,7 +184,7 @@ def _accumulated(
 
 
 def wanted(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """What to differentiate for: a model's parameters, and other tensors if asked.
+    """Return the tensors to differentiate for: a model's parameters, and other tensors on request.
 
     Args:
         model: Any module.

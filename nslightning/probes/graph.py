@@ -84,7 +84,7 @@ def refuse_compiled(loss: Tensor) -> None:
 
 
 def reruns_forward(loss: Tensor) -> bool:
-    """Whether a loss's graph has a checkpoint of ``use_reentrant=True``, which takes no ``torch.autograd.grad``.
+    """Return whether a loss's graph has a checkpoint of ``use_reentrant=True``, which takes no ``torch.autograd.grad``.
 
     Args:
         loss: A tensor computed by a forward.
@@ -96,7 +96,7 @@ def reruns_forward(loss: Tensor) -> bool:
 
 
 def communicates(loss: Tensor) -> bool:
-    """Whether a loss's backward exchanges values with other processes, as batch norm over processes does.
+    """Return whether a loss's backward exchanges values with other processes, as batch norm over processes does.
 
     All processes have to run such a backward equally often, with or without ties.
 
@@ -160,12 +160,12 @@ def bottleneck(loss: Tensor, goals: Collection[Any]) -> GradientEdge | None:
 
 
 def _matters(node: Any, choices: list[Jacobians | Plan]) -> bool:
-    """Whether the choice may matter at an operation's backward node: among all choices if none is given."""
+    """Return whether the choice may matter at an operation's backward node: among all choices if none is given."""
     return kept_ties(node) and not (choices and all(agree(node, choices[0], one) for one in choices[1:]))
 
 
 def agree(node: Any, one: Jacobians | Plan, other: Jacobians | Plan) -> bool:
-    """Whether two choices agree on the operation that a backward node belongs to.
+    """Return whether two choices agree on the operation that a backward node belongs to.
 
     Args:
         node: The backward node of one of the package's operations.
@@ -227,7 +227,7 @@ def freeing(nodes: Iterable[Any]) -> Iterator[None]:
 
 
 def _release(node: Any) -> Callable[..., None]:
-    """What drops a node's saved tensors once its backward has run, though the graph as a whole is kept."""
+    """Return a hook that drops a node's saved tensors after its backward, though the graph as a whole is kept."""
 
     def drop(*_: Any) -> None:
         if release(node):

@@ -1,4 +1,4 @@
-r"""Whether theorems promise that a network's gradient lies in the Clarke subdifferential.
+r"""Checks whether theorems promise that a network's gradient lies in the Clarke subdifferential.
 
 The theorems are those of Park, Chun and Lee, *What does automatic differentiation compute for neural networks?*, ICLR
 2024. A layer is an analytic function of the layers below and of its own parameters, then a piecewise analytic function
@@ -43,7 +43,7 @@ _WEIGHT = {"AddmmBackward0": 2, "MmBackward0": 1, "LinearBackward0": 1}
 
 @dataclass(frozen=True)
 class SiteGuarantee:
-    """What is known of one site.
+    """The knowledge about one site.
 
     Args:
         site: Its name.
@@ -67,7 +67,7 @@ class SiteGuarantee:
 
 @dataclass(frozen=True)
 class Guarantee:
-    """Whether theorems promise an element of the Clarke subdifferential.
+    """The promise of theorems that a gradient is an element of the Clarke subdifferential.
 
     Args:
         sites: The sites, in the order in which the forward meets them.
@@ -79,12 +79,12 @@ class Guarantee:
 
     @property
     def holds(self) -> bool:
-        """Whether the gradient on this batch is an element. False means that it is not known."""
+        """Return whether the gradient on this batch is an element. False means that it is not known."""
         return all(site.holds for site in self.sites)
 
     @property
     def always(self) -> bool:
-        """Whether the gradient is an element whatever the parameters and the batch."""
+        """Return whether the gradient is an element whatever the parameters and the batch."""
         return all(site.always for site in self.sites)
 
     @property
@@ -110,7 +110,7 @@ class Guarantee:
 
 
 def machine_numbers(dtype: torch.dtype) -> int:
-    """How many finite numbers a floating dtype has, 0 once.
+    """Return how many finite numbers a floating dtype has, 0 once.
 
     Args:
         dtype: Such as ``torch.float32``.
@@ -224,7 +224,7 @@ class _Look:
         return relu and self.jacobians.relu in (0.0, None)
 
     def _one_function(self, seen: _Seen) -> bool:
-        """Whether the choice at a max pooling's ties is one between copies of one function of the parameters."""
+        """Return whether the choice at a max pooling's ties is one between copies of one function of the parameters."""
         if seen.call is None or seen.call.x._version != seen.version or self.jacobians.max_pool == "sum":
             return False
         return self.functions.one_in_each_window(seen.call, zeros=seen.behind_relu)
@@ -236,7 +236,7 @@ class _Look:
             seen.tied, seen.total, seen.dead = int(next(values)), int(next(values)), bool(next(values))
 
     def guarantees(self) -> Iterator[SiteGuarantee]:
-        """What is known of each evaluation."""
+        """Return the knowledge about each evaluation."""
         self._read()
         uses = Counter(id(b) for seen in self.seen for b in seen.biases)
         weights = Counter(id(seen.weight) for seen in self.seen if seen.weight is not None and seen.tied)

@@ -242,7 +242,7 @@ class Recording:
     def carried(
         self, choices: Mapping[str, Jacobians], named: Mapping[str, Tensor], *, retain_graph: bool = True
     ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """What each of several choices adds to the gradients, one choice at a time.
+        """Yield the difference that each choice makes to the gradients, one choice at a time.
 
         Args:
             choices: The choices by name.
@@ -492,7 +492,7 @@ def _any(d: Tensor) -> bool:
 
 
 def _below_gate(node: Any) -> GradientEdge | None:
-    """What lies below a node where a difference may die: a pointwise operation with one input, ours or PyTorch's."""
+    """Return the edge below a node at which a difference may die: a pointwise operation with one input."""
     record = OPERATIONS.get(operation_of(node) or "")
     if (record is None or record.kernels is None) and type(node) not in _stock_gates():
         return None

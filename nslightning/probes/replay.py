@@ -36,7 +36,7 @@ class Replay(nn.Module):
         return body()
 
     def is_in(self, dtype: torch.dtype) -> bool:
-        """Whether the model runs in a precision as it is, so that casting it would change nothing.
+        """Return whether the model runs in a precision as it is, so that casting it would change nothing.
 
         Args:
             dtype: The precision.

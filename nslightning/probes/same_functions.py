@@ -1,4 +1,4 @@
-"""Which positions of a layer compute the same function of the parameters, as those of a constant background do."""
+"""Finds positions of a layer that compute one function of the parameters, as those of a constant background do."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class SameFunctions:
         return self._known[node]
 
     def one_in_each_window(self, call: Call, zeros: bool) -> bool:
-        """Whether in each window of a max pooling that ties the tied entries are one function.
+        """Return whether in each window of a max pooling that ties the tied entries are one function.
 
         Args:
             call: The call, which :meth:`meet` met.

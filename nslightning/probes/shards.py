@@ -16,7 +16,7 @@ __all__ = ["is_shard", "local", "reshard", "totals"]
 
 
 def is_shard(t: Tensor) -> bool:
-    """Whether a tensor is distributed over processes.
+    """Return whether a tensor is distributed over processes.
 
     Args:
         t: Any tensor.

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: its parts, what patching adds, what measuring adds."""
+"""Measures the time of a training step: its parts, and the additions of patching and of measuring."""
 
 from __future__ import annotations
 

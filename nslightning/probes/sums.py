@@ -24,7 +24,7 @@ _GROUP = 1 << 24  # entries that are widened at a time on a device
 
 
 def waits(device: torch.device) -> bool:
-    """Whether reading a tensor's values waits for its device.
+    """Return whether reading a tensor's values waits for its device.
 
     Args:
         device: Where the tensor is.
@@ -102,7 +102,7 @@ def nothing(like: Tensor) -> Tensor:
 
 
 def is_nothing(difference: Tensor) -> bool:
-    """Whether a difference is one zero, expanded, as :func:`nothing` returns it.
+    """Return whether a difference is one zero, expanded, as :func:`nothing` returns it.
 
     Args:
         difference: Any tensor.
@@ -140,7 +140,7 @@ def squares(tensors: Sequence[Tensor]) -> list[Tensor]:
 def rows(
     gradients: Sequence[Tensor], reference: Sequence[Tensor], square: Sequence[Tensor], *, carried: bool
 ) -> Tensor:
-    """What the norms of differences need, a row for each pair.
+    """Return the sums that the norms of differences need, a row for each pair.
 
     Args:
         gradients: Dense gradients a, or differences d = a - b if they were carried.
@@ -173,7 +173,7 @@ def rows(
 
 
 def _groups(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Which of the tensors on devices to work on together: of one device and kind, and not too many entries."""
+    """Group tensors on devices to work on together: of one device and kind, and not too many entries."""
     open_groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, t in enumerate(tensors):
         if waits(t.device) and t.numel():

@@ -171,7 +171,7 @@ def counting(model: nn.Module) -> Iterator[TieCounts]:
 
 
 def _structure(operation: Operation, call: Call) -> tuple[Count, Count]:
-    """How many of a call's ties are structural, and how many are pooling windows with the maximum 0."""
+    """Count how many of a call's ties are structural, and how many are pooling windows with the maximum 0."""
     if operation.kernels is not None:
         structural: Count = 0
         for position in operation.positions(*call.parameters):
@@ -192,7 +192,7 @@ def _structure(operation: Operation, call: Call) -> tuple[Count, Count]:
 
 
 def pools_of_zero(call: Call) -> Tensor:
-    """Whether all windows of a max pooling that tie have the maximum 0.
+    """Return whether all windows of a max pooling that tie have the maximum 0.
 
     Args:
         call: A call of max pooling.
@@ -206,7 +206,7 @@ def pools_of_zero(call: Call) -> Tensor:
 
 
 def _in_every_sample(tied: Tensor) -> Tensor:
-    """Where a position of the input ties in each sample of the batch: the first dimension, of at least two."""
+    """Return where a position of the input ties in each sample of the batch: the first dimension, of at least two."""
     return tied.all(0) if tied.dim() > 1 and len(tied) > 1 else torch.zeros_like(tied)
 
 

@@ -1,4 +1,4 @@
-"""How much is at stake: the largest difference that any choice inside the Clarke Jacobians makes to a gradient."""
+"""Measures the largest difference that any choice inside the Clarke Jacobians makes to a gradient."""
 
 from __future__ import annotations
 

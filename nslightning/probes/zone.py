@@ -1,4 +1,4 @@
-"""Whether two Jacobian choices give the same gradient, another one, or another one by rounding only."""
+"""Decides whether two Jacobian choices give one gradient, two, or two by rounding only."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def zone(
 
 
 def differs_bitwise(a: Mapping[str, Tensor], b: Mapping[str, Tensor], first: bool = False) -> bool:
-    """Whether two sets of gradients differ in any bit; two NaN are the same, and so are the two zeros.
+    """Return whether two sets of gradients differ in any bit; two NaN are the same, and so are the two zeros.
 
     Args:
         a: Gradients by parameter name.

@@ -1,4 +1,4 @@
-"""What run folders and audits hold, as HTML pages with interactive figures, and what is measured as text.
+"""Renders run folders and audits as HTML pages with interactive figures, and measurements as text.
 
 ``pages.py`` is the one place that makes HTML; the figures' Vega-Lite specs are in ``charts/``, and Vega itself is in
 ``vega/``.

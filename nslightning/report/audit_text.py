@@ -19,7 +19,7 @@ _SHOWN = 20  # tied sites in the terminal; the files have all
 
 
 def advice(audit: Audit) -> list[str]:
-    """What the numbers of an audit mean and what to change.
+    """Explain the numbers of an audit, and what to change.
 
     Args:
         audit: The audit.
@@ -106,7 +106,7 @@ def advice(audit: Audit) -> list[str]:
 
 
 def _clarke(audit: Audit) -> list[str]:
-    """Where theorems promise an element of the Clarke subdifferential, and why not elsewhere."""
+    """Say where theorems promise an element of the Clarke subdifferential, and why not elsewhere."""
     groups: dict[str, list[str]] = {}
     for dtype, check in audit.clarke.items():
         batches = "on every batch" if check.always else "on these batches"
@@ -250,7 +250,7 @@ def table(audit: Audit) -> str:
 
 
 def subject(audit: Audit) -> str:
-    """What was audited, and how, in one line.
+    """Describe in one line what was audited, and how.
 
     Args:
         audit: The audit.
@@ -295,7 +295,7 @@ def where_it_arises(spreads: Sequence[Spread], count: int) -> str:
 
 
 def sites_in_short(audit: Audit, shown: int) -> str:
-    """How many sites tied, how many did not, and how many were not measured.
+    """Say how many sites tied, how many did not, and how many were not measured.
 
     Args:
         audit: The audit.

@@ -187,7 +187,7 @@ def plot_scaling(
 
 
 def _caption(reports: Sequence[CostReport]) -> str:
-    """What the figure's numbers are from: they mean nothing without."""
+    """Name the source of the figure's numbers, without which they mean nothing."""
 
     def one(values: Sequence[Any]) -> str:
         return " / ".join(str(v) for v in dict.fromkeys(values))

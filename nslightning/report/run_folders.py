@@ -27,7 +27,7 @@ class ReportError(ValueError):
 
 @dataclass
 class RunFolder:
-    """What one run folder holds.
+    """The contents of one run folder.
 
     Args:
         folder: The folder.

@@ -82,7 +82,7 @@ def _compared(runs: Sequence[RunFolder], values: Sequence[Mapping[str, Any]], la
 
 
 def _labels(runs: Sequence[RunFolder]) -> dict[str, str]:
-    """What a run's lines are called: its choice, and the few other settings in which the runs differ."""
+    """Return the label of a run's lines: its choice, and the few other settings in which the runs differ."""
     keys = dict.fromkeys(key for run in runs for key in run.config)
     differing = [
         key for key in keys
@@ -378,7 +378,7 @@ def _settings(runs: Sequence[RunFolder]) -> list[Part]:
 
 
 def _segments(runs: Sequence[RunFolder]) -> list[Section]:
-    """What changed while runs went on; nothing where nothing did."""
+    """List the changes between the segments of runs; empty without changes."""
     rows = []
     for run in runs:
         segments = run.segments

@@ -31,7 +31,7 @@ def checkpoints_in(folder: str | Path) -> list[Path]:
 
 
 def is_whole(file: Path) -> bool:
-    """Whether a checkpoint was written to its end.
+    """Return whether a checkpoint was written to its end.
 
     Args:
         file: A file, or the folder of a sharded checkpoint.

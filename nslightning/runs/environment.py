@@ -1,4 +1,4 @@
-"""What a number depends on besides the config."""
+"""Describes everything that a number depends on besides the config."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["environment"]
 
 
 def environment() -> dict[str, Any]:
-    """What a number depends on besides the config: code, libraries, machine.
+    """Describe everything that a number depends on besides the config: code, libraries, machine.
 
     Returns:
         The command, the git commit of the code (with ``+changes`` where the tree differs from it in more than results;

@@ -139,7 +139,7 @@ def _shared(folder: Path) -> Path:
 
 
 def _job() -> str | None:
-    """What names this batch job and the step in it, before and after it is requeued."""
+    """Return a name of this batch job and its step that stays when the job is requeued."""
     if (array := os.environ.get("SLURM_ARRAY_JOB_ID")) and (task := os.environ.get("SLURM_ARRAY_TASK_ID")):
         job = f"{array}_{task}"
     elif (single := os.environ.get("SLURM_JOB_ID")) is not None and os.environ.get("SLURM_JOB_NAME") not in (

@@ -74,7 +74,7 @@ class Segment:
     checkpoint: str | None = None
 
     def compared(self) -> dict[str, Any]:
-        """What makes this segment another one than the one before.
+        """Return the values that are compared with those of the segment before.
 
         Returns:
             Values by dotted name.
@@ -188,7 +188,7 @@ def write_record(folder: str | Path, record: Mapping[str, Any]) -> None:
 
 
 def choice_changes(folder: str | Path) -> list[tuple[int, str]]:
-    """Where a run's Jacobian choice changed.
+    """Return where a run's Jacobian choice changed.
 
     Args:
         folder: The run's folder.
@@ -217,7 +217,7 @@ def note_end(folder: str | Path, end: End, step: int) -> None:
 
 
 def ended(folder: str | Path) -> End | None:
-    """How a run ended.
+    """Return how a run ended.
 
     Args:
         folder: The run's folder.

@@ -149,7 +149,7 @@ def kinds(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 
 def _foreign_to_torch(cls: type) -> bool:
-    """Whether objects of this class may hold a model's tensors in their attributes."""
+    """Return whether objects of this class may hold a model's tensors in their attributes."""
     if cls.__module__.startswith("torch.distributions."):
         return True
     top = cls.__module__.partition(".")[0]

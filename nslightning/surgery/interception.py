@@ -240,7 +240,7 @@ class FunctionalCalls(TorchFunctionMode):
 
 
 def _with_indices(result: Any) -> bool:
-    """Whether a function returned values and their indices."""
+    """Return whether a function returned values and their indices."""
     return isinstance(result, tuple) and len(result) == 2 and not result[1].is_floating_point()
 
 
@@ -266,13 +266,13 @@ def evaluate(operation: Operation, selection: Selection, call: Call) -> Any:
 
 
 def _plain(x: Tensor) -> bool:
-    """Whether PyTorch decides what a function does with a tensor, and not the tensor's own class."""
+    """Return whether PyTorch decides what a function does with a tensor, and not the tensor's own class."""
     cls = type(x)
     return disabled_torch_function(cls) or cls.__torch_function__.__func__ is Tensor.__torch_function__.__func__  # type: ignore[attr-defined] # class methods, which the stubs call functions
 
 
 def _recomputed() -> bool:
-    """Whether a checkpoint lies between a functional call and the patched method that made it.
+    """Return whether a checkpoint lies between a functional call and the patched method that made it.
 
     The mode is not active when the checkpoint computes the call a second time, in the backward.
     """
@@ -310,7 +310,7 @@ def arguments_as_called(
 
 
 def _differentiable(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a gradient may pass through the call: integers, masks and bookkeeping have no derivative."""
+    """Return whether a gradient may pass through the call: integers, masks and bookkeeping have no derivative."""
     return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (*args, *kwargs.values()))
 
 
@@ -340,7 +340,7 @@ def running(surgery: Surgery) -> FunctionalCalls | None:
 
 
 def compiling_run(surgery: Surgery) -> bool:
-    """Whether the compiler traces code whose functional calls are caught already.
+    """Return whether the compiler traces code whose functional calls are caught already.
 
     Args:
         surgery: The surgery of the model.

@@ -19,12 +19,12 @@ def _always(node: Any) -> bool:
 
 
 def _saved(name: str, *values: Any) -> Callable[[Any], bool]:
-    """Whether a node saved one of the values under a name; true for a node that saved nothing under that name."""
+    """Return whether a node saved one of the values under a name; true where it saved nothing under that name."""
     return lambda node: getattr(node, f"_saved_{name}", values[0]) in values
 
 
 def _wanted(position: int) -> Callable[[Any], bool]:
-    """Whether a gradient goes to an input."""
+    """Return whether a gradient goes to an input."""
     return lambda node: node.next_functions[position][0] is not None
 
 

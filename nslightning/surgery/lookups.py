@@ -154,5 +154,5 @@ def _codes(value: Any) -> Iterator[Any]:
 
 
 def _calls(code: Any) -> bool:
-    """Whether code calls anything. Code without a call only combines values by operators, which have no kinks."""
+    """Return whether code calls anything. Code without a call combines values by operators, which have no kinks."""
     return any(line.opname.startswith("CALL") for line in dis.get_instructions(code))

@@ -104,7 +104,7 @@ class Method(metaclass=_MethodType):
 
     @property
     def is_replacement(self) -> bool:
-        """Whether the instance had an attribute under this name before the patch."""
+        """Return whether the instance had an attribute under this name before the patch."""
         return self.replaced is not _NONE
 
     def stock(self, module: nn.Module) -> Callable[..., Any]:
@@ -148,7 +148,7 @@ class Method(metaclass=_MethodType):
 
     @property
     def stands(self) -> bool:
-        """Whether the module has it in the method's place."""
+        """Return whether the module has it in the method's place."""
         return self.module.__dict__.get(self.name) is self
 
     def retire(self) -> None:
@@ -531,7 +531,7 @@ class Caller(Method):
         return value
 
     def _fused(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether the module would take another kernel without the mode, and no gradient passes through it."""
+        """Return whether the module would take another kernel without the mode, and no gradient passes through it."""
         if module.training or not isinstance(module, self.FUSED):
             return False
         if not torch.is_grad_enabled():
@@ -598,7 +598,7 @@ class _Steps:
 
 
 def _makes(method: Callable[..., Any], function: Any) -> bool:
-    """Whether the code of a method makes a function: a closure or a lambda that its body defines."""
+    """Return whether the code of a method makes a function: a closure or a lambda that its body defines."""
     if not isinstance(function, FunctionType) or not inspect.isroutine(method):
         return False
     code: CodeType | None = getattr(inspect.unwrap(method), "__code__", None)
@@ -613,7 +613,7 @@ def _inner(code: CodeType) -> Iterator[CodeType]:
 
 
 def _chooses(function: Callable[..., Any]) -> bool:
-    """Whether a function of PyTorch's takes a choice."""
+    """Return whether a function of PyTorch's takes a choice."""
     try:
         return function in FUNCTIONS
     except TypeError:  # it has no hash
@@ -682,7 +682,7 @@ def _accessor(method: Method, depth: int) -> nn.Module:
 
 
 def _has_gradient(result: Any) -> bool:
-    """Whether a method's result holds a tensor that autograd can differentiate."""
+    """Return whether a method's result holds a tensor that autograd can differentiate."""
     return any(x.grad_fn is not None for x in tensors(result))
 
 

@@ -303,7 +303,7 @@ def selections(model: nn.Module) -> dict[str, Selection]:
 
 
 def chooses(module: nn.Module) -> bool:
-    """Whether a module of a patched model, called alone, takes a choice anywhere in its own code.
+    """Return whether a module of a patched model, called alone, takes a choice anywhere in its own code.
 
     Args:
         module: Any module, after the model ran.
@@ -405,7 +405,7 @@ def _restore(modules: Iterable[nn.Module]) -> None:
 
 
 def _calls(module: nn.Module) -> bool:
-    """Whether a module's code may call functions that cannot be known from its class."""
+    """Return whether a module's code may call functions that cannot be known from its class."""
     if "forward" in module.__dict__ or _own_code(module):
         return True
     definer = _definer(type(module))
@@ -419,7 +419,7 @@ _CALLING = (nn.RNN, nn.RNNCell)
 
 
 def _own_code(module: nn.Module) -> bool:
-    """Whether a module has methods, properties or special methods that its model added to what PyTorch's class has."""
+    """Return whether a module has methods, properties or special methods that PyTorch's class lacks."""
     return bool(set(_own_entrances(module)) - {"forward"}) or any(lookups(type(module), _own))
 
 
@@ -452,7 +452,7 @@ _METHODS = (
 
 
 def _own(cls: type) -> bool:
-    """Whether a class comes from a model's code, and not from a library."""
+    """Return whether a class comes from a model's code, and not from a library."""
     return cls.__module__.partition(".")[0] not in (
         "torch", "lightning", "pytorch_lightning", "typing", "abc", "builtins",
     )  # fmt: skip

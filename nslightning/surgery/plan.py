@@ -1,4 +1,4 @@
-"""Which site takes which Jacobian: rules by operation, module, name, stage and call."""
+"""Decides which Jacobian each site takes: rules by operation, module, name, stage and call."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Rule:
 
     @property
     def unconditional(self) -> bool:
-        """Whether it decides for every site."""
+        """Return whether it decides for every site."""
         return not any(getattr(self, matcher) for matcher in _WHERE)
 
     @property
@@ -95,7 +95,7 @@ class Rule:
         return dict(self.jacobians) if isinstance(self.jacobians, Mapping) else self.jacobians.to_dict()
 
     def matches(self, names: Sequence[str], module: nn.Module) -> bool:
-        """Whether it is for some calls of a module.
+        """Return whether it is for some calls of a module.
 
         Args:
             names: The module's qualified names.
@@ -111,7 +111,7 @@ class Rule:
         return not self.stage or any(_in_stage(name, stage) for name in names for stage in self.stage)
 
     def covers(self, operation: str, call: int) -> bool:
-        """Whether it is for a call of an operation, of a module that it matches.
+        """Return whether it is for a call of an operation, of a module that it matches.
 
         Args:
             operation: The field of :class:`~nslightning.Jacobians`.
@@ -377,7 +377,7 @@ def text(selector: One, *, path: bool = False) -> str:
 
 
 def matches(selector: One, names: Sequence[str], module: nn.Module) -> bool:
-    """Whether a selector selects a module.
+    """Return whether a selector selects a module.
 
     Args:
         selector: One selector.
@@ -395,7 +395,7 @@ def matches(selector: One, names: Sequence[str], module: nn.Module) -> bool:
 
 
 def _is(module: nn.Module, cls: Any) -> bool:
-    """Whether a module is of a class, which may be given by its name, short or with its path."""
+    """Return whether a module is of a class, which may be given by its name, short or with its path."""
     if not isinstance(cls, str):
         return isinstance(module, cls)
     return any(cls in (c.__name__, f"{c.__module__}.{c.__qualname__}") for c in type(module).__mro__)
@@ -412,13 +412,13 @@ def _class(selector: One) -> One:
 
 
 def _in_stage(name: str, stage: str) -> bool:
-    """Whether a qualified name is that of a stage, or of a module inside the stage."""
+    """Return whether a qualified name is that of a stage, or of a module inside the stage."""
     wanted, parts = stage.split("."), name.split(".")
     return len(parts) >= len(wanted) and all(map(_part_matches, wanted, parts))
 
 
 def _part_matches(wanted: str, part: str) -> bool:
-    """Whether one part of a name, between dots, matches a glob or a range of numbers behind a common prefix."""
+    """Return whether one part of a name, between dots, matches a glob or a range of numbers behind a common prefix."""
     if (span := re.fullmatch(r"(.*?)(\d+)-(\d+)", wanted)) is None:
         return fnmatch.fnmatchcase(part, wanted)
     start, first, last = span.groups()

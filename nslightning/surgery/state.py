@@ -87,11 +87,11 @@ class Surgery:
 
     @property
     def watched(self) -> bool:
-        """Whether calls matter without gradients: an observer is set, or the published rule changes the forward."""
+        """Return whether calls matter without gradients: for an observer, or a rule that changes the forward."""
         return any(s.observer is not None or s.jacobians.rule == "published" for s in self.selections.values())
 
     def chosen(self, names: Sequence[str], module: nn.Module) -> bool:
-        """Whether ``only`` and ``skip`` let the choice reach a module of these qualified names."""
+        """Return whether ``only`` and ``skip`` let the choice reach a module of these qualified names."""
         if self.only and not any(matches(s, names, module) for s in self.only):
             return False
         return not any(matches(s, names, module) for s in self.skip)
@@ -218,20 +218,20 @@ class Part:
 
     @property
     def may_call(self) -> bool:
-        """Whether the module's code calls functions that take a choice, as far as that is known."""
+        """Return whether the module's code calls functions that take a choice, as far as that is known."""
         report = self.surgery.report
         if not report.traced:
             return self.calls
         return any(site.name == self.names[0] and site is not self.site for site in report.sites)
 
     def by_call(self, operation: str) -> bool:
-        """Whether the number of a call of an operation decides about it."""
+        """Return whether the number of a call of an operation decides about it."""
         rules = (self.surgery.plan.rules[i] for i in self.rules)
         return any(rule.call is not None and (not rule.operation or operation in rule.operation) for rule in rules)
 
 
 def _in_checkpoint() -> bool:
-    """Whether a function given to ``torch.utils.checkpoint`` is running."""
+    """Return whether a function given to ``torch.utils.checkpoint`` is running."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code is not CHECKPOINT:
         frame = frame.f_back

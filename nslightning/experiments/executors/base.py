@@ -1,4 +1,4 @@
-"""What all executors share: the resources of an item, and the interface."""
+"""The parts that all executors share: the resources of an item, and the interface."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What the computation of a grid may use.
+    """The resources that the computation of a grid may use.
 
     Args:
         workers: Items that are computed side by side. None lets the executor choose: the processes of one machine by
@@ -55,7 +55,7 @@ class Resources:
 
     @property
     def per_gpu(self) -> int:
-        """How many items share a GPU."""
+        """Return how many items share a GPU."""
         return 1 if self.gpus_per_cell is None else int(1 / self.gpus_per_cell + 1e-9)
 
 
@@ -93,7 +93,7 @@ class Executor(Protocol):
 
 
 def cores() -> int:
-    """How many cores this process may use."""
+    """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -1,4 +1,4 @@
-"""How many processes fit into a machine: by its cores, its memory, and what the first of them needed at most."""
+"""Chooses the number of processes by the machine's cores and memory, and by the first processes' peak memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _USED = 0.8
 
 
 class Peak(NamedTuple):
-    """What a process needed at most, in bytes.
+    """The peak memory of a process, in bytes.
 
     Args:
         host: Of the machine's memory.
@@ -34,7 +34,7 @@ class Peak(NamedTuple):
 
 
 def measured_peak(device: str) -> Peak:
-    """What this process has needed at most so far.
+    """Return the peak memory of this process so far.
 
     Args:
         device: Where it computed.
@@ -52,7 +52,7 @@ def measured_peak(device: str) -> Peak:
 
 
 def free_memory() -> int | None:
-    """What is free of this machine's memory, or of this container's share of it.
+    """Return the free part of this machine's memory, or of this container's share of it.
 
     Returns:
         Bytes; None where the system does not say.
@@ -69,7 +69,7 @@ def free_memory() -> int | None:
 
 
 def processes_that_fit(peak: Peak, cores: int, host_free: int | None, gpus: int = 1) -> tuple[int, str]:
-    """How many processes are to compute side by side.
+    """Return the number of processes to compute side by side.
 
     Args:
         peak: What the first cell's process needed at most.

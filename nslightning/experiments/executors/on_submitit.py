@@ -119,7 +119,7 @@ class _Chunk(Generic[T, R]):
         return [by_number[number] for number, _ in numbered]
 
     def checkpoint(self, items: list[T]) -> Any:
-        """What submitit queues when the job is preempted or runs out of time: the same job, whose cells go on."""
+        """Return the job that submitit queues after a preemption or a time limit: the same one, whose cells go on."""
         import submitit
 
         return submitit.helpers.DelayedSubmission(self, items)

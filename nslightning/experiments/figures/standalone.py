@@ -19,7 +19,7 @@ __all__ = ["imagenet_curves", "pool_ties", "small_programs", "tied_entries"]
 
 
 def tied_entries(image: Tensor) -> Tensor:
-    """Which pixels tie for the maximum of their 2x2 pooling window.
+    """Return which pixels tie for the maximum of their 2x2 pooling window.
 
     Args:
         image: ``(H, W)``, both even.

@@ -1,4 +1,4 @@
-"""What the figures have in common: names, colours, counts, captions."""
+"""The common style of the figures: names, colours, counts, captions."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def plain_log(axis: Any) -> None:
 
 
 def drawn(figure: Figure, mark_begins: str) -> bool:
-    """Whether a figure has a mark of that kind.
+    """Return whether a figure has a mark of that kind.
 
     Args:
         figure: The figure.

@@ -128,7 +128,7 @@ def _subject(rows: pd.DataFrame) -> str:
 
 
 def _title(key: tuple[Any, ...], rows: pd.DataFrame) -> list[str]:
-    """What of an axis's key the others do not share."""
+    """Return the part of an axis's key that the other axes do not share."""
     _, data, backbone, optimizer, precision, *norm = key
     words = []
     if rows[["backbone", "data"]].drop_duplicates().shape[0] > 1:
@@ -398,7 +398,7 @@ def accuracy_by_dropout(rows: pd.DataFrame) -> Figure:
 
 
 def rule_effect(rows: pd.DataFrame) -> Figure:
-    """What a choice changes under the exact and under the published rule: accuracy, and how many runs diverge.
+    """Draw the effect of a choice under the exact and under the published rule: accuracy, and runs that diverge.
 
     Args:
         rows: Results of training experiments in which both rules were run.

@@ -22,7 +22,7 @@ _CONTROL: dict[str, Any] = {"color": "black", "ls": (0, (1, 1)), "lw": 2.2, "zor
 
 
 def weight_difference(rows: pd.DataFrame) -> Figure:
-    """How far twins come apart: L1 distance of the weights to the first choice's, and test accuracy.
+    """Draw how far twins come apart: L1 distance of the weights to the first choice's, and test accuracy.
 
     The control repeats the first choice: what lies at or below it is not the choice's doing. It is always drawn.
 
@@ -172,7 +172,7 @@ def _accuracies(axis: Axes, block: pd.DataFrame, looks: dict[str, Any], key: tup
 
 
 def closest_inputs(rows: pd.DataFrame) -> Figure:
-    """How close the first activation's inputs come to its kinks, step by step; exact zeros at the lower edge.
+    """Draw how close the first activation's inputs come to its kinks, step by step; exact zeros at the lower edge.
 
     Args:
         rows: Results of twin experiments by step.
@@ -216,7 +216,7 @@ def closest_inputs(rows: pd.DataFrame) -> Figure:
 
 
 def zeros_by_architecture(rows: pd.DataFrame) -> Figure:
-    """Which share of ReLU inputs is exactly 0 while training, by width, depth and precision.
+    """Draw which share of ReLU inputs is exactly 0 while training, by width, depth and precision.
 
     Args:
         rows: Results of training experiments with ``count_zeros``.

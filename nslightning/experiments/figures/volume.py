@@ -312,7 +312,7 @@ def volume_curves(rows: pd.DataFrame) -> Figure:
 
 
 def norms_by_decade(rows: pd.DataFrame, *, published: Mapping[int, str]) -> Figure:
-    """How large the gradient difference is, mini-batch by mini-batch: shares by decade.
+    """Draw how large the gradient difference is, mini-batch by mini-batch: shares by decade.
 
     Args:
         rows: Results of zone experiments with ``histogram``.
@@ -372,7 +372,7 @@ def norms_by_decade(rows: pd.DataFrame, *, published: Mapping[int, str]) -> Figu
 
 
 def _decades(rows: pd.DataFrame, published: pd.DataFrame) -> dict[int | None, float]:
-    """Where the bars of each decade stand, in its middle, that of exact zeros (None) apart from the others."""
+    """Return where the bars of each decade stand, in its middle, that of exact zeros (None) apart from the others."""
     decades = [int(m.removeprefix("norm_1e")) for m in rows["metric"].unique() if m.startswith("norm_1e")]
     decades += [round(math.log10(v)) for v in published.loc[published["percent"] > 0, "bin_low"].dropna()]
     low, high = min(decades, default=-8), max(decades, default=-1)

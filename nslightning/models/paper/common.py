@@ -1,4 +1,4 @@
-"""What the paper networks share: initialisation, checks, and a few layers."""
+"""The parts that the paper networks share: initialisation, checks, and a few layers."""
 
 from collections import OrderedDict
 from collections.abc import Sequence

@@ -1,1 +1,1 @@
-"""How a chosen derivative enters the backward: selections, autograd functions, ties, windows."""
+"""The mechanisms that bring a chosen derivative into the backward: selections, autograd functions, ties, windows."""

@@ -124,7 +124,7 @@ def pool_fractional(x: Tensor, selection: Selection, windows: Fractional, return
 
 
 def tied_fractional(x: Tensor, windows: Fractional) -> tuple[Tensor, int]:
-    """How many windows reach their maximum more than once.
+    """Count how many windows reach their maximum more than once.
 
     Args:
         x: Input of shape (N, C, *spatial) or (C, *spatial), floating dtype.

@@ -46,7 +46,7 @@ _PART = 2**19  # entries, that stay in the cache
 
 
 def fits(x: Tensor) -> bool:
-    """Whether a fused kernel takes this input.
+    """Return whether a fused kernel takes this input.
 
     Args:
         x: An operation's input.
@@ -96,7 +96,7 @@ def dtypes_on(device: str) -> tuple[torch.dtype, ...]:
 
 
 def pool_fits(x: Tensor, geometry: Regular) -> bool:
-    """Whether the pooling kernels take this call.
+    """Return whether the pooling kernels take this call.
 
     Args:
         x: The input.
@@ -159,7 +159,7 @@ native.composition("relu", lambda _, saved, g, selection: _relu_vjp(saved[0], sa
 
 
 def _final(g: Tensor) -> bool:
-    """Whether a backward is a number's, not one that is transformed or differentiated again."""
+    """Return whether a backward is a number's, not one that is transformed or differentiated again."""
     return concrete(g) and not torch.is_grad_enabled()
 
 

@@ -1,4 +1,4 @@
-"""How tensors lie in memory."""
+"""The layouts of tensors in memory."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def empty_as_stock(x: Tensor) -> Tensor:
 
 
 def autocasts(x: Tensor) -> bool:
-    """Whether autocast is in force on a tensor's device.
+    """Return whether autocast is in force on a tensor's device.
 
     Args:
         x: Any tensor.
@@ -125,7 +125,7 @@ def laid_out_as(x: Tensor, other: Tensor) -> Tensor:
 
 
 def is_dense(x: Tensor) -> bool:
-    """Whether a tensor is one block of numbers with strides.
+    """Return whether a tensor is one block of numbers with strides.
 
     Args:
         x: Any tensor.
@@ -137,7 +137,7 @@ def is_dense(x: Tensor) -> bool:
 
 
 def overlaps(x: Tensor) -> bool:
-    """Whether entries of a strided view may share memory, as those of windows do.
+    """Return whether entries of a strided view may share memory, as those of windows do.
 
     Args:
         x: A dense tensor.

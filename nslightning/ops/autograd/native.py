@@ -108,7 +108,7 @@ def stock_relu() -> Tensor:
 
 
 def state() -> str:
-    """Whether the C++ nodes are in force, for ``nslightning --version --verbose``.
+    """Return whether the C++ nodes are in force, for ``nslightning --version --verbose``.
 
     Returns:
         ``"built"``, ``"switched off"`` (by ``NSLIGHTNING_NATIVE=0``), ``"no CPU kernels"`` or ``"not built"``.
@@ -121,7 +121,7 @@ def state() -> str:
 
 
 def cuda_state() -> str:
-    """Whether the C++ nodes take CUDA tensors, too, for ``nslightning --version --verbose``.
+    """Return whether the C++ nodes take CUDA tensors, too, for ``nslightning --version --verbose``.
 
     Returns:
         ``"in force"``, ``"not asked for"`` (no GPU has run these kernels yet, so ``NSLIGHTNING_NATIVE=cuda`` has to ask

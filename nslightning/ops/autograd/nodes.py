@@ -48,7 +48,7 @@ class NonsmoothFunction(OwnFunction):
 
 
 def of_a_leaf(x: Tensor) -> bool:
-    """Whether PyTorch refuses to overwrite a tensor, for it is a leaf that wants a gradient, or a view of one.
+    """Return whether PyTorch refuses to overwrite a tensor, for it is a leaf that wants a gradient, or a view of one.
 
     Args:
         x: Any tensor.
@@ -145,7 +145,7 @@ def check_changes(node: Any) -> None:
 
 
 def is_own(node: Any) -> bool:
-    """Whether a backward node belongs to one of the package's functions.
+    """Return whether a backward node belongs to one of the package's functions.
 
     Args:
         node: A backward node, such as ``tensor.grad_fn``.
@@ -193,7 +193,7 @@ def selection_of(node: Any) -> Selection | None:
 
 
 def kept_ties(node: Any) -> bool:
-    """Whether a choice may matter at a backward node that reads one.
+    """Return whether a choice may matter at a backward node that reads one.
 
     Args:
         node: A backward node for which :func:`operation_of` names an operation.

@@ -369,7 +369,7 @@ def _differentiated(*inputs: Any) -> bool:
 
 
 def _transformed(x: Tensor) -> bool:
-    """Whether a ``torch.func`` transform or forward-mode differentiation may be active."""
+    """Return whether a ``torch.func`` transform or forward-mode differentiation may be active."""
     if torch.compiler.is_compiling():
         return False
     return in_functorch() or in_forward_mode()

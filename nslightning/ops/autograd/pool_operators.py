@@ -47,7 +47,7 @@ def operator(
 
 
 def wanted() -> bool:
-    """Whether to use the operators: while a compiler traces, except for an export, which must run without them."""
+    """Return whether to use the operators: while a compiler traces, but not for an export, which runs without them."""
     return torch.compiler.is_compiling() and not is_exporting()
 
 
@@ -150,7 +150,7 @@ def _cuda_dtypes() -> tuple[torch.dtype, ...]:
 
 
 def fits(x: Tensor, geometry: Regular) -> bool:
-    """Whether :func:`max_pool2d` takes a call that is traced.
+    """Return whether :func:`max_pool2d` takes a call that is traced.
 
     Args:
         x: The input.

@@ -149,12 +149,12 @@ class _Take(_Linear):
 
 
 def _forward_mode() -> bool:
-    """Whether the code runs in forward mode, where inputs may have tangents."""
+    """Return whether the code runs in forward mode, where inputs may have tangents."""
     return not torch.compiler.is_compiling() and in_forward_mode()
 
 
 def _differentiable(x: Tensor) -> bool:
-    """Whether a derivative may be asked for; a tensor inside a ``torch.func`` transform does not always show it."""
+    """Return whether a derivative may be wanted; a tensor inside a ``torch.func`` transform does not always show it."""
     if _forward_mode() or (not torch.compiler.is_compiling() and in_functorch()):
         return True
     return torch.is_grad_enabled() and x.requires_grad
@@ -266,7 +266,7 @@ def _chosen(x: Tensor, indices: Tensor, geometry: Geometry, selection: Selection
 
 
 def _is_vertex(weights: _Weights) -> bool:
-    """Whether each window's gradient goes to one entry."""
+    """Return whether each window's gradient goes to one entry."""
     return not any(isinstance(weight, Tensor) for weight in weights) and weights == (0.0, 1.0, 0.0)
 
 
@@ -492,7 +492,7 @@ def _refuse_empty_windows(x: Tensor, geometry: Regular) -> None:
 
 
 def tied_windows(x: Tensor, geometry: Geometry) -> Tensor:
-    """How many entries of each window reach its maximum.
+    """Return how many entries of each window reach its maximum.
 
     Args:
         x: Input of shape (N, C, *spatial) or (C, *spatial), floating dtype.

@@ -31,7 +31,7 @@ watchers: list[Callable[[int, int], None]] = []
 
 @dataclass(frozen=True, eq=False)
 class Route:
-    """How the gradients of one kind of operation go around the stock operation at ties.
+    """The way that the gradients of one kind of operation take around the stock operation at ties.
 
     Args:
         field: The field of :class:`~nslightning.Jacobians` that chooses.
@@ -163,7 +163,7 @@ def _choice(route: Route, selection: Selection) -> Tensor:
 
 
 def _stock(route: Route, choice: Tensor) -> Tensor:
-    """Whether a choice leaves the whole gradient to the stock operation."""
+    """Return whether a choice leaves the whole gradient to the stock operation."""
     return choice[0] == 1 if route.native is None else choice[0].isnan()
 
 
@@ -232,7 +232,7 @@ def wide(t: Tensor) -> torch.dtype:
 
 
 def dimensions(x: Tensor, dim: Any) -> tuple[int, ...]:
-    """Which dimensions a reduction takes away.
+    """Return which dimensions a reduction takes away.
 
     Args:
         x: Its input.

@@ -101,7 +101,7 @@ _REPLAYED: set[Tensor] = set()
 
 
 def replayed(g: Tensor) -> bool:
-    """Whether a backward is recorded, to run again without its Python code: compiled, or captured in a CUDA graph.
+    """Return whether a backward is recorded to run without its Python code: compiled, or captured in a CUDA graph.
 
     Such a backward reads the choice from tensors, see :meth:`Selection.read`, and no path may depend on the choice.
 
@@ -137,7 +137,7 @@ def _has_graphs(device: torch.device) -> bool:
 
 
 def _has_own_memory(device: torch.device) -> bool:
-    """Whether a device does not read the host's memory."""
+    """Return whether a device does not read the host's memory."""
     return device.type != "cpu"
 
 
@@ -591,7 +591,7 @@ def pool_difference_coefficients(
 
 
 def concrete(x: Tensor) -> bool:
-    """Whether an operation has the values of its input before it, in memory.
+    """Return whether an operation has the values of its input before it, in memory.
 
     Args:
         x: The operation's input, any shape and dtype.
@@ -611,7 +611,7 @@ def concrete(x: Tensor) -> bool:
 
 
 def data_dependent(x: Tensor) -> bool:
-    """Whether an operation may look at its values to choose its path.
+    """Return whether an operation may look at its values to choose its path.
 
     Args:
         x: The operation's input, any shape and dtype.

@@ -8,7 +8,7 @@ __all__ = ["SHARES", "PoolWeights", "Shares", "pool_weights", "shares"]
 
 
 class Shares(NamedTuple):
-    """How a gradient g is shared over k tied entries.
+    """The shares of a gradient g that k tied entries receive.
 
     Args:
         native: Each entry receives its stock gradient times ``native``.
@@ -52,7 +52,7 @@ SHARES: dict[str, Shares] = {
 
 
 def shares(choice: float | str | None) -> Shares:
-    """How a choice shares a gradient.
+    """Return how a choice shares a gradient.
 
     Args:
         choice: A number beta, which is ``beta * minimal + (1 - beta) * native``, a name, or None for the reference.
@@ -70,7 +70,7 @@ def shares(choice: float | str | None) -> Shares:
 
 
 def pool_weights(choice: float | str | None) -> PoolWeights:
-    """How a choice shares a pooling window's gradient.
+    """Return how a choice shares a pooling window's gradient.
 
     Args:
         choice: As for :func:`shares`.

@@ -1,4 +1,4 @@
-"""Where an operation met its kinks, remembered as bits, and the overwriting of just these entries of a gradient.
+"""Keeps the entries at which an operation met its kinks as bits, and overwrites just these entries of a gradient.
 
 For eager code on a CPU, where a tensor beside the stock operation's own costs as much as the operation does: mapping
 fresh memory is slower than the arithmetic. Everything here goes block by block through buffers that stay in the cache,
@@ -162,7 +162,7 @@ def overwrite(
 
 
 def _compiled(x: Tensor) -> bool:
-    """Whether compiled loops take a tensor on a CPU."""
+    """Return whether compiled loops take a tensor on a CPU."""
     return concrete(x) and x.dtype in cpu_kernels.DTYPES and cpu_kernels.available()
 
 

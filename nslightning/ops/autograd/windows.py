@@ -60,7 +60,7 @@ class Regular:
         return Regular(*ahead, self.ceil_mode)
 
     def disjoint(self, sizes: Sequence[int]) -> bool:
-        """Whether no entry lies in two windows, whatever the input's spatial sizes."""
+        """Return whether no entry lies in two windows, whatever the input's spatial sizes."""
         return all(s > d * (k - 1) for s, d, k in zip(self.stride, self.dilation, self.kernel, strict=True))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,7 +116,7 @@ class Adaptive:
         return Adaptive((1, *self.output))
 
     def disjoint(self, sizes: Sequence[int]) -> bool:
-        """Whether no entry lies in two windows, for the input's spatial sizes."""
+        """Return whether no entry lies in two windows, for the input's spatial sizes."""
         return all(size % n == 0 for size, n in zip(sizes, self.output, strict=True))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,7 +192,7 @@ class _Stage:
 
 
 def _plan(geometry: Regular | Adaptive, sizes: Sequence[int], windows: Sequence[int]) -> list[_Plan]:
-    """How to reduce windows: small ones at once, large ones one dimension after the other."""
+    """Return how to reduce windows: small ones at once, large ones one dimension after the other."""
     spans = geometry.spans(sizes, windows)
     axes = [axis for axis, (across, n) in enumerate(zip(spans, sizes, strict=True), 1) if across != [_whole(n)]]
     at_once = prod([len(spans[axis - 1]) for axis in axes]) <= AT_ONCE
@@ -352,7 +352,7 @@ def _part(t: Tensor, subscript: Any) -> Tensor:
 
 
 def _equal(a: Tensor, b: Tensor) -> Tensor:
-    """Where two tensors are equal: 1 and 0 in their dtype."""
+    """Return where two tensors are equal: 1 and 0 in their dtype."""
     if torch.compiler.is_compiling():
         return (a == b).to(a.dtype)
     return torch.eq(a, b, out=torch.empty_like(a, memory_format=torch.contiguous_format))

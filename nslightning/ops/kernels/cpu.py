@@ -38,7 +38,7 @@ _VERSION = 9  # of the functions' arguments, as in cpu.cpp
 
 
 def available() -> bool:
-    """Whether the kernels were compiled, from this version's source."""
+    """Return whether the kernels were compiled, from this version's source."""
     return _library() is not None
 
 
@@ -68,7 +68,7 @@ def _library() -> ctypes.CDLL | None:
 
 
 def addresses(names: Sequence[str]) -> dict[str, int]:
-    """Where kernels lie in memory, for code that calls them itself.
+    """Return where kernels lie in memory, for code that calls them itself.
 
     Args:
         names: The kernels, such as ``"relu_forward"``.
@@ -96,7 +96,7 @@ def _run(name: str, dtype: torch.dtype, *arguments: Tensor | float | ctypes.Arra
 
 
 def sums(tensor: Tensor, reference: Tensor, *, carried: bool) -> Tensor:
-    """How far a tensor is from another one, by sums that do not depend on the number of threads.
+    """Return how far a tensor is from another one, by sums that do not depend on the number of threads.
 
     Args:
         tensor: The difference d if it was carried, else the tensor a = b + d; contiguous.
@@ -117,7 +117,7 @@ def sums(tensor: Tensor, reference: Tensor, *, carried: bool) -> Tensor:
 
 
 def any_zero(x: Tensor) -> bool:
-    """Whether ReLU meets a tie.
+    """Return whether ReLU meets a tie.
 
     Args:
         x: ReLU's input, as in :func:`relu_forward`.
@@ -169,7 +169,7 @@ def relu_backward(g: Tensor, y: Tensor, bits: Tensor, alpha: float, *, constant:
 
 
 def mark(x: Tensor, position: float, size: int) -> tuple[Tensor, Tensor]:
-    """Where a tensor is equal to a number.
+    """Return where a tensor is equal to a number.
 
     Args:
         x: Shape (n,), contiguous.

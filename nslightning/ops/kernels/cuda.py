@@ -49,7 +49,7 @@ def _nvrtc() -> ctypes.CDLL | None:
 
 
 def available() -> bool:
-    """Whether there is a compiler for CUDA kernels."""
+    """Return whether there is a compiler for CUDA kernels."""
     return _nvrtc() is not None
 
 

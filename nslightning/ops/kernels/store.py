@@ -1,4 +1,4 @@
-"""Where compiled libraries are kept, and the name of each.
+"""The folder of the compiled libraries, and the name of each.
 
 PyTorch's C++ interface changes with every version, so a name holds the versions of PyTorch and Python and a hash of the
 source. A library of another version or source has another name and is never loaded.
@@ -23,7 +23,7 @@ _HEADER = Path(__file__).with_name("arguments.h")
 
 
 def cache_folder() -> Path:
-    """Where compiled libraries are kept: ``nslightning/native`` in the user's cache folder.
+    """Return the folder where compiled libraries are kept: ``nslightning/native`` in the user's cache folder.
 
     Returns:
         The folder, which may not exist; ``NSLIGHTNING_NATIVE_DIR`` names another one.
@@ -34,7 +34,7 @@ def cache_folder() -> Path:
 
 
 def library() -> Path:
-    """Where the library for this PyTorch, Python and source is, or would be.
+    """Return the path of the library for this PyTorch, Python and source, which may not exist yet.
 
     Returns:
         The file, which may not exist.

@@ -66,7 +66,7 @@ def _relu_backward(g, y, bits, gradient, n, alpha, constant, MEMORY: tl.constexp
 
 
 def any_zero(x: Tensor) -> bool:
-    """Whether ReLU may meet a tie.
+    """Return whether ReLU may meet a tie.
 
     Args:
         x: ReLU's input.
@@ -149,7 +149,7 @@ def _place(at, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, LAST: tl.const
 
 @triton.jit
 def _where(image, channel, row, column, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, LAST: tl.constexpr):
-    """Where an element lies in the memory: the inverse of `_place`."""
+    """Return where an element lies in the memory: the inverse of `_place`."""
     if LAST:
         return ((image * H + row) * W + column) * C + channel
     return ((image * C + channel) * H + row) * W + column
@@ -180,7 +180,7 @@ def _pool_forward(
 
 @triton.jit
 def _ones(m):
-    """How many of the 16 low bits are set."""
+    """Return how many of the 16 low bits are set."""
     m = m - ((m >> 1) & 0x5555)
     m = (m & 0x3333) + ((m >> 2) & 0x3333)
     m = (m + (m >> 4)) & 0x0F0F
@@ -280,7 +280,7 @@ def pool_shares(
     coefficients: Tensor,
     last: bool | Tensor,
 ) -> Tensor:
-    """What :func:`pool_backward` does, by coefficients: those of a difference, say.
+    """Run :func:`pool_backward` with coefficients, such as those of a difference.
 
     Args:
         g: As there, and all but the last two.
