@@ -61,7 +61,7 @@ class WeightDivergence(Callback):
         files = [path] if path.is_file() else sorted(Path(path, "checkpoints").glob("*.ckpt"))
         if not files:
             raise FileNotFoundError(
-                f"WeightDivergence: {reference} is no checkpoint, and no run folder with checkpoints/*.ckpt"
+                f"WeightDivergence: {reference} is not a checkpoint, and not a run folder with checkpoints/*.ckpt"
             )
         if path.is_file():
             self._fixed = _read(path)["state_dict"]

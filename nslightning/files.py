@@ -122,7 +122,7 @@ def check_writable(folder: str | Path) -> Path:
     folder = Path(folder).absolute()
     existing = next(place for place in (folder, *folder.parents) if place.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"{folder} cannot be written: {existing} is no folder that may be written to")
+        raise ValueError(f"{folder} cannot be written: {existing} is not a folder that may be written to")
     return existing
 
 

@@ -148,7 +148,7 @@ def _content(path: Path) -> dict[str, Any]:
         )
     if not isinstance(content, dict):
         text = " ".join(str(content).split())
-        raise ValueError(f"{path} is no mapping of options to values, but {text[:100]}{' ...' * (len(text) > 100)}")
+        raise ValueError(f"{path} is not a mapping of options to values, but {text[:100]}{' ...' * (len(text) > 100)}")
     return content
 
 

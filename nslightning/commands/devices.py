@@ -48,7 +48,8 @@ def check_accelerator(name: object) -> None:
 
     if isinstance(name, str) and name not in _ACCELERATORS:
         hint = did_you_mean(name, _ACCELERATORS)
-        raise CallError(f"--trainer.accelerator={name} is none{hint} There are: {', '.join(_ACCELERATORS)}")
+        known = ", ".join(_ACCELERATORS)
+        raise CallError(f"--trainer.accelerator={name} is not an accelerator{hint} There are: {known}")
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     present["gpu"] = any(present.values())
     if isinstance(name, str) and not present.get(name, True):

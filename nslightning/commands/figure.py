@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
         parser.error("--from draws results, --run makes them first: give one of the two")
     if options.run and options.run not in SCALES:
         hint = did_you_mean(options.run, SCALES)
-        parser.error(f"--run {options.run} is no scale{hint} There are: {', '.join(SCALES)}")
+        parser.error(f"--run {options.run} is not a scale{hint} There are: {', '.join(SCALES)}")
     if options.out.exists() and not options.out.is_dir():
         parser.error(f"--out {options.out} is a file, and is to be a folder")
     if options.name == "all" and not options.run:

@@ -103,8 +103,8 @@ class Space:
             return cls(option, low, high, log, whole)
         if log or "|" not in words:
             raise ValueError(
-                f"--search {option}={text} is no space: give a range, such as 0.1..0.9 or log:1e-4..1e-1, or values, "
-                "such as 16|32|64"
+                f"--search {option}={text} is not a space: give a range, such as 0.1..0.9 or log:1e-4..1e-1, or "
+                "values, such as 16|32|64"
             )
         return cls(option, values=tuple(yaml.safe_load(value) for value in words.split("|")))
 

@@ -102,10 +102,11 @@ class TrainCLI(LightningCLI):
         config = self.config[self.config.subcommand]
         for group, example in (("trainer", "max_epochs=3"), ("model", "backbone=paper/lenet5")):
             if not isinstance(config.get(group), Namespace):
-                raise CallError(f"--{group}={config.get(group)} is no mapping of options, such as --{group}.{example}")
+                value = config.get(group)
+                raise CallError(f"--{group}={value} is not a mapping of options, such as --{group}.{example}")
         choice = config.model.get("jacobians")
         if self.task != "own" and not isinstance(choice, (Namespace, type(None))):
-            raise CallError(f"--model.jacobians={choice} is no choice, such as {{relu: 1}}, relu=1 or jax")
+            raise CallError(f"--model.jacobians={choice} is not a choice, such as {{relu: 1}}, relu=1 or jax")
         if not config.output:
             raise CallError("--output= names no folder: give --output=FOLDER, or leave it out for runs")
         config.name = config.name or self.start.name

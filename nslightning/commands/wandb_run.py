@@ -91,7 +91,7 @@ def _prepare(options: Namespace, folder: Path) -> list[str]:
     mode = "offline" if options.offline else os.environ.get("WANDB_MODE")
     if mode and mode not in _MODES:
         known = _MODES[:3]
-        raise ValueError(f"WANDB_MODE={mode} is no mode{did_you_mean(mode, known)} There are: {', '.join(known)}")
+        raise ValueError(f"WANDB_MODE={mode} is not a mode{did_you_mean(mode, known)} There are: {', '.join(known)}")
     reason = "W&B is offline"
     if mode in ("online", "run", "shared") and not _has_key():
         raise ValueError(

@@ -111,7 +111,7 @@ class Manifest:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"])) or "its text"
             fix = "Convert the folder again, by nslightning shards FOLDER OUT."
-            raise data_error(file, f"it is no list of shards ({place}: {first['msg']})", fix) from None
+            raise data_error(file, f"it is not a list of shards ({place}: {first['msg']})", fix) from None
 
 
 def is_shards(root: str) -> bool:
@@ -373,7 +373,7 @@ def _places(file: Path, shard: Shard) -> tuple[NDArray[np.int64], NDArray[np.int
         column = batch.column("image").field("bytes")
         labels = batch.column("label").to_numpy().astype(np.int32)
     except (pa.ArrowException, ValueError, KeyError) as error:
-        raise data_error(file, f"it is no shard ({_first_line(error)})", fix) from None
+        raise data_error(file, f"it is not a shard ({_first_line(error)})", fix) from None
     if len(column) != shard.images:
         raise data_error(file, f"count: {len(column)} images, shards.json promises {shard.images}", fix)
     _, offsets, content = column.buffers()

@@ -303,7 +303,7 @@ def _tokenizer(file: Path) -> tuple[_ENCODING, dict[str, Any]]:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the Rust side raises plain Exceptions
         fix = "Give a tokenizer.json file of Hugging Face tokenizers."
-        raise data_error(file, f"it is no tokenizer ({error})", fix) from None
+        raise data_error(file, f"it is not a tokenizer ({error})", fix) from None
     vocab_size, end = tokenizer.get_vocab_size(), tokenizer.token_to_id(END_OF_TEXT)
     if vocab_size > 2**16:
         raise ValueError(f"{file} has {vocab_size} tokens; uint16 files hold at most 65536 different ones")

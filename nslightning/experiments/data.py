@@ -210,7 +210,7 @@ def _module(name: str, options: tuple[tuple[str, Any], ...]) -> ImageDataModule:
     if not (isinstance(kind, type) and issubclass(kind, ImageDataModule)):
         classes = {n: k for n in data.__all__ if isinstance(k := getattr(data, n), type) and k is not ImageDataModule}
         known = [n for n, k in classes.items() if issubclass(k, ImageDataModule)]
-        raise ValueError(f"data={name!r} is no data set{did_you_mean(name, known)} There are: {', '.join(known)}")
+        raise ValueError(f"data={name!r} is not a data set{did_you_mean(name, known)} There are: {', '.join(known)}")
     arguments = dict(options)
     if issubclass(kind, DownloadedImages):
         arguments = {"verify": False, **arguments}

@@ -112,7 +112,7 @@ class Experiment:
         except yaml.YAMLError as error:
             raise ValueError(f"{path} is not YAML: {error}") from error
         if not isinstance(content, dict) or "kind" not in content:
-            raise ValueError(f"{path} is no experiment: it names no kind. configs/experiments has examples")
+            raise ValueError(f"{path} is not an experiment: it names no kind. configs/experiments has examples")
         _check_keys(path, content, _KEYS)
         scales = content.get("scales") or {}
         if not isinstance(scales, dict):

@@ -43,7 +43,7 @@ def check_optimizer(name: str) -> None:
         if name in known:
             return
         raise ValueError(
-            f"optimizer={name!r} is none of timm's{did_you_mean(name, known)} See timm.optim.list_optimizers()"
+            f"optimizer={name!r} is not one of timm's{did_you_mean(name, known)} See timm.optim.list_optimizers()"
         )
     module, _, kind = name.rpartition(".")
     if module:

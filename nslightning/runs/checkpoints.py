@@ -86,7 +86,7 @@ def read_checkpoint(file: Path, weights_only: bool | None = None) -> dict[str, A
     if reason is not None:
         raise ValueError(f"{file} is damaged, or not a checkpoint at all: {reason}") from None
     if not isinstance(content, dict) or "state_dict" not in content:
-        raise ValueError(f"{file} is no checkpoint of a run: it has no state_dict")
+        raise ValueError(f"{file} is not a checkpoint of a run: it has no state_dict")
     return content
 
 

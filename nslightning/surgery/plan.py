@@ -348,7 +348,7 @@ def selectors(keyword: str, selector: Any) -> tuple[One, ...]:
         try:
             return (re.compile(selector[1:-1]),)
         except re.error as error:
-            raise ValueError(f"{keyword}={selector} is no regular expression: {error}") from error
+            raise ValueError(f"{keyword}={selector} is not a regular expression: {error}") from error
     if isinstance(selector, (str, re.Pattern)) or (isinstance(selector, type) and issubclass(selector, nn.Module)):
         return (selector,)
     if isinstance(selector, Iterable):

@@ -127,7 +127,7 @@ class Surgery:
             )
         if _in_checkpoint():
             raise RuntimeError(
-                f"{where} torch.utils.checkpoint counts anew in the backward: do not checkpoint, or drop `call` from "
+                f"{where} torch.utils.checkpoint counts again in the backward: do not checkpoint, or drop `call` from "
                 "the rule"
             )
         return self.plan.covering(part.rules, operation, 0 if number is None else number(part, operation))

@@ -34,7 +34,7 @@ def test_what_is_here_is_taken():
     check_device("cpu")
     with pytest.raises(CallError, match=r"--device=cuda:99 is not here\. There is cpu"):
         check_device("cuda:99")
-    with pytest.raises(CallError, match=r"is none; did you mean 'cuda'\? There are: auto, cpu"):
+    with pytest.raises(CallError, match=r"is not an accelerator; did you mean 'cuda'\? There are: auto, cpu"):
         check_accelerator("cdua")
 
 

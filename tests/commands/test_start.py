@@ -338,7 +338,7 @@ def test_a_home_is_expanded_once(monkeypatch, tmp_path):
         (b"a: [1, 2\n  x: }", "x.yaml, line 2, column"),
         (b"", "x.yaml is empty"),
         (b"# nothing\n", "x.yaml is empty"),
-        (b"just some text", "x.yaml is no mapping of options to values, but just some text"),
+        (b"just some text", "x.yaml is not a mapping of options to values, but just some text"),
         (b"a: \x07", "x.yaml: this is not YAML"),
     ],
 )

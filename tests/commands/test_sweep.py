@@ -74,7 +74,7 @@ def test_a_sweep_goes_on_and_its_best_trial_is_a_config(tmp_path, capsys):
         ([], "--search names what is searched"),
         (["--search", "model.optimizer.lr"], "--search takes OPTION=SPACE"),
         (["--search", "spaces.yaml"], "spaces.yaml: there is no such file"),
-        (["--search", "model.optimizer.lr=3"], "is no space"),
+        (["--search", "model.optimizer.lr=3"], "is not a space"),
         (["--search", "a.b=1..2", "--trials=0"], "--trials is at least 1"),
         (["--search", "a.b=1..2", "--executor=rai"], "did you mean 'ray'"),
         (["--search", "a.b=1..2", "--trails=3"], "did you mean '--trials'"),

@@ -266,13 +266,13 @@ def test_damaged_shards_are_named(folder, out):
     with pytest.raises(data.DataError, match=r"train/00000.arrow: size: .* bytes, shards.json promises"):
         module(out).setup("fit")
     file.write_bytes(bytes(len(content)))
-    with pytest.raises(data.DataError, match=r"train/00000.arrow: it is no shard"):
+    with pytest.raises(data.DataError, match=r"train/00000.arrow: it is not a shard"):
         module(out).setup("fit")
     file.unlink()
     with pytest.raises(data.DataError, match=r"train/00000.arrow: missing"):
         module(out).setup("fit")
     (out / "shards.json").write_text('{"format": 2}')
-    with pytest.raises(data.DataError, match="it is no list of shards"):
+    with pytest.raises(data.DataError, match="it is not a list of shards"):
         module(out)
 
 

@@ -343,7 +343,7 @@ def test_text_that_is_not_utf8_and_a_file_that_is_no_tokenizer(tmp_path):
     with pytest.raises(DataError, match=r"latin.txt: encoding: not UTF-8") as caught:
         prepare([latin], tmp_path / "out", str(tmp_path / "bpe.json"))
     assert "iconv" in str(caught.value)
-    with pytest.raises(DataError, match=r"latin.txt: it is no tokenizer"):
+    with pytest.raises(DataError, match=r"latin.txt: it is not a tokenizer"):
         prepare([latin], tmp_path / "out", str(latin))
     assert not (tmp_path / "out").exists()
 

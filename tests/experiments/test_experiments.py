@@ -77,7 +77,7 @@ def test_images_in_their_order_and_not_normalised():
 
 
 def test_an_unknown_data_set_is_named():
-    with pytest.raises(ValueError, match=r"data='MINST' is no data set; did you mean 'MNIST'\? There are: .*SVHN"):
+    with pytest.raises(ValueError, match=r"data='MINST' is not a data set; did you mean 'MNIST'\? There are: .*SVHN"):
         load("MINST", (), CPU)
 
 
@@ -971,12 +971,12 @@ def test_several_experiments_in_one_call_and_settings_in_the_name(experiment_fil
         (["little.yaml", "--set", "shuffle=1"], "shuffle=1 is not true or false"),
         (
             ["little.yaml", "--set", "data=MNISTT"],
-            "is no data set; did you mean 'MNIST'? There are: CIFAR10,",
+            "is not a data set; did you mean 'MNIST'? There are: CIFAR10,",
         ),
         (["little.yaml", "--set", "backbone=paper/cf"], "there is no backbone 'paper/cf'; did you mean paper/fc"),
         (["little.yaml", "--workers", "0"], "workers=0"),
         (["little.yaml", "--workers", "two"], "invalid int value: 'two'\n  nslightning experiment --help"),
-        (["little.yaml", "--output", "little.yaml"], "little.yaml is no folder that may be written to"),
+        (["little.yaml", "--output", "little.yaml"], "little.yaml is not a folder that may be written to"),
         (["mnist_volume_relu", "--scale", "smoke", "--set", "against=relu"], "against='relu' is not a mapping"),
         (["little.yaml", "--device", "gpu"], "--device=gpu is not here; a GPU is named cuda"),
         (["little.yaml", "--comapre"], "did you mean '--compare'?"),

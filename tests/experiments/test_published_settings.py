@@ -119,7 +119,7 @@ def test_an_optimizer_is_made_by_name_with_its_options(name: str, options: dict[
     ("given", "message"),
     [
         ({"optimizer": "adamw"}, "optimizer='adamw' is not known; did you mean"),
-        ({"optimizer": "timm/lyon"}, "optimizer='timm/lyon' is none of timm's; did you mean 'timm/lion'?"),
+        ({"optimizer": "timm/lyon"}, "optimizer='timm/lyon' is not one of timm's; did you mean 'timm/lion'?"),
         ({"optimizer": "torch.nn.Linear"}, "'torch.nn.Linear' is not known"),
         ({"optimizer": "sgd", "optimizer_options": {"nesterov": True}}, "name the class: optimizer: SGD"),
     ],

@@ -148,7 +148,7 @@ def test_as_published_is_the_released_procedure(tmp_path, monkeypatch) -> None:
         (["--tau=1"], "norm=zone has none"),
         (["--chunk=0"], "at least 1"),
         (["--backbone=paper/lenet6", "--draws=1"], "lenet5"),
-        (["--data=MNST", "--draws=1"], "'MNST' is no data set"),
+        (["--data=MNST", "--draws=1"], "'MNST' is not a data set"),
     ],
 )
 def test_mistaken_calls(options, message, tmp_path, capsys) -> None:

@@ -22,6 +22,7 @@
       axisXQuantitative: { tickCount: Math.max(3, Math.round(width / 110)) },
       axisY: { minExtent: extent, maxExtent: extent, labelLimit: extent },
       header: { labelColor: ink, labelFontSize: 12, labelFontWeight: 600, labelLimit: width - extent },
+      text: { color: quiet },
       legend: { orient: "top", direction: "horizontal", columns: Math.max(1, Math.floor(width / (45 + 7 * longest))),
                 layout: { top: { anchor: "start", direction: "vertical" } }, labelLimit: 300,
                 gradientLength: Math.min(240, width - extent - 40), labelColor: ink, titleColor: quiet,
@@ -82,9 +83,17 @@
     vegaEmbed(place, spec, {
       mode: "vega-lite", logLevel: 1, renderer: rows.length > 3000 ? "canvas" : "svg", config: look(width, extent, longest), tooltip: { theme: dark.matches ? "dark" : "light" },
       actions: { export: true, source: false, compiled: false, editor: false },
-    }).then(() => {
-      const menu = place.querySelector("summary");
-      menu?.setAttribute("aria-label", "Save this figure");
+    }).then(({ view }) => {
+      place.querySelector("summary")?.setAttribute("aria-label", "Save this figure");
+      // vega-embed makes the image when a mouse button goes down on the link; a keyboard presses Enter.
+      for (const link of place.querySelectorAll(".vega-actions a")) {
+        link.addEventListener("keydown", async (event) => {
+          if (event.key !== "Enter") return;
+          event.preventDefault();
+          link.href = await view.toImageURL(link.download.endsWith("svg") ? "svg" : "png");
+          link.click();
+        });
+      }
     }).catch((error) => { place.textContent = `This figure could not be drawn: ${error.message}`; });
   };
 
