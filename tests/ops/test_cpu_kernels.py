@@ -226,6 +226,7 @@ OPERATIONS = {
     "relu6": ({"relu6": (0.3, -2.0)}, ()), "published": ({"relu6": (0.3, 1.0), "rule": "published"}, ()),
     "leaky_relu": ({"leaky_relu": 0.7}, (0.1,)), "hardtanh": ({"hardtanh": (5.0, 0.0)}, (-1.0, 1.0)),
     "hardswish": ({"hardswish": (1.0, 0.5)}, ()), "abs": ({"abs": 0.25}, ()),
+    "hardshrink": ({"hardshrink": (0.3, -2.0)}, (1.0,)), "softshrink": ({"softshrink": (1.0, 0.1)}, (0.5,)),
 }  # fmt: skip
 
 
@@ -383,6 +384,27 @@ def test_every_number_of_half_precision_is_the_composition(choice, parameters, d
         y = pointwise(next(iter(choice)), leaf, Selection(Jacobians(**choice)), *parameters)
         gradients.append(bits_of(torch.autograd.grad(y, leaf, g)[0]))
     assert torch.equal(*gradients)
+
+
+@layouts
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels", [3, 8, 21])  # eight at a time, and those that are left
+def test_sums_of_half_precision_are_rounded_as_stock_rounds_them(channels, dtype, layout):
+    """Of overlapping windows: gradients of every size, so that sums are subnormal, rounded, and infinite."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, channels, 19, 17)
+    x = torch.randn(shape, generator=generator).to(dtype).contiguous(memory_format=layout).requires_grad_()
+    stock = F.max_pool2d(x, 3, 2, 1)
+    g = torch.randint(-(2**15), 2**15, stock.shape, generator=generator).to(torch.int16).view(dtype)
+    g = torch.where(g.isnan(), -0.0, g)
+    g[:, :, ::3] = torch.finfo(dtype).max  # rows, of which two windows side by side may have the same maximum
+    y = pool(x, Selection(Jacobians()), regular(2, 3, 2, 1))
+    assert torch.equal(bits_of(y.detach()), bits_of(stock.detach()))
+    got, want = (torch.autograd.grad(result, x, g)[0] for result in (y, stock))
+    numbers = ~want.isnan()  # infinity less infinity, whose bits an addition chooses
+    assert (want[numbers].isinf().any(), got.stride()) == (True, want.stride())
+    assert torch.equal(bits_of(got)[numbers], bits_of(want)[numbers])
+    assert torch.equal(got.isnan(), want.isnan())
 
 
 def test_nan_in_half_precision_is_pooled_as_stock_does():

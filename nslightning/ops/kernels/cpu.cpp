@@ -34,6 +34,12 @@
 #define VECTORISED
 #endif
 
+// There a processor may have instructions for float16.
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
+#include <immintrin.h>
+#define BY_PROCESSOR __attribute__((target("avx,f16c")))
+#endif
+
 namespace {
 
 using std::int16_t;
@@ -113,6 +119,21 @@ void narrowed(float x, Float16& into) {
   const uint32_t normal = (bits - (112u << 23) + 0xFFF + ((bits >> 13) & 1)) >> 13;
   const uint32_t number = bits >= 0x47800000 ? large : bits < (113u << 23) ? small : normal;
   into.bits = static_cast<uint16_t>(sign | (x != x ? nan : number));
+}
+
+// The nearest number of 16 bits, as a float: what `narrowed` and `widened` make of it.
+float rounded(float x, BFloat16) {
+  const uint32_t bits = bits_of(x);
+  return float_of(x != x ? 0x7FC00000 : (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000);
+}
+
+float rounded(float x, Float16) {
+  const uint32_t all = bits_of(x), sign = all & 0x80000000, bits = all & 0x7FFFFFFF;
+  const uint32_t nan = (bits & ~0x1FFFu) | 0x400000, infinity = 0x7F800000;
+  const uint32_t small = bits_of((float_of(bits) + 0.5f) - 0.5f);  // the sum's last bit is the least number's
+  const uint32_t near = (bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFFu;
+  const uint32_t number = bits < (113u << 23) ? small : near >= 0x47800000 ? infinity : near;
+  return float_of(sign | (x != x ? nan : number));
 }
 
 // As stock compares: a subnormal bfloat16 is 0 where the processor is told to take it so, a subnormal float16 not.
@@ -403,6 +424,30 @@ void times(const H* __restrict g, const uint16_t* __restrict one, const uint16_t
   }
 }
 
+// Which of the entries of 16 bits of a block's row k are at a position; whether any is.
+template <typename H>
+bool mark_row(const H* __restrict x, uint8_t* __restrict bits, int k, int64_t n, int16_t position, int16_t least) {
+  uint16_t any = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const auto at = static_cast<uint16_t>(key_of(x[i], least) == position);
+    any |= at;
+    bits[i] |= static_cast<uint8_t>(at << k);
+  }
+  return any;
+}
+
+// The gradient of a row's tied entries.
+template <bool CONSTANT, typename H>
+void overwrite_row(H* __restrict gradient, const H* __restrict g, const uint8_t* __restrict tied, int k, int64_t n,
+                   float alpha) {
+  for (int64_t i = 0; i < n; ++i) {
+    H chosen;
+    narrowed(CONSTANT ? alpha : widened(g[i]) * alpha, chosen);
+    const auto mask = static_cast<uint16_t>(-((tied[i] >> k) & 1));
+    gradient[i].bits = (chosen.bits & mask) | (gradient[i].bits & ~mask);
+  }
+}
+
 // --------------------------------------------------------------------------------------------------------- max pooling
 
 struct Geometry {
@@ -574,6 +619,73 @@ int ones(uint16_t m) {
   return (m + (m >> 8)) & 0x1F;
 }
 
+// Many conversions at a time, and sums rounded in place.
+#define CONVERSIONS(T)                                                              \
+  VECTORISED void widen(const T* from, float* into, int64_t n) {                    \
+    for (int64_t i = 0; i < n; ++i) into[i] = widened(from[i]);                     \
+  }                                                                                 \
+  VECTORISED void narrow(const float* from, T* into, int64_t n) {                   \
+    for (int64_t i = 0; i < n; ++i) narrowed(from[i], into[i]);                     \
+  }                                                                                 \
+  VECTORISED void round_to(T, float* sums, int64_t n) {                             \
+    for (int64_t i = 0; i < n; ++i) sums[i] = rounded(sums[i], T());                \
+  }
+
+CONVERSIONS(BFloat16)
+#if !defined(BY_PROCESSOR)
+CONVERSIONS(Float16)
+#else
+namespace written_out {
+CONVERSIONS(Float16)
+}
+
+// Of these instructions' results only a signalling NaN differs, by the bit that the next operation sets.
+BY_PROCESSOR void widen_eights(const Float16* from, float* into, int64_t n) {
+  for (int64_t i = 0; i < n; i += 8) {
+    _mm256_storeu_ps(into + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+  }
+}
+
+BY_PROCESSOR void narrow_eights(const float* from, Float16* into, int64_t n) {
+  for (int64_t i = 0; i < n; i += 8) {
+    const __m128i halves = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(into + i), halves);
+  }
+}
+
+BY_PROCESSOR void round_eights(float* sums, int64_t n) {
+  for (int64_t i = 0; i < n; i += 8) {
+    const __m128i halves = _mm256_cvtps_ph(_mm256_loadu_ps(sums + i), _MM_FROUND_TO_NEAREST_INT);
+    _mm256_storeu_ps(sums + i, _mm256_cvtph_ps(halves));
+  }
+}
+
+// How many of n entries the processor's instructions take, eight at a time.
+int64_t by_processor(int64_t n) {
+  static const bool has = __builtin_cpu_supports("avx") && __builtin_cpu_supports("f16c");
+  return has ? n / 8 * 8 : 0;
+}
+
+void widen(const Float16* from, float* into, int64_t n) {
+  const int64_t most = by_processor(n);
+  widen_eights(from, into, most);
+  written_out::widen(from + most, into + most, n - most);
+}
+
+void narrow(const float* from, Float16* into, int64_t n) {
+  const int64_t most = by_processor(n);
+  narrow_eights(from, into, most);
+  written_out::narrow(from + most, into + most, n - most);
+}
+
+void round_to(Float16, float* sums, int64_t n) {
+  const int64_t most = by_processor(n);
+  round_eights(sums, most);
+  written_out::round_to(Float16(), sums + most, n - most);
+}
+#endif
+#undef CONVERSIONS
+
 // How windows with 0 to 16 tied entries share their gradient. The target receives `target`, the others `rest`; or, if
 // these are summed apart, all receive `rest` and the target `target` more.
 template <typename T>
@@ -589,27 +701,21 @@ struct Weights {
   bool difference() const { return !apart && target[1] == 0; }
 };
 
-// How a sum is rounded: not at all, or as stock rounds each sum of entries of 16 bits.
+// How sums are rounded: not at all, or as stock rounds each sum of entries of 16 bits.
 struct Exact {
   template <typename T>
-  static T of(T sum) {
-    return sum;
-  }
+  static void round(T*, int64_t) {}
 };
 template <typename H>
 struct As {
-  static float of(float sum) {
-    H entry;
-    narrowed(sum, entry);
-    return widened(entry);
-  }
+  static void round(float* sums, int64_t n) { round_to(H(), sums, n); }
 };
 
 // What the entries of one row of windows receive: all that reach the maximum `g`, unless some are `tied`, or `nothing`.
 template <typename T, typename Rounded = Exact>
 struct Shares {
   int64_t row = -1;
-  bool tied = false, nothing = false;
+  bool tied = false, often = false, nothing = false;  // often: more than every eighth window
   const T* g = nullptr;
   const uint16_t* masks = nullptr;
   std::vector<T> rest, target;
@@ -617,15 +723,14 @@ struct Shares {
 
   void form(int64_t number, const T* of, const uint16_t* reached, int64_t n, const Weights<T>& weights) {
     row = number, g = of, masks = reached;
-    uint16_t several = 0;
-    for (int64_t i = 0; i < n; ++i) several |= masks[i] & (masks[i] - 1);
-    tied = several != 0;
+    int several = 0;
+    for (int64_t i = 0; i < n; ++i) several += (masks[i] & (masks[i] - 1)) != 0;
+    tied = several != 0, often = several > n / 8;
     nothing = !tied && weights.difference();
     if (!tied) return;
     rest.resize(n);
     if (weights.even()) {
-      for (int64_t i = 0; i < n; ++i) rest[i] = of[i] * weights.rest[ones(reached[i])];
-      if (weights.difference()) clear(weights.rest, rest.data(), n);
+      multiply(weights.rest, n, weights.difference(), rest.data());
       g = rest.data(), tied = false;
       return;
     }
@@ -644,20 +749,26 @@ struct Shares {
       return;
     }
     target.resize(n);
-    for (int64_t i = 0; i < n; ++i) {
-      const int count = ones(masks[i]);
-      rest[i] = g[i] * weights.rest[count];
-      target[i] = Rounded::of(g[i] * weights.target[count]);
-    }
-    if (weights.difference() || weights.apart) {
-      clear(weights.rest, rest.data(), n);
-      clear(weights.target, target.data(), n);
-    }
+    const bool clear = weights.difference() || weights.apart;
+    multiply(weights.rest, n, clear, rest.data());
+    multiply(weights.target, n, clear, target.data());
+    Rounded::round(target.data(), n);
   }
 
-  // Nothing of an infinite gradient is nothing.
-  void clear(const T* by_count, T* products, int64_t n) const {
-    for (int64_t i = 0; i < n; ++i) products[i] = select(by_count[ones(masks[i])] != 0, products[i], T(0));
+  // The windows' gradients times the coefficients for their numbers of tied entries. With `clear`, nothing of an
+  // infinite gradient is nothing.
+  void multiply(const T* by_count, int64_t n, bool clear, T* __restrict products) const {
+    const T* __restrict gradients = g;
+    const auto product = [&](int64_t i, T by) { return select(clear & (by == 0), T(0), gradients[i] * by); };
+    if (often) {
+      for (int64_t i = 0; i < n; ++i) products[i] = product(i, by_count[ones(masks[i])]);
+      return;
+    }
+    const T alone = by_count[1];
+    for (int64_t i = 0; i < n; ++i) products[i] = product(i, alone);  // a loop without look-ups
+    for (int64_t i = 0; i < n; ++i) {
+      if (masks[i] & (masks[i] - 1)) products[i] = product(i, by_count[ones(masks[i])]);
+    }
   }
 
   // Add to the entries at one place of the windows first, ..., first + n - 1.
@@ -665,9 +776,8 @@ struct Shares {
     if (!tied) return add(bit, masks + first, g + first, n, into);
     const T *others = rest.data() + first, *one = target.data() + first;
     const uint16_t *all = masks + first, *at = which.data() + first;
-    for (int64_t i = 0; i < n; ++i) {
-      into[i] = Rounded::of(into[i] + select(at[i] & bit, one[i], select(all[i] & bit, others[i], T(0))));
-    }
+    for (int64_t i = 0; i < n; ++i) into[i] += select(at[i] & bit, one[i], select(all[i] & bit, others[i], T(0)));
+    Rounded::round(into, n);
   }
 
   // Write a row of two entries, at the places `bit` and after it, of pairs first, ..., first + n - 1.
@@ -703,9 +813,8 @@ struct Shares {
 
   template <typename Round = Rounded>
   static void add(uint16_t bit, const uint16_t* where, const T* values, int64_t n, T* into) {
-    for (int64_t i = 0; i < n; ++i) {
-      into[i] = Round::of(into[i] + select(where[i] & bit, values[i], T(0)));
-    }
+    for (int64_t i = 0; i < n; ++i) into[i] += select(where[i] & bit, values[i], T(0));
+    Round::round(into, n);
   }
 };
 
@@ -857,12 +966,6 @@ INSTANCES(double)
 #undef INSTANCES
 
 #define HALVES(T)                                                                                             \
-  VECTORISED void widen(const T* from, float* into, int64_t n) {                                              \
-    for (int64_t i = 0; i < n; ++i) into[i] = widened(from[i]);                                               \
-  }                                                                                                           \
-  VECTORISED void narrow(const float* from, T* into, int64_t n) {                                             \
-    for (int64_t i = 0; i < n; ++i) narrowed(from[i], into[i]);                                               \
-  }                                                                                                           \
   VECTORISED bool which_are_zero(const T* x, uint8_t* zero, int64_t n) {                                      \
     uint16_t any = 0;                                                                                         \
     for (int64_t i = 0; i < n; ++i) any |= static_cast<uint16_t>(is_zero(x[i]));                              \
@@ -883,6 +986,9 @@ INSTANCES(double)
     }                                                                                                         \
     return any;                                                                                               \
   }                                                                                                           \
+  VECTORISED bool mark_some(const T* x, uint8_t* bits, int k, int64_t n, int16_t position, int16_t least) {   \
+    return mark_row(x, bits, k, n, position, least);                                                          \
+  }                                                                                                           \
   VECTORISED void within(const T* x, uint16_t* inside, int64_t n, const Keys& keys, bool& nan, bool& beyond) {\
     inside_bounds(x, inside, n, keys, nan, beyond);                                                           \
   }                                                                                                           \
@@ -896,12 +1002,8 @@ INSTANCES(double)
   }                                                                                                           \
   VECTORISED void overwrite_some(T* gradient, const T* g, const uint8_t* tied, int k, int64_t n, float alpha, \
                                  bool constant) {                                                             \
-    for (int64_t i = 0; i < n; ++i) {                                                                         \
-      T chosen;                                                                                               \
-      narrowed(constant ? alpha : widened(g[i]) * alpha, chosen);                                             \
-      const uint16_t mask = static_cast<uint16_t>(-((tied[i] >> k) & 1));                                     \
-      gradient[i].bits = (chosen.bits & mask) | (gradient[i].bits & ~mask);                                   \
-    }                                                                                                         \
+    if (constant) overwrite_row<true>(gradient, g, tied, k, n, alpha);                                        \
+    else overwrite_row<false>(gradient, g, tied, k, n, alpha);                                                \
   }                                                                                                           \
   VECTORISED void pool_backward(As<T>, const float* g, const uint16_t* masks, const Weights<float>& weights,  \
                                 float* gradient, const Geometry& at, int64_t begin, int64_t end) {            \
@@ -1154,13 +1256,16 @@ void relu_backward_all(const H* g, const H* y, const uint8_t* bits, H* gradient,
 
 template <typename H, Half<H> = 0>
 void mark_all(const H* x, int64_t n, int64_t size, double position, uint8_t* bits, bool* met, int64_t threads) {
-  H rounded;
-  narrowed(static_cast<float>(position), rounded);
-  const float at = widened(rounded);
+  const int16_t least = flushed(H()), at = position_key<H>(position, least);
+  const int64_t row = size / 8;
   over_blocks(n, size, threads, [=](int64_t start, int64_t entries) {
-    std::vector<float> in(entries);
-    widen(x + start, in.data(), entries);
-    mark(in.data(), entries, size, at, bits + start / 8, met + start / size, 0, 1);
+    uint8_t* into = bits + start / 8;
+    std::fill(into, into + row, 0);
+    bool any = false;
+    for (int k = 0; k < 8 && k * row < entries; ++k) {
+      any |= mark_some(x + start + k * row, into, k, std::min(row, entries - k * row), at, least);
+    }
+    met[start / size] = any;
   });
 }
 
