@@ -90,7 +90,7 @@ def windows_with_ties(x, kernel, stride, padding):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tie_counts_agree_with_a_count_on_hooked_inputs(batches, dtype):
     net = Net()
-    found = audit(net, batches, dtypes=[dtype])
+    audited = audit(net, batches, dtypes=[dtype])
     seen = {"act": [0, 0], "pool": [0, 0]}
     stock = copy.deepcopy(net).to(DTYPES[dtype]).train()
 
@@ -106,7 +106,7 @@ def test_tie_counts_agree_with_a_count_on_hooked_inputs(batches, dtype):
     with torch.no_grad():
         for images, _ in batches:
             stock(images.to(DTYPES[dtype]))
-    sites = {site.name: site for site in found.sites}
+    sites = {site.name: site for site in audited.sites}
     assert list(sites) == ["act", "pool", ":max_pool2d"]
     for name in seen:
         assert sites[name].ties == {dtype: tuple(seen[name])}
@@ -118,7 +118,7 @@ def test_tie_counts_agree_with_a_count_on_hooked_inputs(batches, dtype):
 
 def test_divergence_is_the_subtraction_in_float64(batches):
     net = Net()
-    found = audit(net, batches, dtypes=["64"], seed=3)
+    audited = audit(net, batches, dtypes=["64"], seed=3)
     want = {choice: [] for choice in CHOICES}
     layers = {}
     for i, (images, labels) in enumerate(batches):
@@ -129,8 +129,8 @@ def test_divergence_is_the_subtraction_in_float64(batches):
         for choice, value in divergence(loss, other, CHOICES).items():
             want[choice].append(value.relative)
             layers[choice, i] = value
-    assert [s.choice for s in found.spreads] == list(CHOICES)
-    for spread in found.spreads:
+    assert [s.choice for s in audited.spreads] == list(CHOICES)
+    for spread in audited.spreads:
         assert spread.per_batch == pytest.approx(want[spread.choice], rel=1e-9, abs=1e-15)
         assert spread.relative == max(spread.per_batch)
         if spread.relative:
@@ -138,7 +138,7 @@ def test_divergence_is_the_subtraction_in_float64(batches):
             name, share = next(iter(spread.layers.items()))
             assert share == pytest.approx((worst.per_layer[name].l2 / worst.l2) ** 2, rel=1e-8)
             assert share == max(spread.layers.values())
-    by_choice = {s.choice: s.relative for s in found.spreads}
+    by_choice = {s.choice: s.relative for s in audited.spreads}
     assert by_choice["jax"] == by_choice["tensorflow"] == 0
     assert by_choice["relu1"] > 1e-3
     assert by_choice["beta10"] > by_choice["minimal"] > 1e-3
@@ -161,9 +161,9 @@ def test_alpha_1_is_a_relu_written_by_hand(few):
         loss = F.cross_entropy(other.fc(act(other.conv(few[0][0].double())).mean((2, 3))), few[0][1])
         grads.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(other.parameters()))]))
     want = float((grads[1] - grads[0]).norm() / grads[0].norm())
-    found = audit(net, few, dtypes=["64"], choices={"relu1": CHOICES["relu1"]})
+    audited = audit(net, few, dtypes=["64"], choices={"relu1": CHOICES["relu1"]})
     assert want > 1e-2
-    assert found.largest == pytest.approx(want, rel=1e-12)
+    assert audited.largest == pytest.approx(want, rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -176,14 +176,14 @@ def test_alpha_1_is_a_relu_written_by_hand(few):
     ],
 )
 def test_planted_ties_change_the_advice(few, model, expected, says):
-    found = audit(Relu(**model), few, dtypes=["32"])
-    assert verdict(found, "32") == expected
-    words = "\n".join(advice(found))
+    audited = audit(Relu(**model), few, dtypes=["32"])
+    assert verdict(audited, "32") == expected
+    words = "\n".join(advice(audited))
     assert says in words
     assert ("Nothing to change" in words) == (expected in ("dead ties", "rounding"))
-    assert found.largest == 0 if expected in ("no ties", "dead ties") else found.largest > 0
-    assert says in table(found)
-    assert expected in page(found)
+    assert audited.largest == 0 if expected in ("no ties", "dead ties") else audited.largest > 0
+    assert says in table(audited)
+    assert expected in page(audited)
 
 
 def test_advice_tells_the_ties_of_rounding_from_those_of_the_network(few):
@@ -192,11 +192,11 @@ def test_advice_tells_the_ties_of_rounding_from_those_of_the_network(few):
     with torch.no_grad():
         net[0].weight.mul_(2**-10)
         net[0].bias.fill_(1)
-    found = audit(net, [(torch.randn(4, 3, 8, 8), few[0][1])], dtypes=["bf16", "64"])
-    assert [verdict(found, d) for d in ("bf16", "64")] == ["matters", "no ties"]
-    assert "rounding makes the ones that do" in "\n".join(advice(found))
-    found = audit(Relu(tie=True), few, dtypes=["bf16", "64"])
-    assert "the network or the data makes ties" in "\n".join(advice(found))
+    audited = audit(net, [(torch.randn(4, 3, 8, 8), few[0][1])], dtypes=["bf16", "64"])
+    assert [verdict(audited, d) for d in ("bf16", "64")] == ["matters", "no ties"]
+    assert "rounding makes the ones that do" in "\n".join(advice(audited))
+    audited = audit(Relu(tie=True), few, dtypes=["bf16", "64"])
+    assert "the network or the data makes ties" in "\n".join(advice(audited))
 
 
 def test_a_difference_that_cancels_over_the_reals_is_rounding():
@@ -209,16 +209,16 @@ def test_a_difference_that_cancels_over_the_reals_is_rounding():
         nn.Linear(4, 3),
     )  # fmt: skip
     choices = {name: CHOICES[name] for name in ("minimal", "beta10")}
-    found = audit(net, [(images, torch.tensor([0, 1, 2, 0]))], dtypes=["32", "64"], choices=choices)
+    audited = audit(net, [(images, torch.tensor([0, 1, 2, 0]))], dtypes=["32", "64"], choices=choices)
     for dtype in ("32", "64"):
-        largest = max((s for s in found.spreads if s.dtype == dtype), key=lambda s: s.relative)
+        largest = max((s for s in audited.spreads if s.dtype == dtype), key=lambda s: s.relative)
         assert largest.relative > 2 * float(torch.finfo(DTYPES[dtype]).eps)  # which alone would say that it matters
         assert largest.zone == "compensation"
-        assert verdict(found, dtype) == "rounding"
-    words = "\n".join(advice(found))
+        assert verdict(audited, dtype) == "rounding"
+    words = "\n".join(advice(audited))
     assert "large terms cancel in it: over the real numbers the gradients agree" in words
     assert "Nothing to change" in words
-    assert Audit.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    assert Audit.from_dict(json.loads(json.dumps(audited.to_dict()))) == audited
     net[0].weight.data[0] = net[0].bias.data[0] = 0  # a plane that is constant: its ties do not cancel
     net[2] = nn.Sequential(nn.ReLU(), net[2])
     real = audit(net, [(images, None)], dtypes=["32"], choices=CHOICES)
@@ -287,11 +287,11 @@ def test_noise_floor(few):
 
     assert audit(NoisyKernel(tie=True), few, dtypes=["32"]).noise["32"] > 1e-3
     assert audit(Relu(tie=True), few).noise == dict.fromkeys(DTYPES, 0.0)
-    found = audit(VeryNoisy(tie=True), few, dtypes=["32"])
-    assert found.noise["32"] > 1e-3
+    audited = audit(VeryNoisy(tie=True), few, dtypes=["32"])
+    assert audited.noise["32"] > 1e-3
     for factor, words in ((2.0, "matters"), (0.5, "rounding")):  # of the floor
-        spread = replace(found.spreads[0], relative=factor * found.noise["32"])
-        assert verdict(replace(found, spreads=[spread]), "32") == words
+        spread = replace(audited.spreads[0], relative=factor * audited.noise["32"])
+        assert verdict(replace(audited, spreads=[spread]), "32") == words
     assert audit(NoisyNet(tie=True), few, dtypes=["32"]).noise["32"] == 0  # noise that reaches no parameter
 
 
@@ -354,21 +354,21 @@ def test_a_dtype_that_cannot_be_run_is_said(few):
                 raise RuntimeError('"net" not implemented for <Half>')
             return super().forward(x)
 
-    found = audit(NoHalf(), few, dtypes=["16", "32"])
-    assert found.dtypes == ["32"]
-    assert found.not_run == {"16": '"net" not implemented for <Half>'}
-    assert '16 could not be run on cpu: "net" not implemented for <Half>' in table(found)
-    assert "not implemented for &lt;Half&gt;" in page(found)
-    assert any(line.startswith("16 could not be run on cpu") for line in advice(found))
+    audited = audit(NoHalf(), few, dtypes=["16", "32"])
+    assert audited.dtypes == ["32"]
+    assert audited.not_run == {"16": '"net" not implemented for <Half>'}
+    assert '16 could not be run on cpu: "net" not implemented for <Half>' in table(audited)
+    assert "not implemented for &lt;Half&gt;" in page(audited)
+    assert any(line.startswith("16 could not be run on cpu") for line in advice(audited))
     with pytest.raises(RuntimeError, match=r"runs in none of 16: .*not implemented"):
         audit(NoHalf(), few, dtypes=["16"])
 
 
 def test_json_round_trip_also_of_what_is_not_finite(batches):
-    found = audit(Net(), batches, dtypes=["16", "32"])
-    plain = json.loads(json.dumps(found.to_dict(), allow_nan=False))
-    assert Audit.from_dict(plain) == found
-    assert plain["largest"] == found.largest
+    audited = audit(Net(), batches, dtypes=["16", "32"])
+    plain = json.loads(json.dumps(audited.to_dict(), allow_nan=False))
+    assert Audit.from_dict(plain) == audited
+    assert plain["largest"] == audited.largest
     huge = audit(Relu(tie=True), [(torch.full((1, 3, 2, 2), 1e30), torch.tensor([0]))], dtypes=["16"])
     assert verdict(huge, "16") == "not finite"
     assert math.isnan(huge.largest)
@@ -391,8 +391,8 @@ def figures(source):
 
 
 def test_html_loads_nothing_and_names_every_site(batches):
-    found = audit(Net(), batches, name="<b>&net", data='"mine"')
-    text = page(found)
+    audited = audit(Net(), batches, name="<b>&net", data='"mine"')
+    text = page(audited)
     assert "<b>&net" not in text
     assert "&lt;b&gt;&amp;net" in text
     assert "default-src 'none'" in text
@@ -401,17 +401,17 @@ def test_html_loads_nothing_and_names_every_site(batches):
     spreads, sites = figures(text)
     assert [(r["row"], r["series"], r["rounding"]) for r in spreads] == [
         (s.choice, s.dtype, pytest.approx(torch.finfo(DTYPES[s.dtype]).eps, rel=1e-4))
-        for choice in CHOICES for s in found.spreads if s.choice == choice
+        for choice in CHOICES for s in audited.spreads if s.choice == choice
     ]  # fmt: skip
     drawn = {(r["row"], r["series"]): r["value"] for r in spreads}
-    for spread in found.spreads:
+    for spread in audited.spreads:
         assert drawn[spread.choice, spread.dtype] == pytest.approx(spread.relative, rel=1e-4)
     drawn = {(r["row"], r["series"]): r["value"] for r in sites}
     assert drawn == {
         (site_label(site.name), dtype): pytest.approx(site.fraction(dtype), rel=1e-4)
-        for site in found.tied_sites for dtype in DTYPES
+        for site in audited.tied_sites for dtype in DTYPES
     }  # fmt: skip
-    for site in found.sites:
+    for site in audited.sites:
         assert f">{site_label(site.name)}</th>".replace(".", ".<wbr>") in text
     for tag in ("table", "div", "p", "tr", "td", "details", "title"):
         assert len(re.findall(rf"<{tag}[ >]", shown)) == shown.count(f"</{tag}>")
@@ -453,8 +453,8 @@ def test_five_hundred_sites_stay_readable():
 
 def test_table_is_aligned_and_says_what_it_leaves_out(few):
     layers = [nn.Conv2d(3, 3, 1), *(nn.ReLU() for _ in range(25)), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    found = audit(nn.Sequential(*layers), few, dtypes=["32", "64"])
-    text = table(found)
+    audited = audit(nn.Sequential(*layers), few, dtypes=["32", "64"])
+    text = table(audited)
     assert "25 sites: 24 tied (20 shown; --json and --html list all), 1 without a tie" in text
     lines = text.splitlines()
     start = lines.index("Ties, as a share of evaluations") + 1

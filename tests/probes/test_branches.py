@@ -66,9 +66,9 @@ def test_a_compensation_is_none_over_the_reals(pick, dtype):
         torch.manual_seed(seed)
         model = Compensated(PICKS[pick]).to(dtype)
         patch(model, Jacobians())
-        found = zone(model, lambda y: y.float().sum(), torch.randn(2, 64).to(dtype), LAST)
-        kinds.append(found.kind)
-        assert found.difference < 1e-9
+        located = zone(model, lambda y: y.float().sum(), torch.randn(2, 64).to(dtype), LAST)
+        kinds.append(located.kind)
+        assert located.difference < 1e-9
     assert "bifurcation" not in kinds
 
 

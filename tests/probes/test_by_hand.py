@@ -180,20 +180,20 @@ class Block(nn.Module):
 
 def test_an_audit_names_the_module_and_the_line():
     model = nn.Sequential(nn.Linear(3, 3), Block(), nn.Linear(4, 2))
-    found = audit(model, [(batch(), None)] * 2, dtypes=["32", "64"])
-    (line,) = found.by_hand
+    audited = audit(model, [(batch(), None)] * 2, dtypes=["32", "64"])
+    (line,) = audited.by_hand
     assert (line.name, line.place.split(":")[0], line.code) == (
         "1", "test_by_hand.py", "return torch.where(y > 0, y, 0) + x.sum()",
     )  # fmt: skip
     assert line.ties == {"32": (48, 48), "64": (48, 48)}
     assert all(value > 0.01 for value in line.relative.values())
-    paragraphs = [text for text in advice(found) if text.startswith("A kink written by hand")]
-    assert not found.clarke["32"].holds
+    paragraphs = [text for text in advice(audited) if text.startswith("A kink written by hand")]
+    assert not audited.clarke["32"].holds
     assert len(paragraphs) == 1
     assert "1 compares at test_by_hand.py" in paragraphs[0]
     assert "F.relu" in paragraphs[0]
-    assert Audit.from_dict(found.to_dict()) == found
-    older = found.to_dict()
+    assert Audit.from_dict(audited.to_dict()) == audited
+    older = audited.to_dict()
     del older["by_hand"]
     assert Audit.from_dict(older).by_hand == []
     smooth = audit(nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2)), [(batch(), None)], dtypes=["32"])

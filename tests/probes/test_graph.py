@@ -81,13 +81,13 @@ def test_the_second_backward_starts_where_choices_part(kind):
     seen = [0, 0]
     model.high.bias.register_hook(lambda g: seen.__setitem__(0, seen[0] + 1))
     model.low.bias.register_hook(lambda g: seen.__setitem__(1, seen[1] + 1))
-    found = gradients(loss, model, CHOICES)
+    by_choice = gradients(loss, model, CHOICES)
     assert seen == times
     for choice, jacobians in CHOICES.items():
         (alone,) = gradients(loss, model, {choice: jacobians}).values()
-        assert all(torch.equal(alone[n], g) for n, g in found[choice].items())
-    assert not torch.equal(found["a"]["low.weight"], found["b"]["low.weight"])
-    assert found["a"]["high.weight"] is found["b"]["high.weight"]
+        assert all(torch.equal(alone[n], g) for n, g in by_choice[choice].items())
+    assert not torch.equal(by_choice["a"]["low.weight"], by_choice["b"]["low.weight"])
+    assert by_choice["a"]["high.weight"] is by_choice["b"]["high.weight"]
 
 
 def test_hooks_at_the_place_run_once_for_each_choice():
@@ -97,10 +97,10 @@ def test_hooks_at_the_place_run_once_for_each_choice():
     model.mid.register_forward_pre_hook(lambda m, given: kept.append(given[0]))
     loss = model(torch.randn(3, 4)).square().sum()
     kept[0].register_hook(lambda g: 2 * g)
-    found = gradients(loss, model, CHOICES)
+    by_choice = gradients(loss, model, CHOICES)
     for choice, jacobians in CHOICES.items():
         (alone,) = gradients(loss, model, {choice: jacobians}).values()
-        assert all(torch.equal(alone[n], g) for n, g in found[choice].items())
+        assert all(torch.equal(alone[n], g) for n, g in by_choice[choice].items())
 
 
 def test_choices_that_cannot_matter_cost_one_backward():
@@ -111,9 +111,9 @@ def test_choices_that_cannot_matter_cost_one_backward():
     loss = model(torch.ones(3, 4)).sum()
     seen = []
     model.low.bias.register_hook(seen.append)
-    found = gradients(loss, model, CHOICES, retain_graph=False)
+    by_choice = gradients(loss, model, CHOICES, retain_graph=False)
     assert len(seen) == 1
-    assert found["a"]["low.bias"] is found["c"]["low.bias"]
+    assert by_choice["a"]["low.bias"] is by_choice["c"]["low.bias"]
     with pytest.raises(RuntimeError, match="second time"):  # freed all the same
         loss.backward()
 
@@ -123,8 +123,8 @@ def test_random_choices_are_not_the_same_choice():
     nn.init.zeros_(model[0].weight), nn.init.zeros_(model[0].bias)
     patch(model, Jacobians())
     loss = model(torch.ones(1, 40)).sum()
-    found = gradients(loss, model, {"a": Jacobians(relu="random"), "b": Jacobians(relu="random")})
-    assert not torch.equal(found["a"]["0.bias"], found["b"]["0.bias"])
+    by_choice = gradients(loss, model, {"a": Jacobians(relu="random"), "b": Jacobians(relu="random")})
+    assert not torch.equal(by_choice["a"]["0.bias"], by_choice["b"]["0.bias"])
 
 
 class Inside(torch.autograd.Function):
@@ -163,8 +163,8 @@ def test_no_backward_starts_at_one_of_several_results():
     patch(model, Jacobians())
     loss = model(torch.arange(1.0, 5.0, dtype=torch.float64).view(4, 1))
     assert same_as_alone(loss, model, CHOICES)
-    found = gradients(loss, model, CHOICES)
-    assert all(not torch.equal(found["a"][n], found["b"][n]) for n in ("a", "b"))
+    by_choice = gradients(loss, model, CHOICES)
+    assert all(not torch.equal(by_choice["a"][n], by_choice["b"][n]) for n in ("a", "b"))
 
 
 def test_what_is_not_to_be_seen_may_matter():
@@ -176,8 +176,8 @@ def test_what_is_not_to_be_seen_may_matter():
     assert not any(operation_nodes(loss))
     assert [node.name() for node in opaque_nodes(loss)] == ["InsideBackward"]
     model = nn.ModuleDict({"lower": lower, "inner": inner})
-    found = gradients(loss, model, CHOICES)
-    assert [found[c]["lower.bias"].tolist() for c in CHOICES] == [[0, 0], [1, 1], [-0.5, -0.5]]
+    by_choice = gradients(loss, model, CHOICES)
+    assert [by_choice[c]["lower.bias"].tolist() for c in CHOICES] == [[0, 0], [1, 1], [-0.5, -0.5]]
 
 
 @pytest.mark.parametrize("retain", [True, False])
@@ -194,10 +194,10 @@ def test_what_lies_above_is_freed_or_kept(retain):
 
 
 def same_as_alone(loss, model, choices, **inputs):
-    found = gradients(loss, model, choices, **inputs)
+    by_choice = gradients(loss, model, choices, **inputs)
     for choice, jacobians in choices.items():
         (alone,) = gradients(loss, model, {choice: jacobians}, **inputs).values()
-        if not all(torch.equal(alone[n], g) for n, g in found[choice].items()):
+        if not all(torch.equal(alone[n], g) for n, g in by_choice[choice].items()):
             return False
     return True
 
@@ -229,16 +229,16 @@ def test_a_tensor_between_a_relu_and_a_pooling_sees_what_dies_below():
     loss = model[3](model[2](h).flatten(1)).square().sum()
     choices = {"a": Jacobians(), "b": Jacobians(max_pool="last")}
     assert same_as_alone(loss, model, choices, inputs={"h": h})
-    found = gradients(loss, model, choices, inputs={"h": h})
-    assert not torch.equal(found["a"]["h"], found["b"]["h"])
-    assert found["a"]["0.bias"].equal(found["b"]["0.bias"])
+    by_choice = gradients(loss, model, choices, inputs={"h": h})
+    assert not torch.equal(by_choice["a"]["h"], by_choice["b"]["h"])
+    assert by_choice["a"]["0.bias"].equal(by_choice["b"]["0.bias"])
 
 
 def test_a_loss_that_nothing_was_computed_for():
     model = nn.Sequential(nn.Linear(1, 1), nn.ReLU())
     patch(model, Jacobians())
-    found = gradients(torch.ones((), requires_grad=True), model, CHOICES)
-    assert all(not g.any() for choice in found.values() for g in choice.values())
+    by_choice = gradients(torch.ones((), requires_grad=True), model, CHOICES)
+    assert all(not g.any() for choice in by_choice.values() for g in choice.values())
     with torch.no_grad():
         loss = model(torch.ones(1, 1)).sum()
     with pytest.raises(RuntimeError, match="does not require grad"):

@@ -88,10 +88,10 @@ def test_the_published_counterexamples_are_not_covered_and_are_no_elements(
     model: nn.Module, x: Any, program: Any, inputs: int
 ) -> None:
     """Park, Chun and Lee 2024, lemmas 2, 3 and 7."""
-    found = clarke_guarantee(patched(model), torch.tensor(x))
-    assert not found.holds
-    assert not found.always
-    assert found.missing[0].tied > 0
+    guarantee = clarke_guarantee(patched(model), torch.tensor(x))
+    assert not guarantee.holds
+    assert not guarantee.always
+    assert guarantee.missing[0].tied > 0
     subdifferential = clarke(program, [0] * inputs)
     assert subdifferential.contains(gradient(model, torch.tensor(x)), tolerance=1e-6) is False
 
@@ -99,18 +99,18 @@ def test_the_published_counterexamples_are_not_covered_and_are_no_elements(
 def test_one_side_for_both_kinks_mends_the_third_lemma() -> None:
     model, x = patched(Lemma3(), Jacobians(hardsigmoid=(0.0, 1 / 6))), torch.tensor([[3.0], [-3.0]])
     choice = Jacobians(hardsigmoid=(0.0, 1 / 6))
-    found = clarke_guarantee(model, x, jacobians=choice)
-    assert found.always
-    assert "theorem 6" in found.sites[0].reason
+    guarantee = clarke_guarantee(model, x, jacobians=choice)
+    assert guarantee.always
+    assert "theorem 6" in guarantee.sites[0].reason
     subdifferential = clarke(lambda p: hardsigmoid(3 + p[0]) + hardsigmoid(p[0] - 3), [0])
     assert subdifferential.contains(gradient(model, x), tolerance=1e-6)
 
 
 def test_a_batch_of_one_is_covered_whatever_the_shares() -> None:
     model = patched(Lemma3())
-    found = clarke_guarantee(model, torch.tensor([[3.0]]))
-    assert (found.holds, found.always) == (True, False)
-    assert "theorem 1" in found.sites[0].reason
+    guarantee = clarke_guarantee(model, torch.tensor([[3.0]]))
+    assert (guarantee.holds, guarantee.always) == (True, False)
+    assert "theorem 1" in guarantee.sites[0].reason
 
 
 def mlp(sizes: Sequence[int], bias: bool, seed: int) -> nn.Sequential:
@@ -162,8 +162,8 @@ def test_networks_with_biases_return_elements(seed: int, alpha: float) -> None:
     choice = Jacobians(relu=alpha)
     model = patched(mlp([2, 2, 1], bias=True, seed=seed), choice)
     x = torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
-    found = clarke_guarantee(model, x, jacobians=choice)
-    assert found.always
+    guarantee = clarke_guarantee(model, x, jacobians=choice)
+    assert guarantee.always
     subdifferential = clarke(program_of(model, x), flat(model))
     assert subdifferential.contains(gradient(model, x)) is True
 
@@ -180,13 +180,13 @@ def test_without_biases_independent_samples_are_enough() -> None:
         model[0].weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
         model[2].weight.copy_(torch.tensor([[1.0, -1.0]]))
     independent, dependent = torch.eye(2), torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
-    found = clarke_guarantee(model, independent)
-    assert (found.holds, found.always, found.sites[0].tied) == (True, False, 2)
-    assert "theorem 5" in found.sites[0].reason
+    guarantee = clarke_guarantee(model, independent)
+    assert (guarantee.holds, guarantee.always, guarantee.sites[0].tied) == (True, False, 2)
+    assert "theorem 5" in guarantee.sites[0].reason
     assert clarke(program_of(model, independent), flat(model)).contains(gradient(model, independent)) is True
-    found = clarke_guarantee(model, dependent)
-    assert not found.holds
-    assert "no trainable bias" in found.sites[0].reason
+    guarantee = clarke_guarantee(model, dependent)
+    assert not guarantee.holds
+    assert "no trainable bias" in guarantee.sites[0].reason
 
 
 def test_dependent_samples_may_leave_the_subdifferential() -> None:
@@ -202,9 +202,9 @@ def test_dependent_samples_may_leave_the_subdifferential() -> None:
 
 
 def test_without_a_tie_every_gradient_is_an_element() -> None:
-    found = clarke_guarantee(patched(nn.Sequential(nn.Linear(2, 3, bias=False), nn.ReLU6())), torch.randn(4, 2))
-    assert (found.holds, found.always) == (True, False)
-    assert "differentiable" in found.sites[0].reason
+    guarantee = clarke_guarantee(patched(nn.Sequential(nn.Linear(2, 3, bias=False), nn.ReLU6())), torch.randn(4, 2))
+    assert (guarantee.holds, guarantee.always) == (True, False)
+    assert "differentiable" in guarantee.sites[0].reason
 
 
 class Residual(nn.Module):
@@ -224,9 +224,9 @@ class Residual(nn.Module):
 
 @pytest.mark.parametrize("norm", [True, False])
 def test_residual_networks_have_their_biases(norm: bool) -> None:
-    found = clarke_guarantee(patched(Residual(norm)), torch.zeros(2, 2, 4, 4))
-    assert found.always
-    assert len(found.sites) == 2
+    guarantee = clarke_guarantee(patched(Residual(norm)), torch.zeros(2, 2, 4, 4))
+    assert guarantee.always
+    assert len(guarantee.sites) == 2
 
 
 def test_frozen_and_shared_biases_do_not_count() -> None:
@@ -255,9 +255,9 @@ def test_pools_that_tie_at_zero_behind_a_relu_are_covered() -> None:
     with torch.no_grad():
         model[0].bias.copy_(torch.tensor([-1.0, 0.0]))
     patched(model)
-    found = clarke_guarantee(model, x)
-    assert found.holds
-    assert "theorem 8" in found.sites[1].reason
+    guarantee = clarke_guarantee(model, x)
+    assert guarantee.holds
+    assert "theorem 8" in guarantee.sites[1].reason
 
 
 def test_pools_over_copies_of_one_function_are_covered_whatever_their_maximum() -> None:
@@ -267,15 +267,15 @@ def test_pools_over_copies_of_one_function_are_covered_whatever_their_maximum() 
         model[0].bias.fill_(1.0)
     patched(model)
     background = torch.zeros(1, 1, 4, 4)
-    found = clarke_guarantee(model, background)
-    assert found.holds
-    assert not found.always
-    assert found.sites[1].reason.startswith("its tied entries are one function of the parameters in each window")
+    guarantee = clarke_guarantee(model, background)
+    assert guarantee.holds
+    assert not guarantee.always
+    assert guarantee.sites[1].reason.startswith("its tied entries are one function of the parameters in each window")
     different = background.clone()
     different[0, 0, 0, 0] = 2.0  # the same value, since the weight is 0, of another function: 2 w + b
-    found = clarke_guarantee(model, different)
-    assert not found.holds
-    assert found.missing[0].reason == "8 evaluations compare equal entries"
+    guarantee = clarke_guarantee(model, different)
+    assert not guarantee.holds
+    assert guarantee.missing[0].reason == "8 evaluations compare equal entries"
     for choice, holds in (("minimal", True), (10.0, True), ("random", True), ("sum", False)):
         assert clarke_guarantee(model, background, jacobians=Jacobians(max_pool=choice)).holds is holds, choice
 
@@ -324,9 +324,9 @@ def test_positions_that_are_numbered_alike_have_the_same_value_and_gradients() -
             known[number] = value, list(gradient)
     assert len({tuple(value.tolist()) for value, _ in known.values()}) > 8
     assert copies > 8
-    found = clarke_guarantee(model, x)
-    assert {s.site for s in found.missing} == set()
-    assert sum(s.tied for s in found.sites if s.operation == "max_pool") > 0
+    guarantee = clarke_guarantee(model, x)
+    assert {s.site for s in guarantee.missing} == set()
+    assert sum(s.tied for s in guarantee.sites if s.operation == "max_pool") > 0
 
 
 def test_what_lies_below_a_pool_and_is_not_followed_is_not_covered() -> None:
@@ -367,10 +367,10 @@ def test_what_is_covered_lies_in_the_subdifferential(share: float | str) -> None
         def program(p: Sequence[Any], image: Any = image) -> Any:
             return sum(max(max(0, p[0] * image[i][j + k] + p[1]) for i in range(2) for k in range(2)) for j in (0, 2))
 
-        found = clarke_guarantee(model, x, jacobians=choice)
-        if found.holds:
+        guarantee = clarke_guarantee(model, x, jacobians=choice)
+        if guarantee.holds:
             covered += 1
-            above += "one function" in found.sites[1].reason
+            above += "one function" in guarantee.sites[1].reason
             assert clarke(program, [weight, bias]).contains(gradient(model, x)) is True
     assert 0 < above < covered < 60
 
@@ -379,15 +379,15 @@ def test_lenet_on_a_background_is_covered() -> None:
     model = patched(lenet5(10, (1, 28, 28)))
     x = torch.zeros(4, 1, 28, 28)
     x[:, :, 10:18, 12:16] = torch.rand(4, 1, 8, 4, generator=torch.Generator().manual_seed(0))
-    found = clarke_guarantee(model, x)
-    assert sum(s.tied for s in found.sites if s.operation == "max_pool") > 0
-    assert found.holds, found.missing
+    guarantee = clarke_guarantee(model, x)
+    assert sum(s.tied for s in guarantee.sites if s.operation == "max_pool") > 0
+    assert guarantee.holds, guarantee.missing
 
 
 def test_the_bound_counts_values_of_the_biases() -> None:
     model = patched(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 4), nn.ReLU6()))
-    found = clarke_guarantee(model, torch.randn(5, 2))
-    assert found.bound == (5 * 3 + 2 * 5 * 4) / machine_numbers(torch.float32)
+    guarantee = clarke_guarantee(model, torch.randn(5, 2))
+    assert guarantee.bound == (5 * 3 + 2 * 5 * 4) / machine_numbers(torch.float32)
     free = patched(nn.Sequential(nn.Linear(2, 3, bias=False), nn.ReLU()))
     assert clarke_guarantee(free, torch.randn(5, 2)).bound is None
 

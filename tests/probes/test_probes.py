@@ -92,17 +92,17 @@ def x():
 
 def test_gradients_agree_with_the_formulas(net, x):
     choices = {"a0": Jacobians(), "a1": RELU1, "a-2": Jacobians(relu=-2.0)}
-    found = gradients(net(x).sum(), net, choices)
-    assert list(found) == list(choices)
+    by_choice = gradients(net(x).sum(), net, choices)
+    assert list(by_choice) == list(choices)
     for name, choice in choices.items():
         want = by_hand(net, x, choice.relu)
-        assert list(found[name]) == [n for n, p in net.named_parameters() if p.requires_grad]
-        for key, value in found[name].items():
+        assert list(by_choice[name]) == [n for n, p in net.named_parameters() if p.requires_grad]
+        for key, value in by_choice[name].items():
             np.testing.assert_allclose(value.numpy(), want[key], rtol=1e-10, atol=1e-13, err_msg=key)
-    assert "fc.bias" not in found["a0"]
-    assert torch.equal(found["a0"]["unused"], torch.zeros(2, dtype=torch.float64))
-    assert found["a0"]["bn.bias"][0] == 0
-    assert found["a1"]["bn.bias"][0] != 0
+    assert "fc.bias" not in by_choice["a0"]
+    assert torch.equal(by_choice["a0"]["unused"], torch.zeros(2, dtype=torch.float64))
+    assert by_choice["a0"]["bn.bias"][0] == 0
+    assert by_choice["a1"]["bn.bias"][0] != 0
 
 
 def test_gradients_leave_grad_and_choice_alone_and_free_the_graph(net, x):
@@ -147,25 +147,25 @@ def numbers(a, b):
 
 def test_divergence_agrees_with_the_formulas(net, x):
     reference = Jacobians(relu=0.25)
-    found = divergence(net(x).sum(), net, {"one": RELU1, "same": reference}, reference)
+    differences = divergence(net(x).sum(), net, {"one": RELU1, "same": reference}, reference)
     base, one = by_hand(net, x, 0.25), by_hand(net, x, 1.0)
-    assert found["one"].norms() == pytest.approx(numbers(list(one.values()), list(base.values())), rel=1e-9)
-    assert set(found["one"].norms()) == set(NORMS)
-    assert list(found["one"].per_layer) == [n for n, p in net.named_parameters() if p.requires_grad]
+    assert differences["one"].norms() == pytest.approx(numbers(list(one.values()), list(base.values())), rel=1e-9)
+    assert set(differences["one"].norms()) == set(NORMS)
+    assert list(differences["one"].per_layer) == [n for n, p in net.named_parameters() if p.requires_grad]
     for name in ("conv.weight", "bn.bias", "fc.weight"):
-        got = found["one"].per_layer[name]
+        got = differences["one"].per_layer[name]
         assert got.norms() == pytest.approx(numbers([one[name]], [base[name]]), rel=1e-9, abs=1e-13)
         assert got.per_layer == {}
-    assert found["one"].per_layer["unused"].norms() == {
+    assert differences["one"].per_layer["unused"].norms() == {
         "l1": 0,
         "l2": 0,
         "linf": 0,
         "relative": 0,
         "cosine": 1,
     }
-    assert found["same"].norms() == {"l1": 0, "l2": 0, "linf": 0, "relative": 0, "cosine": 1}
+    assert differences["same"].norms() == {"l1": 0, "l2": 0, "linf": 0, "relative": 0, "cosine": 1}
     # The last layer lies above every tie.
-    assert found["one"].per_layer["fc.weight"].l1 == 0
+    assert differences["one"].per_layer["fc.weight"].l1 == 0
 
 
 def test_divergence_frees_or_keeps_the_graph(net, x):
@@ -182,11 +182,11 @@ def test_measure_against_float64(dtype):
     a = {k: torch.randn(n, generator=g).to(dtype) * 100 for k, n in (("x", (3, 5)), ("y", (7,)), ("empty", (0, 2)))}
     # Half of y's difference would vanish if it were rounded to the gradients' own precision.
     b = {k: v * torch.randn(v.shape, generator=g).to(dtype) * 1e-3 for k, v in a.items()}
-    found = measure(a, b)
+    norms = measure(a, b)
     wide = [[t.double().numpy() for t in s.values()] for s in (a, b)]
-    assert found.norms() == pytest.approx(numbers(*wide), rel=1e-12)
-    assert found.per_layer["x"].norms() == pytest.approx(numbers([wide[0][0]], [wide[1][0]]), rel=1e-12)
-    assert found.per_layer["empty"].norms() == {"l1": 0, "l2": 0, "linf": 0, "relative": 0, "cosine": 1}
+    assert norms.norms() == pytest.approx(numbers(*wide), rel=1e-12)
+    assert norms.per_layer["x"].norms() == pytest.approx(numbers([wide[0][0]], [wide[1][0]]), rel=1e-12)
+    assert norms.per_layer["empty"].norms() == {"l1": 0, "l2": 0, "linf": 0, "relative": 0, "cosine": 1}
 
 
 def test_measure_where_norms_vanish():
@@ -244,16 +244,16 @@ def test_differences_are_measured_as_subtractions_are(monkeypatch):
         "opposite": opposite,
         "same": {n: 0 * t for n, t in partly.items()},
     }
-    found = measure_differences(given.items(), reference)
+    norms = measure_differences(given.items(), reference)
     for choice, d in given.items():
         by_hand = measure({n: t + d[n] for n, t in reference.items()}, reference)
-        for got, want in [(found[choice], by_hand), *((found[choice].per_layer[n], by_hand.per_layer[n]) for n in d)]:
+        for got, want in [(norms[choice], by_hand), *((norms[choice].per_layer[n], by_hand.per_layer[n]) for n in d)]:
             assert got.norms() == pytest.approx(want.norms(), rel=1e-12, abs=1e-13)
         wide = [[(t + s * d[n]).numpy() for n, t in reference.items()] for s in (1, 0)]
         if choice != "opposite":
-            assert found[choice].norms() == pytest.approx(numbers(*wide), rel=1e-12, abs=1e-13)
-    assert found["opposite"].cosine == 0
-    assert found["same"].norms() == {"l1": 0, "l2": 0, "linf": 0, "relative": 0, "cosine": 1}
+            assert norms[choice].norms() == pytest.approx(numbers(*wide), rel=1e-12, abs=1e-13)
+    assert norms["opposite"].cosine == 0
+    assert norms["same"].norms() == {"l1": 0, "l2": 0, "linf": 0, "relative": 0, "cosine": 1}
 
 
 def test_the_reference_is_looked_at_once_and_only_where_something_differs(monkeypatch):
@@ -265,10 +265,10 @@ def test_the_reference_is_looked_at_once_and_only_where_something_differs(monkey
     same = measure_differences([("x", nothing), ("y", nothing)], reference)
     assert [d.norms() for d in same.values()] == [{"l1": 0, "l2": 0, "linf": 0, "relative": 0, "cosine": 1}] * 2
     assert squared == []
-    found = measure_differences([(name, nothing | {"a": torch.ones(3)}) for name in "xyz"], reference)
+    norms = measure_differences([(name, nothing | {"a": torch.ones(3)}) for name in "xyz"], reference)
     assert squared == [(3,), (4,)]
-    assert found["z"].l1 == 3
-    assert found["z"].per_layer["b"].norms() == {"l1": 0, "l2": 0, "linf": 0, "relative": 0, "cosine": 1}
+    assert norms["z"].l1 == 3
+    assert norms["z"].per_layer["b"].norms() == {"l1": 0, "l2": 0, "linf": 0, "relative": 0, "cosine": 1}
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -276,10 +276,10 @@ def test_differences_to_what_is_not_finite_are_not_finite(bad):
     reference = {"v": torch.ones(1), "w": torch.tensor([1.0, bad])}
     nothing = {n: torch.zeros(()).expand_as(t) for n, t in reference.items()}
     for d in (nothing, {n: torch.ones_like(t) for n, t in reference.items()}):
-        found = measure_difference(d, reference)
-        assert all(math.isnan(v) for v in found.norms().values())
-        assert all(math.isnan(v) for v in found.per_layer["w"].norms().values())
-        assert math.isfinite(found.per_layer["v"].l1)
+        norms = measure_difference(d, reference)
+        assert all(math.isnan(v) for v in norms.norms().values())
+        assert all(math.isnan(v) for v in norms.per_layer["w"].norms().values())
+        assert math.isfinite(norms.per_layer["v"].l1)
 
 
 # -------------------------------------------------------------------------------------------------------- tie
@@ -389,9 +389,9 @@ def test_counting_does_not_invent_sites():
     # Counting a pool's ties pools itself; the model's function mode must not take that for the model's call.
     model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.MaxPool2d(3, 2, 1, dilation=1), nn.ReLU6(), nn.LeakyReLU(0.1))
     patch(model, Jacobians())
-    found = ties(model, torch.zeros(1, 1, 8, 8))
+    counts = ties(model, torch.zeros(1, 1, 8, 8))
     model(torch.zeros(1, 1, 8, 8))
-    assert sorted(found) == ["1", "2", "3"]
+    assert sorted(counts) == ["1", "2", "3"]
     assert [s.name for s in report(model).sites] == ["1", "2", "3"]
     assert [s.calls for s in report(model).sites] == [1, 1, 1]
 
@@ -399,8 +399,8 @@ def test_counting_does_not_invent_sites():
 def test_ties_of_relu6_count_both_kinks():
     model = nn.Sequential(nn.ReLU6())
     patch(model, Jacobians())
-    found = ties(model, torch.tensor([-1.0, -0.0, 0.0, 3.0, 6.0, 7.0, math.nan]))["0"]
-    assert (found.tied, found.total) == (3, 7)
+    counts = ties(model, torch.tensor([-1.0, -0.0, 0.0, 3.0, 6.0, 7.0, math.nan]))["0"]
+    assert (counts.tied, counts.total) == (3, 7)
 
 
 def test_structural_ties_are_told_from_accidental_ones():
@@ -413,10 +413,10 @@ def test_structural_ties_are_told_from_accidental_ones():
     x[1, 1, 0, 0] = 0  # a zero before the ReLU in one sample only
     x[0, 1, 2:, 2:] = 5.5  # a window of one value
     x[2, 1, 0, 2] = x[2, 1, 0, 3] = 1e4  # two equal entries in a window of one sample
-    found = ties(model, x)
-    assert found["1"] == Ties("relu", tied=48 + 1, total=96, structural=48, zero=0)
-    assert found["2"] == Ties("max_pool", tied=12 + 1 + 1, total=24, structural=12 + 1, zero=12)
-    assert (found["1"].accidental, found["2"].accidental) == (1, 1)
+    counts = ties(model, x)
+    assert counts["1"] == Ties("relu", tied=48 + 1, total=96, structural=48, zero=0)
+    assert counts["2"] == Ties("max_pool", tied=12 + 1 + 1, total=24, structural=12 + 1, zero=12)
+    assert (counts["1"].accidental, counts["2"].accidental) == (1, 1)
     alone = ties(model, x[2:])  # one sample cannot tell a dead unit from chance
     assert (alone["1"].tied, alone["1"].structural) == (16, 0)
     assert (alone["2"].tied, alone["2"].structural) == (5, 4)
@@ -437,9 +437,9 @@ def test_gradients_and_divergence_for_the_input():
         model[1].weight.copy_(torch.tensor([[3.0, -4.0]]))
     x = torch.zeros(1, 2, requires_grad=True)
     loss, named = model(x).sum(), {"input": x}
-    found = gradients(loss, model, {"a1": RELU1}, inputs=named, retain_graph=True)["a1"]
-    assert list(found) == ["1.weight", "input"]
-    assert torch.equal(found["input"], torch.tensor([[3.0, -4.0]]))
+    by_choice = gradients(loss, model, {"a1": RELU1}, inputs=named, retain_graph=True)["a1"]
+    assert list(by_choice) == ["1.weight", "input"]
+    assert torch.equal(by_choice["input"], torch.tensor([[3.0, -4.0]]))
     for method in ("subtract", "propagate"):
         d = divergence(loss, model, {"a1": RELU1}, method=method, inputs=named, retain_graph=True)["a1"]
         assert (d.l1, d.per_layer["input"].l2, d.per_layer["1.weight"].l1) == (7.0, 5.0, 0.0)
@@ -454,17 +454,17 @@ def test_complex_gradients_are_measured_by_their_absolute_values(dtype):
     g = torch.Generator().manual_seed(0)
     a, b = ({n: torch.randn(k, dtype=dtype, generator=g) for n, k in (("x", (3, 5)), ("y", (7,)))} for _ in range(2))
     a["y"] = a["y"].conj()  # put off, as backwards leave it
-    found = measure(a, b)
+    norms = measure(a, b)
     wide = [np.concatenate([t.resolve_conj().numpy().astype(complex).ravel() for t in s.values()]) for s in (a, b)]
     d = wide[0] - wide[1]
-    assert found.l1 == pytest.approx(np.abs(d).sum(), rel=1e-12)
-    assert found.l2 == pytest.approx(np.linalg.norm(d), rel=1e-12)
-    assert found.linf == pytest.approx(np.abs(d).max(), rel=1e-12)
-    assert found.relative == pytest.approx(np.linalg.norm(d) / np.linalg.norm(wide[1]), rel=1e-12)
+    assert norms.l1 == pytest.approx(np.abs(d).sum(), rel=1e-12)
+    assert norms.l2 == pytest.approx(np.linalg.norm(d), rel=1e-12)
+    assert norms.linf == pytest.approx(np.abs(d).max(), rel=1e-12)
+    assert norms.relative == pytest.approx(np.linalg.norm(d) / np.linalg.norm(wide[1]), rel=1e-12)
     lengths = np.linalg.norm(wide[0]) * np.linalg.norm(wide[1])
-    assert found.cosine == pytest.approx(np.vdot(wide[0], wide[1]).real / lengths, rel=1e-12)
+    assert norms.cosine == pytest.approx(np.vdot(wide[0], wide[1]).real / lengths, rel=1e-12)
     carried = measure_difference({n: a[n] - b[n] for n in a}, b)
-    assert carried.norms() == pytest.approx(found.norms(), rel=1e-5)
+    assert carried.norms() == pytest.approx(norms.norms(), rel=1e-5)
 
 
 def test_complex_parameters_have_a_divergence():
@@ -480,18 +480,18 @@ def test_complex_parameters_have_a_divergence():
     patch(model, Jacobians())
     loss = model(torch.ones(2, dtype=torch.float64))
     for method in ("subtract", "propagate"):
-        found = divergence(loss, model, {"one": RELU1}, method=method)["one"]
-        assert found.method == method
-        assert (found.l1, found.linf) == (1.0, 0.5)  # 0.5 i for each of the two
-        assert found.l2 == pytest.approx(0.5**0.5)
+        differences = divergence(loss, model, {"one": RELU1}, method=method)["one"]
+        assert differences.method == method
+        assert (differences.l1, differences.linf) == (1.0, 0.5)  # 0.5 i for each of the two
+        assert differences.l2 == pytest.approx(0.5**0.5)
 
 
 def test_what_probes_print_is_short():
     model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
     nn.init.zeros_(model[0].weight), nn.init.zeros_(model[0].bias)
     patch(model, Jacobians())
-    found = divergence(model(torch.ones(1, 2)).sum(), model, {"one": RELU1})["one"]
-    lines = str(found).splitlines()
+    differences = divergence(model(torch.ones(1, 2)).sum(), model, {"one": RELU1})["one"]
+    lines = str(differences).splitlines()
     assert len(lines) == 6  # the header, its line, all, two parameters
     assert lines[0].split() == ["parameter", *NORMS]
     assert lines[-1] == "and 2 of 4 parameters, which differ less or not at all"

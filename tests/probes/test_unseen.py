@@ -197,9 +197,9 @@ def test_what_is_hidden_may_be_rounding_too(dtype):
 
     model = Thirds()
     patch(model, Jacobians())
-    found = zone(model, torch.sum, None, Jacobians(relu=0.3))
-    assert found.kind == "compensation"
-    assert found.method == "subtract"
+    located = zone(model, torch.sum, None, Jacobians(relu=0.3))
+    assert located.kind == "compensation"
+    assert located.method == "subtract"
 
 
 @pytest.mark.parametrize("way", HIDDEN)

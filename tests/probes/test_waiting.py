@@ -97,8 +97,8 @@ def measured(model, choices):
             met.backward(loss)
         base = {name: p.grad for name, p in named.items()}
         with undisturbed(model, 0):
-            found = measure_differences(met.carried(choices, named, retain_graph=False), base)
-    return found, waits.met
+            norms = measure_differences(met.carried(choices, named, retain_graph=False), base)
+    return norms, waits.met
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -147,9 +147,9 @@ def test_without_a_scaler_the_accumulation_alone_scales_the_loss():
 def test_subtraction_waits_once_for_all_parameters(device):
     a, b = ({str(i): torch.randn(5, i + 1) for i in range(20)} for _ in range(2))
     with Waits() as waits:
-        found = measure(a, b)
+        norms = measure(a, b)
     assert len(waits.met) == 1
-    assert found.l2 == pytest.approx(float(sum((a[n].double() - b[n]).square().sum() for n in a)) ** 0.5, rel=1e-12)
+    assert norms.l2 == pytest.approx(float(sum((a[n].double() - b[n]).square().sum() for n in a)) ** 0.5, rel=1e-12)
 
 
 def test_buffers_are_put_back_without_a_look():

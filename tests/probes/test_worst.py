@@ -55,12 +55,12 @@ def test_all_corners_of_two_layers(seed):
         largest = max(largest, float((model.gradient(x, slopes) - base).norm()))
     patch(model, Jacobians())
     with using(model, Jacobians(relu=0.5)):  # what the model now takes is not the reference
-        found = worst_choice(model, lambda y: y.sin().sum(), x)
-    assert found.value == pytest.approx(largest, rel=1e-9)
-    assert found.relative == pytest.approx(largest / float(base.norm()), rel=1e-9)
-    assert set(found.sites) == {"relu1", "relu2"}
+        worst = worst_choice(model, lambda y: y.sin().sum(), x)
+    assert worst.value == pytest.approx(largest, rel=1e-9)
+    assert worst.relative == pytest.approx(largest / float(base.norm()), rel=1e-9)
+    assert set(worst.sites) == {"relu1", "relu2"}
     one_for_all = divergence(model(x).sin().sum(), model, {"1": Jacobians(relu=1.0)})["1"].l2
-    assert found.value >= one_for_all * (1 - 1e-12)
+    assert worst.value >= one_for_all * (1 - 1e-12)
 
 
 def corners(model, x):
@@ -98,9 +98,9 @@ def test_small_networks_against_every_corner(nets):
         largest, alike, number = largest_of_all(model, x)
         patch(model, Jacobians())
         loss = lambda y: y.sin().sum()  # noqa: E731 # said once
-        found = worst_choice(model, loss, x, evaluations=number)
-        assert found.guarantee == "all corners"
-        assert found.value == pytest.approx(largest, rel=1e-9)
+        worst = worst_choice(model, loss, x, evaluations=number)
+        assert worst.guarantee == "all corners"
+        assert worst.value == pytest.approx(largest, rel=1e-9)
         short = worst_choice(model, loss, x, evaluations=number - 1)
         assert short.guarantee in ("single ties", "slopes")
         assert alike * (1 - 1e-9) <= short.value <= largest * (1 + 1e-9)
@@ -118,9 +118,9 @@ def test_no_single_tie_makes_it_larger():
     shared = nn.Sequential(nn.Linear(1, 1, bias=False), Spread(), *model[1:]).double()
     nn.init.zeros_(shared[0].weight)
     patch(shared, Jacobians())
-    found = worst_choice(shared, torch.sum, torch.ones(1, 1, dtype=torch.float64), evaluations=100)
-    assert found.guarantee == "single ties"
-    assert found.value == pytest.approx(5.0)  # all of one sign, and the others at 0
+    worst = worst_choice(shared, torch.sum, torch.ones(1, 1, dtype=torch.float64), evaluations=100)
+    assert worst.guarantee == "single ties"
+    assert worst.value == pytest.approx(5.0)  # all of one sign, and the others at 0
     assert worst_choice(shared, torch.sum, torch.ones(1, 1, dtype=torch.float64), evaluations=3).guarantee == "slopes"
 
 
@@ -135,10 +135,10 @@ def test_tied_absolute_errors_each_have_a_sign():
     model = nn.Sequential(nn.Linear(1, 1, bias=False), Error(torch.tensor([[1.0, -2.0, 4.0]]))).double()
     nn.init.zeros_(model[0].weight)
     patch(model, Jacobians())
-    found = worst_choice(model, lambda y: y, torch.ones(2, 1, dtype=torch.float64))
-    assert found.value == pytest.approx(14 / 6)  # (1 + 2 + 4) for each of two images, of six entries' mean
-    assert found.sites == {"1:l1_loss": pytest.approx(14 / 6)}
-    assert found.relative == float("inf")
+    worst = worst_choice(model, lambda y: y, torch.ones(2, 1, dtype=torch.float64))
+    assert worst.value == pytest.approx(14 / 6)  # (1 + 2 + 4) for each of two images, of six entries' mean
+    assert worst.sites == {"1:l1_loss": pytest.approx(14 / 6)}
+    assert worst.relative == float("inf")
 
 
 class Error(nn.Module):
@@ -163,9 +163,9 @@ def test_a_site_that_is_called_twice_counts_both_calls():
 
     model = Twice()
     patch(model, Jacobians())
-    found = worst_choice(model, torch.sum, torch.ones(1))
-    assert found.value == pytest.approx(5.0)
-    assert found.sites == {"relu": pytest.approx(5.0)}
+    worst = worst_choice(model, torch.sum, torch.ones(1))
+    assert worst.value == pytest.approx(5.0)
+    assert worst.sites == {"relu": pytest.approx(5.0)}
 
 
 def test_printed_it_is_a_few_lines():
@@ -197,9 +197,9 @@ def test_all_corners_of_pooling_windows(kernel):
     base = gradient([t[0] for t in tied])
     largest = max(float((gradient(chosen) - base).norm()) for chosen in product(*tied))
     patch(model, Jacobians())
-    found = worst_choice(model, lambda y: (y.flatten() * g).sum(), x)
-    assert 0.9 * largest <= found.value <= largest * (1 + 1e-9)
-    assert found.sites == {"1": pytest.approx(found.value)}
+    worst = worst_choice(model, lambda y: (y.flatten() * g).sum(), x)
+    assert 0.9 * largest <= worst.value <= largest * (1 + 1e-9)
+    assert worst.sites == {"1": pytest.approx(worst.value)}
 
 
 def test_reference_inside_and_no_tie():
@@ -212,8 +212,8 @@ def test_reference_inside_and_no_tie():
     assert worst_choice(model, torch.sum, x, Jacobians(relu=1.0)).value == pytest.approx(2**0.5)
     with torch.no_grad():
         model[0].bias.fill_(1.0)
-    found = worst_choice(model, torch.sum, x)
-    assert (found.value, found.relative, found.sites) == (0.0, 0.0, {})
+    worst = worst_choice(model, torch.sum, x)
+    assert (worst.value, worst.relative, worst.sites) == (0.0, 0.0, {})
 
 
 def test_networks_of_other_parts_leave_no_trace():
@@ -234,13 +234,13 @@ def test_networks_of_other_parts_leave_no_trace():
     patch(model, Jacobians())
     x = torch.randint(0, 2, (3, 1, 8, 8)).float()
     state = {k: v.clone() for k, v in model.state_dict().items()}
-    found = worst_choice(model, lambda y: y.square().sum(), x)
-    assert found.value > 0
+    worst = worst_choice(model, lambda y: y.square().sum(), x)
+    assert worst.value > 0
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
-    assert {"relu", "pool"} <= set(found.sites)
+    assert {"relu", "pool"} <= set(worst.sites)
     for choice in (Jacobians(relu=1.0, relu6=(1.0, 1.0), leaky_relu=1.0), Jacobians(max_pool="minimal")):
         loss = model(x).square().sum()
-        assert found.value >= divergence(loss, model, {"": choice})[""].l2 * (1 - 1e-5)
+        assert worst.value >= divergence(loss, model, {"": choice})[""].l2 * (1 - 1e-5)
 
 
 def test_refusals():

@@ -175,12 +175,12 @@ def test_small_networks_against_rational_arithmetic(dtype):
             truth = "regular"
         else:
             truth = "compensation" if a == b else "bifurcation"
-        found = zone(model, torch.sum, x, choice)
-        assert found.kind == truth, (image, seed, choice, found)
+        located = zone(model, torch.sum, x, choice)
+        assert located.kind == truth, (image, seed, choice, located)
         if truth == "bifurcation":
             norm = float(sum((s - t) ** 2 for s, t in zip(a, b, strict=True))) ** 0.5
-            assert found.difference == pytest.approx(norm, rel=1e-9)
-            assert found.difference > 1e6 * found.rounding
+            assert located.difference == pytest.approx(norm, rel=1e-9)
+            assert located.difference > 1e6 * located.rounding
         met[truth] += 1
     assert all(met.values()), met
 
@@ -228,7 +228,7 @@ def test_hinges_and_norms_against_rational_arithmetic(name, dtype):
         if dtype == torch.bfloat16:
             weights = torch.tensor([3.0, 5.0, 7.0, -11.0, -4.0]).double() / 16
         patch(model, Jacobians())
-        found = zone(model, lambda y, w=weights: (y * w.to(y.dtype)).sum(), x, a, b)
+        located = zone(model, lambda y, w=weights: (y * w.to(y.dtype)).sum(), x, a, b)
         exact = [
             [Fraction(1, 2) * c * sum(Fraction(w) * v for w, v in zip(weights.tolist(), column, strict=True))
              for column in zip(*rational(x), strict=True)]
@@ -237,10 +237,10 @@ def test_hinges_and_norms_against_rational_arithmetic(name, dtype):
         size = math.sqrt(float(sum(v * v for row in exact for v in row)))
         assert (size == 0) == bool(seed % 2)
         if size:
-            assert (found.kind, found.difference) == ("bifurcation", pytest.approx(size, rel=1e-9))
+            assert (located.kind, located.difference) == ("bifurcation", pytest.approx(size, rel=1e-9))
         else:
-            assert found.kind in ("regular", "compensation")
-        kinds.append(found.kind)
+            assert located.kind in ("regular", "compensation")
+        kinds.append(located.kind)
     assert kinds.count("bifurcation") == 4
     assert "compensation" in kinds or dtype == torch.bfloat16  # whose products are summed up in float32, exactly
 
@@ -322,9 +322,9 @@ def test_the_branches_are_those_of_the_low_precision():
     patch(model, Jacobians())
     x = torch.ones(1, 1, dtype=torch.float16)
     assert model(x).item() == 0
-    found = zone(model, torch.sum, x, RELU1)
-    assert found.kind == "bifurcation"
-    assert found.difference == pytest.approx(2**0.5)  # the weight's and the bias's derivatives are both 1
+    located = zone(model, torch.sum, x, RELU1)
+    assert located.kind == "bifurcation"
+    assert located.difference == pytest.approx(2**0.5)  # the weight's and the bias's derivatives are both 1
     assert zone(copy.deepcopy(model).double(), torch.sum, x.double(), RELU1).kind == "regular"
 
 
@@ -367,9 +367,9 @@ def test_noise_is_measured_and_is_no_difference():
     x = torch.randn(2, 1, 12, 12)
     assert zone(model, lambda y: y, x, MINIMAL).kind == "regular"
     x[:, :, :8] = 0.5  # windows of a constant: they matter to rounding only
-    found = zone(model, lambda y: y, x, MINIMAL)
-    assert found.kind == "compensation"
-    assert found.noise.l1 > 0
+    located = zone(model, lambda y: y, x, MINIMAL)
+    assert located.kind == "compensation"
+    assert located.noise.l1 > 0
 
 
 def test_autocast_and_module_losses_and_keywords():
@@ -380,8 +380,8 @@ def test_autocast_and_module_losses_and_keywords():
     x = torch.rand(3, 1, 12, 12)
     x[:, :, :6] = 0.5
     with torch.autocast("cpu", torch.bfloat16):
-        found = zone(model, lambda y: loss(y.float(), labels), {"input": x}, MINIMAL)
-    assert found.kind in ("bifurcation", "compensation")
+        located = zone(model, lambda y: loss(y.float(), labels), {"input": x}, MINIMAL)
+    assert located.kind in ("bifurcation", "compensation")
 
     class Labelled(nn.Module):
         def __init__(self):
@@ -400,9 +400,9 @@ def test_no_tie_runs_no_backward_and_same_choice_is_regular():
     patch(model, Jacobians())
     passes = []
     model[2].register_full_backward_hook(lambda *_: passes.append(1))
-    found = zone(model, torch.sum, torch.randn(5, 3), RELU1)
-    assert (found.kind, found.observed.l1, found.noise, passes) == ("regular", 0.0, None, [])
-    assert list(found.observed.per_layer) == [n for n, _ in model.named_parameters()]
+    located = zone(model, torch.sum, torch.randn(5, 3), RELU1)
+    assert (located.kind, located.observed.l1, located.noise, passes) == ("regular", 0.0, None, [])
+    assert list(located.observed.per_layer) == [n for n, _ in model.named_parameters()]
     small_model, x = small(0, torch.float32, "integers")
     patch(small_model, Jacobians())
     assert zone(small_model, torch.sum, x, MINIMAL, MINIMAL).kind == "regular"
@@ -412,10 +412,10 @@ def test_no_tie_runs_no_backward_and_same_choice_is_regular():
 def test_a_small_difference_is_one_far_below_where_rounding_ends(size):
     """Between 10^5 and 10^8 times what rounding can leave: much more than it, and much less than 2^29 times."""
     t = lambda m, t: F.relu(t) * (0.15 + size) + F.relu(t) * 0.7 - F.relu(t) * 0.85  # noqa: E731 # short
-    found = scalar_zone(t, 0.0, torch.float32, Jacobians(relu=0.3))
-    assert found.kind == "bifurcation"
-    assert found.difference == pytest.approx(0.3 * size, rel=1e-5)
-    assert 2.0**16 < found.difference / found.rounding < 2.0**28
+    located = scalar_zone(t, 0.0, torch.float32, Jacobians(relu=0.3))
+    assert located.kind == "bifurcation"
+    assert located.difference == pytest.approx(0.3 * size, rel=1e-5)
+    assert 2.0**16 < located.difference / located.rounding < 2.0**28
 
 
 def test_a_large_gradient_above_the_ties_does_not_hide_a_small_difference():
@@ -431,10 +431,10 @@ def test_a_large_gradient_above_the_ties_does_not_hide_a_small_difference():
 
     model = Sizes()
     patch(model, Jacobians())
-    found = zone(model, torch.sum, torch.ones(1), Jacobians(relu=1.0))
-    assert (found.kind, found.method) == ("bifurcation", "propagate")
-    assert found.difference == pytest.approx(1e-8, rel=1e-6)
-    assert found.rounding < 1e-20
+    located = zone(model, torch.sum, torch.ones(1), Jacobians(relu=1.0))
+    assert (located.kind, located.method) == ("bifurcation", "propagate")
+    assert located.difference == pytest.approx(1e-8, rel=1e-6)
+    assert located.rounding < 1e-20
 
 
 def test_complex_parameters():
@@ -449,17 +449,17 @@ def test_complex_parameters():
     for dtype, real in ((torch.complex64, torch.float32), (torch.complex128, torch.float64)):
         model = Spiral(dtype, 1.0)
         patch(model, Jacobians())
-        found = zone(model, lambda y: y, torch.ones(2, dtype=real), RELU1)
-        assert found.kind == "bifurcation"
-        assert found.difference == pytest.approx(0.5**0.5)  # 0.5 i for each of the two
+        located = zone(model, lambda y: y, torch.ones(2, dtype=real), RELU1)
+        assert located.kind == "bifurcation"
+        assert located.difference == pytest.approx(0.5**0.5)  # 0.5 i for each of the two
         assert zone(model, lambda y: y, torch.zeros(2, dtype=real), RELU1).kind == "regular"
 
 
 def test_printed_it_is_one_line():
-    found = scalar_zone(lambda m, t: F.relu(t), 0.0, torch.float32, RELU1)
-    assert len(str(found).splitlines()) == 1
-    assert "bifurcation" in str(found)
-    assert "propagate" in str(found)
+    located = scalar_zone(lambda m, t: F.relu(t), 0.0, torch.float32, RELU1)
+    assert len(str(located).splitlines()) == 1
+    assert "bifurcation" in str(located)
+    assert "propagate" in str(located)
 
 
 def test_refusals():
@@ -512,10 +512,10 @@ def test_lenet_on_a_constant_background(dtype):
     x = torch.zeros(16, 1, 28, 28, dtype=dtype)
     x[:, :, 8:20, 8:20] = torch.rand(16, 1, 12, 12).to(dtype)
     labels = torch.arange(16) % 10
-    found = zone(model, lambda y: F.cross_entropy(y, labels), x, MINIMAL)
+    located = zone(model, lambda y: F.cross_entropy(y, labels), x, MINIMAL)
     # The background's windows make rounding only; in half precision others tie by accident.
-    assert found.kind == ("compensation" if dtype == torch.float32 else "bifurcation")
-    assert found.observed.l1 > 0
+    assert located.kind == ("compensation" if dtype == torch.float32 else "bifurcation")
+    assert located.observed.l1 > 0
 
 
 class Bounded(nn.Module):

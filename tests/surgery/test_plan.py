@@ -179,14 +179,16 @@ def test_divergence_between_a_plan_and_other_choices():
     model, x = planted()
     patch(model, plan)
     loss = model(x).sum()
-    found = divergence(loss, model, {"plan": plan, "same": Jacobians(), "all": Jacobians(relu=1.0)}, retain_graph=True)
-    assert found["same"].l1 == 0
-    assert found["all"].l1 > found["plan"].l1 > 0
-    moved = {name for name, d in found["plan"].per_layer.items() if d.l1 > 0}
+    differences = divergence(
+        loss, model, {"plan": plan, "same": Jacobians(), "all": Jacobians(relu=1.0)}, retain_graph=True
+    )
+    assert differences["same"].l1 == 0
+    assert differences["all"].l1 > differences["plan"].l1 > 0
+    moved = {name for name, d in differences["plan"].per_layer.items() if d.l1 > 0}
     # What is above has no part in it, and below a batch norm of weight 0 no gradient passes.
     assert moved == {f"layer2.0.{bn}.{p}" for bn in ("bn1", "bn2", "downsample.1") for p in ("weight", "bias")}
     back = divergence(loss, model, {"reference": Jacobians()}, reference=plan)
-    assert back["reference"].l1 == found["plan"].l1
+    assert back["reference"].l1 == differences["plan"].l1
     with pytest.raises(ValueError, match="a choice for each site: only method='subtract'"):
         divergence(loss, model, {"plan": plan}, method="propagate")
 
