@@ -668,19 +668,19 @@ int64_t by_processor(int64_t n) {
 
 void widen(const Float16* from, float* into, int64_t n) {
   const int64_t most = by_processor(n);
-  widen_eights(from, into, most);
+  if (most) widen_eights(from, into, most);
   written_out::widen(from + most, into + most, n - most);
 }
 
 void narrow(const float* from, Float16* into, int64_t n) {
   const int64_t most = by_processor(n);
-  narrow_eights(from, into, most);
+  if (most) narrow_eights(from, into, most);
   written_out::narrow(from + most, into + most, n - most);
 }
 
 void round_to(Float16, float* sums, int64_t n) {
   const int64_t most = by_processor(n);
-  round_eights(sums, most);
+  if (most) round_eights(sums, most);
   written_out::round_to(Float16(), sums + most, n - most);
 }
 #endif
