@@ -36,7 +36,7 @@ from nslightning.probes import (
 from nslightning.probes.graph import opaque_nodes, reachable, reruns_forward
 from nslightning.probes.propagation import agrees, refuse_random, refuse_unseen
 from nslightning.probes.shards import is_shard, reshard
-from nslightning.runs import choice_changes
+from nslightning.runs import choice_changes, comparable_from
 from nslightning.surgery import selections
 
 from .measurements import append_rows, begins_anew, interval, log_step, own_name, run_folder, start_table
@@ -379,7 +379,10 @@ class GradientDivergence(Callback):
                 return
             divergence_by_step(totals, self._file.with_suffix(".pdf"), choice_changes(self._folder))
             figure = self._file.with_suffix(".png")
-            words = divergence_in_words(totals, str(trainer.precision))
+            since = comparable_from(self._folder)  # rows before it have another reference, or another precision
+            words = divergence_in_words(totals[totals["step"] >= since], str(trainer.precision))
+            if since and words:
+                words.insert(0, f"since step {since}, with which a segment of another choice or precision begins:")
             if not trainer.fast_dev_run:  # type: ignore[attr-defined] # set by a connector; its folder goes with it
                 words.append(f"figure: {figure}")
             rank_zero_info("\n".join(words))

@@ -157,9 +157,10 @@ class TrainCLI(LightningCLI):
         # There Lightning looks for what a SLURM job left: never in the folder that the command was started in.
         trainer.default_root_dir = str(folder or Path(config.output, config.name))
         if self.subcommand == "fit":
-            self._dump_config()
             if not self.place.scratch:
                 config.trainer.logger = self._loggers_asked
+            self.__dict__.pop("config_dump", None)  # of the loggers that point into this run's folder
+            self._dump_config()
             record = RunRecord(self.config_dump, config.seed_everything, sys.argv[2:], self.start.checkpoint)
             trainer_parts.for_a_training(trainer, config.arithmetic, config.seed_everything, record, folder)
         else:
@@ -250,7 +251,12 @@ class TrainCLI(LightningCLI):
         if self.place.scratch or not self.trainer.is_global_zero or folder is None:
             return
         best = {k: f"{v:.4f}" for k, v in self.trainer.callback_metrics.items() if k.startswith("val/")}
-        rank_zero_info(f"{folder}: {' '.join(f'{k}={v}' for k, v in best.items())}")
+        said = [f"{k}={v}" for k, v in best.items()]
+        if not self.began:
+            step, most = self.trainer.global_step, self.trainer.max_steps
+            limit = "max_steps" if 0 <= most <= step else "max_epochs"
+            said.append(f"no step was left after step {step}; a larger --trainer.{limit} trains on")
+        rank_zero_info(f"{folder}: {' '.join(said)}")
         rank_zero_info("  " + "  ".join(sorted(f.name for f in folder.iterdir() if f.name[0] != ".")))
 
     def predict(self, **kwargs: Any) -> None:

@@ -5,7 +5,7 @@ from .environment import environment
 from .folders import folder_of_job, last_run_folder, new_run_folder, note_job
 from .lock import RunLock
 from .metrics import MetricsFile, forget_from
-from .record import Segment, choice_changes, ended, flat, note_end, read_record, segments, with_segment
+from .record import Segment, choice_changes, comparable_from, ended, flat, note_end, read_record, segments, with_segment
 
 __all__ = [
     "MetricsFile",
@@ -14,6 +14,7 @@ __all__ = [
     "WholeCheckpoints",
     "checkpoints_in",
     "choice_changes",
+    "comparable_from",
     "ended",
     "environment",
     "flat",

@@ -204,6 +204,23 @@ def choice_changes(folder: str | Path) -> list[tuple[int, str]]:
     return changes
 
 
+def comparable_from(folder: str | Path) -> int:
+    """The step from which a run's measurements are of the choice and the precision that it has now.
+
+    Args:
+        folder: The run's folder.
+
+    Returns:
+        The first step of the last segment that changed either; 0 where none did.
+    """
+    step = 0
+    for before, after in pairwise(segments(read_record(folder))):
+        one, other = ((s.choice, s.sites, s.settings.get("precision")) for s in (before, after))
+        if one != other:
+            step = after.from_step
+    return step
+
+
 def note_end(folder: str | Path, end: End, step: int) -> None:
     """Write into a run's record how it ended.
 

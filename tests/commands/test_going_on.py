@@ -337,6 +337,15 @@ def test_another_choice_is_another_segment(zygote, tmp_path):
     assert set(rows["reference"][rows["step"] >= step]) == {"relu=0.5"}
     assert (folder / "divergence.png").read_bytes() != old
     assert runs.choice_changes(folder) == [(step, "relu=1 to relu=0.5")]
+    # The verdict is of the steps that have one reference.
+    assert f"since step {step}, with which a segment of another choice or precision begins:\nrelu1: " in said
+    n = rows["step"][rows["step"] >= step].nunique()
+    assert f"on {n} of {n} steps" in said.partition(f"since step {step}")[2]
+
+    end = checkpoint(folder)["global_step"]
+    status, said = zygote.run("fit", *QUICK, "--ckpt_path=last", f"--trainer.max_steps={end}", cwd=tmp_path)
+    assert status == 0, said
+    assert f"no step was left after step {end}; a larger --trainer.max_steps trains on" in said
 
     status, said = zygote.run("fit", *QUICK, "--ckpt_path=last", "--model.optimizer.lr=0.5", cwd=tmp_path)
     assert status == 2
