@@ -40,10 +40,12 @@ class _Handler(BaseHTTPRequestHandler):
         answer = {}
         if self.path.endswith("/graphql"):
             asked = json.loads(body)
-            query, given = asked["query"], asked.get("variables") or {}
+            query, variables = asked["query"], asked.get("variables") or {}
             name = query.split("(")[0].split("{")[0].split()[-1]
             self.server.seen.append(name)
-            answer = {"data": self._data(query, given)}
+            answer = {"data": self._data(query, variables)}
+            if "createArtifact" in query:
+                answer = {"errors": [{"message": "this server keeps no artifacts"}]}
         else:
             self.server.seen.append(self.path)
         text = json.dumps(answer).encode()
@@ -55,12 +57,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_POST = do_PUT = _reply  # noqa: N815 # the names that the class asks for
 
-    def _data(self, query, given):
+    def _data(self, query, variables):
         names = dict.fromkeys(("name", "entity", "username"), "somebody")
         entity = names | {"id": "1", "flags": "{}", "teams": {"edges": []}}
         if "upsertBucket" in query:
             project = {"id": "2", "name": "test", "entity": entity}
-            named = {key: given.get(key) for key in ("name", "displayName")}
+            named = {key: variables.get(key) for key in ("name", "displayName")}
             bucket = named | {
                 "id": "3", "description": "", "config": "{}", "sweepName": None, "project": project,
                 "historyLineCount": 0,

@@ -24,6 +24,8 @@ __all__ = ["finish", "prepared"]
 
 #: Seconds that a finished run waits for W&B to take what is not uploaded yet; without them it waits without end.
 _UPLOAD = "300"
+#: The length of a tag that W&B takes.
+_TAG = 64
 _MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")
 
 
@@ -43,6 +45,7 @@ def prepared(loggers: Any, folder: Path, tags: Sequence[str]) -> tuple[Any, list
         ValueError: If ``WANDB_MODE`` asks for what is not there.
     """
     several = isinstance(loggers, list)
+    tags = [tag if len(tag) <= _TAG else f"{tag[: _TAG - 3]}..." for tag in tags]
     kept, notes = [], list[str]()
     for logger in loggers if several else [loggers]:
         if isinstance(logger, Namespace) and str(logger.get("class_path")).endswith("WandbLogger"):
@@ -140,8 +143,11 @@ def finish() -> None:
     """End the W&B run, so that the next one in this process is another."""
     wandb = sys.modules.get("wandb")
     if wandb is not None and getattr(wandb, "run", None) is not None:
-        with suppress(OSError):  # its log, on a full disk: the run's own error says so
+        try:
             wandb.finish(exit_code=int(sys.exc_info()[0] is not None))
+        except OSError:  # its log is on a full disk, or its process is gone: the run's own error says so
+            with suppress(OSError):
+                wandb.teardown()  # which W&B would do at the end of this process, with a traceback
 
 
 def _has_key() -> bool:

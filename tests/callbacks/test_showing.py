@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from nslightning import Jacobians
 from nslightning.callbacks import GradientDivergence, RunRecord, TwinDivergence, WeightDivergence, ZoneMonitor
+from nslightning.choices import choice_label
 from nslightning.models import ImageClassifier, Twins
 
 
@@ -160,6 +161,16 @@ def test_every_packaged_config_has_no_other_logger(repo_root):
     ("flags", "group", "tags"),
     [
         ([], "quickstart", ["paper/lenet5", "FashionMNISTSample", "bf16-mixed", "max_pool=10"]),
+        (
+            ["--model.jacobians=jax"],  # its fields are more than the 64 characters that W&B takes
+            "quickstart",
+            [
+                "paper/lenet5",
+                "FashionMNISTSample",
+                "bf16-mixed",
+                f"{choice_label(Jacobians.preset('jax').to_dict())[:61]}...",
+            ],
+        ),
         (["--trainer.logger.dict_kwargs={group: mine, tags: [a, b]}"], "mine", ["a", "b"]),
         (["--trainer.logger.group=mine"], "mine", None),
     ],
@@ -180,13 +191,18 @@ def test_group_and_tags_are_the_config_s_or_say_what_is_trained(flags, group, ta
     few += ["--trainer.callbacks=null", "--trainer.enable_progress_bar=false", "--model.jacobians.max_pool=10"]
     assert main(["fit", "--config", "configs/quickstart.yaml", *few, *flags]) == 0
     options = asked[0]
+    import wandb  # not before: what it hands on to `wandb.init` is read from its source
+
+    wandb.Settings(run_tags=options.get("tags"))  # refuses what W&B refuses
     assert options["group"] == group
     if tags is not None:
         assert options["tags"] == tags
     # What was asked for is in the config that makes the run again, and nothing of this run.
     config = Path("runs/quickstart/001/config.yaml").read_text()
-    assert ("mine" in config) == bool(flags)
+    assert ("mine" in config) == (group == "mine")
     assert "FashionMNISTSample\n      - bf16" not in config
+    recorded = json.loads(Path("runs/quickstart/001/run.json").read_text())["segments"][0]["config"]
+    assert "FashionMNISTSample" not in str(recorded["trainer"]["logger"])
 
 
 def test_wandb_s_own_process_has_a_cache_where_the_user_has_none(tmp_path, monkeypatch):
