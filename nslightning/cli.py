@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -90,6 +91,10 @@ def main(args: Sequence[str] | None = None) -> int:
 def _stoppable(argv: list[str]) -> int:
     program = " ".join(["nslightning", *(word for word in argv[:1] if word in COMMANDS)])
     with signals() as handler:
+        # The first process answers for those that Lightning started for its training: they stop with it, at a step, or
+        # when it is gone. One that ends by itself has Lightning kill them all.
+        if argv[:1] in (["fit"], ["twins"]) and os.environ.get("LOCAL_RANK", "0") not in ("", "0"):
+            handler.answers, handler.waits = False, True
         try:
             status = _run(argv)
         except Stopped as stop:

@@ -45,11 +45,12 @@ class Signals:
 
     Attributes:
         waits: Whether the first signal is only kept.
+        answers: Whether this process says that it stops: not one that another one started for its training.
         signum: The first signal that came; None where there was none.
     """
 
     def __init__(self) -> None:
-        self.waits = False
+        self.waits, self.answers = False, True
         self.signum: int | None = None
         self._process = os.getpid()
         self._terminal = [number for number in (1, 2) if os.isatty(number)]
@@ -65,8 +66,9 @@ class Signals:
         if signum == _HANGUP:
             self._let_go_of_terminal()
         if self.waits and not again:
-            stop = _NAMES.get(signal.Signals(signum), "the signal")
-            print(f"\n{stop}: stopping after this step; a second one stops at once", file=sys.stderr, flush=True)
+            if self.answers:
+                stop = _NAMES.get(signal.Signals(signum), "the signal")
+                print(f"\n{stop}: stopping after this step; a second one stops at once", file=sys.stderr, flush=True)
             # The same signal may end a loader's workers, and PyTorch would raise for it in the middle of the step.
             if hasattr(signal, "SIGCHLD"):
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)

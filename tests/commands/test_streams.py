@@ -85,6 +85,18 @@ def test_whatever_the_command_it_is_stopped_in_one_line(words, capsys, monkeypat
     )
 
 
+@pytest.mark.parametrize(("command", "rank", "waits"), [("fit", "1", True), ("fit", "0", False), ("audit", "1", False)])
+def test_a_further_process_of_a_training_leaves_the_answer_to_the_first(command, rank, waits, capsys, monkeypatch):
+    def interrupted(argv: list[str]) -> int:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return 7
+
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setattr("nslightning.cli._run", interrupted)
+    assert main([command]) == (7 if waits else 143)
+    assert ("SIGTERM" in capsys.readouterr().err) == (not waits)
+
+
 def test_a_command_under_nohup_goes_on(monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

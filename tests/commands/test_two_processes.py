@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -202,3 +203,30 @@ def test_a_run_goes_on_with_another_number_of_processes(before, after):
         assert torch.allclose(found[name], weight, rtol=1e-9, atol=1e-12), name
     assert not torch.equal(found[name], weights[name])
     assert metrics(folder)["train/loss"].notna().sum() == 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("began", [False, True], ids=["before the first step", "in training"])
+def test_both_processes_are_asked_to_stop(signum, status, began):
+    """As a terminal's Ctrl-C and a cluster's scheduler do it: one line, and one status, at any moment."""
+    options = config()
+    options["trainer"]["max_epochs"] = 400
+    run = start("fit", options, "stopped", "--trainer.devices=2", "--trainer.strategy=ddp")
+
+    def further():  # W&B's own process is another child
+        children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+        return any("LOCAL_RANK=1" in Path(f"/proc/{pid}/environ").read_text().split("\0") for pid in children)
+
+    rows = Path("stopped/run/001/divergence.csv")
+    while not (rows.exists() if began else further()):
+        assert run.poll() is None
+        time.sleep(0.1)
+    os.killpg(run.pid, signum)
+    said, _ = run.communicate(timeout=480)  # until both have closed their output
+    assert run.returncode == status, said
+    assert "Traceback" not in said
+    assert "Child process" not in said
+    assert "error: " not in said
+    assert len(re.findall(r"nslightning fit: stopped by", said)) == 1, said
+    assert ("go on with: nslightning fit --config" in said) == began
