@@ -151,6 +151,11 @@ def _empty(match: re.Match[str], rejected: Rejection) -> Explanation:
     return f"--{rejected.key}= has no value: give one, or leave the option out", []
 
 
+def _no_options(match: re.Match[str], rejected: Rejection) -> Explanation:
+    way = "a choice, such as relu=1 or jax" if rejected.key.endswith("jacobians") else f"--{rejected.key}.OPTION=VALUE"
+    return f"--{rejected.key}={match[1]} is no mapping of options, and no file of one: give {way}", []
+
+
 def _value(match: re.Match[str], rejected: Rejection) -> Explanation:
     if not rejected.key:
         return _line(rejected.message), []
@@ -185,6 +190,7 @@ ROWS = (
     Row("no such class", re.compile(r"(?:module|package) '([\w.]+)' has no attribute '(\w+)'"), "root", _no_class),
     Row("no such module", re.compile(r"No module named '([\w.]+)'"), "root", _no_class),
     Row("an empty value", re.compile(r"Unable to load config ['\"]{2}$"), "root", _empty),
+    Row("a value in place of options", re.compile(r"Unable to load config ['\"](.+)['\"]$"), "root", _no_options),
     Row("a value that is not allowed", re.compile(r"(?:Given|Got) value: (.*)"), "value_text", _value),
 )
 

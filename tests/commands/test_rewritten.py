@@ -50,6 +50,11 @@ CASES = [
     ("no such class", [*GIVEN, f"--thing={HERE}Thingg"], ["--thing", f"'{HERE}Thingg'"]),
     ("no such module", [*GIVEN, "--thing=no_such_module.Thing"], ["--thing", "no_such_module"]),
     ("an empty value", [*GIVEN, "--plain="], ["--plain= has no value"]),
+    (
+        "a value in place of options",
+        [*GIVEN, "--plain=3"],
+        ["--plain=3 is no mapping of options", "--plain.OPTION=VALUE"],
+    ),
     ("a value that is not allowed", [*GIVEN, "--number=two"], ["--number=two is not allowed; expected a whole number"]),
 ]
 
