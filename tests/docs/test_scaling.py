@@ -24,8 +24,8 @@ def test_a_slow_network_is_paid_for_beyond_the_backward():
     two = needs(MACHINE, 100_000_000, 100, 2, 0, 10)
     assert two["all_reduce_seconds"] == pytest.approx(0.4)
     assert two["images_per_second"] == pytest.approx(200 / (0.1 + 0.4 - 0.2 / 3))
-    # Five choices measured every 10th step: 0.2 s more a step.
-    measured = needs(MACHINE, 100_000_000, 100, 2, 5, 10)
+    # Four choices and the reference measured every 10th step: 0.2 s more a step.
+    measured = needs(MACHINE, 100_000_000, 100, 2, 4, 10)
     assert measured["images_per_second"] == pytest.approx(200 / (0.1 + 0.4 - 0.2 / 3 + 0.2))
 
 
@@ -56,4 +56,11 @@ def test_the_page_holds_the_committed_numbers(repo_root: Path):
         machine = Machine(**{name: assumed[name] for name in Machine.__dataclass_fields__})
         numbers = (content["measured"]["parameters"], assumed["batch"], row["devices"], assumed["choices"])
         assert needs(machine, *numbers, assumed["every"])["images_per_second"] == row["images_per_second"]
-    assert f"One core prepares {content['measured']['images_per_core']:.0f} images" in page
+    measured = content["measured"]
+    assert f"One core prepares {measured['images_per_core']:.0f} images" in page
+    # What two processes summed is what the model says: a set of gradients for each choice, and one for the reference.
+    sets = assumed["choices"] + 1
+    assert measured["measured_step"]["bytes"] == sets * 4 * measured["parameters"]
+    assert f"{sets} sets of gradients, {measured['measured_step']['bytes'] / 1e6:.0f} MB" in page
+    saved = measured["checkpoint"]
+    assert f"A checkpoint takes {saved['bytes'] / 1e6:.0f} MB and {saved['seconds']:.1f} s" in page
