@@ -1,6 +1,7 @@
 """``nslightning push``: what is written is loaded again, and computes what the trained network computes."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -38,7 +39,9 @@ def test_a_pushed_network_is_the_trained_one(run, tmp_path, capsys):
     for part in ("library_name: nslightning", "val/acc1", "## Patched sites", '"relu": 1.0', "- torch: "):
         assert part in card
     assert str(run) not in card + (hub / "config.json").read_text()  # no folder of this machine
-    network = load_hub_folder(hub)
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1].replace("FOLDER", str(hub))
+    exec(code, names := {})  # as the card says it
+    network = names["network"]
     trained, shape, _ = network_of_checkpoint(read_checkpoint(last_checkpoint(run)), "it")
     x = torch.rand(3, *shape)
     assert torch.equal(network(x), trained.eval()(x))

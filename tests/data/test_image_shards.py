@@ -10,6 +10,7 @@ from pathlib import Path
 
 import fake_data
 import pytest
+import s3_server
 import torch
 from test_data_resume import EPOCHS, Recorder, equal, every_step, run, trainer
 
@@ -318,6 +319,28 @@ def test_shards_at_an_address_are_copied_once(folder, out, tmp_path, monkeypatch
     assert not [file for file in (tmp_path / "here").rglob("*") if file.name.startswith(".partial")]
     with pytest.raises(data.DataError, match=r"shards.json: it cannot be read"):
         module(f"file://{tmp_path}/nowhere")
+
+
+def test_shards_in_an_object_store_are_copied_once(folder, out, tmp_path, monkeypatch):
+    """By the calls of S3, with an address of the store's own as MinIO and others have it."""
+    monkeypatch.setenv("NSLIGHTNING_DATA_DIR", str(tmp_path / "here"))
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    shutil.copytree(out, tmp_path / "store/bucket/shards")
+    with s3_server.Server(tmp_path / "store") as store:
+        options = f"?scheme=http&endpoint_override={store.address}&region=us-east-1"
+        made = module(f"s3://bucket/shards{options}")
+        made.prepare_data()
+        assert same(epochs(made)[0], epochs(module(folder))[0])
+        files = sorted(str(file.relative_to(made.folder)) for file in made.folder.rglob("*.arrow"))
+        assert sorted(set(store.seen)) == sorted(f"bucket/shards/{name}" for name in (*files, "shards.json"))
+        assert store.signed == {"somebody"}
+        store.seen.clear()
+        module(f"s3://bucket/shards{options}").prepare_data()
+        assert set(store.seen) == {"bucket/shards/shards.json"}
+        with pytest.raises(data.DataError, match=r"bucket/nowhere.*shards.json: it cannot be read"):
+            module(f"s3://bucket/nowhere{options}")
 
 
 def test_imagenet_counts_what_shards_hold(tmp_path):
