@@ -244,13 +244,15 @@ def _network(error: BaseException, began: bool) -> Ending | None:
 
 
 def _model(error: BaseException, began: bool) -> Ending | None:
-    """A model of the caller's that does not run, or does not take its inputs."""
+    """A model of the caller's that does not run, or does not take its inputs, or whose weights cannot be fetched."""
     if "torch" not in sys.modules:
         return None
+    from nslightning.models.backbones import DownloadError
     from nslightning.models.own import OwnNetworkError
     from nslightning.probes.audit import NotRunningError
 
-    return Ending(1, str(error)) if isinstance(error, (OwnNetworkError, NotRunningError)) else None
+    kinds = (DownloadError, OwnNetworkError, NotRunningError)
+    return Ending(1, str(error)) if isinstance(error, kinds) else None
 
 
 def _mistake(error: BaseException, began: bool) -> Ending | None:

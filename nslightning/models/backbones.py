@@ -23,7 +23,12 @@ from nslightning.models.own import is_own, own_network
 from nslightning.models.paper.common import check_image_shape
 from nslightning.spelling import closest, did_you_mean
 
-__all__ = ["create_backbone", "input_channels", "list_backbones"]
+__all__ = ["DownloadError", "create_backbone", "input_channels", "list_backbones"]
+
+
+class DownloadError(RuntimeError):
+    """Pretrained weights are not on this machine, and cannot be fetched."""
+
 
 FAMILIES = ("paper", "timm", "torchvision")
 
@@ -59,7 +64,7 @@ def create_backbone(
 
     Raises:
         ValueError: for a name, an option or a shape that is not admissible.
-        RuntimeError: if pretrained weights cannot be had.
+        DownloadError: if pretrained weights cannot be fetched.
     """
     if is_own(name):
         offered = {"num_classes": num_classes, "image_shape": tuple(image_shape), "pretrained": pretrained}
@@ -268,11 +273,15 @@ def _build(
     except OSError as error:
         if not downloads:
             raise
-        raise RuntimeError(
+        raise DownloadError(
             f"the pretrained weights of {name} could not be downloaded ({error}). Use pretrained=False, or "
             "fetch them once on a machine with a connection and copy its cache here: the folder that HF_HOME "
             "names (~/.cache/huggingface) for timm, TORCH_HOME (~/.cache/torch) for torchvision"
         ) from error
+    except RuntimeError as error:  # timm's way to say it
+        if not downloads or "No pretrained weights exist" not in str(error):
+            raise
+        raise ValueError(f"{name} has no pretrained weights: use pretrained=False") from error
 
 
 def _unknown_option(name: str, option: str, refusing: Any) -> ValueError:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torchvision
 
+from nslightning.commands.endings import ending_of
 from nslightning.models import backbones
 from nslightning.models.backbones import create_backbone, input_channels, list_backbones
 
@@ -256,9 +257,12 @@ def test_no_weights_and_no_connection_are_said(monkeypatch, tmp_path):
     said = "pretrained weights of {} could not be downloaded .*Use pretrained=False"
     with pytest.raises(RuntimeError, match=said.format("torchvision/squeezenet1_1")):
         create_backbone("torchvision/squeezenet1_1", 10, (3, 32, 32), pretrained=True)
-    with pytest.raises(RuntimeError, match=said.format("timm/resnet10t")):
+    with pytest.raises(RuntimeError, match=said.format("timm/resnet10t")) as raised:
         create_backbone("timm/resnet10t", 10, (3, 32, 32), pretrained=True, cache_dir=str(tmp_path))
+    ending = ending_of(raised.value, began=False)
+    assert ending is not None
+    assert (ending.status, ending.message) == (1, str(raised.value))
     with pytest.raises(ValueError, match="paper/vgg11 has no pretrained weights"):
         create_backbone("paper/vgg11", 10, (3, 32, 32), pretrained=True)
-    with pytest.raises(RuntimeError, match="No pretrained weights exist"):  # timm's own words
+    with pytest.raises(ValueError, match="timm/halonet_h1 has no pretrained weights: use pretrained=False"):
         create_backbone("timm/halonet_h1", 10, (3, 256, 256), pretrained=True)
