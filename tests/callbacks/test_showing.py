@@ -179,14 +179,14 @@ def test_every_packaged_config_has_no_other_logger(repo_root):
 def test_group_and_tags_are_the_config_s_or_say_what_is_trained(flags, group, tags, monkeypatch):
     from nslightning.cli import main
 
-    experiment, asked = WandbLogger.experiment.fget, []
+    stock, asked = WandbLogger.log_hyperparams, []
 
-    def seen(self):
+    def seen(self, *arguments):
         asked.append(self._wandb_init)
-        return experiment(self)
+        stock(self, *arguments)
 
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    monkeypatch.setattr(WandbLogger, "experiment", property(seen))
+    monkeypatch.setattr(WandbLogger, "log_hyperparams", seen)  # options are read from the source of `experiment`
     few = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"]
     few += ["--trainer.callbacks=null", "--trainer.enable_progress_bar=false", "--model.jacobians.max_pool=10"]
     assert main(["fit", "--config", "configs/quickstart.yaml", *few, *flags]) == 0
