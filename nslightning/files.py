@@ -10,7 +10,16 @@ from pathlib import Path
 
 from platformdirs import user_cache_path
 
-__all__ = ["cache_folder", "check_writable", "expanded", "forget_partial", "replacing", "utf8", "write_text"]
+__all__ = [
+    "cache_folder",
+    "check_writable",
+    "expanded",
+    "forget_partial",
+    "replacing",
+    "stderr_to",
+    "utf8",
+    "write_text",
+]
 
 _PARTIAL = ".partial-"  # how the name of a file begins that is not in its place yet
 
@@ -173,3 +182,34 @@ def expanded(path: str | Path) -> Path:
         The path without ``~``.
     """
     return Path(path).expanduser()
+
+
+@contextmanager
+def stderr_to(path: str | Path) -> Iterator[None]:
+    r"""Have processes that start meanwhile write their errors to the end of a file, and this one too.
+
+    Args:
+        path: The file.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        OSError: If the file cannot be written.
+
+    Example:
+        >>> import subprocess
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with stderr_to(f"{folder}/errors.log"):
+        ...         _ = subprocess.run("echo lost >&2", shell=True)
+        ...     Path(folder, "errors.log").read_text()
+        'lost\n'
+    """
+    with Path(path).open("ab") as file:
+        kept = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)

@@ -3,11 +3,14 @@
 import io
 import json
 import os
+import re
 import signal
+import subprocess
 import sys
 import time
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
@@ -304,6 +307,64 @@ def test_all_executors_one_after_the_other_leave_one_table(tmp_path, capfd):
         pd.testing.assert_frame_equal(
             rows.drop(columns="max_pool"), table.drop(columns="max_pool").reset_index(drop=True)
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("executor", "signum", "status"),
+    [("local", signal.SIGINT, 130), ("ray", signal.SIGINT, 130), ("ray", signal.SIGTERM, 143),
+     ("submitit", signal.SIGINT, 130), ("submitit", signal.SIGTERM, 143)],
+)  # fmt: skip
+def test_the_command_is_stopped_whoever_computes(executor, signum, status, tmp_path):
+    """Ctrl-C of a terminal, and SIGTERM of the command alone: one line, the status, and no process is left."""
+    if executor != "local":
+        pytest.importorskip(executor, reason=f"the extra `{executor}` is not installed")
+    file = tmp_path / "twelve.yaml"
+    file.write_text(
+        "kind: train\n"
+        "fixed: {backbone: paper/lenet5, data: FashionMNISTSample, train_images: 512, epochs: 2,"
+        " learning_rate: 0.01, batch_size: 64}\n"
+        "vary: {max_pool: [0, 10], seed: [0, 1, 2, 3, 4, 5]}\n"
+        "scales: {small: {}}\n"
+    )
+    words = [sys.executable, "-m", "nslightning", "experiment", str(file), "--device=cpu", f"--output={tmp_path}"]
+    words += [f"--executor={executor}", *["--executor-option=cluster=local"] * (executor == "submitit")]
+    mark = f"NSLIGHTNING_TEST_MARK={tmp_path}"
+    environment = {**os.environ, **dict([mark.split("=", 1)])}
+    started = subprocess.Popen(
+        [*words, "--workers=1"], env=environment, text=True, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    while len(list(tmp_path.glob("twelve/small/cells/*.json"))) < 2:
+        assert started.poll() is None, started.communicate()
+        time.sleep(0.05)
+    (os.killpg if signum == signal.SIGINT else os.kill)(started.pid, signum)
+    _, said = started.communicate(timeout=240)
+    assert started.returncode == status, said
+    assert "Traceback" not in said
+    assert re.search(r"stopped by \S+ after \d+ of 12 cells of twelve; the same command goes on", said)
+
+    def left():
+        """The processes that the command started, and those that they started, wherever they went."""
+        pids = []
+        for environ in Path("/proc").glob("[0-9]*/environ"):
+            with suppress(OSError):  # it ended meanwhile
+                if mark.encode() in environ.read_bytes().split(b"\0"):
+                    pids.append(environ.parent.name)
+        return pids
+
+    end = time.monotonic() + 60
+    while left() and time.monotonic() < end:
+        time.sleep(0.2)
+    assert left() == []
+    done = len(list(tmp_path.glob("twelve/small/cells/*.json")))
+    assert 2 <= done < 12
+    again = subprocess.run([*words, "--workers=2"], env=environment, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert f"12 cells, {done} finished before, {12 - done} computed" in again.stdout
+    whole = run(Experiment.read(file), tmp_path / "whole", workers=1)
+    files = [folder / "results.csv" for folder in (tmp_path / "twelve/small", whole.folder)]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 class Interrupting(io.StringIO):

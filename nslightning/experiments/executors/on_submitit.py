@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar, cast
 
 from nslightning.experiments.executors.base import ItemResult, Resources, use_threads
 from nslightning.experiments.executors.local import LocalExecutor
+from nslightning.files import stderr_to
 
 __all__ = ["SubmititExecutor"]
 
@@ -83,7 +84,9 @@ class SubmititExecutor:
             while chunks or running:
                 while chunks and len(running) < (self._resources.workers or 1):
                     chunk = chunks.pop(0)
-                    running[self._executor.submit(job_work, chunk)] = chunk
+                    # A job's own process of this machine ends by a traceback when it is cancelled.
+                    with stderr_to(self._folder / "controllers.log"):
+                        running[self._executor.submit(job_work, chunk)] = chunk
                 done = [job for job in running if job.done()]
                 for job in done:
                     yield from self._of_job(job, running.pop(job))
