@@ -132,7 +132,7 @@ MISTAKES: dict[str, list[Mistake]] = {
         ("--model.jacobians.relu6=[1,2,3]", ("--model.jacobians.relu6", "two numbers")),
         ("--model.jacobians.max_pool=minimall", ("minimall", "native, first, last", "did you mean 'minimal'")),
         ("--model.jacobians.rule=publish", ("exact, published", "did you mean 'published'")),
-        ("--model.jacobians=null", ("--model.jacobians=null is no mapping of options", "relu=1 or jax")),
+        ("--model.jacobians=null", ("--model.jacobians=null is not a mapping of options", "relu=1 or jax")),
         ("--model.jacobians=jaxx", ("preset 'jaxx'", "did you mean 'jax'")),
         ("--model.jacobians=rleu=1", ("'rleu'", "did you mean 'relu'")),
         ("--config null.yaml", ("--model.jacobians=null names no choice",)),
@@ -192,7 +192,7 @@ MISTAKES: dict[str, list[Mistake]] = {
         ),
     ],
     "Trainer": after_config(
-        ("--trainer=3", ("--trainer=3 is no mapping of options", "--trainer.OPTION=VALUE")),
+        ("--trainer=3", ("--trainer=3 is not a mapping of options", "--trainer.OPTION=VALUE")),
         ("--trainer.max_epoch=3", ("did you mean '--trainer.max_epochs'",)),
         ("--trainer.max_epochs=many", ("--trainer.max_epochs=many", "a whole number")),
         ("--trainer.max_epochs=0", ("--trainer.max_epochs=0", "from 1 on")),

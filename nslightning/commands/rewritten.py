@@ -153,7 +153,7 @@ def _empty(match: re.Match[str], rejected: Rejection) -> Explanation:
 
 def _no_options(match: re.Match[str], rejected: Rejection) -> Explanation:
     way = "a choice, such as relu=1 or jax" if rejected.key.endswith("jacobians") else f"--{rejected.key}.OPTION=VALUE"
-    return f"--{rejected.key}={match[1]} is no mapping of options, and no file of one: give {way}", []
+    return f"--{rejected.key}={match[1]} is not a mapping of options, nor a file of one: give {way}", []
 
 
 def _value(match: re.Match[str], rejected: Rejection) -> Explanation:

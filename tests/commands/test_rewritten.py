@@ -53,7 +53,7 @@ CASES = [
     (
         "a value in place of options",
         [*GIVEN, "--plain=3"],
-        ["--plain=3 is no mapping of options", "--plain.OPTION=VALUE"],
+        ["--plain=3 is not a mapping of options", "--plain.OPTION=VALUE"],
     ),
     ("a value that is not allowed", [*GIVEN, "--number=two"], ["--number=two is not allowed; expected a whole number"]),
 ]
