@@ -213,6 +213,10 @@ MISTAKES: dict[str, list[Mistake]] = {
         ),
         ("--trainer.callbacks+=TieMonitor --trainer.callbacks.every_n_steps=0", ("given 0",)),
         ("--trainer.logger=WandbLoger", ("did you mean 'WandbLogger'",)),
+        (
+            "--trainer.callbacks+=WeightDivergence --trainer.callbacks+=WeightDivergence",
+            ("two of the callbacks are WeightDivergence with the same settings",),
+        ),
     ),
     "Checkpoints": [
         *after_config(

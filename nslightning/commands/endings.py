@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -268,6 +269,10 @@ def _mistake(error: BaseException, began: bool) -> Ending | None:
         if isinstance(error, UnreachedError):  # which the first step may find
             return Ending(2, str(error))
         kinds += (MisconfigurationException,)
+    if twice := re.search(r"more than one stateful callback of type `(\w+)`", str(error)):  # Lightning's words
+        return Ending(
+            2, f"two of the callbacks are {twice[1]} with the same settings: leave one out, or let them differ"
+        )
     if began or not isinstance(error, (*kinds, OSError)):
         return None
     if isinstance(error, FileNotFoundError) and error.errno is not None:
