@@ -602,6 +602,15 @@ def while_compiling(function: Callable[_P, _R]) -> Callable[_P, _R]:
     return function
 
 
+def compiler_is_imported() -> bool:
+    """Whether something in this process has imported the compiler, so that the code of a model may use it.
+
+    Returns:
+        False as long as ``torch.compile`` was not called; also True where a library imports it.
+    """
+    return "torch._dynamo.variables.torch" in sys.modules
+
+
 def compile_functions_for_modes(functions: Iterable[Callable[..., Any]]) -> None:
     """Make ``torch.compile`` hand calls of functions to a ``TorchFunctionMode``, as eager mode does.
 

@@ -21,6 +21,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -89,6 +90,10 @@ _COMBINED: dict[type[ast.operator], type[ast.operator]] = {
     ast.BitAnd: ast.BitOr,
     ast.BitOr: ast.BitAnd,
 }
+
+
+# Warnings are errors in the tests, and pytest warns of plugins that `_warm` imported before it.
+_IMPORTED_BEFORE = ("-W", "ignore::pytest.PytestAssertRewriteWarning")
 
 
 @dataclass(frozen=True)
@@ -229,7 +234,9 @@ def outcome(mutant: Mutant, tests: Sequence[str], limit: float, log: Path) -> st
                 os.dup2(descriptor, stream)
             sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
             sys.meta_path.insert(0, _InPlace(mutant))
-            status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])
+            status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests, *_IMPORTED_BEFORE])
+        except BaseException:
+            traceback.print_exc()
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -248,7 +255,7 @@ def outcome(mutant: Mutant, tests: Sequence[str], limit: float, log: Path) -> st
         os.killpg(pid, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(status)
     # 2: the module no longer imports, so the tests cannot be collected; a signal: the change broke the process.
-    return {0: "survived", 4: "not run", 5: "not run"}.get(code, "killed")
+    return {0: "survived", 4: "not run", 5: "not run", 70: "not run"}.get(code, "killed")
 
 
 def _path(test: str) -> str:

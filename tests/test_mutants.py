@@ -3,7 +3,7 @@
 import sys
 
 import pytest
-from mutants import TESTS, mutants, outcome
+from mutants import TESTS, Mutant, mutants, outcome
 
 SOURCE = '''"""Numbers."""
 
@@ -65,6 +65,16 @@ def test_what_a_test_sees_is_killed_and_what_is_equivalent_survives(file):
 
 def test_a_change_that_never_ends_is_ended(file):
     assert run(file, "n += 1 -> pass", limit=5) == "slow"
+
+
+def test_a_plugin_that_is_imported_already_is_no_failure(file, monkeypatch):
+    """Where warnings are errors, pytest would refuse to start, and every mutant would pass for killed."""
+    (file.parent / "little_plugin_for_mutants.py").write_text("")
+    monkeypatch.setitem(sys.modules, "little_plugin_for_mutants", __import__("little_plugin_for_mutants"))
+    arguments = ["-W", "error", "-p", "little_plugin_for_mutants", f"--rootdir={file.parent}", str(file.parent)]
+    log = file.parent / "log"
+    assert outcome(Mutant(file, None), arguments, 60, log) == "survived", log.read_text()
+    assert outcome(Mutant(file, None), [*arguments, "-p", "no_such_plugin"], 60, log) == "not run"
 
 
 def test_types_and_messages_are_no_mutants(file):

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from nslightning._torch import function_of, number_of
 from nslightning.surgery.kinks import kink
 
-__all__ = ["Foreign", "foreign_nodes", "kinds", "structure", "tensors"]
+__all__ = ["Foreign", "foreign_nodes", "kinds", "nodes", "structure", "tensors"]
 
 # These are linear in the features. Their boxes get no gradient.
 _SMOOTH = ("torchvision_roi_align_default", "torchvision_ps_roi_align_default")
 _OURS = ("nslightning_chosen_default",)
 _OPAQUE = (str, bytes, int, float, complex, bool, type(None), type, ModuleType, FunctionType, BuiltinFunctionType,
            MethodType, torch.dtype, torch.device, torch.Generator)  # fmt: skip
-_OF_MODULES = frozenset((*vars(nn.Module()), "_nonsmooth_part"))  # parameters, parts, hooks
+_OF_MODULES = frozenset((*vars(nn.Module()), "_nonsmooth_part")) - {"_buffers"}  # parameters, parts, hooks
 _MOST = 10_000  # a search for tensors looks into at most this number of objects
 
 
@@ -55,13 +55,7 @@ def foreign_nodes(output: Iterable[Tensor], inputs: Iterable[Tensor]) -> Iterato
     Yields:
         Each such node once.
     """
-    seen = {node for x in inputs if (node := x.grad_fn) is not None}
-    todo = [node for x in output if (node := x.grad_fn) is not None]
-    while todo:
-        node = todo.pop()
-        if node in seen:
-            continue
-        seen.add(node)
+    for node in nodes(output, inputs):
         cls, name = function_of(node), node.name()
         if name.startswith("GeneratedBackwardFor_"):
             operator = name.removeprefix("GeneratedBackwardFor_").removesuffix("Backward")
@@ -76,6 +70,26 @@ def foreign_nodes(output: Iterable[Tensor], inputs: Iterable[Tensor]) -> Iterato
                 yield Foreign("custom", function, number_of(node))
         elif (operation := kink(node)) is not None:
             yield Foreign(operation, name, number_of(node))
+
+
+def nodes(output: Iterable[Tensor], inputs: Iterable[Tensor]) -> Iterator[Any]:
+    """The backward nodes between tensors and a model's inputs.
+
+    Args:
+        output: Tensors that the model made.
+        inputs: The model's inputs; the search stops at them.
+
+    Yields:
+        Each node once.
+    """
+    seen = {node for x in inputs if (node := x.grad_fn) is not None}
+    todo = [node for x in output if (node := x.grad_fn) is not None]
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        yield node
         todo += [below for below, _ in node.next_functions if below is not None]
 
 

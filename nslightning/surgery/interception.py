@@ -450,7 +450,9 @@ def _within(runs: tuple[FunctionalCalls, ...], function: Callable[[], Any]) -> A
 # ------------------------------------------------------------------------------------------------- compiler
 @cache
 def teach_the_compiler(eager: tuple[Callable[..., Any], ...]) -> None:
-    """Make ``torch.compile`` hand to the mode what eager mode hands to it; once, when a patched model is compiled.
+    """Make ``torch.compile`` hand to the mode what eager mode hands to it.
+
+    This happens once, before a patched model or a part of one is compiled.
 
     In torch 2.15 it passes over functions that end with an underscore, ``torch.relu_`` or ``F.elu_``, over
     ``F.hardswish`` and ``F.hardsigmoid``, and over ``abs(x)``: these kept PyTorch's own derivative, in silence.

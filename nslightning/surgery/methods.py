@@ -23,13 +23,16 @@ from torch import Tensor, nn
 
 from nslightning._torch import (
     call_with_hooks,
+    compiler_is_imported,
     compiler_is_reading,
     disable_function_modes,
     fx_tracer,
     fx_tracers_code,
     has_autograd_formula,
+    is_compiled_function,
     is_tracing,
     kept_attributes,
+    number_of,
     sequence_number,
     traced_functions,
     while_compiling,
@@ -37,7 +40,7 @@ from nslightning._torch import (
 )
 from nslightning.ops.autograd import native
 from nslightning.ops.record import FUNCTIONS, OPERATIONS, positional
-from nslightning.surgery.graph import foreign_nodes, kinds, structure, tensors
+from nslightning.surgery.graph import foreign_nodes, kinds, nodes, structure, tensors
 from nslightning.surgery.interception import (
     FunctionalCalls,
     begun,
@@ -63,7 +66,7 @@ class _MethodType(type):
     def __call__(cls, *args: Any) -> Any:
         if len(args) == 2 and isinstance(args[1], nn.Module):
             function, module = args
-            methods = (m for m in module.__dict__.values() if issubclass(type(m), cls) and m.__func__ is function)
+            methods = (m for m in module.__dict__.values() if issubclass(type(m), cls) and m.has_function(function))
             return next(methods, None) or MethodType(function, module)
         return super().__call__(*args)
 
@@ -145,6 +148,10 @@ class Method(metaclass=_MethodType):
 
     def __repr__(self) -> str:
         return f"<patched {self.stock(self.module)!r}>"
+
+    def has_function(self, function: Any) -> bool:
+        """Whether it replaces the bound method of a function; a partial function in an attribute is no method."""
+        return getattr(self.stock(self.module), "__func__", None) is function
 
     @property
     def stands(self) -> bool:
@@ -305,6 +312,10 @@ class ClassName(Method):
         return str(self.stock(self.module)())
 
 
+_COMPILED = (
+    "parts of the model are compiled by themselves: they take the choice, but the report cannot list their sites, and "
+    "custom backwards in them are not seen. Compile the patched model instead"
+)
 _FX = "torch.fx drops the Jacobian choice at functional calls: unpatch the model first, and patch the traced graph"
 _QUANTIZE = "FX quantisation replaces modules, and their Jacobian choice with them: unpatch the model first"
 
@@ -369,7 +380,7 @@ class Caller(Method):
     ) -> Any:
         part = self.part
         surgery, key = part.surgery, (part, self.name, module.training)
-        recording = torch.is_grad_enabled() and key not in surgery.looked
+        recording = torch.is_grad_enabled() and surgery.records(key)
         if not surgery.catching and not recording and not surgery.counted and not surgery.watched:
             return method(*args, **kwargs)
         run = FunctionalCalls(surgery, part, recording)
@@ -377,6 +388,8 @@ class Caller(Method):
         if recording:
             for site in surgery.sites:
                 site.fast, site.settled = None, False
+        if compiler_is_imported():  # the method may run parts that are compiled
+            _teach_the_compiler()
         with begun(run):
             start = sequence_number()
             result = method(*args, **kwargs)
@@ -487,7 +500,7 @@ class Caller(Method):
         """A generator that runs each step of a generator or a coroutine as part of the method."""
         surgery, step = self.part.surgery, partial(generator.send, None)
         key = (self.part, self.name, self.module.training)
-        recording = torch.is_grad_enabled() and key not in surgery.looked  # in all its steps, or in no step
+        recording = torch.is_grad_enabled() and surgery.records(key)  # in all its steps, or in no step
         while True:
             inner = running(surgery)
             try:
@@ -518,6 +531,8 @@ class Caller(Method):
         if run.recording:
             for site in surgery.sites:
                 site.fast, site.settled = None, False
+        if compiler_is_imported():
+            _teach_the_compiler()
         start = sequence_number()
         try:
             with begun(run):
@@ -543,12 +558,13 @@ class Caller(Method):
         _teach_the_compiler()
         part, module = self.part, self.module
         surgery, method = part.surgery, self.stock(module)
-        if not (torch.is_grad_enabled() or surgery.watched) or compiling_run(surgery):
+        if not (torch.is_grad_enabled() or surgery.watched) or not surgery.catching:
             return method(*args, **kwargs)
-        if not surgery.catching:
-            return method(*args, **kwargs)
-        with FunctionalCalls(surgery, part):
+        if compiling_run(surgery):
             result = method(*args, **kwargs)
+        else:
+            with FunctionalCalls(surgery, part):
+                result = method(*args, **kwargs)
         self._look_at_trace()
         return result
 
@@ -569,22 +585,19 @@ class Caller(Method):
         """Add the evaluations of a run to the report; check the run's graph if it differs from earlier ones."""
         surgery, report = self.part.surgery, self.part.surgery.report
         if run.differentiating:
-            key = (frozenset(run.entered), kinds(*arguments), structure(result))
-            if run.recording or key not in surgery.looked:
+            start, end, _ = run.spans[-1]
+            path = (frozenset(run.entered), kinds(*arguments), structure(result), end - start)
+            if run.recording or path not in surgery.looked:
                 _look(run, module, arguments, result)
-                surgery.looked.add(key)
-                entrance = (self.part, self.name, module.training)
-                if run.recording:
-                    surgery.looked.add(entrance)
-                else:  # something new ran inside: record the next run
-                    surgery.looked.discard(entrance)
+                surgery.checked((self.part, self.name, module.training), path, run.recording)
         computed = bool(run.evaluations) or (self.returns_results and _has_gradient(result))
         first = not report.traced and run.differentiating and computed
         for site, evaluations in run.evaluations.values():
             site.calls = site.calls or evaluations
         report.traced |= first
         if first and self.part.names[0] == "" and not report.reached:
-            warnings.warn(nothing_to_patch(report), PatchWarning, stacklevel=4)
+            compiled = any(map(is_compiled_function, nodes(tensors(result), _inputs(run, arguments))))
+            warnings.warn(_COMPILED if compiled else nothing_to_patch(report), PatchWarning, stacklevel=4)
 
 
 class _Steps:
@@ -653,8 +666,8 @@ FunctionalCalls.entrances |= {
 
 @while_compiling
 def _teach_the_compiler() -> bool:
-    """Prepare the compiler for patched models, when it first compiles one."""
-    teach_the_compiler((*_EAGER, foreign_nodes, kinds, structure, tensors))
+    """Prepare the compiler for patched models, before it first compiles one, or a part of one."""
+    teach_the_compiler((*_EAGER, foreign_nodes, kinds, nodes, structure, tensors))
     return True
 
 
@@ -690,8 +703,9 @@ def _look(run: FunctionalCalls, module: nn.Module, arguments: Any, result: Any) 
     """Name the kinks and custom backwards of the graph that belong to no site."""
     surgery = run.surgery
     made = tensors(result, *module.modules())
-    for node in foreign_nodes(made, list(tensors(arguments))):
-        if node.operation != "custom" and (not run.recording or _owned(run, node.number)):
+    begin = run.spans[-1][0] if surgery.report.traced else 0  # a module may keep a graph of an earlier run
+    for node in foreign_nodes(made, _inputs(run, arguments)):
+        if node.operation != "custom" and (not run.recording or node.number < begin or _owned(run, node.number)):
             continue
         if (ranked := next((r for r in run.ranked if r.first <= node.number < r.last), None)) is not None:
             run.count(surgery.unreached(ranked.part, ranked.operation, ranked.kind))
@@ -701,6 +715,12 @@ def _look(run: FunctionalCalls, module: nn.Module, arguments: Any, result: Any) 
             run.count(part.site)  # the module is named already
         elif part.chosen:
             run.count(surgery.unreached(part, node.operation, node.kind))
+
+
+def _inputs(run: FunctionalCalls, arguments: Any) -> list[Tensor]:
+    """The tensors among a run's arguments that the run did not overwrite: their graphs are not the model's."""
+    start, end, _ = run.spans[-1]
+    return [x for x in tensors(arguments) if x.grad_fn is None or not start <= number_of(x.grad_fn) < end]
 
 
 def _owned(run: FunctionalCalls, number: int) -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from nslightning.ops.autograd import native
 from nslightning.ops.autograd.selection import Selection
 from nslightning.ops.record import OPERATIONS, Operation
 from nslightning.surgery.kinks import LEFT
@@ -24,6 +25,7 @@ from nslightning.surgery.report import PatchReport, PatchWarning, Site, Unreache
 __all__ = ["CHECKPOINT", "PART", "Part", "Surgery"]
 
 PART = "_nonsmooth_part"
+_RUNS = 16  # that are recorded for a new path, if it is not taken again before
 CHECKPOINT: CodeType = inspect.unwrap(checkpoint).__code__
 
 
@@ -44,7 +46,9 @@ class Surgery:
             which a compiler cannot distinguish.
         counted: Whether a rule depends on the number of a call.
         catching: Whether some module has code that may call functions: a mode catches calls only if it is true.
-        looked: The runs whose graph was checked: their methods, and the structure of the values they returned.
+        looked: The entrances and the paths whose graph was checked.
+        awaited: Paths that a run took while nodes were not recorded, and how many runs are still recorded for each.
+        begun: How often each entrance was run with gradients.
         sites: The objects that run the module sites.
     """
 
@@ -65,18 +69,54 @@ class Surgery:
         self.counted = any(rule.call is not None for rule in plan.rules)
         self.catching = True
         self.looked: set[Any] = set()
+        self.awaited: dict[Any, int] = {}
+        self.begun: dict[Any, int] = {}
         self.sites: WeakSet[Any] = WeakSet()
         self._rows: dict[tuple[str, str, bool, tuple[int, ...]], Site] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copied site adds itself to `sites`; `looked` refers to parts by identity, which a copy does not keep.
-        return {k: v for k, v in self.__dict__.items() if k not in ("sites", "looked")}
+        # A copied site adds itself to `sites`; the others refer to parts by identity, which a copy does not keep.
+        return {k: v for k, v in self.__dict__.items() if k not in ("sites", "looked", "awaited", "begun")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, sites=WeakSet(), looked=set())
+        self.__dict__.update(state, sites=WeakSet(), looked=set(), awaited={}, begun={})
+
+    def records(self, entrance: Any) -> bool:
+        """Whether the run that begins has to note which nodes it makes, so that its graph can be checked.
+
+        Args:
+            entrance: The method that begins with gradients, and its module's mode.
+
+        Returns:
+            True until the graph of a run of the entrance was checked, for its runs 8, 16, 32, ..., and while a path
+            awaits its check.
+        """
+        number = self.begun[entrance] = self.begun.get(entrance, 0) + 1
+        again = number >= 8 and number & (number - 1) == 0
+        return again or entrance not in self.looked or bool(self.awaited)
+
+    def checked(self, entrance: Any, path: Any, recorded: bool) -> None:
+        """Note that the graph of a run was checked.
+
+        Args:
+            entrance: As in :meth:`records`.
+            path: The path that the run took.
+            recorded: Whether the run noted its nodes; otherwise only custom backwards could be told apart.
+        """
+        if not recorded:
+            self.awaited[path] = _RUNS
+            return
+        self.looked |= {entrance, path}
+        self.awaited.pop(path, None)
+        for other, left in list(self.awaited.items()):  # it may never be taken again
+            self.awaited[other] = left - 1
+            if left == 1:
+                self.looked.add(other)
+                del self.awaited[other]
 
     def begin(self, parts: Sequence[Part]) -> None:
         """Make each selection that a call of these parts may need, so that observers can be set on all of them now."""
+        native.load()
         for name in OPERATIONS:
             rules_of = {self.plan.covering(part.rules, name, i) for part in parts for i in self.plan.calls}
             for rules in sorted(rules_of):

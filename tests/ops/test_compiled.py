@@ -3,6 +3,7 @@
 import math
 import operator
 import re
+import warnings
 from functools import partial
 
 import pytest
@@ -128,6 +129,45 @@ def test_every_spelling_takes_its_choice_when_compiled(group):
     for name, a, b, c in zip(SPELLINGS[group], stock, want, got, strict=True):
         assert not torch.equal(a, b), f"{name}: eager mode does not reach it"
         torch.testing.assert_close(c, b, rtol=1e-6, atol=0, equal_nan=True, msg=lambda m, name=name: f"{name}: {m}")
+
+
+OVERWRITES = {
+    "relu": torch.relu_,
+    "leaky_relu": lambda x: F.leaky_relu(x, 0.25, inplace=True),
+    "elu": lambda x: F.elu(x, 2.0, inplace=True),
+    "abs": torch.abs_,
+    "clamp": lambda x: x.clamp_(0, 2),
+    "hardswish": lambda x: F.hardswish(x, inplace=True),
+}
+
+
+@pytest.mark.parametrize("part", [False, True], ids=["model", "part"])
+def test_compiled_code_that_overwrites_its_input_takes_the_choice(part):
+    """The compiler drops an autograd function that overwrites an input of the compiled code."""
+    torch._dynamo.reset()
+    for name, function in OVERWRITES.items():
+
+        class Overwrites(nn.Module):
+            def __init__(self, function):
+                super().__init__()
+                self.function = function
+
+            def forward(self, x):
+                return self.function(x)
+
+        eager = Overwrites(function)
+        patch(eager, CHOICE)
+        x = X.clone().requires_grad_()
+        (want,) = torch.autograd.grad(eager(x * 1).sum(), x)
+        compiled = Overwrites(torch.compile(function, backend="aot_eager") if part else function)
+        patch(compiled, CHOICE)
+        y = x * 1
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="parts of the model are compiled by themselves")
+            z = compiled(y) if part else torch.compile(compiled, backend="aot_eager")(y)
+        assert z is y
+        (got,) = torch.autograd.grad(y.sum(), x)
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=0, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_abs_of_numbers_stays_what_it_is():

@@ -160,6 +160,20 @@ def test_a_bound_method_is_kept_by_itself(way):
     assert reference() is None
 
 
+def test_a_weak_method_of_a_module_with_a_partial_function():
+    class Partial(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part = functools.partial(F.relu, inplace=False)
+
+        def encode(self, x):
+            return F.relu(x)
+
+    model, x = Partial(), torch.zeros(1, requires_grad=True)
+    patch(model, HALF)
+    assert torch.autograd.grad(weakref.WeakMethod(model.encode)()(x), x)[0].item() == 0.5
+
+
 def test_a_pickled_method_and_its_module_stay_one():
     model = Net()
     patch(model, HALF)

@@ -357,6 +357,99 @@ def test_a_new_mode_and_a_new_structure_are_looked_at():
             model(torch.ones(1, 2), extra=True)
 
 
+class Later(nn.Module):
+    """Takes a branch when its first input exceeds 1000, and counts its runs."""
+
+    def __init__(self, branch, otherwise=lambda x: x):
+        super().__init__()
+        self.lin, self.runs, self.branches = nn.Linear(2, 3), 0, (otherwise, branch)
+        self.register_buffer("last", torch.zeros(()))
+
+    def forward(self, x):
+        self.runs += 1
+        return self.branches[bool(x[0, 0] > 1e3)](self.lin(x).relu())
+
+
+def run(model, inputs):
+    for x in inputs:
+        model(torch.full((1, 2), x))
+
+
+BRANCHES = {
+    "custom backward": (Square.apply, "Square, whose backward is its own"),
+    "kink that no call shows": (torch._C._nn.hardswish, "HardswishBackward0"),
+}
+
+
+@pytest.mark.parametrize("every", [1, 5])
+@pytest.mark.parametrize("name", BRANCHES)
+def test_a_branch_that_is_taken_later_is_looked_at(name, every):
+    """It makes another number of nodes. Its kinks can be told from sites when it is taken the next time."""
+    branch, text = BRANCHES[name]
+    model = Later(branch)
+    patch(model, Jacobians())
+    run(model, [1.0] * 40)
+    with pytest.raises(UnreachedError, match=text):
+        run(model, [1e4, *[1.0] * (every - 1), 1e4])
+
+
+def test_a_branch_of_the_same_number_of_nodes_is_looked_at_soon():
+    model = Later(Square.apply, torch.square)
+    patch(model, Jacobians())
+    run(model, [1.0] * 10)
+    with pytest.raises(UnreachedError, match="Square"):
+        run(model, [1e4] * 10)
+    assert model.runs == 16
+
+
+def test_what_is_refused_is_refused_each_time():
+    model = Later(torch._C._nn.hardswish)
+    patch(model, Jacobians())
+    for _ in range(5):
+        with pytest.raises(UnreachedError, match="HardswishBackward0"):
+            model(torch.full((1, 2), 1e4))
+
+
+def test_looking_ends():
+    """A path that is taken once does not slow the others down for ever."""
+    model = Later(lambda x: x.square().square())
+    patch(model, Jacobians())
+    run(model, [*[1.0] * 5, 1e4])
+    surgery = model._nonsmooth_part.surgery
+    assert len(surgery.awaited) == 1
+    for _ in range(16):
+        assert surgery.awaited
+        model(torch.ones(1, 2))
+    assert not surgery.awaited
+    model(torch.full((1, 2), 1e4))
+    assert not surgery.awaited
+
+
+def test_a_graph_of_an_earlier_run_is_not_looked_at_again():
+    def kept(x):
+        model.kept = getattr(model, "kept", x)
+        return x
+
+    model = Later(None, kept)
+    patch(model, Jacobians())
+    nn.init.constant_(model.lin.bias, 10.0)  # without a tie the node is PyTorch's own
+    run(model, [1.0] * 20)
+    assert not model._nonsmooth_part.surgery.report.unreached
+
+
+def test_custom_functions_are_found_in_buffers():
+    model = Later(torch.square)
+
+    def kept(x):
+        model.last = Square.apply(x).sum()
+        return x
+
+    model.branches = (kept, kept)
+    patch(model, Jacobians())
+    with pytest.raises(UnreachedError, match="Square"):
+        model(torch.ones(1, 2))
+
+
 @pytest.mark.parametrize("options", [{}, {"fullgraph": True}], ids=str)
 def test_custom_functions_in_compiled_code_are_found(options):
     torch._dynamo.reset()
@@ -372,6 +465,30 @@ def test_custom_functions_in_compiled_code_are_found(options):
     torch.compile(loose, backend="aot_eager")(torch.ones(1, 2))
     assert [(s.operation, s.how) for s in found.unreached] == [("custom", "unreached")]
     torch._dynamo.reset()
+
+
+def test_a_part_that_is_compiled_by_itself_is_not_said_to_have_nothing_to_patch():
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: F.leaky_relu(x, 0.25, inplace=True) * 2, backend="aot_eager")
+    model = Shift(compiled)
+    patch(model, Jacobians(leaky_relu=0.5))
+    x = torch.zeros(4, 4, requires_grad=True)
+    with pytest.warns(PatchWarning, match="compiled by themselves: they take the choice"):
+        model(x).sum().backward()
+    assert torch.equal(x.grad, torch.ones(4, 4))
+
+
+@pytest.mark.parametrize("overwrite", [torch._C._nn.hardswish_, lambda x: x.copy_(Square.apply(x))])
+def test_what_overwrites_the_input_is_looked_at(overwrite):
+    class Overwrites(nn.Module):
+        def forward(self, x):
+            overwrite(x)
+            return x
+
+    model, leaf = Overwrites(), torch.zeros(2, requires_grad=True)
+    patch(model, Jacobians())
+    with pytest.raises(UnreachedError, match=r"Hardswish|Square"):
+        model(leaf * 1)
 
 
 def test_calls_are_those_of_the_first_forward():

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -112,7 +111,7 @@ class _Kinked(NonsmoothFunction):
     ) -> Tensor:
         kernels = _kernels(operation)
         if inplace:
-            with nullcontext() if torch.compiler.is_compiling() else kept_version(x):  # `mark_dirty` counts it
+            with kept_version(x):  # `mark_dirty` counts it
                 kernels.overwrite(x, *tensors[:count], *parameters)
             return x
         # As stock works on the memory that it overwrites: a kernel may round by the strides. A compiler has kernels of
@@ -248,18 +247,13 @@ class _CompiledReLU(NonsmoothFunction):
     """Keeps one byte per entry, ``side``: whether it lies below 0 (0), at 0 (1) or above (2)."""
 
     @staticmethod
-    def forward(x: Tensor, side: Tensor, selection: Selection, inplace: bool) -> Tensor:
-        if not inplace:
-            return torch.relu(x)
-        torch.relu_(x)
-        return x
+    def forward(x: Tensor, side: Tensor, selection: Selection) -> Tensor:
+        return torch.relu(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, side, ctx.selection, inplace = inputs
+        _, side, ctx.selection = inputs
         ctx.operation = "relu"
-        if inplace:
-            ctx.mark_dirty(x)
         ctx.save_for_backward(side)
 
     @staticmethod
@@ -268,7 +262,7 @@ class _CompiledReLU(NonsmoothFunction):
         (derivative,), rule = ctx.selection.read("relu", g).unbind(), ctx.selection.read(".published", g)
         value, as_stock = _value_when_replayed(derivative, 0.0, rule, g)
         side, least = side.to(g.dtype), 1.0 + as_stock.to(g.dtype)  # of the entries that receive anything
-        return torch.where(side >= least, torch.where(side + least > 2.0, g, value), 0.0), None, None, None
+        return torch.where(side >= least, torch.where(side + least > 2.0, g, value), 0.0), None, None
 
 
 def _bytes(where: Tensor, number: float, other: Tensor | float) -> Tensor:
@@ -338,7 +332,8 @@ def pointwise(operation: str, x: Tensor, selection: Selection, *parameters: Any,
     order = storage_order(x) if data_dependent(x) and x.is_floating_point() else None
     if operation == "relu" and torch.compiler.is_compiling():
         below_or_above = torch.where(x.detach() <= 0, 0.0, 2.0)
-        return cast(Tensor, _CompiledReLU.apply(x, _bytes(x.detach() == 0, 1.0, below_or_above), selection, inplace))
+        result = _CompiledReLU.apply(x, _bytes(x.detach() == 0, 1.0, below_or_above), selection)
+        return put_in_place(x, result) if inplace else cast(Tensor, result)
     if torch.compiler.is_compiling():
         ties = [_bytes(x.detach() == position, 1.0, 0.0) for position in positions]
     elif order is None:
@@ -350,15 +345,16 @@ def pointwise(operation: str, x: Tensor, selection: Selection, *parameters: Any,
     parameter_tensors = [p for p in parameters if isinstance(p, Tensor)]
     settings = tuple(parameters[len(parameter_tensors) :]), order, len(parameter_tensors), *parameter_tensors, *ties
     function = _Transformable if transformed else _Kinked
-    # In place on a view, autograd would put the node inside another one, where it cannot be asked for its ties; a trace
-    # takes no function that works in place.
-    apart = not torch.compiler.is_compiling() and (is_view(x) or is_tracing())
+    # In place on a view, autograd would put the node inside another one, where it cannot be asked for its ties. A trace
+    # takes no function that works in place, and the compiler loses one that overwrites an input of compiled code.
+    apart = torch.compiler.is_compiling() or is_view(x) or is_tracing()
     if inplace and (transformed or (kernels.saves == "input" and kernels.backward_ is None) or apart):
         # Inside a transform the derivative is formed from the input, whether it is overwritten or not.
         original = x.clone() if transformed else duplicate(x)
         result = function.apply(original, operation, selection, False, not transformed, *settings)
         written = put_in_place(x, result)
-        if not transformed and (kernels.saves == "output" or kernels.backward_ is not None):
+        stock_keeps_it = kernels.saves == "output" or kernels.backward_ is not None
+        if stock_keeps_it and not (transformed or torch.compiler.is_compiling()):
             refuse_changes(result.grad_fn, written)
         return written
     return cast(Tensor, function.apply(x, operation, selection, inplace, inplace, *settings))
