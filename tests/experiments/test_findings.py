@@ -495,6 +495,18 @@ def test_which_shares_lie_outside_what_sampling_explains() -> None:
     }
 
 
+def test_lenet_under_adam() -> None:
+    shown = said(
+        r"no loss is visible either: ([\d.]+), ([\d.]+) and ([\d.]+) at beta 0, 100 and 10⁴ under the exact rule, "
+        r"([\d.]+) and ([\d.]+) at 100 and 10⁴"
+    )
+    rows = results("mnist_lenet_beta_adam/small")
+    rows = rows[(rows["metric"] == "test_accuracy") & (rows["epoch"] == 9)].set_index(["rule", "max_pool"])["value"]
+    order = [("exact", 0), ("exact", 100), ("exact", 10000), ("published", 100), ("published", 10000)]
+    assert all(is_rounded(s, 100 * rows[key]) for s, key in zip(shown, order, strict=True))
+    assert len(rows) == 6  # one seed; at 0 both rules are one program
+
+
 def test_what_the_mitigation_grid_met() -> None:
     """Every number of every epoch in 32 and 64 bits, compared as it is written."""
     rows = results("mnist_mitigation/small")

@@ -405,7 +405,8 @@ def rule_effect(rows: pd.DataFrame) -> Figure:
 
     Returns:
         The figure: above the change of the test accuracy against choice 0 with the same seed, below the share of runs
-        that diverged.
+        that diverged. Settings in which every run of a seed ends with the same accuracy are left out, and the caption
+        counts them.
 
     Raises:
         ValueError: If no experiment has both rules and a choice 0.
@@ -422,6 +423,8 @@ def rule_effect(rows: pd.DataFrame) -> Figure:
     ]
     if not same:
         raise ValueError("rule-effect needs runs of both rules, exact and published, and of choice 0; there are none")
+    settings = len(same)
+    same = [(key, block) for key, block in same if _moves(block)] or same
     bands = -(-len(same) // 4)
     columns = -(-len(same) // bands)
     figure, axes = canvas(2 * bands, columns, 2.5, 1.85, height_ratios=[2, 1] * bands)
@@ -492,9 +495,17 @@ def rule_effect(rows: pd.DataFrame) -> Figure:
         "Above: test accuracy at the last epoch minus that of choice 0 with the same seed; bars: means over the runs "
         "that stayed finite; linear between -0.1 and 0.1, logarithmic beyond. Below: runs whose loss is not finite at "
         "the last epoch, of all runs.",
+        f"Left out: {settings - len(same)} settings whose accuracy is the same for all choices under both rules."
+        if settings > len(same)
+        else "",
         _borrowed_note(drawn),
     )
     return figure
+
+
+def _moves(block: pd.DataFrame) -> bool:
+    """Whether the runs of a seed end with different accuracies."""
+    return bool((runs_at_end(block, "test_accuracy").groupby("seed")["value"].nunique() > 1).any())
 
 
 def _percentage_points(axis: Axes) -> None:
