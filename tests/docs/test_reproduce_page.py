@@ -36,7 +36,7 @@ def test_each_figure_has_its_grids_and_their_time() -> None:
         known = [ESTIMATE["experiments"][e] for e in fed]
         assert int(cells) == sum(e["cells"] for e in known)
         assert is_rounded(hours, sum(e["core_hours"] for e in known))
-        assert re.findall(r"`(\w+)`", grids) == fed or grids == f"all {len(fed)} trainings"
+        assert re.findall(r"`(\w+)`", grids) == fed or grids == f"the {len(fed)} trainings of both rules"
 
 
 def test_the_sentences() -> None:

@@ -467,15 +467,27 @@ def test_custom_functions_in_compiled_code_are_found(options):
     torch._dynamo.reset()
 
 
-def test_a_part_that_is_compiled_by_itself_is_not_said_to_have_nothing_to_patch():
+def test_a_part_that_is_compiled_by_itself_is_named_and_takes_the_choice():
     torch._dynamo.reset()
     compiled = torch.compile(lambda x: F.leaky_relu(x, 0.25, inplace=True) * 2, backend="aot_eager")
-    model = Shift(compiled)
-    patch(model, Jacobians(leaky_relu=0.5))
     x = torch.zeros(4, 4, requires_grad=True)
-    with pytest.warns(PatchWarning, match="compiled by themselves: they take the choice"):
+    compiled(x * 1).sum().backward()  # compiled before it is a part of a patched model
+    assert torch.equal(x.grad, torch.full((4, 4), 0.5))
+    for choice in (0.5, 0.75):
+        model = Shift(compiled)
+        report = patch(model, Jacobians(leaky_relu=choice))
+        x.grad = None
         model(x).sum().backward()
-    assert torch.equal(x.grad, torch.ones(4, 4))
+        assert torch.equal(x.grad, torch.full((4, 4), 2 * choice))
+        assert [site.operation for site in report.reached] == ["leaky_relu"]
+
+
+def test_a_smooth_part_that_is_compiled_by_itself_is_not_said_to_have_nothing_to_patch():
+    torch._dynamo.reset()
+    model = Shift(torch.compile(torch.sin, backend="aot_eager"))
+    patch(model, Jacobians(leaky_relu=0.5))
+    with pytest.warns(PatchWarning, match="compiled by themselves: they take the choice"):
+        model(torch.zeros(4, 4, requires_grad=True))
 
 
 @pytest.mark.parametrize("overwrite", [torch._C._nn.hardswish_, lambda x: x.copy_(Square.apply(x))])

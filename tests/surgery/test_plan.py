@@ -330,7 +330,7 @@ def test_plain_data_and_pickles_give_the_plan_back():
         ({"call": "3:2", "relu": 1}, ValueError, "call takes"),
         ({"call": "", "relu": 1}, ValueError, "call takes"),
         ({"call": True, "relu": 1}, ValueError, "call takes"),
-        ({"name": "/(/", "relu": 1}, ValueError, "no regular expression"),
+        ({"name": "/(/", "relu": 1}, ValueError, "not a regular expression"),
         ({"name": 3, "relu": 1}, TypeError, "name takes a glob"),
         ({"stage": 3, "relu": 1}, TypeError, "stage takes a name"),
         ({"module": "a*", "relu": 1}, ValueError, "Globs and expressions go into name"),
