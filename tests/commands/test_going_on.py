@@ -340,7 +340,7 @@ def test_another_choice_is_another_segment(zygote, tmp_path):
     # The verdict is of the steps that have one reference.
     assert f"since step {step}, with which a segment of another choice or precision begins:\nrelu1: " in said
     n = rows["step"][rows["step"] >= step].nunique()
-    assert f"on {n} of {n} steps" in said.partition(f"since step {step}")[2]
+    assert f"on {n} of {n} step{'s' * (n > 1)}\n" in said.partition(f"since step {step}")[2]
 
     end = checkpoint(folder)["global_step"]
     status, said = zygote.run("fit", *QUICK, "--ckpt_path=last", f"--trainer.max_steps={end}", cwd=tmp_path)
