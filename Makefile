@@ -102,7 +102,7 @@ docs-serve: setup ## Show the documentation while it is written
 	$(BIN)/mkdocs serve
 
 .PHONY: generated
-generated: setup ## Write what is made of the code: the pages of operations and of messages, the schemas of configs
+generated: setup ## Write the pages of operations and of messages and the schemas of configs, which come from the code
 	$(PY) docs/make_operations.py
 	$(PY) docs/make_messages.py
 	$(BIN)/nslightning schema config --out configs/schemas/config.json

@@ -79,7 +79,7 @@ class Signals:
         raise Stopped(signum)
 
     def install(self) -> None:
-        """Make this the handler, in place of whatever was made it since; `nohup` keeps its word."""
+        """Make this the handler, also where a library has set its own since. Under `nohup` SIGHUP stays ignored."""
         for signum in _NAMES:
             if signum == _HANGUP and signal.getsignal(signum) is signal.SIG_IGN:
                 continue

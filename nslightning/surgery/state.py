@@ -101,7 +101,7 @@ class Surgery:
         Args:
             entrance: As in :meth:`records`.
             path: The path that the run took.
-            recorded: Whether the run noted its nodes; otherwise only custom backwards could be told apart.
+            recorded: Whether the run noted its nodes. A run that did not can name custom backwards alone.
         """
         if not recorded:
             self.awaited[path] = _RUNS

@@ -1050,7 +1050,7 @@ def test_environment(tmp_path, monkeypatch):
     results = repository / "results" / "grid"
     results.mkdir(parents=True)
     (results / "results.csv").write_text("1")
-    assert _commit(repository) == f"{clean}+changes"  # a folder of nobody knows what
+    assert _commit(repository) == f"{clean}+changes"  # the folder has no record yet: it may hold anything
     (results / "provenance.json").write_text("{}")
     git(repository, "add", "results")
     git(repository, "commit", "-m", "results")

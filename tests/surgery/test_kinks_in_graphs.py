@@ -384,7 +384,7 @@ BRANCHES = {
 @pytest.mark.parametrize("every", [1, 5])
 @pytest.mark.parametrize("name", BRANCHES)
 def test_a_branch_that_is_taken_later_is_looked_at(name, every):
-    """It makes another number of nodes. Its kinks can be told from sites when it is taken the next time."""
+    """The new path makes another number of nodes. The next run that takes it tells its kinks from the sites."""
     branch, text = BRANCHES[name]
     model = Later(branch)
     patch(model, Jacobians())
