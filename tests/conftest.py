@@ -49,11 +49,11 @@ def repo_root() -> Path:
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder with the real data sets; a test still has to skip when its own data set is absent there."""
-    if not (given := os.environ.get("NSLIGHTNING_DATA_DIR")):
+    if not (folder := os.environ.get("NSLIGHTNING_DATA_DIR")):
         pytest.skip("needs real data: set NSLIGHTNING_DATA_DIR to the folder that holds it")
-    if not Path(given).is_dir():
-        pytest.skip(f"needs real data: NSLIGHTNING_DATA_DIR={given} is not a folder")
-    return Path(given)
+    if not Path(folder).is_dir():
+        pytest.skip(f"needs real data: NSLIGHTNING_DATA_DIR={folder} is not a folder")
+    return Path(folder)
 
 
 @pytest.fixture(autouse=True)

@@ -24,20 +24,20 @@ class HostWork(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        given = [t.device.type for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        devices = [t.device.type for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         self.calls += 1
-        if name in _READS and {"cuda", "meta"} & set(given):
+        if name in _READS and {"cuda", "meta"} & set(devices):
             self.met.append(name)
             if name == "_local_scalar_dense":  # the value is any
                 return 1.0 if args[0].is_floating_point() else 1
-        if name == "_to_copy" and given == ["meta"] and (kwargs or {}).get("device") == torch.device("cpu"):
+        if name == "_to_copy" and devices == ["meta"] and (kwargs or {}).get("device") == torch.device("cpu"):
             self.met.append("_to_copy meta to cpu")
             return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)  # any values
         result = func(*args, **(kwargs or {}))
         made = [t.device.type for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
         # A number is a tensor on the host for some operators; its value is an argument of the kernel.
-        if name in ("_to_copy", "copy_", "_copy_from") and given and len({*given, *made}) > 1:
-            self.met.append(f"{name} {given[-1]} to {made[0]}")
+        if name in ("_to_copy", "copy_", "_copy_from") and devices and len({*devices, *made}) > 1:
+            self.met.append(f"{name} {devices[-1]} to {made[0]}")
         return result
 
 

@@ -215,23 +215,22 @@ def program(seed: int, least: int = 20) -> Program | None:
         return None
     name, call = rng.choice(spellings(op, sample))
     spread = rng.random() < 0.8
-    given, spec = tree_flatten((sample.input, sample.args, sample.kwargs))
-    given = [_halves(x, spread) for x in given]
+    flat, spec = tree_flatten((sample.input, sample.args, sample.kwargs))
+    flat = [_halves(x, spread) for x in flat]
     wanted = [
         i
-        for i, x in enumerate(given)
+        for i, x in enumerate(flat)
         if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()) and (i == 0 or rng.random() < 0.7)
     ]
     prepared: dict[int, Step] = {
-        i: layouts(rng, x) for i, x in enumerate(given) if isinstance(x, Tensor) and x.layout == torch.strided
+        i: layouts(rng, x) for i, x in enumerate(flat) if isinstance(x, Tensor) and x.layout == torch.strided
     }
     after = rng.choices(STEPS, k=rng.randint(1, 4))
     context = rng.choices(list(CONTEXTS), (12, 1, 1, 3))[0]
 
     def leaves() -> list[Any]:
         return [
-            x.clone().requires_grad_(i in wanted) if isinstance(x, Tensor) else copy.copy(x)
-            for i, x in enumerate(given)
+            x.clone().requires_grad_(i in wanted) if isinstance(x, Tensor) else copy.copy(x) for i, x in enumerate(flat)
         ]
 
     def body(made: list[Any], results: list[Any]) -> None:
@@ -268,9 +267,9 @@ def _module_program(seed: int, rng: random.Random) -> Program | None:
     except Exception:
         return None
     spread = rng.random() < 0.8
-    given, spec = tree_flatten((one.forward_input.args, one.forward_input.kwargs))
-    given = [_halves(x, spread) for x in given]
-    wanted = [i for i, x in enumerate(given) if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())]
+    flat, spec = tree_flatten((one.forward_input.args, one.forward_input.kwargs))
+    flat = [_halves(x, spread) for x in flat]
+    wanted = [i for i, x in enumerate(flat) if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())]
     after = rng.choices(STEPS, k=rng.randint(0, 2))
     context = rng.choices(list(CONTEXTS), (12, 1, 1, 3))[0]
     result = Program(
@@ -278,7 +277,7 @@ def _module_program(seed: int, rng: random.Random) -> Program | None:
         f"nn.{info.module_cls.__name__}({dtype}, {'training' if training else 'evaluation'}); "
         + "; ".join(text for text, _ in after),
         context,
-        lambda: [x.clone().requires_grad_(i in wanted) if isinstance(x, Tensor) else x for i, x in enumerate(given)],
+        lambda: [x.clone().requires_grad_(i in wanted) if isinstance(x, Tensor) else x for i, x in enumerate(flat)],
         lambda leaves, results: None,
         wanted,
     )
@@ -405,12 +404,12 @@ def _gradients(one: Program, leaves: list[Any], results: list[Any], model: Model
     try:
         if one.accumulate:
             torch.autograd.backward(ends, incoming)
-            found = [x.grad for x in starts]
+            gradients = [x.grad for x in starts]
         else:
-            found = torch.autograd.grad(ends, starts, incoming, allow_unused=True, create_graph=one.twice)
+            gradients = torch.autograd.grad(ends, starts, incoming, allow_unused=True, create_graph=one.twice)
         second: list[Tensor | None] = []
         if one.twice and not one.accumulate:
-            again = [g.abs().square().sum() for g in found if g is not None and g.requires_grad]
+            again = [g.abs().square().sum() for g in gradients if g is not None and g.requires_grad]
             second = list(torch.autograd.grad(again, starts, allow_unused=True)) if again else [None] * len(starts)
     except Exception as error:
         return [("gradient raises", _message(error))]
@@ -419,7 +418,7 @@ def _gradients(one: Program, leaves: list[Any], results: list[Any], model: Model
     # Such a zero times infinity is a NaN, where without it there is infinity.
     second = [None if g is None else torch.where(g.isfinite(), g, torch.nan) for g in second]
     return [
-        *((f"gradient {i}", gradient_shown(g)) for i, g in enumerate(found)),
+        *((f"gradient {i}", gradient_shown(g)) for i, g in enumerate(gradients)),
         *((f"second gradient {i}", gradient_shown(g)) for i, g in enumerate(second)),
     ]
 
@@ -500,16 +499,18 @@ def differences(a: Iterable[tuple[str, Any]], b: Iterable[tuple[str, Any]], sign
     if [name for name, _ in a] != [name for name, _ in b]:
         said = [[f"{name} {x}" for name, x in seen if name.endswith("raises")] for seen in (a, b)]
         return [f"{said[0] or 'no error'} instead of {said[1] or 'no error'}"[:600]]
-    found = []
+    failures = []
     for (name, x), (_, y) in zip(a, b, strict=True):
         if x == y or (isinstance(x, float) and x != x and y != y) or _alike(name, x, y, signless):
             continue
         if isinstance(x, dict) and isinstance(y, dict):
             keys = [k for k in x if x[k] != y.get(k)]
-            found.append(f"{name}: " + ", ".join(k if k == "bits" else f"{k} {x[k]} instead of {y[k]}" for k in keys))
+            failures.append(
+                f"{name}: " + ", ".join(k if k == "bits" else f"{k} {x[k]} instead of {y[k]}" for k in keys)
+            )
         else:
-            found.append(f"{name}: {x} instead of {y}"[:400])
-    return found
+            failures.append(f"{name}: {x} instead of {y}"[:400])
+    return failures
 
 
 def _alike(name: str, x: Any, y: Any, signless: bool) -> bool:
@@ -549,14 +550,14 @@ def compare(one: Program) -> Verdict:
     ours = outcome(one, patched=True)
     # Overwriting costs stock no addition, and the package may add 0.0: -0.0 + 0.0 is 0.0.
     signless = one.twice or re.search(r"_(;|$| of a )|in place", one.text) is not None
-    found = differences(ours.seen, stock.seen) + differences(ours.gradients, stock.gradients, signless)
+    apart = differences(ours.seen, stock.seen) + differences(ours.gradients, stock.gradients, signless)
     if sorted(ours.warnings) != sorted(stock.warnings):
-        found.append(f"warnings {ours.warnings} instead of {stock.warnings}")
-    if found:
+        apart.append(f"warnings {ours.warnings} instead of {stock.warnings}")
+    if apart:
         again = outcome(one, patched=False)
         if differences(again.seen, stock.seen) + differences(again.gradients, stock.gradients):
             return Verdict([], ran=False)  # it differs from call to call
-        return Verdict(found)
+        return Verdict(apart)
     if not stock.gradients or stock.gradients[0][0].endswith("raises") or one.twice:
         return Verdict([])
     oracle = outcome(one, patched=False, choice=OTHER)
@@ -574,23 +575,23 @@ def compare(one: Program) -> Verdict:
     chosen = outcome(one, patched=True, choice=OTHER)
     if any(name == "gradient raises" and "has PyTorch's own derivative only" in x for name, x in chosen.gradients):
         return Verdict([], named=True)  # refused, for how the tensor lies in memory
-    found = [
+    apart = [
         f"under the other choice, {text}" for text in departures(chosen.gradients, oracle.gradients, stock.gradients)
     ]
-    return Verdict(found, tied=bool(differences(oracle.gradients, stock.gradients)))
+    return Verdict(apart, tied=bool(differences(oracle.gradients, stock.gradients)))
 
 
 def departures(ours: list[Any], oracle: list[Any], stock: list[Any]) -> list[str]:
     """Where gradients under a choice are not the oracle's: elsewhere than there, or by more than sums round."""
-    found = differences(ours, oracle)
+    failures = differences(ours, oracle)
     if any(name.endswith("raises") for name, _ in (*ours, *oracle)):
-        return found
-    found = []
+        return failures
+    failures = []
     for (name, x), (_, y), (_, z) in zip(ours, oracle, stock, strict=True):
         if not (isinstance(x, dict) and isinstance(y, dict)):
             if x is None or y is None or x[1] != y[1]:
                 if x is not y:
-                    found.append(f"{name} is None, or of another layout, in one of them")
+                    failures.append(f"{name} is None, or of another layout, in one of them")
                 continue
             x, y, z = ({"shape": -1, "dtype": one[0], "bits": b"".join(_bytes(one))} for one in (x, y, z))
         a, b, c = (shaped(one) for one in (x, y, z))
@@ -599,8 +600,8 @@ def departures(ours: list[Any], oracle: list[Any], stock: list[Any]) -> list[str
         if not torch.allclose(a, b, rtol=8 * eps, atol=8 * eps * max(scale, 1.0), equal_nan=True):
             most = float((a - b).abs().nan_to_num().max())
             values = f"{a.tolist()} instead of {b.tolist()}, stock {c.tolist()}"
-            found.append(f"{name}: by {most:.3g}, {values}"[:400])
-    return found
+            failures.append(f"{name}: by {most:.3g}, {values}"[:400])
+    return failures
 
 
 def _bytes(seen: Any) -> Iterator[bytes]:

@@ -46,8 +46,8 @@ def check_relu(kernels, dtype, layout, constant) -> None:
     g.view(-1)[10:12] = torch.tensor([float("nan"), float("inf")])
     at_zero = torch.full_like(g, -2.5) if constant else g * 0.5
     expected = torch.where(x == 0, at_zero, torch.where(x < 0, 0, g))
-    found = kernels.relu_backward(g, y, bits, -2.5 if constant else 0.5, constant=constant)
-    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    ours = kernels.relu_backward(g, y, bits, -2.5 if constant else 0.5, constant=constant)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def naive_pool(x, g, geometry, weights, target=None) -> torch.Tensor:
@@ -88,13 +88,13 @@ def check_max_pool(kernels, geometry, weights, layout, dtype=torch.float32) -> N
     g[:, :, 0] = -0.0
     infinite = g.index_fill(3, torch.tensor([1]), float("inf"))
     for incoming in (g, infinite) if min(weights) >= 0 else (g,):  # else infinities may cancel
-        found = kernels.pool_backward(incoming, mask, geometry, tuple(x.shape[2:]), weights)
+        ours = kernels.pool_backward(incoming, mask, geometry, tuple(x.shape[2:]), weights)
         expected = naive_pool(x, incoming, geometry, weights)
         # Where windows overlap, a CPU rounds each sum in half precision: up to nine of them.
         tolerance = {name: value * (9 if dtype.itemsize == 2 else 1) for name, value in close(dtype).items()}
-        torch.testing.assert_close(found.double(), expected, **tolerance, equal_nan=True)
+        torch.testing.assert_close(ours.double(), expected, **tolerance, equal_nan=True)
         if weights == (0, 1, 0, 0):  # added up in the stock order
-            assert torch.equal(bits_of(found), bits_of(torch.autograd.grad(stock, x, incoming, True)[0]))
+            assert torch.equal(bits_of(ours), bits_of(torch.autograd.grad(stock, x, incoming, True)[0]))
 
 
 def check_pool_difference(kernels, geometry, layout, dtype=torch.float32) -> None:
@@ -114,26 +114,26 @@ def check_pool_difference(kernels, geometry, layout, dtype=torch.float32) -> Non
             if coefficients is None:
                 refused.append({name, other})
                 continue
-            found = kernels.pool_shares(g, mask, geometry, tuple(x.shape[2:]), *coefficients)
-            torch.testing.assert_close(found.double(), naive[name] - naive[other], **close(dtype))
-            assert not found[:, 2].any()
-            assert found.any() == (name != other)
+            ours = kernels.pool_shares(g, mask, geometry, tuple(x.shape[2:]), *coefficients)
+            torch.testing.assert_close(ours.double(), naive[name] - naive[other], **close(dtype))
+            assert not ours[:, 2].any()
+            assert ours.any() == (name != other)
     assert refused
     assert all("last" in pair and pair & {"native", "beta10"} for pair in refused)
 
 
 def both_ways(operation, x, g, monkeypatch, kernels) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Output, gradient and second derivative of an operation, by the kernels and composed."""
-    found = []
+    gradients = []
     for used in (kernels, None):
         with monkeypatch.context() as patched:
             patched.setattr("nslightning.ops.autograd.fused.kernels_for", lambda device, used=used: used)
             patched.setattr("nslightning.ops.autograd.native._library", lambda: None)
-            given, incoming = x.clone().requires_grad_(), g.clone().requires_grad_()
-            y = operation(given)
+            leaf, incoming = x.clone().requires_grad_(), g.clone().requires_grad_()
+            y = operation(leaf)
             assert ("_ReLU" in str(y.grad_fn) or "_MaxPool2d" in str(y.grad_fn)) == (used is not None)
-            (gradient,) = torch.autograd.grad(y, given, incoming.detach(), retain_graph=True)
-            (again,) = torch.autograd.grad(y, given, incoming, create_graph=True)
+            (gradient,) = torch.autograd.grad(y, leaf, incoming.detach(), retain_graph=True)
+            (again,) = torch.autograd.grad(y, leaf, incoming, create_graph=True)
             (second,) = torch.autograd.grad(again.square().sum(), incoming)
-            found.append([y.detach(), gradient, again.detach(), second])
-    return found[0], found[1]
+            gradients.append([y.detach(), gradient, again.detach(), second])
+    return gradients[0], gradients[1]

@@ -192,8 +192,8 @@ class Mutant:
 
 def mutants(file: Path) -> list[Mutant]:
     """Every mutant of a file."""
-    found = changes(ast.parse(file.read_text()))
-    return [Mutant(file, number, change.line, change.text) for number, change in enumerate(found)]
+    candidates = changes(ast.parse(file.read_text()))
+    return [Mutant(file, number, change.line, change.text) for number, change in enumerate(candidates)]
 
 
 class _InPlace(importlib.abc.MetaPathFinder):

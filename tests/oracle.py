@@ -254,13 +254,13 @@ def pooled(choice: str, x: Tensor, y: Tensor, g: Tensor, each: list[tuple[Tensor
 def _(choice, e, g, stock):
     n = 2 if "2d" in e.name else 3
     names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
-    given = dict(zip(names, e.args[1:], strict=False)) | e.kwargs
+    bound = dict(zip(names, e.args[1:], strict=False)) | e.kwargs
     x, y = e.args[0], e.result[0]
     if g[0] is None or stock[0] is None or not x.numel():
         return stock
     kernel, stride, padding, dilation = (
-        list(given.get(name) or default) * (n if len(given.get(name) or default) == 1 else 1)
-        for name, default in zip(names[:4], ([1], given.get("stride") or given["kernel_size"], [0], [1]), strict=True)
+        list(bound.get(name) or default) * (n if len(bound.get(name) or default) == 1 else 1)
+        for name, default in zip(names[:4], ([1], bound.get("stride") or bound["kernel_size"], [0], [1]), strict=True)
     )
     each = [
         windows(
@@ -297,20 +297,20 @@ def normed(choice, x, norms, p, dims, keepdim, g, stock):
 
 @of("linalg_vector_norm")
 def _(choice, e, g, stock):
-    given = dict(zip(("ord", "dim", "keepdim"), e.args[1:], strict=False)) | e.kwargs
-    x, p = e.args[0], given.get("ord", 2)
+    bound = dict(zip(("ord", "dim", "keepdim"), e.args[1:], strict=False)) | e.kwargs
+    x, p = e.args[0], bound.get("ord", 2)
     if stock[0] is None or g[0] is None:
         return stock
-    dims, keepdim = along(x, given.get("dim")), bool(given.get("keepdim"))
+    dims, keepdim = along(x, bound.get("dim")), bool(bound.get("keepdim"))
     return [normed(choice, x, e.result[0], p, dims, keepdim, g[0], stock[0]), *stock[1:]]
 
 
 @of("norm")
 def _(choice, e, g, stock):
-    given = dict(zip(("p", "dim", "keepdim"), e.args[1:], strict=False)) | e.kwargs
-    x, p = e.args[0], given.get("p", 2)
+    bound = dict(zip(("p", "dim", "keepdim"), e.args[1:], strict=False)) | e.kwargs
+    x, p = e.args[0], bound.get("p", 2)
     p = 2 if p is None else p
-    dims, keepdim = along(x, given.get("dim")), bool(given.get("keepdim"))
+    dims, keepdim = along(x, bound.get("dim")), bool(bound.get("keepdim"))
     if stock[0] is None or g[0] is None:
         return stock
     return [normed(choice, x, e.result[0], p, dims, keepdim, g[0], stock[0]), *stock[1:]]

@@ -92,5 +92,5 @@ def _released(case: dict[str, Any], relus: Path, pools: Path) -> list[float]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    told = {name: _released(case, Path(sys.argv[1]), Path(sys.argv[2])) for name, case in CASES.items()}
-    FILE.write_text(json.dumps(told, indent=1) + "\n")
+    recorded = {name: _released(case, Path(sys.argv[1]), Path(sys.argv[2])) for name, case in CASES.items()}
+    FILE.write_text(json.dumps(recorded, indent=1) + "\n")

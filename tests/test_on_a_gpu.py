@@ -24,10 +24,10 @@ def test_batches_have_the_bits_of_those_made_on_the_cpu():
     mean, std = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
     for augmented in (False, True):
         here = TensorImages(pixels, torch.arange(300) % 10, mean, std, 4 * augmented, augmented, 5)
-        there = here.to(CUDA)
+        on_gpu = here.to(CUDA)
         for epoch in (0, 3):
             index = torch.randperm(300, generator=g)
-            (x, y), (x0, y0) = there.batch(index.to(CUDA), epoch), here.batch(index, epoch)
+            (x, y), (x0, y0) = on_gpu.batch(index.to(CUDA), epoch), here.batch(index, epoch)
             assert torch.equal(x.cpu(), x0)
             assert torch.equal(y.cpu(), y0)
 

@@ -38,9 +38,9 @@ def python(code, cwd):
 
 
 def test_every_package_is_listed(repo_root, pyproject):
-    found = setuptools.find_packages(str(repo_root), include=["nslightning*"])  # follows the two links
-    assert sorted(pyproject["tool"]["setuptools"]["packages"]) == sorted(found)
-    assert {"nslightning.callbacks", "nslightning.configs"} <= set(found)
+    packages = setuptools.find_packages(str(repo_root), include=["nslightning*"])  # follows the two links
+    assert sorted(pyproject["tool"]["setuptools"]["packages"]) == sorted(packages)
+    assert {"nslightning.callbacks", "nslightning.configs"} <= set(packages)
 
 
 def test_no_module_lies_outside_a_package(repo_root):

@@ -50,9 +50,9 @@ def test_what_is_offered_is_allowed():
 def test_no_other_module_names_private_parts_of_torch(repo_root):
     files = [*(repo_root / "nslightning").rglob("*.py"), *(repo_root / "callbacks").rglob("*.py")]
     assert len(files) > 100
-    found = {
+    used = {
         str(file.relative_to(repo_root)): private
         for file in files
         if file.name != "_torch.py" and (private := private_names(file.read_text()))
     }
-    assert found == {}
+    assert used == {}

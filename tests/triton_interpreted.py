@@ -52,8 +52,8 @@ def test_max_pool_in_half_precision(dtype) -> None:
     y, mask, _ = pool_forward(x, geometry, (4, 4))
     assert torch.equal(y, F.max_pool2d(x, 2))
     g = torch.randint(-12, 13, y.shape, generator=generator).to(dtype) * 12  # divided by 1 to 4 without rounding
-    found = pool_backward(g, mask, geometry, (8, 8), (1, 0, 0, 0))
-    assert torch.equal(found.double(), naive_pool(x, g, geometry, (1, 0, 0, 0)))
+    ours = pool_backward(g, mask, geometry, (8, 8), (1, 0, 0, 0))
+    assert torch.equal(ours.double(), naive_pool(x, g, geometry, (1, 0, 0, 0)))
 
 
 @pytest.fixture
@@ -260,9 +260,11 @@ def test_differences_are_carried_through_the_kernels(on_cpu) -> None:
     patch(model, Jacobians())
     loss = model(torch.randn(4, 1, 8, 8)).square().sum()
     choices = {"both": Jacobians(relu=1.0, max_pool="minimal")}
-    found = [divergence(loss, model, choices, method=m, retain_graph=True)["both"] for m in ("subtract", "propagate")]
-    assert found[0].l2 > 0
-    assert found[1].l2 == pytest.approx(found[0].l2, rel=1e-4)
+    measured = [
+        divergence(loss, model, choices, method=m, retain_graph=True)["both"] for m in ("subtract", "propagate")
+    ]
+    assert measured[0].l2 > 0
+    assert measured[1].l2 == pytest.approx(measured[0].l2, rel=1e-4)
 
 
 def innaprop_by_hand(x, g, w, v, count, setting, sign) -> tuple[torch.Tensor, ...]:

@@ -112,12 +112,12 @@ def test_a_random_order_changes_bits_and_not_values() -> None:
 @pytest.mark.parametrize("order", ["bias_last", "sequential", "split_k=4", "blocks=100", "random_order"])
 def test_gradients_are_those_of_a_linear_layer(order: str) -> None:
     x, w, b, g = drawn(6, 300), drawn(5, 300, seed=1), drawn(5, seed=2), drawn(6, 5, seed=3)
-    found, wide = [], []
-    for dtype, kept in ((torch.float32, found), (torch.float64, wide)):
+    results, wide = [], []
+    for dtype, kept in ((torch.float32, results), (torch.float64, wide)):
         leaves = [t.to(dtype).requires_grad_() for t in (x, w, b)]
         y = linear(*leaves, order) if dtype == torch.float32 else F.linear(*leaves)
         kept += torch.autograd.grad(y, leaves, g.to(dtype))
-    for one, exact in zip(found, wide, strict=True):
+    for one, exact in zip(results, wide, strict=True):
         assert torch.allclose(one.double(), exact, rtol=1e-5, atol=1e-5)
 
 
@@ -472,26 +472,26 @@ def test_float32_means_float32_unless_it_is_asked_otherwise_and_switches_are_tak
 
 def test_the_record_names_machine_libraries_and_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
-    told = record()
-    assert told["variables"]["MKL_CBWR"] == "COMPATIBLE"
-    assert told["processor"]
-    assert told["cores"] >= 1
-    assert told["instructions"] == torch.backends.cpu.get_cpu_capability()
-    assert {"tf32_cudnn", "deterministic", "flush_to_zero", "threads"} <= set(told)
+    recorded = record()
+    assert recorded["variables"]["MKL_CBWR"] == "COMPATIBLE"
+    assert recorded["processor"]
+    assert recorded["cores"] >= 1
+    assert recorded["instructions"] == torch.backends.cpu.get_cpu_capability()
+    assert {"tf32_cudnn", "deterministic", "flush_to_zero", "threads"} <= set(recorded)
 
 
 def test_a_cell_computes_in_its_arithmetic_and_records_it() -> None:
-    given = {"backbone": "paper/fc", "width": 32, "depth": 2, "data": "FashionMNISTSample", "train_images": 128}
-    given |= {"epochs": 3, "batch_size": 16}
-    found = {
-        a: compute("train", settings("train", {**given, "arithmetic": a}), "cpu") for a in ("native", "sequential")
+    options = {"backbone": "paper/fc", "width": 32, "depth": 2, "data": "FashionMNISTSample", "train_images": 128}
+    options |= {"epochs": 3, "batch_size": 16}
+    metrics = {
+        a: compute("train", settings("train", {**options, "arithmetic": a}), "cpu") for a in ("native", "sequential")
     }
-    losses = [next(r["value"] for r in o.rows if r["metric"] == "train_loss") for o in found.values()]
+    losses = [next(r["value"] for r in o.rows if r["metric"] == "train_loss") for o in metrics.values()]
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert found["sequential"].provenance["arithmetic"] == "sequential"
-    assert found["native"].provenance["environment"]["arithmetic"]["tf32_cudnn"] is False
-    half = compute("train", settings("train", {**given, "precision": 16}), "cpu")
+    assert metrics["sequential"].provenance["arithmetic"] == "sequential"
+    assert metrics["native"].provenance["environment"]["arithmetic"]["tf32_cudnn"] is False
+    half = compute("train", settings("train", {**options, "precision": 16}), "cpu")
     assert half.provenance["arithmetic"] == "half_products"
 
 

@@ -214,8 +214,8 @@ def test_training_is_bit_identical(precision, in_use, options, tmp_path):
     without = state_after(tmp_path, precision=precision, jacobians=own, **OPTIONS[options])
     watching = [GradientDivergence(CHOICES | {"random": Jacobians(max_pool="random")}, 1), TieMonitor(1)]
     with_ = state_after(tmp_path, *watching, precision=precision, jacobians=own, **OPTIONS[options])
-    for what in without:
-        assert equal(without[what], with_[what]), what
+    for absent in without:
+        assert equal(without[absent], with_[absent]), absent
     rows = read(tmp_path)
     assert (rows[(rows["parameter"] == "") & (rows["choice"] != "random")]["l1"] > 0).any()
     assert bool(without["own streams"][0]) == (in_use == "random")
@@ -227,8 +227,8 @@ def test_training_is_bit_identical_while_differences_are_propagated(precision, t
     without = state_after(tmp_path, precision=precision, jacobians=own, **OPTIONS["accumulate, clip"])
     watching = GradientDivergence(CHOICES, 1, method="propagate")
     with_ = state_after(tmp_path, watching, precision=precision, jacobians=own, **OPTIONS["accumulate, clip"])
-    for what in without:
-        assert equal(without[what], with_[what]), what
+    for absent in without:
+        assert equal(without[absent], with_[absent]), absent
     rows = read(tmp_path)
     assert (rows[rows["parameter"] == ""]["l1"] > 0).any()
 
@@ -248,15 +248,15 @@ def test_the_comparison_sees_a_disturbance(tmp_path, monkeypatch):
 def test_random_choice_draws_independently(tmp_path):
     """Beside a training that draws, another draw is measured, not the same one again; and the same in every run."""
     choices = {"a": Jacobians(max_pool="random"), "b": Jacobians(max_pool="random")}
-    found = []
+    measured = []
     for i in range(2):
         state_after(tmp_path / str(i), GradientDivergence(choices, 1), jacobians=Jacobians(max_pool="random"))
-        found.append(read(tmp_path / str(i)))
-    totals = found[0][found[0]["parameter"] == ""].pivot(index="step", columns="choice", values="l1")
+        measured.append(read(tmp_path / str(i)))
+    totals = measured[0][measured[0]["parameter"] == ""].pivot(index="step", columns="choice", values="l1")
     assert (totals > 0).all(axis=None)
     assert (totals["a"] != totals["b"]).all()
     assert totals["a"].nunique() == len(totals)
-    pd.testing.assert_frame_equal(*found)
+    pd.testing.assert_frame_equal(*measured)
 
 
 # ------------------------------------------------------------------------------------------- by hand, in float64
@@ -328,10 +328,10 @@ def test_values_are_those_of_separate_models(options, method, tmp_path):
         own = by_hand(state, batch, 0.25, 0.5)
         for choice, alpha, beta in (("relu1", 1, 0), ("minimal", 0, 1), ("both", 0.5, 10)):
             expected = norms_by_hand(by_hand(state, batch, alpha, beta), own)
-            found = rows[(rows["step"] == 2 * i) & (rows["choice"] == choice)].set_index("parameter")
-            assert sorted(found.index) == sorted(expected)
+            recorded = rows[(rows["step"] == 2 * i) & (rows["choice"] == choice)].set_index("parameter")
+            assert sorted(recorded.index) == sorted(expected)
             for parameter, values in expected.items():
-                got = found.loc[parameter, NORMS].to_dict()
+                got = recorded.loc[parameter, NORMS].to_dict()
                 assert got == pytest.approx(values, rel=1e-9, abs=1e-13), (choice, parameter)
 
 
@@ -574,8 +574,8 @@ def callback_steps(folder):
     ],
 )
 def test_adaptive_interval_keeps_to_its_budget(seconds, steps, tmp_path, monkeypatch):
-    found, callback = adaptive(tmp_path, monkeypatch, seconds)
-    assert found == steps
+    measured, callback = adaptive(tmp_path, monkeypatch, seconds)
+    assert measured == steps
     assert callback._trained == 60
     assert callback._spent == sum(seconds(i) for i in range(len(steps)))
 
@@ -798,7 +798,7 @@ def classifier(compile):
 
 
 def eager_and_compiled(tmp_path):
-    found, weights = {}, {}
+    measured, weights = {}, {}
     for kind, compile, watch in (
         ("eager", False, True),
         ("compiled", True, True),
@@ -813,12 +813,12 @@ def eager_and_compiled(tmp_path):
         trainer(tmp_path / kind, *callbacks, precision="64-true").fit(module, data())
         weights[kind] = copy.deepcopy(module.state_dict())
         if watch:
-            found[kind] = read(tmp_path / kind)
+            measured[kind] = read(tmp_path / kind)
     assert equal(weights["compiled"], weights["alone"])
-    assert (found["eager"][found["eager"]["parameter"] == ""]["l1"] > 0).all()
-    for rows in found.values():
+    assert (measured["eager"][measured["eager"]["parameter"] == ""]["l1"] > 0).all()
+    for rows in measured.values():
         del rows["method"]
-    pd.testing.assert_frame_equal(found["eager"], found["compiled"], rtol=1e-7, atol=1e-12)
+    pd.testing.assert_frame_equal(measured["eager"], measured["compiled"], rtol=1e-7, atol=1e-12)
     assert torch._functorch.config.donated_buffer
 
 
@@ -837,7 +837,7 @@ def test_compiled_backbone_under_inductor(tmp_path):
 # ------------------------------------------------------------------------------------------------------------ W&B
 def wandb_records(file):
     """The records of a W&B run file: a LevelDB log behind a header of 7 bytes, in blocks of 32 KiB."""
-    raw, at, record, found = file.read_bytes(), 7, b"", []
+    raw, at, record, records = file.read_bytes(), 7, b"", []
     while at < len(raw):
         if (left := 32768 - at % 32768) < 7:
             at += left
@@ -846,9 +846,9 @@ def wandb_records(file):
         record += raw[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # a whole record, or the last part of one
-            found.append(wandb_internal_pb2.Record.FromString(record))
+            records.append(wandb_internal_pb2.Record.FromString(record))
             record = b""
-    return found
+    return records
 
 
 def test_wandb(tmp_path):
@@ -1064,15 +1064,15 @@ def test_environment(tmp_path, monkeypatch):
     assert _commit(repository) == f"{committed}+changes"
     monkeypatch.setenv("PATH", "")
     assert _commit(repository) is None  # no git either
-    found = runs.environment()
-    assert found["versions"]["torch"] == torch.__version__
-    assert found["python"] == sys.version.split()[0]
-    json.dumps(found)
+    environment = runs.environment()
+    assert environment["versions"]["torch"] == torch.__version__
+    assert environment["python"] == sys.version.split()[0]
+    json.dumps(environment)
 
 
 # --------------------------------------------------------------------------------------------------------- StepSeed
 def draws(folder, *, ckpt=None, max_epochs=1, seed=7):
-    found = {}
+    measured = {}
 
     class Draw(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
@@ -1080,7 +1080,7 @@ def draws(folder, *, ckpt=None, max_epochs=1, seed=7):
                 torch.rand(trainer.current_epoch + 1), random.random()  # whatever else may have drawn
             step = trainer.global_step
             (own,) = selections(pl_module).values()
-            found[step] = (
+            measured[step] = (
                 torch.rand(3), random.random(), np.random.rand(),  # noqa: NPY002 # the legacy stream is meant
                 torch.rand(3, generator=own.generator(torch.device("cpu"))),
             )  # fmt: skip
@@ -1089,7 +1089,7 @@ def draws(folder, *, ckpt=None, max_epochs=1, seed=7):
     torch.manual_seed(random.SystemRandom().randrange(2**31))
     run = trainer(folder, StepSeed(seed), Draw(), saving, max_epochs=max_epochs)
     run.fit(Module(Plain), data(), ckpt_path=ckpt, weights_only=False)
-    return found
+    return measured
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")  # in another folder
@@ -1178,20 +1178,20 @@ def test_what_the_callback_cannot_see_is_said_once(tmp_path):
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), 0.1)
 
-    found, weights = {}, {}
+    measured, weights = {}, {}
     for how in ("shown", "reentrant", "vmap"):
         module = Hidden(how)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             trainer(tmp_path / how, GradientDivergence({"one": Jacobians(relu=1.0)}, 1)).fit(module, data())
-        found[how], weights[how] = read(tmp_path / how), module.state_dict()
+        measured[how], weights[how] = read(tmp_path / how), module.state_dict()
         assert len([w for w in said if "subtracts gradients" in str(w.message)]) == (how != "shown")
-    assert set(found["shown"]["method"]) == {"propagate"}
+    assert set(measured["shown"]["method"]) == {"propagate"}
     for how in ("reentrant", "vmap"):
-        assert set(found[how].pop("method")) == {"subtract"}
+        assert set(measured[how].pop("method")) == {"subtract"}
         assert equal(weights[how], weights["shown"])
-        pd.testing.assert_frame_equal(found[how], found["shown"].drop(columns="method"), rtol=1e-5)
-    assert (found["shown"]["l2"] > 0).any()
+        pd.testing.assert_frame_equal(measured[how], measured["shown"].drop(columns="method"), rtol=1e-5)
+    assert (measured["shown"]["l2"] > 0).any()
 
 
 def dead_units():
@@ -1219,10 +1219,10 @@ def test_a_hook_that_clips_is_noticed(where, tmp_path):
             else:
                 self.net.conv1.weight.register_hook(clip)
 
-    found = {}
+    measured = {}
     for method in ("auto", "subtract"):
         watch = GradientDivergence({"one": Jacobians(relu=1.0)}, 1, method=method)
         trainer(tmp_path / method, watch, precision="64-true").fit(Clipping(), data())
-        found[method] = read(tmp_path / method)
-    assert set(found["auto"]["method"]) == {"subtract"}
-    pd.testing.assert_frame_equal(found["auto"], found["subtract"])
+        measured[method] = read(tmp_path / method)
+    assert set(measured["auto"]["method"]) == {"subtract"}
+    pd.testing.assert_frame_equal(measured["auto"], measured["subtract"])

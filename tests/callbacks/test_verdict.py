@@ -85,9 +85,9 @@ def test_a_choice_that_changes_nothing_changes_nothing(tmp_path):
 def test_a_loss_that_is_not_finite_is_told_at_the_end(tmp_path, recwarn):
     watch = LossWatch()
     train(tmp_path / "a", watch, loader=batches(bad=3))
-    (told,) = [str(w.message) for w in recwarn if "not finite" in str(w.message)]
-    assert "on 3 of 6 batches, at step 3 first" in told  # the weights are not finite afterwards
-    assert "NonFiniteGuard" in told
+    (warning,) = [str(w.message) for w in recwarn if "not finite" in str(w.message)]
+    assert "on 3 of 6 batches, at step 3 first" in warning  # the weights are not finite afterwards
+    assert "NonFiniteGuard" in warning
     recwarn.clear()
     train(tmp_path / "b", watch)
     train(tmp_path / "c", watch, module=Skips())

@@ -49,8 +49,8 @@ def test_training_is_bit_identical(precision, options, tmp_path):
     with_ = state_after(
         tmp_path, *watching, ZoneMonitor(ONE, own, 1), precision=precision, jacobians=own, **OPTIONS[options]
     )
-    for what in without:
-        assert equal(without[what], with_[what]), what
+    for absent in without:
+        assert equal(without[absent], with_[absent]), absent
     assert set(pd.read_csv(tmp_path / "zones.csv")["bifurcation"]) == {1}
     assert (pd.read_csv(tmp_path / "weights.csv")["l1"][1:] > 0).any()
     assert not (tmp_path / "nonfinite.json").exists()
@@ -90,10 +90,10 @@ def weights_of(state):
 
 
 def check(rows, step, state, reference):
-    found = rows[rows["step"] == step].set_index("parameter")
+    recorded = rows[rows["step"] == step].set_index("parameter")
     for parameter, values in norms_by_hand(weights_of(state), weights_of(reference)).items():
         # The inner product of two vectors that are nearly the same says little about their angle.
-        assert found.loc[parameter, NORMS].to_dict() == pytest.approx(values, rel=1e-7, abs=1e-9)
+        assert recorded.loc[parameter, NORMS].to_dict() == pytest.approx(values, rel=1e-7, abs=1e-9)
 
 
 def read(file):
@@ -188,17 +188,17 @@ def test_zones_are_those_of_the_weights_before_each_step(tmp_path):
 @pytest.mark.parametrize("scale", [0.5, 1024.0])
 def test_zones_are_of_the_loss_without_its_scale(scale, tmp_path):
     """Accumulation over two batches, and fp16's loss scale; both are powers of two, which lose no bit."""
-    found = []
+    measured = []
     for options in ({}, {"accumulate_grad_batches": 2} if scale < 1 else {"plugins": fp16(scale)}):
         module = Module(Plain)
         if scale > 1 and not options:
             options = {"plugins": fp16(1.0)}
-        folder = tmp_path / str(len(found))
+        folder = tmp_path / str(len(measured))
         trainer(folder, ZoneMonitor(ONE, every_n_steps=100), **options, max_steps=1).fit(module, data())
-        found.append(read(folder / "zones.csv"))
-    assert (found[0]["observed"] > 0).all()
+        measured.append(read(folder / "zones.csv"))
+    assert (measured[0]["observed"] > 0).all()
     for norm in ("observed", "difference"):
-        assert found[1][norm].tolist() == pytest.approx(found[0][norm].tolist(), rel=0 if scale < 1 else 1e-2)
+        assert measured[1][norm].tolist() == pytest.approx(measured[0][norm].tolist(), rel=0 if scale < 1 else 1e-2)
 
 
 def before(module, step):
@@ -306,10 +306,15 @@ def test_an_activation_and_the_ties_above_it(tmp_path):
     module = Small(Explode())
     with pytest.raises(NonFiniteError, match=r"is the output of net.middle; ties fed it: 8 at relu"):
         fit(tmp_path, NonFiniteGuard(), module, batches(torch.tensor([200.0, 1.0, 1.0, 0.0])))
-    found = found_in(tmp_path)
-    assert (found["kind"], found["where"], found["step"], found["batch"]) == ("activation", "net.middle", 3, 3)
+    findings = found_in(tmp_path)
+    assert (findings["kind"], findings["where"], findings["step"], findings["batch"]) == (
+        "activation",
+        "net.middle",
+        3,
+        3,
+    )
     # A tie for each image at the dead unit; what the activation after the explosion met is not counted.
-    assert found["ties"] == {"relu": ties(module.net, torch.tensor([[200.0, 1.0, 1.0, 0.0]]))["relu"].tied * 8}
+    assert findings["ties"] == {"relu": ties(module.net, torch.tensor([[200.0, 1.0, 1.0, 0.0]]))["relu"].tied * 8}
 
 
 def test_a_function_between_modules_and_the_loss(tmp_path):
@@ -352,10 +357,10 @@ def test_a_gradient_that_the_choice_at_a_tie_made(tmp_path):
         module.net.last.weight.mul_(1e3)
     with pytest.raises(NonFiniteError, match=r"the backward of net.act; ties fed it: 8 at act; under .* is finite"):
         fit(tmp_path, NonFiniteGuard(), module, batches())
-    found = found_in(tmp_path)
-    assert (found["kind"], found["where"], found["step"]) == ("gradient", "net.act", 0)
-    assert found["ties"] == {"act": 8}
-    assert found["finite_under_reference"] is True
+    findings = found_in(tmp_path)
+    assert (findings["kind"], findings["where"], findings["step"]) == ("gradient", "net.act", 0)
+    assert findings["ties"] == {"act": 8}
+    assert findings["finite_under_reference"] is True
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")  # it goes on

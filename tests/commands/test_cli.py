@@ -169,7 +169,7 @@ def test_fit_then_test_validate_predict(in_trained, capfd):
 
     status, text = run(capfd, "predict", *own(in_trained), "--ckpt_path=best")
     assert status == 0
-    found = pd.read_csv(in_trained / "predictions.csv")
+    predictions = pd.read_csv(in_trained / "predictions.csv")
 
     from nslightning.data import FashionMNISTSample
     from nslightning.models import ImageClassifier
@@ -180,9 +180,9 @@ def test_fit_then_test_validate_predict(in_trained, capfd):
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):  # the config's precision
         pairs = [(model(x).float().softmax(1), y) for x, y in data.test_dataloader()]
     probabilities, labels = (torch.cat(part) for part in zip(*pairs, strict=True))
-    assert found["image"].tolist() == list(range(len(labels)))
-    assert found["class"].tolist() == probabilities.argmax(1).tolist()
-    assert found["probability"].tolist() == pytest.approx(probabilities.amax(1).tolist(), abs=1e-5)
+    assert predictions["image"].tolist() == list(range(len(labels)))
+    assert predictions["class"].tolist() == probabilities.argmax(1).tolist()
+    assert predictions["probability"].tolist() == pytest.approx(probabilities.amax(1).tolist(), abs=1e-5)
 
     status, text = run(capfd, "test", *own(in_trained), f"--ckpt_path={in_trained}/checkpoints/best.ckpt")
     assert status == 0

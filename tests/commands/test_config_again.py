@@ -56,15 +56,15 @@ BASES = {"callbacks": lightning.pytorch.Callback, "logger": lightning.pytorch.lo
 
 
 def classes(kind: str) -> list[type]:
-    found = {}
+    settings = {}
     for module in KINDS[kind]:
         for name in module.__all__:
             value = getattr(module, name)
             if inspect.isclass(value) and not inspect.isabstract(value) and issubclass(value, BASES.get(kind, object)):
-                found[name] = value
-    found.pop("Callback", None)
-    found.pop("ModelPruning", None)  # the parser refuses its pruning_fn, however it is written
-    return list(found.values())
+                settings[name] = value
+    settings.pop("Callback", None)
+    settings.pop("ModelPruning", None)  # the parser refuses its pruning_fn, however it is written
+    return list(settings.values())
 
 
 @pytest.fixture(scope="module")

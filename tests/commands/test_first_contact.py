@@ -26,8 +26,8 @@ def test_help_of_every_command_imports_nothing_heavy():
         f"    print('HEAVY', command, status, [m for m in {HEAVY} if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    told = [line for line in done.stdout.splitlines() if line.startswith("HEAVY")]
-    assert told == [f"HEAVY {command} 0 []" for command in COMMANDS]
+    imported = [line for line in done.stdout.splitlines() if line.startswith("HEAVY")]
+    assert imported == [f"HEAVY {command} 0 []" for command in COMMANDS]
     assert done.stderr == ""
 
 
@@ -115,12 +115,14 @@ def test_old_spellings_go_on_working_with_a_word(capsys):
     parser.add_argument("--batch_size", type=int)
     parser.add_argument("--backbone")
     spelled_with_dashes(parser)
-    given = with_new_spellings(parser, ["--batch_size=3", "--model", "a_b", "--new_one=1"], {"--model": "--backbone"})
-    assert given == ["--batch-size=3", "--backbone", "a_b", "--new_one=1"]
-    told = capsys.readouterr().err
-    assert "--batch_size is spelled --batch-size today" in told
-    assert "--model is spelled --backbone today" in told
-    assert parser.parse_args(given[:3]).batch_size == 3
+    rewritten = with_new_spellings(
+        parser, ["--batch_size=3", "--model", "a_b", "--new_one=1"], {"--model": "--backbone"}
+    )
+    assert rewritten == ["--batch-size=3", "--backbone", "a_b", "--new_one=1"]
+    warned = capsys.readouterr().err
+    assert "--batch_size is spelled --batch-size today" in warned
+    assert "--model is spelled --backbone today" in warned
+    assert parser.parse_args(rewritten[:3]).batch_size == 3
     assert "--batch-size" in parser.format_help()
     assert "batch_size" not in parser.format_help()
 
@@ -133,9 +135,9 @@ def test_a_list_in_brackets_and_a_switch_that_stands_alone(capsys):
     words = ["--precisions", "[16,32]", "--choice=a:relu=1", "--download", "--batch-size=3"]
     read = parser.parse_args(with_new_spellings(parser, words, {"--choice": "--choices"}))
     assert (read.precisions, read.choices, read.download, read.batch_size) == ([16, 32], ["a:relu=1"], True, 3)
-    told = capsys.readouterr().err
-    assert "--precisions=[16,32] is spelled --precisions 16 32 today" in told
-    assert "--choice is spelled --choices today" in told
+    warned = capsys.readouterr().err
+    assert "--precisions=[16,32] is spelled --precisions 16 32 today" in warned
+    assert "--choice is spelled --choices today" in warned
 
 
 def test_the_same_things_have_the_same_names():
@@ -170,6 +172,6 @@ def test_options_of_a_config_keep_their_names(command, tmp_path):
 
     (tmp_path / "a.yaml").write_text("backbone: paper/lenet5\nbatch_size: 7\n")
     parser = import_module(COMMANDS[command][0]).make_parser("x")
-    given = parser.parse_args([f"--config={tmp_path / 'a.yaml'}", "--device", "cuda"])
-    assert (given.backbone, given.batch_size, given.device) == ("paper/lenet5", 7, "cuda")
+    parsed = parser.parse_args([f"--config={tmp_path / 'a.yaml'}", "--device", "cuda"])
+    assert (parsed.backbone, parsed.batch_size, parsed.device) == ("paper/lenet5", 7, "cuda")
     assert parser.parse_args(["--backbone=paper/fc", "--batch-size", "5"]).batch_size == 5

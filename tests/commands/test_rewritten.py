@@ -63,22 +63,22 @@ def test_every_row_has_a_case():
     assert [case[0] for case in CASES] == [row.name for row in rewritten.ROWS]
 
 
-@pytest.mark.parametrize(("name", "given", "says"), CASES, ids=[case[0] for case in CASES])
-def test_row(name, given, says, capsys, monkeypatch):
+@pytest.mark.parametrize(("name", "raised", "says"), CASES, ids=[case[0] for case in CASES])
+def test_row(name, raised, says, capsys, monkeypatch):
     met = []
     rejection = rewritten.rejection
 
-    def noted(*given):
-        said = rejection(*given)
+    def noted(*arguments):
+        said = rejection(*arguments)
         met.append(next((row.name for row in rewritten.ROWS if row.pattern.search(getattr(said, row.of))), said))
         return said
 
     monkeypatch.setattr(rewritten, "rejection", noted)
-    if isinstance(given, str):
-        Path("config.yaml").write_text(given)
-        given = ["--config=config.yaml"]
+    if isinstance(raised, str):
+        Path("config.yaml").write_text(raised)
+        raised = ["--config=config.yaml"]
     with pytest.raises(SystemExit) as stop:
-        parser().parse_args(given)
+        parser().parse_args(raised)
     said = capsys.readouterr().err
     assert met == [name], said
     assert stop.value.code == 2

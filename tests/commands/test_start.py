@@ -53,7 +53,7 @@ def test_a_run_goes_on_under_its_own_config_and_flags_change_it(capfd, caplog):
     folder = write_run(Path("runs/quickstart/001"))
     Path("quickstart.yaml").write_text("model:\n  jacobians: {relu: 0, max_pool: 0}\ntrainer:\n  max_epochs: 6\n")
     with caplog.at_level("INFO"):
-        found, task = start(
+        started, task = start(
             [
                 "fit",
                 "--config",
@@ -65,16 +65,16 @@ def test_a_run_goes_on_under_its_own_config_and_flags_change_it(capfd, caplog):
             ],
             "fit",
         )
-    assert found.argv == ["fit", f"--config={folder}/config.yaml", "--trainer.max_epochs=8"]
-    assert (found.folder, found.checkpoint, task) == (folder, folder / "checkpoints/last.ckpt", "images")
+    assert started.argv == ["fit", f"--config={folder}/config.yaml", "--trainer.max_epochs=8"]
+    assert (started.folder, started.checkpoint, task) == (folder, folder / "checkpoints/last.ckpt", "images")
 
 
 def test_what_follows_the_run_s_own_config_is_asked_for():
     folder = write_run(Path("runs/x/001"))
     Path("more.yaml").write_text("trainer:\n  max_epochs: 9\n")
     words = ["--config", f"{folder}/config.yaml", "--config=more.yaml", "--ckpt_path=last"]
-    found, _ = start(["fit", *words], "fit")
-    assert found.argv == ["fit", f"--config={folder}/config.yaml", "--config=more.yaml"]
+    started, _ = start(["fit", *words], "fit")
+    assert started.argv == ["fit", f"--config={folder}/config.yaml", "--config=more.yaml"]
 
 
 @pytest.mark.parametrize("again", ["the same line", "another one"])
@@ -85,8 +85,8 @@ def test_callbacks_that_were_added_when_the_run_began_are_not_added_twice(again)
     runs.record.write_record(folder, {"segments": [{"from_step": 0, "choice": None, "words": began}]})
     Path("x.yaml").write_text("seed_everything: 0\n")
     words = began if again == "the same line" else [*began[:-1], "7"]
-    found, _ = start(["fit", *words, "--ckpt_path=last"], "fit")
-    added = found.argv[2:]
+    started, _ = start(["fit", *words, "--ckpt_path=last"], "fit")
+    added = started.argv[2:]
     if again == "the same line":
         assert added == []
     else:
@@ -100,12 +100,12 @@ def test_callbacks_that_were_added_when_the_run_began_are_not_added_twice(again)
 def test_a_checkpoint_by_its_path_takes_the_config_beside_it():
     folder = write_run(Path("elsewhere/x/001"))
     file = folder / "checkpoints/last.ckpt"
-    found, _ = start(["test", f"--ckpt_path={file}"], "test")
-    assert found.argv[:2] == ["test", f"--config={folder}/config.yaml"]
-    assert found.checkpoint == file
-    for given in ([f"--config={folder}/config.yaml"], ["--data=MNIST"]):
-        found, _ = start(["test", *given, f"--ckpt_path={file}"], "test")
-        assert found.argv == ["test", *given, f"--ckpt_path={file}"]
+    started, _ = start(["test", f"--ckpt_path={file}"], "test")
+    assert started.argv[:2] == ["test", f"--config={folder}/config.yaml"]
+    assert started.checkpoint == file
+    for options in ([f"--config={folder}/config.yaml"], ["--data=MNIST"]):
+        started, _ = start(["test", *options, f"--ckpt_path={file}"], "test")
+        assert started.argv == ["test", *options, f"--ckpt_path={file}"]
 
 
 def test_a_config_beside_a_checkpoint_names_no_class_of_its_own_unasked():
@@ -126,8 +126,8 @@ def test_the_one_before_a_damaged_checkpoint_is_taken_with_a_warning(damage):
     write_run(folder)
     damage(folder / "checkpoints/last.ckpt")
     with pytest.warns(UserWarning, match=r"last\.ckpt is damaged.*The one before is taken: .*best\.ckpt"):
-        found, _ = start(["fit", "--config", f"{folder}/config.yaml", "--ckpt_path=last"], "fit")
-    assert found.checkpoint == folder / "checkpoints/best.ckpt"
+        started, _ = start(["fit", "--config", f"{folder}/config.yaml", "--ckpt_path=last"], "fit")
+    assert started.checkpoint == folder / "checkpoints/best.ckpt"
     with pytest.raises(ValueError, match=r"last\.ckpt is damaged.*a whole one beside it: --ckpt_path=.*best\.ckpt"):
         start(["test", f"--ckpt_path={folder}/checkpoints/last.ckpt"], "test")
 
@@ -292,8 +292,8 @@ def test_a_requeued_job_takes_the_checkpoint_that_lightning_left_it(monkeypatch)
     runs.note_job(folder)
     older(folder / "checkpoints/last.ckpt", 60)
     shutil.copy(folder / "checkpoints/last.ckpt", folder / "hpc_ckpt_1.ckpt")
-    found, _ = start(["fit", "--name=x"], "fit")
-    assert (found.folder, found.checkpoint) == (folder, folder / "hpc_ckpt_1.ckpt")
+    started, _ = start(["fit", "--name=x"], "fit")
+    assert (started.folder, started.checkpoint) == (folder, folder / "hpc_ckpt_1.ckpt")
 
 
 def test_a_further_process_begins_or_goes_on_as_the_first_does(monkeypatch):

@@ -95,12 +95,12 @@ def test_two_processes_are_one_with_the_union_batch():
     for name, weight in whole.items():
         assert torch.equal(ranks[0][name], ranks[1][name]), name
         assert torch.allclose(ranks[0][name], weight, rtol=1e-9, atol=1e-12), name
-    found, expected = totals(two), totals(one)
-    assert found.index.is_unique
+    ours, expected = totals(two), totals(one)
+    assert ours.index.is_unique
     assert sorted(set(expected.index.get_level_values("step"))) == [0, 2, 4, 6, 8, 10]
     assert set(expected["method"]) == {"propagate"}
-    pd.testing.assert_frame_equal(found, expected, rtol=1e-9, atol=1e-13)
-    assert (found.xs(("relu1", ""), level=("choice", "parameter"))["relative"] > 1e-3).all()
+    pd.testing.assert_frame_equal(ours, expected, rtol=1e-9, atol=1e-13)
+    assert (ours.xs(("relu1", ""), level=("choice", "parameter"))["relative"] > 1e-3).all()
     a, b = metrics(two), metrics(one)
     same = [c for c in b if c.startswith(("divergence/", "ties/", "val/", "weights/"))]
     assert len(same) == 10 + 3 + 2 + 5
@@ -159,9 +159,9 @@ def test_killed_in_the_middle_of_an_epoch(devices):
     assert all(name.endswith(identity.strip()) for name in offline)
     assert json.loads((two / "run.json").read_text())["resumed_at_step"] == 5
     for rank in range(devices):
-        found, expected = (torch.load(folder / f"weights-{rank}.pt") for folder in (two, one))
+        ours, expected = (torch.load(folder / f"weights-{rank}.pt") for folder in (two, one))
         for name, weight in expected.items():
-            assert torch.equal(found[name], weight), name
+            assert torch.equal(ours[name], weight), name
     for table in ("divergence.csv", "weights.csv", "zones.csv"):
         assert (two / table).read_text() == (one / table).read_text()
     pd.testing.assert_frame_equal(metrics(two), metrics(one))
@@ -198,10 +198,10 @@ def test_a_run_goes_on_with_another_number_of_processes(before, after):
     assert "Traceback" not in said, said
     assert "batch_size x processes" in said
     finish(start("fit", options, "changed", *on, f"--data.init_args.batch_size={16 // after}"))
-    found, expected = (torch.load(f / "weights-0.pt") for f in (folder, Path("whole/run/001")))
+    ours, expected = (torch.load(f / "weights-0.pt") for f in (folder, Path("whole/run/001")))
     for name, weight in expected.items():
-        assert torch.allclose(found[name], weight, rtol=1e-9, atol=1e-12), name
-    assert not torch.equal(found[name], weights[name])
+        assert torch.allclose(ours[name], weight, rtol=1e-9, atol=1e-12), name
+    assert not torch.equal(ours[name], weights[name])
     assert metrics(folder)["train/loss"].notna().sum() == 12
 
 

@@ -180,7 +180,7 @@ def test_augmentation_is_a_padded_crop_and_flip(data_dir):
     """Every augmented image is one of the 2 x 81 that Pillow makes of the original, and all kinds occur."""
     module = data.CIFAR10(verify=False, holdout=0.0)
     images = fitted(module)._loaded["train"]
-    found = Counter()
+    counts = Counter()
     for epoch in range(3):
         batch, _ = images.__getitems__([epoch * 80 + i for i in range(80)])
         pixels = batch * torch.tensor(module.std).view(3, 1, 1) + torch.tensor(module.mean).view(3, 1, 1)
@@ -196,11 +196,11 @@ def test_augmentation_is_a_padded_crop_and_flip(data_dir):
                         if np.array_equal(ImageOps.mirror(crop) if flip else crop, pixels[i]):
                             matches.append((flip, top, left))
             assert len(matches) == 1
-            found.update(zip(("flip", "top", "left"), matches[0], strict=True))
-    assert {value for key, value in found if key == "top"} == set(range(9))
-    assert {value for key, value in found if key == "left"} == set(range(9))
+            counts.update(zip(("flip", "top", "left"), matches[0], strict=True))
+    assert {value for key, value in counts if key == "top"} == set(range(9))
+    assert {value for key, value in counts if key == "left"} == set(range(9))
     # 240 draws: mean 120, standard deviation 7.7
-    assert 80 < found["flip", True] < 160
+    assert 80 < counts["flip", True] < 160
 
 
 def test_validation_and_test_are_never_augmented(data_dir):

@@ -68,8 +68,8 @@ def test_nothing_there(make, file, tmp_path):
     ids=["mnist", "cifar10", "cifar100", "svhn"],
 )
 def test_another_copy_is_refused_by_its_md5(make, file, root):
-    found = hashlib.md5((root / file).read_bytes()).hexdigest()
-    refused(make(str(root)), root / file, f"md5: {found}", "--data.verify=false")
+    digest = hashlib.md5((root / file).read_bytes()).hexdigest()
+    refused(make(str(root)), root / file, f"md5: {digest}", "--data.verify=false")
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])

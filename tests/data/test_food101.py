@@ -11,8 +11,8 @@ from nslightning.data import DataError, Food101
 
 
 def module(root, **options):
-    given = {"image_size": 24, "batch_size": 4, "workers": 0, "verify": False}
-    return Food101(str(root), **given | options)
+    settings = {"image_size": 24, "batch_size": 4, "workers": 0, "verify": False}
+    return Food101(str(root), **settings | options)
 
 
 @pytest.fixture

@@ -67,8 +67,8 @@ def test_every_image_is_its_file(folder, out):
             for label, name in enumerate(("ant", "bee"))
             for path in sorted((folder / split / name).iterdir())
         ]
-        found = [(image.read(), label) for image, label in Shards(str(out)).samples(split)]
-        assert found == [(path.read_bytes(), label) for path, label in expected]
+        read_back = [(image.read(), label) for image, label in Shards(str(out)).samples(split)]
+        assert read_back == [(path.read_bytes(), label) for path, label in expected]
 
 
 def test_hugging_face_opens_them(folder, out, monkeypatch):

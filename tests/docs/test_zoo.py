@@ -111,7 +111,7 @@ class Net(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("after", "found"),
+    ("after", "expected"),
     [
         (lambda x: x.relu().clamp(min=0) + x.abs(), {"relu": 1, "clamp": 1, "abs": 1}),
         (nn.functional.elu, {}),  # smooth
@@ -122,8 +122,8 @@ class Net(nn.Module):
         (nn.functional.gelu, {}),
     ],
 )
-def test_graph_counts_nodes(after, found):
-    assert zoo.graph(Net(after)(zoo.batch(8))) == found
+def test_graph_counts_nodes(after, expected):
+    assert zoo.graph(Net(after)(zoo.batch(8))) == expected
 
 
 def test_what_the_surgery_does_not_know_is_missed():
@@ -135,11 +135,11 @@ def test_a_wrong_gradient_is_seen(monkeypatch):
     runs = []
 
     def wrong(*args, **kwargs):
-        given = stock(*args, **kwargs)
-        runs.append(given)
+        returned = stock(*args, **kwargs)
+        runs.append(returned)
         if len(runs) == 2:  # under the reference choice
-            given[0].view(-1)[0].mul_(1 + 2**-20)
-        return given
+            returned[0].view(-1)[0].mul_(1 + 2**-20)
+        return returned
 
     monkeypatch.setattr(zoo, "gradients", wrong)
     row = zoo.measure(Net(nn.ReLU()), (8,))

@@ -123,21 +123,21 @@ def test_published_norms_have_their_own_gradient(dtype: torch.dtype, version: fl
 
 
 def test_a_cell_with_norms_takes_the_published_rule_and_its_two_versions() -> None:
-    given = {"backbone": "paper/lenet5", "pool": "norm", "against": {"norm": 1.0}, "norm": "l1_sum", "relu": 1.0}
-    cell = settings("zones", {**given, "precision": 16, "rule": "published"})
+    options = {"backbone": "paper/lenet5", "pool": "norm", "against": {"norm": 1.0}, "norm": "l1_sum", "relu": 1.0}
+    cell = settings("zones", {**options, "precision": 16, "rule": "published"})
     images = load("FashionMNISTSample", (), CPU)
     network, _ = build(cell, images, CPU, None)
     with torch.no_grad():
         network.conv1.weight.mul_(1e-4)
         network.conv1.bias.zero_()
     x, _ = next(images.train.batches(4, torch.float16))
-    found = []
+    values = []
     for norm in (0.0, 1.0):
         pooled = network.pool1(network.relu1(network.conv1(x)))
         network.pool1.selection.set(dataclasses.replace(cell.jacobians, norm=norm))
         network.zero_grad()
         pooled.float().sum().backward()
-        found.append(network.conv1.weight.grad.clone())
-    assert not torch.equal(*found)  # windows whose squares underflow
+        values.append(network.conv1.weight.grad.clone())
+    assert not torch.equal(*values)  # windows whose squares underflow
     assert network.pool1.selection.jacobians.rule == "published"
     assert isinstance(cell.jacobians, Jacobians)

@@ -46,9 +46,9 @@ def test_what_is_counted_is_what_an_enumeration_of_all_biases_finds(order: str) 
                 y = y + nn.functional.linear(x[None, k : k + size], layer.weight[:, k : k + size])[0]
         else:
             y = linear(x[None], layer.weight, None, chance.order)[0] + biases
-        found = (y == 0).nonzero()
-        hit[found] = True
-        zeros += len(found)
+        zero_places = (y == 0).nonzero()
+        hit[zero_places] = True
+        zeros += len(zero_places)
     assert zeros > int(hit.sum()) > 0
     assert chance.probability == pytest.approx(int(hit.sum()) / 2**24, rel=1e-9)
     assert chance.zeros == zeros / 2**24
@@ -123,15 +123,15 @@ def test_counting_agrees_with_sampling(order: str) -> None:
 
 
 def test_a_cell_counts_by_depth_and_the_same_again() -> None:
-    given = {"backbone": "paper/fc", "width": 16, "depth": 2, "data": "FashionMNISTSample", "against": {"relu": 1}}
-    given |= {"estimator": "exact", "shuffle": False, "thetas": 2, "arithmetic": "bias_last"}
-    rows = pd.DataFrame(zones(settings("zones", given), "cpu").rows)
-    found = rows.pivot_table(index="theta", columns="metric", values="value")
-    assert len(found) == 2
-    assert bool((found["probability"] == found["probability_depth2"]).all())
-    assert bool((found["probability_depth1"] < found["probability_depth2"]).all())
-    assert bool((found["expected_zeros"] >= found["probability"]).all())
-    again = zones(settings("zones", given), "cpu")
+    options = {"backbone": "paper/fc", "width": 16, "depth": 2, "data": "FashionMNISTSample", "against": {"relu": 1}}
+    options |= {"estimator": "exact", "shuffle": False, "thetas": 2, "arithmetic": "bias_last"}
+    rows = pd.DataFrame(zones(settings("zones", options), "cpu").rows)
+    table = rows.pivot_table(index="theta", columns="metric", values="value")
+    assert len(table) == 2
+    assert bool((table["probability"] == table["probability_depth2"]).all())
+    assert bool((table["probability_depth1"] < table["probability_depth2"]).all())
+    assert bool((table["expected_zeros"] >= table["probability"]).all())
+    again = zones(settings("zones", options), "cpu")
     assert [row["value"] for row in again.rows] == rows["value"].tolist()
     assert again.provenance["orders"] == "bias_last"
 
@@ -175,12 +175,12 @@ def test_the_shares_of_a_first_layer_on_mnist() -> None:
 
     from nslightning.data import DataError
 
-    given = {"backbone": "paper/fc", "width": 256, "depth": 1, "data": "MNIST", "data_options": {"holdout": 0}}
-    given |= {"normalise": False, "against": {"relu": 1}, "estimator": "exact", "shuffle": False, "thetas": 4}
+    options = {"backbone": "paper/fc", "width": 256, "depth": 1, "data": "MNIST", "data_options": {"holdout": 0}}
+    options |= {"normalise": False, "against": {"relu": 1}, "estimator": "exact", "shuffle": False, "thetas": 4}
     for arithmetic, share in (("bias_last", 0.050), ("blocks=192", 0.136)):
         try:
-            rows = zones(settings("zones", {**given, "arithmetic": arithmetic}), "cpu").rows
+            rows = zones(settings("zones", {**options, "arithmetic": arithmetic}), "cpu").rows
         except DataError:
             pytest.skip(f"no MNIST in NSLIGHTNING_DATA_DIR={os.environ.get('NSLIGHTNING_DATA_DIR')}")
-        found = [row["value"] for row in rows if row["metric"] == "probability"]
-        assert sum(found) / len(found) == pytest.approx(share, abs=0.007)
+        probabilities = [row["value"] for row in rows if row["metric"] == "probability"]
+        assert sum(probabilities) / len(probabilities) == pytest.approx(share, abs=0.007)

@@ -37,23 +37,28 @@ def made_up(kind, cell, device, partial=None):
         dies = draw.randrange(1, 3) if cell.rule == "published" and value in (10, 50, 1000, 10000) else math.inf
         for epoch in range(min(cell.epochs, 4)):
             alive = epoch < dies
-            found = {
+            metrics = {
                 "train_loss": draw.uniform(0.1, 1) if alive else math.nan,
                 "test_accuracy": draw.uniform(0.9, 0.99) if alive else 0.098,
                 "nan": float(not alive),
             }
             if cell.count_zeros:
-                found |= {"zeros": float(draw.randrange(4)), "relu_calls": 6e4 * (cell.width or 1)}
-            rows += [{"epoch": epoch, "metric": k, "value": v} for k, v in found.items()]
+                metrics |= {"zeros": float(draw.randrange(4)), "relu_calls": 6e4 * (cell.width or 1)}
+            rows += [{"epoch": epoch, "metric": k, "value": v} for k, v in metrics.items()]
     elif kind == "zones":
         for theta in range(cell.thetas):
             first = draw.choice([math.nan, *range(1, 200)]) if cell.precision < 64 else math.nan
             seen = first if cell.stop_at_first and first == first else 240
             differing = 0 if first != first else 1 if cell.stop_at_first else draw.randrange(1, 240)
-            found = {"batches": seen, "differing": differing, "not_finite": draw.randrange(2), "first_differing": first}
+            metrics = {
+                "batches": seen,
+                "differing": differing,
+                "not_finite": draw.randrange(2),
+                "first_differing": first,
+            }
             if cell.histogram:
-                found |= {"norm_zero": 100, "norm_1e-5": seen - 100 - found["not_finite"]}
-            rows += [{"theta": theta, "metric": k, "value": float(v)} for k, v in found.items()]
+                metrics |= {"norm_zero": 100, "norm_1e-5": seen - 100 - metrics["not_finite"]}
+            rows += [{"theta": theta, "metric": k, "value": float(v)} for k, v in metrics.items()]
     else:
         names, index = [*cell.choices, "control"], "step" if cell.steps else "epoch"
         for at in range(cell.steps or min(cell.epochs, 6) + 1):
@@ -103,8 +108,8 @@ def panel(figure, title):
 
 def counts(axis, name):
     """The numbers in a line below an axis, from left to right."""
-    found = [t for t in axis.texts if (t.get_gid() or "").startswith(f"count={name};")]
-    return [t.get_text() for t in sorted(found, key=lambda t: t.xy[0])]
+    marks = [t for t in axis.texts if (t.get_gid() or "").startswith(f"count={name};")]
+    return [t.get_text() for t in sorted(marks, key=lambda t: t.xy[0])]
 
 
 def test_every_figure_that_an_experiment_names_is_there_and_is_fed():
@@ -124,9 +129,9 @@ def test_every_figure_is_drawn_at_smoke_scale(name, results, monkeypatch, tmp_pa
         figure.draw_without_rendering()
     assert any(artist.get_gid() for axis in figure.axes for artist in (*axis.lines, *axis.patches))
     if folders:
-        told = figure.get_supxlabel().replace("\n", " ")
-        assert "smoke scale" in told
-        assert "made up" in told
+        footer = figure.get_supxlabel().replace("\n", " ")
+        assert "smoke scale" in footer
+        assert "made up" in footer
         (mark,) = [text.get_text() for text in figure.texts if text.get_gid() == "smoke"]
         assert mark.startswith("SMOKE")
         assert set(f.read(folders)["data"]) == set(mark.splitlines()[1].split(", "))
@@ -394,7 +399,7 @@ def test_pdf_and_png_are_written(results, tmp_path, capsys):
 
 def test_what_is_wrong_is_told_and_nothing_is_written(results, tmp_path, capsys):
     lenet = str(results / "mnist_lenet_beta" / "smoke")
-    for argv, told in (
+    for argv, message in (
         (["fig33", "--from", lenet], "did you mean 'fig3'?"),
         (["nothing", "--from", lenet], "there is no figure 'nothing'. `nslightning figure --list` tells all: fig3,"),
         (["fig3"], "give --from with those of cifar10_vgg_alpha or cifar10_vgg_beta"),
@@ -403,7 +408,7 @@ def test_what_is_wrong_is_told_and_nothing_is_written(results, tmp_path, capsys)
         (["fig3", "--from", str(results / "cifar10_vgg_alpha")], "there are "),
     ):
         assert command.main(["figure", *argv, "--out", str(tmp_path / "out")]) == 2
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -416,7 +421,7 @@ def test_run_makes_the_results_first(results, tmp_path, monkeypatch, capsys):
     assert "computed" in capsys.readouterr().out
     assert command.main(argv) == 0
     assert "0 computed" in capsys.readouterr().out
-    for wrong, told in (
+    for wrong, message in (
         (["figure", "all"], "all needs --run SCALE"),
         ([*argv, "--from", str(results)], "give one of the two"),
         (["figure"], "name a figure, or --list them"),
@@ -427,7 +432,7 @@ def test_run_makes_the_results_first(results, tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit) as stop:
             command.main(wrong)
         assert stop.value.code == 2
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("scale", ["smoke", "small", "paper"])
@@ -439,8 +444,8 @@ def test_the_paper_is_told_of_where_it_is_drawn(name, scale, results):
         return  # the larger scales are made up for some experiments
     figure = f.make(name, f.read(folders))
     legends = [*figure.legends, *(axis.get_legend() for axis in figure.axes if axis.get_legend())]
-    told = [t.get_text() for legend in legends for t in legend.get_texts()] + [figure.get_supxlabel()]
-    of_paper = [text for text in told if "paper" in text.replace("paper scale", "")]
+    words = [t.get_text() for legend in legends for t in legend.get_texts()] + [figure.get_supxlabel()]
+    of_paper = [text for text in words if "paper" in text.replace("paper scale", "")]
     assert bool(of_paper) == any_paper(figure), of_paper
 
 

@@ -150,15 +150,15 @@ def values(outcome, metric):
 
 
 def test_a_training_run_tells_what_it_did():
-    found = train(settings("train", {**SMALL, "epochs": 3, "learning_rate": 0.05, "count_zeros": True}), "cpu")
-    assert [row["epoch"] for row in found.rows if row["metric"] == "test_accuracy"] == [0, 1, 2]
-    assert values(found, "train_loss")[2] < values(found, "train_loss")[0]
-    assert values(found, "relu_calls") == [128 * 16.0] * 3
+    trained = train(settings("train", {**SMALL, "epochs": 3, "learning_rate": 0.05, "count_zeros": True}), "cpu")
+    assert [row["epoch"] for row in trained.rows if row["metric"] == "test_accuracy"] == [0, 1, 2]
+    assert values(trained, "train_loss")[2] < values(trained, "train_loss")[0]
+    assert values(trained, "relu_calls") == [128 * 16.0] * 3
     cosine = [0.05 * (1 + math.cos(math.pi * e / 3)) / 2 for e in range(3)]
-    assert values(found, "learning_rate") == pytest.approx(cosine)
+    assert values(trained, "learning_rate") == pytest.approx(cosine)
     constant = train(settings("train", {**SMALL, "epochs": 2, "learning_rate": 0.05, "schedule": "constant"}), "cpu")
     assert values(constant, "learning_rate") == [0.05, 0.05]
-    assert found.provenance["data"] == "fashion_mnist_sample (embedded sample, first 128 training images)"
+    assert trained.provenance["data"] == "fashion_mnist_sample (embedded sample, first 128 training images)"
 
 
 def test_a_run_is_the_same_again_and_another_seed_is_another():
@@ -168,10 +168,10 @@ def test_a_run_is_the_same_again_and_another_seed_is_another():
 
 
 def test_a_diverged_run_keeps_the_accuracy_of_its_constant_output():
-    found = train(settings("train", {**SMALL, "epochs": 4, "learning_rate": 1e30}), "cpu")
-    assert values(found, "nan") == [0.0, 1.0, 1.0, 1.0]  # one step an epoch, and the first loss is a number
+    trained = train(settings("train", {**SMALL, "epochs": 4, "learning_rate": 1e30}), "cpu")
+    assert values(trained, "nan") == [0.0, 1.0, 1.0, 1.0]  # one step an epoch, and the first loss is a number
     labels = load("FashionMNISTSample", (), CPU).test.labels
-    assert values(found, "test_accuracy")[1:] == [float((labels == 0).double().mean())] * 3  # argmax of NaN is 0
+    assert values(trained, "test_accuracy")[1:] == [float((labels == 0).double().mean())] * 3  # argmax of NaN is 0
 
 
 def test_zeros_at_relu_inputs_are_counted():
@@ -223,14 +223,14 @@ def test_evaluation_precision_and_loss_precision_are_options():
 
 def slowly(cell, state, x, y):
     """Two networks, each patched with its choice: two forwards and two backwards, no shortcut."""
-    found = []
+    counts = []
     for choice in (cell.jacobians, cell.alternative):
         network = lenet5(10, (1, 28, 28)).double()
         network.load_state_dict(state)
         patch(network, choice)
         F.cross_entropy(network(x), y).backward()
-        found.append([p.grad for p in network.parameters()])
-    return found
+        counts.append([p.grad for p in network.parameters()])
+    return counts
 
 
 @pytest.mark.parametrize("rule", ["exact", "published"])
@@ -238,8 +238,8 @@ def slowly(cell, state, x, y):
 @pytest.mark.parametrize("norm", ["bitwise_first_layer", "linf_sum", "l1_sum"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_norm_is_that_of_two_separate_gradients(rule, against, norm, tied):
-    given = {"backbone": "paper/lenet5", "against": against, "norm": norm, "rule": rule, "precision": 64}
-    cell = settings("zones", given)
+    options = {"backbone": "paper/lenet5", "against": against, "norm": norm, "rule": rule, "precision": 64}
+    cell = settings("zones", options)
     images = load("FashionMNISTSample", (), CPU)
     pair, _ = _networks(cell, images, CPU)
     x, y = next(images.train.batches(8, torch.float64))
@@ -261,25 +261,25 @@ def test_the_norm_is_that_of_two_separate_gradients(rule, against, norm, tied):
 
 
 def test_zones_count_what_is_above_the_threshold_and_stop_when_asked():
-    given = {"backbone": "paper/lenet5", "data": "FashionMNISTSample", "against": {"max_pool": 1.0}, "batch_size": 16}
-    given |= {"norm": "l1_sum", "batches": 5, "thetas": 1}
-    everything = zones(settings("zones", {**given, "histogram": True}), "cpu")
+    options = {"backbone": "paper/lenet5", "data": "FashionMNISTSample", "against": {"max_pool": 1.0}, "batch_size": 16}
+    options |= {"norm": "l1_sum", "batches": 5, "thetas": 1}
+    everything = zones(settings("zones", {**options, "histogram": True}), "cpu")
     assert values(everything, "batches") == [5.0]
     assert values(everything, "differing") == [5.0]
     binned = sum(row["value"] for row in everything.rows if row["metric"].startswith("norm_"))
     assert binned == 5
-    stopped = zones(settings("zones", {**given, "stop_at_first": True}), "cpu")
+    stopped = zones(settings("zones", {**options, "stop_at_first": True}), "cpu")
     assert values(stopped, "batches") == [1.0]
     assert values(stopped, "first_differing") == [1.0]
-    nothing = zones(settings("zones", {**given, "tau": 1e9}), "cpu")
+    nothing = zones(settings("zones", {**options, "tau": 1e9}), "cpu")
     assert values(nothing, "differing") == [0.0]
     assert all(math.isnan(v) for v in values(nothing, "first_differing"))
 
 
 def test_parameter_vectors_are_new_draws_shared_by_rules_and_batch_sizes():
-    given = {**SMALL, "against": {"relu": 1.0}, "thetas": 3}
-    cell = settings("zones", given)
-    assert len({_theta_seed(settings("zones", {**given, "seed": s}), t) for s in range(3) for t in range(3)}) == 9
+    options = {**SMALL, "against": {"relu": 1.0}, "thetas": 3}
+    cell = settings("zones", options)
+    assert len({_theta_seed(settings("zones", {**options, "seed": s}), t) for s in range(3) for t in range(3)}) == 9
     assert _theta_seed(dataclasses.replace(cell, rule="published", batch_size=7), 1) == _theta_seed(cell, 1)
     assert _theta_seed(dataclasses.replace(cell, width=9), 1) != _theta_seed(cell, 1)
 
@@ -288,14 +288,14 @@ def test_parameter_vectors_are_new_draws_shared_by_rules_and_batch_sizes():
 
 
 def test_twins_start_together_and_only_another_choice_takes_them_apart():
-    given = {"backbone": "paper/lenet5", "data": "FashionMNISTSample", "train_images": 128, "batch_size": 32}
-    given |= {"choices": {"0": {}, "1": {"max_pool": 1.0}}, "epochs": 2}
-    rows = twins(settings("twins", given), "cpu").rows
-    found = {(r["twin"], r["epoch"]): r["value"] for r in rows if r["metric"] == "l1_distance"}
-    assert [found["control", e] for e in range(3)] == [0.0, 0.0, 0.0]
-    assert found["1", 0] == 0.0
-    assert found["1", 1] > 0.0
-    alone = train(settings("train", {k: v for k, v in given.items() if k != "choices"} | {"max_pool": 1.0}), "cpu")
+    options = {"backbone": "paper/lenet5", "data": "FashionMNISTSample", "train_images": 128, "batch_size": 32}
+    options |= {"choices": {"0": {}, "1": {"max_pool": 1.0}}, "epochs": 2}
+    rows = twins(settings("twins", options), "cpu").rows
+    distances = {(r["twin"], r["epoch"]): r["value"] for r in rows if r["metric"] == "l1_distance"}
+    assert [distances["control", e] for e in range(3)] == [0.0, 0.0, 0.0]
+    assert distances["1", 0] == 0.0
+    assert distances["1", 1] > 0.0
+    alone = train(settings("train", {k: v for k, v in options.items() if k != "choices"} | {"max_pool": 1.0}), "cpu")
     together = [r["value"] for r in rows if r["metric"] == "test_accuracy" and r["twin"] == "1"]
     assert together[1:] == values(alone, "test_accuracy")
 
@@ -452,11 +452,11 @@ def test_a_mistake_in_the_file_is_named(experiment_file, old, new, message):
 
 
 def test_the_searched_learning_rate_is_each_values_own_or_that_of_0():
-    given = {"backbone": "paper/lenet5", "batch_norm": False, "learning_rate": "searched", "max_pool": 100}
+    options = {"backbone": "paper/lenet5", "batch_norm": False, "learning_rate": "searched", "max_pool": 100}
     rows = table("learning_rates").query("paper == 'B' and backbone == 'lenet5' and optimizer == 'sgd'")
     rows = rows.query("precision == 32 and not batch_norm").set_index("value")["learning_rate"]
     own, shared = (
-        searched_learning_rate(settings("train", {**given, "shared_lr": shared})) for shared in (False, True)
+        searched_learning_rate(settings("train", {**options, "shared_lr": shared})) for shared in (False, True)
     )
     assert own == rows[100.0]
     assert shared == rows[0.0] == pytest.approx(0.03528, abs=1e-5)
@@ -632,14 +632,14 @@ def test_means_over_runs_are_held_against_the_published_ones(experiment_file, mo
     experiment = dataclasses.replace(experiment, compare=({**entry, "metric": "test_accuracy"},))
     # cells: seed 0: (relu 0 exact, 0 published, 1 exact, 1 published), then seed 1
     results = made(experiment, [0.93, 0.90, 0.97, None, 0.95, 0.92, 0.99, 0.5])
-    found = comparison(experiment, results).set_index(["relu", "rule"])
-    row = found.loc[(0, "exact")]
+    compared = comparison(experiment, results).set_index(["relu", "rule"])
+    row = compared.loc[(0, "exact")]
     assert (row["mean"], row["n"], row["nan"]) == (pytest.approx(0.94), 2, 0)
     assert row["sd"] == pytest.approx(math.sqrt(2) * 0.01)
     assert row["difference"] == pytest.approx(-0.01)
     assert (row["inside"], row["published_n"], row["published_nan"]) == ("yes", 10, 0)
-    assert found.loc[(0, "published"), "inside"] == "no"  # 0.91 is four standard deviations away
-    nan = found.loc[(1, "published")]
+    assert compared.loc[(0, "published"), "inside"] == "no"  # 0.91 is four standard deviations away
+    nan = compared.loc[(1, "published")]
     assert (nan["mean"], nan["nan"]) == (pytest.approx((0.098 + 0.5) / 2), 1)
     assert nan["inside"] == "yes"
     dropping = dataclasses.replace(experiment, compare=({**experiment.compare[0], "drop_nan": True},))
@@ -681,16 +681,16 @@ def test_published_numbers_stand_beside_their_own_data_only(experiment_file, kin
     grid = {"data": ["MNIST", SAMPLE], "seed": [0]}
     both = Experiment("little", kind, "small", fixed={"backbone": "paper/fc", **fixed}, grids=(grid,), compare=(entry,))
     results = made(both, [0.9, 0.5])
-    found = comparison(both, results).set_axis(grid["data"])
-    assert not math.isnan(found.loc["MNIST", "published_mean"])
-    assert found.loc[SAMPLE, ["published_mean", "published_n", "difference"]].isna().all()
-    assert found.loc[SAMPLE, "inside"] == ""
-    told = "Nothing is published for FashionMNISTSample; MNIST has published numbers."
-    assert told in markdown(both, comparison(both, results))
+    compared = comparison(both, results).set_axis(grid["data"])
+    assert not math.isnan(compared.loc["MNIST", "published_mean"])
+    assert compared.loc[SAMPLE, ["published_mean", "published_n", "difference"]].isna().all()
+    assert compared.loc[SAMPLE, "inside"] == ""
+    message = "Nothing is published for FashionMNISTSample; MNIST has published numbers."
+    assert message in markdown(both, comparison(both, results))
     for data in grid["data"]:
         one = dataclasses.replace(both, grids=({**grid, "data": [data]},))
         text = markdown(one, comparison(one, made(one, [0.9])))
-        assert (told in text) == (data == SAMPLE)
+        assert (message in text) == (data == SAMPLE)
         assert ("| published_mean |" in text) == (data == "MNIST")
         assert ("Inside:" in text) == (data == "MNIST")
 
@@ -713,22 +713,22 @@ def test_shares_are_held_against_the_published_ones(experiment_file, monkeypatch
             rows += [{**head, "metric": "differing", "value": value}, {**head, "metric": "batches", "value": 10}]
     results = pd.DataFrame(rows)
     proportion = dataclasses.replace(experiment, compare=({**entry, "statistic": "proportion"},))
-    found = comparison(proportion, results).set_index("precision")
-    assert list(found["mean"]) == [0.5, 0.75, 0.0]
-    assert list(found["n"]) == [4, 4, 4]
-    assert found.loc[16, "inside"] == "yes"
-    assert found.loc[32, "sd"] == pytest.approx(math.sqrt(0.75 * 0.25 / 4))
-    assert found.loc[32, "inside"] == "no"  # 0.65 apart, two standard deviations are 0.338
-    assert math.isnan(found.loc[64, "published_mean"])  # nobody published it: it is told all the same
+    compared = comparison(proportion, results).set_index("precision")
+    assert list(compared["mean"]) == [0.5, 0.75, 0.0]
+    assert list(compared["n"]) == [4, 4, 4]
+    assert compared.loc[16, "inside"] == "yes"
+    assert compared.loc[32, "sd"] == pytest.approx(math.sqrt(0.75 * 0.25 / 4))
+    assert compared.loc[32, "inside"] == "no"  # 0.65 apart, two standard deviations are 0.338
+    assert math.isnan(compared.loc[64, "published_mean"])  # nobody published it: it is told all the same
     few = dataclasses.replace(experiment, compare=({**entry, "statistic": "within", "within": 1},))
     assert list(comparison(few, results).set_index("precision")["mean"]) == [0.75, 0.75, 1.0]
     rate = dataclasses.replace(experiment, compare=({**entry, "statistic": "rate", "over": "batches"},))
     assert list(comparison(rate, results)["inside"]) == ["", "", ""]
     share = dataclasses.replace(experiment, compare=({**entry, "statistic": "share"},))
-    found = comparison(share, results).set_index("precision")
-    assert list(found["mean"]) == [5 / 40, 5 / 40, 0.0]
-    assert list(found["n"]) == [4, 4, 4]  # draws: the ten mini-batches of one are not independent
-    assert found.loc[16, "sd"] == pytest.approx(0.0946485, rel=1e-5)  # of 0, 0.4, 0.1, 0 over the root of 4
+    compared = comparison(share, results).set_index("precision")
+    assert list(compared["mean"]) == [5 / 40, 5 / 40, 0.0]
+    assert list(compared["n"]) == [4, 4, 4]  # draws: the ten mini-batches of one are not independent
+    assert compared.loc[16, "sd"] == pytest.approx(0.0946485, rel=1e-5)  # of 0, 0.4, 0.1, 0 over the root of 4
 
 
 @pytest.mark.parametrize(
@@ -855,18 +855,18 @@ def test_mini_batches_of_one_draw_are_not_independent(experiment_file, monkeypat
     monkeypatch.setattr(compare, "table", lambda name: rows)
     entry = {"published": "volume", "match": {"precision": "precision"}, "metric": "differing", "statistic": "share"}
     experiment = dataclasses.replace(Experiment.read(experiment_file, "small"), compare=(entry,))
-    told = []
+    records = []
     for planned, differing in zip(experiment.cells(), (18.0, 12.0), strict=True):
         head = {"cell": planned.id, "theta": 0, "data": "made up"}
-        told += [{**head, "metric": "differing", "value": differing}, {**head, "metric": "batches", "value": 20.0}]
-    found = comparison(experiment, pd.DataFrame(told)).iloc[0]
-    assert found["mean"] == 0.75
-    assert found["n"] == 2
-    assert found["sd"] == pytest.approx(0.15)  # of 0.9 and 0.6, over the root of 2
-    assert found["inside"] == "yes"
-    alike = pd.DataFrame([{**row, "value": 20.0} for row in told])
+        records += [{**head, "metric": "differing", "value": differing}, {**head, "metric": "batches", "value": 20.0}]
+    compared = comparison(experiment, pd.DataFrame(records)).iloc[0]
+    assert compared["mean"] == 0.75
+    assert compared["n"] == 2
+    assert compared["sd"] == pytest.approx(0.15)  # of 0.9 and 0.6, over the root of 2
+    assert compared["inside"] == "yes"
+    alike = pd.DataFrame([{**row, "value": 20.0} for row in records])
     assert comparison(experiment, alike)["inside"].item() == "yes"  # two draws with all leave 22 to 100 % open
-    one = comparison(experiment, pd.DataFrame(told[:2])).iloc[0]
+    one = comparison(experiment, pd.DataFrame(records[:2])).iloc[0]
     assert math.isnan(one["sd"])
     assert one["inside"] == ""  # one draw tells no spread
 
@@ -1028,8 +1028,8 @@ def test_interrupting_the_command_leaves_a_table_and_status_130(experiment_file,
 
 
 def test_pooling_by_the_norm_takes_the_choice_at_windows_of_zeros():
-    given = {"backbone": "paper/lenet5", "pool": "norm", "against": {"norm": 1.0}, "norm": "l1_sum"}
-    cell = settings("zones", given)
+    options = {"backbone": "paper/lenet5", "pool": "norm", "against": {"norm": 1.0}, "norm": "l1_sum"}
+    cell = settings("zones", options)
     images = load("FashionMNISTSample", (), CPU)
     (network,), _ = _networks(cell, images, CPU)
     x, y = next(images.train.batches(4, torch.float32))

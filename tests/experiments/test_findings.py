@@ -27,7 +27,7 @@ def results(name: str) -> pd.DataFrame:
 
 def tables() -> dict[str, dict[str, list[str]]]:
     """The tables of the page by their header; the cells of each row by its first one. Emphasis is taken away."""
-    found: dict[str, dict[str, list[str]]] = {}
+    cited: dict[str, dict[str, list[str]]] = {}
     header = ""
     for line in PAGE.splitlines():
         cells = [cell.strip() for cell in line.replace("*", "").strip("|").split("|")]
@@ -35,12 +35,12 @@ def tables() -> dict[str, dict[str, list[str]]]:
             header = ""
         elif not header:
             header = f"{cells[0]}: {', '.join(cells[1:])}"
-            assert header not in found
-            found[header] = {}
+            assert header not in cited
+            cited[header] = {}
         elif set(line) != {"|", "-"}:
-            assert cells[0] not in found[header]
-            found[header][cells[0]] = cells[1:]
-    return found
+            assert cells[0] not in cited[header]
+            cited[header][cells[0]] = cells[1:]
+    return cited
 
 
 TABLES = tables()

@@ -58,16 +58,16 @@ def flags(name, root):
             f"--data.root={root / 'tokens'}", "--data.block_size=32", "--data.batch_size=2",
             f"--model.config={SMALL}", "--trainer.val_check_interval=1", "--trainer.accumulate_grad_batches=1",
         ]  # fmt: skip
-    given = ["--data.verify=false", "--data.batch_size=4"]
+    options = ["--data.verify=false", "--data.batch_size=4"]
     if name.startswith("imagenet"):
         fake_data.write_imagenet(root / "imagenet")
-        given += ["--data.workers=0", "--trainer.strategy=auto", "--trainer.devices=1"]
+        options += ["--data.workers=0", "--trainer.strategy=auto", "--trainer.devices=1"]
     elif name.startswith("food101"):
         write_food101(root)
-        given += ["--data.workers=0", "--data.download=false", "--model.pretrained=false"]
+        options += ["--data.workers=0", "--data.download=false", "--model.pretrained=false"]
     else:
         fake_data.write_cifar(root)
-    return [*given, "--data.eval_batch_size=4"]
+    return [*options, "--data.eval_batch_size=4"]
 
 
 def run(folder, name, root, monkeypatch, *more):
@@ -99,10 +99,10 @@ def test_innaprop(name, tmp_path, monkeypatch):
     trainer, _, _, loss = seen
     assert trainer.global_step == 2
     assert torch.isfinite(loss)
-    given = read("innaprop", name)["model"]["optimizer"]["init_args"]
+    published = read("innaprop", name)["model"]["optimizer"]["init_args"]
     group = trainer.optimizers[0].param_groups[0]
     assert type(trainer.optimizers[0]) is nslightning.optim.INNAprop
-    assert {key: group["initial_lr" if key == "lr" else key] for key in given} == given
+    assert {key: group["initial_lr" if key == "lr" else key] for key in published} == published
 
 
 @pytest.mark.parametrize("name", MITIGATION)
@@ -173,10 +173,10 @@ def test_text_configs_parse_and_build(name, tmp_path):
     parser.link_arguments("data.vocab_size", "model.vocab_size", apply_on="instantiate")
     parser.link_arguments("data.block_size", "model.block_size", apply_on="instantiate")
     words = [word for word in flags(name, tmp_path) if not word.startswith("--trainer")]
-    given = tmp_path / "given.yaml"
-    given.write_text(yaml.safe_dump({"model": config["model"], "data": config["data"]}))
+    overrides = tmp_path / "given.yaml"
+    overrides.write_text(yaml.safe_dump({"model": config["model"], "data": config["data"]}))
     parser.add_argument("--config", action="config")
-    made = parser.instantiate_classes(parser.parse_args([f"--config={given}", *words]))
+    made = parser.instantiate_classes(parser.parse_args([f"--config={overrides}", *words]))
     optimizer = made.model.configure_optimizers()["optimizer"]
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
     assert {group["sigma"] for group in optimizer.param_groups} == {0.99}
@@ -218,10 +218,10 @@ def test_every_run_has_a_name_of_its_own():
 
 def test_the_mitigation_configs_differ_in_the_optimizer_only():
     """And in the run's name."""
-    found = [read("mitigation", name) for name in MITIGATION]
-    assert len({str(config["model"].pop("optimizer")) for config in found}) == len(found) == 8
-    assert len({config.pop("name") for config in found}) == 8
-    assert all(config == found[0] for config in found)
+    experiments = [read("mitigation", name) for name in MITIGATION]
+    assert len({str(config["model"].pop("optimizer")) for config in experiments}) == len(experiments) == 8
+    assert len({config.pop("name") for config in experiments}) == 8
+    assert all(config == experiments[0] for config in experiments)
 
 
 # -------------------------------------------------------------------------- any optimizer by its class path

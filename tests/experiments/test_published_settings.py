@@ -82,13 +82,13 @@ def test_the_heat_maps_of_innaprop_are_all_compared() -> None:
         for e, accuracy in enumerate((0.5, 0.7, 0.6))
         for m, v in (("test_accuracy", accuracy), ("nan", 0.0))
     ]
-    found = comparison(experiment, pd.DataFrame(rows)).iloc[0]
-    assert found["mean"] == 0.7  # the best epoch, as published
+    compared = comparison(experiment, pd.DataFrame(rows)).iloc[0]
+    assert compared["mean"] == 0.7  # the best epoch, as published
     expected = table("innaprop_heat_maps").query(
         "backbone == 'vgg11' and epochs == 20 and weight_decay == 0 and alpha == 2 and beta == 0.1 "
         "and metric == 'best_test_accuracy'"
     )
-    assert found["published_mean"] == expected["mean"].item()
+    assert compared["published_mean"] == expected["mean"].item()
 
 
 # ----------------------------------------------------------------------------------------------------- optimizers
@@ -116,7 +116,7 @@ def test_an_optimizer_is_made_by_name_with_its_options(name: str, options: dict[
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("wrong", "message"),
     [
         ({"optimizer": "adamw"}, "optimizer='adamw' is not known; did you mean"),
         ({"optimizer": "timm/lyon"}, "optimizer='timm/lyon' is not one of timm's; did you mean 'timm/lion'?"),
@@ -124,20 +124,20 @@ def test_an_optimizer_is_made_by_name_with_its_options(name: str, options: dict[
         ({"optimizer": "sgd", "optimizer_options": {"nesterov": True}}, "name the class: optimizer: SGD"),
     ],
 )
-def test_an_optimizer_that_is_none_is_named(given: dict[str, Any], message: str) -> None:
+def test_an_optimizer_that_is_none_is_named(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as error:
-        settings("train", {"backbone": "paper/fc", **given})
+        settings("train", {"backbone": "paper/fc", **wrong})
     assert message in str(error.value)
 
 
 def test_a_run_takes_its_optimizer_and_a_cosine_that_ends_later() -> None:
-    given = {"backbone": "paper/fc", "width": 8, "depth": 1, "data": "FashionMNISTSample", "train_images": 128}
-    given |= {"epochs": 2, "optimizer": "INNAprop", "optimizer_options": {"alpha": 0.5, "beta": 0.9}}
-    found = train(settings("train", {**given, "learning_rate": 0.01, "schedule_epochs": 4}), "cpu")
-    rates = [row["value"] for row in found.rows if row["metric"] == "learning_rate"]
+    options = {"backbone": "paper/fc", "width": 8, "depth": 1, "data": "FashionMNISTSample", "train_images": 128}
+    options |= {"epochs": 2, "optimizer": "INNAprop", "optimizer_options": {"alpha": 0.5, "beta": 0.9}}
+    trained = train(settings("train", {**options, "learning_rate": 0.01, "schedule_epochs": 4}), "cpu")
+    rates = [row["value"] for row in trained.rows if row["metric"] == "learning_rate"]
     assert rates == pytest.approx([0.01, 0.01 * (1 + 2**-0.5) / 2])
-    losses = [row["value"] for row in found.rows if row["metric"] == "train_loss"]
-    plain = train(settings("train", {**given, "optimizer": "adam", "optimizer_options": None}), "cpu")
+    losses = [row["value"] for row in trained.rows if row["metric"] == "train_loss"]
+    plain = train(settings("train", {**options, "optimizer": "adam", "optimizer_options": None}), "cpu")
     other = [row["value"] for row in plain.rows if row["metric"] == "train_loss"]
     assert losses[0] == other[0]  # before the first step
     assert losses[1] != other[1]

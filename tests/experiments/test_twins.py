@@ -208,18 +208,18 @@ def test_distances_are_those_of_the_weights_and_of_the_gradients_stepped_along(p
                     return torch.cat([weights[at][twin][n].detach().double().flatten() for n in names])
 
                 a, b = flat(step, twin), flat(step, "native")
-                found = [rows[step, twin, f"weights/{norm}", parameter] for norm in NORMS]
-                assert found == pytest.approx(by_hand(a, b), rel=1e-12)
+                norms = [rows[step, twin, f"weights/{norm}", parameter] for norm in NORMS]
+                assert norms == pytest.approx(by_hand(a, b), rel=1e-12)
                 if step == 6:
                     continue
                 a, b = ((flat(step, t) - flat(step + 1, t)) / rate for t in (twin, "native"))
-                found = [rows[step, twin, f"gradients/{norm}", parameter] for norm in NORMS]
+                norms = [rows[step, twin, f"gradients/{norm}", parameter] for norm in NORMS]
                 rounded = 1e-12 if precision == "fp64" else 2.0**-22  # of the weights, whose rounding the step shows
                 size = {"l1": len(b) ** 0.5, "relative": 1 / b.norm().item(), "cosine": 1 / b.norm().item()}
-                for norm, value, expected in zip(NORMS, found, by_hand(a, b), strict=True):
+                for norm, value, expected in zip(NORMS, norms, by_hand(a, b), strict=True):
                     near = rounded * len(b) ** 0.5 * size.get(norm, 1.0) / rate
                     assert value == pytest.approx(expected, rel=1e-6, abs=near), (norm, parameter)
-                assert found[0] == 0 or twin != CONTROL
+                assert norms[0] == 0 or twin != CONTROL
     assert rows[0, "relu1", "weights/l1", ""] == 0
     assert rows[0, "relu1", "gradients/l1", ""] > 0
     assert rows[6, "relu1", "weights/l1", ""] > 0
@@ -237,14 +237,14 @@ def test_the_first_gradient_difference_is_the_divergence(tmp_path):
     alone = built(lambda: ImageClassifier(jacobians=TWO["native"], **options))
     watch = GradientDivergence({"relu1": TWO["relu1"]}, 1)
     trainer(tmp_path / "b", watch, precision="64-true", max_steps=1).fit(alone, data())
-    found = read(tmp_path / "a")
-    found = found[(found["step"] == 0) & (found["twin"] == "relu1")].pivot(
+    recorded = read(tmp_path / "a")
+    recorded = recorded[(recorded["step"] == 0) & (recorded["twin"] == "relu1")].pivot(
         index="parameter", columns="metric", values="value"
     )
     expected = pd.read_csv(tmp_path / "b" / "divergence.csv", keep_default_na=False).set_index("parameter")
     assert expected.loc["", "relative"] > 1e-4
     for norm in NORMS:
-        got = found[f"gradients/{norm}"][expected.index]
+        got = recorded[f"gradients/{norm}"][expected.index]
         assert got.tolist() == pytest.approx(expected[norm].tolist(), rel=1e-9, abs=1e-13)
 
 
@@ -404,11 +404,11 @@ def test_killed_and_resumed_is_as_left_alone_and_each_twin_as_fit(devices):
     assert not (two / "weights-0.pt").exists()
     finish(whole, alone, start("twins", options, "killed", *FLAGS, "--ckpt_path=last"))
     for rank in range(devices):
-        found, expected = (torch.load(folder / f"weights-{rank}.pt") for folder in (two, one))
-        assert equal(found, expected)
-        assert equal(of_twin(found, "relu1"), torch.load(f"alone/run/001/weights-{rank}.pt"))
-        assert equal(of_twin(found, CONTROL), of_twin(found, "native"))
-        assert not equal(of_twin(found, "relu1"), of_twin(found, "native"))
+        ours, expected = (torch.load(folder / f"weights-{rank}.pt") for folder in (two, one))
+        assert equal(ours, expected)
+        assert equal(of_twin(ours, "relu1"), torch.load(f"alone/run/001/weights-{rank}.pt"))
+        assert equal(of_twin(ours, CONTROL), of_twin(ours, "native"))
+        assert not equal(of_twin(ours, "relu1"), of_twin(ours, "native"))
     assert (two / "twins.csv").read_text() == (one / "twins.csv").read_text()
     assert not read(two).duplicated(["step", "twin", "parameter", "metric"]).any()
     seen = [pd.read_csv(folder / "metrics.csv", dtype=str) for folder in (two, one)]

@@ -123,9 +123,9 @@ def test_as_published_is_the_released_procedure(tmp_path, monkeypatch) -> None:
     computed: list[ZoneCell] = []
     walk = cells._walk
 
-    def seen(cell: ZoneCell, *given: Any) -> dict[str, float]:
+    def seen(cell: ZoneCell, *arguments: Any) -> dict[str, float]:
         computed.append(cell)
-        return walk(cell, *given)
+        return walk(cell, *arguments)
 
     monkeypatch.setattr(cells, "_walk", seen)
     # One draw at once: the command's own process computes it.

@@ -142,7 +142,7 @@ def test_the_choice_may_change_between_replays(host_graphs):
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("options", "message"),
     [
         ({}, r"cuda_graph=True captures steps on a CUDA device, and this training is on cpu: give --model.cuda_graph"),
         ({"device": "cuda", "compiled": True}, "compile=True and cuda_graph=True exclude each other"),
@@ -150,10 +150,10 @@ def test_the_choice_may_change_between_replays(host_graphs):
         ({"device": "cuda", "accumulates": 3}, "accumulate_grad_batches=3 adds them up"),
     ],
 )
-def test_what_cannot_be_captured_is_refused(given, message):
+def test_what_cannot_be_captured_is_refused(options, message):
     plain = {"processes": 1, "accumulates": 1, "compiled": False}
     with pytest.raises(ValueError, match=message):
-        captured.refuse_capture(torch.device(given.pop("device", "cpu")), **plain | given)
+        captured.refuse_capture(torch.device(options.pop("device", "cpu")), **plain | options)
 
 
 def test_a_training_on_a_cpu_and_a_random_choice_are_refused(tmp_path):
@@ -166,7 +166,7 @@ def test_a_training_on_a_cpu_and_a_random_choice_are_refused(tmp_path):
 def test_twins_may_be_captured(host_graphs, tmp_path):
     from nslightning.models import Twins
 
-    found = []
+    losses = []
     for cuda_graph in (False, True):
         torch.manual_seed(0)
         twins = Twins({"native": Jacobians(), "beta10": Jacobians(max_pool=10)}, backbone="paper/lenet5",
@@ -178,8 +178,8 @@ def test_twins_may_be_captured(host_graphs, tmp_path):
             enable_model_summary=False, default_root_dir=tmp_path,
         )  # fmt: skip
         trainer.fit(twins, DataLoader(data, batch_size=8))
-        found.append(twins.state_dict())
-    assert same(*found)
+        losses.append(twins.state_dict())
+    assert same(*losses)
     assert [network.replayed for network in host_graphs] == [2, 2, 2]
 
 
@@ -210,12 +210,12 @@ def test_pytorch_s_optimizers_are_made_again_with_their_fused_kernel(monkeypatch
     monkeypatch.setattr("nslightning.models.fused.takes_fused", lambda parameters: bool(list(parameters)))
     layer, options = nn.Linear(3, 2), {"lr": 0.1, "weight_decay": 0.01}
     for kind in FUSED:
-        given = kind([{"params": [layer.weight], "lr": 0.5}, {"params": [layer.bias]}], **options)
-        made = fused(given)
+        optimizer = kind([{"params": [layer.weight], "lr": 0.5}, {"params": [layer.bias]}], **options)
+        made = fused(optimizer)
         assert type(made) is kind
         assert [g["fused"] for g in made.param_groups] == [True, True]
         assert [g["lr"] for g in made.param_groups] == [0.5, 0.1]
-        plain = [{k: v for k, v in g.items() if k != "fused"} for g in given.param_groups]
+        plain = [{k: v for k, v in g.items() if k != "fused"} for g in optimizer.param_groups]
         assert [{k: v for k, v in g.items() if k != "fused"} for g in made.param_groups] == plain
         assert made.param_groups[0]["params"][0] is layer.weight
         chosen = kind(layer.parameters(), foreach=True)
@@ -226,8 +226,8 @@ def test_pytorch_s_optimizers_are_made_again_with_their_fused_kernel(monkeypatch
 
 def test_optimizers_on_a_cpu_stay_what_they_are():
     layer = nn.Linear(3, 2)
-    given = torch.optim.SGD(layer.parameters(), 0.1)
-    assert fused(given) is given
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    assert fused(optimizer) is optimizer
     assert not takes_fused(layer.parameters())
 
 

@@ -85,23 +85,23 @@ def test_logged_evaluation_weighs_every_image_the_same(stage):
     model = ImageClassifier("paper/lenet5", label_smoothing=0.3)
     data = loader(19, 8, seed=1)
     evaluate = trainer().validate if stage == "val" else trainer().test
-    (found,) = evaluate(model, data, verbose=False)
+    (metrics,) = evaluate(model, data, verbose=False)
     x, y = data.dataset.tensors
     with torch.no_grad():
         logits = model.eval()(x).double()
     ranks = (logits > logits[torch.arange(19), y][:, None]).sum(1)
-    assert set(found) == {f"{stage}/loss", f"{stage}/acc1", f"{stage}/acc5"}
-    assert found[f"{stage}/acc1"] == pytest.approx((ranks < 1).double().mean().item())
-    assert found[f"{stage}/acc5"] == pytest.approx((ranks < 5).double().mean().item())
-    assert 0 < found[f"{stage}/acc5"] < 1
+    assert set(metrics) == {f"{stage}/loss", f"{stage}/acc1", f"{stage}/acc5"}
+    assert metrics[f"{stage}/acc1"] == pytest.approx((ranks < 1).double().mean().item())
+    assert metrics[f"{stage}/acc5"] == pytest.approx((ranks < 5).double().mean().item())
+    assert 0 < metrics[f"{stage}/acc5"] < 1
     loss = (logits.logsumexp(1) - logits[torch.arange(19), y]).mean().item()  # without smoothing
-    assert found[f"{stage}/loss"] == pytest.approx(loss, rel=1e-5)
+    assert metrics[f"{stage}/loss"] == pytest.approx(loss, rel=1e-5)
 
 
 def test_no_acc5_where_all_classes_are_among_five():
     model = ImageClassifier("paper/lenet5", num_classes=5)
-    (found,) = trainer().validate(model, loader(4, 4, classes=5), verbose=False)
-    assert set(found) == {"val/loss", "val/acc1"}
+    (metrics,) = trainer().validate(model, loader(4, 4, classes=5), verbose=False)
+    assert set(metrics) == {"val/loss", "val/acc1"}
 
 
 def test_predictions_are_probabilities_of_images_alone():
@@ -152,8 +152,8 @@ def test_compiled_backbone_trains_as_the_eager_one():
 @pytest.mark.parametrize("field", ["relu", "max_pool", "max", "maximum"])
 @pytest.mark.parametrize("where", ["everywhere", "at one site"])
 def test_random_choice_is_not_compiled(field, where):
-    given = {field: "random"}
-    options = {"jacobians": Jacobians(**given)} if where == "everywhere" else {"sites": [{"name": "*", **given}]}
+    schedule = {field: "random"}
+    options = {"jacobians": Jacobians(**schedule)} if where == "everywhere" else {"sites": [{"name": "*", **schedule}]}
     with pytest.raises(ValueError, match=f'{field}="random" .* compile=False'):
         ImageClassifier(compile=True, **options)
 
@@ -293,8 +293,8 @@ def test_checkpoint_of_the_command_line():
     assert all(torch.equal(v, content["state_dict"][k]) for k, v in loaded.state_dict().items())
     made = loaded.configure_optimizers()
     assert made["optimizer"].param_groups[0]["weight_decay"] == 0.0005
-    given = yaml.safe_load(configs.path("quickstart").read_text())["model"]["lr_scheduler"]
-    assert made["lr_scheduler"]["scheduler"].T_max == given["init_args"]["T_max"]
+    configured = yaml.safe_load(configs.path("quickstart").read_text())["model"]["lr_scheduler"]
+    assert made["lr_scheduler"]["scheduler"].T_max == configured["init_args"]["T_max"]
 
 
 def test_checkpoint_without_a_choice():

@@ -31,8 +31,8 @@ TINY = {"n_layer": 2, "n_head": 2, "n_embd": 16}
 
 
 def tiny(**options):
-    given = {"vocab_size": 257, "block_size": 32, "activation": "relu", "config": TINY}
-    return LanguageModel("mini", **given | options)
+    settings = {"vocab_size": 257, "block_size": 32, "activation": "relu", "config": TINY}
+    return LanguageModel("mini", **settings | options)
 
 
 def batch(count=3, length=32, seed=0):
@@ -55,10 +55,10 @@ def data(corpus, **options):
 
 
 def trainer(folder, *callbacks, **options):
-    given = {"max_steps": 4, "limit_val_batches": 2, "enable_checkpointing": False, "logger": False}
+    settings = {"max_steps": 4, "limit_val_batches": 2, "enable_checkpointing": False, "logger": False}
     return Trainer(
         accelerator="cpu", default_root_dir=folder, callbacks=list(callbacks), enable_progress_bar=False,
-        enable_model_summary=False, num_sanity_val_steps=0, **given | options,
+        enable_model_summary=False, num_sanity_val_steps=0, **settings | options,
     )  # fmt: skip
 
 
@@ -131,7 +131,7 @@ def test_logged_losses_are_means_over_tokens(corpus, tmp_path):
     """Also where the last batch is smaller than the others; the perplexity is the mean's exponential."""
     model, module = tiny(), data(corpus, eval_batch_size=300)
     run = trainer(tmp_path, limit_val_batches=1.0)
-    (found,) = run.validate(model, module, verbose=False)
+    (metrics,) = run.validate(model, module, verbose=False)
     module.setup("validate")
     batches = list(module.val_dataloader())
     assert len({len(x) for x, _ in batches}) > 1
@@ -142,8 +142,8 @@ def test_logged_losses_are_means_over_tokens(corpus, tmp_path):
             for x, y in batches
         ]
     mean = sum(losses).item() / sum(y.numel() for _, y in batches)
-    assert found["val/loss"] == pytest.approx(mean, rel=1e-5)
-    assert found["val/perplexity"] == pytest.approx(math.exp(mean), rel=1e-4)
+    assert metrics["val/loss"] == pytest.approx(mean, rel=1e-5)
+    assert metrics["val/perplexity"] == pytest.approx(math.exp(mean), rel=1e-4)
     (test,) = run.test(model, module, verbose=False)
     assert test["test/loss"] == pytest.approx(mean, rel=1e-5)
 
@@ -192,8 +192,8 @@ def test_the_scheduler_is_stepped_by_the_optimizer_s_steps(corpus, tmp_path):
 
 def test_a_plateau_scheduler_watches_the_validation(corpus, tmp_path):
     model = tiny(lr_scheduler=lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, factor=0.5, patience=0))
-    given = model.configure_optimizers()["lr_scheduler"]
-    assert (given["interval"], given["monitor"]) == ("epoch", "val/loss")
+    configured = model.configure_optimizers()["lr_scheduler"]
+    assert (configured["interval"], configured["monitor"]) == ("epoch", "val/loss")
     trainer(tmp_path, max_steps=-1, max_epochs=2, limit_train_batches=2).fit(model, data(corpus))
 
 
@@ -292,8 +292,8 @@ def test_training_on_python_s_documentation_learns_and_is_measured(corpus, tmp_p
     measured = GradientDivergence({"relu1": Jacobians(relu=1.0)}, every_n_steps=20)
     run = trainer(tmp_path, measured, TieMonitor(20), max_steps=60, precision="bf16-mixed")
     run.fit(model, data(corpus))
-    (found,) = run.validate(model, data(corpus), verbose=False)
-    assert found["val/loss"] < 4.0 < math.log(257)
+    (metrics,) = run.validate(model, data(corpus), verbose=False)
+    assert metrics["val/loss"] < 4.0 < math.log(257)
     rows = np.genfromtxt(tmp_path / "divergence.csv", delimiter=",", names=True, dtype=None, encoding="utf-8")
     assert set(rows["step"].tolist()) == {0, 20, 40}
 
@@ -341,13 +341,13 @@ def test_compiled_gradients_follow_the_choice():
             model.network.transformer.h[0].mlp.c_fc.weight.zero_()
     losses = [model.training_step(batch(2, 6), 0) for model in (eager, compiled)]
     for alpha in (0.0, 1.0):
-        found = []
+        recorded = []
         for model, loss in zip((eager, compiled), losses, strict=True):
             with using(model, Jacobians(relu=alpha)):
                 weight = model.network.transformer.h[0].mlp.c_fc.weight
-                found.append(torch.autograd.grad(loss, weight, retain_graph=True)[0])
-        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-7)
-        assert bool(found[0].any()) == bool(alpha)
+                recorded.append(torch.autograd.grad(loss, weight, retain_graph=True)[0])
+        torch.testing.assert_close(*recorded, rtol=1e-4, atol=1e-7)
+        assert bool(recorded[0].any()) == bool(alpha)
 
 
 # -------------------------------------------------------------------------------------------------- errors

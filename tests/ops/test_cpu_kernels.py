@@ -62,8 +62,8 @@ def test_relu_of_any_size_on_any_number_of_threads(size):
         try:
             y, bits = cpu_kernels.relu_forward(x)
             assert torch.equal(y, torch.relu(x))
-            found = cpu_kernels.relu_backward(g, y, bits, 0.1)
-            assert torch.equal(found, torch.where(x == 0, 0.1 * g, torch.where(x < 0, 0.0, g)))
+            ours = cpu_kernels.relu_backward(g, y, bits, 0.1)
+            assert torch.equal(ours, torch.where(x == 0, 0.1 * g, torch.where(x < 0, 0.0, g)))
             for position in {0, size // 2, size - 1} if size else ():  # wherever the only one is
                 lonely = torch.ones_like(x)
                 assert not cpu_kernels.any_zero(lonely)
@@ -78,34 +78,34 @@ def test_relu_of_any_size_on_any_number_of_threads(size):
 @pytest.mark.parametrize("carried", [False, True], ids=["subtracted", "carried"])
 def test_sums_of_any_size_on_any_number_of_threads(size, carried, dtype):
     generator = torch.Generator().manual_seed(size)
-    given, b = (torch.randn(size, generator=generator).to(dtype) for _ in range(2))
-    x, y = given.double(), b.double()
+    first, b = (torch.randn(size, generator=generator).to(dtype) for _ in range(2))
+    x, y = first.double(), b.double()
     d, a = (x, x + y) if carried else (x - y, x)
     largest = d.abs().max() if size else torch.zeros((), dtype=torch.float64)
     want = [math.fsum(d.abs().tolist()), math.fsum((d * d).tolist()), float(largest)]
     want += [math.fsum((a * a).tolist()), math.fsum((a * y).tolist())]
-    found, before = [], torch.get_num_threads()
+    sums, before = [], torch.get_num_threads()
     for threads in (1, 3):
         torch.set_num_threads(threads)
         try:
-            found.append(cpu_kernels.sums(given, b, carried=carried))
+            sums.append(cpu_kernels.sums(first, b, carried=carried))
         finally:
             torch.set_num_threads(before)
-    assert torch.equal(*found)
-    assert found[0].tolist() == pytest.approx(want, rel=1e-13, abs=1e-11)
-    assert found[0][2] == largest
+    assert torch.equal(*sums)
+    assert sums[0].tolist() == pytest.approx(want, rel=1e-13, abs=1e-11)
+    assert sums[0][2] == largest
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("at", [0, 2**14 + 3, 40_000])
 def test_sums_does_not_hide_what_is_not_finite(bad, at):
-    given, b = torch.ones(50_000), torch.ones(50_000)
-    given[at] = bad
-    found = cpu_kernels.sums(given, b, carried=False)
+    a, b = torch.ones(50_000), torch.ones(50_000)
+    a[at] = bad
+    sums = cpu_kernels.sums(a, b, carried=False)
     if math.isnan(bad):
-        assert found.isnan().all()
+        assert sums.isnan().all()
     else:
-        assert found.tolist() == [math.inf, math.inf, math.inf, math.inf, bad]
+        assert sums.tolist() == [math.inf, math.inf, math.inf, math.inf, bad]
 
 
 @layouts
@@ -157,10 +157,10 @@ def test_rows_worked_on_at_once_are_the_composition(shape, jacobian, monkeypatch
     x = torch.randint(0, 4, shape, generator=generator).float()
     g = torch.randn((*shape[:2], shape[2] // 2, shape[3] // 2), generator=generator)
     selection, geometry = Selection(Jacobians(max_pool=jacobian)), regular(2, 2, 2, 0, 1, False)
-    found = both_ways(lambda x: pool(x, selection, geometry), x, g, monkeypatch, cpu_kernels)
-    for one, other in zip(*found, strict=True):
+    ours = both_ways(lambda x: pool(x, selection, geometry), x, g, monkeypatch, cpu_kernels)
+    for one, other in zip(*ours, strict=True):
         assert torch.equal(one, other)
-    assert torch.equal(found[0][0], F.max_pool2d(x, 2))
+    assert torch.equal(ours[0][0], F.max_pool2d(x, 2))
 
 
 @layouts
@@ -168,18 +168,18 @@ def test_rows_worked_on_at_once_are_the_composition(shape, jacobian, monkeypatch
 def test_what_one_choice_adds_to_another_is_the_subtraction(geometry, layout, monkeypatch):
     x = torch.randint(0, 3, (5, 3, 9, 8)).float().contiguous(memory_format=layout).requires_grad_()
     monkeypatch.setattr(fused, "_PART", 2 * x[0].numel())  # two images at a time, and one that is left
-    found = []
+    ours = []
     pair = Selection(Jacobians(max_pool=10.0)), Selection(Jacobians(max_pool="last"))
 
     def record(_, vjp, difference):
-        found.append((difference(*pair), vjp(pair[0]) - vjp(pair[1])))
+        ours.append((difference(*pair), vjp(pair[0]) - vjp(pair[1])))
 
     selection = Selection(Jacobians())
     selection.recorder = record
     kernel, stride, padding, dilation = geometry
     y = pool(x, selection, regular(2, kernel, stride, padding, dilation, False))
     y.backward(torch.randn_like(y))
-    ((difference, subtracted),) = found
+    ((difference, subtracted),) = ours
     assert difference.any()
     assert torch.equal(difference, subtracted)
 
@@ -193,8 +193,8 @@ def test_relu_is_the_composition(choice, layout, dtype, monkeypatch):
     generator = torch.Generator().manual_seed(3)
     x = torch.randint(-1, 2, (2, 3, 5, 7), generator=generator).to(dtype).contiguous(memory_format=layout)
     g = torch.randn(x.shape, generator=generator, dtype=dtype)
-    found = both_ways(lambda x: pointwise("relu", x, Selection(Jacobians(**choice))), x, g, monkeypatch, cpu_kernels)
-    for one, other in zip(*found, strict=True):
+    ours = both_ways(lambda x: pointwise("relu", x, Selection(Jacobians(**choice))), x, g, monkeypatch, cpu_kernels)
+    for one, other in zip(*ours, strict=True):
         assert torch.equal(one, other)
 
 
@@ -215,10 +215,10 @@ def test_max_pool_is_the_composition(jacobian, layout, data):
     x = x.contiguous(memory_format=layout)
     g = torch.randn(geometry.forward(x)[0].shape, generator=generator, dtype=dtype)
     with pytest.MonkeyPatch.context() as patched:
-        found = both_ways(
+        ours = both_ways(
             lambda x: pool(x, Selection(Jacobians(max_pool=jacobian)), geometry), x, g, patched, cpu_kernels
         )
-    for one, other in zip(*found, strict=True):
+    for one, other in zip(*ours, strict=True):
         assert torch.equal(one, other)
 
 
@@ -242,14 +242,14 @@ def test_marked_ties_are_the_composition(choice, parameters, spread, dtype, layo
     g.view(-1)[:2] = torch.tensor([float("inf"), float("nan")])
 
     def both(x, g):
-        found = []
+        results = []
         for used in (True, False):
             monkeypatch.setattr(cpu_kernels, "available", lambda used=used: used)
             monkeypatch.setattr("nslightning.ops.autograd.native._library", lambda: None)
             leaf = x.clone().requires_grad_()
             y = pointwise(name, leaf, Selection(Jacobians(**choice)), *parameters)
-            found += [bits_of(torch.autograd.grad(y, leaf, g)[0])]
-        return found
+            results += [bits_of(torch.autograd.grad(y, leaf, g)[0])]
+        return results
 
     assert torch.equal(*both(x, g))
     assert torch.equal(*both(x[:1, :1, :3, :2], g[:1, :1, :3, :2]))  # a fraction of a block
@@ -265,32 +265,32 @@ def test_pooling_on_any_number_of_threads(geometry, jacobian, layout):
     generator = torch.Generator().manual_seed(7)
     x = torch.randint(0, 4, (3, 5, 121, 77), generator=generator).float().contiguous(memory_format=layout)
     g = torch.randn(F.max_pool2d(x, *geometry).shape, generator=generator)
-    found, before = [], torch.get_num_threads()
+    results, before = [], torch.get_num_threads()
     for threads in (1, 3, 4):
         torch.set_num_threads(threads)
         try:
             leaf = x.clone().requires_grad_()
             y = ops.max_pool2d(leaf, *geometry, jacobian=jacobian)
             assert "MaxPool2d" in y.grad_fn.name()
-            found.append((y.detach(), *torch.autograd.grad(y, leaf, g)))
+            results.append((y.detach(), *torch.autograd.grad(y, leaf, g)))
         finally:
             torch.set_num_threads(before)
-    assert torch.equal(found[0][0], F.max_pool2d(x, *geometry))
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+    assert torch.equal(results[0][0], F.max_pool2d(x, *geometry))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 def test_random_draws_are_those_of_the_composition(monkeypatch):
     x = torch.randint(-1, 2, (300_001,), generator=torch.Generator().manual_seed(0)).float()  # several blocks
-    found = both_ways(
+    ours = both_ways(
         lambda x: pointwise("relu", x, Selection(Jacobians(relu="random"))),
         x,
         torch.ones_like(x),
         monkeypatch,
         cpu_kernels,
     )
-    assert torch.equal(found[0][1], found[1][1])
-    assert 0.49 < found[0][1][x == 0].mean() < 0.51
+    assert torch.equal(ours[0][1], ours[1][1])
+    assert 0.49 < ours[0][1][x == 0].mean() < 0.51
 
 
 def test_what_the_kernels_do_not_take_is_composed():
@@ -330,14 +330,16 @@ def test_the_source_compiles_without_a_warning(repo_root, tmp_path):
 def test_pooling_without_a_gradient_takes_the_kernel_where_it_is_the_faster_one(mode, monkeypatch):
     calls = []
     kernel = cpu_kernels.pool_forward
-    monkeypatch.setattr(cpu_kernels, "pool_forward", lambda *given, **more: calls.append(1) or kernel(*given, **more))
+    monkeypatch.setattr(
+        cpu_kernels, "pool_forward", lambda *arguments, **more: calls.append(1) or kernel(*arguments, **more)
+    )
     x = torch.randint(-1, 2, (2, 3, 9, 9), generator=torch.Generator().manual_seed(0)).float()
     x[0, 0, 0, :2], x[1, 1, 3] = float("nan"), -0.0
     with mode():
-        for given, taken in ((x, 1), (x.contiguous(memory_format=torch.channels_last), 0)):
+        for source, taken in ((x, 1), (x.contiguous(memory_format=torch.channels_last), 0)):
             calls.clear()
-            y = pool(given, Selection(Jacobians(max_pool="minimal")), regular(2, 3, 2, 1))
-            want = F.max_pool2d(given, 3, 2, 1)
+            y = pool(source, Selection(Jacobians(max_pool="minimal")), regular(2, 3, 2, 1))
+            want = F.max_pool2d(source, 3, 2, 1)
             assert torch.equal(y.view(torch.int32), want.view(torch.int32))
             assert y.stride() == want.stride()
             assert len(calls) == taken
@@ -348,8 +350,8 @@ def test_zeros_without_memory_are_composed(dtype):
     x = torch.zeros(1, 1, 4, 4, dtype=dtype, requires_grad=True)
     for operation in (lambda x: ops.relu(x, 1.0), lambda x: ops.leaky_relu(x, 0.1, 0.5)):
         y = operation(x)
-        (found,) = torch.autograd.grad(y, x, torch._efficientzerotensor(y.shape, dtype=dtype))
-        assert not found.any()
+        (gradient,) = torch.autograd.grad(y, x, torch._efficientzerotensor(y.shape, dtype=dtype))
+        assert not gradient.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

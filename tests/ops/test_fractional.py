@@ -32,19 +32,19 @@ def normal(shape, seed, dtype=torch.float64):
 @pytest.mark.parametrize("kind", ["tied", "untied", "special", "one image"])
 @pytest.mark.parametrize("size", ["output_size", "output_ratio"])
 def test_the_reference_choice_is_stock_to_the_bit(dims, dtype, kind, size):
-    given = {size: 3 if size == "output_size" else (0.6,) * dims}
+    sizes = {size: 3 if size == "output_size" else (0.6,) * dims}
     x = normal(SHAPES[dims], 0, dtype) if kind == "untied" else tied(dims, dtype)
     if kind == "special":
         for i, value in enumerate((float("nan"), float("inf"), -float("inf"), -0.0)):
             x.view(-1)[i::17] = value
     x = (x[0] if kind == "one image" else x).requires_grad_()
-    found = []
+    gradients = []
     for f in (STOCK[dims], OURS[dims]):
         torch.manual_seed(3)
-        y, indices = f(x, 2, **given, return_indices=True)
+        y, indices = f(x, 2, **sizes, return_indices=True)
         after = torch.rand(1)
-        found.append((y, indices, torch.autograd.grad(y, x, normal(y.shape, 1, dtype))[0], after))
-    (y, indices, g, after), (y2, indices2, g2, after2) = found
+        gradients.append((y, indices, torch.autograd.grad(y, x, normal(y.shape, 1, dtype))[0], after))
+    (y, indices, g, after), (y2, indices2, g2, after2) = gradients
     assert torch.equal(bits(y), bits(y2))
     assert torch.equal(indices, indices2)
     assert torch.equal(bits(g), bits(g2))
@@ -170,13 +170,13 @@ def test_counting_ties_leaves_the_stream_and_the_windows_alone():
 @every_dim
 def test_autocast(dims):
     x = tied(dims, torch.float32).requires_grad_()
-    found = []
+    gradients = []
     for f in (STOCK[dims], lambda *a: OURS[dims](*a, jacobian="native")):
         torch.manual_seed(0)
         with torch.autocast("cpu", torch.bfloat16):
-            found.append(f(x.bfloat16(), 2, 3))
-    assert found[0].dtype == found[1].dtype
-    assert torch.equal(*found)
+            gradients.append(f(x.bfloat16(), 2, 3))
+    assert gradients[0].dtype == gradients[1].dtype
+    assert torch.equal(*gradients)
 
 
 @every_dim

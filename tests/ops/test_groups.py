@@ -157,8 +157,8 @@ def test_segments(shape, axis, how, reduce):
 def segment_loops(x, axis, how, reduce, g, choice):
     gradient = torch.zeros(x.shape, dtype=torch.float64)
     for batch in itertools.product(*map(range, x.shape[:axis])):
-        given = next(iter(how.values()))[batch].tolist()
-        ends = given if "offsets" in how else [0, *itertools.accumulate(given)]
+        shares = next(iter(how.values()))[batch].tolist()
+        ends = shares if "offsets" in how else [0, *itertools.accumulate(shares)]
         for segment, (start, end) in enumerate(itertools.pairwise(ends)):
             for rest in itertools.product(*map(range, x.shape[axis + 1 :])):
                 entries = {k: x[(*batch, k, *rest)].item() for k in range(start, end)}
@@ -264,8 +264,8 @@ def test_a_patched_model_takes_the_choice(name):
     operation, call = SPELLINGS[name]
     stock, model = Lambda(call), Lambda(call)
     x = torch.ones(4, 3, requires_grad=True)
-    found = patch(model, Jacobians(), example=x)
-    assert [(s.operation, s.how) for s in found.sites] == [(operation, "functional")]
+    report = patch(model, Jacobians(), example=x)
+    assert [(s.operation, s.how) for s in report.sites] == [(operation, "functional")]
     want, got = stock(x), model(x)
     assert torch.equal(bits(got), bits(want))
     for fact in ("_version", "is_leaf", "_is_view"):
@@ -284,8 +284,8 @@ def test_a_module_of_bags():
     bag = nn.EmbeddingBag(5, 3, mode="max", include_last_offset=True)
     nn.init.zeros_(bag.weight)
     model = nn.Sequential(bag)
-    found = patch(model, Jacobians(bag_max="last"))
-    assert [(s.operation, s.how, s.name) for s in found.sites] == [("bag_max", "module", "0")]
+    report = patch(model, Jacobians(bag_max="last"))
+    assert [(s.operation, s.how, s.name) for s in report.sites] == [("bag_max", "module", "0")]
     loss = bag(torch.tensor([0, 1, 2]), torch.tensor([0, 3])).sum()
     assert torch.autograd.grad(loss, bag.weight)[0][:3].sum(1).tolist() == [0.0, 0.0, 3.0]
     alone = ops.EmbeddingBag(5, 3, mode="max", jacobian="last")

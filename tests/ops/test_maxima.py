@@ -223,11 +223,16 @@ def test_choice_is_read_when_the_backward_runs():
     selection = Selection(Jacobians())
     x = torch.tensor([2.0, 2.0, 1.0], requires_grad=True)
     y = reduction("amax", x, selection) + reduction("max", x, selection, 0)[0] + pair("maximum", x, 2 * x, selection)[2]
-    found = {}
+    gradients = {}
     for choice in (None, "first", "last", "sum"):
         selection.set(Jacobians(max=choice))
-        found[choice] = torch.autograd.grad(y, x, retain_graph=True)[0].tolist()
-    assert found == {None: [1.5, 0.5, 2.0], "first": [2.0, 0.0, 2.0], "last": [0.0, 2.0, 2.0], "sum": [2.0, 2.0, 2.0]}
+        gradients[choice] = torch.autograd.grad(y, x, retain_graph=True)[0].tolist()
+    assert gradients == {
+        None: [1.5, 0.5, 2.0],
+        "first": [2.0, 0.0, 2.0],
+        "last": [0.0, 2.0, 2.0],
+        "sum": [2.0, 2.0, 2.0],
+    }
 
 
 def test_results_may_be_overwritten_where_stocks_may():

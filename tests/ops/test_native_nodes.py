@@ -216,10 +216,10 @@ def test_a_slope_of_zero_multiplies_infinite_gradients_as_stock(dtype):
 def test_what_the_nodes_do_not_take_goes_the_python_way():
     selection = Selection(Jacobians(relu=0.5, max_pool=0.5))
     x = torch.zeros(1, 1, 4, 4, requires_grad=True)
-    for given, inplace in ((x, True), (x.detach(), False), (torch.zeros(3, dtype=torch.int64), False)):
-        if given is x:
+    for source, inplace in ((x, True), (x.detach(), False), (torch.zeros(3, dtype=torch.int64), False)):
+        if source is x:
             with pytest.raises(RuntimeError, match="leaf"):
-                pointwise("relu", given, selection, inplace=inplace)
+                pointwise("relu", source, selection, inplace=inplace)
     with torch.inference_mode():
         assert torch.equal(pointwise("relu", torch.zeros(3), selection), torch.zeros(3))
     (tangent,) = torch.func.jvp(lambda x: pointwise("relu", x, selection), (torch.zeros(3),), (torch.ones(3),))[1:]

@@ -173,10 +173,10 @@ def test_zeros_pooled_behind_an_activation_that_is_left_alone(act):
     x = torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     patch(model, Jacobians(), skip=["1"], strict=False)
     choices = {"minimal": Jacobians(max_pool="minimal")}
-    found = divergence(model(x).sum(), model, choices, method="propagate")["minimal"].l2
+    measured = divergence(model(x).sum(), model, choices, method="propagate")["minimal"].l2
     subtracted = divergence(model(x).sum(), model, choices, method="subtract")["minimal"].l2
-    assert found == pytest.approx(subtracted)
-    assert (found > 0) == isinstance(act, nn.LeakyReLU)
+    assert measured == pytest.approx(subtracted)
+    assert (measured > 0) == isinstance(act, nn.LeakyReLU)
 
 
 def test_a_clamp_to_one_point_is_constant():

@@ -155,8 +155,8 @@ def test_the_reference_derivatives_of_the_table_are_those_of_the_installed_torch
         "elu": (0.5,), "clamp": (-3, 2), "clamp_min": (-3, None), "clamp_max": (None, 2),
     }  # fmt: skip
     field = {"leaky": "leaky_relu", "clamp_min": "clamp", "clamp_max": "clamp"}.get(name, name)
-    record, given = OPERATIONS[field], parameters.get(name, ())
-    table = [k for k in zip(record.positions(*given), record.stock(*given), strict=True) if k[0] == k[0]]
+    record, values = OPERATIONS[field], parameters.get(name, ())
+    table = [k for k in zip(record.positions(*values), record.stock(*values), strict=True) if k[0] == k[0]]
     assert torch.equal(torch.tensor(table, dtype=torch.float64), torch.stack([x.detach(), g], 1))
 
 

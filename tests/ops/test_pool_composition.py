@@ -177,10 +177,10 @@ def test_nothing_is_kept_that_stock_does_not_keep(monkeypatch):
     x = tied((2, 3, 8, 8)).requires_grad_()
 
     def kept(f):
-        found = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: found.append((t.shape, t.dtype)) or t, lambda t: t):
+        gradients = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: gradients.append((t.shape, t.dtype)) or t, lambda t: t):
             f(x)
-        return sorted(found, key=str)
+        return sorted(gradients, key=str)
 
     stock = kept(lambda x: F.max_pool2d(x, 2))
     if cpu_kernels.available():

@@ -193,16 +193,16 @@ def test_parts_are_the_whole(monkeypatch, args, layout, choice):
     x[4] = 0.0
     x = x.to(memory_format=FORMATS[4] if layout == "channels_last" else torch.contiguous_format).requires_grad_()
     g = normal(F.max_pool2d(x, *args).shape, torch.float32)
-    found = []
+    gradients = []
     for part in (1, 64 * 3 * 2, 2**18):
         monkeypatch.setattr(module, "_PART", part)
-        found.append(torch.autograd.grad(ops.max_pool2d(x, *args, jacobian=choice), x, g)[0])
+        gradients.append(torch.autograd.grad(ops.max_pool2d(x, *args, jacobian=choice), x, g)[0])
     if choice == "random":  # the draws come in another order; their sums over the windows do not
-        found = [f.sum((2, 3)) for f in found]
-        torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+        gradients = [f.sum((2, 3)) for f in gradients]
+        torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-4)
     else:
-        assert torch.equal(found[0], found[1])
-        assert torch.equal(found[1], found[2])
+        assert torch.equal(gradients[0], gradients[1])
+        assert torch.equal(gradients[1], gradients[2])
 
 
 @pytest.mark.parametrize("g", [float("inf"), float("nan"), -float("inf")])

@@ -72,16 +72,16 @@ def test_a_compensation_is_none_over_the_reals(pick, dtype):
     assert "bifurcation" not in kinds
 
 
-def impose(operation, seen, given):
+def impose(operation, seen, arguments):
     """What a site is given after a recorded evaluation was imposed on it."""
     branches, op = Branches(), OPERATIONS[operation]
     functions = {"max": torch.amax, "maximum": torch.maximum, "relu": torch.relu, "max_pool": F.max_pool2d}
     call = lambda args: op.functions[functions[operation]](*args)  # noqa: E731 # said once
     branches.record("site", op, call(seen))
     branches.begin()
-    given = tuple(t.clone() if isinstance(t, torch.Tensor) else t for t in given)
-    branches.impose("site", op, call(given))
-    return given
+    arguments = tuple(t.clone() if isinstance(t, torch.Tensor) else t for t in arguments)
+    branches.impose("site", op, call(arguments))
+    return arguments
 
 
 def test_only_what_is_off_its_branch_is_moved_and_not_to_recorded_values():

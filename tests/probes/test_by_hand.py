@@ -80,9 +80,9 @@ def test_kinks_are_found(name, patched):
     if patched:
         patch(model, Jacobians(), example=batch())
     before = {n: p.clone() for n, p in model.named_parameters()}
-    found = handwritten(model, loss_of(model, batch()))
-    assert [(kink.module, kink.place.split(":")[0]) for kink in found] == [("", "test_by_hand.py")]
-    (kink,) = found
+    kinks = handwritten(model, loss_of(model, batch()))
+    assert [(kink.module, kink.place.split(":")[0]) for kink in kinks] == [("", "test_by_hand.py")]
+    (kink,) = kinks
     assert 0 < kink.tied <= kink.total
     assert kink.relative > 1e-2
     assert (

@@ -24,9 +24,9 @@ def relu(x: Any) -> Any:
 
 
 def limits(program: Callable[[Sequence[Any]], Any], at: Sequence[Any]) -> set[tuple[float, ...]]:
-    found = clarke(program, at)
-    assert not found.undecided
-    return {tuple(map(float, g)) for g in found.limits}
+    jacobians = clarke(program, at)
+    assert not jacobians.undecided
+    return {tuple(map(float, g)) for g in jacobians.limits}
 
 
 @pytest.mark.parametrize(
@@ -62,38 +62,38 @@ def test_a_network_with_a_tie_behind_a_tie() -> None:
 
 
 def test_the_hull_is_decided_exactly() -> None:
-    found = clarke(max, [1, 1, 1])
-    assert found.contains([Fraction(1, 3)] * 3)
-    assert found.contains([0.5, 0.25, 0.25])
-    assert not found.contains([Fraction(1, 3), Fraction(1, 3), Fraction(1, 3) + Fraction(1, 10**30)])
-    assert found.distance([1, 1, 1]) == Fraction(2, 3)  # to (1/3, 1/3, 1/3)
-    assert found.distance([2, 0, 0]) == 1  # to (1, 0, 0)
-    assert found.contains([1.1, -0.05, -0.05], tolerance=0.11)
+    jacobians = clarke(max, [1, 1, 1])
+    assert jacobians.contains([Fraction(1, 3)] * 3)
+    assert jacobians.contains([0.5, 0.25, 0.25])
+    assert not jacobians.contains([Fraction(1, 3), Fraction(1, 3), Fraction(1, 3) + Fraction(1, 10**30)])
+    assert jacobians.distance([1, 1, 1]) == Fraction(2, 3)  # to (1/3, 1/3, 1/3)
+    assert jacobians.distance([2, 0, 0]) == 1  # to (1, 0, 0)
+    assert jacobians.contains([1.1, -0.05, -0.05], tolerance=0.11)
     with pytest.raises(ValueError, match="3 inputs"):
-        found.contains([1, 0])
+        jacobians.contains([1, 0])
 
 
 def test_the_choice_decides_whether_autodiff_is_in_it() -> None:
     """relu2 - relu at 0: 1 - 2 alpha, and the function is 0."""
-    found = clarke(lambda x: relu(-x[0]) + x[0] - relu(x[0]), [0])
+    jacobians = clarke(lambda x: relu(-x[0]) + x[0] - relu(x[0]), [0])
     inside = []
     for alpha in (0.0, 0.25, 0.5, 1.0):
         t = torch.zeros(1, requires_grad=True)
         (gradient,) = torch.autograd.grad(zero_of_relus(t, at_zero=alpha).sum(), t)
-        inside.append(found.contains(gradient))
+        inside.append(jacobians.contains(gradient))
     assert inside == [False, False, True, False]
 
 
 def test_programs_of_torch_and_of_numbers_are_the_same_program() -> None:
     at = torch.tensor([1.5, 2.0, 2.0], requires_grad=True)
     (gradient,) = torch.autograd.grad(max_of_scan(list(at)), at)
-    found = clarke(max_of_scan, at.tolist())
-    assert tuple(map(float, found.autodiff)) == tuple(gradient.tolist()) == (0, 1, 0)
-    assert found.contains(gradient)
+    jacobians = clarke(max_of_scan, at.tolist())
+    assert tuple(map(float, jacobians.autodiff)) == tuple(gradient.tolist()) == (0, 1, 0)
+    assert jacobians.contains(gradient)
 
 
 def test_every_beta_of_max_pooling_in_the_unit_interval_is_inside_and_no_other() -> None:
-    found = clarke(max, [1, 1, 0, 1])
+    jacobians = clarke(max, [1, 1, 0, 1])
     for beta, inside in (
         (0.0, True),
         (0.5, True),
@@ -106,7 +106,7 @@ def test_every_beta_of_max_pooling_in_the_unit_interval_is_inside_and_no_other()
         x = torch.tensor([1.0, 1.0, 0.0, 1.0], dtype=torch.float64, requires_grad=True)
         pooled = nslightning.ops.max_pool2d(x.view(1, 1, 2, 2), 2, jacobian=beta)
         (gradient,) = torch.autograd.grad(pooled.sum(), x)
-        assert found.contains(gradient, tolerance=1e-12) is inside, beta
+        assert jacobians.contains(gradient, tolerance=1e-12) is inside, beta
 
 
 def layer(x: Sequence[Any], weights: Sequence[Sequence[int]]) -> list[Any]:
@@ -118,10 +118,10 @@ def test_the_cost_grows_as_the_number_of_cells(units: int, inputs: int) -> None:
     """Hyperplanes in general position part space into 2 * sum of (n - 1 over k), k < p, cells (Schlaefli, Cover)."""
     draw = random.Random(units * 10 + inputs)
     weights = [[draw.randint(-99, 99) for _ in range(inputs)] for _ in range(units)]
-    found = clarke(lambda x: sum(2**i * relu(y) for i, y in enumerate(layer(x, weights))), [0] * inputs)
+    jacobians = clarke(lambda x: sum(2**i * relu(y) for i, y in enumerate(layer(x, weights))), [0] * inputs)
     cells = 2 * sum(math.comb(units - 1, k) for k in range(inputs))
-    assert found.patterns == len(found.limits) == cells
-    assert found.programs >= cells
+    assert jacobians.patterns == len(jacobians.limits) == cells
+    assert jacobians.programs >= cells
 
 
 def test_limits_are_gradients_at_nearby_points() -> None:
@@ -160,16 +160,16 @@ def test_a_formula_has_a_solution_where_its_program_has_a_kink(clauses: list[lis
 
 def test_what_first_order_does_not_decide_is_undecided() -> None:
     # relu(x^2) is x^2: the difference's gradient is 0, and both branches stay open.
-    found = clarke(lambda x: relu(x[0] ** 2) + x[0], [0])
-    assert (found.limits, found.undecided) == ((), ((Fraction(1),),))
+    jacobians = clarke(lambda x: relu(x[0] ** 2) + x[0], [0])
+    assert (jacobians.limits, jacobians.undecided) == ((), ((Fraction(1),),))
     # relu(x y) at 0 has gradient 0 on either branch.
     assert clarke(lambda x: relu(x[0] * x[1]), [0, 0]).undecided == ((0, 0),)
     # x > 0 and y^2 - x > 0 hold together near 0, where no line shows it: the gradient (1, 5) is a limit.
-    found = clarke(lambda x: x[0] + 5 * x[1] if x[0] > 0 and x[1] ** 2 - x[0] > 0 else 0 * x[0], [0, 0])
-    assert (1, 5) in found.undecided
-    assert found.contains([1, 5]) is None
-    assert found.contains([7, 7]) is False
-    assert found.differentiable is None
+    jacobians = clarke(lambda x: x[0] + 5 * x[1] if x[0] > 0 and x[1] ** 2 - x[0] > 0 else 0 * x[0], [0, 0])
+    assert (1, 5) in jacobians.undecided
+    assert jacobians.contains([1, 5]) is None
+    assert jacobians.contains([7, 7]) is False
+    assert jacobians.differentiable is None
 
 
 def test_products_of_inputs_at_a_tie() -> None:

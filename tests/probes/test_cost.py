@@ -51,8 +51,10 @@ def test_each_choice_s_own_memory_is_measured(monkeypatch):
     module = sys.modules["nslightning.probes.cost"]
 
     def peak(run, resident, device):
-        found = run()
-        return (0 if isinstance(found, torch.Tensor) else round(1e6 * sum(float(g.abs().sum()) for g in found))), "test"
+        events = run()
+        return (
+            0 if isinstance(events, torch.Tensor) else round(1e6 * sum(float(g.abs().sum()) for g in events))
+        ), "test"
 
     monkeypatch.setattr(module, "_peak", peak)
     torch.manual_seed(0)
@@ -271,12 +273,12 @@ def test_nothing_of_the_callers_changes(patched, grad):
     streams, python = torch.get_rng_state(), random.getstate()
 
     with torch.set_grad_enabled(grad):
-        found = cost_ratio(network, (inputs, targets), RELU1, repetitions=2)
+        cost = cost_ratio(network, (inputs, targets), RELU1, repetitions=2)
 
     assert torch.equal(torch.get_rng_state(), streams)
     assert random.getstate() == python
     assert torch.get_num_threads() == 2
-    assert found.environment["threads"] == 1
+    assert cost.environment["threads"] == 1
     assert torch.equal(inputs, kept)
     assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
     assert {n: id(p) for n, p in [*network.named_parameters(), *network.named_buffers()]} == objects
@@ -287,7 +289,7 @@ def test_nothing_of_the_callers_changes(patched, grad):
     assert torch.equal(network[0].weight.grad, torch.ones_like(network[0].weight))
     assert [n for n, p in network.named_parameters() if p.grad is not None] == ["0.weight"]
     assert (report.to_dict() if report else None) == sites
-    assert found.parameters == sum(p.numel() for p in network.parameters()) - 3
+    assert cost.parameters == sum(p.numel() for p in network.parameters()) - 3
 
 
 def test_choices_meet_the_same_random_numbers_and_running_statistics():
@@ -353,16 +355,16 @@ def test_cuda():
     ],
 )
 def test_what_cannot_be_measured_is_refused(changes, message):
-    given = {
+    recorded = {
         "model": mlp(),
         "batch": batch_of(2, 6),
         "choices": RELU1,
         "loss": F.cross_entropy,
         "repetitions": 1,
     }
-    given |= changes
+    recorded |= changes
     with pytest.raises(ValueError, match=message):
-        cost_ratio(given.pop("model"), given.pop("batch"), given.pop("choices"), **given)
+        cost_ratio(recorded.pop("model"), recorded.pop("batch"), recorded.pop("choices"), **recorded)
 
 
 def test_native_is_added_once():

@@ -68,16 +68,16 @@ def sharded(rank, parts):
     for part in (*(model[i] for i in parts), model):
         fully_shard(part)
     loss = model(images(rank)).square().sum()
-    found = {}
+    measured = {}
     for method in ("subtract", "propagate"):
         with pytest.warns(MethodWarning, match="FSDP2") if method == "propagate" else torch.enable_grad():
             by_choice = divergence(loss, model, CHOICES, method=method)
-        found[method] = {
+        measured[method] = {
             choice: {"": d.norms(), **{name: part.norms() for name, part in d.per_layer.items()}}
             for choice, d in by_choice.items()
         }
     whole = {name: g.full_tensor().tolist() for name, g in gradients(loss, model, CHOICES)["one"].items()}
-    return found, whole, [p.grad is None for p in model.parameters()]
+    return measured, whole, [p.grad is None for p in model.parameters()]
 
 
 def split():
@@ -128,7 +128,7 @@ def test_fsdp2_is_measured_shard_by_shard(wrapped, folder):
     want = divergence(loss, model, CHOICES)
     alone = gradients(loss, model, CHOICES)["one"]
     for rank in (0, 1):
-        found, whole, untouched = json.loads((folder / f"{wrapped}-{rank}.json").read_text())
+        read_back, whole, untouched = json.loads((folder / f"{wrapped}-{rank}.json").read_text())
         assert all(untouched)
         for name, g in alone.items():
             torch.testing.assert_close(torch.tensor(whole[name], dtype=torch.float64), g)
@@ -136,7 +136,7 @@ def test_fsdp2_is_measured_shard_by_shard(wrapped, folder):
             for choice, d in want.items():
                 assert d.l2 > 0
                 for name, part in {"": d, **d.per_layer}.items():
-                    assert found[method][choice][name] == pytest.approx(part.norms(), rel=1e-9, abs=1e-12)
+                    assert read_back[method][choice][name] == pytest.approx(part.norms(), rel=1e-9, abs=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed.nn.functional.all_reduce is deprecated")  # it is what people call

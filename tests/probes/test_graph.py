@@ -94,7 +94,7 @@ def test_hooks_at_the_place_run_once_for_each_choice():
     model = Net("chain")
     patch(model, Jacobians())
     kept = []
-    model.mid.register_forward_pre_hook(lambda m, given: kept.append(given[0]))
+    model.mid.register_forward_pre_hook(lambda m, inputs: kept.append(inputs[0]))
     loss = model(torch.randn(3, 4)).square().sum()
     kept[0].register_hook(lambda g: 2 * g)
     by_choice = gradients(loss, model, CHOICES)
@@ -154,8 +154,8 @@ class TwoResults(nn.Module):
 
     def forward(self, x):
         shift = torch.eye(4, 2, dtype=x.dtype)
-        found = torch.linalg.lstsq(self.relu(self.a * x) + shift, self.relu(self.b * x) + x, driver="gels")
-        return found.solution.square().sum() + found.residuals.sum()
+        solved = torch.linalg.lstsq(self.relu(self.a * x) + shift, self.relu(self.b * x) + x, driver="gels")
+        return solved.solution.square().sum() + solved.residuals.sum()
 
 
 def test_no_backward_starts_at_one_of_several_results():
@@ -263,9 +263,9 @@ def test_operations_under_vmap_are_subtracted_or_refused():
     subtracted = divergence(loss, model, {"one": one})["one"]
     assert subtracted.l2 > 0
     with pytest.warns(MethodWarning, match="vmap"):
-        found = divergence(loss, model, {"one": one}, method="propagate")["one"]
-    assert found == subtracted
-    assert found.method == "subtract"
+        measured = divergence(loss, model, {"one": one}, method="propagate")["one"]
+    assert measured == subtracted
+    assert measured.method == "subtract"
     cell = ZoneCell(backbone="paper/fc", against={"relu": 1}, norm="l1_sum")
     assert difference_norm(cell, (model,), x, torch.zeros(3, dtype=torch.long)) > 0
     for call in (
@@ -292,6 +292,6 @@ def test_sparse_gradients_are_measured():
     patch(model, Jacobians())
     loss = model(torch.tensor([0, 2, 2]))
     for method in ("subtract", "propagate"):
-        found = divergence(loss, model, {"one": Jacobians(relu=1.0)}, method=method, retain_graph=True)["one"]
-        assert (found.l1, found.linf) == (9.0, 2.0)
+        measured = divergence(loss, model, {"one": Jacobians(relu=1.0)}, method=method, retain_graph=True)["one"]
+        assert (measured.l1, measured.linf) == (9.0, 2.0)
     assert zone(model, lambda y: y, torch.tensor([0, 2, 2]), Jacobians(relu=1.0)).kind == "bifurcation"

@@ -213,10 +213,10 @@ def test_measure_does_not_hide_what_is_not_finite(bad):
         {"v": torch.ones(1), "w": torch.ones(2)},
         {"v": torch.ones(1), "w": torch.tensor([1.0, bad])},
     )
-    for found in (measure(broken, fine), measure(broken, fine).per_layer["w"]):
+    for measured in (measure(broken, fine), measure(broken, fine).per_layer["w"]):
         for name in ("l1", "l2", "linf", "relative"):
-            assert getattr(found, name) == math.inf or (math.isnan(bad) and math.isnan(getattr(found, name)))
-        assert math.isnan(found.cosine)
+            assert getattr(measured, name) == math.inf or (math.isnan(bad) and math.isnan(getattr(measured, name)))
+        assert math.isnan(measured.cosine)
     both = measure(broken, broken)
     assert math.isnan(both.l1)
     assert math.isnan(both.cosine)
@@ -238,14 +238,14 @@ def test_differences_are_measured_as_subtractions_are(monkeypatch):
     differing = {n: torch.randn(t.shape, generator=g).double() for n, t in reference.items()}
     partly = {n: d if n == "a" else torch.zeros((), dtype=d.dtype).expand_as(d) for n, d in differing.items()}
     opposite = {n: -t for n, t in reference.items()}
-    given = {
+    cases = {
         "differing": differing,
         "partly": partly,
         "opposite": opposite,
         "same": {n: 0 * t for n, t in partly.items()},
     }
-    norms = measure_differences(given.items(), reference)
-    for choice, d in given.items():
+    norms = measure_differences(cases.items(), reference)
+    for choice, d in cases.items():
         by_hand = measure({n: t + d[n] for n, t in reference.items()}, reference)
         for got, want in [(norms[choice], by_hand), *((norms[choice].per_layer[n], by_hand.per_layer[n]) for n in d)]:
             assert got.norms() == pytest.approx(want.norms(), rel=1e-12, abs=1e-13)
@@ -259,7 +259,9 @@ def test_differences_are_measured_as_subtractions_are(monkeypatch):
 def test_the_reference_is_looked_at_once_and_only_where_something_differs(monkeypatch):
     module, squared = sys.modules["nslightning.probes.divergence"], []
     squares = module.squares
-    monkeypatch.setattr(module, "squares", lambda given: squared.extend(g.shape for g in given) or squares(given))
+    monkeypatch.setattr(
+        module, "squares", lambda gradients: squared.extend(g.shape for g in gradients) or squares(gradients)
+    )
     reference = {"a": torch.ones(3), "b": torch.ones(4)}
     nothing = {n: torch.zeros(()).expand_as(t) for n, t in reference.items()}
     same = measure_differences([("x", nothing), ("y", nothing)], reference)
@@ -321,10 +323,10 @@ def test_ties_agree_with_counting_by_hand(training):
     twin = copy.deepcopy(model)
     unpatch(twin)
     want = expected_ties(twin, x)
-    found = ties(model, x)
-    assert {k: (t.operation, t.tied, t.total) for k, t in found.items()} == want
-    assert all(t.tied > 0 for t in found.values())
-    assert all(t.fraction == t.tied / t.total for t in found.values())
+    counted = ties(model, x)
+    assert {k: (t.operation, t.tied, t.total) for k, t in counted.items()} == want
+    assert all(t.tied > 0 for t in counted.values())
+    assert all(t.fraction == t.tied / t.total for t in counted.values())
     # Inside a training step too, with gradients, adding up over forwards.
     with counting(model) as counts:
         model(x).sum().backward()

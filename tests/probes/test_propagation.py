@@ -100,7 +100,7 @@ def test_equals_subtraction_in_float64(name):
     patch(model, Jacobians(), strict=False)
     x = torch.randint(-1, 2, (2, *shape)).double()
     loss = model(x).logsumexp(1).sum()
-    base, found = differences(loss, model, CHOICES, retain_graph=True)
+    base, changes = differences(loss, model, CHOICES, retain_graph=True)
     want = gradients(loss, model, {"": Jacobians(), **CHOICES})
     for choice, jacobians in CHOICES.items():  # started where they part, or from the loss
         (alone,) = gradients(loss, model, {choice: jacobians}).values()
@@ -112,10 +112,10 @@ def test_equals_subtraction_in_float64(name):
         largest = max(g.abs().max().item() for c in ("", choice) for g in want[c].values())
         for n in base:
             d = want[choice][n] - want[""][n]
-            assert (found[choice][n] - d).abs().max() <= 1e-13 * largest, (n, choice)
+            assert (changes[choice][n] - d).abs().max() <= 1e-13 * largest, (n, choice)
             differing += bool(d.abs().max() > 1e-9 * largest)
     assert differing >= 2  # the test is about differences
-    assert all(not d.any() for d in found["same"].values())
+    assert all(not d.any() for d in changes["same"].values())
 
 
 def test_both_methods_of_divergence_agree():
@@ -150,11 +150,11 @@ def test_no_tie_costs_no_backward():
     loss = model(torch.randn(8, 5)).sum()
     seen = visits(model[0].weight)
     choices = {"relu1": Jacobians(relu=1.0), "relu2": Jacobians(relu=2.0)}
-    found = divergence(loss, model, choices, method="propagate", retain_graph=True)
+    measured = divergence(loss, model, choices, method="propagate", retain_graph=True)
     assert seen == [0]
-    assert all(d.l1 == 0 and d.relative == 0 and d.cosine == 1 for d in found.values())
-    assert list(found["relu1"].per_layer) == ["0.weight", "0.bias", "2.weight", "2.bias"]
-    assert found == divergence(loss, model, choices, retain_graph=True)
+    assert all(d.l1 == 0 and d.relative == 0 and d.cosine == 1 for d in measured.values())
+    assert list(measured["relu1"].per_layer) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    assert measured == divergence(loss, model, choices, retain_graph=True)
     _, changes = differences(loss, model, choices)
     assert all(torch.equal(d, torch.zeros_like(d)) for choice in changes.values() for d in choice.values())
     assert seen == [1 + 1]  # one for the reference here, one in the subtraction, which serves all choices
@@ -198,13 +198,13 @@ def test_windows_of_zeros_behind_a_relu_that_ties_matter(reference):
     patch(model, reference)
     loss = model(torch.randn(3, 1, 8, 8)).square().sum()
     choices = {"both": Jacobians(relu=1.0, max_pool="minimal"), "pool": replace(reference, max_pool="minimal")}
-    found, wanted = (
+    ours, wanted = (
         divergence(loss, model, choices, reference, method=m, retain_graph=True) for m in ("propagate", "subtract")
     )
-    assert found["both"].l2 > 0
-    assert (found["pool"].l2 > 0) is (reference.relu == 1)
+    assert ours["both"].l2 > 0
+    assert (ours["pool"].l2 > 0) is (reference.relu == 1)
     for name in choices:
-        assert found[name].l2 == pytest.approx(wanted[name].l2, rel=1e-5)
+        assert ours[name].l2 == pytest.approx(wanted[name].l2, rel=1e-5)
 
 
 def test_windows_tied_above_zero_behind_a_relu_matter():
@@ -214,8 +214,8 @@ def test_windows_tied_above_zero_behind_a_relu_matter():
         model[0].weight.fill_(1.0), model[0].bias.fill_(1.0)
     x = torch.zeros(1, 1, 4, 4, requires_grad=True)
     loss = model(x).sum()
-    _, found = differences(loss, model, {"minimal": Jacobians(max_pool="minimal")}, inputs={"x": x})
-    assert torch.equal(found["minimal"]["x"][0, 0, :2, :2], torch.tensor([[-0.75, 0.25], [0.25, 0.25]]))
+    _, changes = differences(loss, model, {"minimal": Jacobians(max_pool="minimal")}, inputs={"x": x})
+    assert torch.equal(changes["minimal"]["x"][0, 0, :2, :2], torch.tensor([[-0.75, 0.25], [0.25, 0.25]]))
 
 
 def test_refuses_what_was_computed():
@@ -238,9 +238,9 @@ def test_a_training_backward_serves_as_the_reference():
     parameters = list(model.parameters())
     in_use = Jacobians(relu=0.5)
     for name, choice in CHOICES.items():
-        (_, found) = differences(loss, model, {name: choice}, in_use, retain_graph=True)
+        (_, changes) = differences(loss, model, {name: choice}, in_use, retain_graph=True)
         carried = met.carry(met.starts(choice), choice, parameters)
-        assert all(torch.equal(a, b) for a, b in zip(carried, found[name].values(), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(carried, changes[name].values(), strict=True))
         assert any(d.any() for d in carried)  # also for CHOICES["same"], which is not in use here
     assert met.starts(in_use) == []
 
@@ -253,10 +253,10 @@ def test_several_choices_are_as_one_at_a_time_and_deterministic():
         patch(model, Jacobians())
         loss = model(torch.randint(0, 2, (4, 1, 28, 28)).float()).logsumexp(1).sum()
         groups = [CHOICES] if together else [{name: choice} for name, choice in CHOICES.items()]
-        found = {}
+        changes = {}
         for group in groups:
-            found |= differences(loss, model, group, retain_graph=True)[1]
-        results.append([d for choice in CHOICES for d in found[choice].values()])
+            changes |= differences(loss, model, group, retain_graph=True)[1]
+        results.append([d for choice in CHOICES for d in changes[choice].values()])
     assert sum(bool(d.any()) for d in results[0]) > 4
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -273,9 +273,9 @@ def test_nothing_above_the_highest_tie_is_visited():
     model = plant_ties(create_backbone("paper/lenet5", 10, (1, 28, 28)))
     patch(model, Jacobians())
     loss = model(torch.randn(2, 1, 28, 28)).sum()
-    _, found = differences(loss, model, {"minimal": Jacobians(max_pool="minimal")})
-    last = list(found["minimal"])[-1]
-    assert torch.equal(found["minimal"][last], torch.zeros_like(found["minimal"][last]))
+    _, changes = differences(loss, model, {"minimal": Jacobians(max_pool="minimal")})
+    last = list(changes["minimal"])[-1]
+    assert torch.equal(changes["minimal"][last], torch.zeros_like(changes["minimal"][last]))
 
 
 def test_exact_where_subtraction_leaves_rounding():
@@ -330,12 +330,12 @@ def test_a_choice_that_says_the_same_in_other_words_hides_no_other():
     patch(model, minimal)
     loss = model(torch.randn(3, 1, 8, 8)).square().sum()
     choices = {"one": Jacobians(max_pool=1.0), "native": Jacobians(), "nearly": Jacobians(max_pool=1 + 1e-6)}
-    found, wanted = (
+    ours, wanted = (
         divergence(loss, model, choices, minimal, method=m, retain_graph=True) for m in ("propagate", "subtract")
     )
-    assert found["one"].l2 == 0
-    assert found["native"].l2 == pytest.approx(wanted["native"].l2, rel=1e-5)
-    assert found["nearly"].l2 == pytest.approx(1e-6 * found["native"].l2, rel=0.1)
+    assert ours["one"].l2 == 0
+    assert ours["native"].l2 == pytest.approx(wanted["native"].l2, rel=1e-5)
+    assert ours["nearly"].l2 == pytest.approx(1e-6 * ours["native"].l2, rel=0.1)
 
 
 def test_a_training_backward_keeps_only_what_differences_go_through():
@@ -355,10 +355,10 @@ def test_a_training_backward_keeps_only_what_differences_go_through():
         return loss, [p.grad.clone() for p in parameters], met.carry(met.starts(choice), choice, parameters)
 
     _, grads, want = carried(lambda loss, met: loss.backward(retain_graph=True))
-    loss, same, found = carried(lambda loss, met: met.backward(loss))
+    loss, same, carried_change = carried(lambda loss, met: met.backward(loss))
     assert all(torch.equal(a, b) for a, b in zip(grads, same, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(want, found, strict=True))
-    assert found[0].any()
+    assert all(torch.equal(a, b) for a, b in zip(want, carried_change, strict=True))
+    assert carried_change[0].any()
     with pytest.raises(RuntimeError, match=r"loss.backward\(retain_graph=True\)"):
         loss.backward()
 
@@ -383,6 +383,6 @@ def test_a_training_backward_through_a_checkpoint_above_the_ties():
     with recording(model) as met:
         met.backward(loss.sum())
     choice = Jacobians(max_pool="minimal")
-    (found,) = met.carry(met.starts(choice), choice, [x])
-    assert found.any()
-    assert torch.equal(found[0, 0, 0, 0] * -1 / 3, found[0, 0, 0, 1])
+    (change,) = met.carry(met.starts(choice), choice, [x])
+    assert change.any()
+    assert torch.equal(change[0, 0, 0, 0] * -1 / 3, change[0, 0, 0, 1])

@@ -131,14 +131,14 @@ def tied(way):
 
 def apart(model, x):
     """The norm of the difference of two whole backwards, each of a forward of its own."""
-    found = []
+    results = []
     for choice in (ONE["one"], Jacobians()):
         with using(model, choice):
             model.zero_grad()
             model(x).square().sum().backward()
-        found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        results.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     model.zero_grad()
-    return float((found[0] - found[1]).norm())
+    return float((results[0] - results[1]).norm())
 
 
 @pytest.mark.parametrize("way", [*HIDDEN, *SHOWN])
@@ -148,9 +148,9 @@ def test_a_divergence_is_right_or_says_how_it_was_found(way):
     assert want > 0.1
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", MethodWarning)
-        found = divergence(model(x).square().sum(), model, ONE, method="propagate")["one"]
-    assert found.l2 == pytest.approx(want, rel=1e-9)
-    assert found.method == ("subtract" if way in HIDDEN else "propagate")
+        measured = divergence(model(x).square().sum(), model, ONE, method="propagate")["one"]
+    assert measured.l2 == pytest.approx(want, rel=1e-9)
+    assert measured.method == ("subtract" if way in HIDDEN else "propagate")
     assert len([w for w in said if w.category is MethodWarning]) == (way in HIDDEN)
     assert divergence(model(x).square().sum(), model, ONE)["one"].l2 == pytest.approx(want, rel=1e-9)
     assert all(p.grad is None for p in model.parameters())
@@ -171,10 +171,10 @@ def test_a_zone_is_right_or_refused(way):
         with pytest.raises(ValueError, match=r"subtract|torch\.compile"):
             run()
         return
-    found = run()
-    assert found.kind == "bifurcation"
-    assert found.difference == pytest.approx(apart(model, x), rel=1e-9)
-    assert found.method == ("subtract" if way in HIDDEN else "propagate")
+    results = run()
+    assert results.kind == "bifurcation"
+    assert results.difference == pytest.approx(apart(model, x), rel=1e-9)
+    assert results.method == ("subtract" if way in HIDDEN else "propagate")
     with torch.no_grad():
         model.low.bias[:2] = 1.0
     assert run().kind == "regular"
@@ -215,8 +215,8 @@ def test_no_tie_is_still_no_difference():
         model.low.bias[:2] = 1.0
     with warnings.catch_warnings():
         warnings.simplefilter("error", MethodWarning)
-        found = divergence(model(x).sum(), model, ONE, method="propagate")["one"]
-    assert (found.l1, found.method) == (0.0, "propagate")  # its own backward met none: there is none
+        measured = divergence(model(x).sum(), model, ONE, method="propagate")["one"]
+    assert (measured.l1, measured.method) == (0.0, "propagate")  # its own backward met none: there is none
 
 
 def test_the_graph_decides_and_not_the_model():
@@ -254,7 +254,7 @@ def hooked(how, where):
     if where == "pre":
         model[1].register_full_backward_pre_hook(lambda m, g: (hook(g[0]),))
     elif where == "full":
-        model[1].register_full_backward_hook(lambda m, given, g: (hook(given[0]),))
+        model[1].register_full_backward_hook(lambda m, inputs, g: (hook(inputs[0]),))
     elif where == "tensor":
         model[1].register_forward_hook(lambda m, args, y: y.register_hook(hook) and None)
     else:
@@ -269,10 +269,10 @@ def test_hooks_that_are_not_linear_are_noticed(how, where):
     model, x = hooked(how, where)
     loss = model(x).square().sum()
     with pytest.warns(MethodWarning, match="not linear"):
-        found = divergence(loss, model, ONE, method="propagate")["one"]
+        measured = divergence(loss, model, ONE, method="propagate")["one"]
     want = divergence(loss, model, ONE)["one"]
     assert want.l2 > 0
-    assert found == want
+    assert measured == want
     assert zone(model, lambda y: y.square().sum(), x, ONE["one"]).difference == pytest.approx(want.l2, rel=1e-9)
 
 
@@ -283,8 +283,8 @@ def test_linear_hooks_pass(where, monkeypatch):
     loss = model(x).square().sum()
     with warnings.catch_warnings():
         warnings.simplefilter("error", MethodWarning)
-        found = divergence(loss, model, ONE, method="propagate")["one"]
-    assert found.l2 == pytest.approx(divergence(loss, model, ONE)["one"].l2, rel=1e-12)
+        measured = divergence(loss, model, ONE, method="propagate")["one"]
+    assert measured.l2 == pytest.approx(divergence(loss, model, ONE)["one"].l2, rel=1e-12)
 
 
 def test_custom_backwards_that_are_not_linear_are_noticed():
@@ -306,14 +306,14 @@ def test_gradients_through_a_reentrant_checkpoint_leave_no_trace():
         p.register_post_accumulate_grad_hook(lambda p, name=name: steps.append(name))
     inputs = x.clone().requires_grad_()
     h = model.low(inputs)
-    found, want = (
+    ours, want = (
         gradients(m.high(m.middle(h)).square().sum(), m, {"zero": Jacobians(), **ONE}, inputs={"h": h})
         for m in (model, shown)
     )
     # The twin's own parameters lie above: what comes to h is the same.
-    assert all(torch.equal(found[c]["h"], want[c]["h"]) for c in found)
-    assert all(torch.equal(found[c]["high.weight"], want[c]["high.weight"]) for c in found)
-    assert not torch.equal(found["one"]["h"], found["zero"]["h"])
+    assert all(torch.equal(ours[c]["h"], want[c]["h"]) for c in ours)
+    assert all(torch.equal(ours[c]["high.weight"], want[c]["high.weight"]) for c in ours)
+    assert not torch.equal(ours["one"]["h"], ours["zero"]["h"])
     assert steps == []
     assert all(torch.equal(p.grad, torch.full_like(p, 7.0)) for p in model.parameters())
     model.zero_grad()
@@ -337,17 +337,17 @@ def test_an_inner_gradient_keeps_the_choice_it_was_taken_under():
         (g,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
         return g.square().sum()
 
-    found = {}
+    results = {}
     for relu in (0.0, 1.0):
         model, _ = tied("eager")
         with using(model, Jacobians(relu=relu)):
             inner = penalty(model)
         # Whatever the outer backward's choice is, the inner gradient is a number of this loss.
-        found[relu] = gradients(inner, model, {"zero": Jacobians(), **ONE})
-        assert all(torch.equal(g, found[relu]["one"][n]) for n, g in found[relu]["zero"].items())
+        results[relu] = gradients(inner, model, {"zero": Jacobians(), **ONE})
+        assert all(torch.equal(g, results[relu]["one"][n]) for n, g in results[relu]["zero"].items())
     # |sum_k high_k slope_k low_k|^2 has for low_k the gradient 2 high_k slope_k (...): none for a slope of 0.
-    assert not found[0.0]["zero"]["low.weight"][:2].any()
-    assert found[1.0]["zero"]["low.weight"][:2].any()
+    assert not results[0.0]["zero"]["low.weight"][:2].any()
+    assert results[1.0]["zero"]["low.weight"][:2].any()
 
 
 def test_recording_names_strangers():

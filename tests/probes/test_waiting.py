@@ -104,9 +104,9 @@ def measured(model, choices):
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_measured_step_waits_twice_at_most(device, tied):
     for sites, choices in ((1, dict(list(CHOICES.items())[:1])), (5, CHOICES)):
-        found, met = measured(network(sites, tied), choices)
+        measurements, met = measured(network(sites, tied), choices)
         assert len(met) <= 2, met
-        assert all(bool(d.l2) is tied or d.l2 > 0 for d in found.values())
+        assert all(bool(d.l2) is tied or d.l2 > 0 for d in measurements.values())
 
 
 @pytest.mark.parametrize("sites", [1, 3])  # of one ReLU and its pooling the ReLU alone matters
@@ -128,13 +128,13 @@ def test_what_the_ties_start_is_the_same_on_the_device_s_way(sites, monkeypatch,
 def test_the_device_s_way_gives_the_same_numbers(monkeypatch, request):
     want, _ = measured(network(3, True), CHOICES)
     request.getfixturevalue("device")
-    found, met = measured(network(3, True), CHOICES)
+    measurements, met = measured(network(3, True), CHOICES)
     assert met  # it did go the device's way
     for choice, d in want.items():
         assert d.l2 > 0
         for name, part in d.per_layer.items():
             for norm, value in part.norms().items():
-                assert found[choice].per_layer[name].norms()[norm] == pytest.approx(value, rel=1e-4, abs=1e-7)
+                assert measurements[choice].per_layer[name].norms()[norm] == pytest.approx(value, rel=1e-4, abs=1e-7)
 
 
 def test_without_a_scaler_the_accumulation_alone_scales_the_loss():

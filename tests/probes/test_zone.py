@@ -47,10 +47,10 @@ def largest(v):
 @pytest.mark.parametrize("t", [0.0, 0.1, 1.0, -1e-4, -6.0])
 def test_maximum_of_four(t, dtype):
     same = [scalar_zone(largest([1.14] * 4), t, dtype, Jacobians(max_pool=beta)) for beta in (1.0, 0.3, 7.7, 10.1)]
-    for found in same:  # shares of 1.14 that add up to 1.14 over the reals
-        assert found.kind == ("compensation" if found.observed.l1 > 0 else "regular")
-        assert found.difference <= 2.0**-48
-    assert any(found.kind == "compensation" for found in same)
+    for zone_of_shares in same:  # shares of 1.14 that add up to 1.14 over the reals
+        assert zone_of_shares.kind == ("compensation" if zone_of_shares.observed.l1 > 0 else "regular")
+        assert zone_of_shares.difference <= 2.0**-48
+    assert any(each.kind == "compensation" for each in same)
     other = scalar_zone(largest([1.0, 2.0, 3.0, 4.0]), t, dtype, MINIMAL)
     assert other.kind == ("bifurcation" if t == 0 else "regular")
     assert other.observed.l1 == (1.5 if t == 0 else 0)
@@ -66,12 +66,12 @@ def test_zero_from_relus(dtype):
         "thirds": lambda m, t: F.relu(t / 3) + F.relu(t / 3) + F.relu(t / 3) - F.relu(t),
     }
     for alpha in (0.25, 0.5, 1.0):
-        found = {name: scalar_zone(f, 0.0, dtype, Jacobians(relu=alpha)) for name, f in functions.items()}
+        zones = {name: scalar_zone(f, 0.0, dtype, Jacobians(relu=alpha)) for name, f in functions.items()}
         # zero'(0) = 1 - 2 alpha against 1, relu3'(0) = 1/2 for each alpha.
-        assert found["zero"].kind == "bifurcation"
-        assert found["zero"].difference == 2 * alpha
-        assert found["relu3"].kind == "regular"
-        assert found["thirds"].kind != "bifurcation"
+        assert zones["zero"].kind == "bifurcation"
+        assert zones["zero"].difference == 2 * alpha
+        assert zones["relu3"].kind == "regular"
+        assert zones["thirds"].kind != "bifurcation"
         assert all(scalar_zone(f, 0.7, dtype, Jacobians(relu=alpha)).kind == "regular" for f in functions.values())
 
 

@@ -104,11 +104,11 @@ def test_every_panel_draws_what_is_logged(made, logged):
     for config in lines:
         assert config["xAxis"] == "trainer/global_step"
         if config.get("useMetricRegex"):
-            found = {key for key in keys if re.search(config["metricRegex"], key)}
+            matched = {key for key in keys if re.search(config["metricRegex"], key)}
             assert config["metrics"] == []
         else:
-            found = keys & set(config["metrics"])
-        assert found, config
+            matched = keys & set(config["metrics"])
+        assert matched, config
 
 
 def test_divergence_and_distances_are_drawn_on_logarithmic_axes(made):
@@ -199,15 +199,15 @@ def test_what_wandb_refuses_is_told(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--entity", "a", "--out", "."], "--out takes a file; . is a folder"),
         (["--entity", "a", "--out", "none/x.json"], "there is no folder none; make it first"),
     ],
 )
-def test_mistaken_calls_are_told(tmp_path, capsys, arguments, told):
+def test_mistaken_calls_are_refused(tmp_path, capsys, arguments, message):
     assert main(["dashboard", *arguments]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

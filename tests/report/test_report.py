@@ -133,8 +133,8 @@ def test_every_section_is_there_and_the_numbers_are_those_of_the_files(tmp_path)
     assert list(zip(ties["site"], ties["step"], ties["fraction"], strict=True)) == [
         *(("relu1", s, 0.25) for s in (0, 10, 20)), *(("total", s, 0.125) for s in (0, 10, 20)),
     ]  # fmt: skip
-    for told in ("1234abcd", "made_up", "2.15.0", "abc0.0", "paper/lenet5", "head (<PReLU>)"):
-        assert told in made.text
+    for word in ("1234abcd", "made_up", "2.15.0", "abc0.0", "paper/lenet5", "head (<PReLU>)"):
+        assert word in made.text
     # choice, measured, exactly 0, not finite, median, largest, its step
     assert "zero 3 3 0 0 0 0" in made.text
     assert "small 3 0 0 1.10e-06 2.10e-06 20" in made.text
@@ -157,8 +157,8 @@ def test_runs_side_by_side_are_named_by_what_differs(tmp_path):
     loss = next(f["columns"] for f in made.figures if f["spec"] == "curves")
     assert loss["label"]["values"] == ["native · lr=0.1", "relu=1 · lr=0.5"]
     differing = re.findall(r"<tr class=\"differs\"><th scope=\"row\">(.*?)</th>", source)
-    told = [name.replace("<wbr>", "") for name in differing]
-    assert told == ["model.jacobians", "model.optimizer.lr", "patch fingerprint"]
+    names = [name.replace("<wbr>", "") for name in differing]
+    assert names == ["model.jacobians", "model.optimizer.lr", "patch fingerprint"]
     assert set(made.rows("log_series")["line"]) == {
         f"{choice} · a/00{i}" for choice in ("zero", "small", "lost") for i in (1, 2)
     }
@@ -206,8 +206,8 @@ def test_zones_are_shares_of_the_processes(tmp_path):
 
 
 def test_where_values_stopped_being_finite_is_told(tmp_path):
-    found = {"step": 7, "batch": 7, "kind": "gradient", "where": "relu1", "ties": {"relu1": 1200}}
-    made = build(write_run(tmp_path / "a" / "001", nonfinite__json=json.dumps(found)))
+    finding = {"step": 7, "batch": 7, "kind": "gradient", "where": "relu1", "ties": {"relu1": 1200}}
+    made = build(write_run(tmp_path / "a" / "001", nonfinite__json=json.dumps(finding)))
     assert " 7 gradient relu1 1,200 at relu1" in made.text
 
 
@@ -385,7 +385,7 @@ def test_command_writes_one_page_for_a_folder_of_runs(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "message"),
     [
         ({"run__json": "{"}, r"run\.json cannot be read"),
         ({"run__json": "[]"}, r"run\.json is not the record of a run: it holds a list"),
@@ -397,17 +397,17 @@ def test_command_writes_one_page_for_a_folder_of_runs(tmp_path, capsys):
         ({"divergence__csv": 'step,"\n'}, r"divergence\.csv cannot be read as CSV"),
     ],
 )
-def test_damaged_files_are_told(tmp_path, capsys, damage, told):
+def test_damaged_files_are_named(tmp_path, capsys, damage, message):
     write_run(tmp_path / "runs" / "001", **damage)
     assert main(["report", "runs"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("nslightning report: error: runs/001/")
-    assert re.search(told, error)
+    assert re.search(message, error)
     assert not (tmp_path / "report.html").exists()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["nowhere"], "nowhere does not exist; give the folder of a run, such as runs/quickstart/001"),
         (["file"], "file is a file; give the folder"),
@@ -416,13 +416,13 @@ def test_damaged_files_are_told(tmp_path, capsys, damage, told):
         (["run", "--out", "none/page.html"], "there is no folder none; make it first"),
     ],
 )
-def test_mistaken_calls_are_told(tmp_path, capsys, arguments, told):
+def test_mistaken_calls_are_refused(tmp_path, capsys, arguments, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
     write_run(tmp_path / "run")
     before = sorted(tmp_path.rglob("*"))
     assert main(["report", *arguments]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -622,11 +622,11 @@ def test_a_method_replaced_after_the_patch_is_undone_first():
 
 def test_a_setup_method_is_no_forward():
     model = Lit()
-    found = patch(model, HALF)
+    patched = patch(model, HALF)
     with warnings.catch_warnings():
         warnings.simplefilter("error", PatchWarning)
         model.configure_optimizers()
-    assert not found.traced
+    assert not patched.traced
     model.training_step(X, 0)
     assert report(model).traced
 

@@ -142,8 +142,8 @@ def test_a_kink_that_no_call_shows_is_named(name):
         patch(Shift(call), Jacobians(), example=x)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PatchWarning)
-        found = patch(nn.Sequential(nn.Identity(), Shift(call)), Jacobians(), example=x, strict=False)
-    (site, *_) = found.unreached
+        report = patch(nn.Sequential(nn.Identity(), Shift(call)), Jacobians(), example=x, strict=False)
+    (site, *_) = report.unreached
     assert site.name == "1"  # the module whose code made it
     assert node in site.kind
     assert not patch(nn.Sequential(nn.ReLU(), Shift(call)), Jacobians(), skip="1", example=x).unreached
@@ -164,14 +164,14 @@ def test_where_there_is_nothing_to_choose_a_kink_is_named_and_is_no_error(name, 
     call, node = LEFT_CALLS[name]
     model, x = nn.Sequential(nn.ReLU(), Shift(call)), torch.arange(16.0).view(4, 4) / 8
     with pytest.warns(PatchWarning, match=f"the {node} in 1 is left to PyTorch"):
-        found = patch(model, Jacobians(), example=x, strict=strict)
-    (site,) = found.unreached
+        report = patch(model, Jacobians(), example=x, strict=strict)
+    (site,) = report.unreached
     assert (site.name, site.kind, site.choice) == ("1", node, None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # once is enough, in another mode too
         model.train()(x).sum().backward()
         model.eval()(x).sum().backward()
-    assert f"NOT REACHED  {node}" in str(found)
+    assert f"NOT REACHED  {node}" in str(report)
 
 
 def test_the_derivative_of_a_standard_deviation_that_treats_equal_entries_alike_is_zero():
@@ -204,8 +204,8 @@ SMOOTH_CALLS = {
 @pytest.mark.parametrize("name", SMOOTH_CALLS)
 def test_smooth_nodes_are_passed_over(name):
     with pytest.warns(PatchWarning, match="nothing to patch"):
-        found = patch(Shift(SMOOTH_CALLS[name]), Jacobians(), example=torch.arange(16.0).view(4, 4) / 8)
-    assert found.sites == []
+        report = patch(Shift(SMOOTH_CALLS[name]), Jacobians(), example=torch.arange(16.0).view(4, 4) / 8)
+    assert report.sites == []
 
 
 def test_what_lies_below_the_model_is_not_the_models():
@@ -233,17 +233,17 @@ def test_relu_inside_a_recurrent_network(options, batch_first, packed):
     model = nn.RNN(3, 4, nonlinearity="relu", batch_first=batch_first, **options)
     model.load_state_dict(stock.state_dict())
     x = torch.randn(5, 5, 3)
-    given = pack_padded_sequence(x, [5, 4, 4, 2, 1], batch_first) if packed else x
-    found = patch(model, Jacobians(), strict=True)
+    batch = pack_padded_sequence(x, [5, 4, 4, 2, 1], batch_first) if packed else x
+    report = patch(model, Jacobians(), strict=True)
     outs = []
     for m in (stock, model):
         torch.manual_seed(1)
-        out, hidden = m(given)
+        out, hidden = m(batch)
         outs.append((out.data if packed else out, hidden))
     assert all(torch.equal(bits(a), bits(b)) for a, b in zip(*outs, strict=True))
     a, b = (rnn_grads(m, out, list(m.parameters())) for m, out in zip((stock, model), outs, strict=True))
     assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
-    assert [(s.operation, s.how) for s in found.sites] == [("relu", "functional")]
+    assert [(s.operation, s.how) for s in report.sites] == [("relu", "functional")]
 
 
 def test_the_choice_inside_a_recurrent_network():
@@ -461,9 +461,9 @@ def test_custom_functions_in_compiled_code_are_found(options):
             compiled(torch.ones(1, 2))
     assert options or isinstance(caught.value, UnreachedError)
     loose = Sometimes("plain")
-    found = patch(loose, Jacobians(), strict=False)
+    report = patch(loose, Jacobians(), strict=False)
     torch.compile(loose, backend="aot_eager")(torch.ones(1, 2))
-    assert [(s.operation, s.how) for s in found.unreached] == [("custom", "unreached")]
+    assert [(s.operation, s.how) for s in report.unreached] == [("custom", "unreached")]
     torch._dynamo.reset()
 
 

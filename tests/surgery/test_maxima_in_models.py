@@ -116,8 +116,8 @@ def test_every_spelling(spelling):
     assert torch.equal(gradient(model(x), x), stock)
     if spelling in ("normalize", "smooth l1", "min by keyword", "keepdim"):
         return
-    (found,) = counted.values()
-    assert (found.tied > 0) == (not torch.equal(gradient(meant(x), x), stock))
+    (count,) = counted.values()
+    assert (count.tied > 0) == (not torch.equal(gradient(meant(x), x), stock))
 
 
 @pytest.mark.filterwarnings("ignore:size_average and reduce")
@@ -255,14 +255,14 @@ def test_propagation_is_subtraction():
     choices = {"a": CHOICE, "b": Jacobians(max="minimal", maximum="sum", hinge=1.0), "c": Jacobians(max=10.0, norm=1.0)}
     loss = model(x)
     assert len(report.reached) >= 7
-    base, found = differences(loss, model, choices, retain_graph=True)
+    base, changes = differences(loss, model, choices, retain_graph=True)
     parameters = list(model.parameters())
     for name, choice in choices.items():
         with using(model, choice):
             gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
         for (key, reference), other in zip(base.items(), gradients, strict=True):
-            assert torch.allclose(found[name][key], other - reference, rtol=1e-12, atol=1e-12)
-            assert found[name][key].abs().max() > 1e-3
+            assert torch.allclose(changes[name][key], other - reference, rtol=1e-12, atol=1e-12)
+            assert changes[name][key].abs().max() > 1e-3
     measured = divergence(loss, model, choices)
     assert all(measured[name].l2 > 0 for name in choices)
 

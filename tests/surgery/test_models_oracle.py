@@ -63,10 +63,10 @@ def test_a_model_does_as_in_stock_and_as_the_oracle_says(name):
     reference, ours = run(stock, args, kwargs), run(patched, args, kwargs)
     assert len(ours) > 0
     assert all(map(torch.equal, reference, ours))
-    expected, found = gradients(stock, reference), gradients(patched, ours, retain_graph=True)
-    assert [g is None for g in found] == [g is None for g in expected]
-    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True) if a is not None)
-    assert any(g is not None and bool(g.any()) for g in found)
+    expected, ours_by_name = gradients(stock, reference), gradients(patched, ours, retain_graph=True)
+    assert [g is None for g in ours_by_name] == [g is None for g in expected]
+    assert all(torch.equal(a, b) for a, b in zip(expected, ours_by_name, strict=True) if a is not None)
+    assert any(g is not None and bool(g.any()) for g in ours_by_name)
 
     with Oracle() as oracle:
         outputs = run(model, args, kwargs)
@@ -78,7 +78,7 @@ def test_a_model_does_as_in_stock_and_as_the_oracle_says(name):
     with using(patched, OTHER):
         chosen = gradients(patched, ours)
     moved = 0
-    for a, b, g in zip(expected, chosen, found, strict=True):
+    for a, b, g in zip(expected, chosen, ours_by_name, strict=True):
         assert (a is None) == (b is None)
         if a is not None:
             close = 1e-9 if a.dtype == torch.float64 else 1e-4  # sums over windows that overlap round otherwise

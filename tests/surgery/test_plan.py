@@ -141,20 +141,22 @@ def planted():
 
 def test_a_plan_of_one_rule_is_the_plain_choice_bit_for_bit():
     choice = Jacobians(relu=0.75, max_pool="minimal")
-    found = []
-    for given in (choice, Plan([choice]), Plan([choice.to_dict()]), Plan([{"relu": 0.75}, {"max_pool": "minimal"}])):
+    gradients_seen = []
+    for spelling in (choice, Plan([choice]), Plan([choice.to_dict()]), Plan([{"relu": 0.75}, {"max_pool": "minimal"}])):
         model, x = planted()
-        report = patch(model, given)
+        report = patch(model, spelling)
         out = model(x)
-        found.append((out, gradients(out.sum(), model, {"": given, "reference": Jacobians()}, retain_graph=True)))
+        gradients_seen.append(
+            (out, gradients(out.sum(), model, {"": spelling, "reference": Jacobians()}, retain_graph=True))
+        )
         assert list(selections(model)) == [""]
         assert report.jacobians == choice
-        assert all(site.decided == "" for site in report.sites) or len(given.rules) == 2
-    for out, grads in found[1:]:
-        assert torch.equal(out, found[0][0])
-        assert same(grads[""], found[0][1][""])
-        assert same(grads["reference"], found[0][1]["reference"])
-    assert not same(found[0][1][""], found[0][1]["reference"])
+        assert all(site.decided == "" for site in report.sites) or len(spelling.rules) == 2
+    for out, grads in gradients_seen[1:]:
+        assert torch.equal(out, gradients_seen[0][0])
+        assert same(grads[""], gradients_seen[0][1][""])
+        assert same(grads["reference"], gradients_seen[0][1]["reference"])
+    assert not same(gradients_seen[0][1][""], gradients_seen[0][1]["reference"])
 
 
 def test_rules_for_stages_are_the_choices_of_models_patched_stage_by_stage():
@@ -163,15 +165,15 @@ def test_rules_for_stages_are_the_choices_of_models_patched_stage_by_stage():
     plan = Plan([base, *(Rule(choice, stage=name) for name, choice in stages.items())])
     model, x = planted()
     patch(model, plan)
-    (given,) = gradients(model(x).sum(), model, {"": plan}).values()
+    (gradient,) = gradients(model(x).sum(), model, {"": plan}).values()
     apart, _ = planted()  # every part with a patch of its own
     for name, module in apart.named_children():
         with pytest.warns(PatchWarning) if name in ("conv1", "bn1", "avgpool", "fc") else nullcontext():
             patch(module, stages.get(name, base))
     with pytest.warns(PatchWarning, match="nothing to patch"):  # the same parts, in their first forward
         loss = apart(x).sum()
-    want = dict(zip(given, torch.autograd.grad(loss, list(apart.parameters())), strict=True))
-    assert same(given, want)
+    want = dict(zip(gradient, torch.autograd.grad(loss, list(apart.parameters())), strict=True))
+    assert same(gradient, want)
 
 
 def test_divergence_between_a_plan_and_other_choices():
@@ -197,9 +199,9 @@ def test_selections_have_names_of_their_own_and_share_observers():
     model = nn.ModuleDict({"a": Probe(), "b": Probe()})
     patch(model["a"], Plan([HALF, {"stage": "layer1", "relu": 1}, {"call": 1, "relu": 0}]))
     patch(model["b"], HALF)
-    found = selections(model)
-    assert list(found) == ["a", "a#0+1", "a#0+1+2", "a#0+2", "b"]
-    assert len({id(s) for s in found.values()}) == 5
+    selected = selections(model)
+    assert list(selected) == ["a", "a#0+1", "a#0+1+2", "a#0+2", "b"]
+    assert len({id(s) for s in selected.values()}) == 5
     one = Probe()
     patch(one, Plan([{"stage": "layer1", "relu": 1}]))
     assert {k: (t.tied, t.total) for k, t in ties(one).items()} == {
@@ -252,13 +254,13 @@ def test_only_and_skip_limit_a_plan():
 def test_the_report_explains_conflicts():
     model = Probe()
     plan = Plan([HALF, {"stage": "layer1", "relu": 1}, {"name": "layer1.1", "relu": 2}, {"call": 1, "relu": 3}])
-    found = patch(model, plan)
+    report = patch(model, plan)
     model()
-    assert {(s.name, s.kind): s.choice for s in found.sites if s.name.startswith("layer1")} == {
+    assert {(s.name, s.kind): s.choice for s in report.sites if s.name.startswith("layer1")} == {
         ("layer1.0", "ReLU"): 1.0,
         ("layer1.1", "ReLU"): 2.0,
     }
-    why = {(s.name, s.choice): s.decided for s in found.sites}
+    why = {(s.name, s.choice): s.decided for s in report.sites}
     assert why["layer1.1", 2.0] == "rule 2 (name='layer1.1') over rule 1 (1.0), the choice for all sites (0.5)"
     assert why["shared", 0.5] == ""
     assert Plan([{"stage": "a", "relu": 1}, HALF]).explain((0, 1), "relu") == "rule 2 (everywhere) over rule 1 (1.0)"
@@ -266,22 +268,22 @@ def test_the_report_explains_conflicts():
         "rule 1 (stage='a') over the choice for all sites (0.5)"  # the only rule of the `sites` of a config
     )
     assert why["shared", 3.0] == "rule 3 (call=1) over the choice for all sites (0.5)"
-    assert [s.calls for s in found.sites if s.name == "shared"] == [1, 1]
-    assert "rule 2 (name='layer1.1') over rule 1 (1.0), the choice for all sites (0.5)" in str(found)
-    assert "with Jacobians(relu=0.5) and 3 rules for some sites" in found.summary()
-    assert found.to_dict()["rules"] == [
+    assert [s.calls for s in report.sites if s.name == "shared"] == [1, 1]
+    assert "rule 2 (name='layer1.1') over rule 1 (1.0), the choice for all sites (0.5)" in str(report)
+    assert "with Jacobians(relu=0.5) and 3 rules for some sites" in report.summary()
+    assert report.to_dict()["rules"] == [
         {"stage": "layer1", "relu": 1.0},
         {"name": "layer1.1", "relu": 2.0},
         {"call": 1, "relu": 3.0},
     ]
-    json.dumps(found.to_dict())
+    json.dumps(report.to_dict())
 
 
 def test_preview_changes_nothing():
     model = Probe()
     types, keys = [type(m) for m in model.modules()], [set(m.__dict__) for m in model.modules()]
-    found = preview(model, Plan([{"stage": "layer1", "relu": 1}]), example=())
-    assert [(s.name, s.choice) for s in found.sites if s.operation == "relu"] == [
+    report = preview(model, Plan([{"stage": "layer1", "relu": 1}]), example=())
+    assert [(s.name, s.choice) for s in report.sites if s.operation == "relu"] == [
         ("layer1.0", 1.0),
         ("layer1.1", 1.0),
         ("shared", 0.0),
@@ -406,8 +408,8 @@ def test_calls_under_a_checkpoint_are_refused(reentrant):
 
 def test_the_fingerprint_names_the_rules():
     marks = [
-        patch(Probe(), given).fingerprint
-        for given in (
+        patch(Probe(), spelling).fingerprint
+        for spelling in (
             HALF,
             Plan([HALF, {"stage": "layer1", "relu": 1}]),
             Plan([HALF, {"stage": "layer2", "relu": 1}]),
@@ -479,16 +481,16 @@ def test_a_classifier_with_rules_and_its_checkpoint():
 
 def test_a_checkpoint_under_other_rules_warns_or_is_refused():
     file = saved(classifier(sites=[{"stage": "layer1", "relu": 0.5}]))
-    what = r"made under sites=\[\{\"stage\": \"layer1\", \"relu\": 0\.5\}\], and this run has sites=\[\]"
-    with pytest.warns(PatchWarning, match=what):
+    message = r"made under sites=\[\{\"stage\": \"layer1\", \"relu\": 0\.5\}\], and this run has sites=\[\]"
+    with pytest.warns(PatchWarning, match=message):
         ImageClassifier.load_from_checkpoint(file, sites=None)
-    with pytest.raises(ValueError, match=what):
+    with pytest.raises(ValueError, match=message):
         ImageClassifier.load_from_checkpoint(file, sites=None, on_mismatch="refuse")
     with pytest.raises(ValueError, match=r"made under relu=0\.0, and this run has relu=1\.0"):
         ImageClassifier.load_from_checkpoint(file, jacobians=Jacobians(relu=1.0), on_mismatch="refuse")
     for model, outcome in (
-        (classifier(), pytest.warns(PatchWarning, match=what)),
-        (classifier(on_mismatch="refuse"), pytest.raises(ValueError, match=what)),
+        (classifier(), pytest.warns(PatchWarning, match=message)),
+        (classifier(on_mismatch="refuse"), pytest.raises(ValueError, match=message)),
     ):
         with outcome:
             Trainer(max_steps=2, accelerator="cpu", **QUIET).fit(model, data(), data(), ckpt_path=file)
@@ -550,8 +552,8 @@ def test_rules_from_the_command_line(tmp_path):
     short = ["--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false"]
     short.append("--trainer.log_every_n_steps=2")
     rule = '--model.sites+={"module": "ReLU", "name": "/2$/", "relu": 1}'
-    given = ["--config=configs/quickstart.yaml", "--config=rules.yaml", "--name=rules", rule]
-    assert main(["fit", *given, *short, "--model.on_mismatch=refuse", "--trainer.max_epochs=1"]) == 0
+    arguments = ["--config=configs/quickstart.yaml", "--config=rules.yaml", "--name=rules", rule]
+    assert main(["fit", *arguments, *short, "--model.on_mismatch=refuse", "--trainer.max_epochs=1"]) == 0
     folder = tmp_path / "runs" / "rules" / "001"
     want = [{"stage": "relu1", "relu": 0.5}, {"module": "ReLU", "name": "/2$/", "relu": 1}]
     assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["sites"] == want
@@ -582,8 +584,10 @@ def test_the_guide_runs(repo_root):
 
 def test_the_guides_config_patches_as_it_says(repo_root):
     text = (repo_root / "docs" / "surgery.md").read_text()
-    given = yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])["model"]
-    model = ImageClassifier(given["backbone"], 3, (3, 32, 32), Jacobians(**given["jacobians"]), sites=given["sites"])
+    written = yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])["model"]
+    model = ImageClassifier(
+        written["backbone"], 3, (3, 32, 32), Jacobians(**written["jacobians"]), sites=written["sites"]
+    )
     choice = {s.name: s.choice for s in model.patch_report.sites}
     assert choice["maxpool"] == "minimal"
     assert [choice[f"layer{i}.0.act1"] for i in (1, 2, 3, 4)] == [1, 0.5, 0.5, 0]

@@ -96,12 +96,12 @@ def test_sites_are_the_nonsmooth_kernels_that_run(name):
     with AtenCalls() as ran:
         stock = model(x)
     wanted = gradients(model, stock)
-    found = patch(model, Jacobians(), example=x)
+    report = patch(model, Jacobians(), example=x)
     counted = Counter()
-    for site in found.reached:
+    for site in report.reached:
         counted[AS_ATEN.get(site.operation, site.operation)] += site.calls
     assert counted == ran.counts
-    assert not found.unreached
+    assert not report.unreached
     out = model(x)
     assert same(outputs(stock), outputs(out))
     assert same(wanted, gradients(model, out))
@@ -164,8 +164,8 @@ def test_hugging_face_models(name, sites):
     with AtenCalls() as ran:
         stock = model(**x)
     wanted = gradients(model, stock)
-    found = patch(model, Jacobians(), example=x)
-    assert Counter(s.operation for s in found.reached) == sites == ran.counts
+    report = patch(model, Jacobians(), example=x)
+    assert Counter(s.operation for s in report.reached) == sites == ran.counts
     out = model(**x)
     assert same(outputs(stock), outputs(out))
     assert same(wanted, gradients(model, out))
@@ -183,7 +183,7 @@ def test_detection_models_train_bit_for_bit(name):
     sizes = {"min_size": 64, "max_size": 96}
     stock = torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=3, **sizes)
     model = copy.deepcopy(stock)
-    found = patch(model, Jacobians(), strict=False)
+    report = patch(model, Jacobians(), strict=False)
     x = [torch.rand(3, 64, 64)] * 2
     y = [{"boxes": torch.tensor([[5.0, 5.0, 40.0, 40.0]]), "labels": torch.tensor([1])}] * 2
     results = []
@@ -193,8 +193,8 @@ def test_detection_models_train_bit_for_bit(name):
         results.append((list(losses.values()), gradients(m, losses)))
     assert same(results[0][0], results[1][0])
     assert same(results[0][1], results[1][1])
-    assert len(found.reached) > 20
-    for site in found.unreached:  # each one with the module that runs it
+    assert len(report.reached) > 20
+    for site in report.unreached:  # each one with the module that runs it
         assert site.calls > 0
         assert site.name in dict(model.named_modules())
 
@@ -258,11 +258,11 @@ def test_what_cannot_be_reached_raises(call, named, now):
         unpatch(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PatchWarning)  # nothing else is there
-        found = patch(model, ALT, strict=False, example=x)
+        report = patch(model, ALT, strict=False, example=x)
         model(x)
-    (site,) = found.unreached
+    (site,) = report.unreached
     assert (site.name, site.calls, site.choice) == ("", 1, None)
-    assert "NOT REACHED" in str(found)
+    assert "NOT REACHED" in str(report)
 
 
 def test_bookkeeping_is_nobodys_concern():
@@ -393,13 +393,13 @@ def test_quantisation_aware_training():
         warnings.simplefilter("ignore")  # torch.ao.quantization is deprecated
         stock = quantization.prepare_qat(stock)
     model = copy.deepcopy(stock)
-    found = patch(model, Jacobians())
+    report = patch(model, Jacobians())
     for _ in range(2):
         x = torch.randn(2, 3, 8, 8)
         a, b = stock(x), model(x)
         assert same([a], [b])
         assert same(gradients(stock, a), gradients(model, b))
-    assert [(s.operation, s.how) for s in found.sites] == [("relu", "module"), ("max_pool", "module")]
+    assert [(s.operation, s.how) for s in report.sites] == [("relu", "module"), ("max_pool", "module")]
     assert same(
         [v for v in stock.state_dict().values() if v.is_floating_point()],
         [v for v in model.state_dict().values() if v.is_floating_point()],
@@ -431,13 +431,13 @@ def test_hooks_that_call_functions(where):
 
     if where != "after":
         hook()
-    found = patch(model, HALF)
+    report = patch(model, HALF)
     if where == "after":
         hook()
     out = model(X) if where == "inside" else model(X, scale=1.0)
     out.sum().backward()
     assert seen == [[], [], "backward"] if where == "inside" else seen == [["scale"], ["scale"], "backward"]
-    calls = {s.name: s.calls for s in found.sites if s.how == "functional"}
+    calls = {s.name: s.calls for s in report.sites if s.how == "functional"}
     assert calls == {"0" if where == "inside" else "": 3 if where != "after" else 1}
     unpatch(model)
     assert type(body) is Body
@@ -465,8 +465,8 @@ def test_closures_lambdas_and_shared_activations():
             return x
 
     model = Shares()
-    found = patch(model, HALF, example=X)
-    assert [(s.name, s.aliases, s.how, s.calls) for s in found.sites] == [
+    report = patch(model, HALF, example=X)
+    assert [(s.name, s.aliases, s.how, s.calls) for s in report.sites] == [
         ("a", ("b.0",), "module", 4),
         ("", (), "functional", 2),
     ]

@@ -59,9 +59,9 @@ def handlers(module):
     for function in ast.walk(ast.parse(inspect.getsource(importlib.import_module(module)))):
         if not isinstance(function, ast.FunctionDef):
             continue
-        given = function.args
-        parameters = {a.arg for a in (*given.posonlyargs, *given.args, *given.kwonlyargs)}
-        parameters |= {a.arg for a in (given.vararg, given.kwarg) if a is not None}
+        arguments = function.args
+        parameters = {a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)}
+        parameters |= {a.arg for a in (arguments.vararg, arguments.kwarg) if a is not None}
         for call in ast.walk(function):
             if isinstance(call, ast.Call) and ast.unparse(call.func) == "handle_torch_function":
                 passed = [*call.args[2:], *(k.value for k in call.keywords)]
@@ -117,12 +117,12 @@ def samples(kind):
         if torch.float32 not in op.dtypes or op.name.startswith("nn.functional.") != (kind == "functional"):
             continue
         try:
-            given = list(itertools.islice(op.sample_inputs("cpu", torch.float32, requires_grad=False), 20))
+            samples = list(itertools.islice(op.sample_inputs("cpu", torch.float32, requires_grad=False), 20))
         except Exception:  # a sample may need a library that is not installed
             continue
-        if given:
-            fullest = max(given, key=lambda s: len(s.kwargs) + len(s.args))
-            for sample in {id(s): s for s in (given[0], fullest)}.values():
+        if samples:
+            fullest = max(samples, key=lambda s: len(s.kwargs) + len(s.args))
+            for sample in {id(s): s for s in (samples[0], fullest)}.values():
                 yield op, sample
 
 

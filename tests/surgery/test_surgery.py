@@ -219,8 +219,8 @@ def test_timm_pool_with_same_padding_keeps_its_padding():
     stock = nn.Sequential(nn.Conv2d(3, 4, 3), MaxPool2dSame(3, 2), nn.Conv2d(4, 4, 1))
     model = copy.deepcopy(stock)
     x = torch.randint(-1, 2, (2, 3, 9, 9)).float()
-    found = patch(model, Jacobians(max_pool="minimal"), example=x)
-    assert [(s.name, s.how) for s in found.sites] == [("1", "functional")]
+    report = patch(model, Jacobians(max_pool="minimal"), example=x)
+    assert [(s.name, s.how) for s in report.sites] == [("1", "functional")]
     out = model(x)
     assert torch.equal(out, stock(x))
     with torch.no_grad():
@@ -323,10 +323,10 @@ RELU_CALLS = {
 
 @pytest.mark.parametrize("call", RELU_CALLS.values(), ids=RELU_CALLS)
 def test_every_spelling_of_relu(call):
-    got, found = _grad_at_zero(call, Jacobians(relu=0.75))
+    got, report = _grad_at_zero(call, Jacobians(relu=0.75))
     assert torch.equal(got, torch.full_like(got, 0.75))
-    assert [(s.name, s.operation, s.how, s.calls) for s in found.sites] == [("", "relu", "functional", 1)]
-    assert not found.unreached
+    assert [(s.name, s.operation, s.how, s.calls) for s in report.sites] == [("", "relu", "functional", 1)]
+    assert not report.unreached
 
 
 RELU6_CALLS = {
@@ -393,12 +393,12 @@ def test_a_subclass_of_relu_is_reached_once(kind):
     model = copy.deepcopy(stock)
     x = torch.zeros(1, 1, 2, 2)
     nn.init.zeros_(model[0].bias)
-    found = patch(model, Jacobians(relu=0.5), example=x)
+    report = patch(model, Jacobians(relu=0.5), example=x)
     out = model(x)
     model[0].bias.grad = None
     out.sum().backward()
     assert model[0].bias.grad.item() == 4 * 0.5 * factor
-    (site,) = found.sites
+    (site,) = report.sites
     assert (site.name, site.operation, site.how) == (
         "1",
         "relu",
@@ -432,14 +432,14 @@ def test_a_forward_replaced_on_the_instance(inner):
 
 def test_the_root_may_be_an_operation_itself():
     model = nn.ReLU()
-    found = patch(model, Jacobians(relu=0.5))
+    report = patch(model, Jacobians(relu=0.5))
     x = torch.zeros(2, requires_grad=True)
     model(x).sum().backward()
     assert x.grad.tolist() == [0.5, 0.5]
     x.grad = None
     model(input=x).sum().backward()  # nn.ReLU.forward's own name for it
     assert x.grad.tolist() == [0.5, 0.5]
-    assert [s.name for s in found.sites] == [""]
+    assert [s.name for s in report.sites] == [""]
     assert repr(model) == "ReLU(jacobian=0.5)"
     unpatch(model)
     assert type(model) is nn.ReLU
@@ -447,8 +447,8 @@ def test_the_root_may_be_an_operation_itself():
 
 def test_hardtanh_is_relu6_between_0_and_6():
     model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Hardtanh(0, 6), nn.Hardtanh(-1, 1), nn.Hardtanh())
-    found = patch(model, ALT, example=torch.zeros(1, 1, 2, 2))
-    assert [(s.name, s.operation, s.how, s.calls) for s in found.sites] == [
+    report = patch(model, ALT, example=torch.zeros(1, 1, 2, 2))
+    assert [(s.name, s.operation, s.how, s.calls) for s in report.sites] == [
         ("1", "relu6", "module", 1),
         ("2", "hardtanh", "module", 1),
         ("3", "hardtanh", "module", 1),
@@ -514,14 +514,14 @@ def test_a_loss_module_like_lightnings_step_takes_the_choice():
 def test_timm_forward_features_and_intermediates():
     model = timm.create_model("resnet10t", num_classes=3).eval()
     stock = copy.deepcopy(model)
-    found = patch(model, ALT)
+    report = patch(model, ALT)
     x = torch.randn(1, 3, 32, 32)
     assert torch.equal(model.forward_features(x), stock.forward_features(x))
     assert torch.equal(model.forward_head(model.forward_features(x)), stock(x))
     mids = model.forward_intermediates(x, intermediates_only=True)
     assert same(mids, stock.forward_intermediates(x, intermediates_only=True))
-    assert not found.unreached
-    assert all(s.calls for s in found.sites)
+    assert not report.unreached
+    assert all(s.calls for s in report.sites)
 
 
 def test_using_reaches_a_patched_part_and_two_patched_parts():
@@ -589,8 +589,8 @@ def test_a_scripted_part_is_named():
     assert snapshot(model) == before
     assert not patch(model, ALT, skip="1*").unreached
     unpatch(model)
-    found = patch(model, ALT, strict=False)
-    assert [(s.name, s.operation) for s in found.unreached] == [("1", "scripted")]
+    report = patch(model, ALT, strict=False)
+    assert [(s.name, s.operation) for s in report.unreached] == [("1", "scripted")]
     unpatch(model)
     assert "_nonsmooth_part" not in model[1].__dict__
 
@@ -885,9 +885,9 @@ def test_fx_and_exported_graphs():
     x = torch.randn(1, 3, 8, 8)
     for make in (symbolic_trace, lambda m: torch.export.export(m, (x,)).module()):
         model = make(Net().eval())
-        found = patch(model, Jacobians(relu=1.0))
+        report = patch(model, Jacobians(relu=1.0))
         out = model(x)
-        assert {s.operation for s in found.reached} == {"relu", "max_pool"}
+        assert {s.operation for s in report.reached} == {"relu", "max_pool"}
         g = torch.autograd.grad(out.sum(), list(model.parameters()), retain_graph=True)
         with using(model, Jacobians()):
             h = torch.autograd.grad(out.sum(), list(model.parameters()), retain_graph=True)
@@ -931,8 +931,8 @@ def test_the_example_leaves_no_trace():
 # ----------------------------------------------------------------------------------------------- only and ski
 def sites(model, **kwargs):
     model = model()
-    found = patch(model, ALT, example=torch.randn(1, 3, 8, 8), **kwargs)
-    return sorted({(s.name, s.operation) for s in found.reached})
+    report = patch(model, ALT, example=torch.randn(1, 3, 8, 8), **kwargs)
+    return sorted({(s.name, s.operation) for s in report.reached})
 
 
 ACT, POOL, INNER, CALL = ("act", "relu"), ("pool", "max_pool"), ("block.act", "relu"), ("block", "relu")
@@ -1034,17 +1034,17 @@ class Mixed(nn.Module):
 def test_the_report_names_everything_once():
     model = Mixed()
     x = torch.randn(1, 3, 4, 4, requires_grad=True)
-    found = patch(model, Jacobians(relu=0.5), strict=False)
-    assert [(s.name, s.how) for s in found.sites] == [
+    patched = patch(model, Jacobians(relu=0.5), strict=False)
+    assert [(s.name, s.how) for s in patched.sites] == [
         ("hs", "module"),
         ("act", "module"),
         ("pool", "unreached"),
     ]
-    assert not found.traced
-    assert "listed after the first forward" in str(found)
+    assert not patched.traced
+    assert "listed after the first forward" in str(patched)
     for _ in range(2):
         model(x * 1)
-    got = {(s.name, s.operation, s.kind, s.how, s.inplace): s.calls for s in found.sites}
+    got = {(s.name, s.operation, s.kind, s.how, s.inplace): s.calls for s in patched.sites}
     assert got == {
         ("hs", "hardswish", "Hardswish", "module", False): 1,
         ("act", "relu", "ReLU", "module", False): 2,
@@ -1060,8 +1060,8 @@ def test_the_report_names_everything_once():
         ("", "relu", "relu", "functional", True): 1,
         ("", "relu", "relu", "functional", False): 1,
     }
-    assert report(model) is found
-    text = str(found)
+    assert report(model) is patched
+    text = str(patched)
     assert "NOT REACHED" in text
     assert "listed after" not in text
     assert "3 sites keep PyTorch's own derivative" in text
@@ -1069,21 +1069,21 @@ def test_the_report_names_everything_once():
     with using(model, Jacobians(relu=0.125)):
         model(x * 1)
         assert "jacobian=0.125" in repr(model)
-    assert {s.choice for s in found.reached if s.operation == "relu"} == {0.5}
+    assert {s.choice for s in patched.reached if s.operation == "relu"} == {0.5}
 
 
 def test_a_functional_site_found_inside_using_shows_the_patched_choice():
     model = Functional(lambda x: F.relu(x))
-    found = patch(model, Jacobians(relu=0.5))
+    report = patch(model, Jacobians(relu=0.5))
     with using(model, Jacobians(relu=0.25)):
         model(torch.randn(1, 2, 1, 1))
-    assert found.sites[0].choice == 0.5
+    assert report.sites[0].choice == 0.5
 
 
 def test_functional_sites_are_named_by_the_module_that_calls():
     model = MODELS["googlenet"]()
-    found = patch(model, ALT, example=torch.randn(1, 3, 64, 64))
-    functional = [s for s in found.sites if s.how == "functional"]
+    report = patch(model, ALT, example=torch.randn(1, 3, 64, 64))
+    functional = [s for s in report.sites if s.how == "functional"]
     assert len(functional) == 57
     convs = {
         n for n, m in model.named_modules() if isinstance(m, sys.modules["torchvision.models.googlenet"].BasicConv2d)
@@ -1091,37 +1091,37 @@ def test_functional_sites_are_named_by_the_module_that_calls():
     assert {s.name for s in functional} == convs
     assert all(s.calls == 1 and s.operation == "relu" and s.inplace for s in functional)
     dense = MODELS["densenet"]()
-    found = patch(dense, ALT, example=torch.randn(1, 3, 64, 64))
-    assert [(s.name, s.kind) for s in found.sites if s.how == "functional"] == [("", "relu")]
+    report = patch(dense, ALT, example=torch.randn(1, 3, 64, 64))
+    assert [(s.name, s.kind) for s in report.sites if s.how == "functional"] == [("", "relu")]
 
 
 def test_shared_modules_are_listed_with_aliases_and_counted():
     model = torchvision.models.resnet18()
-    found = patch(model, ALT, example=torch.randn(1, 3, 32, 32))
-    assert sum(s.operation == "relu" for s in found.sites) == 9
-    assert sum(s.calls for s in found.sites if s.operation == "relu") == 17  # counted by hand: 1 + 8 * 2
+    report = patch(model, ALT, example=torch.randn(1, 3, 32, 32))
+    assert sum(s.operation == "relu" for s in report.sites) == 9
+    assert sum(s.calls for s in report.sites if s.operation == "relu") == 17  # counted by hand: 1 + 8 * 2
     (site,) = [s for s in patch(Net(), ALT, example=torch.randn(1, 3, 8, 8)).sites if s.aliases]
     assert (site.name, site.aliases, site.calls) == ("act", ("again",), 2)
 
 
 def test_report_files(tmp_path):
     model = Net()
-    found = patch(model, Jacobians(relu6=(1.0, 0.0), leaky_relu=None, max_pool="minimal"), skip="block")
+    report = patch(model, Jacobians(relu6=(1.0, 0.0), leaky_relu=None, max_pool="minimal"), skip="block")
     model(torch.randn(1, 3, 8, 8))
-    data = json.loads(found.save(tmp_path / "deep" / "r.json").read_text())
-    assert data["fingerprint"] == found.fingerprint
-    assert Jacobians(**data["jacobians"]) == found.jacobians
+    data = json.loads(report.save(tmp_path / "deep" / "r.json").read_text())
+    assert data["fingerprint"] == report.fingerprint
+    assert Jacobians(**data["jacobians"]) == report.jacobians
     assert data["skip"] == ["block"]
-    assert [s["name"] for s in data["sites"]] == [s.name for s in found.sites]
-    assert data == json.loads(json.dumps(found.to_dict()))
-    rows = list(csv.DictReader(io.StringIO(found.save(tmp_path / "r.csv").read_bytes().decode(), newline="")))
-    for row, site in zip(rows, found.sites, strict=True):
+    assert [s["name"] for s in data["sites"]] == [s.name for s in report.sites]
+    assert data == json.loads(json.dumps(report.to_dict()))
+    rows = list(csv.DictReader(io.StringIO(report.save(tmp_path / "r.csv").read_bytes().decode(), newline="")))
+    for row, site in zip(rows, report.sites, strict=True):
         assert row["name"] == site.name
         assert row["choice"] == ("" if site.choice is None else str(site.choice))
         assert tuple(row["aliases"].split()) == site.aliases
         assert (row["inplace"], row["calls"]) == (str(site.inplace), str(site.calls))
     with pytest.raises(ValueError, match=r"'r\.txt'"):
-        found.save(tmp_path / "r.txt")
+        report.save(tmp_path / "r.txt")
     assert not (tmp_path / "r.txt").exists()
 
 
@@ -1280,12 +1280,12 @@ def test_a_functional_call_that_a_checkpoint_recomputes_is_refused(reentrant):
     unpatch(model)
     stock = copy.deepcopy(model)
     for left in ({"skip": ""}, {"strict": False}):
-        found = patch(model, ALT, **left)
+        report = patch(model, ALT, **left)
         for m in (model, stock):
             m.zero_grad()
             m(x).sum().backward()
         assert same([p.grad for p in model.parameters()], [p.grad for p in stock.parameters()])
-        assert [(s.name, s.kind) for s in found.unreached] == ([("", "relu")] if "strict" in left else [])
+        assert [(s.name, s.kind) for s in report.unreached] == ([("", "relu")] if "strict" in left else [])
         unpatch(model)
 
 
