@@ -202,7 +202,9 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=9, help="turns of each, the first of which is not counted")
     parser.add_argument("--steps", type=int, default=46, help="steps of a turn")
     parser.add_argument("--rows", nargs="+", default=list(ROWS)[:1], help="parts of the rows' names")
-    parser.add_argument("--options", nargs="*", default=[], help="more options of fit, such as --model.compile=true")
+    parser.add_argument(
+        "--option", action="append", default=[], help="one more option of fit, such as --option=--model.compile=true"
+    )
     parser.add_argument("--released", action="store_true", help="time the released scripts' loop too, by the clock")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -211,9 +213,9 @@ def main() -> None:
     rows = {}
     for name, (backbone, data, shape) in ROWS.items():
         if any(part in name for part in args.rows):
-            row = rows[name] = measure(backbone, data, shape, args, args.options)
+            row = rows[name] = measure(backbone, data, shape, args, args.option)
             print(f"{name:32}bare {row['bare_ms']:8.2f} ms   fit {row['fit_ms']:8.2f} ms   x{row['ratio']:.2f}")
-    result = {"machine": describe(args.device), "options": args.options, "precision": args.precision, "results": rows}
+    result = {"machine": describe(args.device), "options": args.option, "precision": args.precision, "results": rows}
     out = args.out or Path(__file__).parent / "results" / f"fit_{args.device}.json"
     out.write_text(json.dumps(result, indent=1) + "\n")
 

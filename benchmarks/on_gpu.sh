@@ -1,24 +1,32 @@
 #!/usr/bin/env bash
-# Under fifteen minutes on one GPU, an installation included: exactness first, then every benchmark that takes a device.
+# What only a GPU can measure, in calls of under ten minutes each: `patching` (exactness, then what patching costs),
+# `training` (what training and measuring cost) and `science` (S_01 by cuBLAS, then Figure 3).
 #
-#   benchmarks/on_gpu.sh [FOLDER]      results go to FOLDER, by default benchmarks/results
+#   benchmarks/on_gpu.sh [FOLDER] [PART...]      results go to FOLDER, by default benchmarks/results; all parts by default
 #
-# Each part has a time limit of its own; together they are 780 s, so that 120 s are left to install the package. A part
-# that fails does not end the rest: its output and its status stand in FOLDER/on_gpu.log. PYTHON names an interpreter
-# that has the package (by default .venv/bin/python).
+# Each step has its own time limit. The limits of `patching` add up to 530 s, those of `training` to 330 s, those of
+# `science` to 580 s; each call builds the C++ nodes, which takes a second where they are built. A step that fails does
+# not end the rest: its output and its status stand in FOLDER/on_gpu-PART.log. PYTHON names an interpreter that has the
+# package (by default .venv/bin/python). `science` needs MNIST and CIFAR-10 in the folder that NSLIGHTNING_DATA_DIR
+# names; its results go to FOLDER/science, each finished cell at once, and a second call computes the missing ones.
 #
-# The order is that of what is asked first: what must be right, then what patching costs, then what training and
-# measuring cost. Where time is short, cut from the end: all that follows "may be cut" repeats a row above in another
-# precision or another way.
+# The order is that of what is asked first. Where time is short, cut from the end of a part.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 into=${1:-benchmarks/results}
+parts=("${@:2}")
+((${#parts[@]})) || parts=(patching training science)
+for part in "${parts[@]}"; do
+	[[ " patching training science " == *" $part "* ]] || {
+		echo "on_gpu.sh: '$part' is not a part: patching, training, science" >&2
+		exit 2
+	}
+done
 python=${PYTHON:-.venv/bin/python}
-log=$into/on_gpu.log
 export NSLIGHTNING_NATIVE=cuda # the C++ nodes take CUDA tensors: no GPU ran them before this script does
 mkdir -p "$into"
 
-part() { # seconds name command...
+step() { # seconds name command...
 	local seconds=$1 name=$2 start=$SECONDS status=0
 	shift 2
 	echo "== $name" | tee -a "$log"
@@ -27,43 +35,75 @@ part() { # seconds name command...
 	[[ $status == 0 ]] || failed+=("$name")
 }
 
-failed=()
-: >"$log"
-"$python" -c 'import json; from benchmarks.machine import describe; print(json.dumps(describe("cuda")))' | tee -a "$log"
-part 60 build "$python" -m nslightning.ops.kernels.build
-part 20 "in force" "$python" -c 'from nslightning.ops.autograd import native as n; exit(n.cuda_state() != "in force" and n.cuda_state())'
+patching() {
+	step 140 exactness "$python" -m pytest -q -p no:cacheprovider -m "cuda and not slow" tests/ops/test_cuda_nodes.py \
+		tests/optim/test_optim.py tests/test_on_a_gpu.py
+	step 40 "2^31 entries" "$python" -m pytest -q -p no:cacheprovider -m slow tests/ops/test_cuda_nodes.py
 
-# Exactness.
-part 140 exactness "$python" -m pytest -q -p no:cacheprovider -m "cuda and not slow" tests/ops/test_cuda_nodes.py \
-	tests/optim/test_optim.py tests/test_on_a_gpu.py
-part 40 "2^31 entries" "$python" -m pytest -q -p no:cacheprovider -m slow tests/ops/test_cuda_nodes.py
+	# One call, an operation at the memory's speed, a step, a compiled step.
+	step 30 host "$python" -m benchmarks.host --device cuda --seconds 0.3 --out "$into/host_cuda.json"
+	step 60 ops "$python" -m benchmarks.ops --device cuda --shapes full --seconds 0.02 --out "$into/ops_cuda.json"
+	local small=(--device cuda --batch 128 --rounds 15 --networks "vgg11, 32x32")
+	local large=(--device cuda --batch 64 --rounds 7 --networks resnet50)
+	step 30 steps "$python" -m benchmarks.surgery "${small[@]}" --out "$into/steps_cuda.md"
+	step 30 steps_autocast "$python" -m benchmarks.surgery "${small[@]}" --autocast --out "$into/steps_autocast_cuda.md"
+	step 40 resnet50 "$python" -m benchmarks.surgery "${large[@]}" --out "$into/steps_resnet50_cuda.md"
+	step 40 resnet50_autocast "$python" -m benchmarks.surgery "${large[@]}" --autocast \
+		--out "$into/steps_resnet50_autocast_cuda.md"
+	step 40 compiled "$python" -m benchmarks.compiled --device cuda --seconds 2 --networks LeNet-5 "VGG11, 32x32" \
+		--out "$into/compiled_cuda.json"
+}
 
-# What patching costs: one call, an operation at the memory's speed, a step, a compiled step.
-part 30 host "$python" -m benchmarks.host --device cuda --seconds 0.3 --out "$into/host_cuda.json"
-part 60 ops "$python" -m benchmarks.ops --device cuda --shapes full --seconds 0.02 --out "$into/ops_cuda.json"
-small=(--device cuda --batch 128 --rounds 15 --networks "vgg11, 32x32")
-large=(--device cuda --batch 64 --rounds 7 --networks resnet50)
-part 30 steps "$python" -m benchmarks.surgery "${small[@]}" --out "$into/steps_cuda.md"
-part 30 steps_autocast "$python" -m benchmarks.surgery "${small[@]}" --autocast --out "$into/steps_autocast_cuda.md"
-part 40 resnet50 "$python" -m benchmarks.surgery "${large[@]}" --out "$into/steps_resnet50_cuda.md"
-part 40 resnet50_autocast "$python" -m benchmarks.surgery "${large[@]}" --autocast \
-	--out "$into/steps_resnet50_autocast_cuda.md"
-part 40 compiled "$python" -m benchmarks.compiled --device cuda --seconds 2 --networks LeNet-5 "VGG11, 32x32" \
-	--out "$into/compiled_cuda.json"
-
-# What training and measuring cost.
-part 30 optim "$python" -m benchmarks.optim --device cuda --repetitions 10 --networks vit_b_16 --out "$into/optim_cuda.json"
 fit() { # seconds name options...
 	local seconds=$1 name=$2
 	shift 2
-	part "$seconds" "fit_$name" "$python" -m benchmarks.fit --device cuda --epochs 4 --out "$into/fit_${name}_cuda.json" "$@"
+	step "$seconds" "fit_$name" "$python" -m benchmarks.fit --device cuda --epochs 4 --out "$into/fit_${name}_cuda.json" "$@"
 }
-fit 30 fp32 --rows VGG11 --released
-fit 20 fp32_captured --rows VGG11 --options --model.cuda_graph=true
-fit 40 fp16 --precision 16-mixed --rows VGG11 ResNet-50
-part 40 cells "$python" -m benchmarks.cells --device cuda --out "$into/cells_cuda.json"
-part 60 divergence "$python" -m benchmarks.divergence --device cuda --seconds 1 --out "$into/divergence_cuda.json"
 
-# May be cut.
-fit 30 fp16_captured --precision 16-mixed --rows VGG11 --options --model.cuda_graph=true
-((${#failed[@]} == 0)) || { echo "failed: ${failed[*]}; see $log" >&2; exit 1; }
+training() {
+	step 30 optim "$python" -m benchmarks.optim --device cuda --repetitions 10 --networks vit_b_16 \
+		--out "$into/optim_cuda.json"
+	fit 30 fp32 --rows VGG11 --released
+	fit 20 fp32_captured --rows VGG11 --option=--model.cuda_graph=true
+	fit 40 fp16 --precision 16-mixed --rows VGG11 ResNet-50
+	step 40 cells "$python" -m benchmarks.cells --device cuda --out "$into/cells_cuda.json"
+	step 60 divergence "$python" -m benchmarks.divergence --device cuda --seconds 1 --out "$into/divergence_cuda.json"
+	fit 30 fp16_captured --precision 16-mixed --rows VGG11 --option=--model.cuda_graph=true
+}
+
+experiment() { # seconds name experiment options...
+	local seconds=$1 name=$2
+	shift 2
+	step "$seconds" "$name" "$python" -m nslightning experiment "$@" --device cuda --output "$into/science"
+}
+
+science() {
+	[[ -d ${NSLIGHTNING_DATA_DIR:-} ]] || {
+		echo "== science: NSLIGHTNING_DATA_DIR does not name a folder with MNIST and CIFAR-10" | tee -a "$log"
+		failed+=(science)
+		return
+	}
+	local cells=(--scale paper --only precision=32 --only rule=exact)
+	experiment 100 "S_01 by depth" mnist_volume_relu "${cells[@]}" --only 'depth=1|2|3|5|6'
+	experiment 40 "S_01 by depth, TF32" mnist_volume_relu "${cells[@]}" --only 'depth=1|2|3|5|6' --set arithmetic=tf32
+	# All images, ten epochs, seed 0 of all cells first.
+	local seed
+	for seed in 0 1 2; do
+		experiment 60 "Figure 3, seed $seed" cifar10_vgg_alpha --scale small --set epochs=10 --set train_images=50000 \
+			--set "seed=$seed"
+		experiment 60 "Figure 3, beta, seed $seed" cifar10_vgg_beta --scale small --set epochs=10 --set train_images=50000 \
+			--set "seed=$seed"
+	done
+}
+
+failed=()
+for part in "${parts[@]}"; do
+	log=$into/on_gpu-$part.log
+	: >"$log"
+	"$python" -c 'import json; from benchmarks.machine import describe; print(json.dumps(describe("cuda")))' | tee -a "$log"
+	step 60 build "$python" -m nslightning.ops.kernels.build
+	step 20 "in force" "$python" -c \
+		'from nslightning.ops.autograd import native as n; exit(n.cuda_state() != "in force" and n.cuda_state())'
+	"$part"
+done
+((${#failed[@]} == 0)) || { echo "failed: ${failed[*]}; see $into/on_gpu-*.log" >&2; exit 1; }
