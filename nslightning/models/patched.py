@@ -170,7 +170,7 @@ class PatchedModule(LightningModule):
             seed: Seeds the ``"random"`` choice.
 
         Raises:
-            UnreachedError: If the network has what no choice can reach, and this is ``strict``.
+            UnreachedError: If no choice can reach an operation of the network, and this is ``strict``.
         """
         setattr(self, name, network)
         self._network_name = name

@@ -74,9 +74,9 @@ class UnreachedError(ValueError):
         ways = "; ".join(dict.fromkeys(_way_out(site) for site in sites))
         names = ", ".join(repr(site.name) for site in sites[:5])
         super().__init__(
-            f"{model} has what no Jacobian choice reaches: {shown}{more}. {ways}. Or leave the derivative there to "
-            f"PyTorch: skip=[{names}] for these modules, or strict=False (--model.strict=false) for all that is found, "
-            "which the report then names."
+            f"{model} has operations that no Jacobian choice reaches: {shown}{more}. {ways}. Or leave their derivative "
+            f"to PyTorch: skip=[{names}] for these modules, or strict=False (--model.strict=false) for every such "
+            "operation; the report names them."
         )
         self.model, self.sites = model, list(sites)
 
