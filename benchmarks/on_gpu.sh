@@ -5,7 +5,7 @@
 #   benchmarks/on_gpu.sh [FOLDER] [PART...]      results go to FOLDER, by default benchmarks/results; all parts by default
 #
 # Each step has its own time limit. The limits of `patching` add up to 530 s, those of `training` to 330 s, those of
-# `science` to 580 s; each call builds the C++ nodes, which takes a second where they are built. A step that fails does
+# `science` to 600 s; each call builds the C++ nodes, which takes a second where they are built. A step that fails does
 # not end the rest: its output and its status stand in FOLDER/on_gpu-PART.log. PYTHON names an interpreter that has the
 # package (by default .venv/bin/python). `science` needs MNIST and CIFAR-10 in the folder that NSLIGHTNING_DATA_DIR
 # names; its results go to FOLDER/science, each finished cell at once, and a second call computes the missing ones.
@@ -83,8 +83,9 @@ science() {
 		failed+=(science)
 		return
 	}
+	step 40 "orders of summation" "$python" -m benchmarks.summation --device cuda --out "$into/summation_cuda.json"
 	local cells=(--scale paper --only precision=32 --only rule=exact)
-	experiment 100 "S_01 by depth" mnist_volume_relu "${cells[@]}" --only 'depth=1|2|3|5|6'
+	experiment 80 "S_01 by depth" mnist_volume_relu "${cells[@]}" --only 'depth=1|2|3|5|6'
 	experiment 40 "S_01 by depth, TF32" mnist_volume_relu "${cells[@]}" --only 'depth=1|2|3|5|6' --set arithmetic=tf32
 	# All images, ten epochs, seed 0 of all cells first.
 	local seed
