@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable
@@ -564,3 +565,14 @@ def test_a_comparison_says_what_nothing_is_published_for(name, scale, said):
     from nslightning.experiments.compare import _nothing_published
 
     assert _nothing_published(Experiment.read(configs.path(f"experiments/{name}"), scale)) == said
+
+
+def test_the_order_of_summation():
+    """The page says of this processor's library what `benchmarks.summation` measured, at every shape that it names."""
+    content = json.loads((ROOT / "benchmarks" / "results" / "summation_cpu.json").read_text())
+    rows = [row for row in content["rows"] if row["dtype"] == "float32" and row["shape"][1] == 784]
+    assert {row["shape"][0] for row in rows} == {16, 64, 256, 512, 1024}  # batch sizes
+    assert {row["shape"][2] for row in rows} == {16, 64, 256, 512, 1024}  # widths
+    assert {(row["best"], row["share"]) for row in rows} == {("blocks=192", 1.0)}
+    last = [100 * row["bias_last"] for row in rows]
+    assert f"in {min(last):.0f} to {max(last):.0f} % with the bias last" in " ".join(PAGE.split())
