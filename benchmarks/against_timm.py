@@ -4,8 +4,8 @@ The pip package of timm has no ``train.py``. One side therefore puts together wh
 settings: ``create_dataset`` and ``create_loader`` without prefetching, ``create_optimizer_v2`` (its ``sgd`` has
 Nesterov's momentum, no weight decay on norms and biases), ``create_scheduler_v2`` stepped by ``step_update`` after each
 step, ``LabelSmoothingCrossEntropy``, autocast around network and loss, one pass over the validation images after the
-last epoch. The other side is ``nslightning fit`` with ``configs/resnet_imagenet_fast.yaml``. What both leave out of the
-recipe: images stay small, the network is timm's ResNet-18, ties and divergence are not watched. Both draw their own
+last epoch. The other side is ``nslightning fit`` with ``configs/resnet_imagenet_fast.yaml``. Both leave parts of the
+recipe out: images stay small, the network is timm's ResNet-18, ties and divergence are not watched. Both draw their own
 weights, order and crops, so the accuracies are compared over seeds. The sides take turns, seed by seed.
 """
 
@@ -43,7 +43,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def cpu_seconds() -> float:
-    """What this process and the processes that it has ended computed."""
+    """Seconds that this process and its finished children computed."""
     used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(u.ru_utime + u.ru_stime for u in used)
 

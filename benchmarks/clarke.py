@@ -1,4 +1,4 @@
-"""What it costs to enumerate a Clarke subdifferential, beside one run of the program, over units and inputs.
+"""The cost of enumerating a Clarke subdifferential, beside one run of the program, over units and inputs.
 
 The program is a network with one hidden layer of n ReLUs on R^p, at 0, where all of them tie; the theory says that it
 has 2 * sum of (n - 1 over k), k < p, sign patterns. Run `python -m benchmarks.clarke` (about five minutes on one core).

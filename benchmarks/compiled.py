@@ -1,7 +1,7 @@
-"""What patching costs a compiled training step: ``python -m benchmarks.compiled``.
+"""The cost of patching for a compiled training step: ``python -m benchmarks.compiled``.
 
 A network is compiled by ``torch.compile`` as it is, and patched. Forward, loss, backward and a step of SGD are timed,
-stock and patched in turn in one run, and the smallest times are compared: what else the machine does makes a step
+stock and patched in turn in one run, and the smallest times are compared: other work of the machine makes a step
 longer, never shorter. Compilation is not timed. The patched step has one choice in force; one graph serves them all.
 """
 

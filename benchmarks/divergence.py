@@ -1,4 +1,4 @@
-"""What measuring the divergence adds to a training step: ``python -m benchmarks.divergence``.
+"""The time that measuring the divergence adds to a training step: ``python -m benchmarks.divergence``.
 
 Each case times a plain step (forward, backward, SGD) in turn with the same step with the divergence of every choice
 measured on it, and then in turn with the naive way: a forward and a backward more for each choice. In pairs, for what

@@ -89,7 +89,7 @@ def released(cells: list[Planned], device: str) -> float:
 
 
 def cpu_seconds() -> float:
-    """What this process and its finished children have taken of the CPU so far."""
+    """Seconds of the CPU that this process and its finished children have taken so far."""
     used = [resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(u.ru_utime + u.ru_stime for u in used)
 

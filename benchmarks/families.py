@@ -178,7 +178,7 @@ TORCHVISION = {
     "optical flow": {"raft_small": _flow},
     "video": {"r3d_18": _video},
 }
-#: What builds a model, by its family and its name.
+#: The functions that build a model, by its family and its name.
 MODELS: dict[tuple[str, str], Callable[[], Built]] = {
     **{("transformers", name): build for name, build in HUGGING_FACE.items()},
     **{("torch_geometric", name): build for name, build in GEOMETRIC.items()},

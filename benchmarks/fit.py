@@ -42,7 +42,7 @@ class Epochs(Callback):
 
     Args:
         device: Where the steps run.
-        between: What runs between two epochs.
+        between: A function to run between two epochs.
     """
 
     reads_step_metrics = False

@@ -1,4 +1,4 @@
-"""What p directional derivatives cost in forward mode, beside one backward, over the dimension p.
+"""The cost of p directional derivatives in forward mode, beside one backward, over the dimension p.
 
 The function is a ReLU network with one layer on R^p, the sum of relu(W x): to evaluate it is one product of a matrix
 and a vector. Forward mode along p directions, the columns of D, computes W D: a product of two matrices. Where the

@@ -1,6 +1,6 @@
-"""What a call costs the host, patched and stock: ``python -m benchmarks.host``.
+"""The host's time for a call, patched and stock: ``python -m benchmarks.host``.
 
-Tensors are so small that the arithmetic costs nothing: what is timed is Python, autograd and the start of kernels.
+Tensors are so small that the arithmetic costs nothing: the times are those of Python, autograd and starting kernels.
 Calls are chained, and one forward and one backward through the chain are timed, so that the figure is microseconds a
 call. ``module`` is a module inside a patched model, as networks call it; ``function`` a functional call inside one;
 ``step`` a whole training step of LeNet-5. Closures run in turn, and the smallest time of each is compared.

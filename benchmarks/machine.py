@@ -1,4 +1,4 @@
-"""What a figure must say of the machine and of how it was timed."""
+"""The facts about the machine and the timing that stand beside every figure."""
 
 import os
 import platform

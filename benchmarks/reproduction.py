@@ -1,4 +1,4 @@
-"""What `make reproduce-all SCALE=small` would take on this processor: a step of each kind of cell, times their number.
+"""The time of `make reproduce-all SCALE=small` on this processor: a step of each kind of cell, times their number.
 
 A training's step is timed on random images, an evaluation counts as a third of a step for each of its images, and a
 pass of `zones` as a step and a second backward. The time is that of the process on the CPU, one thread, so that others
@@ -37,7 +37,7 @@ SIZES = {
 
 
 class Shape:
-    """What building a network asks of images."""
+    """The properties of images that building a network reads."""
 
     num_classes = 10
 

@@ -1,10 +1,10 @@
-"""What a training needs of storage, processors and network as devices are added: ``python -m benchmarks.scaling``.
+"""A training's need of storage, processors and network as devices are added: ``python -m benchmarks.scaling``.
 
 A model on paper. Measured here: the parameters of the network, how many images one core reads, crops and flips a
 second (of the folder that ``--images`` names), how long a checkpoint takes, and what a measured step adds to what two
 processes send each other. Assumed, and listed as such: what one device computes a second, and what storage and network
 carry. Overlap is assumed perfect: the all-reduce of gradients hides behind the backward, two thirds of a step, and only
-what is longer is paid for. What a measured step adds hides behind nothing.
+the rest of it takes time. The sums that a measured step adds hide behind nothing.
 """
 
 import argparse
@@ -29,7 +29,7 @@ class Machine:
     """One device's share of a machine, and what all devices share.
 
     Attributes:
-        images_per_second: What one device trains on, with its data ready.
+        images_per_second: Images that one device trains on a second, with its data ready.
         cores: Processor cores beside one device.
         images_per_core: Images that one core prepares a second.
         network: Bytes a second into and out of one device, in an all-reduce.
@@ -46,7 +46,7 @@ class Machine:
 
 
 def needs(machine: Machine, parameters: int, batch: int, devices: int, choices: int, every: int) -> dict[str, float]:
-    """What a training on several devices needs, and what bounds it.
+    """The needs of a training on several devices, and its bound.
 
     Args:
         machine: Rates.
@@ -58,7 +58,7 @@ def needs(machine: Machine, parameters: int, batch: int, devices: int, choices: 
         every: Steps from one measured step to the next.
 
     Returns:
-        Seconds and rates by name; ``images_per_second`` is what the slowest part leaves of all devices.
+        Seconds and rates by name; ``images_per_second`` is that of all devices together, as the slowest part limits it.
     """
     step = batch / machine.images_per_second
     reduced = 2 * (devices - 1) / devices * 4 * parameters  # ring: each device sends and receives that many bytes
@@ -153,7 +153,7 @@ class Sums(Callback):
 
 
 def measured_step(network: str, choices: int, size: int = 64) -> dict[str, float]:
-    """What a measured step sums over two processes of this machine, beyond what another step does.
+    """The bytes that a measured step sums over two processes of this machine, beyond those of another step.
 
     Args:
         network: A backbone's name.

@@ -5,7 +5,7 @@ in our own order, and in its own shuffled order. Measured are images per second 
 two workers decode and crop: by the clock, and per second of all processes' computing, which other programs on the
 machine do not lengthen. Two questions have an answer of yes or no, by comparing the order of bytes: is an epoch's order
 the same with another number of workers, and does an interrupted epoch go on in the same order under another number of
-workers? Where two libraries need different versions of NumPy, each runs in an environment of its own; the folder itself
+workers? Where two libraries need different versions of NumPy, each runs in its own environment; the folder itself
 is measured in every run.
 """
 
@@ -100,7 +100,7 @@ class Way:
         raise NotImplementedError
 
     def getter(self, folder: Path) -> tuple[Callable[[int], Item], int]:
-        """What reads an image by its number, and how many there are."""
+        """A function that reads an image by its number, and the number of images."""
         raise NotImplementedError
 
     def stream(self, folder: Path, decode: bool, workers: int) -> Any:
@@ -108,7 +108,7 @@ class Way:
         raise NotImplementedError
 
     def resumed(self, folder: Path, before: int, workers: tuple[int, int]) -> list[int] | None:
-        """What comes after an interruption, with another number of workers; None where the library keeps no state."""
+        """The images that come after an interruption, with other workers; None where the library keeps no state."""
         return None
 
 

@@ -1,4 +1,4 @@
-"""What reaching functional calls costs: training steps of a patched network against the stock one.
+"""The cost of reaching functional calls: training steps of a patched network against the stock one.
 
 ``python -m benchmarks.surgery --batch=32`` times one forward and backward of ResNet-50 (modules only), Inception-v3 and
 GoogLeNet (functional calls), and the papers' VGG11 and ResNet-18 on images of CIFAR's size, all in training mode with

@@ -1,9 +1,9 @@
-"""What looking costs: the strict check of the graph at the first step, and whether to look again at each later one.
+"""The cost of looking: the strict check of the graph at the first step, and whether to look again at each later one.
 
 ``python -m benchmarks.watching`` trains networks of torchvision and an encoder of transformers' kind for some steps,
 patched under the reference choice, and takes the time inside the check (``Caller._finish``) by itself: the difference
 of two whole steps is noisier than it. Printed are the median step, the share that the check has of later steps,
-and what the first look took, in steps.
+and the time of the first look, in steps.
 """
 
 import argparse

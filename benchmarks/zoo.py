@@ -1,4 +1,4 @@
-"""What the surgery reaches in every torchvision classifier and in one model of every timm family, or in all small ones.
+"""The surgery's reach in every torchvision classifier and in one model of every timm family, or in all small ones.
 
 ``python -m benchmarks.zoo`` patches each model with an example, runs it forwards and backwards on a small batch before
 and after, and writes one row: the sites reached as modules and as functions, the operations left with PyTorch's own
@@ -180,9 +180,9 @@ def examine(
 
     Args:
         model: Any model, in the mode that it is measured in.
-        args: What one call takes.
-        kwargs: The same by name.
-        patch_example: What `patch` is given as an example, in evaluation mode; without one the call that is measured
+        args: Positional arguments of one call.
+        kwargs: Its keyword arguments.
+        patch_example: The example for `patch`, in evaluation mode; without one the call that is measured
             lists the functional sites.
 
     Returns:
@@ -388,8 +388,8 @@ def page(rows: list[dict[str, str]]) -> str:
         "*Functional* is sites, and their calls where these are more. *Moved* is the number of parameter tensors",
         "whose gradient another choice changes, of those whose gradient is not zero: where it is not 0, the",
         "reference's equal bits were met at real ties. Calls of operations left to PyTorch are those of one forward.",
-        "Most models get images smaller than their own; the column *input* has the size. What runs in",
-        "training mode only (auxiliary heads, dropout) is not measured, but for detectors, which have losses then.",
+        "Most models get images smaller than their own; the column *input* has the size. Parts that run in",
+        "training mode only (auxiliary heads, dropout) are not measured, but for detectors, which have losses then.",
         "The tests compare the models of `benchmarks/families.py` with an oracle below autograd, too.",
         "",
         "| model | family | M param. | input | modules | functional | left to PyTorch | not reported | forward | "

@@ -270,7 +270,7 @@ class GradientDivergence(Callback):
 
         def keep(name: str, gradient: Tensor) -> None:
             # A copy: the engine may hand this very tensor on to `grad`, where DDP and the scaler overwrite it. A
-            # reentrant checkpoint comes to a parameter that it shares by a backward of its own.
+            # reentrant checkpoint comes to a parameter that it shares by a second backward.
             if pl_module not in _EXTRA:  # another callback's passes are not the training's
                 before = self._own.get(name)
                 self._own[name] = gradient.detach().clone() if before is None else before + gradient
@@ -558,8 +558,8 @@ def checked_names(callback: str, key: str, choices: Choices, reserved: Collectio
     """Check that choices can be logged under their names.
 
     Args:
-        callback: What they were given to.
-        key: What it logs.
+        callback: Class name of the callback, for errors.
+        key: Pattern of the logged names, such as ``divergence/<choice>/<norm>``.
         choices: The choices by name, in any way they may be written.
         reserved: Names that it logs something else under.
 

@@ -20,7 +20,7 @@ class LossWatch(Callback):
     """Says at the end of a training that its loss was not finite, from which step on, and how to find the origin.
 
     It says as well when fp16's loss scale left out half of the steps or more. The losses are kept where they are
-    and looked at many at a time, on their device. What was found is read once, at the end: no step computes
+    and looked at many at a time, on their device. The result is read once, at the end: no step computes
     anything, or waits, for it.
     """
 

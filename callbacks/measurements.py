@@ -33,7 +33,7 @@ def own_name(trainer: Trainer, callback: Callback, name: str) -> str:
     Args:
         trainer: The trainer that holds the callback.
         callback: The callback.
-        name: What the first one of its class is called.
+        name: Name of the first callback of the class.
 
     Returns:
         ``name``; ``name-2`` for the second callback of that class, and so on, in the order of the trainer's list.
@@ -113,7 +113,7 @@ def interval(every_n_steps: int, name: str = "every_n_steps") -> int:
 
     Args:
         every_n_steps: The number of steps.
-        name: What the argument is called.
+        name: Name of the argument in the error.
 
     Returns:
         The same.

@@ -31,7 +31,7 @@ class NonsmoothPatch(Callback):
     checkpoint is loaded and a strategy wraps the module. When it stops: in ``teardown``, or when an exception ends the
     run. The module is then exactly what it was, and a second ``fit`` patches it again.
 
-    What a run of ``nslightning fit`` records is recorded here, too: the patch report is printed and written to the
+    It records the same as a run of ``nslightning fit``: the patch report is printed and written to the
     logger's folder as ``patch_report.json`` and ``.txt``, with versions and settings in ``run.json``. Checkpoints name
     the choice. A run that goes on from a checkpoint of another choice warns, or refuses.
 
@@ -48,7 +48,7 @@ class NonsmoothPatch(Callback):
         seed: Seeds the ``"random"`` choice.
 
     Attributes:
-        report: What is patched, or was patched last; None before the first run.
+        report: The report of the patch, or of the last one; None before the first run.
 
     Raises:
         ValueError: If a rule is mistaken.

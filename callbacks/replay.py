@@ -71,7 +71,7 @@ class Replayed(Iterator[Any]):
     """Hands out what was fetched before, as the iterator of Lightning that a step takes.
 
     Args:
-        fetched: What the iterator handed out in one step.
+        fetched: The batches that the iterator handed out in one step.
     """
 
     def __init__(self, fetched: Sequence[Any]) -> None:

@@ -15,12 +15,12 @@ __all__ = ["show_figure", "show_file", "show_record", "show_table", "summarise"]
 
 
 def show_record(trainer: Trainer, config: Mapping[str, Any], record: Mapping[str, Any]) -> None:
-    """Send what a run is to W&B, as its config; to MLflow, as a file; to TensorBoard, as text.
+    """Send a run's config and record to W&B, as its config; to MLflow, as a file; to TensorBoard, as text.
 
     Args:
         trainer: The trainer, on rank 0.
         config: The run's configuration as plain data.
-        record: What ``run.json`` holds.
+        record: The content of ``run.json``.
     """
     content = json.loads(json.dumps({"config": config, "run": record}, default=str))
     for logger in trainer.loggers:
@@ -38,7 +38,7 @@ def show_file(trainer: Trainer, name: str, file: Path) -> None:
 
     Args:
         trainer: The trainer, on rank 0.
-        name: What it is called.
+        name: Name of the table in the logger.
         file: The file; nothing is sent where there is none.
     """
     if not file.is_file():
@@ -60,7 +60,7 @@ def show_table(trainer: Trainer, name: str, columns: Sequence[str], data: Sequen
 
     Args:
         trainer: The trainer, on rank 0.
-        name: What it is called.
+        name: Name of the table in the logger.
         columns: The heads.
         data: The rows.
     """
@@ -81,7 +81,7 @@ def show_figure(trainer: Trainer, name: str, file: Path) -> None:
 
     Args:
         trainer: The trainer, on rank 0.
-        name: What it is called.
+        name: Name of the figure in the logger.
         file: A PNG.
     """
     for logger in trainer.loggers if file.is_file() else []:

@@ -47,7 +47,7 @@ class ZoneMonitor(Callback):
 
     Args:
         choices: The choices by the name they are logged under, written as for :class:`GradientDivergence`.
-        reference: What each one is compared with.
+        reference: The choice that each one is compared with.
         every_n_steps: Optimizer steps between two measurements.
 
     Raises:

@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from torch.nn import _reduction
 from torch.nn.modules._functions import BackwardHookFunction
 
-# What torch.optim's own optimizers are written with: how they read a number that may be a tensor, choose between their
+# The helpers of torch.optim's own optimizers: they read a number that may be a tensor, choose between their
 # implementations, and switch gradients on for `differentiable=True`.
 from torch.optim.optimizer import _default_to_fused_or_foreach as default_to_fused_or_foreach
 from torch.optim.optimizer import _get_scalar_dtype as scalar_dtype
@@ -508,7 +508,7 @@ def as_subclass(result: Any, cls: type) -> Any:
     """Results of a function as PyTorch's own ``__torch_function__`` hands them out.
 
     Args:
-        result: What the function returned.
+        result: The function's result: a tensor, or a nest of tensors and other values.
         cls: The class of tensors that was given to it.
 
     Returns:
@@ -637,7 +637,7 @@ def compile_as(original: Callable[..., Any], replacement: Callable[..., Any]) ->
 def never_compile(functions: Iterable[Callable[..., Any]]) -> None:
     """Let ``torch.compile`` leave the code of functions alone where it compiles frame by frame, after a graph break.
 
-    What they call is compiled as before.
+    Functions that they call are compiled as before.
 
     Args:
         functions: Functions written in Python.
@@ -676,7 +676,7 @@ def traced_functions() -> list[tuple[str, str, str]]:
 
 
 def has_autograd_formula(name: str) -> bool:
-    """Return whether an operator has a formula of its own for its gradient.
+    """Return whether an operator has its own formula for its gradient.
 
     Args:
         name: Such as ``"torchvision::nms"``.

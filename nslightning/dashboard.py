@@ -14,8 +14,8 @@ __all__ = ["CHARTS", "METRICS", "apply", "definition", "workspace"]
 #: The step that Lightning counts; W&B's own goes on at every call that logs, callbacks' calls included.
 STEP = "trainer/global_step"
 
-#: What the panels draw, by section and panel: the name of a metric, or a regular expression (from ``^`` on) where it
-#: holds names of the user's own, of choices, sites and twins; and whether the axis is logarithmic.
+#: The metrics of the panels, by section and panel: the name of a metric, or a regular expression (from ``^`` on) where
+#: the name holds one of a choice, a site or a twin; and whether the axis is logarithmic.
 METRICS: dict[str, dict[str, tuple[str, bool]]] = {
     "Loss and accuracy by choice": {
         "Validation loss": ("val/loss", False),
@@ -74,7 +74,7 @@ def workspace(entity: str, project: str, name: str = "nslightning") -> Workspace
     Args:
         entity: The user or team.
         project: The project.
-        name: What the view is called.
+        name: Name of the view at W&B.
 
     Returns:
         The workspace; nothing is sent.
@@ -144,7 +144,7 @@ def definition(entity: str, project: str, name: str = "nslightning") -> dict[str
     Args:
         entity: The user or team.
         project: The project.
-        name: What the view is called.
+        name: Name of the view at W&B.
 
     Returns:
         ``charts``: the Vega-Lite specs by the name they get at W&B; ``workspace``: the view as the server stores it.
@@ -165,7 +165,7 @@ def apply(entity: str, project: str, name: str = "nslightning") -> str:
     Args:
         entity: The user or team.
         project: The project.
-        name: What the view is called.
+        name: Name of the view at W&B.
 
     Returns:
         The workspace's address.

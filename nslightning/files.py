@@ -159,7 +159,7 @@ def cache_folder(part: str) -> Path:
     """A folder in the user's cache folder, where this operating system has it.
 
     Args:
-        part: What is kept there, such as ``"help"``.
+        part: Name of the folder, after its content, such as ``"help"``.
 
     Returns:
         The folder, which may not exist: ``~/.cache/nslightning/<part>`` on Linux, unless ``XDG_CACHE_HOME`` names

@@ -38,7 +38,7 @@ def did_you_mean(unknown: object, known: Iterable[str], most: int = 1, *, otherw
         unknown: The name that is not known.
         known: The names that are.
         most: How many names to ask about at most.
-        otherwise: What to end with where no known name is alike.
+        otherwise: End of the sentence where no known name is alike.
 
     Returns:
         The question, or ``otherwise``.

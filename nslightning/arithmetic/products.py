@@ -56,7 +56,7 @@ def checked_order(order: str) -> str:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, order: str) -> Tensor:
     r"""A linear layer whose sums are formed in a named order.
 
-    - ``native``: as the installed library does it. On a CPU with MKL that is ``blocks=N`` with an N of its own choice.
+    - ``native``: as the installed library does it. On a CPU with MKL that is ``blocks=N``, and MKL chooses N.
     - ``bias_last``: the library's product, then the bias, :math:`\mathrm{fl}(\mathrm{fl}(x W^T) + b)`, as cuBLAS does.
     - ``sequential``: one accumulator per output, fused multiply-adds in the order of the inputs, then the bias.
     - ``split_k=N``: N slices of the inputs, each the library's product, added up in order, then the bias.

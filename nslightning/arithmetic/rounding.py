@@ -90,9 +90,9 @@ class RandomRounding(TorchDispatchMode):
     probability 1/4; where entries are copied or added up, as gradients of an embedding are, copies stay. A zero stays
     zero.
 
-    Operations that round nothing (:data:`EXACT`: ReLU, max pooling, selections, copies, creations) are left alone. One
-    that is not known rounds: an operation of one's own, too. The backward's operations are rounded like the forward's,
-    and so are the steps of optimizers. Sparse tensors, dtypes of 8 bits and batch norm's running statistics are left
+    Operations that round nothing (:data:`EXACT`: ReLU, max pooling, selections, copies, creations) are left alone.
+    Every other one rounds, your own operations too. The backward's operations are rounded like the forward's, and so
+    are the steps of optimizers. Sparse tensors, dtypes of 8 bits and batch norm's running statistics are left
     alone.
 
     Two runs that differ in the seed alone show what rounding does; a difference that is no larger is not known.

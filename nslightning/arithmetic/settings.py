@@ -165,7 +165,7 @@ class Arithmetic:
         with ExitStack() as stack:
             try:
                 self.switch()
-                # What is entered last sees a call first: halves are widened before their sums are ordered.
+                # The mode that is entered last sees a call first: halves are widened before their sums are ordered.
                 if self.random_rounding:
                     stack.enter_context(RandomRounding(self.seed))
                 if self.order != "native":

@@ -68,7 +68,7 @@ def make_parser(prog: str) -> Arguments:
     """The command's parser.
 
     Args:
-        prog: What the command is called.
+        prog: Name of the command in its usage and error messages.
 
     Returns:
         The parser.
@@ -83,7 +83,7 @@ def make_parser(prog: str) -> Arguments:
     )
     add = parser.add_argument
     add("model", metavar="MODEL",
-        help="timm/NAME, torchvision/NAME or paper/NAME, freshly initialised; package.module:factory of your own, with "
+        help="timm/NAME, torchvision/NAME or paper/NAME, freshly initialised; your own package.module:factory, with "
         "the weights it has; a checkpoint of `nslightning fit`; or a folder that Hugging Face's save_pretrained "
         "wrote")  # fmt: skip
     add("--weights", type=Path, metavar="FILE",

@@ -47,7 +47,7 @@ def includes(content: Any) -> bool:
     """Return whether a config names YAML files that it includes.
 
     Args:
-        content: What a YAML document holds.
+        content: The content of a YAML document.
 
     Returns:
         True if it does.

@@ -19,7 +19,7 @@ __all__ = ["config_schema"]
 _DESCRIBED = (Callback, LightningDataModule, LightningModule, Logger, LRScheduler, Optimizer)
 #: Fits nothing.
 _NOTHING: dict[str, Any] = {"not": {}}
-# What the training hands over to an optimizer or a schedule.
+# The arguments of an optimizer or a schedule that the training passes by itself.
 _HANDED = ("params", "optimizer")
 
 #: Arguments of a class that an included file names.

@@ -18,7 +18,8 @@ __all__ = ["CallError", "Ending", "ended", "ending_of", "root_of"]
 # jsonargparse's accounts of all the types that it tried, around the error that says why.
 _WRAPPED = ("Does not validate against any", "Problem with given class_path", "Parser key", "Problem instantiating")
 
-#: What the system says of a place, and whether another place would help.
+#: The end of the sentence about a file or a folder, by the system's error. For those in ``_PLACE`` the call named the
+#: wrong place; for those in ``_DISK`` the disk is at fault.
 _PLACE = {
     errno.EROFS: "cannot be written: the disk is read-only",
     errno.EACCES: "may not be read or written by this user",
@@ -46,7 +47,7 @@ class Ending:
 
     Args:
         status: The exit status: 1 where something outside the call is at fault, 2 where the call is.
-        message: What is wrong and what to do, in one line or a few.
+        message: One line or a few: the fault, and the way out.
     """
 
     def __init__(self, status: int, message: str) -> None:
@@ -64,9 +65,9 @@ def ended(
     """Do a command's work, and say in a line or two how it ended where it did not end well.
 
     Args:
-        program: What the command is called.
-        work: Does it.
-        go_on: What to say after Ctrl-C or SIGTERM: how it goes on. Notes of the exception say where it stopped.
+        program: Name of the command, which begins the message.
+        work: The function to run; it returns the exit status.
+        go_on: End of the message after Ctrl-C or SIGTERM: the way to go on. The exception's notes say where it stopped.
         output: The option that names where the command writes.
         fault: The exit status for what is refused and is no :class:`CallError`: 1 for a command whose model or data
             are more often at fault than its call.
@@ -76,7 +77,7 @@ def ended(
         after Ctrl-C and 143 after SIGTERM.
 
     Raises:
-        Exception: What is a bug: its traceback is wanted.
+        Exception: An error of no known kind: it is a bug, and its traceback is wanted.
 
     Example:
         >>> ended("nslightning x", lambda: 0)
@@ -101,7 +102,7 @@ def root_of(error: BaseException) -> BaseException:
     """The error that says what was wrong, without the accounts around it.
 
     Args:
-        error: What was raised.
+        error: The error as it was raised.
 
     Returns:
         The error itself, or its innermost cause.
@@ -117,13 +118,13 @@ def ending_of(
     """Return the ending of a command that raised an error.
 
     Args:
-        error: What it raised.
-        began: Whether the work had begun. What goes wrong before is a mistake in the call.
+        error: The error that the command raised.
+        began: Whether the work had begun. An error before that is a mistake in the call.
         go_on: The command that goes on with what was done, where there is one.
         output: The option that names where the command writes.
 
     Returns:
-        Status and message; None for what is a bug: its traceback is wanted.
+        Status and message; None for an error of no known kind, which is a bug.
     """
     cause = root_of(error)
     kinds: tuple[Callable[[BaseException, bool], Ending | None], ...] = (

@@ -19,8 +19,8 @@ class EpochEnds(Callback):
 
     Lightning goes on behind a step's checkpoint as if the validation that follows the step, and the end of the epoch,
     had taken place; and no ``ReduceLROnPlateau`` moves in an epoch that was gone on with. With this callback such a
-    training logs, validates and schedules as the one that was never stopped. What an epoch's steps logged as a mean
-    over the epoch is the mean of the steps since.
+    training logs, validates and schedules as the one that was never stopped. A value that is
+    logged as a mean over the epoch is then the mean over the steps since the checkpoint.
 
     It is the last of the callbacks but for the one that stops, so that it knows in which hook a checkpoint is written.
 
@@ -127,7 +127,7 @@ def _open_again(trainer: Trainer, loops: dict[str, Any]) -> str | None:
         loops: The progress of its loops, changed in place.
 
     Returns:
-        What follows: ``"validation"``, ``"epoch"`` for an epoch's end without one, or None for another step.
+        The event that follows: ``"validation"``, ``"epoch"`` for an epoch's end without one, or None for another step.
     """
     epoch, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
     progress = loops["epoch_loop.batch_progress"]

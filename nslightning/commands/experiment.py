@@ -33,7 +33,7 @@ examples:
   nslightning experiment mnist_lenet_beta --executor submitit --executor-option slurm_partition=gpu --workers 64
   nslightning experiment mnist_lenet_beta --scale small --wandb-sweep sweep.yaml  # the grid as a W&B sweep
 
-What is finished is skipped; what failed or was interrupted is computed by the next call.
+A call skips finished cells, and computes those that failed or were interrupted.
 """
 
 
@@ -55,7 +55,7 @@ def make_parser(prog: str) -> Arguments:
     """The command's parser.
 
     Args:
-        prog: What the command is called.
+        prog: Name of the command in its usage and error messages.
 
     Returns:
         The parser.

@@ -46,7 +46,7 @@ class Call:
             argv: The subcommand and what follows it.
 
         Returns:
-            What it says.
+            The call, its config files and options apart.
 
         Raises:
             ValueError: If a config file cannot be read as one.
@@ -110,7 +110,7 @@ def _found_in(content: dict[str, Any]) -> dict[str, str]:
     options = {key: str(content[key]) for key in _FINDING if content.get(key) is not None}
     model = content.get("model")
     fields = model if isinstance(model, dict) else {}
-    if isinstance(model, str) or "class_path" in fields:  # a LightningModule of one's own
+    if isinstance(model, str) or "class_path" in fields:  # the user's own LightningModule
         options = {"task": "own", "model": str(fields.get("class_path", model))} | options
     if fields.get("backbone") is not None:
         options["model.backbone"] = str(fields["backbone"])
@@ -129,7 +129,7 @@ class Start:
         name: The run's name.
         folder: The folder of the run that goes on; None where a new one begins, or nothing is trained.
         checkpoint: The checkpoint, read and found whole.
-        content: What it holds.
+        content: The content of the checkpoint; empty where there is none.
     """
 
     argv: list[str]
@@ -251,7 +251,7 @@ def _refuse_foreign_classes(config: Path) -> None:
     for name in _code_in(read_config(config)):
         if not name.startswith(("nslightning.", "lightning.", "torch.", "pytorch_lightning.")):
             raise ValueError(
-                f"{config} names code of its own, {name}, and is not read unasked: if you trust it, add "
+                f"{config} names code outside this package, {name}, and is not read unasked: if you trust it, add "
                 f"--config={config}"
             )
 

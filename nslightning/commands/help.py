@@ -35,7 +35,7 @@ _TRAINER = {
     "devices": "How many, or which.",
     "limit_train_batches": "Batches of an epoch, as a number or a share.",
     "fast_dev_run": "Run one batch of everything, and write nothing.",
-    "callbacks": "What watches the training, as in configs/watched_vgg11.yaml.",
+    "callbacks": "Callbacks that watch the training, as in configs/watched_vgg11.yaml.",
     "logger": "Where metrics go besides metrics.csv; false: nowhere.",
 }
 _RUN = {
@@ -53,10 +53,10 @@ class Option:
     """One option of a command.
 
     Args:
-        section: What it belongs to.
+        section: Heading of the help under which it stands.
         flag: As it is written, such as ``--model.backbone``.
-        value: What it takes.
-        text: What it does.
+        value: The form of its values.
+        text: One sentence on its effect.
     """
 
     section: str

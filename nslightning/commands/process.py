@@ -11,7 +11,8 @@ from contextlib import contextmanager
 
 __all__ = ["own_process"]
 
-# What a command sets for the processes that it starts. WANDB_SERVICE stays: W&B's own process outlives a run.
+# Environment variables that a command sets for the processes that it starts. WANDB_SERVICE stays: W&B's own process
+# outlives a run.
 _SET = (
     "NSLIGHTNING_RUN_FOLDER",
     "PL_GLOBAL_SEED",

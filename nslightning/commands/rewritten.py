@@ -63,7 +63,7 @@ class Rejection:
     known: frozenset[str]
 
 
-#: What is wrong in one sentence, and names that may have been meant.
+#: The mistake in one sentence, and the names that were perhaps meant.
 Explanation = tuple[str, Iterable[str]]
 
 
@@ -72,7 +72,7 @@ class Row:
     """One kind of message.
 
     Args:
-        name: What the mistake is.
+        name: Short name of the mistake.
         pattern: The text that it is known by.
         of: Where the text stands: in the innermost one (``root``) or in the one of the value (``value_text``).
         explain: Says it in other words.
@@ -204,7 +204,7 @@ def rejection(message: str, error: Exception | None, known: Iterable[str]) -> Re
         known: The options that the parser has.
 
     Returns:
-        What it says.
+        The rejected option, with the texts of the error and its causes.
     """
     chain = []
     while error is not None:

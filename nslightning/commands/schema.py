@@ -24,7 +24,7 @@ The first line of a YAML file tells an editor with the YAML language server whic
   # yaml-language-server: $schema=PATH
 """
 
-#: What there is a schema of.
+#: The kinds of files that have a schema.
 KINDS = ("config", "experiment")
 
 
@@ -49,7 +49,7 @@ def make_parser(prog: str) -> Arguments:
     """The command's parser.
 
     Args:
-        prog: What the command is called.
+        prog: Name of the command in its usage and error messages.
 
     Returns:
         The parser.
@@ -64,7 +64,7 @@ def make_parser(prog: str) -> Arguments:
     parser.add_argument("kind", choices=KINDS, help="of a config of fit, or of an experiment file")
     parser.add_argument("--out", type=expanded, metavar="FILE", help="make it of what is installed, and write it")
     parser.add_argument("--import", dest="modules", nargs="+", default=[], metavar="MODULE",
-        help="modules of your own, whose callbacks, data and optimizers the schema is to know")  # fmt: skip
+        help="your own modules, whose callbacks, data and optimizers the schema is to know")  # fmt: skip
     return parser
 
 

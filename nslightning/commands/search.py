@@ -113,7 +113,7 @@ class Space:
 
         Args:
             trial: The trial.
-            name: What the parameter is called.
+            name: Name of the parameter in the study.
 
         Returns:
             The value.
@@ -134,14 +134,14 @@ class Search:
     Args:
         name: Of the study.
         folder: Where its trials are; the storage too, unless a URL is named.
-        spaces: What is searched, by the parameter's name.
+        spaces: The values to search, by the parameter's name.
         fit: Options of ``fit``; what comes last wins.
-        metric: What is optimised, as it is logged.
+        metric: Logged name of the metric to optimise.
         direction: ``maximize`` or ``minimize``.
         trials: How many, pruned ones included.
         storage: A URL of a database that Optuna takes; None is a file in the folder.
         prune: Whether a trial is given up whose metric is worse than the median of the earlier ones at its epoch.
-        common: What must stay when the search goes on.
+        common: Settings that a search which goes on must share with its earlier trials.
     """
 
     name: str
@@ -199,8 +199,8 @@ class TrialEnd(NamedTuple):
 
     Args:
         number: Of the trial.
-        values: What it tried, by parameter.
-        metric: What it reached; None where it was pruned or failed.
+        values: The values that it tried, by parameter.
+        metric: The metric after its last epoch; None where it was pruned or failed.
         epochs: After how many epochs.
         status: The exit status of ``fit``.
     """
@@ -241,7 +241,7 @@ def run_command(parser: Arguments, words: list[str], search: Callable[[argparse.
         search: Takes the command's options, and the options of ``fit``.
 
     Returns:
-        What the search returned; 2 where the call is mistaken.
+        The exit status of the search; 2 where the call is mistaken.
 
     Raises:
         SystemExit: After ``--help`` (0) and for arguments that are not understood (2).

@@ -55,7 +55,7 @@ def make_parser(prog: str) -> Arguments:
     """The command's parser.
 
     Args:
-        prog: What the command is called.
+        prog: Name of the command in its usage and error messages.
 
     Returns:
         The parser.
@@ -63,8 +63,8 @@ def make_parser(prog: str) -> Arguments:
     parser = Arguments(
         prog=prog,
         description="Turn FOLDER/train/<class>/<image>, val and test into a few large files, which --data=ImageFolder "
-        "--data.root=OUT reads in place of the folder: the same images in the same order. What was interrupted goes on "
-        "by the same command.",
+        "--data.root=OUT reads in place of the folder: the same images in the same order. After an interruption the "
+        "same command goes on.",
         allow_abbrev=False,
     )
     parser.add_argument("folder", type=expanded, metavar="FOLDER", help="The images; with --verify alone, the shards.")

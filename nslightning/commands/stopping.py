@@ -27,7 +27,7 @@ class Stopped(KeyboardInterrupt):
 
     Attributes:
         status: The exit status: 130 for Ctrl-C, 143 for SIGTERM, 129 for a lost terminal.
-        by: What it was, in words.
+        by: Name of the signal in messages, such as ``Ctrl-C``.
     """
 
     def __init__(self, signum: int) -> None:

@@ -25,7 +25,7 @@ Search any options of a config: each trial is a run of `fit` with other values o
     --search data.batch_size=16|32|64 --trials 20 --epochs 5
 
 A space is a range, 0.1..0.9, of whole numbers where both ends are: 1..8; log: before it draws by the logarithm; or a
-list of values, a|b|c. --search FILE.yaml reads a mapping of options to spaces. What sweep does not take is an option of
+list of values, a|b|c. --search FILE.yaml reads a mapping of options to spaces. Every other option is one of
 fit.
 A search that is called again goes on where it was."""
 
@@ -49,7 +49,7 @@ def make_parser(prog: str) -> Arguments:
     """The command's parser.
 
     Args:
-        prog: What the command is called.
+        prog: Name of the command in its usage and error messages.
 
     Returns:
         The parser.

@@ -21,11 +21,11 @@ __all__ = ["main"]
 
 
 def main(argv: Sequence[str], cli_class: type[TrainCLI] = TrainCLI) -> int:
-    """Run ``fit``, ``validate``, ``test``, ``predict``, or a command that is a ``fit`` of its own kind.
+    """Run ``fit``, ``validate``, ``test``, ``predict``, or a command that trains as ``fit`` does.
 
     Args:
         argv: The command line from the subcommand on.
-        cli_class: What runs it; a command that is not one of the four runs as ``fit``.
+        cli_class: The command line that runs it; a command that is not one of the four runs as ``fit``.
 
     Returns:
         The exit status: 0, 1 for data that are missing or damaged and for a full disk, 2 for a mistaken call, 130 after

@@ -21,7 +21,7 @@ class Limit(NamedTuple):
     Args:
         option: Its name.
         allows: Whether a value is allowed; None always is.
-        says: What values are.
+        says: Description of the allowed values; it ends the sentence "it is ...".
         commands: The subcommands that it matters to; empty for all.
     """
 

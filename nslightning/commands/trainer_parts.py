@@ -29,7 +29,7 @@ def listed(value: Any) -> list[Any]:
 
 
 def _common(trainer: Namespace, arithmetic: str) -> list[Callback]:
-    """The config's callbacks, with the arithmetic and a progress bar where it has none of its own."""
+    """The config's callbacks, with the arithmetic and a progress bar where the config has none."""
     callbacks: list[Callback] = listed(trainer.callbacks)
     if not any(isinstance(c, ArithmeticSetting) for c in callbacks):
         callbacks.insert(0, ArithmeticSetting(arithmetic))

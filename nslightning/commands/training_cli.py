@@ -37,7 +37,7 @@ from nslightning.surgery import selections
 __all__ = ["TASKS", "Parser", "TrainCLI", "training_parser"]
 
 
-#: What ``--task`` trains: the model, the data modules it takes, and what the data tell the model.
+#: For each value of ``--task``: the model, the data modules that it takes, and its arguments that the data set.
 TASKS: dict[str, tuple[type[LightningModule], type[LightningDataModule], tuple[str, ...]]] = {
     "images": (ImageClassifier, ImageDataModule, ("num_classes", "image_shape")),
     "text": (LanguageModel, TokenFile, ("vocab_size", "block_size")),
@@ -50,9 +50,9 @@ class Parser(HelpfulErrors, LightningArgumentParser):
 
 
 class TrainCLI(LightningCLI):
-    """Lightning's command line for :class:`~nslightning.models.ImageClassifier`, or for a LightningModule of one's own.
+    """Lightning's command line for :class:`~nslightning.models.ImageClassifier`, or for your own LightningModule.
 
-    What it adds: one folder per run, in which it goes on with ``--ckpt_path=last``, under its own config; flags win
+    It adds one folder per run, in which it goes on with ``--ckpt_path=last``, under its own config; flags win
     over a checkpoint's hyperparameters; fp16 mixed precision on a CPU.
     """
 
@@ -70,9 +70,7 @@ class TrainCLI(LightningCLI):
         """Add the options for a run's seed, task, name, arithmetic and folder."""
         seed = "Seed of the initial weights, the order of the images, their augmentation and dropout."
         parser.add_argument("--seed_everything", type=int, default=0, help=seed)
-        task = (
-            "What is trained: a backbone, GPT-2, or a LightningModule of one's own, which --model=CLASS_PATH implies."
-        )
+        task = "The task: to train a backbone, GPT-2, or your own LightningModule, which --model=CLASS_PATH implies."
         parser.add_argument("--task", type=Literal["images", "text", "own"], default=self.task, help=task)
         parser.add_argument("--name", type=str | None, default=None, help="Name of the run; by default the config's.")
         words = "How sums are ordered and rounded, and switches, joined by +: bias_last, random_rounding, tf32, ..."

@@ -18,7 +18,7 @@ __all__ = ["TwinsCLI", "main"]
 class TwinsCLI(training_cli.TrainCLI):
     """The command line of ``fit`` for :class:`~nslightning.models.Twins`, with deterministic kernels where they exist.
 
-    What it adds: ``--divergence``, the options of :class:`~nslightning.callbacks.TwinDivergence`.
+    It adds ``--divergence``, the options of :class:`~nslightning.callbacks.TwinDivergence`.
     """
 
     tasks: ClassVar = {"images": (Twins, ImageDataModule, ("num_classes", "image_shape"))}

@@ -55,7 +55,7 @@ def prepared(loggers: Any, folder: Path, tags: Sequence[str]) -> tuple[Any, list
                 )
                 continue
             notes += _prepare(logger.init_args, folder)
-            # What the logger hands on to `wandb.init`: arguments of its own, where jsonargparse finds that function.
+            # jsonargparse lists arguments of `wandb.init` as the logger's where it finds that function.
             if "group" in logger.init_args:
                 logger.init_args.group = logger.init_args.group or folder.parent.name
                 logger.init_args.tags = logger.init_args.tags or list(tags)
@@ -126,7 +126,7 @@ def _cache_is_writable() -> bool:
 
 
 def _start_with_cache(folder: Path) -> None:
-    """Start W&B's own process with a cache of its own; this process keeps its one."""
+    """Start W&B's own process with a separate cache; this process keeps its own."""
     import wandb
 
     before = os.environ.get("XDG_CACHE_HOME")

@@ -45,7 +45,7 @@ def make_parser(prog: str) -> ArgumentParser:
     """The command's parser.
 
     Args:
-        prog: What the command is called.
+        prog: Name of the command in its usage and error messages.
 
     Returns:
         The parser.
@@ -58,7 +58,7 @@ def make_parser(prog: str) -> ArgumentParser:
     parser.add_argument(
         "--choices", nargs="+", type=str, default=["relu1:relu=1"], metavar="NAME:FIELD=VALUE",
         help="The choices that are compared with the reference, as relu1:relu=1 or minimal:max_pool=minimal; a preset "
-        "by its name, as jax. Each of several has a folder of its own in --output. (default: relu1:relu=1)",
+        "by its name, as jax. Each of several has its own folder in --output. (default: relu1:relu=1)",
     )  # fmt: skip
     parser.add_argument(
         "--precisions", nargs="+", type=Literal[16, 32, 64], default=[16, 32, 64], metavar="BITS",
@@ -69,7 +69,7 @@ def make_parser(prog: str) -> ArgumentParser:
 
 
 def _each(choices: list[str], output: str, **options: Any) -> int:
-    """A measurement for each choice; those of several have folders of their own."""
+    """A measurement for each choice; each of several has its own folder."""
     from nslightning.choices import named_choices
 
     names = named_choices(choices)
@@ -109,8 +109,9 @@ def zones(
     """Draw initialisations, take mini-batches without training, and count where two choices give different gradients.
 
     For each precision draws are added, a chunk at a time, until the 95 % confidence interval of the share of draws (or
-    of mini-batches) on which the gradients differ is as narrow as asked. What was computed before is not computed
-    again: a call that was interrupted goes on, a narrower interval adds draws. A folder holds one measurement.
+    of mini-batches) on which the gradients differ is as narrow as asked. A call keeps the draws of
+    earlier calls: after an interruption it goes on, and for a narrower interval it adds draws. A folder holds one
+    measurement.
 
     Args:
         choice: The choice that is compared, as relu1:relu=1 or minimal:max_pool=minimal; a preset by its name, as jax.
@@ -124,7 +125,7 @@ def zones(
         normalise: Subtract the data set's mean and divide by its deviation; false leaves pixels in [0, 1].
         batch_size: Images in a mini-batch.
         batches: Mini-batches per draw; null goes through all training images.
-        norm: What counts as a difference. zone: the gradients differ in any bit, and whether over the reals
+        norm: The criterion for a difference. zone: the gradients differ in any bit, and whether over the reals
             (bifurcation) or by rounding alone (compensation) is decided in float64, without a threshold.
             bitwise_first_layer: any bit of the first layer's gradient (the ReLU'(0) paper). linf_sum and l1_sum: the
             sum over the parameters of the difference's norm exceeds tau (the MaxPool paper).

@@ -13,15 +13,15 @@ __all__ = ["ahead"]
 
 
 def ahead(batches: Iterable[Batch], device: torch.device, cuda: Any = torch.cuda) -> Iterator[Batch]:
-    """Copy each batch to a CUDA device while the device works on the one before, on a stream of its own.
+    """Copy each batch to a CUDA device while the device works on the one before, on a separate stream.
 
     Args:
         batches: In pinned memory, else the copy waits.
-        device: Where to.
-        cuda: What has streams; ``torch.cuda``.
+        device: The CUDA device.
+        cuda: The module of streams: ``torch.cuda``, or a stand-in in tests.
 
     Yields:
-        The batches on the device. What the current stream does with one waits, on the device, for its copy alone.
+        The batches on the device. The current stream's work on a batch waits there for the copy of this batch alone.
     """
     stream = cuda.Stream(device)
     copied: tuple[Batch, Any] | None = None

@@ -119,7 +119,7 @@ class TrainLoader(Loader):
         """Make the next epoch an interrupted one.
 
         Args:
-            state: What ``state_dict`` returned when the checkpoint was written.
+            state: The dict that ``state_dict`` returned when the checkpoint was written.
 
         Raises:
             ValueError: If an epoch was interrupted whose batches were others.
@@ -156,7 +156,7 @@ class TrainLoader(Loader):
 class ResumableDataModule(LightningDataModule, ABC):
     """Items, images or blocks of tokens, in batches of inputs and targets.
 
-    What a training batch holds depends on (seed, epoch, position) only: not on the number of workers or
+    The content of a training batch depends on (seed, epoch, position) only: not on the number of workers or
     processes, nor on interruptions; the global random streams are neither read nor moved.
 
     Args:
@@ -169,7 +169,7 @@ class ResumableDataModule(LightningDataModule, ABC):
 
     Attributes:
         name: Short name of the data set.
-        items: What its items are called.
+        items: Plural noun for its items in messages, such as ``images``.
     """
 
     name: str

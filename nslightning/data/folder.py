@@ -1,4 +1,4 @@
-"""Data sets of image files: ImageNet, and any folder of one's own."""
+"""Data sets of image files: ImageNet, and your own folders."""
 
 import warnings
 from pathlib import Path
@@ -22,7 +22,7 @@ class Folder:
 
     Args:
         root: The folder.
-        fix: What mends a folder that is not like that, for the errors.
+        fix: The command or change that mends a folder of another form, for the errors.
     """
 
     def __init__(self, root: Path, fix: str) -> None:
@@ -77,7 +77,7 @@ class Folder:
 
 
 class ImageFolder(ImageDataModule):
-    """One's own images: ``<root>/train/<class>/<image>``, ``<root>/val/...`` and, if there is one, ``test``.
+    """Your own images: ``<root>/train/<class>/<image>``, ``<root>/val/...`` and, if there is one, ``test``.
 
     Args:
         root: The folder with train and val; or shards that ``nslightning shards`` made of it, in a folder or at an
@@ -89,8 +89,9 @@ class ImageFolder(ImageDataModule):
         seed: Seed of the order and of the augmentation.
         preprocessing: ``he2016`` (resized to 256 for a centre crop of 224, bilinear, ImageNet's mean and standard
             deviation), or that of pretrained weights: ``timm/<name>``, ``torchvision/<name>``.
-        augmentation: What training images undergo, such as ``{auto_augment: rand-m9-mstd0.5-inc1, erasing: 0.25}``
-            (:class:`~nslightning.data.Augmentation`); by default a random resized crop and a flip.
+        augmentation: The augmentation of training images, such as
+            ``{auto_augment: rand-m9-mstd0.5-inc1, erasing: 0.25}`` (:class:`~nslightning.data.Augmentation`); by
+            default a random resized crop and a flip.
         timeout: Seconds without a batch from the workers after which the run ends; 0 waits without end.
     """
 

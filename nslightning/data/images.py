@@ -187,7 +187,7 @@ class FileImages(Draws):
     Args:
         samples: Path and label of every image; in place of a path an image of a shard.
         preprocessing: Size, crop, interpolation, mean and standard deviation.
-        augmentation: What training images undergo; None for images that are evaluated.
+        augmentation: The augmentation of training images; None for images that are evaluated.
         seed: Seed of the augmentation, which depends on (seed, epoch, index, repeat) only.
 
     Attributes:

@@ -25,7 +25,7 @@ def _seed(purpose: int, *key: int) -> int:
 
 
 def generator(purpose: int, *key: int) -> torch.Generator:
-    """A CPU random generator of its own for one purpose.
+    """A separate CPU random generator for one purpose.
 
     Args:
         purpose: ``ORDER``, ``AUGMENT``, ``HOLDOUT``, ``PIXELS`` or ``ERASE``.
@@ -110,7 +110,7 @@ class TrainSampler(DistributedSampler[int]):
     It is a ``DistributedSampler`` so that Lightning leaves it in place under DDP.
 
     Args:
-        dataset: What is sampled.
+        dataset: The data set; its length alone matters.
         batch_size: Items per batch of one process.
         seed: Seed of the order.
         rank: This process.
@@ -164,7 +164,7 @@ class EvalSampler(DistributedSampler[int]):
     """Every item exactly once over all processes: r, r+W, ... for process r of W, nothing padded.
 
     Args:
-        dataset: What is sampled.
+        dataset: The data set; its length alone matters.
         rank: This process.
         world: The number of processes.
 

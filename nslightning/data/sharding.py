@@ -49,7 +49,7 @@ def convert(folder: Path, out: Path, shard_bytes: int, tell: Callable[[str], Non
         tell: Takes a line that says how far it is.
 
     Returns:
-        What was written.
+        The contents of the new folder.
 
     Raises:
         DataError: If the folder is not of that form, a file cannot be read or changes meanwhile, or ``out`` holds a
@@ -209,7 +209,7 @@ def verify(out: Path, folder: Path | None = None, tell: Callable[[str], None] = 
         tell: Takes a line that says how far it is.
 
     Returns:
-        What the shards hold.
+        The contents of the folder of shards.
 
     Raises:
         DataError: If anything differs; the message names the first.

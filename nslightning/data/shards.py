@@ -295,7 +295,7 @@ class ShardSamples(Sequence[tuple["ShardImage", int]]):
             index: The image's number in the split.
 
         Returns:
-            What the file held that was converted.
+            The content of the image file that was converted.
 
         Raises:
             OSError: If the shard cannot be read.

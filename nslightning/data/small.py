@@ -387,7 +387,7 @@ def read_bytes(file: Path | Traversable, fix: str) -> bytes:
 
     Args:
         file: The file.
-        fix: What mends a bad one, for the error.
+        fix: The command or change that mends a bad file, for the error.
 
     Returns:
         Its content.

@@ -230,7 +230,7 @@ def prepare(texts: Sequence[Path], out: Path, tokenizer: str = "bytes", val: flo
         val: The fraction of each file for validation.
 
     Returns:
-        What ``meta.json`` holds.
+        The content of ``meta.json``.
 
     Raises:
         DataError: If a file is missing, is not UTF-8, or there is too little text.

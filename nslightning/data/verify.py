@@ -67,7 +67,7 @@ def parse_idx(content: bytes, dims: int, file: object, fix: str) -> NDArray[np.u
         content: The file's bytes, not compressed.
         dims: The number of dimensions it must have (3 for images, 1 for labels).
         file: Its name, for the error.
-        fix: What mends a bad file, for the error.
+        fix: The command or change that mends a bad file, for the error.
 
     Returns:
         The array, uint8 of shape ``(N, H, W)`` or ``(N,)``, read-only.

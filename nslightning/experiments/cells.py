@@ -32,7 +32,8 @@ class Outcome(NamedTuple):
 
     Args:
         rows: Each ``{"metric": name, "value": number}`` with what it is indexed by, such as ``"epoch"`` or ``"theta"``.
-        provenance: What the numbers depend on besides the settings: data variant, device, dtype, patch fingerprint.
+        provenance: Facts besides the settings that the numbers depend on: data variant, device, dtype, patch
+            fingerprint.
     """
 
     rows: list[Row]
@@ -204,8 +205,8 @@ class TwinCell(TrainCell):
     """Networks that train in lockstep.
 
     Args:
-        choices: What each twin has otherwise, by its name, such as ``{"0": {}, "10": {max_pool: 10}}``; the distances
-            are to the first.
+        choices: The fields in which each twin's choice differs from the cell's, by the twin's name, such as
+            ``{"0": {}, "10": {max_pool: 10}}``; the distances are to the first.
         control: Train the first choice twice; the second is called ``control``.
         steps: Measure before each of this number of steps, not before each epoch.
     """
@@ -227,11 +228,11 @@ class ZoneCell(Cell):
     """Monte Carlo over parameters: on which mini-batches do the gradients of two choices differ?
 
     Args:
-        against: What the second choice has otherwise, such as ``{relu: 1}``.
+        against: The fields in which the second choice differs from the cell's, such as ``{relu: 1}``.
         thetas: How many parameter vectors are drawn, one after another.
         init: How.
         batches: Mini-batches per parameter vector; None goes through all training images.
-        shuffle: Whether each parameter vector meets the images in an order (and augmentation) of its own.
+        shuffle: Whether each parameter vector meets the images in its own order (and augmentation).
         norm: ``bitwise_first_layer``: whether any bit of the first layer's weight gradient differs (paper A);
             ``linf_sum``, ``l1_sum``: the Linf or L1 norms of the difference, summed over the parameter tensors
             (paper B). ``zone``: whether any bit of any gradient differs, and mini-batches by their zone

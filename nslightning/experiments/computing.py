@@ -27,7 +27,7 @@ def compute(kind: str, cell: Cell, device: str, kept: Path | None = None) -> Out
         kept: Where a training keeps what it has computed so far, and goes on from.
 
     Returns:
-        What it measured.
+        Its measurements, with their provenance.
     """
     with cell.computed.applied():
         if isinstance(cell, TrainCell) and kind == "train":

@@ -78,7 +78,7 @@ def run(
         executor_options: Options of the executor that win over the file's.
 
     Returns:
-        What was done.
+        The folder of results, and the cells that were asked for, skipped, computed and failed.
 
     Raises:
         ValueError: If the grid is not admissible; nothing is written then.

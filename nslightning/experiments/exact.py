@@ -225,7 +225,7 @@ def _values(
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """Return the units' values on the images, at chosen biases: a function of k and of the entries among ``near``."""
     batches = h.split(batch_size)
-    if order == "native":  # the library's own kernel, with a bias of its own for each image
+    if order == "native":  # the library's own kernel, with a separate bias for each image
 
         def with_biases(biases: Tensor) -> Tensor:
             parts = zip(biases.split(batch_size), batches, strict=True)

@@ -24,7 +24,7 @@ __all__ = ["SCALES", "Experiment", "Planned", "setting"]
 SCALES = ("smoke", "small", "paper")
 
 _KEYS = ("kind", "title", "note", "figures", "fixed", "vary", "grids", "compare", "resources", "scales")
-#: What a file may say of the computation; no cell's name depends on it.
+#: A file's keys on the computation; no cell's name depends on them.
 _RESOURCES = ("gpus_per_cell", "ray", "submitit")
 
 
@@ -33,7 +33,7 @@ class Planned(NamedTuple):
 
     Args:
         id: Names its file; made from kind and settings, so that a grid may grow without losing what is finished.
-        varied: What distinguishes it in the grid.
+        varied: The settings that vary in the grid, with its values.
         cell: All its settings.
     """
 
@@ -51,9 +51,9 @@ class Experiment:
         kind: Of its cells: ``train`` or ``zones``.
         scale: Which of :data:`SCALES`.
         title: One line.
-        note: What to know when reading the result.
+        note: Remarks for the reader of the result.
         figures: The figures that are drawn from it.
-        fixed: What stays, for all cells.
+        fixed: The settings that all cells share.
         grids: Each a mapping of settings to lists of values; the experiment is the union of their products, the first
             setting varying slowest. ``optimizer_options.beta`` is an entry of a setting that is a mapping, and
             ``{from: 0, count: 3}`` stands for 0, 1, 2.
@@ -97,8 +97,8 @@ class Experiment:
             file: The YAML file.
             scale: One of :data:`SCALES`.
             overrides: Settings that win over the file's, in every cell. They become part of the name, so that the
-                results have a folder of their own.
-            as_published: Take the released procedure, quirks included; the results have a folder of their own.
+                results have their own folder.
+            as_published: Take the released procedure, quirks included; the results have their own folder.
 
         Returns:
             The experiment.

@@ -35,13 +35,13 @@ def build(
 
     Args:
         cell: The settings.
-        images: What it is to classify.
+        images: The images that it classifies.
         device: Where.
         init: How weights are drawn; None is the backbone's own.
         jacobians: Another choice than the cell's.
 
     Returns:
-        The network and what was patched.
+        The network and the report of its patch.
     """
     torch.manual_seed(cell.seed)
     network = create_backbone(cell.backbone, images.num_classes, images.image_shape, False, **cell.options)

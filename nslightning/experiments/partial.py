@@ -21,7 +21,8 @@ SAVED_EVERY = 120.0
 class Partial:
     """The file of a cell that is being computed.
 
-    What another version of the code, of Python or of a library wrote is not gone on with: a cell is computed by one.
+    A file that another version of the code, of Python or of a library wrote is left aside, and the cell begins again:
+    one version computes a whole cell.
 
     Args:
         file: Where; None keeps nothing.

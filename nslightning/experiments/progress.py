@@ -132,7 +132,7 @@ class LiveTable:
         """The table as it is now.
 
         Returns:
-            What rich draws.
+            The object that rich draws.
         """
         now = time.time()
         running = [

@@ -21,7 +21,7 @@ _RANGE = {
 
 _RESOURCES = {
     "type": "object",
-    "description": "What a cell takes, and options of the executors",
+    "description": "The resources of a cell, and options of the executors",
     "properties": {
         "gpus_per_cell": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
         "ray": {"type": "object"},

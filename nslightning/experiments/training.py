@@ -73,7 +73,7 @@ def train(cell: TrainCell, device: str, kept: Path | None = None) -> Outcome:
         measured: dict[str, float] = {"learning_rate": run.optimizer.param_groups[0]["lr"]}
         if run.alive:
             with _counting_zeros(network, cell.count_zeros, where) as zeros:
-                # What counts zeros is kept between epochs only: the counts are not part of the state.
+                # A training that counts zeros is saved between epochs only: the counts are not part of the state.
                 within = None if cell.count_zeros else functools.partial(keep, epoch)
                 measured["train_loss"], measured["train_accuracy"] = run.epoch(images.train, epoch, within)
             tested = {
@@ -149,7 +149,7 @@ class Run:
         """Go on from where the state was taken.
 
         Args:
-            state: What :meth:`state_dict` returned.
+            state: A dict that :meth:`state_dict` returned.
         """
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])

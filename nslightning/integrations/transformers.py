@@ -48,7 +48,7 @@ class NonsmoothTrainerCallback(TrainerCallback):
         strict: Refuse a model with an operation that no choice can reach, instead of naming it in the report.
 
     Attributes:
-        report: What is patched; None before there is a model.
+        report: The report of the patch; None before there is a model.
 
     Raises:
         ValueError: If a rule or the number of steps is mistaken.

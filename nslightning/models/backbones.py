@@ -46,7 +46,7 @@ def create_backbone(
         name: ``paper/<name>`` (see :mod:`nslightning.models.paper`), ``timm/<name>``, with a pretrained tag
             (``timm/resnet50.a1_in1k``) or a source (``timm/hf-hub:...``) where wanted, or
             ``torchvision/<name>``, one of its image classifiers. :func:`list_backbones` lists them.
-            ``my_package.nets:make`` is a network of one's own: the function is called with those of
+            ``my_package.nets:make`` is your own network: the function is called with those of
             ``num_classes``, ``image_shape`` and ``pretrained`` that it names.
         num_classes: size of the output.
         image_shape: (channels, height, width) of the images. A timm network is built for that many channels,
@@ -312,6 +312,6 @@ def _unknown(name: str, known: list[str]) -> ValueError:
         f"there is no backbone {name!r}"
         + (f"; did you mean {', '.join(close)}?" if close else ".")
         + f" Names are {', '.join(f'{known_family}/<name>' for known_family in FAMILIES)}, or package.module:factory"
-        + " for a network of your own; list them with"
+        + " for your own network; list them with"
         + f' python -c "from nslightning.models import list_backbones; {listing}"'
     )

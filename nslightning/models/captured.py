@@ -25,11 +25,11 @@ class _Kind(NamedTuple):
 class CapturedNetwork:
     """Runs a network's training forward from a CUDA graph, and its backward from another.
 
-    The first training batch is captured (``torch.cuda.make_graphed_callables``). What differs from it runs eagerly: a
-    batch of another shape, such as an epoch's last one, evaluation, and each forward that somebody watches: a measured
-    step, and inside :func:`eagerly`. The graphs read the weights, and the choice of each patched operation, from where
-    these lie on the device, so both may change between steps. Buffers and random streams are after the capture what
-    they were before it.
+    The first training batch is captured (``torch.cuda.make_graphed_callables``). Other forwards run eagerly: on
+    a batch of another shape, such as an epoch's last one; in evaluation; in a measured step, whose operations are
+    watched; and inside :func:`eagerly`. The graphs read the weights, and the choice of each patched operation, from
+    where these lie on the device, so both may change between steps. Buffers and random streams are after the capture
+    what they were before it.
 
     Outputs and gradients lie in memory that the next step overwrites.
 
@@ -81,7 +81,7 @@ class CapturedNetwork:
             torch.random.fork_rng(streams),
             torch.autocast(device.type, autocast, enabled=autocast is not None, cache_enabled=False),
         ):
-            # In a module of its own, for the module that is captured has its forward replaced.
+            # In a wrapping module: the captured module's forward is replaced.
             self._graphed = torch.cuda.make_graphed_callables(_Alone(self._network), samples)
         with torch.no_grad():
             for name, buffer in self._network.named_buffers():
@@ -142,7 +142,7 @@ class CapturedStep:
             *batch: The batch's tensors, on one CUDA device.
 
         Returns:
-            What ``differentiate`` returns; the parameters' ``.grad`` hold this batch's gradients alone.
+            The tensors that ``differentiate`` returns; the parameters' ``.grad`` hold this batch's gradients alone.
         """
         shapes = [(tensor.shape, tensor.dtype) for tensor in batch]
         if self._fails or _watched(self._network) or (self._warm and shapes != self._shapes):
@@ -180,7 +180,7 @@ class CapturedStep:
 
 
 def _on_another_stream(run: Callable[..., tuple[Tensor, ...]], batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Run a step on a stream of its own, as a capture will."""
+    """Run a step on another stream, as a capture will."""
     current, other = torch.cuda.current_stream(), torch.cuda.Stream()
     other.wait_stream(current)
     with torch.cuda.stream(other):
@@ -193,7 +193,7 @@ def _recorded(run: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], None]
     """Capture what a function launches, without executing it.
 
     Returns:
-        What executes it, and the function's results, in memory that each execution fills.
+        A function that executes the graph, and the results, in memory that each execution fills.
     """
     graph = torch.cuda.CUDAGraph()
     # Other threads, such as one that pins memory, may go on with what a capture forbids in its own.

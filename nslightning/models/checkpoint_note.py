@@ -62,7 +62,7 @@ class CheckpointNote:
 
         Args:
             checkpoint: The checkpoint's content; it gets the key ``nslightning``.
-            report: What was patched.
+            report: The report of the patch that the weights were trained under.
             optimizer: Class name of the optimizer that trains the weights.
         """
         checkpoint[_KEY] = {
@@ -70,7 +70,7 @@ class CheckpointNote:
             "sites": self.plan.to_list()[1:],
             "fingerprint": report.fingerprint,
             "optimizer": optimizer,
-            "torch": str(torch.__version__),  # a class of its own, which `weights_only` refuses
+            "torch": str(torch.__version__),  # a subclass of str, which `weights_only` refuses
         }
 
     def check(self, checkpoint: Mapping[str, Any], report: PatchReport) -> None:
@@ -78,7 +78,7 @@ class CheckpointNote:
 
         Args:
             checkpoint: The checkpoint's content.
-            report: What is patched now.
+            report: The report of this run's patch.
 
         Warns:
             PatchWarning: If the choice or the patched sites differ, or the checkpoint names none.

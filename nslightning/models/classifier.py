@@ -34,8 +34,8 @@ class ImageClassifier(PatchedModule):
     same for ``test``. Accuracies are fractions.
 
     Args:
-        backbone: ``timm/<name>``, ``torchvision/<name>``, ``paper/<name>``, or ``my_package.nets:make`` for a network
-            of one's own.
+        backbone: ``timm/<name>``, ``torchvision/<name>``, ``paper/<name>``, or ``my_package.nets:make`` for your own
+            network.
         num_classes: Size of the output.
         image_shape: (channels, height, width) of the images. A gray image is repeated over the channels of a backbone
             that only takes three.

@@ -19,7 +19,7 @@ __all__ = ["load_hub_folder", "write_hub_folder"]
 
 _CONFIG, _WEIGHTS, _CARD = "config.json", "model.safetensors", "README.md"
 
-#: What a network is made from.
+#: The hyperparameters that a network is made from.
 _NETWORK = ("backbone", "backbone_options", "num_classes", "image_shape")
 
 
@@ -30,7 +30,7 @@ def write_hub_folder(checkpoint: Path, folder: Path, run: Mapping[str, Any], met
         checkpoint: Of ``nslightning fit``.
         folder: Where; the files of an earlier call in it are replaced, others stay.
         run: The run's record. The card has its settings and versions.
-        metrics: What the run logged of this checkpoint, by name.
+        metrics: The metrics that the run logged at this checkpoint's step, by name.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.

@@ -65,7 +65,7 @@ class LanguageModel(PatchedModule):
             :class:`~nslightning.models.ImageClassifier`. On one GPU, without accumulated gradients.
 
     Attributes:
-        title: What is trained, in a few words.
+        title: Name of the network in reports, such as ``GPT-2 small``.
 
     Raises:
         ImportError: If transformers is not installed.

@@ -1,4 +1,4 @@
-"""Networks of one's own, named ``package.module:factory``."""
+"""The user's own networks, named ``package.module:factory``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class OwnNameError(ValueError):
 
 
 class OwnNetworkError(RuntimeError):
-    """Code of one's own that fails, or a network of it that does not run."""
+    """The user's own code fails, or its network does not run."""
 
 
 def is_own(name: str) -> bool:
@@ -61,7 +61,7 @@ def current_folder_importable() -> Iterator[None]:
 
 @contextmanager
 def without_own_code() -> Iterator[None]:
-    """Refuse networks that are code of one's own: inside, names come from a file that a stranger may have written."""
+    """Refuse networks from the user's own code: inside, names come from a file that a stranger may have written."""
     before = _ONLY_NAMES.set(True)
     try:
         yield
@@ -137,7 +137,7 @@ def _look_up(where: str, attribute: str) -> Any:
 
 
 def _failure(error: Exception) -> str:
-    """An error of code of one's own, with the line that raised it."""
+    """An error of the user's own code, with the line that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     inside = [frame for frame in frames if Path(frame.filename).is_relative_to(Path.cwd())]
     line = f" ({Path(inside[-1].filename).name}, line {inside[-1].lineno})" if inside else ""

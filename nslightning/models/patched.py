@@ -90,13 +90,13 @@ class PatchedModule(LightningModule):
 
     Attributes:
         plan: The choice for every site.
-        patch_report: What was patched, site by site.
+        patch_report: The report of the patch, site by site.
 
     Raises:
         ValueError: If ``"random"`` is to be compiled, or a rule is mistaken.
     """
 
-    #: What a scheduler is stepped by that is not made for steps.
+    #: The unit in which a scheduler is stepped that is not made for steps.
     scheduled_by: ClassVar[Literal["epoch", "step"]] = "epoch"
     _lr_interval: Literal["epoch", "step"] | None = None
     patch_report: PatchReport
@@ -152,8 +152,8 @@ class PatchedModule(LightningModule):
 
         Returns:
             The model. A checkpoint of the command line brings its optimizer along; callables given in Python are
-            not stored, and without them ``configure_optimizers`` warns. Nothing that the file names is run: a network
-            of one's own (``package.module:factory``) is made where ``backbone`` names it here.
+            not stored, and without them ``configure_optimizers`` warns. Nothing that the file names is run: your
+            own network (``package.module:factory``) is made where ``backbone`` names it here.
         """
         if isinstance(kwargs.get("jacobians"), Jacobians):
             kwargs["jacobians"] = kwargs["jacobians"].to_dict()  # what Lightning's instantiator takes

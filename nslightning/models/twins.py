@@ -61,7 +61,7 @@ class Twins(LightningModule):
     The control repeats the first choice. Its distance to the first twin is what everything but the choice makes of
     the weights; with deterministic kernels it is exactly 0.
 
-    There is one optimizer, in which each twin has parameter groups of its own, and one loss per twin. The graphs of
+    There is one optimizer, in which each twin has its own parameter groups, and one loss per twin. The graphs of
     all twins are held at once: a step takes the memory and time of as many separate runs.
 
     Logged: what :class:`~nslightning.models.ImageClassifier` logs, as ``train/<twin>/loss``, ``val/<twin>/acc1`` and
@@ -75,8 +75,8 @@ class Twins(LightningModule):
     Attributes:
         twins: The modules by name; ``twins["beta10"]`` is a trained classifier like any other.
         first: The name of the twin to compare with.
-        title: What is trained, in a few words.
-        patch_report: What was patched in the first twin, and likewise in the others.
+        title: Name in reports, such as ``3 twins of paper/lenet5``.
+        patch_report: The report of the first twin's patch; the other twins are patched likewise.
 
     Raises:
         ValueError: If there are fewer than two twins, or a name cannot be part of a metric's name.

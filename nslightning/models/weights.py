@@ -1,4 +1,4 @@
-"""Weights of one's own: checkpoints of any training, and folders that Hugging Face's ``save_pretrained`` wrote."""
+"""The user's own weights: checkpoints of any training, and folders that Hugging Face's ``save_pretrained`` wrote."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor], source: str)
     Args:
         network: The network.
         weights: Tensors by name; those of other parts (a loss, a metric) are left out.
-        source: What to call the weights in an error.
+        source: Name of the weights in an error, such as their file.
 
     Raises:
         ValueError: If a tensor of the network is missing, or has another shape.
@@ -91,7 +91,7 @@ def network_of_checkpoint(content: Mapping[str, Any], source: str) -> tuple[nn.M
 
     Args:
         content: The checkpoint's content.
-        source: What to call it in an error.
+        source: Name of the checkpoint in an error, such as its file.
 
     Returns:
         The network with its weights, the shape of its images, and its number of classes.
@@ -126,7 +126,7 @@ class HuggingFaceLogits(nn.Module):
     """A Hugging Face model from a local folder, as a function from its input to logits.
 
     Args:
-        folder: What ``save_pretrained`` wrote. Nothing is downloaded.
+        folder: A folder that ``save_pretrained`` wrote. Nothing is downloaded.
 
     Attributes:
         image_shape: (channels, height, width) where it takes images, else None.

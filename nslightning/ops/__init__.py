@@ -1,7 +1,7 @@
 """Nonsmooth operations whose backward takes a chosen element of the generalised Jacobian at ties.
 
-Each family has a file: the records of its operations, its functions and its modules. What a family exports is exported
-here.
+Each family has a file: the records of its operations, its functions and its modules. This package exports the
+exports of all families.
 """
 # ruff: noqa: F403 # a family's file lists its exports, once
 

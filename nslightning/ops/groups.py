@@ -253,8 +253,8 @@ register(
         ),
         choice=(
             "As ``max_pool``, for ``scatter_reduce`` and ``index_reduce`` with ``amax`` and ``amin``. The first entry "
-            "is what stood there before, if it takes part; then they come in the order of the index. What is native "
-            "are equal shares."
+            "is what stood there before, if it takes part; then they come in the order of the index. The native choice "
+            "is equal shares."
         ),
         apply=scattered,
         ties=_scatter_ties,
@@ -355,8 +355,8 @@ register(
             ),
         ),
         choice=(
-            "As ``max_pool``, for ``segment_reduce`` with ``max`` and ``min``, without ``initial``. What is native are "
-            "equal shares, but of a negative gradient each entry receives the whole."
+            "As ``max_pool``, for ``segment_reduce`` with ``max`` and ``min``, without ``initial``. The native choice "
+            "is equal shares, but each entry receives the whole of a negative gradient."
         ),
         apply=segmented,
         ties=_segment_ties,

@@ -301,8 +301,8 @@ register(
         ),
         choice=(
             "As ``max_pool``, for ``max``, ``min``, ``amax``, ``amin`` and ``aminmax``, over all entries or along "
-            "dimensions. What is native differs: ``max(dim)`` gives all to the entry that its index names, the others "
-            "share equally, so that for them every number beta is the same."
+            "dimensions. The native choice differs: ``max(dim)`` gives all to the entry that its index names, the "
+            "others share equally, so that every number beta means the same for them."
         ),
         apply=lambda selection, call: reduction(call.parameters[0], call.x, selection, *call.parameters[1:]),
         ties=lambda call: tied_reductions(call.parameters[0], call.x, *call.parameters[1:]),

@@ -334,7 +334,7 @@ register(
         name="norm",
         formula="the Euclidean norm of vectors",
         kinks=(Kink("x = 0", clarke="the unit ball", stock="0"),),
-        choice="What each entry of a vector whose Euclidean norm is 0 receives, times ``g``; the reference is 0.",
+        choice="The share of ``g`` that each entry of a vector receives whose Euclidean norm is 0; the reference is 0.",
         apply=_apply_norm,
         ties=_norm_ties,
         modules={nn.PairwiseDistance: only(lambda m: 1 < m.norm < math.inf, partial(_pairwise_module, _euclidean))},
@@ -429,7 +429,7 @@ def norm(
         x: Input, any shape, floating dtype.
         dim: The dimensions; None is all.
         keepdim: Keep the reduced dimensions with size 1.
-        at_zero: What each entry of a zero vector receives, times the incoming gradient; None is the reference.
+        at_zero: The share of the incoming gradient that each entry of a zero vector receives; None is the reference.
 
     Returns:
         ``torch.linalg.vector_norm(x, 2, dim, keepdim)``, bit for bit.
@@ -491,8 +491,8 @@ def norm_pool2d(
     Args:
         x: Input of shape (N, C, H, W) or (C, H, W), floating dtype.
         kernel_size: Window height and width, which are also the steps between windows.
-        at_zero: What each entry of a zero window receives, times the incoming gradient: 0 is version 1, 1 is version
-            2; None is the reference, 0.
+        at_zero: The share of the incoming gradient that each entry of a zero window receives: 0 is version 1, 1 is
+            version 2; None is the reference, 0.
         rule: ``published`` forms squares, sums, roots and quotients in the input's precision, as the paper's code.
 
     Returns:

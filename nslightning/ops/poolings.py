@@ -460,7 +460,8 @@ def fractional_max_pool2d(
         output_size: The number of windows, one for both dimensions or one each.
         output_ratio: Their number as a share of the input's size, where ``output_size`` is None.
         return_indices: Also return the flat index, within each channel, of the entry that PyTorch picks.
-        _random_samples: What places the windows, shape (N, C, 2); None draws from PyTorch's stream, as stock does.
+        _random_samples: Places of the windows, in [0, 1), shape (N, C, 2); None draws from PyTorch's stream, as stock
+            does.
         jacobian: As in :func:`max_pool2d`.
         seed: Seeds the private random stream of ``jacobian="random"``.
 
@@ -500,7 +501,8 @@ def fractional_max_pool3d(
         output_size: The number of windows, one for all dimensions or one each.
         output_ratio: Their number as a share of the input's size, where ``output_size`` is None.
         return_indices: Also return the flat index, within each channel, of the entry that PyTorch picks.
-        _random_samples: What places the windows, shape (N, C, 3); None draws from PyTorch's stream, as stock does.
+        _random_samples: Places of the windows, in [0, 1), shape (N, C, 3); None draws from PyTorch's stream, as stock
+            does.
         jacobian: As in :func:`max_pool2d`.
         seed: Seeds the private random stream of ``jacobian="random"``.
 

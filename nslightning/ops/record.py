@@ -213,7 +213,7 @@ class Operation:
         default: The field's default; None is the reference too.
         jax: The choice that JAX makes; None where it agrees with PyTorch, has no such function, or returns NaN.
         tensorflow: The choice that TensorFlow and Keras make; None as for JAX.
-        taken: What stock PyTorch takes at each kink, as the share of the way from the left to the right derivative:
+        taken: Stock PyTorch's derivative at each kink, as the share of the way from the left to the right derivative:
             probed from the installed version when the record is made. Empty where it is no number.
         corners: Elements of the Clarke Jacobian between which all others lie, ``*parameters -> choices``; without it,
             the derivatives on the two sides. Empty where the choices name no such elements.
@@ -499,19 +499,19 @@ def spelled(call: Callable[..., Call | None], *functions: Callable) -> dict[Call
         *functions: The functions.
 
     Returns:
-        What :class:`Operation` takes.
+        A mapping for ``functions`` of :class:`Operation`.
     """
     return dict.fromkeys((*functions, *(overload for f in functions for overload in overloads(f))), call)
 
 
 def plain(name: str) -> dict[Callable, Callable[..., Call | None]]:
-    """The spellings of an operation without parameters of its own, in torch's three homes and ATen.
+    """The spellings of an operation without parameters, in torch's three homes and ATen.
 
     Args:
         name: The name of its functions and methods; in place with an underscore.
 
     Returns:
-        What :class:`Operation` takes.
+        A mapping for ``functions`` of :class:`Operation`.
     """
     homes = (nn.functional, torch, Tensor, torch.ops.aten)
     functions = [f for home in homes if (f := getattr(home, name, None)) is not None]

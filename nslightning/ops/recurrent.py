@@ -23,8 +23,8 @@ Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 class Recurrence:
     """The computation of a recurrent kernel with a relu, as a function of the input and the relu.
 
-    PyTorch's kernel for a CPU runs these very operations, so that the results have its bits. Other devices have kernels
-    of their own.
+    PyTorch's kernel for a CPU runs these very operations, so that the results have its bits. Other devices have other
+    kernels.
 
     Args:
         run: Computes it from the input and the relu.

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 __all__ = ["UNREACHED", "UNSUPPORTED_FUNCTIONS", "UNSUPPORTED_MODULES"]
 
 _RANKED = (
-    "no choice yet: PyTorch ranks equal entries in an order of its own, and the result names the index of the one that "
+    "no choice yet: PyTorch ranks equal entries in its own order, and the result names the index of the one that "
     "it takes"
 )
 _ROOT = "PyTorch computes it with a root, whose derivative at 0 is infinite; ops.norm_pool2d is p = 2 with a choice"
 UNREACHED: dict[str, str] = {
     **dict.fromkeys(("median", "nanmedian", "kthvalue", "topk", "sort", "msort", "quantile", "nanquantile"), _RANKED),
-    **dict.fromkeys(("cummax", "cummin"), "no choice yet: each result is a maximum of its own"),
+    **dict.fromkeys(("cummax", "cummin"), "no choice yet: each result is a separate maximum"),
     **dict.fromkeys(("lp_pool1d", "lp_pool2d", "lp_pool3d"), _ROOT),
     "norm": "p-norms are reached for 1 <= p < inf; with p = inf two kinks meet, and a matrix norm is a singular value",
     "normalize": "reached for 1 <= p < inf",

@@ -64,7 +64,7 @@ class VelocityForm(Optimizer):
         """Load a state as `torch.optim.Optimizer` does, but keep float32 state of half-precision parameters.
 
         Args:
-            state_dict: What `state_dict()` returned.
+            state_dict: A dict that `state_dict()` returned.
 
         Raises:
             ValueError: The state is another optimizer's, or its groups do not match.

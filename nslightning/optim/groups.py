@@ -30,10 +30,10 @@ def parameter_groups(
             names, a list of them, or ``vectors`` (biases, and the scales and shifts of norms). ``lr_scale`` multiplies
             the optimizer's learning rate; anything else is the optimizer's own.
         layer_decay: Learning rate of a layer as a share of the next one's, from the output down (Clark et al. 2020).
-            What a layer is, is timm's to say.
+            timm says which parameters form a layer.
 
     Returns:
-        Groups, of one of which every trained parameter is. A group without a setting takes the optimizer's.
+        Groups; every trained parameter is in one of them. A group without a setting takes the optimizer's.
 
     Raises:
         ValueError: If a rule matches no parameter, or has no ``match``; if the network names no layers.

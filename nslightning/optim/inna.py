@@ -24,9 +24,9 @@ class INNA(VelocityForm):
     the inertial system :math:`\theta'' + \alpha\theta' + \beta\nabla^2 J\,\theta' + \nabla J = 0`, written
     without the Hessian. The paper's auxiliary variable is :math:`\psi = (1 - \alpha\beta)\theta - \beta w`,
     and in these variables the iterates are those of the published algorithm started at
-    :math:`\psi_0 = (1 - \alpha\beta)\theta_0`. What the velocity form makes valid, weight decay and
-    half-precision parameters are as for :class:`~nslightning.optim.INNAprop`; the published decay is added to
-    the step here and applied before it there.
+    :math:`\psi_0 = (1 - \alpha\beta)\theta_0`. Learning rates, schedules, weight decay
+    and half-precision parameters are as for :class:`~nslightning.optim.INNAprop`; the published decay is added
+    to the step here and applied before it there.
 
     The state is `velocity`, as large as that of SGD with momentum; it is not stored when `alpha * beta == 1`,
     where INNA is gradient descent with step `lr * beta`. For the paper's

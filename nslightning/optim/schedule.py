@@ -113,7 +113,7 @@ class WarmupCosine(LambdaLR):
 class TimmSchedule(LRScheduler):
     """A schedule of timm's, by the name that its training script takes.
 
-    What timm counts in epochs is counted here in whatever the scheduler is stepped by: optimizer steps, or epochs.
+    timm's arguments count epochs; here they count calls of ``step``, after each optimizer step or after each epoch.
 
     Args:
         optimizer: The optimizer.

@@ -175,7 +175,7 @@ class Audit:
 
     Args:
         model: The model's name.
-        data: What the batches were.
+        data: Name of the batches, such as the data set and the seed.
         device: Where it ran.
         training: Whether in training mode, else in evaluation mode.
         torch: Version of torch: the reference choice depends on it.
@@ -304,14 +304,14 @@ def audit(
             dict of outputs the first counts.
         batches: Images, and labels or None for random ones.
         dtypes: Names in :data:`DTYPES`. One that the device cannot run is listed in ``not_run``.
-        choices: What to compare with stock PyTorch's choice. None is :func:`choices_of_an_audit`; of the choices that
-            it adds, the findings list those of operations that met ties.
+        choices: The choices to compare with stock PyTorch's, by name. None is :func:`choices_of_an_audit`; of the
+            choices that it adds, the findings list those of operations that met ties.
         device: Where to run.
         training: Training rather than evaluation mode.
         seed: Seeds random labels, dropout and random choices.
         top: Number of parameters named per divergence.
-        name: What to call the model; its class by default.
-        data: What to call the batches.
+        name: Name of the model in the findings; its class by default.
+        data: Name of the batches in the findings.
         progress: Called with a line before each batch of each dtype.
 
     Returns:
@@ -565,7 +565,7 @@ def _sites(reports: Mapping[str, PatchReport], ties: Mapping[str, Mapping[str, T
     sites: dict[tuple[str, str], SiteTies] = {}
     for dtype, report in reports.items():
         for row in report.sites:
-            # What a module evaluates itself is counted under its name, a call under the module and the function.
+            # A module's own ties are counted under its name, those of a call under the module and the function.
             called = row.how == "functional" or (row.how == "unreached" and row.kind.islower())
             name = f"{row.name}:{row.kind}" if called else row.name
             site = sites.setdefault(

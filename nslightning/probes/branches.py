@@ -1,9 +1,9 @@
 """Records the branch that each evaluation of a nonsmooth operation takes, and replays it in another precision.
 
 Branches are imposed, values are not: where a replay's own values lead to the recorded branch they stay as they are, and
-elsewhere the entries that decide are moved as little as puts them on it. What is imposed on an operand is the order in
-which its entries stand (which side of a kink, which of them reach the maximum), never a value of the lower precision,
-whose rounding the replay is there to remove.
+elsewhere the entries that decide are moved as little as puts them on it. A branch imposes the order of an operand's
+entries (the side of a kink, the entries that reach the maximum), never a value of the lower precision, whose rounding
+the replay is there to remove.
 """
 
 from __future__ import annotations
@@ -64,11 +64,11 @@ class Branches:
         return not self.left or not any(numbers(self.left))
 
     def record(self, site: str, operation: Operation, call: Call) -> None:
-        """Keep what a site is given.
+        """Keep the operands of a site's evaluation.
 
         Args:
             site: Its name.
-            operation: What it evaluates.
+            operation: The operation that the site evaluates.
             call: The evaluation.
 
         Raises:
@@ -83,14 +83,14 @@ class Branches:
         self.seen.setdefault(site, []).append(Call(*copied))
 
     def impose(self, site: str, operation: Operation, call: Call) -> None:
-        """Make a site take the recorded branch: overwrite what it is about to be given, as little as needed.
+        """Make a site take the recorded branch: overwrite its operands, as little as needed.
 
         The values belong to a replay's own tensors. They are overwritten without autograd, which differentiates as
         if rounding had led to the same branch.
 
         Args:
             site: Its name.
-            operation: What it evaluates.
+            operation: The operation that the site evaluates.
             call: The evaluation.
 
         Raises:

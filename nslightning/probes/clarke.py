@@ -156,7 +156,7 @@ class Number:
         value: At the point.
         gradient: With respect to the inputs.
         affine: Whether it is an affine function of the inputs along these branches.
-        branches: What decides comparisons.
+        branches: The record that decides comparisons.
     """
 
     __slots__ = ("affine", "branches", "gradient", "value")

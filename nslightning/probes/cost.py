@@ -77,8 +77,8 @@ def cost_ratio(
         warmup: Rounds before these, not measured.
         per_module: Measure the modules one by one too; needs the memory of all their inputs.
         memory: Measure peak memory too.
-        bound: What the verdict compares with.
-        name: What the report calls the model; its class by default.
+        bound: The largest ratio that the theory allows, for the verdict.
+        name: Name of the model in the report; its class by default.
         progress: Called with a line before each part of the work, and in the measured rounds.
 
     Returns:

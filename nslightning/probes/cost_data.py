@@ -313,7 +313,7 @@ class CostReport:
         """A report from its plain data.
 
         Args:
-            data: What :meth:`to_dict` gave, also after a way through JSON.
+            data: A dict that :meth:`to_dict` returned, also after a way through JSON.
 
         Returns:
             The report.
@@ -414,7 +414,7 @@ class CostScaling:
         """A scaling from its plain data.
 
         Args:
-            data: What :meth:`to_dict` gave, also after a way through JSON.
+            data: A dict that :meth:`to_dict` returned, also after a way through JSON.
 
         Returns:
             The scaling.

@@ -124,8 +124,8 @@ def divergence(
             Leaves of the graph, if the difference is to be propagated.
         retain_graph: Keep the graph after the last backward, for whatever comes next on the same loss.
         control: Compare the reference with itself, too, as the choice ``"control"``: a second whole backward of it.
-            What differs then is the noise floor of the arithmetic, and a divergence that is no larger says nothing. It
-            is exactly 0 where sums repeat themselves, and not under :class:`~nslightning.arithmetic.RandomRounding` or
+            Its divergence is the noise floor of the arithmetic: a divergence that is no larger says nothing. It is
+            exactly 0 where sums repeat themselves, and not under :class:`~nslightning.arithmetic.RandomRounding` or
             with kernels that add up in no fixed order. A difference that is propagated was not subtracted: its control
             is 0.
 
@@ -237,7 +237,7 @@ def measure_difference(difference: Mapping[str, Tensor], reference: Mapping[str,
     """The divergence of two sets of gradients of which one and the difference are known.
 
     Args:
-        difference: What the choice adds to the reference's gradients, by parameter name.
+        difference: The choice's gradients less the reference's, by parameter name.
         reference: Gradients of the same names and shapes.
 
     Returns:
@@ -255,12 +255,12 @@ def measure_differences(
 ) -> dict[str, Divergence]:
     """The divergence of each of several sets of gradients from one reference, of which the differences are known.
 
-    What the norms need of the reference is computed once for all choices. For parameters that no difference reaches
+    The reference's norms are computed once for all choices. For parameters that no difference reaches
     only the squares are computed.
 
     Args:
-        differences: What each choice adds to the reference's gradients, by parameter name, with the choice's name:
-            one after the other, so that one at a time is in memory if they come from
+        differences: For each choice its name, and its gradients less the reference's by parameter name: one after
+            the other, so that one at a time is in memory if they come from
             :meth:`nslightning.probes.Recording.carried`.
         reference: Gradients of the same names and shapes.
 

@@ -93,9 +93,9 @@ def gradients_in_turn(
         loss: A 0-d tensor computed by a forward of the patched ``model``, its graph not yet freed.
         model: A patched model, or one that contains patched ones.
         choices: The choices.
-        named: What to differentiate for, by name.
-        retain_graph: Keep the graph after the last backward. If not, what choices cannot matter to is freed after the
-            first.
+        named: The tensors to differentiate for, by name.
+        retain_graph: Keep the graph after the last backward. If not, the part in which choices cannot matter is freed
+            after the first.
 
     Yields:
         ``{name: gradient}`` for each choice; one and the same tensor wherever the choices cannot matter.

@@ -36,7 +36,7 @@ _SUMS = ("AddBackward0", "SubBackward0")
 _SAME_ENTRIES = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "TransposeBackward0",
                  "PermuteBackward0", "UnsqueezeBackward0", "SqueezeBackward0", "SqueezeBackward1", "CloneBackward0",
                  "ToCopyBackward0")  # fmt: skip
-# What a product of matrices keeps of the layer below.
+# The saved tensor by which a product of matrices refers to the layer below.
 _BELOW = {"AddmmBackward0": "_saved_mat1", "MmBackward0": "_saved_self", "LinearBackward0": "_saved_input"}
 _WEIGHT = {"AddmmBackward0": 2, "MmBackward0": 1, "LinearBackward0": 1}
 
@@ -139,7 +139,8 @@ def clarke_guarantee(model: nn.Module, *args: Any, jacobians: Jacobians | None =
         **kwargs: The model's keyword inputs.
 
     Returns:
-        What is known of each site. A site that is not covered may have a gradient in the subdifferential all the same.
+        The theorem that covers each site, or the reason why none does. A site that is not covered may have a gradient
+        in the subdifferential all the same.
 
     Raises:
         ValueError: If the model is not patched.

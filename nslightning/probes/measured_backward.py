@@ -22,7 +22,7 @@ __all__ = ["measured_backward"]
 def measured_backward(model: nn.Module, choices: Mapping[str, Choice]) -> Iterator[dict[str, Divergence]]:
     """Measure other choices on the first ``loss.backward()`` inside the block, from any caller.
 
-    For training loops of your own, of timm or of Accelerate. The gradients that the loop gets are bit for bit those
+    For your own training loop, and those of timm or Accelerate. The gradients that the loop gets are bit for bit those
     that it gets without the measurement. Of other choices only the differences are computed, carried down from the
     ties.
 

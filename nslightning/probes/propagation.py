@@ -60,8 +60,8 @@ class _Met:
     Args:
         node: The operation's backward node.
         in_use: The choice under which the backward ran.
-        vjp: What its gradients would be under any choice.
-        difference: What those under one choice add to those under another, if the operation knows a way of its own.
+        vjp: Returns the gradients of its operands under a choice.
+        difference: Returns the gradient under one choice less that under another, if the operation forms it directly.
     """
 
     node: Any
@@ -99,7 +99,7 @@ class Recording:
     def backward(self, loss: Tensor, *args: Any, **settings: Any) -> None:
         """Run ``loss.backward()`` and keep only the part of its graph that differences are carried through.
 
-        What lies above the highest operation that met ties is freed while the backward runs, as without
+        The graph above the highest operation that met ties is freed while the backward runs, as without
         ``retain_graph``, unless ``whole`` is set.
 
         Args:
@@ -218,8 +218,8 @@ class Recording:
         """Carry differences down to the tensors that are differentiated for.
 
         Args:
-            starts: What :meth:`starts` returned, or multiples of it: the carrying is linear.
-            choice: The choice for which it did.
+            starts: The list that :meth:`starts` returned, or multiples of its differences: the carrying is linear.
+            choice: The choice that :meth:`starts` took.
             tensors: Parameters or inputs.
             retain_graph: Keep the graph for another pass.
 
@@ -269,8 +269,8 @@ class Recording:
 def recording(model: nn.Module) -> Iterator[Recording]:
     """Record what the backwards inside the block meet at ties.
 
-    What is compiled reports nothing, and what runs inside a custom function reports operations that are not in the
-    loss's graph: :meth:`Recording.refuse_strangers` raises on those.
+    Compiled code reports nothing, and operations inside a custom function are reported without being in the loss's
+    graph: :meth:`Recording.refuse_strangers` raises on those.
 
     The backward may be any: that of a training step serves, by ``loss.backward(retain_graph=True)`` or cheaper by
     :meth:`Recording.backward`, and spares the one that :func:`differences` runs for the reference.
@@ -328,8 +328,8 @@ def differences(
 
     and everywhere else it is backpropagated like a gradient. The second term, nothing but for ties, is formed at each
     operation from the g_i of one reference backward; one backward under the choice, started at all these places at
-    once, carries both terms down. What lies above the highest tie is never visited, and where no tie matters nothing
-    is: the differences are then exactly 0. A pooling window of zeros behind a ReLU ties always and matters never: the
+    once, carries both terms down. The graph above the highest tie is never visited. Where no tie matters, no backward
+    runs and the differences are exactly 0. A pooling window of zeros behind a ReLU ties always and matters never: the
     difference is taken through the ReLUs right below its start before anything else runs.
 
     Args:
@@ -365,11 +365,11 @@ def agrees(
     They agree where everything that gradients pass on their way is linear; hooks and custom backwards need not be.
 
     Args:
-        loss: What they are gradients of. Under autocast parts of its graph have fewer digits than the parameters, and
+        loss: The loss of both gradients. Under autocast parts of its graph have fewer digits than the parameters, and
             round more.
         gradients: A choice's.
         reference: The other choice's.
-        carried: What the choice adds to them, as :meth:`Recording.carried` says.
+        carried: The first less the second, as :meth:`Recording.carried` formed it.
 
     Raises:
         UnseenError: If they are.
@@ -400,7 +400,7 @@ def refuse_unseen(loss: Tensor, named: Mapping[str, Tensor]) -> None:
 
     Args:
         loss: A tensor computed by a forward.
-        named: What is differentiated for, by name.
+        named: The tensors to differentiate for, by name.
 
     Raises:
         UnseenError: If a part was compiled or is computed again by a checkpoint of ``use_reentrant=True``, if
@@ -416,7 +416,7 @@ def refuse_unseen(loss: Tensor, named: Mapping[str, Tensor]) -> None:
         raise UnseenError("parameters are distributed over processes (FSDP2): use method='subtract'")
     if communicates(loss):
         raise UnseenError(
-            "the backward exchanges values between processes (SyncBatchNorm, say), of which each has ties of its own: "
+            "the backward exchanges values between processes (SyncBatchNorm, say), each of which has its own ties: "
             "use method='subtract'"
         )
 

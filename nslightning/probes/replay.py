@@ -50,17 +50,17 @@ class Replay(nn.Module):
         return not autocast and kinds <= {dtype, dtype.to_complex()}
 
     def at(self, dtype: torch.dtype | None, work: Callable[[Tensor], _T]) -> _T:
-        """Do something with the loss, backwards included, while the model's tensors are those of the run.
+        """Call a function of the loss, backwards included, while the model's tensors are those of the run.
 
         Every run draws the same random numbers. Autocast holds where the model runs as it is.
 
         Args:
             dtype: The precision to cast parameters, buffers and inputs to; None leaves all but the buffers, which are
                 copied, the model's own.
-            work: What to do.
+            work: The function; it takes the loss.
 
         Returns:
-            What ``work`` returns.
+            The function's result.
         """
 
         def cast(t: Any) -> Any:

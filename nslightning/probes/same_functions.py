@@ -136,7 +136,7 @@ def _windows(x: Tensor, geometry: Regular, outside: float) -> Tensor:
 
 
 def _patches(functions: Tensor, geometry: Regular) -> Tensor:
-    """Number the windows by the functions that they hold; the padding is a function of its own."""
+    """Number the windows by the functions that they hold; the padding counts as one more function."""
     numbers = functions[:, None].double()
     entries = _windows(numbers, geometry, -1.0).transpose(1, 2)
     height, width = (

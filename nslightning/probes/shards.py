@@ -51,7 +51,8 @@ def local(t: Tensor) -> Tensor:
         t: Any tensor.
 
     Returns:
-        The part; the tensor itself where it is not distributed. What is a sum over processes is added up first.
+        The part; the tensor itself where it is not distributed. A sum whose terms lie in several processes is formed
+        first.
     """
     if not is_shard(t):
         return t

@@ -76,7 +76,7 @@ def step_cost(
     Args:
         build: Makes the network, on its device and in training mode.
         data: Makes a batch: inputs and labels of a classification, on the same device.
-        choices: What a measured step compares with ``jacobians``.
+        choices: The choices that a measured step compares with ``jacobians``, by name.
         jacobians: The choice that the patched network trains under.
         optimizer: Makes the optimizer of ``(parameters, lr)``.
         repetitions: Rounds that count.

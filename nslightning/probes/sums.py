@@ -145,7 +145,7 @@ def rows(
     Args:
         gradients: Dense gradients a, or differences d = a - b if they were carried.
         reference: Dense gradients b of the same shapes.
-        square: What :func:`squares` says of them.
+        square: The squared length of each b, from :func:`squares`.
         carried: Whether ``gradients`` holds differences.
 
     Returns:

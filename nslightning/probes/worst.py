@@ -175,7 +175,7 @@ class _Search:
         model: The model.
         loss: Its loss.
         reference: The choice to compare with.
-        met: What the forward evaluated.
+        met: The forward's evaluations.
     """
 
     def __init__(self, model: nn.Module, loss: Tensor, reference: Jacobians, met: list[_Met]) -> None:
@@ -338,7 +338,7 @@ class _Mixture:
     input.
 
     Args:
-        nodes: What is varied.
+        nodes: The evaluations to vary, by their backward nodes.
         corner: The index of the element of each tie, of the weights' shape or 0-d.
     """
 

@@ -100,7 +100,7 @@ def zone(
     tie, are active, or win their window. Parameters, buffers and inputs are cast exactly, batch norm computes its
     statistics again, dropout draws the same masks. D is then carried down (:func:`~nslightning.probes.differences`).
 
-    What float64 finds is never quite 0 where terms cancel: over a constant background, say, every tied entry stands on
+    D in float64 is never quite 0 where terms cancel: over a constant background, say, every tied entry stands on
     the same patch, and its weight gets the sum of what the entries gain and lose. Two errors of D are therefore
     measured, not bounded a priori:
 

@@ -31,7 +31,7 @@ class Text:
     """A paragraph. Words between backticks become code.
 
     Args:
-        text: What it says.
+        text: The words.
         kind: ``""``, ``"quiet"`` for an explanation, ``"missing"`` for what was not recorded, ``"advice"``, or
             ``"heading"``.
     """
@@ -59,9 +59,9 @@ class Cell:
     """A cell whose look says something.
 
     Args:
-        text: What it shows.
+        text: Its content.
         kind: Of a number ``"number"``, ``"zero"`` or ``"hot"``; ``""`` of a text.
-        title: What a pointer that rests on it shows.
+        title: A note that appears under a resting pointer.
     """
 
     text: str
@@ -74,7 +74,7 @@ class Table:
     """A table whose first column names the rows.
 
     Args:
-        label: What the table is of, for a screen reader.
+        label: Name of the table for a screen reader.
         head: The columns' names.
         numeric: Of each column, whether it holds numbers.
         rows: The cells of each row.
@@ -96,9 +96,9 @@ class Figure:
     Args:
         spec: Name of the Vega-Lite spec in ``charts/``.
         data: One row per mark.
-        alt: What it shows, in a sentence.
+        alt: Description for readers who do not see it, in a sentence.
         title: Its heading.
-        note: What a reader must know to read it.
+        note: Explanation beside the figure.
         choose: Columns of which the reader picks one value.
         focus: Column of which the reader may pick one value to see alone.
         first: A column, and how many of its values are drawn before the reader asks for all.
@@ -124,7 +124,7 @@ class Fold:
     """Parts that a reader opens.
 
     Args:
-        summary: What is inside.
+        summary: Title of the closed fold.
         parts: The parts.
     """
 
@@ -142,7 +142,7 @@ class Section:
 
     Args:
         title: The heading.
-        parts: What stands below it.
+        parts: Its content.
     """
 
     title: str
@@ -160,9 +160,9 @@ class Page:
 
     Args:
         title: Its title.
-        lead: What the page is about, below the title.
+        lead: Introduction to the subject, below the title.
         sections: Its sections.
-        subtitle: What was measured, and how.
+        subtitle: The measurement: model, data, device, versions.
     """
 
     title: str
@@ -196,7 +196,7 @@ def table(label: str, head: Sequence[str], rows: Iterable[Sequence[Any]], marks:
     """A table of texts and numbers.
 
     Args:
-        label: What the table is of.
+        label: Name of the table for a screen reader.
         head: The columns' names.
         rows: Texts, numbers, None for a number that is missing, and :class:`Cell` for cells with a look.
         marks: Of each row, as :class:`Table` takes them; none by default.
@@ -257,7 +257,7 @@ def render(page: Page) -> str:
     """A page as one HTML file.
 
     Args:
-        page: What it holds.
+        page: The page.
 
     Returns:
         The source; it makes no request to any server, and a policy makes the browser refuse one.

@@ -83,7 +83,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
     Args:
         config: A config file's content.
-        prefix: What the names start with.
+        prefix: Beginning of each name.
 
     Returns:
         Values by dotted name.
@@ -148,7 +148,7 @@ def read_run(folder: str | Path) -> RunFolder:
         folder: The folder.
 
     Returns:
-        What it holds.
+        The run's record, config and measurements.
 
     Raises:
         ReportError: If a file in it is not what a run writes.

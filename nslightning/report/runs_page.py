@@ -357,8 +357,8 @@ def _weights(runs: Sequence[RunFolder]) -> Section:
         return Section(title, [Text(missing, "missing")])
     note = (
         "L1 distance of all weights to those of the first twin, which started from the same weights and saw the same "
-        "batches, or to the reference that is named. Bars in the strip below: exactly 0, the same to the bit. What "
-        "lies at or below the control is not the choice's doing."
+        "batches, or to the reference that is named. Bars in the strip below: exactly 0, the same to the bit. "
+        "Distances at or below the control's are not the choice's doing."
     )
     alt = "L1 distance of the weights by optimizer step, a line for each twin or reference."
     return Section(title, [_log_series(tables, "twin", "value", note, alt)])

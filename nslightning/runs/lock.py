@@ -39,7 +39,7 @@ class RunLock:
         except Timeout:
             raise ValueError(
                 f"{folder} is in use by {_in_words(self._read())}: two processes would write into the same files. "
-                "Wait until it ends, or stop it; without --ckpt_path a new run gets a folder of its own"
+                "Wait until it ends, or stop it; without --ckpt_path a new run gets its own folder"
             ) from None
         me = {
             "pid": os.getpid(),

@@ -109,7 +109,7 @@ class MetricsFile(CSVLogger):
 
         Args:
             step: The last step that the checkpoint counts, as in the table.
-            rows: What :meth:`rows_of` was when the checkpoint was written.
+            rows: The number that :meth:`rows_of` returned when the checkpoint was written.
         """
         file = Path(self.experiment.metrics_file_path)
         if not file.exists():

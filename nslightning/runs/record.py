@@ -31,7 +31,7 @@ __all__ = [
 #: How a run may end: by itself, by a signal, by an error.
 End = Literal["finished", "stopped", "failed"]
 
-# What a config says of the call, not of the run.
+# Keys of a config that concern the call, not the run.
 _OF_THE_CALL = ("config", "ckpt_path", "weights_only", "name", "output")
 
 
@@ -52,7 +52,7 @@ class Segment:
         words: Its words after the subcommand.
         started: When, in UTC.
         to_step: The step before which the next segment begins; None for the last one.
-        changed: What is not as in the segment before: its value there and here, by name.
+        changed: The settings that differ from the segment before: by name, the value there and the value here.
         resumed_at: Steps at which a process went on, with nothing changed.
         checkpoint: The file that the first step began from, where there was one.
     """
@@ -97,7 +97,7 @@ def with_segment(before: Sequence[Segment], new: Segment) -> list[Segment]:
     Args:
         before: Those that the record holds. One that begins at the new one's first step, or later, was given up: none
             of its steps is kept.
-        new: What holds from its first step on.
+        new: The segment that begins now.
 
     Returns:
         The segments; the last one is continued where nothing has changed.
@@ -251,7 +251,7 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
 
     Args:
         config: A config file's content, or a part of it.
-        prefix: What the names start with.
+        prefix: Beginning of each name.
 
     Returns:
         Values by name.

@@ -26,7 +26,7 @@ def chosen(x: Tensor, others: list[Tensor], spec: str) -> list[Tensor]:
         spec: The operation, its parameters and the choice, as JSON.
 
     Returns:
-        What the stock operation returns.
+        The stock operation's result.
     """
     with torch.no_grad():
         return _results(_evaluate(x, others, spec))
@@ -98,10 +98,10 @@ def exported(operation: Operation, selection: Selection, call: Call) -> Any:
     Args:
         operation: The operation.
         selection: The choice; the exported graph keeps the one now in force, and ``using`` does not reach it.
-        call: What is evaluated.
+        call: The call to evaluate.
 
     Returns:
-        What the stock operation returns.
+        The stock operation's result.
 
     Raises:
         RuntimeError: If the operation is part of something else, or has a parameter that a graph cannot keep.

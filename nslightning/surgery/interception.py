@@ -61,7 +61,7 @@ class Ranked(NamedTuple):
     Args:
         first: The number of the first autograd node that it made.
         last: The number after the last one's.
-        part: What is kept with the module that made the call.
+        part: The surgery's record of the module that made the call.
         operation: The operation, which has no choice.
         kind: The name of the function.
     """
@@ -78,11 +78,11 @@ class FunctionalCalls(TorchFunctionMode):
 
     Args:
         surgery: The surgery of the model that is running.
-        part: What is kept with the module whose code runs.
+        part: The surgery's record of the module whose code runs.
         recording: Note which autograd nodes each site and each module makes.
 
     Attributes:
-        part: What is kept with the innermost patched module whose code is running.
+        part: The surgery's record of the innermost patched module whose code is running.
         differentiating: Whether gradients were wanted when the run began.
         evaluations: How often each row of the report was evaluated.
         owned: Ranges of autograd nodes that a site made, or a call that the report names or the surgery leaves alone.
@@ -123,7 +123,7 @@ class FunctionalCalls(TorchFunctionMode):
         self.evaluations[id(site)] = (site, self.evaluations.get(id(site), (site, 0))[1] + 1)
 
     def own(self, start: int, end: int) -> None:
-        """Note that an operation with a choice of its own made some nodes.
+        """Note that an operation with its own choice made some nodes.
 
         Args:
             start: The number of the first node.
@@ -136,7 +136,7 @@ class FunctionalCalls(TorchFunctionMode):
         """The number, from 0, of the call of an operation that a module now makes.
 
         Args:
-            part: What the surgery keeps with the module.
+            part: The surgery's record of the module.
             operation: The field of :class:`~nslightning.Jacobians`.
 
         Returns:
@@ -155,7 +155,7 @@ class FunctionalCalls(TorchFunctionMode):
             func = Tensor.norm
         if func in FORGETFUL and not torch.compiler.is_compiling():
             args, kwargs = arguments_as_called(func, args, kwargs)
-        # What is written into `out=` has no gradient, and PyTorch refuses it where one is wanted.
+        # A result in `out=` has no gradient, and PyTorch refuses `out=` where one is wanted.
         operations = FUNCTIONS.get(func, ()) if kwargs.get("out") is None else ()
         for operation in operations:
             call = operation.functions[func](*args, **positional(kwargs))
@@ -250,10 +250,10 @@ def evaluate(operation: Operation, selection: Selection, call: Call) -> Any:
     Args:
         operation: The operation.
         selection: The choice.
-        call: What is evaluated.
+        call: The call to evaluate.
 
     Returns:
-        What the stock call returns; a subclass of tensors comes back as itself.
+        The stock call's result; a subclass of tensors comes back as itself.
     """
     if is_exporting() and torch.is_grad_enabled():
         with disable_function_modes():

@@ -59,7 +59,7 @@ class Looked(Caller):
     Args:
         module: The module.
         name: The name of the property or the method.
-        part: What the surgery keeps with the module.
+        part: The surgery's record of the module.
         definer: The class that defines it.
     """
 

@@ -83,7 +83,7 @@ class Method(metaclass=_MethodType):
     Args:
         module: The module.
         name: The method's name.
-        part: What the surgery keeps with the module.
+        part: The surgery's record of the module.
         replaced: The attribute that the instance had under this name before.
     """
 
@@ -241,7 +241,7 @@ class SiteForward(Method):
             kwargs: Its keyword arguments.
 
         Returns:
-            What the stock module returns, bit for bit.
+            The stock module's result, bit for bit.
         """
         part = self.part
         surgery, (site, operation, cls) = part.surgery, part.reached
@@ -672,7 +672,7 @@ def _teach_the_compiler() -> bool:
 
 
 def _traced_custom_functions() -> Iterator[str]:
-    """The custom functions, and operators with a formula of their own, in the graph being traced."""
+    """The custom functions, and operators with their own formula, in the graph being traced."""
     for name, file, code in traced_functions():
         places = file.replace("\\", "/").split("/")
         if name == "autograd_function_apply" and not {"nslightning", "torch"} & set(places):

@@ -57,7 +57,7 @@ def patch(
     model's methods run.
 
     The patch cannot reach some operations, which would keep PyTorch's own derivative: an operation that has no choice
-    (``topk``, ``median``, ...), a scripted part, an autograd function or operator with a backward of its own, a
+    (``topk``, ``median``, ...), a scripted part, an autograd function or operator with its own backward, a
     call that a checkpoint computes again. Each of them is an error. If the modules or the ``example`` show the
     operation, this function raises and leaves the model as it was; otherwise the first forward with gradients raises.
 

@@ -151,7 +151,7 @@ class Surgery:
         """The rules that hold for the call of an operation that a module now makes.
 
         Args:
-            part: What is kept with the module.
+            part: The surgery's record of the module.
             operation: The field of :class:`~nslightning.Jacobians`.
             number: Returns the number of the call; None if no patched forward is running.
 

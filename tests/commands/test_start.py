@@ -111,7 +111,9 @@ def test_a_checkpoint_by_its_path_takes_the_config_beside_it():
 def test_a_config_beside_a_checkpoint_names_no_class_of_its_own_unasked():
     folder = write_run(Path("stranger/x/001"), data={"class_path": "evil.Data"})
     file = folder / "checkpoints/last.ckpt"
-    with pytest.raises(ValueError, match=r"names code of its own, evil\.Data.*--config=stranger/x/001/config\.yaml"):
+    with pytest.raises(
+        ValueError, match=r"names code outside this package, evil\.Data.*--config=stranger/x/001/config\.yaml"
+    ):
         start(["test", f"--ckpt_path={file}"], "test")
     start(["test", f"--config={folder}/config.yaml", f"--ckpt_path={file}"], "test")  # which the parser then reads
 
@@ -212,7 +214,7 @@ def test_a_stranger_s_hyperparameters_run_nothing(hyper_parameters):
 )
 def test_a_stranger_s_config_beside_a_checkpoint_runs_no_code_of_its_own(config):
     folder = write_run(Path("stranger/x/001"), **config)
-    with pytest.raises(ValueError, match=r"names code of its own, .*: if you trust it, add --config="):
+    with pytest.raises(ValueError, match=r"names code outside this package, .*: if you trust it, add --config="):
         start(["test", f"--ckpt_path={folder}/checkpoints/last.ckpt"], "test")
     assert not Path("pwned").exists()
 

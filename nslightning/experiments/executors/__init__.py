@@ -1,7 +1,7 @@
 """Who computes the items of a grid or a search: processes of this machine, Ray, or the jobs of a cluster.
 
-An executor takes a function and items, and yields each item with its result when it is done. What the items are, where
-results are written and which are finished is the caller's.
+An executor takes a function and items, and yields each item with its result when it is done. The caller
+decides what the items are, where results are written, and which items are finished.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def make_executor(name: str, resources: Resources, folder: Path) -> Executor:
 
     Args:
         name: One of :data:`EXECUTORS`.
-        resources: What it may use.
+        resources: The processes, devices and options that it may use.
         folder: Where it keeps the logs of its jobs, if it has any; all machines see this folder.
 
     Returns:

@@ -64,7 +64,7 @@ class ItemResult(NamedTuple, Generic[T, R]):
 
     Args:
         item: The item.
-        result: What the function returned; None where the worker ended before it returned.
+        result: The function's result; None where the worker ended before it returned.
         error: Why there is no result.
     """
 
@@ -84,7 +84,7 @@ class Executor(Protocol):
         Args:
             work: Takes an item and the device; it and its results can be pickled. Called again for an item whose
                 machine went away.
-            items: What to compute.
+            items: The function's arguments, one for each call.
 
         Yields:
             Each item when it is done.

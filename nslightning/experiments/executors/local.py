@@ -24,13 +24,13 @@ class LocalExecutor:
 
     Without a number of workers, the first item is computed alone, and its peak of memory says how many processes fit
     side by side. A process that the system ends (out of memory, a segmentation fault) may have been disturbed by its
-    neighbours: what was being computed is computed again, one after the other, before the rest goes on.
+    neighbours: the items that were being computed are computed again, one after the other, before the rest goes on.
 
     Args:
-        resources: What it may use.
+        resources: The processes and devices that it may use.
 
     Raises:
-        ValueError: For options, which it has none of.
+        ValueError: For any option: it has none.
     """
 
     def __init__(self, resources: Resources) -> None:

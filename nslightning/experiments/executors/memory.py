@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 __all__ = ["Peak", "free_memory", "measured_peak", "processes_that_fit"]
 
-#: What CUDA takes for a process besides PyTorch's allocator: context, kernels, libraries.
+#: GPU memory of a process outside PyTorch's allocator, in bytes: context, kernels, libraries.
 CUDA_CONTEXT = 600 * 2**20
 
-#: What a process is taken to need where the system does not say: PyTorch, the images, a small network.
+#: Assumed need of a process, in bytes, where the system does not say: PyTorch, the images, a small network.
 _UNKNOWN = 2 * 2**30
 
 #: Share of the free memory that is given away: later cells may need more than the first.
@@ -25,7 +25,7 @@ class Peak(NamedTuple):
     Args:
         host: Of the machine's memory.
         device: Of the GPU's; 0 on a CPU.
-        device_free: What was free of the GPU's memory, the process's own part included; None on a CPU.
+        device_free: Free memory of the GPU, the process's own part included; None on a CPU.
     """
 
     host: int
@@ -72,7 +72,7 @@ def processes_that_fit(peak: Peak, cores: int, host_free: int | None, gpus: int 
     """Return the number of processes to compute side by side.
 
     Args:
-        peak: What the first cell's process needed at most.
+        peak: Peak memory of the first cell's process.
         cores: Cores that each serve a process.
         host_free: Free memory of the machine while no process computes; None where it is unknown.
         gpus: GPUs that share the processes.

@@ -28,7 +28,7 @@ class RayExecutor:
     ``ray.init`` that was called before. Else a Ray of this machine is started, and ended with the last item.
 
     Args:
-        resources: What it may use.
+        resources: The processes, devices and options that it may use.
 
     Raises:
         ImportError: If Ray is not installed.

@@ -26,17 +26,17 @@ class SubmititExecutor:
     """Computes items in jobs: an array job on SLURM, processes where there is none.
 
     A job holds the items that share its GPU, and ``cells_per_job`` of them one after another; a job that is preempted
-    or runs out of time is queued again by submitit, and what its items wrote is there.
+    or runs out of time is queued again by submitit, and its items find the files that they wrote.
 
     Args:
-        resources: What it may use. Its options are ``cluster``, ``cells_per_job`` and the parameters of
-            ``submitit.AutoExecutor``, such as ``timeout_min``, ``slurm_partition`` or ``mem_gb``. ``cluster`` is
-            ``slurm`` or ``local``; None takes SLURM on a machine that has it, else ``local``.
+        resources: The processes and devices that it may use. Its options are ``cluster``, ``cells_per_job`` and the
+            parameters of ``submitit.AutoExecutor``, such as ``timeout_min``, ``slurm_partition`` or ``mem_gb``.
+            ``cluster`` is ``slurm`` or ``local``; None takes SLURM on a machine that has it, else ``local``.
         folder: Where submitit keeps jobs and their logs; all machines see it.
 
     Raises:
         ImportError: If submitit is not installed.
-        ValueError: For an option that neither has.
+        ValueError: For an option that is none of these.
     """
 
     def __init__(self, resources: Resources, folder: Path) -> None:

@@ -29,7 +29,7 @@ class Drawing(NamedTuple):
     """A figure that can be drawn.
 
     Args:
-        title: What it shows.
+        title: Its subject in a line, for ``nslightning figure --list``.
         paper: The published figure that it stands beside.
         make: Draws it from the rows of :func:`read`.
         kind: Fed by every experiment of this kind that varies ``varies``, not only by those whose file names it.
@@ -61,7 +61,7 @@ FIGURES: dict[str, Drawing] = {
         plain=True,
     ),
     "rule-effect": Drawing(
-        "What a choice changes under the exact and under the published rule",
+        "The effect of a choice under the exact and under the published rule",
         "none: this project's own",
         train.rule_effect,
         kind="train",
@@ -185,7 +185,7 @@ def find(name: str) -> Drawing:
 
 @lru_cache
 def _packaged() -> dict[str, dict[str, Any]]:
-    """What the files of the packaged experiments hold, by name."""
+    """The content of the packaged experiments' files, by name."""
     import yaml
 
     from nslightning import configs

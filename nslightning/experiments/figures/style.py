@@ -105,11 +105,11 @@ def canvas(rows: int, columns: int, width: float, height: float, **options: Any)
 
 
 def caption(figure: Figure, rows: pd.DataFrame, *notes: str) -> None:
-    """Say below a figure what made it: without that its numbers mean nothing.
+    """Say below a figure which cells, data and devices its numbers come from.
 
     Args:
         figure: The figure.
-        rows: What of the results is drawn.
+        rows: The rows of the results that it draws.
         *notes: Sentences that follow.
     """
     lines = []
@@ -209,7 +209,7 @@ def at_edge(axis: Axes, x: float, marker: str, colour: Any, gid: str, height: fl
         x: Where, in its coordinates.
         marker: ``x`` for runs that diverged, ``v`` for values below the axis.
         colour: Of the mark.
-        gid: What it stands for.
+        gid: The values that it stands for, as :func:`where` writes them.
         height: Where, in shares of the axis.
     """
     (mark,) = axis.plot([x], [height], marker, color=colour, ms=4.5, mew=1.2, transform=axis.get_xaxis_transform())

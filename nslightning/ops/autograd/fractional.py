@@ -1,6 +1,6 @@
 """Fractional max pooling with a chosen way to share the gradient over the tied entries of a window.
 
-Each channel of each image has windows of its own, drawn at random: Graham, *Fractional Max-Pooling*, 2014. Where some
+Each channel of each image has its own windows, drawn at random: Graham, *Fractional Max-Pooling*, 2014. Where some
 are tied, the entries of all are gathered side by side, which makes the windows disjoint and regular, and
 :mod:`~nslightning.ops.autograd.pooling` does the rest. On CUDA devices the gradients of
 overlapping windows are added in no fixed order, as in the stock kernel.

@@ -143,7 +143,7 @@ def overlaps(x: Tensor) -> bool:
         x: A dense tensor.
 
     Returns:
-        True where the strides do not rule it out; False while a compiler reads, which writes in an order of its own.
+        True where the strides do not rule it out; False while a compiler reads, which writes in its own order.
 
     Example:
         >>> overlaps(torch.zeros(5).unfold(0, 3, 2)), overlaps(torch.zeros(5, 5)[::2].mT)

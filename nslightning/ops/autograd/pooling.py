@@ -402,7 +402,7 @@ def pool(x: Tensor, selection: Selection, geometry: Geometry, return_indices: bo
     if isinstance(geometry, Regular) and geometry.dims == 1 and not return_indices:
         (kernel,), (padding,), (dilation,) = geometry.kernel, geometry.padding, geometry.dilation
         too_small = x.shape[-1] + 2 * padding <= dilation * (kernel - 1)
-        if too_small or not _differentiable(x):  # it has a kernel, and complaints, of its own
+        if too_small or not _differentiable(x):  # max_pool1d has its own kernel and messages
             return torch.max_pool1d(x, kernel, geometry.stride, padding, dilation, geometry.ceil_mode)
     if geometry.dims == 1:  # one row, as stock does it
         result = pool(x.unsqueeze(-2), selection, geometry.of_a_row(), return_indices)

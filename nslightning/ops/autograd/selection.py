@@ -126,7 +126,7 @@ def _slot(device: torch.device) -> str:
 def _write(tensor: Tensor, numbers: np.ndarray, places: Iterable[int]) -> None:
     """Write numbers into a device's memory, each by a kernel that has it as an argument."""
     with torch.no_grad():
-        # `data` has a version counter of its own, so that a graph may have saved the tensor.
+        # `data` has a separate version counter, so that a graph may have saved the tensor.
         flat = tensor.data.view(-1)
         for i in places:
             flat[i].fill_(numbers[i].item())
@@ -304,7 +304,7 @@ class Selection:
             x: An operation's input.
 
         Returns:
-            What :meth:`on` returns for its device, if that has such memory.
+            The memory, as :meth:`on` returns it; None if the device has none.
         """
         if torch.compiler.is_compiling():  # `read` makes it where a graph wants it
             return None
@@ -361,7 +361,7 @@ class Selection:
             A new tensor on ``g``'s device. NaN stands for the reference.
         """
         if torch.compiler.is_compiling():
-            # A number of its own, for what an operator takes is written to memory, and so is all that it is a view of.
+            # A fresh number: an operator's argument is written to memory, and so is all that it is a view of.
             return read_now(self.on(g.device)[name], g[(slice(0, 1),) * g.dim()].sum())
         if self.constant:  # filled at each replay
             constant, numbers = torch.empty_like(self.memory[name], device=g.device), np.atleast_1d(self._numbers[name])
@@ -469,7 +469,7 @@ def fixed(operations: str | tuple[str, ...], value: Any, rule: Rule = "exact", s
         operations: The operation, or several.
         value: The choice.
         rule: The arithmetic.
-        seed: Seeds a random choice: then each call starts a stream of its own.
+        seed: Seeds a random choice: then each call starts its own stream.
 
     Returns:
         The selection.
@@ -575,7 +575,7 @@ def pool_difference_coefficients(
 
     Returns:
         Coefficients as :func:`pool_coefficients` has them, and whether the target is the last tied entry. None where
-        the two choices have targets of their own.
+        the two choices have different targets.
 
     Example:
         >>> table, last = pool_difference_coefficients((1, 0, 0, 0), (0, 1, 0, 0), torch.float32)  # minimal, reference
