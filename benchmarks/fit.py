@@ -41,7 +41,7 @@ class Epochs(Callback):
     """Times each epoch's steps, and lets the bare loop have its turn between two epochs.
 
     Args:
-        device: Where the steps run.
+        device: The device that trains.
         between: A function to run between two epochs.
     """
 
@@ -160,8 +160,8 @@ class OneByOne(Dataset[tuple[torch.Tensor, int]]):
     """Images as the released scripts serve them: a PIL image each, cropped, flipped and normalised when asked for.
 
     Args:
-        count: How many.
-        shape: Of each.
+        count: Number of images.
+        shape: Shape of each image.
     """
 
     def __init__(self, count: int, shape: tuple[int, int, int]) -> None:

@@ -121,7 +121,7 @@ class Sums(Callback):
     """Counts what a process sums with the others besides DDP's own buckets, which never pass through Python.
 
     Args:
-        file: Where the first process writes bytes and seconds of each step.
+        file: File to which the first process writes bytes and seconds of each step.
     """
 
     def __init__(self, file: Path) -> None:

@@ -42,7 +42,7 @@ class ByIndex(Dataset[Any]):
 
     Args:
         get: Reads the bytes and the label of an item.
-        count: How many there are.
+        count: Number of items.
         decode: Whether an item is the cropped image, or a digest of its bytes.
     """
 

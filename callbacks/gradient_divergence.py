@@ -515,7 +515,7 @@ class _Clock:
     """The time that work takes, on a CUDA device from when the work before it is done; it waits only to be read.
 
     Args:
-        device: Where the work is done.
+        device: The device that does the work.
     """
 
     def __init__(self, device: torch.device) -> None:

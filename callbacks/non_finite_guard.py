@@ -40,7 +40,7 @@ class NonFinite:
             backward.
         ties: Ties met in this forward, by site: at the sites that fed the value. Those are the ones evaluated up to the
             module for an activation, and from it on for a gradient, which comes from above.
-        finite_under_reference: Of a gradient, whether stock PyTorch's choice makes it finite: then the choice at a tie
+        finite_under_reference: For a gradient, whether stock PyTorch's choice makes it finite: then the choice at a tie
             made it what it is. None where that was not asked.
     """
 

@@ -756,7 +756,7 @@ def set_cudnn(switch: str, value: bool) -> None:
 
     Args:
         switch: ``"allow_tf32"`` or ``"benchmark"``.
-        value: On or off.
+        value: True switches it on.
     """
     getattr(torch._C, f"_set_cudnn_{switch}")(value)
 

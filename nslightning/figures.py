@@ -189,7 +189,7 @@ def zone_shares(rows: pd.DataFrame, title: str, whose: str, path: str | Path) ->
     Args:
         rows: One row per precision, with columns ``precision``, ``draws``, ``share``, ``low`` and ``high``, and the
             shares of the mini-batches in each zone where they were told apart.
-        title: Of the figure.
+        title: Title of the figure.
         whose: Name of the things that the share counts, such as ``draws``.
         path: The figure's file; a PNG of the same name is written beside it.
 

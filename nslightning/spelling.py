@@ -14,8 +14,8 @@ def closest(unknown: object, known: Iterable[str], most: int = 1, cutoff: float 
     Args:
         unknown: The name that is not known.
         known: The names that are.
-        most: How many to return at most.
-        cutoff: How alike a name must be, from 0 to 1.
+        most: Largest number of names to return.
+        cutoff: Likeness that a name must reach, from 0 to 1.
 
     Returns:
         The names, the closest first; empty where none is alike.
@@ -37,7 +37,7 @@ def did_you_mean(unknown: object, known: Iterable[str], most: int = 1, *, otherw
     Args:
         unknown: The name that is not known.
         known: The names that are.
-        most: How many names to ask about at most.
+        most: Largest number of names to ask about.
         otherwise: End of the sentence where no known name is alike.
 
     Returns:

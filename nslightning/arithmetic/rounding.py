@@ -98,7 +98,7 @@ class RandomRounding(TorchDispatchMode):
     Two runs that differ in the seed alone show what rounding does; a difference that is no larger is not known.
 
     Args:
-        seed: Of the draws. The global random streams are not touched.
+        seed: Seed of the draws. The global random streams are not touched.
 
     Example:
         >>> x = torch.full((4,), 0.1)

@@ -34,8 +34,8 @@ class Arithmetic:
     """The settings of a process's arithmetic. By default float32 means float32, and sums are the installed library's.
 
     Args:
-        order: How linear layers add up: ``native``, ``bias_last``, ``sequential``, ``split_k=N``, ``blocks=N``,
-            ``random_order`` (:func:`~nslightning.arithmetic.linear`).
+        order: Order of summation in linear layers: ``native``, ``bias_last``, ``sequential``, ``split_k=N``,
+            ``blocks=N``, ``random_order`` (:func:`~nslightning.arithmetic.linear`).
         half_products: Half-precision products on a CPU have float32 sums (:class:`HalfProducts`).
         random_rounding: Round results up or down at random (:class:`RandomRounding`).
         tf32: Float32 products and convolutions on CUDA may round their operands to TF32.
@@ -45,7 +45,7 @@ class Arithmetic:
             leaves PyTorch's own switch, as ``deterministic`` does.
         flush_to_zero: Subnormal results on a CPU become 0.
         threads: Threads of a CPU; None leaves their number.
-        seed: Of ``random_rounding``.
+        seed: Seed of ``random_rounding``.
 
     Raises:
         ValueError: If a value is not admissible.

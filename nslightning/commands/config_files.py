@@ -68,7 +68,7 @@ def with_included(content: dict[str, Any], folder: Path, outer: tuple[Path, ...]
 
     Args:
         content: The config; ``include`` is the list of files.
-        folder: Where their names start; a file that is not there is the packaged config of that name.
+        folder: The folder in which their names start; a file that is not there is the packaged config of that name.
         outer: The files that are being read, which are not to be included once more.
 
     Returns:

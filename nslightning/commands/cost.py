@@ -101,7 +101,7 @@ def cost(
         image_shape: Channels, height and width of the images, as [3,32,32].
         backbone_options: Its further arguments, as {"hidden":[512,512]} for paper/fc.
         batch_size: Images in the batch.
-        precision: Of parameters and images: true 16, bf16, 32 or 64 bits, not mixed.
+        precision: Bits of parameters and images: true 16, bf16, 32 or 64 bits, not mixed.
         device: cpu, cuda, cuda:1, ...
         choices: Jacobian choices, each as :func:`~nslightning.choices.named_choice` takes it.
         repetitions: Measured rounds.

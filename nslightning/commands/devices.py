@@ -39,7 +39,7 @@ def check_accelerator(name: object) -> None:
     """Raise if a Trainer's accelerator is a GPU and there is none.
 
     Args:
-        name: As given to the Trainer.
+        name: The Trainer's argument.
 
     Raises:
         CallError: If so.

@@ -196,7 +196,7 @@ def pairs_of(words: Sequence[str], option: str) -> dict[str, list[Any]]:
 
     Args:
         words: The words; ``--only`` takes several values with ``|`` between them, or a mapping as JSON.
-        option: Which option they are of.
+        option: The option that takes them.
 
     Returns:
         The values, by key.

@@ -79,7 +79,7 @@ def _metrics_at(step: int, file: Path) -> dict[str, float]:
     """Each metric as it was logged last before a checkpoint; those of single choices, sites and times are left out.
 
     Args:
-        step: How many optimizer steps the checkpoint's weights have taken; a row of step k is of the step after k.
+        step: Number of optimizer steps behind the checkpoint's weights; a row of step k is of the step after k.
         file: The run's ``metrics.csv``.
     """
     import pandas as pd

@@ -74,8 +74,8 @@ class Row:
     Args:
         name: Short name of the mistake.
         pattern: The text that it is known by.
-        of: Where the text stands: in the innermost one (``root``) or in the one of the value (``value_text``).
-        explain: Says it in other words.
+        of: Place of the text: in the innermost one (``root``) or in the one of the value (``value_text``).
+        explain: A function that says it in other words.
     """
 
     name: str

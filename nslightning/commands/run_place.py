@@ -37,7 +37,7 @@ class RunPlace:
         """Take a new run's folder, or the one of a run that goes on.
 
         Args:
-            output: Where runs are kept.
+            output: The folder of all runs.
             name: The run's name.
             goes_on_in: The folder of the run that goes on.
 

@@ -51,7 +51,7 @@ class Space:
     """The space in which an option is searched.
 
     Args:
-        option: Of ``fit``, such as ``model.optimizer.lr``.
+        option: An option of ``fit``, such as ``model.optimizer.lr``.
         low: The smallest number; None for a list of values.
         high: The largest one.
         log: Whether numbers are drawn by their logarithm.
@@ -132,13 +132,13 @@ class Search:
     """One study: what its trials have in common.
 
     Args:
-        name: Of the study.
-        folder: Where its trials are; the storage too, unless a URL is named.
+        name: Name of the study.
+        folder: Folder of its trials; of the storage too, unless a URL is named.
         spaces: The values to search, by the parameter's name.
         fit: Options of ``fit``; what comes last wins.
         metric: Logged name of the metric to optimise.
         direction: ``maximize`` or ``minimize``.
-        trials: How many, pruned ones included.
+        trials: Number of trials, pruned ones included.
         storage: A URL of a database that Optuna takes; None is a file in the folder.
         prune: Whether a trial is given up whose metric is worse than the median of the earlier ones at its epoch.
         common: Settings that a search which goes on must share with its earlier trials.
@@ -159,7 +159,7 @@ class Search:
         """Open the study, or make it.
 
         Args:
-            seed: Of its sampler. A search that goes on, and several workers, are to draw different first trials.
+            seed: Seed of its sampler. A search that goes on, and several workers, are to draw different first trials.
 
         Returns:
             The study.
@@ -198,10 +198,10 @@ class TrialEnd(NamedTuple):
     """The ending of a trial.
 
     Args:
-        number: Of the trial.
+        number: Number of the trial.
         values: The values that it tried, by parameter.
         metric: The metric after its last epoch; None where it was pruned or failed.
-        epochs: After how many epochs.
+        epochs: Number of epochs that it trained.
         status: The exit status of ``fit``.
     """
 
@@ -216,7 +216,7 @@ def optuna_of(command: str) -> Any:
     """Optuna, with little to say.
 
     Args:
-        command: Who needs it.
+        command: Name of the command that needs it.
 
     Returns:
         The module.
@@ -268,7 +268,7 @@ def run_search(search: Search, executor: Executor) -> int:
 
     Args:
         search: The search.
-        executor: Who computes them.
+        executor: The executor that computes them.
 
     Returns:
         0, or the exit status of the first trial that could not run.

@@ -19,12 +19,12 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def printing(work: Callable[[], int]) -> int:
-    """Do a command's work and see to it that what it prints arrives.
+    """Do a command's work and see to it that its output arrives.
 
     A name that the terminal's encoding does not have is printed with escapes.
 
     Args:
-        work: Does it.
+        work: The function to run; it returns the exit status.
 
     Returns:
         The work's exit status; ``NO_READER`` where the reader of the output is gone; 1 where its disk is full.

@@ -88,7 +88,7 @@ def runs_on_cpu(accelerator: Any) -> bool:
     """Return whether a run takes place on the CPU.
 
     Args:
-        accelerator: As given to the Trainer.
+        accelerator: The Trainer's argument.
 
     Returns:
         True if it does.

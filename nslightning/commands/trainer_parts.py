@@ -43,7 +43,7 @@ def for_an_evaluation(trainer: Namespace, arithmetic: str) -> None:
 
     Args:
         trainer: The arguments, objects made; changed in place.
-        arithmetic: As given to ``--arithmetic``.
+        arithmetic: Value of ``--arithmetic``.
     """
     trainer.callbacks = [c for c in _common(trainer, arithmetic) if not isinstance(c, Checkpoint)]
     trainer.enable_checkpointing = False
@@ -54,7 +54,7 @@ def for_a_training(trainer: Namespace, arithmetic: str, seed: int, record: RunRe
 
     Args:
         trainer: The arguments, objects made; changed in place.
-        arithmetic: As given to ``--arithmetic``.
+        arithmetic: Value of ``--arithmetic``.
         seed: The run's seed.
         record: Writes what the run is.
         folder: The run's folder.

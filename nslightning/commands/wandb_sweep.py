@@ -46,8 +46,8 @@ def log_cells(experiment: Experiment, output: str | Path, only: Mapping[str, Seq
 
     Args:
         experiment: The grid.
-        output: Where its results are kept.
-        only: Which cells.
+        output: The folder of its results.
+        only: Values of settings that select the cells.
     """
     import wandb
 

@@ -130,9 +130,9 @@ def zones(
             bitwise_first_layer: any bit of the first layer's gradient (the ReLU'(0) paper). linf_sum and l1_sum: the
             sum over the parameters of the difference's norm exceeds tau (the MaxPool paper).
         tau: The threshold of linf_sum and l1_sum; null is the MaxPool paper's for the precision.
-        of: Which share the interval is of: draws with a difference on any of their mini-batches, or mini-batches.
-        half_width: How narrow the interval is to be: half its width.
-        draws: At most that many draws per precision.
+        of: The share that the interval bounds: draws with a difference on any of their mini-batches, or mini-batches.
+        half_width: Half the width that the interval is to have.
+        draws: Largest number of draws per precision.
         chunk: Draws computed together, by one process.
         workers: Processes side by side, one thread each.
         device: cpu, cuda, cuda:1, ...
@@ -146,7 +146,7 @@ def zones(
         as_published: The released procedure: its rule, whose pooling computes another forward, and nothing held out;
             with bitwise_first_layer, a mini-batch whose gradients are NaN under both choices counts. For a norm of the
             papers: they measured no zones.
-        seed: Of the first chunk; the following ones count on from it.
+        seed: Seed of the first chunk; the following chunks count on from it.
         output: Folder of zones.csv, zones.png, zones.pdf and of what was computed.
 
     Returns:

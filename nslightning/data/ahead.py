@@ -16,7 +16,7 @@ def ahead(batches: Iterable[Batch], device: torch.device, cuda: Any = torch.cuda
     """Copy each batch to a CUDA device while the device works on the one before, on a separate stream.
 
     Args:
-        batches: In pinned memory, else the copy waits.
+        batches: Batches in pinned memory, else the copy waits.
         device: The CUDA device.
         cuda: The module of streams: ``torch.cuda``, or a stand-in in tests.
 

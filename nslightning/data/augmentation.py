@@ -29,8 +29,8 @@ class Augmentation:
             ``original``.
         transforms: Transforms of ``torchvision.transforms.v2`` for the bytes of an image, after crop, flip and policy.
         erasing: Probability of replacing a random rectangle of the result by Gaussian noise.
-        repeats: How often an image is seen in one epoch, each time with other draws (Hoffer et al. 2020). The epoch
-            keeps its length: it holds one image of ``repeats``.
+        repeats: Number of times that one epoch sees an image, each time with other draws (Hoffer et al. 2020). The
+            epoch keeps its length: it holds one image of ``repeats``.
         sizes: Pairs of an epoch and the size of training images from then on, such as ``[[0, 128], [6, 160]]``
             (progressive resizing). Empty: the preprocessing's own. Images that are evaluated keep theirs.
 

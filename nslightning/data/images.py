@@ -28,7 +28,7 @@ class Normalisation:
     Args:
         mean: One mean per channel, of pixels in [0, 1].
         std: One standard deviation per channel.
-        device: Where the pixels are.
+        device: The device of the pixels.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device | str = "cpu") -> None:
@@ -138,8 +138,8 @@ class TensorImages(Draws):
         """Make a batch.
 
         Args:
-            index: Which images: int64, shape ``(N,)``, on their device.
-            epoch: Which pass over the images it belongs to, for crops and flips.
+            index: Numbers of the images: int64, shape ``(N,)``, on their device.
+            epoch: Number of the pass over the images, for crops and flips.
 
         Returns:
             Images, float32 ``(N, C, H, W)``, and labels, int64 ``(N,)``, on the images' device.

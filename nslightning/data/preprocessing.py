@@ -31,15 +31,15 @@ class Preprocessing:
     """A square centre crop of a resized image, and the mean and standard deviation that its pixels are scaled by.
 
     Attributes:
-        name: Where it comes from: ``he2016``, ``timm/<name>`` or ``torchvision/<name>``.
+        name: Its source: ``he2016``, ``timm/<name>`` or ``torchvision/<name>``.
         size: Height and width of the result, in pixels.
         crop: Side of the crop as a share of the resized image's.
         interpolation: ``bilinear``, ``bicubic``, ``nearest``, ``lanczos`` ..., by Pillow.
         mean: One mean per channel, of pixels in [0, 1].
         std: One standard deviation per channel.
-        fit: How the image becomes a square: ``center`` keeps its proportions and crops, ``squash`` does not keep
+        fit: The way to a square: ``center`` keeps its proportions and crops, ``squash`` does not keep
             them, ``border`` keeps them and pads.
-        rounding: How ``size / crop`` becomes a number of pixels; timm takes the floor.
+        rounding: Rounding of ``size / crop`` to a number of pixels; timm takes the floor.
     """
 
     name: str

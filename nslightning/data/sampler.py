@@ -73,7 +73,7 @@ class Draws(Dataset[Batch]):
 
     Attributes:
         in_memory: Whether items cost so little to serve that workers would only slow it down.
-        repeats: How often one epoch of training sees an item that it sees.
+        repeats: Number of times that one epoch of training sees an item.
     """
 
     in_memory: ClassVar[bool] = False
@@ -115,7 +115,7 @@ class TrainSampler(DistributedSampler[int]):
         seed: Seed of the order.
         rank: This process.
         world: The number of processes.
-        repeats: How often an epoch sees an item; the repeats follow each other, so that they go to different
+        repeats: Number of times that an epoch sees an item; the repeats follow each other, so that they go to different
             processes, and the epoch holds one item of ``repeats``.
 
     >>> list(TrainSampler(range(6), 3, seed=0)) == list(TrainSampler(range(6), 3, seed=0))

@@ -59,7 +59,7 @@ class Shard:
 
     Attributes:
         file: Its place in the folder of shards, such as ``train/00000.arrow``.
-        images: How many images it holds.
+        images: Number of images in it.
         bytes: Its size.
         sha256: The digest of its bytes.
     """
@@ -138,7 +138,7 @@ class Shards:
 
     Attributes:
         address: The address of shards that are copied to this machine first; None for a folder.
-        folder: Where the shards are on this machine, or will be.
+        folder: The folder of the shards on this machine, or the one that they will be copied to.
 
     Raises:
         DataError: If it holds no finished shards.

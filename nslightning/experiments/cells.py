@@ -61,7 +61,7 @@ class Cell:
             (:class:`nslightning.arithmetic.Arithmetic`). 16 bits on a CPU have float32 sums besides.
         data: A data set of :mod:`nslightning.data`.
         data_options: Its arguments.
-        train_images: How many of the training images are used, from the first on; None for all.
+        train_images: Number of training images that are used, from the first on; None for all.
         normalise: False leaves pixels in [0, 1], as paper A's notebooks did.
         augment: Crop and flip where the data set has it.
         batch_size: Images per batch.
@@ -141,15 +141,15 @@ class TrainCell(Cell):
             or any by name: of torch.optim, such as ``AdamW``; ``INNA`` or ``INNAprop``; of timm, such as ``timm/lion``;
             or a class by its path.
         optimizer_options: Its arguments besides the learning rate, such as ``{alpha: 0.1, beta: 0.9}``.
-        momentum: Of ``sgd``.
+        momentum: Momentum of ``sgd``.
         learning_rate: The first one; or ``searched``: the one that the paper's search found (published/).
         paper: Whose search.
         shared_lr: Published quirk (B): every value of the choice takes the rate found for 0. Off: each its own.
-        weight_decay: Of ``sgd``.
+        weight_decay: Weight decay of ``sgd``.
         schedule: ``cosine`` to zero at the end, by epoch; or ``constant``.
         schedule_epochs: The epochs after which ``cosine`` is at zero; None is ``epochs``.
         eval_batch_size: Images per test batch.
-        init: How weights are drawn; None is the backbone's own.
+        init: The initialisation; None is the backbone's own.
         shuffle: False keeps the images in their order, as paper A's zero counts did.
         half_loss: Published quirk (16 bits): cross-entropy in half as well. Off: from float32 logits.
         eval_float32: Published quirk (24 bits): the test runs without autocast. Off: as the training.
@@ -229,7 +229,7 @@ class ZoneCell(Cell):
 
     Args:
         against: The fields in which the second choice differs from the cell's, such as ``{relu: 1}``.
-        thetas: How many parameter vectors are drawn, one after another.
+        thetas: Number of parameter vectors, drawn one after another.
         init: How.
         batches: Mini-batches per parameter vector; None goes through all training images.
         shuffle: Whether each parameter vector meets the images in its own order (and augmentation).

@@ -29,7 +29,7 @@ def finished(folder: Path) -> set[str]:
     """The names of the finished cells.
 
     Args:
-        folder: Of the experiment's results.
+        folder: The folder of the experiment's results.
 
     Returns:
         The names, which are those of the files: the folder is read once, whatever the number of cells.
@@ -41,7 +41,7 @@ def recorded(folder: Path) -> set[str]:
     """The names of the cells that the table has, whether their files are here or not: a repository has the table alone.
 
     Args:
-        folder: Of the experiment's results.
+        folder: The folder of the experiment's results.
 
     Returns:
         The names.
@@ -60,7 +60,7 @@ def restore(experiment: Experiment, output: str | Path) -> int:
 
     Args:
         experiment: The grid.
-        output: Where results are kept.
+        output: The folder of all results.
 
     Returns:
         How many cells were restored. Their values have the nine digits of the table.
@@ -104,7 +104,7 @@ def collect(experiment: Experiment, output: str | Path) -> pd.DataFrame:
 
     Args:
         experiment: The grid; what lies in the folder and is not in it is left out.
-        output: Where results are kept.
+        output: The folder of all results.
 
     Returns:
         One row per cell, index and metric: ``experiment``, ``scale``, ``cell``, what varies, what the row is indexed by

@@ -251,7 +251,7 @@ def markdown(experiment: Experiment, compared: pd.DataFrame) -> str:
 
     Args:
         experiment: Whose it is.
-        compared: As from :func:`comparison`.
+        compared: A table from :func:`comparison`.
 
     Returns:
         Markdown.

@@ -23,8 +23,8 @@ def compute(kind: str, cell: Cell, device: str, kept: Path | None = None) -> Out
     Args:
         kind: A key of :data:`~nslightning.experiments.cells.KINDS`.
         cell: Its settings.
-        device: Where.
-        kept: Where a training keeps what it has computed so far, and goes on from.
+        device: The device that computes.
+        kept: File for the state of an unfinished training, from which it goes on.
 
     Returns:
         Its measurements, with their provenance.

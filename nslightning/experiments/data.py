@@ -26,7 +26,7 @@ class Images:
 
     Args:
         source: The split.
-        device: Where it is kept.
+        device: The device that keeps it.
         normalise: False leaves the pixels in [0, 1].
         augment: False leaves out crop and flip.
         first: Keep only the first of the images; None keeps all.
@@ -71,10 +71,10 @@ class Images:
 
         Args:
             size: Images per batch; the last may hold fewer.
-            dtype: Of the images.
-            epoch: Which pass, for order and augmentation.
+            dtype: Dtype of the images.
+            epoch: Number of the pass, for order and augmentation.
             seed: Seed of the order and the augmentation; None keeps the images in their order.
-            limit: At most that many batches.
+            limit: Largest number of batches.
             start: Batches to pass over.
 
         Yields:
@@ -109,7 +109,7 @@ class Loaded:
 
     Args:
         module: The data module.
-        device: Where the images are kept.
+        device: The device that keeps the images.
         normalise: False leaves the pixels in [0, 1].
         augment: False leaves out crop and flip.
         train_images: Keep only the first of the training images; None keeps all.
@@ -174,7 +174,7 @@ def load(
     Args:
         name: The class, such as ``"MNIST"``.
         options: Its arguments, as sorted pairs.
-        device: Where the images are kept.
+        device: The device that keeps the images.
         normalise: False leaves the pixels in [0, 1].
         augment: False leaves out crop and flip.
         train_images: Keep only the first of the training images; None keeps all.

@@ -35,11 +35,11 @@ class Report(NamedTuple):
     """The outcome of a call.
 
     Args:
-        folder: Where the results are.
-        planned: Cells asked for.
-        skipped: Of these, finished before.
-        computed: Finished by this call.
-        failed: Crashed in this call: ``(cell, the error's last line)``.
+        folder: The folder of the results.
+        planned: Number of cells that were asked for.
+        skipped: Number of them that were finished before.
+        computed: Number of them that this call finished.
+        failed: Cells that crashed in this call: ``(cell, the error's last line)``.
     """
 
     folder: Path
@@ -68,12 +68,12 @@ def run(
 
     Args:
         experiment: The grid.
-        output: Where results are kept; every machine that computes sees it.
+        output: The folder of all results; every machine that computes sees it.
         workers: Cells side by side, one thread each; 1 computes in this process. None: as many as fit.
-        device: Where the cells are computed, such as ``cpu`` or ``cuda``.
+        device: The device that computes the cells, such as ``cpu`` or ``cuda``.
         only: Compute only the cells that have these values, by setting.
-        progress: Where to show it: a live table in a terminal, else a line per cell.
-        executor: Who computes: ``local``, ``ray`` or ``submitit``.
+        progress: Stream for the progress: a live table in a terminal, else a line per cell.
+        executor: The executor: ``local``, ``ray`` or ``submitit``.
         gpus_per_cell: Share of a GPU that a cell takes; None takes the file's.
         executor_options: Options of the executor that win over the file's.
 
@@ -171,7 +171,7 @@ class Ended(NamedTuple):
     """The ending of a cell's computation.
 
     Args:
-        seconds: How long it took.
+        seconds: The time that it took.
         error: Its error's last line; None for a finished cell.
         data_missing: Whether the data set is not there.
     """
@@ -182,13 +182,13 @@ class Ended(NamedTuple):
 
 
 def compute_cell(kind: str, cells: Path, planned: Planned, device: str) -> Ended:
-    """Compute one cell and write it, or why not.
+    """Compute one cell and write its results, or its error.
 
     Args:
-        kind: Of the cell.
+        kind: Kind of the cell.
         cells: The folder of the cells' files.
         planned: The cell.
-        device: Where it is computed.
+        device: The device that computes it.
 
     Returns:
         How it ended.

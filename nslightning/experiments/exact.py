@@ -137,10 +137,10 @@ def layer_chances(network: nn.Sequential, images: Tensor, order: str, batch_size
     Args:
         network: Flatten, then linear layers, some with a ReLU behind them.
         images: Shape ``(I, C, H, W)``, float32, on the network's device.
-        order: Of summation (:func:`nslightning.arithmetic.linear`). For ``native`` the library's own order is found by
-            comparing bits on these images; where it is none of those known here, each candidate bias is put through
-            the library's own kernel.
-        batch_size: How many images the network meets at once, on which the library's kernels depend.
+        order: Order of summation (:func:`nslightning.arithmetic.linear`). For ``native`` the library's own order is
+            found by comparing bits on these images; where it is none of those known here, each candidate bias is put
+            through the library's own kernel.
+        batch_size: Number of images that the network meets at once, on which the library's kernels depend.
 
     Yields:
         One for each linear layer with a ReLU behind it.

@@ -102,8 +102,8 @@ def program_difference(one: Program, other: Program, v: Sequence[float], t: floa
         one: A program for the maximum.
         other: Another one.
         v: The direction.
-        t: Where.
-        dtype: In which precision.
+        t: The point on the line along v.
+        dtype: The precision of the arithmetic.
 
     Returns:
         The derivative.

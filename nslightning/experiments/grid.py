@@ -47,9 +47,9 @@ class Experiment:
     """A grid of runs, read from YAML.
 
     Args:
-        name: Of the folder of results.
-        kind: Of its cells: ``train`` or ``zones``.
-        scale: Which of :data:`SCALES`.
+        name: Name of the folder of results.
+        kind: Kind of its cells: ``train``, ``twins`` or ``zones``.
+        scale: One of :data:`SCALES`.
         title: One line.
         note: Remarks for the reader of the result.
         figures: The figures that are drawn from it.
@@ -217,7 +217,7 @@ def setting(cell: Cell, name: str) -> Any:
 
     Args:
         cell: The cell.
-        name: Of the setting.
+        name: Name of the setting.
 
     Returns:
         Its value.

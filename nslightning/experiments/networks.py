@@ -36,8 +36,8 @@ def build(
     Args:
         cell: The settings.
         images: The images that it classifies.
-        device: Where.
-        init: How weights are drawn; None is the backbone's own.
+        device: The device for the network.
+        init: The initialisation; None is the backbone's own.
         jacobians: Another choice than the cell's.
 
     Returns:

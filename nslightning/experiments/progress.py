@@ -37,8 +37,8 @@ class Progress(Protocol):
 
         Args:
             cell: The cell.
-            seconds: How long it took.
-            error: Why it failed; None for a finished one.
+            seconds: The time that it took.
+            error: The reason why it failed; None for a finished cell.
         """
         ...
 
@@ -47,7 +47,7 @@ def make_progress(stream: TextIO | None, missing: Sequence[Planned], cells: Path
     """Return the display that suits a stream.
 
     Args:
-        stream: Where to show it; None shows nothing.
+        stream: The stream to show it on; None shows nothing.
         missing: The cells that are to be computed.
         cells: The folder of the cells' files.
 
@@ -63,8 +63,8 @@ class Lines:
     """A line for each cell that is done.
 
     Args:
-        stream: Where it is written; None writes nothing.
-        total: How many cells are to be computed.
+        stream: The stream to write to; None writes nothing.
+        total: Number of cells to compute.
     """
 
     def __init__(self, stream: TextIO | None, total: int) -> None:

@@ -44,9 +44,9 @@ def train(cell: TrainCell, device: str, kept: Path | None = None) -> Outcome:
 
     Args:
         cell: The settings.
-        device: Where.
-        kept: Where to keep what is computed so far; what is there is gone on with, bit for bit as without the
-            interruption.
+        device: The device to train on.
+        kept: File for the state of an unfinished training; a training goes on from it, with the bits of one that was
+            not interrupted.
 
     Returns:
         Per epoch (from 0): ``train_loss`` and ``train_accuracy`` (means over the epoch, while training),
@@ -97,7 +97,7 @@ class Run:
     Args:
         cell: The settings.
         network: The patched network.
-        device: Where it is.
+        device: The network's device.
 
     Attributes:
         alive: Whether its weights are numbers.

@@ -38,7 +38,7 @@ class CapturedNetwork:
 
     Attributes:
         eager: Run the forwards eagerly until this is False again.
-        replayed: How many forwards came from the graph.
+        replayed: Number of forwards that came from the graph.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -118,7 +118,7 @@ class CapturedStep:
             caller wants to keep, such as the loss.
 
     Attributes:
-        replayed: How many steps came from the graph.
+        replayed: Number of steps that came from the graph.
     """
 
     WARM_UP = 3  # steps, as PyTorch's notes on CUDA graphs advise
@@ -230,9 +230,9 @@ def refuse_capture(device: torch.device, *, processes: int, accumulates: int, co
     """Raise where a training's steps cannot be captured.
 
     Args:
-        device: Where it trains.
-        processes: How many processes train.
-        accumulates: Over how many batches gradients are added up.
+        device: The device that trains.
+        processes: Number of processes that train.
+        accumulates: Number of batches over which gradients are added up.
         compiled: Whether the network is to be compiled.
 
     Raises:

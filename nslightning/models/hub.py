@@ -27,8 +27,8 @@ def write_hub_folder(checkpoint: Path, folder: Path, run: Mapping[str, Any], met
     """Write the folder.
 
     Args:
-        checkpoint: Of ``nslightning fit``.
-        folder: Where; the files of an earlier call in it are replaced, others stay.
+        checkpoint: A checkpoint of ``nslightning fit``.
+        folder: The folder to write; files of an earlier call in it are replaced, others stay.
         run: The run's record. The card has its settings and versions.
         metrics: The metrics that the run logged at this checkpoint's step, by name.
 

@@ -344,7 +344,7 @@ def at_least_float32(logits: Tensor) -> Tensor:
     In half precision, cross-entropy's sum over the classes loses the small gradients.
 
     Args:
-        logits: Of any floating dtype.
+        logits: Tensor of any floating dtype.
 
     Returns:
         float32, or float64 where the logits are float64.

@@ -92,7 +92,7 @@ def _share(
         g: The gradient of the results.
         x: The entries.
         dim: The dimension that groups them.
-        index: To which result each belongs.
+        index: The result to which each entry belongs.
         results: The results.
         known: Which results are tied, which entries reach theirs, how many members of a result do, and whether the base
             is one of them.
@@ -467,7 +467,7 @@ class Members(NamedTuple):
 
     Args:
         entries: The entries, NaN where one belongs to no group.
-        group: To which group each belongs.
+        group: The group to which each entry belongs.
         dim: The dimension that groups them.
         shape: The results' shape.
         base: The former values of the results' places, where they take part; else None.
@@ -642,9 +642,9 @@ def embedding_bag(
     whole gradient to the first of them.
 
     Args:
-        indices: Which rows are in the bags: (bags, rows), or a vector with ``offsets``.
+        indices: The rows of the bags: (bags, rows), or a vector with ``offsets``.
         weight: The embeddings, floating dtype.
-        offsets: Where the bags begin.
+        offsets: The positions where the bags begin.
         include_last_offset: Whether ``offsets`` ends with the end of the last bag.
         padding_idx: A row that takes no part.
         jacobian: A number beta or a name; see :class:`~nslightning.Jacobians`. None is the reference.

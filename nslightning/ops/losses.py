@@ -345,8 +345,8 @@ def triplet_margin_loss(
 
     Args:
         x: Anchors, of shape (N, D) or (D,), floating dtype.
-        positive: Of the same shape.
-        negative: Of the same shape.
+        positive: Inputs of the anchors' class, of the same shape.
+        negative: Inputs of another class, of the same shape.
         margin: The margin m.
         p: The exponent of the norm.
         eps: Added to each difference.

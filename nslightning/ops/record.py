@@ -197,7 +197,7 @@ class Operation:
     Args:
         name: The field of :class:`~nslightning.Jacobians` that chooses its Jacobian.
         formula: The function.
-        kinks: Where its Jacobian is not unique; a pair of numbers chooses the derivatives of two kinks.
+        kinks: The points where its Jacobian is not unique; a pair of numbers chooses the derivatives of two kinks.
         choice: The meaning of the chosen number, as the field's documentation.
         apply: Evaluates a call under a selection.
         ties: Counts a call's ties: ``(tied evaluations, all evaluations)``. Each is a number or a 0-d tensor, which
@@ -220,7 +220,7 @@ class Operation:
         remedy: The advice of an audit where its ties matter.
         rounding_remedy: The same where rounding alone makes the ties that matter.
         note: Further remarks.
-        references: Where the choice was studied.
+        references: Papers that study the choice.
         example: The function as a model writes it, for plots and checks.
         at: The parameters of the example; for an operation that shares, the value of its equal entries.
     """
@@ -483,7 +483,7 @@ def positional(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Keyword arguments as the records take them: PyTorch's functions and modules call the input ``input``.
 
     Args:
-        kwargs: As given to a function or a module.
+        kwargs: Keyword arguments of a function or a module.
 
     Returns:
         The same under our name for the input, without ``out``, which is no argument of the operation.

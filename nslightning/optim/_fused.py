@@ -29,13 +29,13 @@ class Coefficients(NamedTuple):
 
     Args:
         sigma: The decay of the running mean of squared gradients.
-        eps: Added to the denominator.
-        keep: Of the weights, what the decay leaves.
-        push: Times the weights, what the decay adds to the velocity.
-        lr: Times the velocity, what the weights move.
-        to_weights: Times the scaled gradient, what the weights move.
-        friction: Of the velocity, what the friction leaves.
-        to_velocity: Times the scaled gradient, what is added to the velocity.
+        eps: Term added to the denominator.
+        keep: Share of the weights that the decay leaves.
+        push: Factor of the weights in the velocity's decay term.
+        lr: Factor of the velocity in the step of the weights.
+        to_weights: Factor of the scaled gradient in the step of the weights.
+        friction: Share of the velocity that the friction leaves.
+        to_velocity: Factor of the scaled gradient in the step of the velocity.
     """
 
     sigma: float

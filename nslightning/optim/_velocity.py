@@ -214,7 +214,7 @@ def hyperparameter(group: dict[str, Any], name: str, device: torch.device) -> Sc
     Args:
         group: A parameter group.
         name: The hyperparameter's name.
-        device: Where a tensor should be.
+        device: The device for a tensor.
 
     Returns:
         A float in eager mode; with `capturable` or under `torch.compile`, tensors stay tensors.
@@ -242,7 +242,7 @@ def add_(targets: list[Tensor], others: Tensors, scale: Scalar) -> None:
 
     Args:
         targets: Tensors, changed in place.
-        others: As many tensors.
+        others: The tensors to add, one for each target.
         scale: A number, or a 0-d tensor (which torch's own `alpha` would read back to Python).
     """
     if isinstance(scale, Tensor):
@@ -256,8 +256,8 @@ def addcdiv_(targets: list[Tensor], numerators: Tensors, denominators: Tensors, 
 
     Args:
         targets: Tensors, changed in place.
-        numerators: As many tensors.
-        denominators: As many tensors.
+        numerators: One tensor for each target.
+        denominators: One tensor for each target.
         scale: A number or a 0-d tensor.
     """
     if isinstance(scale, Tensor):

@@ -176,7 +176,7 @@ class Audit:
     Args:
         model: The model's name.
         data: Name of the batches, such as the data set and the seed.
-        device: Where it ran.
+        device: The device on which it ran.
         training: Whether in training mode, else in evaluation mode.
         torch: Version of torch: the reference choice depends on it.
         batches: Number of batches.
@@ -306,7 +306,7 @@ def audit(
         dtypes: Names in :data:`DTYPES`. One that the device cannot run is listed in ``not_run``.
         choices: The choices to compare with stock PyTorch's, by name. None is :func:`choices_of_an_audit`; of the
             choices that it adds, the findings list those of operations that met ties.
-        device: Where to run.
+        device: The device to run on.
         training: Training rather than evaluation mode.
         seed: Seeds random labels, dropout and random choices.
         top: Number of parameters named per divergence.

@@ -34,8 +34,8 @@ class Branches:
     """The inputs of each evaluation of each site, which decide its branch.
 
     Args:
-        seen: By site, each evaluation with copies of the tensors that it was given.
-        met: By site, how many evaluations the replay has come to.
+        seen: By site, the recorded evaluations with copies of their tensors.
+        met: By site, the number of evaluations that the replay has come to.
         again: Whether the forward is over: what is evaluated now is a checkpoint computed once more.
         left: For each pooling that was not moved, whether one of its windows is off its branch; None where poolings are
             looked at and moved.

@@ -43,8 +43,8 @@ class Handwritten:
         module: Qualified name of the module whose code compares; ``""`` is the model itself.
         place: File and line.
         code: The line.
-        tied: How many of its evaluations tied.
-        total: How many there were.
+        tied: Number of its evaluations that tied.
+        total: Number of its evaluations.
         relative: The change of the gradient where the ties are decided otherwise, over its norm.
     """
 

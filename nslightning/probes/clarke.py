@@ -25,8 +25,8 @@ class Clarke:
             take them. Empty for every piecewise affine program.
         autodiff: The gradient along the branches that the program takes at the point itself, which is what automatic
             differentiation of its control flow returns.
-        patterns: How many sign patterns of the comparisons nearby points reach.
-        programs: How many linear programs that took.
+        patterns: Number of sign patterns of the comparisons that nearby points reach.
+        programs: Number of linear programs that were solved for it.
 
     Example:
         >>> hull = clarke(lambda x: abs(x[0]), [0])
@@ -86,7 +86,7 @@ class Clarke:
 
         Args:
             gradient: As many numbers as the program has inputs.
-            tolerance: How far, in the largest entry, it may lie outside: a gradient of floats is rounded.
+            tolerance: Largest distance, in one entry, by which it may lie outside: a gradient of floats is rounded.
 
         Returns:
             Whether it does; None where that depends on gradients that are undecided.
@@ -153,8 +153,8 @@ class Number:
     """A number of a program near a point: its value there, and its gradient along the branches taken.
 
     Args:
-        value: At the point.
-        gradient: With respect to the inputs.
+        value: Its value at the point.
+        gradient: Its gradient with respect to the inputs.
         affine: Whether it is an affine function of the inputs along these branches.
         branches: The record that decides comparisons.
     """
@@ -264,8 +264,8 @@ class _Branches:
     """One run of a program: how its comparisons come out, and which other ways nearby points take.
 
     Args:
-        inputs: How many inputs the program has.
-        signs: How the first ties come out; those after them come out as a direction has it, and the other sign is
+        inputs: Number of the program's inputs.
+        signs: Outcomes of the first ties; those after them come out as a direction has it, and the other sign is
             added to ``others`` where nearby points take it. None: as at the point itself, where equal is equal.
     """
 

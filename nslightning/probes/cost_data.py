@@ -29,7 +29,7 @@ class Timing:
         lower: First quartile.
         median: Second quartile.
         upper: Third quartile.
-        n: How many.
+        n: Number of measurements.
     """
 
     minimum: float
@@ -86,7 +86,7 @@ class ModuleCost:
         name: Its qualified name.
         kind: Its class.
         choice: The choice's name; ``"stock"`` is the unpatched module.
-        calls: How often one forward of the model calls it.
+        calls: Number of its calls in one forward of the model.
         forward: Time of one call without a graph.
         gradient: Time of one call and its backward, to its parameters and to those inputs that need a
             gradient.
@@ -115,19 +115,19 @@ class CostReport:
         model: Name of the model.
         parameters: p, the number of trainable numbers.
         batch: The inputs' first dimension.
-        dtype: Of the parameters.
+        dtype: Dtype of the parameters.
         training: Whether the model was in training mode.
         environment: Machine, clock and versions.
         forward: Time of the stock model's loss without a graph.
         recorded: The same, recording the graph.
         jvp: One Jacobian-vector product of the stock model in a random parameter direction; None where
             forward mode does not support the model.
-        jvp_note: Why it is None.
+        jvp_note: The reason why ``jvp`` is None.
         flops: The forward's operations as :mod:`torch.utils.flop_counter` counts them (matrix products and
             convolutions).
-        flop_ratio: Of forward and backward to the forward; None where nothing is counted.
+        flop_ratio: Operations of forward and backward over those of the forward; None where nothing is counted.
         peak_bytes: Most memory in use during the forward, parameters and batch included.
-        memory_method: How memory was measured.
+        memory_method: The way in which memory was measured.
         ties: Evaluations at a tie in this batch: where there are none, all choices are the stock operation.
         evaluations: All evaluations of patched operations.
         bound: The theoretical bound that the verdict compares with.
@@ -457,7 +457,7 @@ def slope(x: Sequence[float], y: Sequence[float]) -> float:
 
     Args:
         x: Positive numbers, at least two distinct ones.
-        y: As many positive numbers.
+        y: Positive numbers, one for each x.
 
     Returns:
         The exponent of the power law that fits best.

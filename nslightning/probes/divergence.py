@@ -58,7 +58,7 @@ class Divergence:
         cosine: Cosine of the angle between the two gradients; 1 when they are equal, also when both are 0,
             0 when one is 0, NaN when an entry is not finite.
         per_layer: The same per parameter, by name; empty in the entries themselves.
-        method: How the difference was found; two divergences may be equal though it was found in two ways.
+        method: The way to the difference, ``"propagate"`` or ``"subtract"``; it plays no part in comparisons.
     """
 
     l1: float
@@ -307,7 +307,7 @@ class _Reference:
 
         Args:
             other: A choice's gradients, or what it adds to the reference's if that was carried.
-            carried: Which of the two.
+            carried: Whether the gradients are such differences.
         """
         values = [dense(other[name]) for name in self.names]
         if carried:

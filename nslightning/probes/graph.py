@@ -189,7 +189,7 @@ def reachable(nodes: Iterable[Any]) -> Iterator[Any]:
     """Backward nodes and all that lie below them.
 
     Args:
-        nodes: Where to begin.
+        nodes: The nodes to begin at.
 
     Yields:
         Each node once.

@@ -49,11 +49,11 @@ class SiteGuarantee:
         site: Its name.
         operation: Field of :class:`~nslightning.Jacobians`.
         tied: Evaluations at a tie.
-        kinks: How many values of its biases put an evaluation on a kink, at most; None where it has no biases of its
-            own.
+        kinks: Largest number of values of its biases that put an evaluation on a kink; None where it has no
+            separate biases.
         holds: Whether a theorem covers it on this batch.
         always: Whether it does on every batch.
-        reason: Which theorem, or what is missing.
+        reason: The theorem, or the condition that is missing.
     """
 
     site: str
@@ -71,7 +71,7 @@ class Guarantee:
 
     Args:
         sites: The sites, in the order in which the forward meets them.
-        dtype: Of the parameters.
+        dtype: Dtype of the parameters.
     """
 
     sites: list[SiteGuarantee]

@@ -474,7 +474,7 @@ def _through_gates(edge: GradientEdge, d: Tensor, *, look: bool) -> Starts:
     """The start of a difference, moved below the ReLUs that it meets first.
 
     Args:
-        edge: Where the difference leaves its operation.
+        edge: The edge by which the difference leaves its operation.
         d: The difference.
         look: Stop where the difference is 0 everywhere, and return no start then.
     """

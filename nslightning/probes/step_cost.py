@@ -30,7 +30,7 @@ class StepCost:
         stock: The parts of a step of the network as it is.
         patched: The parts of the same step of the patched network.
         measured: The parts of a step on which the choices are measured; ``measuring`` is what follows its backward.
-        host: How long the host works on a patched step before the device has finished; None where there is no device
+        host: Time that the host works on a patched step before the device has finished; None where there is no device
             beside the host.
     """
 
@@ -125,7 +125,7 @@ class _Clock:
     """Times the parts of a step.
 
     Args:
-        device: Where the step runs.
+        device: The device on which the step runs.
         waits: Whether a part ends when the device is done with it.
     """
 

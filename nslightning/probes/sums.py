@@ -27,7 +27,7 @@ def waits(device: torch.device) -> bool:
     """Return whether reading a tensor's values waits for its device.
 
     Args:
-        device: Where the tensor is.
+        device: The tensor's device.
 
     Returns:
         True for every device but the CPU.

@@ -77,8 +77,8 @@ class TieCounts(dict[str, Ties]):
         Args:
             site: The site's name.
             operation: Field of :class:`~nslightning.Jacobians`.
-            four: How many of its evaluations tie, how many there are, how many of those that tie are structural, and
-                how many are pooling windows of 0.
+            four: Numbers: its tied evaluations, all its evaluations, its structural ties, and its tied pooling
+                windows of 0.
         """
         self._unread.append((site, operation, four))
 

@@ -143,11 +143,11 @@ class _Met(NamedTuple):
     """An evaluation at a site.
 
     Args:
-        edge: Where its input lies in the graph.
+        edge: The edge of its input in the graph.
         site: The site's name.
-        operation: The operation's.
-        tied: Which of its entries, or pooling windows, tie; None where the operation does not report it.
-        elements: Those of the operation's Clarke Jacobian between which all others lie.
+        operation: The operation's name.
+        tied: Mask of its entries, or pooling windows, that tie; None where the operation does not report it.
+        elements: The extreme elements of the operation's Clarke Jacobian.
     """
 
     edge: tuple[Any, int]

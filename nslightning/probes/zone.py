@@ -57,7 +57,7 @@ class Zone:
         difference: Euclidean norm of the difference over the reals, as float64 has it; 0 in the regular zone, where it
             is not asked for.
         rounding: The largest norm that rounding alone can have left; a smaller ``difference`` is not resolved.
-        method: How the difference over the reals was found: carried down from the ties, or, where the loss's graph does
+        method: The way to the difference over the reals: carried down from the ties, or, where the loss's graph does
             not show them all or a hook is not linear, as the difference of two gradients in float64.
     """
 

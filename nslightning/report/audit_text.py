@@ -283,7 +283,7 @@ def where_it_arises(spreads: Sequence[Spread], count: int) -> str:
 
     Args:
         spreads: One choice's divergence in each dtype.
-        count: How many layers at most.
+        count: Largest number of layers.
 
     Returns:
         The layers with their shares of the squared difference; empty where there is no difference.
@@ -299,7 +299,7 @@ def sites_in_short(audit: Audit, shown: int) -> str:
 
     Args:
         audit: The audit.
-        shown: How many of the tied sites are listed beside it.
+        shown: Number of the tied sites that are listed beside it.
 
     Returns:
         One line.

@@ -30,7 +30,7 @@ def plot_cost(reports: CostReport | Mapping[str, CostReport], path: str | Path, 
     Args:
         reports: One report, or several by the name that the figure gives them.
         path: The file, in a format that matplotlib knows by its ending; its folder is created.
-        most: How many modules the second panel shows, those that take most time.
+        most: Number of modules in the second panel, those that take most time.
 
     Returns:
         The path written.

@@ -46,7 +46,7 @@ class Cards:
     """Verdicts beside each other.
 
     Args:
-        cards: Of each card its label, its word, a note, and its kind: ``"good"``, ``"slight"``, ``"strong"``,
+        cards: For each card its label, its word, a note, and its kind: ``"good"``, ``"slight"``, ``"strong"``,
             ``"bad"`` or ``"none"``.
     """
 
@@ -60,7 +60,7 @@ class Cell:
 
     Args:
         text: Its content.
-        kind: Of a number ``"number"``, ``"zero"`` or ``"hot"``; ``""`` of a text.
+        kind: ``"number"``, ``"zero"`` or ``"hot"`` for a number; ``""`` for a text.
         title: A note that appears under a resting pointer.
     """
 
@@ -76,9 +76,9 @@ class Table:
     Args:
         label: Name of the table for a screen reader.
         head: The columns' names.
-        numeric: Of each column, whether it holds numbers.
+        numeric: For each column, whether it holds numbers.
         rows: The cells of each row.
-        marks: Of each row ``""``, ``"differs"`` for one that stands out, or ``"aside"`` for one that stands back.
+        marks: For each row ``""``, ``"differs"`` for one that stands out, or ``"aside"`` for one that stands back.
     """
 
     template: ClassVar[str] = "table"
@@ -199,7 +199,7 @@ def table(label: str, head: Sequence[str], rows: Iterable[Sequence[Any]], marks:
         label: Name of the table for a screen reader.
         head: The columns' names.
         rows: Texts, numbers, None for a number that is missing, and :class:`Cell` for cells with a look.
-        marks: Of each row, as :class:`Table` takes them; none by default.
+        marks: For each row its mark, as :class:`Table` takes them; none by default.
 
     Returns:
         The table; a column of numbers is set to the right.

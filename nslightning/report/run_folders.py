@@ -38,7 +38,7 @@ class RunFolder:
         nonfinite: ``nonfinite.json`` (:class:`~nslightning.callbacks.NonFiniteGuard`), or None.
         metrics: ``metrics.csv``, one row per logged value: ``step``, ``epoch``, ``metric``, ``value``.
         divergence: ``divergence.csv`` (:class:`~nslightning.callbacks.GradientDivergence`), or None.
-        written: When the last metric was written, in seconds since the epoch; None before the first one.
+        written: Time of the last metric, in seconds since the epoch; None before the first one.
     """
 
     folder: Path

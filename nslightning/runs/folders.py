@@ -18,7 +18,7 @@ def new_run_folder(output: str | Path, name: str) -> Path:
     """Make the folder of a new run; all processes of one launch get the same one.
 
     Args:
-        output: Where runs are kept.
+        output: The folder of all runs.
         name: The run's name.
 
     Returns:
@@ -79,7 +79,7 @@ def last_run_folder(output: str | Path, name: str) -> Path | None:
     """The newest run of that name that has a checkpoint, be it a damaged one.
 
     Args:
-        output: Where runs are kept.
+        output: The folder of all runs.
         name: The run's name.
 
     Returns:
@@ -99,7 +99,7 @@ def folder_of_job(output: str | Path, name: str) -> Path | None:
     """The folder that this SLURM job left when it was requeued, or ``torchrun`` when it started its processes again.
 
     Args:
-        output: Where runs are kept.
+        output: The folder of all runs.
         name: The run's name.
 
     Returns:

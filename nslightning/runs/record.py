@@ -43,14 +43,14 @@ class Segment:
         from_step: The first optimizer step.
         choice: The Jacobian choice in use, in short; None where the model is not patched.
         sites: Rules for single sites, as plain data.
-        fingerprint: Of the patched sites.
+        fingerprint: Fingerprint of the patched sites.
         config: The config, as plain data.
         settings: Seed, precision, device, number of processes.
-        versions: Of Python, PyTorch and the other libraries.
+        versions: Versions of Python, PyTorch and the other libraries.
         git: The commit of the code.
         command: The command line that began it.
         words: Its words after the subcommand.
-        started: When, in UTC.
+        started: Time of the beginning, in UTC.
         to_step: The step before which the next segment begins; None for the last one.
         changed: The settings that differ from the segment before: by name, the value there and the value here.
         resumed_at: Steps at which a process went on, with nothing changed.

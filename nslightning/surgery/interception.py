@@ -84,7 +84,7 @@ class FunctionalCalls(TorchFunctionMode):
     Attributes:
         part: The surgery's record of the innermost patched module whose code is running.
         differentiating: Whether gradients were wanted when the run began.
-        evaluations: How often each row of the report was evaluated.
+        evaluations: Number of evaluations of each row of the report.
         owned: Ranges of autograd nodes that a site made, or a call that the report names or the surgery leaves alone.
         ranked: Calls of an operation without a choice that return indices too.
         spans: Ranges of autograd nodes that the code of a module made, the inner ones first.

@@ -42,7 +42,7 @@ class Rule:
         stage: A module by its name, with all that is inside it: ``"layer1"``, ``"blocks.3"``; a star for any part of a
             name between dots (``"*.downsample"``), two numbers for the range from one to the other
             (``"features.0-10"``, ``"layer1-2"``).
-        call: Which evaluations of the operation by one module, counted from 0 in each forward: a number, or a range
+        call: Evaluations of the operation by one module, counted from 0 in each forward: a number, or a range
             as in Python (``"1:3"``, ``"2:"``, ``range(1, 3)``).
 
     Raises:

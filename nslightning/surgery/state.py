@@ -42,13 +42,13 @@ class Surgery:
 
     Attributes:
         selections: One per combination of the plan's rules that holds somewhere, by their indices.
-        everywhere: By operation the selection of all functional calls; None if they have several selections,
+        everywhere: By operation, the selection of all functional calls; None if they have several selections,
             which a compiler cannot distinguish.
         counted: Whether a rule depends on the number of a call.
         catching: Whether some module has code that may call functions: a mode catches calls only if it is true.
         looked: The entrances and the paths whose graph was checked.
         awaited: Paths that a run took while nodes were not recorded, and how many runs are still recorded for each.
-        begun: How often each entrance was run with gradients.
+        begun: Number of runs with gradients of each entrance.
         sites: The objects that run the module sites.
     """
 

@@ -23,7 +23,7 @@ def make_executor(name: str, resources: Resources, folder: Path) -> Executor:
     Args:
         name: One of :data:`EXECUTORS`.
         resources: The processes, devices and options that it may use.
-        folder: Where it keeps the logs of its jobs, if it has any; all machines see this folder.
+        folder: The folder for the logs of its jobs, if it has any; all machines see this folder.
 
     Returns:
         The executor.

@@ -20,13 +20,13 @@ class Resources:
     Args:
         workers: Items that are computed side by side. None lets the executor choose: the processes of one machine by
             its cores and its memory, a cluster by what is free.
-        device: Where each item is computed: ``cpu``, ``cuda``, or one GPU of this machine, such as ``cuda:1``.
+        device: Device of each item: ``cpu``, ``cuda``, or one GPU of this machine, such as ``cuda:1``.
         gpus_per_cell: Share of a GPU that an item takes: 0.25 puts four on one GPU. None leaves the number to
             ``workers``; Ray and submitit then give each item a whole one.
         cpus_per_cell: Threads of an item.
         options: The executor's own: ``address`` of a Ray cluster; ``cluster``, ``cells_per_job`` and the parameters of
             ``submitit.AutoExecutor``, such as ``timeout_min``.
-        say: Where the executor writes what it chose.
+        say: Stream to which the executor writes its choices.
 
     Raises:
         ValueError: If a number is not allowed.
@@ -65,7 +65,7 @@ class ItemResult(NamedTuple, Generic[T, R]):
     Args:
         item: The item.
         result: The function's result; None where the worker ended before it returned.
-        error: Why there is no result.
+        error: The reason why there is no result.
     """
 
     item: T

@@ -23,8 +23,8 @@ class Peak(NamedTuple):
     """The peak memory of a process, in bytes.
 
     Args:
-        host: Of the machine's memory.
-        device: Of the GPU's; 0 on a CPU.
+        host: Peak of the machine's memory.
+        device: Peak of the GPU's memory; 0 on a CPU.
         device_free: Free memory of the GPU, the process's own part included; None on a CPU.
     """
 
@@ -37,7 +37,7 @@ def measured_peak(device: str) -> Peak:
     """Return the peak memory of this process so far.
 
     Args:
-        device: Where it computed.
+        device: The device on which it computed.
 
     Returns:
         The peak.

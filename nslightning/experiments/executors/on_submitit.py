@@ -32,7 +32,7 @@ class SubmititExecutor:
         resources: The processes and devices that it may use. Its options are ``cluster``, ``cells_per_job`` and the
             parameters of ``submitit.AutoExecutor``, such as ``timeout_min``, ``slurm_partition`` or ``mem_gb``.
             ``cluster`` is ``slurm`` or ``local``; None takes SLURM on a machine that has it, else ``local``.
-        folder: Where submitit keeps jobs and their logs; all machines see it.
+        folder: The folder in which submitit keeps jobs and their logs; all machines see it.
 
     Raises:
         ImportError: If submitit is not installed.

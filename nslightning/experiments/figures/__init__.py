@@ -222,7 +222,7 @@ def make(name: str, rows: pd.DataFrame) -> Figure:
 
     Args:
         name: A key of :data:`FIGURES`.
-        rows: As from :func:`read`.
+        rows: Results from :func:`read`.
 
     Returns:
         The figure.

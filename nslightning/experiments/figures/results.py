@@ -65,7 +65,7 @@ def with_choice(rows: pd.DataFrame) -> pd.DataFrame:
     """Add which choice an experiment varies, and its value.
 
     Args:
-        rows: As from :func:`read`.
+        rows: Results from :func:`read`.
 
     Returns:
         The rows of training runs, with ``parameter`` (``relu`` or ``max_pool``) and ``choice``.
@@ -90,7 +90,7 @@ def blocks(rows: pd.DataFrame, keys: list[str]) -> list[tuple[tuple[Any, ...], p
     """The rows by what they have in common, in the order of the table.
 
     Args:
-        rows: As from :func:`read`.
+        rows: Results from :func:`read`.
         keys: Columns; None is a value like any other.
 
     Returns:
@@ -108,7 +108,7 @@ def runs_at_end(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
     """Each run's value of a metric at its last epoch.
 
     Args:
-        rows: Of training runs.
+        rows: Results of training runs.
         metric: Which.
 
     Returns:
@@ -124,8 +124,8 @@ def share_interval(hits: float, n: float) -> tuple[float, float]:
     r"""Wilson's 95 % interval of a share, which also holds where the share is 0 or 1.
 
     Args:
-        hits: How many.
-        n: Of how many.
+        hits: Number of hits.
+        n: Number of trials.
 
     Returns:
         The lower and the upper end.

@@ -88,10 +88,10 @@ def canvas(rows: int, columns: int, width: float, height: float, **options: Any)
     """A figure with a grid of axes.
 
     Args:
-        rows: Of axes.
-        columns: Of axes.
-        width: Of one of them, inches.
-        height: Of one of them, inches.
+        rows: Number of rows of axes.
+        columns: Number of columns of axes.
+        width: Width of one axis, in inches.
+        height: Height of one axis, in inches.
         **options: For ``Figure.subplots``.
 
     Returns:
@@ -131,7 +131,7 @@ def head(axis: Axes, title: str, note: str = "") -> None:
 
     Args:
         axis: The axis.
-        title: Of the axis.
+        title: Title of the axis.
         note: Smaller lines.
     """
     if note:
@@ -164,7 +164,7 @@ def drawn(figure: Figure, mark_begins: str) -> bool:
 
     Args:
         figure: The figure.
-        mark_begins: How a part of its id begins, such as ``paper`` or ``diverged``.
+        mark_begins: Beginning of a part of the mark's id, such as ``paper`` or ``diverged``.
 
     Returns:
         Whether it has one.
@@ -178,7 +178,7 @@ def counts_below(axis: Axes, at: Sequence[float], counts: Mapping[str, Sequence[
 
     Args:
         axis: The axis.
-        at: Where the columns are, in its coordinates.
+        at: Positions of the columns, in the axis's coordinates.
         counts: One line per name; empty texts leave a gap.
     """
     for i, (name, numbers) in enumerate(counts.items()):
@@ -206,11 +206,11 @@ def at_edge(axis: Axes, x: float, marker: str, colour: Any, gid: str, height: fl
 
     Args:
         axis: The axis.
-        x: Where, in its coordinates.
+        x: Position, in the axis's coordinates.
         marker: ``x`` for runs that diverged, ``v`` for values below the axis.
-        colour: Of the mark.
+        colour: Colour of the mark.
         gid: The values that it stands for, as :func:`where` writes them.
-        height: Where, in shares of the axis.
+        height: Position above the lower edge, as a share of the axis.
     """
     (mark,) = axis.plot([x], [height], marker, color=colour, ms=4.5, mew=1.2, transform=axis.get_xaxis_transform())
     mark.set(clip_on=False, zorder=4, gid=gid)
@@ -220,7 +220,7 @@ def shades(choices: Sequence[Any]) -> dict[Any, dict[str, Any]]:
     """A line's look per choice: dark to light in order, so that it holds in grey; the reference 0 is black.
 
     Args:
-        choices: In order.
+        choices: The choices, in order.
 
     Returns:
         The look by choice.

@@ -306,7 +306,7 @@ def loss_by_epoch(axis: Axes, rows: pd.DataFrame, published: pd.DataFrame) -> st
 
     Args:
         axis: Where.
-        rows: Of training runs under one rule.
+        rows: Results of training runs under one rule.
         published: Published rows with ``choice``, ``epoch`` and ``mean``; may be empty.
 
     Returns:

@@ -282,7 +282,7 @@ def pool_gradient(
 
     Args:
         x: The input, shape (N, C, H, W).
-        reached: Which entries reach each window's maximum, int16 of the output's shape.
+        reached: Mask of the entries that reach each window's maximum, int16 of the output's shape.
         g: The incoming gradient, of the output's shape.
         selection: The choice.
         geometry: The windows.

@@ -114,7 +114,7 @@ def laid_out_as(x: Tensor, other: Tensor) -> Tensor:
 
     Args:
         x: Any layout.
-        other: Of the same shape, dense in memory.
+        other: A tensor of the same shape, dense in memory.
 
     Returns:
         ``x``, or a copy where it lies otherwise.

@@ -65,7 +65,7 @@ class Described(NamedTuple):
 
     Args:
         operation: The field of :class:`~nslightning.Jacobians` that chooses.
-        selection: Where the choice is read.
+        selection: The selection from which the choice is read.
         tied: False where the forward saw that no choice can matter.
     """
 

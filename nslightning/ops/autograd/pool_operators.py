@@ -31,9 +31,10 @@ def operator(
 
     Args:
         schema: Its name and signature.
-        run: Computes it. Its tensors may have other strides than the traced ones, so that no copy is made.
+        run: The function that computes it. Its tensors may have other strides than the traced ones, so that no copy
+            is made.
         fake: Returns a result of the right shape, dtype and layout for tensors without values.
-        devices: Where it runs.
+        devices: Kinds of devices on which it runs.
 
     Returns:
         The operator.

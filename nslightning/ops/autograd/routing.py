@@ -35,7 +35,7 @@ class Route:
 
     Args:
         field: The field of :class:`~nslightning.Jacobians` that chooses.
-        inputs: How many of the tensors are inputs that take gradients; they come first.
+        inputs: Number of the tensors that are inputs that take gradients; they come first.
         ties: ``(tensors, parameters) -> (tied, ...)``: the mask of the results that are ties, and the further
             tensors that ``gradients`` reads.
         gradients: ``(choice, uniform, g, tensors, parameters, tied, ...) -> gradients`` of the inputs, 0 away from

@@ -398,7 +398,7 @@ class Selection:
         """The private random stream of the ``"random"`` choice on a device.
 
         Args:
-            device: Where the draws are made.
+            device: The device of the draws.
 
         Returns:
             A generator seeded once with ``seed``.

@@ -223,7 +223,7 @@ class Windows:
         windows: The output's spatial sizes.
 
     Attributes:
-        count: How many entries reach each window's maximum, shape (B, *windows, I), dtype of ``x``; 0 where the
+        count: Number of entries that reach each window's maximum, shape (B, *windows, I), dtype of ``x``; 0 where the
             maximum is NaN, more than 1 at a tie.
     """
 
@@ -323,7 +323,7 @@ class Windows:
         """The flat index of an entry that reaches its window's maximum, by its rank among these.
 
         Args:
-            rank: From 0, in row-major order; the shape and dtype of ``count``.
+            rank: Ranks from 0, in row-major order; the shape and dtype of ``count``.
 
         Returns:
             int64, the shape of ``count``; 0 where no such entry exists.
@@ -363,7 +363,7 @@ def select(v: Tensor, mask: Tensor) -> Tensor:
 
     Args:
         v: Values.
-        mask: Of the same shape and dtype.
+        mask: A mask of the same shape and dtype.
 
     Returns:
         A tensor like ``v``.

@@ -230,7 +230,7 @@ def pool_forward(
         x: Input of shape (N, C, H, W), float16, bfloat16 or float32, contiguous or channels_last.
         geometry: Kernel, stride, padding and dilation; at most 16 positions in a window.
         size: The output's height and width.
-        zeros: Of no effect here: see below.
+        zeros: Without effect here: see below.
 
     Returns:
         The stock output; int16 masks of its shape: bit q is set where the window's q-th entry, in row-major order,
@@ -260,7 +260,7 @@ def pool_backward(
     Args:
         g: Incoming gradient, of the output's shape.
         mask: The masks of :func:`pool_forward`.
-        geometry: As there.
+        geometry: Kernel, stride, padding and dilation.
         size: The input's height and width.
         weights: ``(share, whole, each, last)`` of :meth:`~nslightning.ops.autograd.selection.Selection.pool_weights`.
 
@@ -283,10 +283,10 @@ def pool_shares(
     """Run :func:`pool_backward` with coefficients, such as those of a difference.
 
     Args:
-        g: As there, and all but the last two.
-        mask: See there.
-        geometry: See there.
-        size: See there.
+        g: Incoming gradient, of the output's shape.
+        mask: The masks of :func:`pool_forward`.
+        geometry: Kernel, stride, padding and dilation.
+        size: The input's height and width.
         coefficients: As :func:`~nslightning.ops.autograd.selection.pool_coefficients` has them, on the device, float32.
         last: Whether the target is the last tied entry; or the memory of that, 0-d, float64: not 0 if it is.
 
