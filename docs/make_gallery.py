@@ -42,7 +42,7 @@ def sources(name: str, results: Path) -> list[Path]:
 
 
 def entries(results: Path) -> list[Entry]:
-    """What can be drawn, and what cannot."""
+    """The figures that can be drawn, and those that cannot."""
     made = []
     for name, drawing in figures.FIGURES.items():
         folders = sources(name, results) if drawing.needs_results else []
@@ -57,7 +57,7 @@ def entries(results: Path) -> list[Entry]:
 
 
 def command(entry: Entry) -> str:
-    """What draws a figure, from the repository's root."""
+    """The commands that draw a figure, from the repository's root."""
     folders = " ".join(s.relative_to(ROOT).as_posix() for s in entry.sources)
     return f"nslightning figure {entry.name}" + (f" --from {folders}" if folders else "")
 

@@ -21,7 +21,7 @@ from mistakes import MISTAKES, answer, prepare, row  # noqa: E402 # the tests ar
 INTRODUCTION = """\
 # Messages
 
-What the commands answer to mistakes, with the exit status: 0 done, 1 something outside the call is at fault (data,
+The commands' answers to mistakes, with the exit status: 0 done, 1 something outside the call is at fault (data,
 disk, network, your own model), 2 the call is, 3 an audit's limit is exceeded, 129 after the end of the terminal
 (SIGHUP), 130 after Ctrl-C, 141 where the program that reads the output has ended, and 143 after SIGTERM. A traceback is
 a bug: please report it.

@@ -25,7 +25,7 @@ def main() -> None:
             client.execute()
         for cell in notebook.cells:
             cell["metadata"].pop("execution", None)  # times of day
-            # What Lightning says of this machine is no result.
+            # Lightning's remarks on this machine are no result.
             cell["outputs"] = [o for o in cell.get("outputs", []) if o.get("name") != "stderr"]
             if cell["cell_type"] != "code":
                 del cell["outputs"]

@@ -101,7 +101,7 @@ def line(name: str, figure: Any) -> None:
 
 
 def plane(name: str, figure: Any) -> None:
-    """What two equal entries receive of a gradient of 1: the Clarke Jacobian in the plane, the choices as marks."""
+    """The shares of two equal entries in a gradient of 1: the Clarke Jacobian in the plane, the choices as marks."""
     from matplotlib.patches import Circle
 
     operation = OPERATIONS[name]
@@ -145,7 +145,7 @@ def shown(value: Any) -> str:
 
 
 def spellings(name: str) -> list[str]:
-    """What a patch reaches, by the names that people write."""
+    """The spellings that a patch reaches, by the names that people write."""
     functions, classes = OPERATIONS[name].functions, OPERATIONS[name].modules
     homes = ((torch, "torch."), (Tensor, "Tensor."), (F, "F."), (torch.linalg, "torch.linalg."))
     of_functions = [
@@ -175,7 +175,7 @@ def clarke(kink: Kink, operation: Operation) -> str:
 
 
 def references(operation: Operation) -> list[str]:
-    """What stock PyTorch returns at each kink, in words."""
+    """Stock PyTorch's derivative at each kink, in words."""
     values = operation.stock(*operation.at) if operation.taken else [None] * len(operation.kinks)
     numbers = ("" if value is None else as_words(value) for value in values)
     return [kink.stock or number for kink, number in zip(operation.kinks, numbers, strict=True)]
@@ -228,8 +228,8 @@ def page() -> str:
 
 {len(OPERATIONS)} operations have a choice. Each is a field of `Jacobians`. One record in the code describes each
 operation; `Jacobians`, `patch`, the probes, the audit and this page read these records
-([how to add one](how-to-add-an-operation.md)). [What the libraries return](conventions.md) has their values at each
-kink, as measured.
+([how to add one](how-to-add-an-operation.md)). [Conventions of the libraries](conventions.md) has the measured
+values at each kink.
 
 In a plot the grey bar is the [Clarke Jacobian](glossary.md#clarke-jacobian); there is none where a function jumps. The
 marks are the gradients that the code returns at the kink under stock PyTorch's choice and under the presets `jax` and

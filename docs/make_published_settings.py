@@ -29,7 +29,7 @@ NETWORKS = {
     "densenet121": "DenseNet-121",
 }  # fmt: skip
 PARAMETERS = {"alpha": "ReLU'(0)", "beta": "MaxPool", "dropout_p": "dropout"}
-#: What differs between our scale and the papers', in words.
+#: The differences between our scale and the papers', in words.
 DIFFERING = {
     "epochs": "{ours} epochs of {theirs}",
     "width": "width {ours} of {theirs}",
@@ -49,8 +49,8 @@ spread is not known where a paper released medians (read from its box plots), or
 is a setting the published one: elsewhere an "inside" says that the shorter run came as far, no more, and a small
 difference outside may be the epochs that it lacks. At MaxPool's beta 0 and 1 both rules are one program, which is
 counted as exact. In 16 bits at beta 10³ and 10⁴ the exact rule is outside because it does not take part in what
-diverges there: the forward of the published pooling ([findings](findings.md)). What did not run would take these two
-cores days to weeks.
+diverges there: the forward of the published pooling ([findings](findings.md)). The settings that did not run would
+take these two cores days to weeks.
 
 | paper | data | network | batch norm | optimizer | bits | choice (values of it) | grid | ran here | inside, outside \
 | why |
@@ -150,7 +150,7 @@ def counted(lines: pd.DataFrame) -> str:
 
 
 def scale_differs(grid: Experiment, one: Setting, results: pd.DataFrame) -> str:
-    """What our scale has less of, in words."""
+    """The quantities that our scale reduces, in words."""
     ours = next(p.cell for p in grid.cells() if p.id in set(results["cell"]))
     theirs = one.runs[0].cell
     assert isinstance(theirs, TrainCell)

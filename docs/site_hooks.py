@@ -1,4 +1,4 @@
-"""What MkDocs does not do by itself: formulas as MathML, and the commands' own help texts."""
+"""Additions to MkDocs: formulas as MathML, and the commands' own help texts."""
 
 import contextlib
 import inspect

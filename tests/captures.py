@@ -1,4 +1,4 @@
-"""What stands for the capture of a CUDA graph on a machine without a GPU."""
+"""A stand-in for the capture of a CUDA graph on a machine without a GPU."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,7 +12,7 @@ _ASKED = ("_local_scalar_dense", "is_nonzero", "equal")
 class Capture(TorchDispatchMode):
     """Keeps the calls of kernels, to make them again on the same memory.
 
-    What Python decided at the capture stays as it was, what lies in memory is read again.
+    Python's decisions at the capture stay as they were; values in memory are read again.
     """
 
     def __init__(self):
@@ -34,7 +34,7 @@ class Capture(TorchDispatchMode):
 
 
 def capturing_on_the_host(monkeypatch):
-    """CPU tensors are like CUDA tensors: a choice has memory of its own there, and no value is looked at.
+    """CPU tensors are like CUDA tensors: a choice has its own memory there, and no value is looked at.
 
     Returns:
         Runs a function as captured; returns the capture and the function's result.

@@ -1,4 +1,4 @@
-"""What every test can rely on: a folder of its own to write into, and a process as a fresh one would be."""
+"""The surroundings of every test: its own folder to write into, and a process like a fresh one."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""Whole runs in processes of their own, and the callbacks that they put into a run's config."""
+"""Whole runs in separate processes, and the callbacks that they put into a run's config."""
 
 import json
 import os
@@ -126,7 +126,7 @@ class Fault(Callback):
 
 
 def start(command, options, output, *flags, **environment):
-    """``nslightning COMMAND`` in a process group of its own."""
+    """``nslightning COMMAND`` in its own process group."""
     file = Path(f"{output}.yaml")
     file.write_text(yaml.safe_dump(options))
     path = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))

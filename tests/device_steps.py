@@ -14,7 +14,7 @@ class HostWork(TorchDispatchMode):
     """Notes each operation that waits for a device, and each transfer between the host and a device.
 
     Attributes:
-        met: What was met: the operation's name, and where a transfer went.
+        met: The events: the operation's name, and the target of a transfer.
         calls: How many operations there were.
     """
 

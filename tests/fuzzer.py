@@ -335,7 +335,7 @@ def _parts(x: Tensor) -> Iterator[Tensor]:
 
 
 def shown(x: Any, leaves: list[Any]) -> Any:
-    """What can be seen of a value."""
+    """The comparable properties of a value."""
     if not isinstance(x, Tensor):
         return x if isinstance(x, (int, float, bool, str, complex, type(None), torch.dtype)) else type(x).__name__
     if x.is_nested:
@@ -354,7 +354,7 @@ def shown(x: Any, leaves: list[Any]) -> Any:
 
 
 def gradient_shown(g: Tensor | None) -> Any:
-    """What can be seen of a gradient."""
+    """The comparable properties of a gradient."""
     if g is None or g.layout != torch.strided:
         return None if g is None else (g.dtype, g.layout, pattern(g))
     return {"dtype": g.dtype, "shape": tuple(g.shape), "stride": g.stride(), "bits": pattern(g)}
@@ -369,7 +369,7 @@ def _shares(x: Tensor, y: Any) -> bool:
 
 @dataclass
 class Outcome:
-    """What a run returned, warned of and raised."""
+    """The results, warnings and errors of a run."""
 
     seen: list[tuple[str, Any]]
     gradients: list[tuple[str, Any]]
@@ -433,7 +433,7 @@ def outcome(one: Program, patched: bool, choice: Jacobians | None = None) -> Out
             and stock without the oracle.
 
     Returns:
-        What it came to.
+        The outcome.
     """
     torch.manual_seed(one.seed)
     random.seed(one.seed)
@@ -485,11 +485,11 @@ def outcome(one: Program, patched: bool, choice: Jacobians | None = None) -> Out
 
 
 def differences(a: Iterable[tuple[str, Any]], b: Iterable[tuple[str, Any]], signless: bool = False) -> list[str]:
-    """What differs between two lists of what was seen.
+    """The differences between two lists of observations.
 
     Args:
-        a: What was seen of ours.
-        b: What was seen of stock.
+        a: Observations of our run.
+        b: Observations of the stock run.
         signless: Take -0.0 for 0.0.
 
     Returns:
@@ -529,7 +529,7 @@ def _alike(name: str, x: Any, y: Any, signless: bool) -> bool:
 
 @dataclass
 class Verdict:
-    """What comparing a program came to."""
+    """The outcome of comparing a program."""
 
     differs: list[str]
     ran: bool = True

@@ -1,4 +1,4 @@
-"""What the fused kernels of every device are held against: see test_cpu_kernels.py and triton_interpreted.py."""
+"""The checks that the fused kernels of every device must pass: see test_cpu_kernels.py and triton_interpreted.py."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def check_max_pool(kernels, geometry, weights, layout, dtype=torch.float32) -> N
 
 
 def check_pool_difference(kernels, geometry, layout, dtype=torch.float32) -> None:
-    """What every choice adds to every other against the naive gradients' difference; exact zeros where none ties."""
+    """The differences of all pairs of choices against those of the naive gradients; exact zeros where none ties."""
     x = tied_images(layout, dtype)
     x[:, 2] = torch.arange(9 * 8).view(9, 8).to(dtype)  # no two are the same
     size = tuple(F.max_pool2d(x, *geometry).shape[2:])

@@ -52,7 +52,7 @@ class Mistake:
 
     Args:
         typed: The command line after ``nslightning``.
-        says: What the answer must say.
+        says: Words that the answer must contain.
         status: The exit status.
     """
 
@@ -273,7 +273,7 @@ MISTAKES: dict[str, list[Mistake]] = {
     ],
 }
 
-#: What an answer holds of the machine that it was given on.
+#: Parts of an answer that depend on the machine.
 _ELSEWHERE = ((r"PyTorch \d[\w.+]*", "PyTorch 2.x"),)
 
 
@@ -317,7 +317,7 @@ def row(mistake: Mistake, status: int, error: str) -> str:
     """A row of the page.
 
     Args:
-        mistake: What was typed.
+        mistake: The mistaken call.
         status: The exit status.
         error: The answer.
 

@@ -216,7 +216,7 @@ class _InPlace(importlib.abc.MetaPathFinder):
 
 
 def outcome(mutant: Mutant, tests: Sequence[str], limit: float, log: Path) -> str:
-    """Run a mutant's tests in a process of its own.
+    """Run a mutant's tests in a separate process.
 
     Returns:
         ``killed``: a test fails. ``slow``: they take more than ``limit`` seconds. ``survived``. ``not run``: pytest

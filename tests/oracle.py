@@ -55,7 +55,7 @@ def of(*names: str) -> Callable[[Formula], Formula]:
 
 
 def node_of(name: str) -> str:
-    """What the name of an operation's node begins with."""
+    """The beginning of the name of an operation's node."""
     words = name.strip("_").replace("2d", "2D").replace("3d", "3D").split("_")
     return "".join(word[0].upper() + word[1:] for word in words) + "Backward"
 
@@ -167,7 +167,7 @@ def _(choice, e, g, stock):
 
 # ---------------------------------------------------------------------------------------------------------- maxima
 def shares(tied: Tensor, dims: tuple[int, ...], choice: str, dtype: torch.dtype) -> Tensor:
-    """What each tied entry receives of a gradient, with the entries that tie together along some dimensions."""
+    """The share of a gradient for each tied entry; the entries that tie together lie along some dimensions."""
     order = [d for d in range(tied.dim()) if d not in dims] + sorted(dims)
     flat = tied.permute(order).flatten(tied.dim() - len(dims))
     rank, count = flat.long().cumsum(-1), flat.sum(-1, keepdim=True)
@@ -407,7 +407,7 @@ class Oracle(TorchDispatchMode):
         return unexplained
 
     def _evaluation(self, node: Any) -> Evaluation | None:
-        """What a node differentiates: the node is made first, and the evaluation noted with the next node's number."""
+        """The evaluation that a node differentiates: it is noted with the number after the node's."""
         name, number = node.name(), node._sequence_nr()
         if name.endswith("CopySlices"):  # made right after the operation, around its own node
             return next((e for e in self.seen.get(number, ()) if e.view is not None), None)

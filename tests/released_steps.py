@@ -25,7 +25,7 @@ from torch import Tensor, nn
 FILE = Path(__file__).with_suffix(".json")
 STEPS, RATE = 20, 0.01
 
-#: What is trained, by name: settings of a cell.
+#: The trainings, by name: settings of a cell.
 CASES: dict[str, dict[str, Any]] = {
     "lenet5, 32 bit": {"backbone": "paper/lenet5", "precision": 32},
     "lenet5, 16 bit": {"backbone": "paper/lenet5", "precision": 16},

@@ -1,4 +1,4 @@
-"""What SLURM does with a job, on one machine: ``sbatch`` with requeueing, ``srun`` and ``scontrol``, as commands.
+"""SLURM's handling of a job, on one machine: ``sbatch`` with requeueing, ``srun`` and ``scontrol``, as commands.
 
 The folder ``$SLURM_STAND_IN`` has the job's state: the process ids of its tasks, and two files that ask for something.
 ``event`` is a test's: "limit" (the time limit is near), "preempt" (the job has to make room) or "fail" (its machine

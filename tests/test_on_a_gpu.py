@@ -1,4 +1,4 @@
-"""What a CPU cannot show of training on a device: bits of its batches, captured steps, and that no step waits."""
+"""Checks that need a device: the bits of its batches, captured steps, and that no step waits."""
 
 import pytest
 import torch

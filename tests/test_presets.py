@@ -1,4 +1,4 @@
-"""What each library returns at the kinks: the installed torch by a table, jax and tensorflow where these are."""
+"""The derivatives of each library at the kinks: the installed torch by a table, jax and tensorflow where installed."""
 
 import numpy as np
 import pytest
@@ -171,7 +171,7 @@ def tensorflow_functions():
     return functions, grad
 
 
-# What a choice cannot express, or the library does not have.
+# Values that a choice cannot express, or functions that the library does not have.
 WITHOUT = {
     "jax": {"rrelu", "hardshrink", "softshrink", "threshold", "norm"},
     "tensorflow": {"rrelu", "norm"},

@@ -4,7 +4,7 @@ import ast
 
 import pytest
 
-# What PyTorch offers under an underscore and documents: the tree of containers, and the base of dispatch modes.
+# Names with an underscore that PyTorch documents: the tree of containers, and the base of dispatch modes.
 OFFERED = {"torch.utils._pytree", "torch.utils._python_dispatch"}
 PREFIXES = ("_foreach_", "_fused_")  # operators, documented with the optimizers
 

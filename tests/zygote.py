@@ -1,4 +1,4 @@
-"""Commands in processes of their own that start at once: each is forked from one that has done the imports."""
+"""Commands in separate processes that start at once: each is forked from one that has done the imports."""
 
 import contextlib
 import io
@@ -16,7 +16,7 @@ SERVER = Path(__file__)
 
 @dataclass
 class Command:
-    """A running ``nslightning`` command; ``pid`` leads a process group of its own."""
+    """A running ``nslightning`` command; ``pid`` leads its process group."""
 
     zygote: "Zygote"
     pid: int

@@ -360,7 +360,7 @@ def _module(options: argparse.Namespace) -> tuple[list[Batch], str, int | None]:
 
 
 def _is_image_data(cls: Any) -> bool:
-    """A class that can be made without naming a folder: one's own images are named by their folder here."""
+    """A class that can be made without naming a folder; this command takes other images by their folder."""
     from nslightning.data import ImageDataModule, ImageFolder
 
     return isinstance(cls, type) and issubclass(cls, ImageDataModule) and cls not in (ImageDataModule, ImageFolder)

@@ -1,4 +1,4 @@
-"""LightningDataModules: the papers' data sets, one's own images or text, a sample, synthetic images."""
+"""LightningDataModules: the papers' data sets, your own images or text, a sample, synthetic images."""
 
 from nslightning.data.augmentation import Augmentation
 from nslightning.data.base import ImageDataModule, ResumableDataModule

@@ -1,4 +1,4 @@
-"""Networks by name: ``timm/<name>``, ``torchvision/<name>``, ``paper/<name>``, and one's own.
+"""Networks by name: ``timm/<name>``, ``torchvision/<name>``, ``paper/<name>``, and the user's own.
 
 timm and torchvision are imported when a name asks for them, not before.
 

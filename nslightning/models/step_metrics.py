@@ -21,13 +21,13 @@ _LIBRARIES = ("lightning.", "pytorch_lightning.", "nslightning.")  # whose callb
 
 
 class StepMetrics:
-    """Computes and logs a training step's metrics where somebody reads them.
+    """Computes and logs a training step's metrics where something reads them.
 
-    Readers are the loggers, every ``log_every_n_steps``; a progress bar, a few times a second; what watches a training
-    metric by its name (checkpoints, early stopping, a scheduler); and callbacks that may look at any step: one's own,
-    and those of this package that set ``reads_step_metrics``. Where there is one of the last two kinds, each step is
-    logged. The last step of an epoch and of a training is logged always. On a device, a step that shows nothing
-    computes nothing for it and waits for nothing.
+    Readers are the loggers, every ``log_every_n_steps``; a progress bar, a few times a second; checkpoints, early
+    stopping and schedulers that watch a training metric by its name; and callbacks that may look at any step: the
+    user's own, and those of this package that set ``reads_step_metrics``. Where there is one of the last two kinds,
+    each step is logged. The last step of an epoch and of a training is logged always. On a device, a step that shows
+    nothing computes nothing for it and waits for nothing.
     """
 
     def __init__(self) -> None:

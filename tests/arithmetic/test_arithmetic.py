@@ -534,7 +534,7 @@ def test_half_products_are_one_of_them() -> None:
 
 
 def test_a_process_may_have_frozen_its_flags() -> None:
-    """torch.backends.disable_global_flags cannot be undone: it is called in a process of its own."""
+    """torch.backends.disable_global_flags cannot be undone: it is called in a separate process."""
     code = (
         "import torch; torch.backends.disable_global_flags()\n"
         "from nslightning.arithmetic import Arithmetic\n"

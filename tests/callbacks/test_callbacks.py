@@ -115,7 +115,7 @@ class Module(LightningModule):
         super().__init__()
         torch.manual_seed(1)
         self.net, self.lr, self.noted = net(), lr, []
-        patch(self.net, jacobians, strict=False)  # Round has a backward of its own
+        patch(self.net, jacobians, strict=False)  # Round has its own backward
 
     def training_step(self, batch, batch_idx):
         self.noted.append((copy.deepcopy(self.net.state_dict()), batch))
@@ -405,7 +405,7 @@ def test_overflow_is_reported(tmp_path):
     assert overflowed[0]
     assert not finite[overflowed].any()
     assert finite.any()
-    assert totals["l1"][finite].max() < 100  # unscaled by the scale of its own step
+    assert totals["l1"][finite].max() < 100  # unscaled by its own step's scale
     assert (tmp_path / "divergence.csv").read_text().splitlines()[1] == "0,relu1,native,,nan,nan,nan,nan,nan,propagate"
 
 

@@ -176,10 +176,10 @@ def test_the_module_is_what_it_was_afterwards_and_fits_again(tmp_path):
 def test_an_exception_gives_the_module_back(tmp_path):
     class Fails(Own):
         def training_step(self, batch):
-            raise RuntimeError("of one's own")
+            raise RuntimeError("of the user's")
 
     module = Fails()
-    with pytest.raises(RuntimeError, match="of one's own"):
+    with pytest.raises(RuntimeError, match="of the user's"):
         trainer(tmp_path, NonsmoothPatch(Jacobians(relu=1.0))).fit(module, batches())
     assert not selections(module)
     assert type(module) is Fails
@@ -188,10 +188,10 @@ def test_an_exception_gives_the_module_back(tmp_path):
 def test_a_failing_hook_gives_the_hook_back(tmp_path):
     class Fails(Own):
         def setup(self, stage):
-            raise RuntimeError("of one's own")
+            raise RuntimeError("of the user's")
 
     module = Fails()
-    with pytest.raises(RuntimeError, match="of one's own"):
+    with pytest.raises(RuntimeError, match="of the user's"):
         trainer(tmp_path, NonsmoothPatch()).fit(module, batches())
     assert "setup" not in module.__dict__
 

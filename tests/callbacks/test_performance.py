@@ -18,7 +18,7 @@ from nslightning.runs import MetricsFile
 
 
 class Clocked(LightningModule):
-    """Its steps take a second of a clock of its own, and its batches a quarter."""
+    """By its own clock a step takes a second, and a batch a quarter."""
 
     def __init__(self, clock):
         super().__init__()

@@ -218,7 +218,7 @@ def test_flags_win_over_the_checkpoint(in_trained, capfd, monkeypatch):
 
 
 def test_changed_choice_is_seen_by_a_user(in_trained):
-    """In a process of its own, where no test framework collects warnings."""
+    """In a separate process, where no test framework collects warnings."""
     args = [*own(in_trained), "--ckpt_path=last", "--trainer.limit_test_batches=1", "--model.jacobians.max_pool=10"]
     command = [sys.executable, "-m", "nslightning", "test", *args]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -482,7 +482,7 @@ def test_quickstart_learns():
 
 
 def test_our_optimizers_are_known_by_their_bare_names():
-    """In a process of its own: elsewhere a test has imported nslightning.optim already."""
+    """In a separate process: elsewhere a test has imported nslightning.optim already."""
     words = [*QUICK, "--model.optimizer=INNAprop", "--model.optimizer.lr=0.001", "--trainer.fast_dev_run=true"]
     ran = subprocess.run([sys.executable, "-m", "nslightning", "fit", *words], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr

@@ -60,7 +60,7 @@ def equal(folder: Path, whole: Path) -> None:
 
 
 def launched(words, folder, **environment):
-    """A launcher's command line, with the options' file as its last word, in a process group of its own."""
+    """A launcher's command line, with the options' file as its last word, in its own process group."""
     file = folder / "config.yaml"
     file.write_text(yaml.safe_dump(options()))
     return subprocess.Popen(
@@ -124,7 +124,7 @@ class Machine:
         return [int(word) for word in ip("netns", "pids", self.name).split()]
 
     def kill(self):
-        """Kill all its processes. torchrun's are in sessions of their own: no signal to one group reaches them."""
+        """Kill all its processes. torchrun's are in their own sessions: no signal to one group reaches them."""
         while alive := self.processes():
             for process in alive:
                 with suppress(ProcessLookupError):

@@ -129,7 +129,7 @@ def test_a_checkpoint_larger_than_files_may_be_leaves_the_one_before(images):
 
 @pytest.mark.slow
 def test_a_full_disk_leaves_the_last_checkpoint(images):
-    """A disk of its own, which fills up between two checkpoints."""
+    """A small disk, which fills up between two checkpoints."""
     place = images / "small"
     place.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", place], capture_output=True).returncode:

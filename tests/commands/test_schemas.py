@@ -45,8 +45,8 @@ GOOD = {
     "a preset": {"model": {"backbone": "paper/lenet5", "jacobians": "jax"}},
     "fields": {"model": {"jacobians": {"relu": 1, "relu6": [0, 1], "max_pool": "minimal"}}},
     "a bare name": {"model": {"optimizer": {"class_path": "SGD", "init_args": {"lr": 0.1}}}},
-    "a class of one's own": {"trainer": {"callbacks": [{"class_path": "mine.Watch", "init_args": {"x": 1}}]}},
-    "a module of one's own": {"model": {"class_path": "mine.Net"}, "data": {"class_path": "mine.Data"}},
+    "the user's own class": {"trainer": {"callbacks": [{"class_path": "mine.Watch", "init_args": {"x": 1}}]}},
+    "the user's own module": {"model": {"class_path": "mine.Net"}, "data": {"class_path": "mine.Data"}},
     "text": {"task": "text", "model": {"size": "mini"}},
     "W&B's own": {"trainer": {"logger": {"class_path": "WandbLogger", "dict_kwargs": {"group": "a"}}}},
 }

@@ -459,7 +459,7 @@ def test_real_svhn_digits():
 
 
 def test_a_worker_survives_the_first_sigterm_and_ends_with_the_second():
-    """A batch system sends it to all processes of a job; the training stops at a step of its own choosing."""
+    """A batch system sends SIGTERM to all processes of a job; the training itself decides at which step it stops."""
     import multiprocessing
     import os
     import signal

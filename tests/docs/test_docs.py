@@ -32,7 +32,7 @@ def test_pages_with_examples_are_found():
 
 
 #: Run elsewhere: lines of whole scripts that tests/integrations runs, and a registration that would last: tests/ops
-#: runs it in a process of its own.
+#: runs it in a separate process.
 COMPILED_ALONE = {"other-loops", "how-to-add-an-operation"}
 
 

@@ -1,4 +1,4 @@
-"""The zoo's rows against counts that know nothing of the surgery: module hooks and a function mode of their own."""
+"""The zoo's rows against counts that know nothing of the surgery: their own module hooks and function mode."""
 
 import importlib
 from collections import Counter

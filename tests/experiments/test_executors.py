@@ -32,7 +32,7 @@ def grid(**vary) -> Experiment:
     return Experiment("little", "train", "small", fixed=FIXED, grids=(vary,))
 
 
-# What the workers of these tests compute, in processes of their own.
+# The functions that the workers of these tests compute, in other processes.
 
 
 def doubled(item, device):

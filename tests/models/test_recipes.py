@@ -308,7 +308,7 @@ def test_a_recipe_of_all_parts_trains_stops_and_goes_on_to_the_same_bits(monkeyp
     rates = metrics.filter(like="lr-").dropna()
     assert len(rates) == 8
     assert (rates.iloc[0] > rates.iloc[-1]).all()  # stepped by step: a cosine down to the end
-    assert rates.iloc[0].nunique() > 3  # layers have rates of their own
+    assert rates.iloc[0].nunique() > 3  # layers have their own rates
     assert metrics["train/loss"].notna().sum() == 8
     divergence = pd.read_csv(whole / "divergence.csv")
     assert (divergence["l2"] > 0).any()

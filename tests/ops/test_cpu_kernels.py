@@ -308,7 +308,7 @@ def test_what_the_kernels_do_not_take_is_composed():
     assert not fused.fits(torch._neg_view(x))
     with torch._subclasses.FakeTensorMode() as mode:
         assert not fused.fits(mode.from_tensor(x))
-    batched = torch.autograd.grad(  # is_grads_batched: batches of gradients have no memory of their own
+    batched = torch.autograd.grad(  # is_grads_batched: batches of gradients have no plain memory
         ops.relu(x.requires_grad_(), 0.5), x, torch.ones(5, *x.shape), is_grads_batched=True
     )[0]
     assert torch.equal(batched, torch.full((5, *x.shape), 0.5))

@@ -446,7 +446,7 @@ def test_graphs_are_freed(driver):
 # ------------------------------------------------------------------------------------------------------ captured steps
 @pytest.fixture
 def graphs(driver, monkeypatch):
-    """CPU tensors have memory of their own for a choice, as CUDA tensors have, and a capture that the test begins."""
+    """CPU tensors have their own memory for a choice, as CUDA tensors have, and a capture that the test begins."""
     capturing = ctypes.c_int.in_dll(driver, "capturing")
     monkeypatch.setattr("nslightning.ops.autograd.selection._has_own_memory", lambda device: True)
     monkeypatch.setattr("nslightning.ops.autograd.selection._has_graphs", lambda device: True)

@@ -213,7 +213,7 @@ def test_a_patch_leaves_their_choice_alone():
     x = torch.tensor([[2.0, 1.0]], requires_grad=True)
     model = Called()
     patch(model, Jacobians(max="first"))
-    model(x)  # the call with a choice of its own is not named, nor is the one that takes the patch's
+    model(x)  # the call with its own choice is not named, nor is the one that takes the patch's
     with pytest.raises(UnreachedError, match="sort, which has no choice"):  # what stands beside it is
         model.eval()(x)
 

@@ -18,7 +18,7 @@ from nslightning.probes import divergence
 
 
 def test_the_page_on_adding_an_operation_runs(repo_root):
-    """In a process of its own: what is registered stays."""
+    """In a separate process, since a registered operation stays."""
     page = (repo_root / "docs" / "how-to-add-an-operation.md").read_text(encoding="utf-8")
     code = "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
     code += """

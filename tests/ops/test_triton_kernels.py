@@ -14,7 +14,7 @@ triton = pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 
 
 def test_interpreted() -> None:
-    # A process of its own: whether kernels are interpreted is decided when Triton is imported.
+    # A separate process: whether kernels are interpreted is decided when Triton is imported.
     file = Path(__file__).parents[1] / "triton_interpreted.py"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(file)]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)

@@ -676,7 +676,7 @@ def test_progress_is_one_line_of_a_terminal(capsys, monkeypatch):
     assert capsys.readouterr().err == "\r\x1b[Kone\r\x1b[Ktwo\r\x1b[K"
 
 
-# ------------------------------------------------------------------------------------------- weights of one's own
+# ------------------------------------------------------------------------------------------------ the user's weights
 SMALL = ["--precisions", "32", "--json", "a.json"]
 
 

@@ -31,7 +31,7 @@ def network():
 
 
 def images(rank):
-    """Every process has images of its own; all zero, the first layer ties."""
+    """Each process has its own images; they are all zero, and the first layer ties."""
     x = torch.randn(4, 3, generator=torch.Generator().manual_seed(rank)).double()
     x[:2] = 0
     return x

@@ -333,7 +333,7 @@ def test_what_lies_below_a_pool_and_is_not_followed_is_not_covered() -> None:
     x = torch.zeros(2, 1, 4, 4)
 
     class Placed(nn.Module):
-        """Adds a number of its own to each position."""
+        """Adds a separate number to each position."""
 
         def __init__(self, made: Callable[[], Tensor]) -> None:
             super().__init__()

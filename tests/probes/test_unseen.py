@@ -130,7 +130,7 @@ def tied(way):
 
 
 def apart(model, x):
-    """The norm of the difference of two whole backwards, each of a forward of its own."""
+    """The norm of the difference of two whole backwards, each of its own forward."""
     results = []
     for choice in (ONE["one"], Jacobians()):
         with using(model, choice):

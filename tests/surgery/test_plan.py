@@ -166,7 +166,7 @@ def test_rules_for_stages_are_the_choices_of_models_patched_stage_by_stage():
     model, x = planted()
     patch(model, plan)
     (gradient,) = gradients(model(x).sum(), model, {"": plan}).values()
-    apart, _ = planted()  # every part with a patch of its own
+    apart, _ = planted()  # every part with its own patch
     for name, module in apart.named_children():
         with pytest.warns(PatchWarning) if name in ("conv1", "bn1", "avgpool", "fc") else nullcontext():
             patch(module, stages.get(name, base))
