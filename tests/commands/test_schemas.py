@@ -93,7 +93,7 @@ def test_settings_are_described():
     """By the words of the docstrings."""
     described = schema("experiment")["$defs"]["twins"]["properties"]
     assert all(setting.get("description") for setting in described.values())
-    assert described["momentum"]["description"] == "Of ``sgd``."
+    assert described["momentum"]["description"] == "Momentum of ``sgd``."
 
 
 def plain(node):
