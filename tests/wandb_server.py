@@ -21,6 +21,10 @@ class Server(ThreadingHTTPServer):
         return self
 
     def __exit__(self, *_):
+        self.stop()
+
+    def stop(self):
+        """Answer nothing more, and refuse connections."""
         self.closed.set()
         self.shutdown()
         self.server_close()

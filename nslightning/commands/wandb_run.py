@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import secrets
+import shlex
 import sys
 from collections.abc import Sequence
 from configparser import ConfigParser
@@ -105,6 +106,7 @@ def _prepare(options: Namespace, folder: Path) -> list[str]:
         mode = os.environ["WANDB_MODE"] = "offline"
         reason = "W&B has no API key here and stays offline"
     os.environ.setdefault("WANDB_FINISH_TIMEOUT", _UPLOAD)
+    os.environ.setdefault("WANDB_FINISH_TIMEOUT_RAISES", "true")
     if mode == "offline":
         os.environ.setdefault("WANDB_SILENT", "true")  # the next line says what wandb's own six would
     if not _cache_is_writable():
@@ -143,8 +145,12 @@ def finish() -> None:
     """End the W&B run, so that the next one in this process is another."""
     wandb = sys.modules.get("wandb")
     if wandb is not None and getattr(wandb, "run", None) is not None:
+        run = wandb.run
         try:
             wandb.finish(exit_code=int(sys.exc_info()[0] is not None))
+        except TimeoutError:
+            upload = shlex.join(["wandb", "sync", str(Path(run.dir).parent)])
+            print(f"W&B has not taken all of this run; its own file is whole: {upload}", file=sys.stderr)
         except OSError:  # its log is on a full disk, or its process is gone: the run's own error says so
             with suppress(OSError):
                 wandb.teardown()  # which W&B would do at the end of this process, with a traceback

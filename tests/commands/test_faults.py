@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from fake_data import write_image_folder
 from test_two_processes import config
 
 from nslightning import runs
+from nslightning.commands import wandb_run
 from nslightning.commands.endings import ending_of
 
 FIT = [
@@ -280,6 +282,7 @@ def test_a_file_that_disappears_for_one_of_two_processes_ends_both(images):
 def with_wandb(folder: Path, url: str, **environment: str) -> subprocess.Popen:
     """A run that logs to a W&B server, with a checkpoint after every second step."""
     options = config()
+    options["data"]["init_args"]["batch_size"] = 8
     checkpoint = {"every_n_train_steps": 2, "filename": "last"}
     options["trainer"]["callbacks"] = [
         {"class_path": "ddp_helpers.Slow"},
@@ -290,6 +293,29 @@ def with_wandb(folder: Path, url: str, **environment: str) -> subprocess.Popen:
         "fit", options, folder / "runs", WANDB_BASE_URL=url, WANDB_API_KEY="0" * 40, WANDB_MODE="online",
         WANDB_FINISH_TIMEOUT="5", **environment,
     )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("port", ["silent", "closed"])
+def test_wandb_that_is_gone_in_mid_run_costs_no_step(port, tmp_path):
+    """The run ends well, W&B's own file has all of its steps, and one line says how to upload it."""
+    with wandb_server.Server() as server:
+        run = with_wandb(tmp_path, server.url, SECONDS_PER_STEP="0.3")
+        folder = tmp_path / "runs/run/001"
+        until((folder / "checkpoints/last.ckpt").exists, run)
+        if port == "silent":
+            server.silent.set()
+        else:
+            server.stop()
+        said, _ = run.communicate(timeout=480)
+    assert "UpsertBucket" in server.seen
+    assert run.returncode == 0, said
+    assert "Traceback" not in said
+    assert (folder / "weights-0.pt").exists()
+    (record,) = folder.glob("wandb/run-*")
+    (file,) = record.glob("*.wandb")
+    assert f"W&B has not taken all of this run; its own file is whole: wandb sync {record}\n" in said
+    assert sorted(set(wandb_server.logged(file, "trainer/global_step"))) == list(range(24))
 
 
 @pytest.mark.slow
@@ -312,6 +338,19 @@ def test_wandbs_process_that_is_killed_is_known():
     assert ending is not None
     assert (ending.status, "wandb-core, was ended from outside" in ending.message) == (1, True)
     assert ending_of(ConnectionResetError("Connection lost"), began=True) is None  # from elsewhere: a bug
+
+
+def test_a_wandb_that_takes_too_long_is_uploaded_later(monkeypatch, capsys):
+    def finish(exit_code):
+        raise TimeoutError("Timed out finishing run.")
+
+    run = SimpleNamespace(dir="my runs/x/001/wandb/run-7/files")
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(run=run, finish=finish))
+    wandb_run.finish()
+    said = capsys.readouterr().err
+    assert said == (
+        "W&B has not taken all of this run; its own file is whole: wandb sync 'my runs/x/001/wandb/run-7'\n"
+    )
 
 
 def test_a_processor_without_memory_is_known():

@@ -235,6 +235,39 @@ def test_a_cell_that_no_machine_sees_here_is_no_finished_one(tmp_path, monkeypat
     assert report.computed == 0
 
 
+class OtherRay:
+    """Stands for Ray, which answers SIGTERM itself from its start on."""
+
+    def __init__(self, sigterm_while_it_starts: bool) -> None:
+        self._early = sigterm_while_it_starts
+
+    def is_initialized(self):
+        return False
+
+    def init(self, **_):
+        signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(signum))
+        if self._early:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def remote(self, **_):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("early", [True, False], ids=["while Ray starts", "later"])
+def test_this_process_answers_sigterm_whatever_ray_sets(early, tmp_path, monkeypatch):
+    def stop(signum, frame):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "ray", OtherRay(early))
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            list(make_executor("ray", Resources(), tmp_path).results(doubled, [1]))
+        assert signal.getsignal(signal.SIGTERM) is stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_submitit_refuses_what_it_does_not_take(tmp_path):
     pytest.importorskip("submitit", reason="the extra `submitit` is not installed")
     for options, message in (

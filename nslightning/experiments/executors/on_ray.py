@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from nslightning.experiments.executors.base import ItemResult, Resources, cores, use_threads
@@ -50,7 +53,8 @@ class RayExecutor:
         ray, resources = self._ray, self._resources
         ours = not ray.is_initialized()
         if ours:
-            self._start()
+            with _own_sigterm():
+                self._start()
         on_gpu = resources.device.startswith("cuda")
         share = (resources.gpus_per_cell or 1) if on_gpu else 0
         task = ray.remote(num_cpus=resources.cpus_per_cell, num_gpus=share, max_retries=_AGAIN)(_on_worker)
@@ -83,6 +87,23 @@ class RayExecutor:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would send them
         number = (self._resources.workers or cores()) * self._resources.cpus_per_cell
         self._ray.init(address="local", num_cpus=number, include_dashboard=False, **quiet)
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep this process's answer to SIGTERM. Ray sets two: one exits while Ray starts, the other aborts afterwards."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    own = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
+    try:
+        yield
+    except SystemExit:  # Ray's answer to a SIGTERM while it starts
+        signal.signal(signal.SIGTERM, own)
+        signal.raise_signal(signal.SIGTERM)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, own)
 
 
 def _on_worker(work: Callable[[T, str], R], item: T, device: str, threads: int) -> R:
