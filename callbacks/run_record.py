@@ -12,7 +12,16 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from nslightning.choices import choice_label
 from nslightning.files import write_text
-from nslightning.runs import MetricsFile, Segment, environment, forget_from, read_record, segments, with_segment
+from nslightning.runs import (
+    MetricsFile,
+    Segment,
+    check_record,
+    environment,
+    forget_from,
+    read_record,
+    segments,
+    with_segment,
+)
 from nslightning.runs.record import End, note_end, write_record
 from nslightning.surgery import PatchReport, surgeries
 
@@ -68,7 +77,9 @@ class RunRecord(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Write the report again once the first step has shown the functional calls."""
+        """Write the report again once the first step has shown the functional calls. A folder that is gone raises."""
+        if self._written:
+            check_record(self._folder)
         if self._complete:
             return
         self._complete = True

@@ -34,8 +34,11 @@ _DISK = {
     errno.EDQUOT: "cannot be written: the disk quota is used up",
     errno.EIO: "cannot be read or written: the disk does not answer",
     errno.EFBIG: "cannot be written: the file is larger than the system allows (ulimit -f)",
-    errno.ESTALE: "cannot be read or written: the network's file system went away",
 }
+#: What a mounted network says, and a socket too: without a file's name it is a socket's.
+_OF_SOCKETS = (errno.ENOTCONN, errno.EHOSTDOWN, errno.ETIMEDOUT)
+_NETWORK = "cannot be read or written: the network's file system went away"
+_DISK |= dict.fromkeys((errno.ESTALE, *_OF_SOCKETS), _NETWORK)
 
 
 class CallError(ValueError):
@@ -161,6 +164,8 @@ def _system(error: BaseException, began: bool) -> Ending | None:
     if not isinstance(error, OSError) or error.errno not in (*_PLACE, *_DISK):
         return None
     where = error.filename2 or error.filename
+    if where is None and error.errno in _OF_SOCKETS:
+        return None
     if error.errno in (errno.ENOTDIR, errno.EEXIST) and where is not None:
         where = next((p for p in (Path(str(where)), *Path(str(where)).parents) if p.is_file()), where)
     reason = (_PLACE | _DISK)[error.errno]

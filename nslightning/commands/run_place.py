@@ -64,11 +64,33 @@ class RunPlace:
             program: The subcommand's name.
 
         Returns:
-            The command; None where there is no checkpoint to go on from.
+            The command; None where there is no checkpoint to go on from, or the disk does not say.
         """
-        if self.folder is None or runs.last_checkpoint(self.folder) is None:
+        try:
+            if self.folder is None or runs.last_checkpoint(self.folder) is None:
+                return None
+        except OSError:
             return None
-        return f"nslightning {program} --config {self.folder / 'config.yaml'} --ckpt_path=last"
+        return _going_on(program, self.folder)
+
+    def gone(self, error: BaseException, program: str) -> str | None:
+        """Say that the run's folder went away while the run wrote into it, where that is why an error was raised.
+
+        Args:
+            error: The error.
+            program: The subcommand's name.
+
+        Returns:
+            The message; None where the folder is there, or the error is another one.
+        """
+        if self.folder is None or self.scratch or not isinstance(error, FileNotFoundError):
+            return None
+        if runs.read_record(self.folder):
+            return None
+        return (
+            f"the run's folder {self.folder} is gone: it was moved or deleted, or its disk went away\n"
+            f"  once it is back, go on with: {_going_on(program, self.folder)}"
+        )
 
     def leave(self, keep: bool) -> None:
         """Let go of the folder.
@@ -86,6 +108,10 @@ class RunPlace:
         for parent in list(self._made.parents)[:2]:  # <output>/<name>, <output>
             if parent.is_dir() and not any(parent.iterdir()):
                 parent.rmdir()
+
+
+def _going_on(program: str, folder: Path) -> str:
+    return f"nslightning {program} --config {folder / 'config.yaml'} --ckpt_path=last"
 
 
 def rank() -> int:

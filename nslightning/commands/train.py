@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from nslightning import runs
 from nslightning.commands import wandb_run
 from nslightning.commands.dashes import with_underscores
-from nslightning.commands.endings import CallError, ending_of
+from nslightning.commands.endings import CallError, Ending, ending_of
 from nslightning.commands.going_on import start
 from nslightning.commands.process import own_process
 from nslightning.commands.run_callbacks import SaveConfig
@@ -71,7 +71,9 @@ def main(argv: Sequence[str], cli_class: type[TrainCLI] = TrainCLI) -> int:
                 status = _stopped(cli, Stopped(cli.signals.signum), argv[0])
             else:
                 go_on = cli.place.go_on(argv[0]) if cli.began else None
-                if (ending := ending_of(error, began=cli.began, go_on=go_on)) is None:
+                gone = cli.place.gone(error, argv[0]) if cli.began else None
+                ending = Ending(1, gone) if gone else ending_of(error, began=cli.began, go_on=go_on)
+                if ending is None:
                     raise
                 if rank() != 0 and _all_raise(error):
                     return 0  # as in `_stopped`; the first process says it

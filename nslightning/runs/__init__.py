@@ -5,13 +5,25 @@ from .environment import environment
 from .folders import folder_of_job, last_run_folder, new_run_folder, note_job
 from .lock import RunLock
 from .metrics import MetricsFile, forget_from
-from .record import Segment, choice_changes, comparable_from, ended, flat, note_end, read_record, segments, with_segment
+from .record import (
+    Segment,
+    check_record,
+    choice_changes,
+    comparable_from,
+    ended,
+    flat,
+    note_end,
+    read_record,
+    segments,
+    with_segment,
+)
 
 __all__ = [
     "MetricsFile",
     "RunLock",
     "Segment",
     "WholeCheckpoints",
+    "check_record",
     "checkpoints_in",
     "choice_changes",
     "comparable_from",

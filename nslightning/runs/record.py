@@ -18,6 +18,7 @@ from nslightning.files import write_text
 __all__ = [
     "End",
     "Segment",
+    "check_record",
     "choice_changes",
     "ended",
     "flat",
@@ -185,6 +186,23 @@ def write_record(folder: str | Path, record: Mapping[str, Any]) -> None:
         record: Its content.
     """
     write_text(Path(folder, "run.json"), json.dumps(record, indent=2, default=str) + "\n")
+
+
+def check_record(folder: str | Path) -> None:
+    """Raise if a run's record is gone: then so is its folder, and a file written there would begin another one.
+
+    Args:
+        folder: The folder of a run that has a record.
+
+    Raises:
+        FileNotFoundError: If it is gone.
+    """
+    try:
+        Path(folder, "run.json").stat()
+    except FileNotFoundError:
+        raise
+    except OSError:  # a disk that does not answer now: the next file that is written says so, if it still does not
+        return
 
 
 def choice_changes(folder: str | Path) -> list[tuple[int, str]]:

@@ -1,8 +1,10 @@
 """Faults from outside end in one line and the right status, and nothing is half-written. Real processes and signals."""
 
+import errno
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +23,8 @@ from test_two_processes import config
 from nslightning import runs
 from nslightning.commands import wandb_run
 from nslightning.commands.endings import ending_of
+from nslightning.commands.run_place import RunPlace
+from nslightning.runs import record
 
 FIT = [
     *(sys.executable, "-m", "nslightning", "fit", "--model.backbone=paper/lenet5", "--data=ImageFolder"),
@@ -153,6 +157,28 @@ def test_a_full_disk_leaves_the_last_checkpoint(images):
         goes_on(place / "runs/x/001")
     finally:
         subprocess.run(["umount", "--lazy", place], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_folder_that_goes_away_is_not_begun_again(devices, images):
+    """Files that were written into a folder of the same name would be half a run."""
+    processes = [f"--trainer.devices={devices}", f"--trainer.strategy={'auto' if devices == 1 else 'ddp'}"]
+    run = subprocess.Popen(
+        [*FIT, "--data.workers=0", "--trainer.accelerator=cpu", *processes],
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True,
+    )  # fmt: skip
+    folder, elsewhere = images / "runs/x/001", images / "elsewhere"
+    until(lambda: list(folder.glob("checkpoints/*.ckpt")), run)
+    folder.rename(elsewhere)
+    _, errors = run.communicate(timeout=240)
+    assert run.returncode != 0
+    assert "Traceback" not in errors
+    assert errors.count("the run's folder runs/x/001 is gone: it was moved or deleted, or its disk went away") == 1
+    assert alive(run.pid) == []
+    shutil.rmtree(folder, ignore_errors=True)  # a step that was taken meanwhile may have written a checkpoint
+    elsewhere.rename(folder)
+    goes_on(folder)
 
 
 @pytest.mark.slow
@@ -338,6 +364,40 @@ def test_wandbs_process_that_is_killed_is_known():
     assert ending is not None
     assert (ending.status, "wandb-core, was ended from outside" in ending.message) == (1, True)
     assert ending_of(ConnectionResetError("Connection lost"), began=True) is None  # from elsewhere: a bug
+
+
+@pytest.mark.parametrize("code", ["EIO", "ESTALE", "ENOTCONN", "EHOSTDOWN", "ETIMEDOUT"])
+def test_a_file_system_that_does_not_answer_is_known(code):
+    """ENOTCONN is FUSE's, EHOSTDOWN that of Windows' shares; without a file they are a socket's."""
+    number = getattr(errno, code)
+    ending = ending_of(
+        OSError(number, os.strerror(number), "runs/x/001/metrics.csv"), began=True, go_on="nslightning x"
+    )
+    assert ending is not None
+    assert ending.status == 1
+    assert re.match(r"runs/x/001/metrics.csv cannot be read or written: the (disk does|network's file)", ending.message)
+    assert ending.message.endswith("go on with: nslightning x")
+    named = ending_of(OSError(number, os.strerror(number)), began=True)
+    assert (named is None) == (code in ("ENOTCONN", "EHOSTDOWN", "ETIMEDOUT"))
+
+
+def test_a_run_folder_that_is_gone_is_told_from_another_missing_file(tmp_path):
+    place = RunPlace()
+    folder = place.take(str(tmp_path), "x", None)
+    record.write_record(folder, {"seed": 1})
+    record.check_record(folder)
+    missing = FileNotFoundError(errno.ENOENT, "No such file or directory", "elsewhere")
+    assert place.gone(missing, "fit") is None
+    folder.rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError):
+        record.check_record(folder)
+    said = place.gone(missing, "fit")
+    assert said is not None
+    assert f"the run's folder {folder} is gone" in said
+    assert f"nslightning fit --config {folder}/config.yaml --ckpt_path=last" in said
+    assert place.gone(ValueError("no file"), "fit") is None
+    place.leave(keep=True)
+    assert not folder.exists()
 
 
 def test_a_wandb_that_takes_too_long_is_uploaded_later(monkeypatch, capsys):

@@ -392,6 +392,7 @@ def test_the_command_is_stopped_whoever_computes(executor, signum, status, tmp_p
     assert left() == []
     done = len(list(tmp_path.glob("twelve/small/cells/*.json")))
     assert 2 <= done < 12
+    words += ["--executor-option=cells_per_job=5"] * (executor == "submitit")  # each job imports torch
     again = subprocess.run([*words, "--workers=2"], env=environment, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
     assert f"12 cells, {done} finished before, {12 - done} computed" in again.stdout
