@@ -200,7 +200,8 @@ def _peer(error: BaseException, began: bool) -> Ending | None:
     if not isinstance(error, RuntimeError) or not any(sign in str(error) for sign in signs):
         return None
     first = next(line.strip() for line in str(error).splitlines() if any(sign in line for sign in signs))
-    return Ending(1, f"another process of this training ended, and its own message says why ({first})")
+    why = "its own message says why, unless the system killed it"
+    return Ending(1, f"another process of this training ended; {why} ({first})")
 
 
 def _own(error: BaseException, began: bool) -> Ending | None:
