@@ -1,10 +1,12 @@
 """Data sets of image files: ImageNet, and your own folders."""
 
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torchvision import datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from nslightning.data.augmentation import Augmentation
 from nslightning.data.base import TIMEOUT, ImageDataModule, Split
@@ -59,7 +61,7 @@ class Folder:
             split: ``train``, ``val`` or ``test``.
 
         Returns:
-            The images, sorted by class and name.
+            The images, sorted by class and name. A warning counts the files that are left out, by their endings.
 
         Raises:
             DataError: If its classes are not those of ``train``, or one is empty.
@@ -69,10 +71,23 @@ class Folder:
         if odd := sorted(set(classes) ^ set(self.classes("train"))):
             failed = f"classes: {', '.join(odd[:5])} not in both {split} and train ({len(odd)} of them)"
             raise data_error(folder, failed, self.fix)
+        left_out = Counter[str]()
+
+        def is_image(file: str) -> bool:
+            taken = file.lower().endswith(IMG_EXTENSIONS)
+            if not taken and not Path(file).name.startswith("."):
+                left_out[Path(file).suffix.lower() or "no ending"] += 1
+            return taken
+
+        read = f"Files are read that end in {', '.join(IMG_EXTENSIONS)}"
         try:
-            samples: list[tuple[str, int]] = datasets.ImageFolder(folder).samples
+            samples: list[tuple[str, int]] = datasets.ImageFolder(folder, is_valid_file=is_image).samples
         except FileNotFoundError as error:  # a class without an image
-            raise data_error(folder, f"count: {error}", self.fix) from None
+            raise data_error(folder, f"count: {str(error).strip().rstrip('.')}", f"{read}. {self.fix}") from None
+        if left_out:
+            count, endings = left_out.total(), ", ".join(f"{name} ({n:,})" for name, n in sorted(left_out.items()))
+            files = "1 file" if count == 1 else f"{count:,} files"
+            warnings.warn(f"{files} of {folder} are left out, by their names: {endings}. {read}", stacklevel=2)
         return samples
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from nslightning.data.sampler import AUGMENT, ERASE, Batch, Draws, generator, se
 from nslightning.data.shards import ShardImage
 from nslightning.data.verify import data_error
 
+# Tags of TIFF, and what their values mean.
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
+_WHITE_IS_ZERO, _SIGNED = 0, 2
 _UNKNOWN_SCALE = ("F", "F;16", "F;32")  # Pillow's modes of floating-point numbers; "I" is 16 bits of a PNG or a PGM
 
 
@@ -257,7 +260,8 @@ class FileImages(Draws):
 def read_image(file: str | ShardImage) -> Image.Image:
     """Read one image file as RGB with eight bits a channel.
 
-    Images of 16 bits a channel keep their eight highest bits, as in torchvision and Pillow. EXIF says which side is up.
+    Images of 12 or 16 bits a channel keep their eight highest bits, as in torchvision and Pillow. EXIF says which side
+    is up.
     Transparency is dropped, as in torchvision's data sets, and of an animation the first frame is taken.
 
     Args:
@@ -275,14 +279,16 @@ def read_image(file: str | ShardImage) -> Image.Image:
             Path(file).open("rb") if isinstance(file, str) else io.BytesIO(file.read()) as stream,
             Image.open(stream) as opened,
         ):
-            image = ImageOps.exif_transpose(opened)
-            if image.mode in _UNKNOWN_SCALE or (image.mode == "I" and opened.format not in ("PNG", "PPM")):
-                kind = "floating-point numbers" if image.mode == "F" else "integers of 32 bits"
-                failed = f"its pixels are {kind}, and nothing says which number is white"
+            if (numbers := _without_scale(opened)) is not None:
+                failed = f"its pixels are {numbers}, and nothing says which number is white"
                 raise data_error(file, failed, "Save it with 8 or 16 bits per channel, such as a PNG.")
+            tags = _tags(opened)
+            image = ImageOps.exif_transpose(opened)
             if image.mode == "I" or image.mode.startswith("I;16"):
-                high = (np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)
-                image = Image.fromarray(high)
+                high = np.asarray(image).astype(np.uint32) >> tags.get(_BITS, (16,))[0] - 8
+                if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow inverts images of eight bits alone
+                    high = 255 - high
+                image = Image.fromarray(high.astype(np.uint8))
             if image.mode == "P":  # through RGBA, so that a palette with transparency is no special case
                 image = image.convert("RGBA")
             return image.convert("RGB")
@@ -292,5 +298,20 @@ def read_image(file: str | ShardImage) -> Image.Image:
         if isinstance(error, OSError) and error.errno is not None:  # of the system, not of Pillow
             fix = "The file may be whole: go on once its disk, or its network, answers again."
             raise data_error(file, f"it cannot be read ({error.strerror})", fix) from None
-        fix = "Replace it by an intact copy, or delete it to train without it."
+        fix = "Replace it by an intact copy, or by a PNG of 8 or 16 bits per channel, or delete it to train without it."
         raise data_error(file, f"the image cannot be decoded ({error})", fix) from None
+
+
+def _tags(image: Image.Image) -> Mapping[int, Any]:
+    """What a TIFF says of its pixels; nothing for other files."""
+    return getattr(image, "tag_v2", {})
+
+
+def _without_scale(image: Image.Image) -> str | None:
+    """The kind of an image's numbers where they do not say which of them is white; None where they do."""
+    if image.mode in _UNKNOWN_SCALE:
+        return "floating-point numbers"
+    tags = _tags(image)
+    if _SIGNED in tags.get(_SAMPLE_FORMAT, ()):
+        return f"signed integers of {tags[_BITS][0]} bits"
+    return "integers of 32 bits" if image.mode == "I" and image.format not in ("PNG", "PPM") else None

@@ -1,5 +1,6 @@
 """Image files of every kind are read as what they show, or refused by name."""
 
+import struct
 import warnings
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nslightning.data import Augmentation, DataError, Preprocessing
+from nslightning.data import Augmentation, DataError, ImageFolder, Preprocessing
 from nslightning.data.images import FileImages, read_image
 
 RAMP = np.linspace(0, 65535, 12 * 10).astype(np.uint16).reshape(12, 10)
@@ -56,6 +57,43 @@ def test_numbers_without_a_scale_are_refused_by_name(values, kind, tmp_path):
         read_image(str(tmp_path / "a.tif"))
     assert kind in str(error.value)
     assert str(tmp_path / "a.tif") in str(error.value)
+
+
+def write_tiff(file, rows, bits, photometric=1, sample_format=1):
+    """A TIFF of one channel, 12 x 10: rows as bytes, and what its tags say of them."""
+    tags = {
+        256: 10, 257: 12, 258: bits, 259: 1, 262: photometric, 273: 8 + 2 + 10 * 12 + 4, 277: 1, 278: 12,
+        279: len(rows), 339: sample_format,
+    }  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    file.write_bytes(b"II" + struct.pack("<HIH", 42, 8, len(tags)) + entries + bytes(4) + rows)
+
+
+def twelve_bits(values):
+    first, second = values.reshape(-1, 2).astype(np.uint16).T
+    return np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], 1).astype(np.uint8).tobytes()
+
+
+def test_twelve_bits_are_scaled(tmp_path):
+    write_tiff(tmp_path / "a.tif", twelve_bits(RAMP >> 4), bits=12)
+    assert np.array_equal(pixels(tmp_path / "a.tif"), gray(EIGHT))
+
+
+def test_a_tiff_whose_0_is_white_is_no_negative(tmp_path):
+    for bits, rows in ((8, 255 - EIGHT), (16, (65535 - RAMP).astype("<u2"))):
+        write_tiff(tmp_path / "a.tif", rows.tobytes(), bits, photometric=0)
+        assert np.array_equal(pixels(tmp_path / "a.tif"), gray(EIGHT))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "says"),
+    [("i1", "signed integers"), ("<i2", "signed integers"), ("<f2", "floating-point"), ("<f8", "floating-point")],
+)
+def test_numbers_with_a_sign_or_a_point_are_refused_by_name(dtype, says, tmp_path):
+    rows = (RAMP // 512).astype(dtype)
+    write_tiff(tmp_path / "a.tif", rows.tobytes(), rows.itemsize * 8, sample_format=3 if "f" in dtype else 2)
+    with pytest.raises(DataError, match=rf"a\.tif: .*({says}|cannot be decoded)[^\n]*\n.*PNG"):
+        read_image(str(tmp_path / "a.tif"))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -147,3 +185,26 @@ def test_a_disk_that_does_not_answer_is_no_damaged_image(tmp_path):
     (tmp_path / "damaged.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     with pytest.raises(DataError, match=r"damaged.png: the image cannot be decoded"):
         read_image(str(tmp_path / "damaged.png"))
+
+
+def test_files_that_are_not_read_are_named(tmp_path):
+    """An animation, a photo of a telephone: Lightning would train without them, and nothing would say so."""
+    for split in ("train", "val"):
+        for label in ("cat", "dog"):
+            (tmp_path / split / label).mkdir(parents=True)
+            Image.fromarray(EIGHT).save(tmp_path / split / label / "a.png")
+    (tmp_path / "train/cat/.DS_Store").touch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ImageFolder(str(tmp_path)).setup("fit")
+    for name in ("cat/b.gif", "dog/c.GIF", "dog/photo.heic"):
+        (tmp_path / "train" / name).touch()
+    with pytest.warns(UserWarning, match=r"3 files of .*train are left out.*\.gif \(2\), \.heic \(1\).*\.png") as said:
+        ImageFolder(str(tmp_path)).setup("fit")
+    assert len(said) == 1
+    (tmp_path / "val/dog/a.png").rename(tmp_path / "val/dog/a.gif")
+    with (
+        pytest.warns(UserWarning, match="train are left out"),
+        pytest.raises(DataError, match=r"val: count: .*no.*dog.*\n.*\.png"),
+    ):
+        ImageFolder(str(tmp_path)).setup("fit")
