@@ -434,6 +434,8 @@ def test_each_value_is_drawn_once_and_zeros_are_hollow(version):
     hollow = [mark for mark in re.findall(r'aria-roledescription="point"[^>]*>', svg) if " fill=" not in mark]
     assert len(hollow) == 2
     assert svg.count('aria-roledescription="rule mark"') == 2
+    assert re.search(r'<text[^>]* fill="[^"]+"[^>]*>0</text>', svg), "the head of the zeros' column has a colour"
+    assert "undefined" not in svg
 
 
 def test_five_hundred_sites_stay_readable():

@@ -1,4 +1,4 @@
-"""The report page: what runs recorded is in it, nothing else is asked for, and mistakes are told."""
+"""The report page: what runs recorded is in it, it asks for nothing else, and mistakes are named."""
 
 import hashlib
 import json
@@ -15,6 +15,8 @@ import pytest
 
 from nslightning.commands.report import main
 from nslightning.report import ReportError, chart, find_runs, page, read_run
+from nslightning.report.pages import Figure, Section, render
+from nslightning.report.pages import Page as DrawnPage
 from nslightning.report.run_folders import choice_label, flatten
 
 VEGA = {  # sha256 of the files in build/ of the packages on npm
@@ -360,6 +362,21 @@ def test_a_browser_draws_every_figure(tmp_path):
     assert shown.count('class="marks"') == len(figures)
     for figure in figures:
         assert f'aria-label="{figure["alt"]}' in shown
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no browser: neither chromium nor google-chrome is on the PATH")
+def test_names_that_differ_in_the_middle_stay_apart_on_a_phone(tmp_path):
+    names = [f"encoder.stage{i // 10}.{i}.attention.projection.weight" for i in range(30)]
+    rows = pd.DataFrame([{"row": name, "series": "32", "value": 0.1, "rounding": math.nan} for name in names])
+    section = Section("Ties", [Figure("dots", rows, "A mark for each site.", extent=300)])
+    (tmp_path / "page.html").write_text(render(DrawnPage("Sites", "", [section])), encoding="utf-8")
+    command = [
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+        "--window-size=390,900", "--virtual-time-budget=10000", "--dump-dom", (tmp_path / "page.html").as_uri(),
+    ]  # fmt: skip
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    labels = re.findall(r"<text[^>]*>([^<]*weight)</text>", shown.partition("<script")[0])
+    assert labels == [f"e.s{i // 10}.{i}.a.p.weight" for i in range(30)]
 
 
 def test_choices_in_short():

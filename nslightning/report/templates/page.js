@@ -18,20 +18,33 @@
       view: { stroke: null },
       axis: { labelColor: quiet, titleColor: quiet, gridColor: grid, domainColor: grid, tickColor: grid,
               labelFontSize: 11, titleFontSize: 12, titleFontWeight: "normal" },
-      axisX: { grid: false },
+      axisX: { grid: false, labelSeparation: 8 },
       axisXQuantitative: { tickCount: Math.max(3, Math.round(width / 110)) },
       axisY: { minExtent: extent, maxExtent: extent, labelLimit: extent },
       header: { labelColor: ink, labelFontSize: 12, labelFontWeight: 600, labelLimit: width - extent },
       text: { color: quiet },
-      legend: { orient: "top", direction: "horizontal", columns: Math.max(1, Math.floor(width / (45 + 7 * longest))),
+      // At the right of the legend stands the button that saves the figure.
+      legend: { orient: "top", direction: "horizontal",
+                columns: Math.max(1, Math.floor((width - extent - 40) / (45 + 7 * longest))),
                 layout: { top: { anchor: "start", direction: "vertical" } }, labelLimit: 300,
                 gradientLength: Math.min(240, width - extent - 40), labelColor: ink, titleColor: quiet,
                 titleFontWeight: "normal", labelFontSize: 12, symbolStrokeWidth: 2 },
     };
   };
 
+  // A name that fits into a number of letters. Its parts become their first letter and their digits, from the left on, as
+  // far as needed: encoder.stage0.12.attention is e.s0.12.attention. A name that is longer even so loses its beginning.
+  const shortened = (name, letters) => {
+    const parts = name.split(/([.:])/);
+    for (let i = 0; i < parts.length - 1 && parts.join("").length > letters; i += 2) {
+      parts[i] = parts[i].replace(/^([A-Za-z])\D*(\d*)$/, "$1$2");
+    }
+    const short = parts.join("");
+    return short.length > letters ? `…${short.slice(1 - letters)}` : short;
+  };
+
   // Adjusts a spec to its rows: one colour and shape for one name in all parts; no legend that tells nothing apart;
-  // labels that keep the end of a name, which tells sites apart; rows that are as high as the page has room for.
+  // names that fit beside the axis; rows that are as high as the page has room for.
   const settle = (view, rows, figure, letters) => {
     for (const part of [...(view.vconcat ?? []), ...(view.layer ?? [])]) settle(part, rows, figure, letters);
     for (const [channel, encoding] of Object.entries(view.encoding ?? {})) {
@@ -45,8 +58,8 @@
       if (channel === "x" && encoding.title === "") encoding.title = figure.axis;
       if (["y", "yOffset"].includes(channel) && encoding.type === "nominal") encoding.sort = values; // also where a layer lacks some
       if (channel === "y" && encoding.type === "nominal" && encoding.axis !== null) {
-        const label = `length(datum.label) > ${letters} ? '…' + slice(datum.label, ${1 - letters}) : datum.label`;
-        encoding.axis = { ...encoding.axis, labelExpr: label, labelOverlap: true };
+        encoding.axis = { ...encoding.axis, labelExpr: "shortened[datum.label]", labelOverlap: true };
+        for (const name of values) figure.shortened[name] = shortened(String(name), letters);
         if (view.height?.step && view.height.for !== "offset") view.height.step = Math.max(3, Math.min(view.height.step, 1000 / values.length));
       }
     }
@@ -79,7 +92,9 @@
     spec.datasets = { wandb: rows };
     spec.description = `${figure.alt} ${spec.description}`;
     delete spec.$schema;
+    figure.shortened = {};
     settle(spec, rows, figure, Math.max(6, Math.floor(extent / 6.2)));
+    spec.params = [...(spec.params ?? []), { name: "shortened", value: figure.shortened }];
     vegaEmbed(place, spec, {
       mode: "vega-lite", logLevel: 1, renderer: rows.length > 3000 ? "canvas" : "svg", config: look(width, extent, longest), tooltip: { theme: dark.matches ? "dark" : "light" },
       actions: { export: true, source: false, compiled: false, editor: false },
