@@ -376,7 +376,7 @@ def test_names_that_differ_in_the_middle_stay_apart_on_a_phone(tmp_path):
     ]  # fmt: skip
     shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     labels = re.findall(r"<text[^>]*>([^<]*weight)</text>", shown.partition("<script")[0])
-    assert labels == [f"e.s{i // 10}.{i}.a.p.weight" for i in range(30)]
+    assert [label.split(".")[:4] for label in labels] == [["e", f"s{i // 10}", str(i), "a"] for i in range(30)]
 
 
 def test_choices_in_short():
