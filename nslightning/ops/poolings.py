@@ -57,8 +57,8 @@ def _pool_ties(call: Call) -> tuple[Tensor, int]:
 
 
 def _pools(dims: int, x: Tensor) -> bool:
-    """Return whether an input has the shape of images, and entries; PyTorch itself refuses the others."""
-    return x.dim() in (dims + 1, dims + 2) and x.numel() > 0
+    """Return whether an input has the shape of images, if only of none; PyTorch itself refuses the others."""
+    return x.dim() in (dims + 1, dims + 2) and 0 not in x.shape[-dims - 1 :]
 
 
 def _regular_pool(
@@ -91,12 +91,19 @@ def _fractional_pool(
     output_ratio: Any = None,
     return_indices: bool = False,
     _random_samples: Tensor | None = None,
-) -> Call:
+) -> Call | None:
+    if not _pools(dims, x) or (output_size is None and not _shares(dims, output_ratio)):
+        return None
     windows = Fractional(dims, x, kernel_size, output_size, output_ratio, _random_samples)
     return Call(x, (windows,), return_indices=return_indices)
 
 
-def _fractional_kernel(dims: int, x: Tensor, kernel_size: Any, output_size: Any, random_samples: Tensor) -> Call:
+def _shares(dims: int, ratio: Any) -> bool:
+    """Return whether PyTorch takes a share of the input's size; it has a single number in three dimensions alone."""
+    return len(ratio) == dims if isinstance(ratio, (tuple, list)) else dims == 3 and isinstance(ratio, (int, float))
+
+
+def _fractional_kernel(dims: int, x: Tensor, kernel_size: Any, output_size: Any, random_samples: Tensor) -> Call | None:
     return _fractional_pool(dims, x, kernel_size, output_size, None, True, random_samples)
 
 

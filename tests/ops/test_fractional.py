@@ -194,6 +194,34 @@ def test_gradcheck_and_transforms(dims):
     assert torch.equal(torch.func.grad(lambda x: f(x).square().sum())(x.detach()), want)
 
 
+class Ratio(nn.Module):
+    """Calls a function with a share of the input's size."""
+
+    def __init__(self, dims, ratio):
+        super().__init__()
+        self.dims, self.ratio = dims, ratio
+
+    def forward(self, x):
+        return STOCK[self.dims](x * 1.0, 2, output_ratio=self.ratio)
+
+
+@pytest.mark.parametrize("ratio", [0.5, 1, (0.5,), (0.5, 0.4), [0.5, 0.4], (0.5, 0.4, 0.6), None], ids=str)
+@every_dim
+def test_a_share_is_taken_or_refused_as_in_stock(dims, ratio):
+    """Also where PyTorch's check contradicts its documentation: in two dimensions it takes no single number."""
+    outcomes = []
+    for patched in (False, True):
+        model = Ratio(dims, ratio)
+        if patched:
+            patch(model, Jacobians())
+        torch.manual_seed(0)
+        try:
+            outcomes.append(model(torch.randn(1, 1, *(8,) * dims, requires_grad=True)).tolist())
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            outcomes.append((type(error), str(error)))
+    assert outcomes[0] == outcomes[1]
+
+
 def test_compiled():
     torch._dynamo.reset()
     x = tied(2).requires_grad_()

@@ -322,6 +322,43 @@ def test_what_pools_refuse_is_refused_in_their_words(call, differentiated):
     assert str(ours.value) == str(stock.value)
 
 
+EMPTY = {
+    "max_pool1d": lambda x: F.max_pool1d(x.flatten(1, 2), 2),
+    "max_pool2d": lambda x: F.max_pool2d(x, 2),
+    "max_pool3d": lambda x: F.max_pool3d(x[:, None], 2),
+    "adaptive_max_pool1d": lambda x: F.adaptive_max_pool1d(x.flatten(1, 2), 2),
+    "adaptive_max_pool2d": lambda x: F.adaptive_max_pool2d(x, 2),
+    "adaptive_max_pool3d": lambda x: F.adaptive_max_pool3d(input=x[:, None], output_size=2),
+    "fractional_max_pool2d": lambda x: F.fractional_max_pool2d(x, 2, 2),
+    "MaxPool2d": nn.MaxPool2d(2),
+    "AdaptiveMaxPool2d": nn.AdaptiveMaxPool2d(2),
+    "FractionalMaxPool2d": nn.FractionalMaxPool2d(2, 2),
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_a_batch_without_images_is_pooled_as_in_stock(name):
+    """A detector may have found nothing: its graph has the nodes of poolings in which nothing can tie."""
+
+    class Pools(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pool = copy.deepcopy(EMPTY[name])
+
+        def forward(self, x):
+            return self.pool(x * 1)
+
+    model, x = Pools(), torch.zeros(0, 2, 8, 8, requires_grad=True)
+    want = model(x)
+    patch(model, Jacobians(max_pool="minimal"))
+    result = model(x)
+    assert result.shape == want.shape
+    assert torch.autograd.grad(result.sum(), x)[0].shape == x.shape
+    tied = torch.zeros(1, 2, 8, 8, requires_grad=True)
+    gradient = torch.autograd.grad(model(tied).sum(), tied)[0]
+    assert gradient.max() < 1 or name.startswith(("Fractional", "fractional"))  # the windows may overlap
+
+
 def test_one_dimensional_pools_without_gradients_are_stock_s():
     x = torch.randn(3, 20, 4).transpose(1, 2)
     stock, ours = F.max_pool1d(x, 2), watched(lambda x: F.max_pool1d(x, 2))(x)
