@@ -125,10 +125,27 @@ def test_no_single_tie_makes_it_larger():
 
 
 class Spread(nn.Module):
-    """One number as the input of ten units."""
+    """One number as the input of several units."""
+
+    def __init__(self, units=10):
+        super().__init__()
+        self.units = units
 
     def forward(self, x):
-        return x.expand(-1, 10)
+        return x.expand(-1, self.units)
+
+
+def test_the_steepest_change_is_tried_first():
+    """All units on give 4 + 1 - 2 - 1 = 2; of the four that may go off, the one of -2 leaves the most."""
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), Spread(4), nn.ReLU(), nn.Linear(4, 1, bias=False)).double()
+    with torch.no_grad():
+        model[0].weight.zero_()
+        model[3].weight.copy_(torch.tensor([[4.0, 1.0, -2.0, -1.0]]))
+    patch(model, Jacobians())
+    x = torch.ones(1, 1, dtype=torch.float64)
+    for evaluations, value in ((0, 2.0), (1, 4.0), (2, 5.0)):
+        worst = worst_choice(model, torch.sum, x, starts=0, rounds=1, evaluations=evaluations)
+        assert (worst.value, worst.guarantee) == (pytest.approx(value), "slopes")
 
 
 def test_tied_absolute_errors_each_have_a_sign():

@@ -89,6 +89,37 @@ def test_overwriting_adds_nothing_to_the_gradient(name, turned):
     assert torch.equal(bits(ours), bits(stock))
 
 
+class Part(nn.Module):
+    """Overwrites a part of a tensor, and returns the whole of it."""
+
+    def __init__(self, function, place):
+        super().__init__()
+        self.function, self.place = function, place
+
+    def forward(self, x):
+        y = x * 1
+        self.function(self.place(y))
+        return y
+
+
+@pytest.mark.filterwarnings("ignore:index_reduce.. is in beta")
+@pytest.mark.parametrize("place", ["row", "column"])
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_overwriting_a_part_leaves_the_rest_its_gradient(name, place):
+    gradients = []
+    for patched in (False, True):
+        model = Part(IN_PLACE[name], PLACES[place])
+        if patched:
+            patch(model, Jacobians())
+        x = torch.arange(-12, 13.0).reshape(5, 5).div(2).requires_grad_()
+        y = model(x)
+        gradients.append((y.detach(), torch.autograd.grad(y, x, torch.arange(1.0, 26.0).reshape(5, 5))[0]))
+    (want, stock), (result, ours) = gradients
+    assert torch.equal(result, want)
+    assert torch.equal(ours, stock)
+    assert torch.equal(ours[1:, 1:], torch.arange(1.0, 26.0).reshape(5, 5)[1:, 1:])
+
+
 class Inside(nn.Module):
     """Overwrites a part of a tensor, and goes on with the whole of it."""
 
