@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from nslightning._torch import without_post_accumulate_hooks
+from nslightning._torch import runs_module_hooks, without_post_accumulate_hooks
 from nslightning.jacobians import Jacobians
 from nslightning.probes.graph import (
     bottleneck,
@@ -152,6 +152,8 @@ def _start(
     if start is None:
         return loss, dict(named) if goals else {}
     below = set(reachable([start.node])) - {start.node}
+    if any(map(runs_module_hooks, below)):  # PyTorch skips those of a module whose output lies above
+        return loss, dict(named)
     lower = {n: t for n, t in named.items() if get_gradient_edge(t).node in below}
     return start if lower else loss, lower
 

@@ -345,7 +345,8 @@ def differences(
 
     Raises:
         UnseenError: If the backward runs operations that the loss's graph does not show: in compiled parts, reentrant
-            checkpoints, ``torch.vmap``, custom functions; a ``ValueError``.
+            checkpoints, ``torch.vmap``, custom functions; or if a hook or a custom backward on the way is not linear;
+            a ``ValueError``.
         ValueError: If the model is not patched, no parameter requires gradients, or an input was computed.
     """
     refuse_computed(inputs)
@@ -354,7 +355,14 @@ def differences(
     with recording(model) as met:
         (base,) = gradients(loss, model, {"": reference}, inputs=inputs).values()
     met.refuse_strangers(loss)
-    return base, {name: dict(d) for name, d in met.carried(choices, named, retain_graph=retain_graph)}
+    changes = {name: dict(d) for name, d in met.carried(choices, named)}
+    sizes = {name: math.hypot(*numbers([dense(t).norm() for t in d.values()])) for name, d in changes.items()}
+    if any(sizes.values()):  # one subtraction checks that differences add up as gradients do
+        largest = max(sizes, key=lambda name: sizes[name] if math.isfinite(sizes[name]) else 0.0)
+        one = {largest: choices[largest]}
+        (other,) = gradients(loss, model, one, inputs=inputs, retain_graph=retain_graph).values()
+        agrees(loss, other, base, changes[largest])
+    return base, changes
 
 
 def agrees(

@@ -119,7 +119,8 @@ def zone(
     Where operations hide from the loss's graph (in reentrant checkpoints, in custom functions that run patched parts),
     or where hooks or custom backwards are not linear, D cannot be carried down. It is then the difference of the two
     gradients on the imposed branches, the second error what becomes of it if the loss is multiplied by numbers that
-    are no powers of two, and ``method`` says ``"subtract"``.
+    are no powers of two, and ``method`` says ``"subtract"``. Where twice the loss has not twice the difference, since a
+    hook clips, say, M is the norm of the two gradients instead.
 
     The terms are those of Bertoin et al. 2021 and Boustany 2024, section 3.3. The model, its buffers and the random
     streams stay as they were.
@@ -325,15 +326,18 @@ def _carried(run: Replay, loss: Tensor, a: Jacobians, b: Jacobians) -> _Differen
 
 
 def _subtracted(run: Replay, loss: Tensor, a: Jacobians, b: Jacobians) -> _Difference:
-    """By whole gradients, of the loss and of its multiples by numbers that make it round differently each time."""
+    """By whole gradients, of the loss and of its multiples by numbers that make it round in another way each time."""
     named = wanted(run.model)
     unscaled = _between(*gradients_in_turn(loss, run.model, [a, b], named))
-    left = 0.0
-    for factor in _FACTORS:
+
+    def gap(factor: float) -> float:
         scaled = _between(*gradients_in_turn(loss * factor, run.model, [a, b], named))
-        pairs = zip(scaled.difference, unscaled.difference, strict=True)
-        left = max(left, _norm(s / factor - d for s, d in pairs))
-    return unscaled._replace(terms=max(unscaled.terms, left * 2.0**53))
+        return _norm(s / factor - d for s, d in zip(scaled.difference, unscaled.difference, strict=True))
+
+    # Twice a number has the same digits: what differs there is a hook that does not scale, such as one that clips.
+    if gap(2.0) > math.sqrt(torch.finfo(torch.float64).eps) * unscaled.terms:
+        return unscaled
+    return unscaled._replace(terms=max(unscaled.terms, *(gap(factor) * 2.0**53 for factor in _FACTORS)))
 
 
 def _replay(

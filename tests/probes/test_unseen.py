@@ -273,7 +273,8 @@ def test_hooks_that_are_not_linear_are_noticed(how, where):
     want = divergence(loss, model, ONE)["one"]
     assert want.l2 > 0
     assert measured == want
-    assert zone(model, lambda y: y.square().sum(), x, ONE["one"]).difference == pytest.approx(want.l2, rel=1e-9)
+    located = zone(model, lambda y: y.square().sum(), x, ONE["one"])
+    assert (located.kind, located.difference) == ("bifurcation", pytest.approx(want.l2, rel=1e-9))
 
 
 @pytest.mark.parametrize("where", ["pre", "full", "tensor", "parameter"])
@@ -285,6 +286,50 @@ def test_linear_hooks_pass(where, monkeypatch):
         warnings.simplefilter("error", MethodWarning)
         measured = divergence(loss, model, ONE, method="propagate")["one"]
     assert measured.l2 == pytest.approx(divergence(loss, model, ONE)["one"].l2, rel=1e-12)
+
+
+BACKWARD_HOOKS = {
+    "doubled": lambda g: 2 * g,
+    "clipped": lambda g: g.clamp(-0.01, 0.01),
+    "seen": lambda g: None,
+}
+
+
+@pytest.mark.parametrize("how", BACKWARD_HOOKS)
+def test_a_backward_hook_of_a_module_around_the_ties_counts(how):
+    """PyTorch runs such a hook only where a backward comes in by the module's output: none may begin below it."""
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), block, nn.Linear(8, 1)).double()
+    with torch.no_grad():
+        model[0].weight[:2] = block[0].bias[:4] = 0  # units 0 to 3 tie, and units 4 to 7 do not
+        block[0].weight[:4, 2:] = 0
+
+    def hook(module, inputs, outputs):
+        gradient = BACKWARD_HOOKS[how](inputs[0])
+        return None if gradient is None else (gradient,)
+
+    block.register_full_backward_hook(hook)
+    patch(model, Jacobians())
+    x = torch.randint(-2, 3, (5, 4)).double()
+    want = apart(model, x)
+    assert want > 0.1
+    loss = model(x).square().sum()
+    reference, one = gradients(loss, model, {"zero": Jacobians(), **ONE}).values()
+    assert sum((one[n] - reference[n]).square().sum() for n in one).sqrt() == pytest.approx(want, rel=1e-9)
+    for method in ("subtract", "propagate"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", MethodWarning)
+            measured = divergence(loss, model, ONE, method=method)["one"]
+        assert measured.l2 == pytest.approx(want, rel=1e-9)
+    located = zone(model, lambda y: y.square().sum(), x, ONE["one"])
+    assert (located.kind, located.difference) == ("bifurcation", pytest.approx(want, rel=1e-9))
+    if how == "seen":
+        _, carried = differences(loss, model, ONE)
+        assert sum(d.square().sum() for d in carried["one"].values()).sqrt() == pytest.approx(want, rel=1e-9)
+    else:
+        with pytest.raises(UnseenError, match="not linear"):
+            differences(loss, model, ONE)
 
 
 def test_custom_backwards_that_are_not_linear_are_noticed():
