@@ -49,6 +49,7 @@ from nslightning.surgery.interception import (
     running,
     teach_the_compiler,
 )
+from nslightning.surgery.lifetimes import keep_by
 from nslightning.surgery.report import PatchReport, PatchWarning, UnreachedError
 from nslightning.surgery.state import Part
 
@@ -76,9 +77,9 @@ class Method(metaclass=_MethodType):
 
     It looks like the bound method that it replaces: signature, annotations, documentation, ``__wrapped__``,
     ``__func__`` and ``inspect.ismethod`` are those of the bound method. Copies and pickles belong to the copied module.
-    It refers to the module weakly, so that Python frees a patched model as soon as an unpatched one. A method that is
-    copied or pickled without its module keeps its module alive. After :func:`~nslightning.unpatch` it runs the method
-    that it replaced.
+    It refers to the module weakly, so that Python frees a patched model as soon as an unpatched one. Where code holds
+    it longer than the module, or copies or pickles it without the module, it keeps its module alive. After
+    :func:`~nslightning.unpatch` it runs the method that it replaced.
 
     Args:
         module: The module.
@@ -87,9 +88,12 @@ class Method(metaclass=_MethodType):
         replaced: The attribute that the instance had under this name before.
     """
 
+    #: The module, where this may be its only reference.
+    owner: nn.Module | None = None
+
     def __init__(self, module: nn.Module, name: str, part: Part, replaced: Any = _NONE) -> None:
         self.ref, self.name, self.part, self.replaced = weakref.ref(module), name, part, replaced
-        self.owner: nn.Module | None = None  # the module, where this may be its only reference
+        keep_by(self, type(module))
         defined = inspect.getattr_static(type(module), name, None)
         self.unbound = isinstance(defined, (staticmethod, classmethod))  # it does not take the module as an argument
         self.descriptor = defined if isinstance(defined, (partialmethod, singledispatchmethod)) else None
@@ -586,10 +590,11 @@ class Caller(Method):
         surgery, report = self.part.surgery, self.part.surgery.report
         if run.differentiating:
             start, end, _ = run.spans[-1]
+            entrance = (self.part, self.name, module.training)
             path = (frozenset(run.entered), kinds(*arguments), structure(result), end - start)
-            if run.recording or path not in surgery.looked:
+            if run.recording or (path not in surgery.looked and surgery.looks_again(entrance)):
                 _look(run, module, arguments, result)
-                surgery.checked((self.part, self.name, module.training), path, run.recording)
+                surgery.checked(entrance, path, run.recording)
         computed = bool(run.evaluations) or (self.returns_results and _has_gradient(result))
         first = not report.traced and run.differentiating and computed
         for site, evaluations in run.evaluations.values():

@@ -20,6 +20,7 @@ from nslightning.ops.module_base import ChosenFunction, ChosenModule
 from nslightning.ops.record import MODULES
 from nslightning.ops.unreached import UNSUPPORTED_MODULES
 from nslightning.spelling import closest
+from nslightning.surgery.lifetimes import is_own
 from nslightning.surgery.lookups import Looked, lookups
 from nslightning.surgery.methods import Caller, ClassName, LeftAlone, Method, SiteForward, SiteText, nothing_to_patch
 from nslightning.surgery.plan import Plan, Selector, matches, text
@@ -379,7 +380,7 @@ def _install(module: nn.Module, part: Part, methods: Mapping[str, type[Method]])
     part.methods = tuple(methods)
     if part.calls:
         part.lookups = {
-            (definer, name): Looked(module, name, part, definer) for definer, name in lookups(type(module), _own)
+            (definer, name): Looked(module, name, part, definer) for definer, name in lookups(type(module), is_own)
         }
     module.__dict__.update(attributes)
     if (kept_by_copies := kept_attributes(module)) is not None:
@@ -420,7 +421,7 @@ _CALLING = (nn.RNN, nn.RNNCell)
 
 def _own_code(module: nn.Module) -> bool:
     """Return whether a module has methods, properties or special methods that PyTorch's class lacks."""
-    return bool(set(_own_entrances(module)) - {"forward"}) or any(lookups(type(module), _own))
+    return bool(set(_own_entrances(module)) - {"forward"}) or any(lookups(type(module), is_own))
 
 
 def _entrances(module: nn.Module) -> Iterator[str]:
@@ -434,7 +435,7 @@ def _entrances(module: nn.Module) -> Iterator[str]:
 def _own_entrances(module: nn.Module) -> Iterator[str]:
     """The methods that a model's own classes define, and the functions without a name among the attributes."""
     seen: set[str] = set()
-    for cls in filter(_own, type(module).__mro__):
+    for cls in filter(is_own, type(module).__mro__):
         for name, method in vars(cls).items():
             if name in seen or name.startswith("__") or (name in _BASE and name != "forward"):
                 continue
@@ -449,13 +450,6 @@ def _own_entrances(module: nn.Module) -> Iterator[str]:
 _METHODS = (
     FunctionType, staticmethod, classmethod, partialmethod, singledispatchmethod, type(cache(len)),
 )  # fmt: skip
-
-
-def _own(cls: type) -> bool:
-    """Return whether a class comes from a model's code, and not from a library."""
-    return cls.__module__.partition(".")[0] not in (
-        "torch", "lightning", "pytorch_lightning", "typing", "abc", "builtins",
-    )  # fmt: skip
 
 
 def _definer(cls: type[nn.Module]) -> type[nn.Module]:

@@ -26,6 +26,9 @@ __all__ = ["CHECKPOINT", "PART", "Part", "Surgery"]
 
 PART = "_nonsmooth_part"
 _RUNS = 16  # that are recorded for a new path, if it is not taken again before
+# An entrance is looked at this often for new paths, and then in one of so many runs: a model may take a new path at
+# each step.
+_LOOKS, _ONE_OF = 64, 128
 CHECKPOINT: CodeType = inspect.unwrap(checkpoint).__code__
 
 
@@ -49,6 +52,7 @@ class Surgery:
         looked: The entrances and the paths whose graph was checked.
         awaited: Paths that a run took while nodes were not recorded, and how many runs are still recorded for each.
         begun: Number of runs with gradients of each entrance.
+        looks: Number of checks of the graph of each entrance.
         sites: The objects that run the module sites.
     """
 
@@ -71,15 +75,16 @@ class Surgery:
         self.looked: set[Any] = set()
         self.awaited: dict[Any, int] = {}
         self.begun: dict[Any, int] = {}
+        self.looks: dict[Any, int] = {}
         self.sites: WeakSet[Any] = WeakSet()
         self._rows: dict[tuple[str, str, bool, tuple[int, ...]], Site] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # A copied site adds itself to `sites`; the others refer to parts by identity, which a copy does not keep.
-        return {k: v for k, v in self.__dict__.items() if k not in ("sites", "looked", "awaited", "begun")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("sites", "looked", "awaited", "begun", "looks")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, sites=WeakSet(), looked=set(), awaited={}, begun={})
+        self.__dict__.update(state, sites=WeakSet(), looked=set(), awaited={}, begun={}, looks={})
 
     def records(self, entrance: Any) -> bool:
         """Whether the run that begins has to note which nodes it makes, so that its graph can be checked.
@@ -89,11 +94,22 @@ class Surgery:
 
         Returns:
             True until the graph of a run of the entrance was checked, for its runs 8, 16, 32, ..., and while a path
-            awaits its check.
+            awaits its check and :meth:`looks_again` allows it.
         """
         number = self.begun[entrance] = self.begun.get(entrance, 0) + 1
         again = number >= 8 and number & (number - 1) == 0
-        return again or entrance not in self.looked or bool(self.awaited)
+        return again or entrance not in self.looked or (bool(self.awaited) and self.looks_again(entrance))
+
+    def looks_again(self, entrance: Any) -> bool:
+        """Return whether a new path of an entrance is to be checked now: there may be a new one at each run.
+
+        Args:
+            entrance: As in :meth:`records`.
+
+        Returns:
+            Whether its graph was checked less often than it may be.
+        """
+        return self.looks.get(entrance, 0) < _LOOKS + self.begun.get(entrance, 0) // _ONE_OF
 
     def checked(self, entrance: Any, path: Any, recorded: bool) -> None:
         """Note that the graph of a run was checked.
@@ -103,6 +119,7 @@ class Surgery:
             path: The path that the run took.
             recorded: Whether the run noted its nodes. A run that did not can name custom backwards alone.
         """
+        self.looks[entrance] = self.looks.get(entrance, 0) + 1
         if not recorded:
             self.awaited[path] = _RUNS
             return

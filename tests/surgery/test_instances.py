@@ -118,15 +118,57 @@ def test_a_patched_model_is_freed_like_any_other():
     model = Net()
     patch(model, HALF)
     model(X).sum().backward()
-    parameter, gone = weakref.ref(model.k), model.forward
+    parameter = weakref.ref(model.k)
     gc.disable()
     try:
         del model
         assert parameter() is None  # without the collector of cycles
     finally:
         gc.enable()
+
+
+def test_a_method_that_code_holds_keeps_its_module_alive():
+    model = Net()
+    patch(model, HALF)
+    parameter, encode, name = weakref.ref(model.k), model.encode, model.act.forward
+    del model
+    gc.collect()
+    assert torch.autograd.grad(encode(X).sum(), encode.__self__.k)[0].tolist() == [0.5] * 3
+    del encode
+    gc.collect()
+    assert parameter() is None
     with pytest.raises(ReferenceError, match="keep the module"):
-        gone(X)
+        name(X)  # of a class of PyTorch's, which gets no finaliser
+
+
+def test_a_method_of_a_temporary_object_runs():
+    model = Net()
+    patch(model, HALF)
+    assert torch.equal(copy.deepcopy(model).encode(X), model.encode(X))
+    encode = pickle.loads(pickle.dumps(model)).encode
+    assert torch.autograd.grad(encode(X).sum(), encode.__self__.k)[0].tolist() == [0.5] * 3
+
+
+def test_a_finaliser_lasts_as_long_as_patched_models_do():
+    class Ends(Net):
+        ended = 0
+
+        def __del__(self):
+            type(self).ended += 1
+
+    gc.collect()
+    models = [Net(), Net(), Ends()]
+    for model in models:
+        patch(model, HALF)
+    assert "__del__" in vars(Net)
+    unpatch(models[0])
+    del model
+    models.pop()  # its own finaliser runs as ever
+    assert Ends.ended == 1
+    models.pop()
+    gc.collect()
+    assert "__del__" not in vars(Net)
+    assert "__del__" in vars(Ends)
 
 
 WAYS_TO_KEEP_A_METHOD = {

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from nslightning import Jacobians, PatchWarning, patch, using
 from nslightning.probes import ties
-from nslightning.surgery import UnreachedError, report
+from nslightning.surgery import UnreachedError, methods, report
 from nslightning.surgery.kinks import KINKS
 
 HALF = Jacobians(relu=0.5)
@@ -423,6 +423,38 @@ def test_looking_ends():
     assert not surgery.awaited
     model(torch.full((1, 2), 1e4))
     assert not surgery.awaited
+
+
+class Steps(nn.Module):
+    """Makes another number of nodes for each number that it gets, and one kink of PyTorch's after some."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(2, 2)
+
+    def forward(self, x, steps, kink=False):
+        x = self.lin(x).relu()
+        for _ in range(int(steps)):
+            x = x * 2
+        return torch._C._nn.hardswish(x) if kink else x
+
+
+def test_a_model_of_a_new_path_at_each_step_is_looked_at_now_and_then(monkeypatch):
+    """Looking costs as much as a step of a small model: not at each step, and not never."""
+    looks = []
+    monkeypatch.setattr(methods, "_look", lambda *args, look=methods._look: (looks.append(1), look(*args)))
+    model = Steps()
+    patch(model, Jacobians())
+    for steps in range(1_000):
+        model(torch.ones(1, 2), torch.tensor(steps % 300))
+    assert 64 <= len(looks) <= 64 + 1_000 // 128 + 7  # and those of the forwards 8, 16, 32, ..., 512
+
+    def kinked():
+        for steps in range(300):
+            model(torch.ones(1, 2), torch.tensor(steps % 3), torch.tensor(True))
+
+    with pytest.raises(UnreachedError, match="HardswishBackward0"):
+        kinked()
 
 
 def test_a_graph_of_an_earlier_run_is_not_looked_at_again():
