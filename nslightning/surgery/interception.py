@@ -180,7 +180,7 @@ class FunctionalCalls(TorchFunctionMode):
         kind = getattr(func, "__name__", str(func))
         if torch.compiler.is_compiling():  # no row can be made here, and the calling module is not known
             if surgery.strict and not (surgery.only or surgery.skip):
-                raise UnreachedError.of(surgery.report.model, "", operation, kind)
+                surgery.refuse_traced(operation, kind)
             return func(*args, **kwargs)
         if not part.chosen:
             return self._owned(func, args, kwargs)

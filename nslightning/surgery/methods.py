@@ -50,7 +50,7 @@ from nslightning.surgery.interception import (
     teach_the_compiler,
 )
 from nslightning.surgery.lifetimes import keep_by
-from nslightning.surgery.report import PatchReport, PatchWarning, UnreachedError
+from nslightning.surgery.report import PatchReport, PatchWarning, TracedUnreachedError
 from nslightning.surgery.state import Part
 
 __all__ = ["Caller", "ClassName", "LeftAlone", "Method", "SiteForward", "SiteText", "accessors", "nothing_to_patch"]
@@ -580,7 +580,7 @@ class Caller(Method):
             site = surgery.row(self.part, "custom", name, False, "unreached")
             site.calls = site.calls or 1
             if surgery.strict and self.part.chosen:
-                raise _TracedUnreachedError(surgery.report.model, [site])
+                raise TracedUnreachedError(surgery.report.model, [site])
         return True
 
     def _finish(
@@ -636,13 +636,6 @@ def _chooses(function: Callable[..., Any]) -> bool:
         return function in FUNCTIONS
     except TypeError:  # it has no hash
         return False
-
-
-class _TracedUnreachedError(UnreachedError, AssertionError):
-    """An :class:`UnreachedError` while the compiler traces. The compiler lets only some error classes through.
-
-    It catches others, and runs the code without compiling it.
-    """
 
 
 class LeftAlone(Caller):

@@ -18,7 +18,7 @@ from nslightning.ops.unreached import UNREACHED
 from nslightning.surgery.plan import Plan
 from nslightning.text_table import aligned
 
-__all__ = ["PatchReport", "PatchWarning", "Site", "UnreachedError"]
+__all__ = ["PatchReport", "PatchWarning", "Site", "TracedUnreachedError", "UnreachedError"]
 
 
 class PatchWarning(UserWarning):
@@ -97,6 +97,13 @@ class UnreachedError(ValueError):
             The error.
         """
         return cls(model, [Site(name, operation, None, "unreached", kind)])
+
+
+class TracedUnreachedError(UnreachedError, AssertionError):
+    """An :class:`UnreachedError` while the compiler traces. The compiler lets only some error classes through.
+
+    It catches others, and runs the code without compiling it.
+    """
 
 
 def _phrase(site: Site) -> str:

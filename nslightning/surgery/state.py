@@ -15,12 +15,13 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from nslightning._torch import while_compiling
 from nslightning.ops.autograd import native
 from nslightning.ops.autograd.selection import Selection
 from nslightning.ops.record import OPERATIONS, Operation
 from nslightning.surgery.kinks import LEFT
 from nslightning.surgery.plan import Plan, Selector, matches, selectors, text
-from nslightning.surgery.report import PatchReport, PatchWarning, Site, UnreachedError
+from nslightning.surgery.report import PatchReport, PatchWarning, Site, TracedUnreachedError, UnreachedError
 
 __all__ = ["CHECKPOINT", "PART", "Part", "Surgery"]
 
@@ -227,6 +228,15 @@ class Surgery:
         elif self.strict:
             raise UnreachedError(self.report.model, [site])
         return site
+
+    @while_compiling
+    def refuse_traced(self, operation: str, kind: str) -> bool:
+        """Refuse a call that the compiler traces.
+
+        Raises:
+            UnreachedError: Always.
+        """
+        raise TracedUnreachedError.of(self.report.model, "", operation, kind)
 
 
 @dataclass(eq=False)

@@ -19,7 +19,7 @@ from nslightning.probes.propagation import differences
 X = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0], [2.0, -1.0, 2.0], [-3.0, -3.0, -3.0]])
 Y = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, -1.0], [3.0, -1.0, 2.0], [-3.0, 0.0, -3.0]])
 SIGNS = torch.tensor([1.0, -1.0, -1.0, -1.0])
-CHOICE = Jacobians(max="last", maximum="first", norm=0.5, hinge=0.25, abs=-0.5)
+CHOICE = Jacobians(max="last", maximum="last", norm=0.5, hinge=0.25, abs=-0.5)
 CLASSES = torch.tensor([0, 1, 2, 0])
 A = {"at_zero": 0.25}
 
@@ -33,11 +33,11 @@ SPELLINGS = {
     "amax": (lambda x: x.amax((0, 1)), lambda x: ops.amax(x, (0, 1), jacobian="last")),
     "amin": (lambda x: torch.amin(x, dim=1), lambda x: ops.amin(x, 1, jacobian="last")),
     "aminmax": (lambda x: x.aminmax(dim=1).max, lambda x: ops.aminmax(x, 1, jacobian="last").max),
-    "max of two": (lambda x: torch.max(x, Y), lambda x: ops.maximum(x, Y, jacobian="first")),
-    "min of two": (lambda x: x.min(other=Y), lambda x: ops.minimum(x, Y, jacobian="first")),
-    "maximum": (lambda x: torch.maximum(x, Y), lambda x: ops.maximum(x, Y, jacobian="first")),
-    "maximum of integers": (lambda x: torch.maximum(Y.long(), x), lambda x: ops.maximum(Y, x, jacobian="first")),
-    "fmin": (lambda x: x.fmin(Y), lambda x: ops.fmin(x, Y, jacobian="first")),
+    "max of two": (lambda x: torch.max(x, Y), lambda x: ops.maximum(x, Y, jacobian="last")),
+    "min of two": (lambda x: x.min(other=Y), lambda x: ops.minimum(x, Y, jacobian="last")),
+    "maximum": (lambda x: torch.maximum(x, Y), lambda x: ops.maximum(x, Y, jacobian="last")),
+    "maximum of integers": (lambda x: torch.maximum(Y.long(), x), lambda x: ops.maximum(Y, x, jacobian="last")),
+    "fmin": (lambda x: x.fmin(Y), lambda x: ops.fmin(x, Y, jacobian="last")),
     "norm": (lambda x: x.norm(), lambda x: ops.norm(x, at_zero=0.5)),
     "norms": (lambda x: torch.norm(x, dim=1), lambda x: ops.norm(x, 1, at_zero=0.5)),
     "frobenius": (lambda x: torch.norm(x, "fro", dim=(0, 1)), lambda x: ops.norm(x, (0, 1), at_zero=0.5)),
