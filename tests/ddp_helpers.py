@@ -125,6 +125,24 @@ class Fault(Callback):
             os.kill(int(reader), signal.SIGKILL)
 
 
+class NoWandb(Callback):
+    """Kills W&B's own process where the environment says so: after a step, or when the training is done."""
+
+    def on_train_batch_end(self, trainer, *_):
+        if os.environ["KILL_WANDB"] == str(trainer.global_step):
+            self._kill()
+
+    def teardown(self, trainer, pl_module, stage):
+        if os.environ["KILL_WANDB"] == "done":
+            self._kill()
+
+    def _kill(self):
+        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        (core,) = (int(pid) for pid in children if "wandb-core" in Path(f"/proc/{pid}/cmdline").read_text())
+        os.kill(core, signal.SIGKILL)
+        os.waitid(os.P_PID, core, os.WEXITED | os.WNOWAIT)
+
+
 def start(command, options, output, *flags, **environment):
     """``nslightning COMMAND`` in its own process group."""
     file = Path(f"{output}.yaml")

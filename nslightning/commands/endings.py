@@ -12,6 +12,7 @@ from types import TracebackType
 
 from nslightning.commands.stopping import Stopped
 from nslightning.commands.streams import NO_READER, reader_is_gone
+from nslightning.commands.wandb_run import CORE_IS_GONE
 
 __all__ = ["CallError", "Ending", "ended", "ending_of", "root_of"]
 
@@ -215,7 +216,8 @@ def _own(error: BaseException, began: bool) -> Ending | None:
 
 def _wandb(error: BaseException, began: bool) -> Ending | None:
     """Weights & Biases does not take the key, does not answer, or its process on this machine has ended."""
-    if isinstance(error, ConnectionError) and _passed("wandb", error):
+    gone = type(error).__module__.startswith("wandb") and type(error).__name__ in CORE_IS_GONE
+    if gone or (isinstance(error, ConnectionError) and _passed("wandb", error)):
         without = "WANDB_MODE=disabled trains without it"
         return Ending(1, f"W&B's own process, wandb-core, was ended from outside; {without}")
     if not type(error).__module__.startswith("wandb"):

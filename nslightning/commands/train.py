@@ -80,7 +80,7 @@ def main(argv: Sequence[str], cli_class: type[TrainCLI] = TrainCLI) -> int:
                 print(f"nslightning {argv[0]}: error: {ending.message}", file=sys.stderr)
                 status = ending.status
         finally:
-            wandb_run.finish()
+            wandb_run.finish(failed=status == 1)
             cli.place.leave(keep=status == 0 or cli.began)
     return status
 

@@ -21,7 +21,10 @@ from jsonargparse import Namespace
 from nslightning.files import check_writable
 from nslightning.spelling import did_you_mean
 
-__all__ = ["finish", "prepared"]
+__all__ = ["CORE_IS_GONE", "finish", "prepared"]
+
+#: The errors of wandb whose own process has ended, beside those of a connection.
+CORE_IS_GONE = ("HandleAbandonedError", "MailboxClosedError")
 
 #: Seconds that a finished run waits for W&B to take what is not uploaded yet; without them it waits without end.
 _UPLOAD = "300"
@@ -141,8 +144,12 @@ def _start_with_cache(folder: Path) -> None:
             os.environ["XDG_CACHE_HOME"] = before
 
 
-def finish() -> None:
-    """End the W&B run, so that the next one in this process is another."""
+def finish(failed: bool = False) -> None:
+    """End the W&B run, so that the next one in this process is another, and say what W&B lacks of it.
+
+    Args:
+        failed: Whether the run's own error is said already, which tells why W&B could not end its record.
+    """
     wandb = sys.modules.get("wandb")
     if wandb is not None and getattr(wandb, "run", None) is not None:
         run = wandb.run
@@ -151,8 +158,18 @@ def finish() -> None:
         except TimeoutError:
             upload = shlex.join(["wandb", "sync", str(Path(run.dir).parent)])
             print(f"W&B has not taken all of this run; its own file is whole: {upload}", file=sys.stderr)
-        except OSError:  # its log is on a full disk, or its process is gone: the run's own error says so
-            with suppress(OSError):
+        except Exception as error:  # its log is on a full disk, or its process is gone
+            if not isinstance(error, OSError) and type(error).__name__ not in CORE_IS_GONE:
+                raise
+            record = Path(run.dir).parent
+            if not failed:
+                upload = shlex.join(["wandb", "sync", str(record)])
+                print(
+                    f"W&B's record of this run is not whole, since its process, wandb-core, was ended from outside: "
+                    f"{record.parent.parent} has all of it, and this uploads what W&B has: {upload}",
+                    file=sys.stderr,
+                )
+            with suppress(Exception):
                 wandb.teardown()  # which W&B would do at the end of this process, with a traceback
 
 

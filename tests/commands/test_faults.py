@@ -356,6 +356,64 @@ def test_wandb_that_never_answers_ends_the_run_before_its_first_step(tmp_path):
     assert "set WANDB_MODE=offline to train without an account" in said
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("online", [False, True])
+def test_wandbs_process_that_is_killed_late_is_said_and_the_run_is_whole(online, tmp_path):
+    options = config()
+    options["trainer"]["callbacks"] = [{"class_path": "ddp_helpers.NoWandb"}]
+    with wandb_server.Server() as server:
+        here = {"WANDB_MODE": "offline"}
+        if online:
+            here = {"WANDB_MODE": "online", "WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40}
+        run = start("fit", options, tmp_path / "runs", KILL_WANDB="done", **here)
+        said, _ = run.communicate(timeout=480)
+    folder = tmp_path / "runs/run/001"
+    assert run.returncode == 0, said
+    assert "Traceback" not in said
+    (line,) = (line for line in said.splitlines() if "W&B's record of this run is not whole" in line)
+    assert f"{folder} has all of it" in line
+    (record,) = folder.glob("wandb/run-*" if online else "wandb/offline-run-*")
+    assert f"wandb sync {record}" in line
+    assert runs.ended(folder) == "finished"
+
+
+@pytest.mark.slow
+def test_wandbs_process_that_is_killed_in_mid_run_ends_it_in_one_line(tmp_path):
+    options = config()
+    options["trainer"]["callbacks"] = [{"class_path": "ddp_helpers.NoWandb"}]
+    run = start("fit", options, tmp_path / "runs", KILL_WANDB="2", WANDB_MODE="offline")
+    said, _ = run.communicate(timeout=480)
+    assert run.returncode == 1, said
+    assert "Traceback" not in said
+    assert said.count("wandb-core") == 1
+    assert "nslightning fit: error: W&B's own process, wandb-core, was ended from outside" in said
+
+
+@pytest.mark.parametrize("kind", ["HandleAbandonedError", "MailboxClosedError"])
+def test_wandbs_mailbox_that_is_closed_means_that_its_process_is_gone(kind, monkeypatch, capsys):
+    from wandb.sdk import mailbox
+
+    error = getattr(mailbox, kind)()
+    ending = ending_of(error, began=True)
+    assert ending is not None
+    assert (ending.status, "wandb-core, was ended from outside" in ending.message) == (1, True)
+
+    def fail(**_: object) -> None:
+        raise error
+
+    monkeypatch.setitem(
+        sys.modules,
+        "wandb",
+        SimpleNamespace(run=SimpleNamespace(dir="runs/x/001/wandb/run-1/files"), finish=fail, teardown=fail),
+    )
+    wandb_run.finish(failed=True)
+    assert capsys.readouterr().err == ""
+    wandb_run.finish()
+    assert "runs/x/001 has all of it, and this uploads what W&B has: wandb sync runs/x/001/wandb/run-1\n" in (
+        capsys.readouterr().err
+    )
+
+
 def test_wandbs_process_that_is_killed_is_known():
     code = compile("raise ConnectionResetError('Connection lost')", "/packages/wandb/sdk/lib/client.py", "exec")
     with pytest.raises(ConnectionResetError) as raised:
