@@ -12,7 +12,16 @@ from lightning.pytorch.utilities import rank_zero_info
 from nslightning.files import replacing
 from nslightning.runs import forget_from
 
-__all__ = ["append_rows", "begins_anew", "interval", "log_step", "own_name", "run_folder", "start_table"]
+__all__ = [
+    "append_rows",
+    "begin_table",
+    "begins_anew",
+    "interval",
+    "log_step",
+    "own_name",
+    "run_folder",
+    "start_table",
+]
 
 
 def run_folder(trainer: Trainer) -> Path:
@@ -63,10 +72,19 @@ def start_table(trainer: Trainer, file: Path) -> None:
         trainer: The trainer, in ``on_train_start``: only now does Lightning know at which step it goes on.
         file: The table. One that an earlier training left in the same folder is kept under another name.
     """
-    if not trainer.is_global_zero:
-        return
-    if trainer.global_step or not file.exists():
-        forget_from(file, trainer.global_step)
+    if trainer.is_global_zero:
+        begin_table(file, trainer.global_step)
+
+
+def begin_table(file: Path, step: int) -> None:
+    """Make a CSV file ready for the rows of a training that begins, or goes on, at a step.
+
+    Args:
+        file: The table. One that an earlier training left in the same folder is kept under another name.
+        step: The first optimizer step; rows from it on are written again, and go.
+    """
+    if step or not file.exists():
+        forget_from(file, step)
         return
     taken = {f.name for f in file.parent.glob(f"{file.stem}.*{file.suffix}")}
     name = next(n for i in range(1, len(taken) + 2) if (n := f"{file.stem}.{i}{file.suffix}") not in taken)

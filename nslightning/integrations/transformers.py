@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from nslightning.callbacks.measurements import append_rows
+from nslightning.callbacks.measurements import append_rows, begin_table
 from nslightning.choices import Choice, named_choices, to_jacobians
 from nslightning.jacobians import Jacobians
 from nslightning.models.checkpoint_note import plan_of
@@ -34,15 +34,16 @@ class NonsmoothTrainerCallback(TrainerCallback):
     is.
 
     Written to ``output_dir``: ``patch_report.json`` with every site, after the first step; ``divergence.csv`` with one
-    row per measured step and choice. The same values go into ``trainer.state.log_history`` as
-    ``divergence/<choice>/relative`` and ``divergence/<choice>/cosine``, and to W&B where a run is active. On several
-    processes they are those of the first process's own batch.
+    row per measured step and choice. A training that goes on replaces the rows from its first step on; a new training
+    in the same folder keeps the former table as ``divergence.1.csv``. The same values go into
+    ``trainer.state.log_history`` as ``divergence/<choice>/relative`` and ``divergence/<choice>/cosine``, and to W&B
+    where a run is active. On several processes they are those of the first process's own batch.
 
     Args:
         jacobians: The choice for all sites; also its fields as a mapping, or a preset such as ``"jax"``.
         sites: Rules for some sites (:class:`~nslightning.surgery.Rule`).
         choices: Other choices to compare with the one in use, by name.
-        every_n_steps: Optimizer steps between two measurements.
+        every_n_steps: Optimizer steps between two measurements; the first step is measured.
         only: Patch only the modules that this selects.
         skip: Leave the modules that this selects alone.
         strict: Refuse a model with an operation that no choice can reach, instead of naming it in the report.
@@ -108,6 +109,8 @@ class NonsmoothTrainerCallback(TrainerCallback):
         if self.choices and args.torch_compile:
             raise ValueError("a compiled model's ties cannot be recorded: measure without torch_compile, or choices={}")
         self._report_written = False
+        if self.choices and state.is_world_process_zero:
+            begin_table(_table(args), state.global_step)
 
     def _patch(self, model: nn.Module) -> None:
         if model is not self._model:  # the same model may train in a second Trainer
@@ -165,10 +168,8 @@ class NonsmoothTrainerCallback(TrainerCallback):
         measured, self._measured = self._measured, {}
         if not measured or not state.is_world_process_zero:
             return
-        assert args.output_dir is not None
-        file = Path(args.output_dir, "divergence.csv")
         rows = [{"step": state.global_step, "choice": name, **d.norms()} for name, d in measured.items()]
-        append_rows(file, rows)
+        append_rows(_table(args), rows)
         values = {
             f"divergence/{name}/{norm}": value
             for name, d in measured.items()
@@ -179,3 +180,8 @@ class NonsmoothTrainerCallback(TrainerCallback):
         wandb = sys.modules.get("wandb")
         if wandb is not None and wandb.run is not None:
             wandb.log({**values, "train/global_step": state.global_step})
+
+
+def _table(args: TrainingArguments) -> Path:
+    assert args.output_dir is not None
+    return Path(args.output_dir, "divergence.csv")

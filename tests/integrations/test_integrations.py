@@ -96,16 +96,17 @@ class Classifier(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
-def train(folder, *callbacks, model=None, **options):
+def train(folder, *callbacks, model=None, resume=None, **options):
     pytest.importorskip("accelerate", reason="needs the extra huggingface: accelerate")
     model = model or Classifier()
     data = [{"x": x, "labels": int(i % 2)} for i, x in enumerate(X)]
-    settings = {"max_steps": 4, "per_device_train_batch_size": 4, "report_to": [], "use_cpu": True} | options
+    settings = {"max_steps": 4, "per_device_train_batch_size": 4, "report_to": [], "use_cpu": True}
+    settings |= {"save_strategy": "no"} | options
     args = transformers.TrainingArguments(
-        str(folder), disable_tqdm=True, save_strategy="no", learning_rate=0.1, optim="sgd", seed=0, **settings
+        str(folder), disable_tqdm=True, learning_rate=0.1, optim="sgd", seed=0, **settings
     )
     trainer = transformers.Trainer(model, args, train_dataset=data, callbacks=list(callbacks))
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return model, trainer
 
 
@@ -134,6 +135,22 @@ def test_trainer_is_patched_and_measured(tmp_path):
     again, _ = train(tmp_path / "again", reference, model=watched)
     reference.unpatch()
     assert not selections(again)
+
+
+def test_a_table_has_the_rows_of_one_training(tmp_path):
+    """A second training in the folder begins a table; one that goes on writes its steps again."""
+    from nslightning.integrations.transformers import NonsmoothTrainerCallback
+
+    def steps(name):
+        return pd.read_csv(tmp_path / name)["step"].tolist()
+
+    train(tmp_path, NonsmoothTrainerCallback(choices=ONE, every_n_steps=2), save_strategy="steps", save_steps=3)
+    assert steps("divergence.csv") == [0, 2]
+    train(tmp_path, NonsmoothTrainerCallback(choices=ONE, every_n_steps=1))
+    assert (steps("divergence.1.csv"), steps("divergence.csv")) == ([0, 2], [0, 1, 2, 3])
+    once_more = NonsmoothTrainerCallback(choices=ONE, every_n_steps=1)
+    train(tmp_path, once_more, resume=str(tmp_path / "checkpoint-3"), max_steps=5)
+    assert steps("divergence.csv") == [0, 1, 2, 3, 4]
 
 
 def test_mixed_precision_is_taken_off_before_the_patch(tmp_path):
