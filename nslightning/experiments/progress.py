@@ -103,7 +103,7 @@ class LiveTable:
 
     def __init__(self, console: Console, missing: Sequence[Planned], cells: Path) -> None:
         self._missing = {planned.id: planned for planned in missing}
-        self._cells, self._began = cells, time.time()
+        self._cells, self._began = cells, time.monotonic()
         self._done, self._failed, self._last = 0, 0, ""
         self._stale = set(self._running())  # of workers that were killed
         self._live = Live(console=console, refresh_per_second=2, get_renderable=self.render)
@@ -143,12 +143,12 @@ class LiveTable:
         left = len(self._missing) - self._done
         head = f"{self._done}/{len(self._missing)} done, {self._failed} failed, {len(running)} running"
         if self._done and left:
-            head += f", {clock((now - self._began) / self._done * left)} left"
+            head += f", {clock((time.monotonic() - self._began) / self._done * left)} left"
         table = Table(box=None, pad_edge=False)
         for column in ("cell", "computed by", "for"):
             table.add_column(column, overflow="ellipsis", no_wrap=True)
         for planned, host, pid, began in sorted(running, key=lambda row: row[3])[:_SHOWN]:
-            table.add_row(words(planned), f"{host}:{pid}", clock(now - began))
+            table.add_row(words(planned), f"{host}:{pid}", clock(max(0.0, now - began)))  # another machine's clock
         if len(running) > _SHOWN:
             table.add_row(f"and {len(running) - _SHOWN} more", "", "")
         return Group(Text(head), table, Text(f"last: {self._last}" if self._last else "", style="dim"))

@@ -227,6 +227,19 @@ def test_a_live_table_shows_who_computes_what(tmp_path):
     assert isinstance(make_progress(io.StringIO(), planned, tmp_path), Lines)
 
 
+def test_a_live_table_outlives_a_clock_that_is_set_back(tmp_path, monkeypatch):
+    planned, now = grid(seed=[0, 1, 2]).cells(), time.time()
+    console = Console(file=io.StringIO(), width=100)
+    table = LiveTable(console, planned, tmp_path)
+    (tmp_path / f"{planned[1].id}.running").write_text(json.dumps({"host": "node7", "pid": 12, "began": now}))
+    table.ended(planned[0], 1.5, None)
+    monkeypatch.setattr(time, "time", lambda: now - 24 * 3600)
+    console.print(table.render())
+    said = console.file.getvalue()
+    assert re.search(r" 0:\d\d:\d\d left", said)
+    assert re.search(r"node7:12 +0:00:00", said)
+
+
 def test_a_cell_that_no_machine_sees_here_is_no_finished_one(tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "compute_cell", lambda *_: engine.Ended(1.0))
     report = run(grid(seed=[0]), tmp_path)
