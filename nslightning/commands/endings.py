@@ -196,13 +196,19 @@ def _worker(error: BaseException, began: bool) -> Ending | None:
 
 
 def _peer(error: BaseException, began: bool) -> Ending | None:
-    """Another process of the training ended, and this one noticed when they were to add up or to agree."""
-    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
-    if not isinstance(error, RuntimeError) or not any(sign in str(error) for sign in signs):
+    """Another process of the training ended or hangs, and this one noticed when they were to add up or to agree."""
+    gone = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+    silent = ("Timed out waiting", "timeout caused pair closure", "clients joined", "collective operation timeout")
+    if not isinstance(error, RuntimeError):
         return None
-    first = next(line.strip() for line in str(error).splitlines() if any(sign in line for sign in signs))
-    why = "its own message says why, unless the system killed it"
-    return Ending(1, f"another process of this training ended; {why} ({first})")
+    for signs, reason in (
+        (gone, "ended; its own message says why, unless the system killed it"),
+        (silent, "does not answer: it hangs, or its machine cannot be reached"),
+    ):
+        for line in str(error).splitlines():
+            if any(sign in line for sign in signs):
+                return Ending(1, f"another process of this training {reason} ({line.strip()})")
+    return None
 
 
 def _own(error: BaseException, began: bool) -> Ending | None:

@@ -471,6 +471,24 @@ def test_a_wandb_that_takes_too_long_is_uploaded_later(monkeypatch, capsys):
     )
 
 
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ("[tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:40", "ended; its own message says why"),
+        ("[tcp/unbound_buffer.cc:78] Timed out waiting 8000ms for recv operation to complete", "does not answer"),
+        ("Application timeout caused pair closure", "does not answer"),
+        ("Timed out after 61 seconds waiting for clients. 1/2 clients joined.", "does not answer"),
+    ],
+)
+def test_a_process_that_another_one_waits_for_is_known(said, reason):
+    """As gloo and the store of torch 2.15 say it."""
+    ending = ending_of(RuntimeError(said), began=True)
+    assert ending is not None
+    assert ending.status == 1
+    assert f"another process of this training {reason}" in ending.message
+    assert said in ending.message
+
+
 def test_a_processor_without_memory_is_known():
     """As torch 2.15 says it."""
     said = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried ..."
