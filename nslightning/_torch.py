@@ -59,6 +59,7 @@ __all__ = [
     "in_functorch",
     "is_compiled",
     "is_compiled_function",
+    "is_control_flow",
     "is_exporting",
     "is_legacy_batch",
     "is_operator",
@@ -99,6 +100,20 @@ def runs_module_hooks(node: Any) -> bool:
         True for the nodes around a module that has such hooks.
     """
     return function_of(node) is BackwardHookFunction
+
+
+def is_control_flow(function: type[torch.autograd.Function]) -> bool:
+    """Return whether an autograd function is that of ``torch.cond`` or a loop like it, which compiles its branches.
+
+    Args:
+        function: What :func:`function_of` returned.
+
+    Returns:
+        True for ``cond``, ``switch``, ``while_loop``, ``map``, ``scan`` and ``associative_scan``.
+    """
+    package, _, name = function.__module__.rpartition(".")
+    flows = ("cond", "switch", "while_loop", "map", "scan", "associative_scan")
+    return package == "torch._higher_order_ops" and name in flows
 
 
 def in_functorch() -> bool:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nslightning._torch import function_of, number_of
+from nslightning._torch import function_of, is_control_flow, number_of
 from nslightning.surgery.kinks import kink
 
 __all__ = ["Foreign", "foreign_nodes", "kinds", "nodes", "structure", "tensors"]
@@ -62,7 +62,7 @@ def foreign_nodes(output: Iterable[Tensor], inputs: Iterable[Tensor]) -> Iterato
             if operator not in (*_SMOOTH, *_OURS):
                 yield Foreign("custom", operator, number_of(node))
         elif cls is not None:
-            if cls.__module__.partition(".")[0] not in ("torch", "nslightning"):
+            if cls.__module__.partition(".")[0] not in ("torch", "nslightning") or is_control_flow(cls):
                 yield Foreign("custom", f"{cls.__module__}.{cls.__qualname__}", number_of(node))
         elif name.startswith("torch::autograd::CppNode<"):
             function = name.removeprefix("torch::autograd::CppNode<").removesuffix(">")

@@ -55,6 +55,10 @@ FORGETFUL: frozenset[Callable[..., Any]] = frozenset(
 )
 
 
+# Functions that run a backward: PyTorch takes the mode away while they do, and code that runs in it begins afresh.
+_BACKWARDS = frozenset((torch.autograd.grad, torch.autograd.backward, Tensor.backward))
+
+
 class Ranked(NamedTuple):
     """A call that returned values in an order that PyTorch chose, and their indices, which may be all that is used.
 
@@ -129,7 +133,7 @@ class FunctionalCalls(TorchFunctionMode):
             start: The number of the first node.
             end: The number after the last one's.
         """
-        if any(run.origin is self for run in _here.runs):  # each thread numbers its own nodes
+        if any(run.origin is self for run in (*_here.runs, *_here.paused)):  # each thread numbers its own nodes
             self.owned.append((start, end))
 
     def number(self, part: Part, operation: str) -> int:
@@ -150,6 +154,9 @@ class FunctionalCalls(TorchFunctionMode):
         self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _BACKWARDS and not torch.compiler.is_compiling():
+            with _no_run():
+                return func(*args, **kwargs)
         # The compiler hands this method, which is written in Python, over as an object that no dictionary has as a key.
         if func is Tensor.norm:
             func = Tensor.norm
@@ -319,6 +326,7 @@ class _Runs(threading.local):
     """The runs under way in this thread, the innermost last."""
 
     runs: tuple[FunctionalCalls, ...] = ()
+    paused: tuple[FunctionalCalls, ...] = ()  # while a backward that they began runs
 
 
 _here = _Runs()
@@ -378,6 +386,17 @@ def begun(run: FunctionalCalls) -> Iterator[None]:
             watchers.remove(run.own)
         _threads.release()
         _here.runs = before
+
+
+@contextmanager
+def _no_run() -> Iterator[None]:
+    """Let patched methods begin runs of their own: a checkpoint calls them in a backward, where no mode is active."""
+    before = _here.runs, _here.paused
+    _here.runs, _here.paused = (), (*_here.paused, *_here.runs)
+    try:
+        yield
+    finally:
+        _here.runs, _here.paused = before
 
 
 class _Threads:

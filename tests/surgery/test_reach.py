@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from nslightning import Jacobians, PatchWarning, patch, unpatch, using
 from nslightning.surgery import UnreachedError, report, selections
@@ -572,3 +573,55 @@ def test_what_is_called_for_indices_only_is_not_refused(name):
     patch(lenient, Jacobians(relu=0.5), strict=False)
     lenient(torch.zeros(())).backward()
     assert [(site.operation, site.kind, site.calls) for site in report(lenient).unreached] == [(name, name, 1)]
+
+
+# ------------------------------------------------------------------------------------ code that a backward runs
+class Manual(nn.Module):
+    """Runs its backward in a method, as manual optimisation does; a checkpoint calls another method again in it."""
+
+    def __init__(self, reentrant, module):
+        super().__init__()
+        self.w, self.act = nn.Parameter(torch.zeros(3)), nn.ReLU() if module else None
+        self.reentrant = reentrant
+
+    def part(self, x):
+        return F.relu(x) if self.act is None else self.act(x)
+
+    def forward(self, x):
+        return checkpoint(lambda y: self.part(y), self.w + x, use_reentrant=self.reentrant)
+
+    def step(self, x, way):
+        self.w.grad = None
+        loss = self(x).sum()
+        if way == "backward":
+            loss.backward()
+        elif way == "autograd.backward":
+            torch.autograd.backward(loss)
+        else:
+            return torch.autograd.grad(loss, self.w)[0]
+        return self.w.grad
+
+
+@pytest.mark.parametrize("module", [True, False], ids=["module", "function"])
+@pytest.mark.parametrize(
+    ("way", "reentrant"),  # PyTorch's reentrant checkpoints refuse torch.autograd.grad
+    [
+        ("backward", True),
+        ("autograd.backward", True),
+        *((way, False) for way in ("backward", "autograd.backward", "grad")),
+    ],
+)
+def test_a_checkpoint_in_a_backward_that_a_method_runs(way, reentrant, module):
+    model = Manual(reentrant, module)
+    patch(model, Jacobians(relu=0.5))
+    for _ in range(3):
+        assert model.step(torch.zeros(3), way).tolist() == [0.5] * 3
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler, which traces the branches
+def test_branches_of_torch_cond_are_named():
+    model = Calls(lambda x: torch.cond(x.sum() >= 0, lambda y: y.relu(), lambda y: y.sin(), (x * 1,)))
+    patch(model, ALT)
+    with pytest.raises(UnreachedError, match="CondAutogradOp"):
+        model(torch.zeros(1, 2, 2, 2))
+    torch._dynamo.reset()
