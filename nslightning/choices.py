@@ -12,8 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nslightning.jacobians import Jacobians
-from nslightning.spelling import did_you_mean
+from nslightning.jacobians import Jacobians, unknown_field
 
 __all__ = ["Choice", "Choices", "choice_label", "named_choice", "named_choices", "short", "to_jacobians"]
 
@@ -110,7 +109,7 @@ def named_choices(choices: Mapping[str, Any] | Sequence[str]) -> dict[str, Jacob
             except (TypeError, ValueError) as error:
                 raise type(error)(f"choice {name!r}: {error}") from error
         return read
-    if isinstance(choices, str) or not all(isinstance(word, str) for word in choices):
+    if not isinstance(choices, Sequence) or isinstance(choices, str) or not all(isinstance(c, str) for c in choices):
         raise TypeError(f"choices are a mapping of names to choices, or a list of NAME:FIELD=VALUE; given {choices!r}")
     pairs = [named_choice(word) for word in choices]
     if len(dict(pairs)) < len(pairs):
@@ -176,8 +175,6 @@ def _fields(word: str) -> dict[str, Any]:
 
 
 def _of_fields(fields: Mapping[str, Any]) -> Jacobians:
-    known = list(Jacobians.__dataclass_fields__)
-    if unknown := [field for field in fields if field not in known]:
-        hint = did_you_mean(unknown[0], known)
-        raise ValueError(f"there is no field {unknown[0]!r}{hint} Fields: {', '.join(known)}")
+    if message := unknown_field(fields):
+        raise ValueError(message)
     return Jacobians(**fields)

@@ -6,12 +6,15 @@ The fields are the operations of :mod:`nslightning.ops`: this module stands abov
 from __future__ import annotations
 
 import dataclasses
+import functools
 import textwrap
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Self
 
 from nslightning.ops.record import OPERATIONS, RULES, Operation, Rule, ShareName, follow, known
+from nslightning.spelling import did_you_mean
 
-__all__ = ["PRESETS", "Jacobians", "Rule", "ShareName"]
+__all__ = ["PRESETS", "Jacobians", "Rule", "ShareName", "unknown_field"]
 
 #: The libraries whose choice has a name.
 PRESETS = ("pytorch", "jax", "tensorflow")
@@ -41,6 +44,28 @@ Example:
     >>> Jacobians.preset("pytorch") == Jacobians()
     True
 """
+
+
+def unknown_field(names: Iterable[str]) -> str:
+    """The message about the first name that is no field of :class:`Jacobians`.
+
+    Args:
+        names: The names.
+
+    Returns:
+        The message; empty where each name is a field.
+
+    Example:
+        >>> unknown_field(["maxpool"])[:57]
+        "there is no field 'maxpool'; did you mean 'max_pool'? Fie"
+        >>> unknown_field(["relu", "rule"])
+        ''
+    """
+    fields = [*OPERATIONS, "rule"]
+    unknown = [name for name in names if name not in fields]
+    if not unknown:
+        return ""
+    return f"there is no field {unknown[0]!r}{did_you_mean(unknown[0], fields)} Fields: {', '.join(fields)}"
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -121,7 +146,19 @@ else:
             "Jacobians", fields, bases=(_Fieldless,), frozen=True, repr=False, namespace=namespace
         )
         made.__module__ = __name__
+        made.__init__ = _naming_fields(made.__init__)  # type: ignore[misc] # the same signature
         return made
+
+    def _naming_fields(init: Callable[..., None]) -> Callable[..., None]:
+        """The initialiser, whose error for a field that does not exist names the one that was probably meant."""
+
+        @functools.wraps(init)
+        def checked(self: object, *args: Any, **choices: Any) -> None:
+            if message := unknown_field(choices):
+                raise TypeError(message)
+            init(self, *args, **choices)
+
+        return checked
 
     Jacobians = _made()
 

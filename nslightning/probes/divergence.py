@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from nslightning.jacobians import Jacobians
 from nslightning.probes.gradients import gradients_in_turn, wanted
-from nslightning.probes.graph import UnseenError, opaque_nodes, operation_nodes
+from nslightning.probes.graph import UnseenError, check_loss, opaque_nodes, operation_nodes
 from nslightning.probes.propagation import agrees, recording, refuse_computed, refuse_random, refuse_unseen
 from nslightning.probes.shards import totals
 from nslightning.probes.sums import LARGEST, dense, is_nothing, rows, squares, waits
-from nslightning.surgery import Plan, selections
+from nslightning.surgery import AnyChoice, Plan, selections, to_choice, to_choices
 from nslightning.text_table import aligned
 
 __all__ = [
@@ -97,8 +97,8 @@ SAME = Divergence(0.0, 0.0, 0.0, 0.0, 1.0)
 def divergence(
     loss: Tensor,
     model: nn.Module,
-    choices: Mapping[str, Jacobians | Plan],
-    reference: Jacobians | Plan = Jacobians(),  # noqa: B008 # frozen
+    choices: Mapping[str, AnyChoice],
+    reference: AnyChoice = Jacobians(),  # noqa: B008 # frozen
     *,
     method: Method = "subtract",
     inputs: Mapping[str, Tensor] | None = None,
@@ -153,21 +153,23 @@ def divergence(
         raise ValueError("divergence takes at least one choice, such as {'relu1': Jacobians(relu=1.0)}")
     if control and _CONTROL in choices:
         raise ValueError(f"the name {_CONTROL!r} is the reference's second gradient: give that choice another name")
+    check_loss(loss, model)
+    by_name, base_choice = to_choices(choices), to_choice(reference)
     named = wanted(model, inputs)
     if method == "propagate":
         refuse_computed(inputs)
-        refuse_random(*choices.values())
+        refuse_random(*by_name.values())
         try:
-            carried = _propagated(loss, model, choices, reference, named, retain_graph)
+            carried = _propagated(loss, model, by_name, base_choice, named, retain_graph)
             return carried | ({_CONTROL: _nothing(named, "propagate")} if control else {})
         except UnseenError as reason:
             warnings.warn(f"divergence subtracts gradients instead: {reason}", MethodWarning, stacklevel=2)
-    every = [reference, *choices.values()]
+    every = [base_choice, *by_name.values()]
     turns = gradients_in_turn(loss, model, every, named, retain_graph=retain_graph or control)
     base = next(turns)  # two sets of gradients in memory, however many choices
-    measured = {name: measure(other, base) for name, other in zip(choices, turns, strict=True)}
+    measured = {name: measure(other, base) for name, other in zip(by_name, turns, strict=True)}
     if control:  # by itself: beside other choices a backward may start below the loss
-        (again,) = gradients_in_turn(loss, model, [reference], named, retain_graph=retain_graph)
+        (again,) = gradients_in_turn(loss, model, [base_choice], named, retain_graph=retain_graph)
         measured[_CONTROL] = measure(again, base)
     return measured
 

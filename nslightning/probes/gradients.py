@@ -14,6 +14,7 @@ from nslightning._torch import runs_module_hooks, without_post_accumulate_hooks
 from nslightning.jacobians import Jacobians
 from nslightning.probes.graph import (
     bottleneck,
+    check_loss,
     communicates,
     freeing,
     opaque_nodes,
@@ -22,7 +23,7 @@ from nslightning.probes.graph import (
     reruns_forward,
 )
 from nslightning.probes.shards import is_shard, reshard
-from nslightning.surgery import Plan, using
+from nslightning.surgery import AnyChoice, Plan, to_choices, using
 
 __all__ = ["gradients", "gradients_in_turn", "wanted"]
 
@@ -30,7 +31,7 @@ __all__ = ["gradients", "gradients_in_turn", "wanted"]
 def gradients(
     loss: Tensor,
     model: nn.Module,
-    choices: Mapping[str, Jacobians | Plan],
+    choices: Mapping[str, AnyChoice],
     *,
     inputs: Mapping[str, Tensor] | None = None,
     retain_graph: bool = True,
@@ -75,8 +76,10 @@ def gradients(
     """
     if not choices:
         raise ValueError("gradients takes at least one choice, such as {'relu1': Jacobians(relu=1.0)}")
-    turns = gradients_in_turn(loss, model, choices.values(), wanted(model, inputs), retain_graph=retain_graph)
-    return dict(zip(choices, turns, strict=True))
+    check_loss(loss, model)
+    by_name = to_choices(choices)
+    turns = gradients_in_turn(loss, model, by_name.values(), wanted(model, inputs), retain_graph=retain_graph)
+    return dict(zip(by_name, turns, strict=True))
 
 
 def gradients_in_turn(
@@ -101,8 +104,9 @@ def gradients_in_turn(
         ``{name: gradient}`` for each choice; one and the same tensor wherever the choices cannot matter.
 
     Raises:
-        ValueError: If the model is not patched.
+        ValueError: If the model is not patched, or was patched after the loss was computed.
     """
+    check_loss(loss, model)
     every = list(choices)
     if reruns_forward(loss) or any(map(is_shard, named.values())):
         for i, jacobians in enumerate(every, 1):

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.utils.checkpoint import CheckpointFunction
 
-from nslightning._torch import exchanges_values, function_of, hides_its_inside, is_compiled_function, saved_tensor_names
+from nslightning._torch import (
+    exchanges_values,
+    function_of,
+    hides_its_inside,
+    is_compiled_function,
+    number_of,
+    saved_tensor_names,
+)
 from nslightning.jacobians import Jacobians
-from nslightning.ops.autograd.nodes import is_own, kept_ties, operation_of, release
+from nslightning.ops.autograd.nodes import is_own, kept_ties, operation_of, release, selection_of
 from nslightning.surgery import Plan
+from nslightning.surgery.patching import surgeries
 
 __all__ = [
     "UnseenError",
     "agree",
     "bottleneck",
+    "check_loss",
     "communicates",
     "freeing",
     "opaque_nodes",
@@ -80,6 +90,45 @@ def refuse_compiled(loss: Tensor) -> None:
         raise UnseenError(
             "a part of the loss was computed by torch.compile, whose backward reports no ties: use method='subtract', "
             "or the model as it was before torch.compile"
+        )
+
+
+def check_loss(loss: Tensor, model: nn.Module) -> None:
+    """Refuse a loss that cannot be differentiated under choices, or that none of them reaches.
+
+    No choice reaches a graph that was made before the model was patched. Autograd numbers the nodes of each thread. The
+    loss of another thread is not judged where it holds a node of the model's patched operations.
+
+    Args:
+        loss: The loss.
+        model: A patched model, or one that contains patched ones.
+
+    Raises:
+        TypeError: If the loss is no tensor, or the model no module.
+        ValueError: If the loss is not one number, has no graph, or its last node is older than the patch.
+    """
+    if not isinstance(loss, Tensor) or not isinstance(model, nn.Module):
+        raise TypeError(
+            "the loss comes first, then the model: a tensor and a torch.nn.Module; given "
+            f"{type(loss).__name__} and {type(model).__name__}"
+        )
+    if loss.numel() != 1:
+        raise ValueError(
+            f"this tensor has shape {tuple(loss.shape)}, and a loss is one number: take its mean or its sum"
+        )
+    if loss.grad_fn is None:
+        raise ValueError(
+            "the loss has no graph: compute it from the model's output, with gradients enabled and without detach()"
+        )
+    made = [surgery.made for surgery in surgeries(model).values() if surgery.made is not None]
+    here, number = threading.get_ident(), number_of(loss.grad_fn)
+    if not any(thread == here and number < first for thread, first in made):
+        return
+    own = {id(selection) for surgery in surgeries(model).values() for selection in surgery.selections.values()}
+    if not any(id(selection_of(node)) in own for node in reachable([loss.grad_fn])):
+        raise ValueError(
+            "the loss was computed before the model was patched, so that no choice reaches it: patch the model, then "
+            "compute the loss again"
         )
 
 

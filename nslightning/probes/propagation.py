@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from nslightning._torch import gradient_dtypes, is_compiled
+from nslightning.choices import Choice, named_choices
 from nslightning.jacobians import Jacobians
 from nslightning.ops.autograd.nodes import operation_of
 from nslightning.ops.autograd.selection import Selection
@@ -23,6 +24,7 @@ from nslightning.probes.gradients import gradients, wanted
 from nslightning.probes.graph import (
     UnseenError,
     agree,
+    check_loss,
     communicates,
     freeing,
     operation_nodes,
@@ -313,8 +315,8 @@ def recording(model: nn.Module) -> Iterator[Recording]:
 def differences(
     loss: Tensor,
     model: nn.Module,
-    choices: Mapping[str, Jacobians],
-    reference: Jacobians = Jacobians(),  # noqa: B008 # frozen
+    choices: Mapping[str, Choice],
+    reference: Choice = Jacobians(),  # noqa: B008 # frozen
     *,
     inputs: Mapping[str, Tensor] | None = None,
     retain_graph: bool = True,
@@ -349,17 +351,19 @@ def differences(
             a ``ValueError``.
         ValueError: If the model is not patched, no parameter requires gradients, or an input was computed.
     """
+    check_loss(loss, model)
+    by_name = named_choices(choices)
     refuse_computed(inputs)
     named = wanted(model, inputs)
     refuse_unseen(loss, named)
     with recording(model) as met:
         (base,) = gradients(loss, model, {"": reference}, inputs=inputs).values()
     met.refuse_strangers(loss)
-    changes = {name: dict(d) for name, d in met.carried(choices, named)}
+    changes = {name: dict(d) for name, d in met.carried(by_name, named)}
     sizes = {name: math.hypot(*numbers([dense(t).norm() for t in d.values()])) for name, d in changes.items()}
     if any(sizes.values()):  # one subtraction checks that differences add up as gradients do
         largest = max(sizes, key=lambda name: sizes[name] if math.isfinite(sizes[name]) else 0.0)
-        one = {largest: choices[largest]}
+        one = {largest: by_name[largest]}
         (other,) = gradients(loss, model, one, inputs=inputs, retain_graph=retain_graph).values()
         agrees(loss, other, base, changes[largest])
     return base, changes

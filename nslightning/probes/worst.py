@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import CheckpointError
 
+from nslightning.choices import Choice, to_jacobians
 from nslightning.jacobians import Jacobians
 from nslightning.ops.autograd.fractional import Fractional
 from nslightning.ops.autograd.nodes import gradients_under, operation_of, selection_of
@@ -68,7 +69,7 @@ def worst_choice(
     model: nn.Module,
     loss_fn: Callable[[Any], Tensor],
     inputs: Any,
-    reference: Jacobians = Jacobians(),  # noqa: B008 # frozen
+    reference: Choice = Jacobians(),  # noqa: B008 # frozen
     *,
     starts: int = 4,
     rounds: int = 10,
@@ -118,6 +119,7 @@ def worst_choice(
         (5.0, {'1': 5.0}, 'all corners')
     """
     refuse_eager_only(model)
+    reference = to_jacobians(reference)
     if reference.rule != "exact":
         raise ValueError("the published rule's constants lie in no Clarke Jacobian: compare with an exact reference")
     met: list[_Met] = []

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nslightning.choices import Choice, to_jacobians
 from nslightning.jacobians import Jacobians
 from nslightning.probes.branches import Branches
 from nslightning.probes.divergence import SAME, Divergence, Method, measure
@@ -85,8 +86,8 @@ def zone(
     model: nn.Module,
     loss_fn: Callable[[Any], Tensor],
     inputs: Any,
-    a: Jacobians,
-    b: Jacobians = Jacobians(),  # noqa: B008 # frozen
+    a: Choice,
+    b: Choice = Jacobians(),  # noqa: B008 # frozen
 ) -> Zone:
     r"""The zone of a pair of choices, at a model's parameters and on a batch, without a threshold to choose.
 
@@ -151,11 +152,12 @@ def zone(
         >>> zone(model, torch.sum, x, one).kind, zone(model, torch.sum, x + 1, one).kind
         ('bifurcation', 'regular')
     """
-    refuse_random(a, b)
+    one, other = to_jacobians(a), to_jacobians(b)
+    refuse_random(one, other)
     refuse_eager_only(model)
     run = Replay(model, loss_fn, inputs)
-    with using(model, b):
-        compared = run.at(None, lambda loss: _compare(model, loss, a, b))
+    with using(model, other):
+        compared = run.at(None, lambda loss: _compare(model, loss, one, other))
     if compared is None:
         return Zone("regular", _nothing(model), None)
     observed, noise, computed, method = compared
@@ -165,8 +167,8 @@ def zone(
     with observing(model, branches.record):
         run.at(None, lambda loss: None)
     work = _subtracted if method == "subtract" else _carried
-    coarse = computed if run.is_in(torch.float32) else _replay(run, torch.float32, branches, a, b, work)
-    exact = _replay(run, torch.float64, branches, a, b, work if method == "subtract" else _carried_alone)
+    coarse = computed if run.is_in(torch.float32) else _replay(run, torch.float32, branches, one, other, work)
+    exact = _replay(run, torch.float64, branches, one, other, work if method == "subtract" else _carried_alone)
     difference = _norm(exact.difference)
     if not math.isfinite(difference):
         raise ValueError("the gradients are not finite in float64 either: parameters that diverged lie in no zone")

@@ -12,11 +12,12 @@ from nslightning.surgery.patching import (
     unpatch,
     using,
 )
-from nslightning.surgery.plan import Plan, Rule, Selector
+from nslightning.surgery.plan import AnyChoice, Plan, Rule, Selector, to_choice, to_choices
 from nslightning.surgery.report import PatchReport, PatchWarning, Site, UnreachedError
 
 __all__ = [
     "FORGETFUL",
+    "AnyChoice",
     "PatchReport",
     "PatchWarning",
     "Plan",
@@ -32,6 +33,8 @@ __all__ = [
     "report",
     "selections",
     "surgeries",
+    "to_choice",
+    "to_choices",
     "unpatch",
     "using",
 ]

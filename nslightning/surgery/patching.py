@@ -23,7 +23,7 @@ from nslightning.spelling import closest
 from nslightning.surgery.lifetimes import is_own
 from nslightning.surgery.lookups import Looked, lookups
 from nslightning.surgery.methods import Caller, ClassName, LeftAlone, Method, SiteForward, SiteText, nothing_to_patch
-from nslightning.surgery.plan import Plan, Selector, matches, text
+from nslightning.surgery.plan import AnyChoice, Plan, Selector, matches, text, to_choice
 from nslightning.surgery.report import PatchReport, PatchWarning, Site, UnreachedError
 from nslightning.surgery.state import PART, Part, Surgery
 
@@ -43,7 +43,7 @@ __all__ = [
 # ---------------------------------------------------------------------------------------------------- public
 def patch(
     model: nn.Module,
-    jacobians: Jacobians | Plan,
+    jacobians: AnyChoice,
     only: Selector | None = None,
     skip: Selector | None = None,
     *,
@@ -138,7 +138,7 @@ def unpatch(model: nn.Module) -> None:
 
 def preview(
     model: nn.Module,
-    jacobians: Jacobians | Plan,
+    jacobians: AnyChoice,
     only: Selector | None = None,
     skip: Selector | None = None,
     *,
@@ -169,7 +169,7 @@ def preview(
 
 
 @contextmanager
-def using(model: nn.Module, jacobians: Jacobians | Plan) -> Iterator[None]:
+def using(model: nn.Module, jacobians: AnyChoice) -> Iterator[None]:
     """Set the choice that backward passes inside this block take; forwards never change.
 
     One forward serves any number of choices::
@@ -211,7 +211,7 @@ def using(model: nn.Module, jacobians: Jacobians | Plan) -> Iterator[None]:
             selection.set(before[name])
 
 
-def choices(model: nn.Module, jacobians: Jacobians | Plan) -> dict[str, Jacobians]:
+def choices(model: nn.Module, jacobians: AnyChoice) -> dict[str, Jacobians]:
     """The Jacobians that each of a model's selections takes under a choice.
 
     Args:
@@ -227,6 +227,7 @@ def choices(model: nn.Module, jacobians: Jacobians | Plan) -> dict[str, Jacobian
     by_name = selections(model)
     if not by_name:
         raise ValueError(f"{type(model).__name__} is not patched; call `patch(model, Jacobians())` first")
+    jacobians = to_choice(jacobians)
     if isinstance(jacobians, Jacobians):
         return dict.fromkeys(by_name, jacobians)
     wanted: dict[int, Jacobians] = {}

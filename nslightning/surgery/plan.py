@@ -11,14 +11,29 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
+from nslightning.choices import named_choices, to_jacobians
 from nslightning.jacobians import Jacobians
 from nslightning.ops.record import OPERATIONS
 from nslightning.spelling import did_you_mean
 
-__all__ = ["One", "Plan", "Rule", "Selector", "matches", "selectors", "text"]
+__all__ = [
+    "AnyChoice",
+    "One",
+    "Plan",
+    "Rule",
+    "Selector",
+    "matches",
+    "selectors",
+    "text",
+    "to_choice",
+    "to_choices",
+]
+
 
 Selector: TypeAlias = "str | re.Pattern[str] | type[nn.Module] | Iterable[Selector]"
 One: TypeAlias = "str | re.Pattern[str] | type[nn.Module]"
+#: A choice in every way it may be written: for each site, for all, its fields, a word, or a preset's name.
+AnyChoice: TypeAlias = "Plan | Jacobians | str | Mapping[str, Any]"
 
 _WHERE = ("operation", "module", "name", "stage", "call")
 
@@ -205,21 +220,21 @@ class Plan:
         object.__setattr__(self, "rules", tuple(made))
 
     @classmethod
-    def of(cls, choice: Jacobians | Plan) -> Plan:
+    def of(cls, choice: AnyChoice) -> Plan:
         """A choice as a plan.
 
         Args:
-            choice: A plan, or the Jacobians of all sites.
+            choice: A plan, or the choice for all sites, as :func:`to_choice` reads it.
 
         Returns:
             The plan.
 
         Raises:
-            TypeError: If it is neither.
+            TypeError: If it is written in no way that is known.
+            ValueError: If a field, a preset or a value is not admissible.
         """
-        if not isinstance(choice, (Jacobians, Plan)):
-            raise TypeError(f"the choice is a Jacobians(...) or a Plan([...]); given {choice!r}")
-        return choice if isinstance(choice, Plan) else cls([choice])
+        read = to_choice(choice)
+        return read if isinstance(read, Plan) else cls([read])
 
     @property
     def base(self) -> Jacobians:
@@ -449,3 +464,48 @@ def _range(call: Any) -> tuple[int, int | None] | None:
 def _known(kind: str, value: Any, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise ValueError(f"{kind} {value!r} is not known{did_you_mean(value, allowed)} Allowed: {', '.join(allowed)}")
+
+
+def to_choice(choice: AnyChoice) -> Jacobians | Plan:
+    """Read a choice as Python code writes it.
+
+    Args:
+        choice: A plan, or what :func:`nslightning.choices.to_jacobians` reads.
+
+    Returns:
+        The plan, or the choice for all sites.
+
+    Raises:
+        ValueError: If a field, a preset or a value is not admissible.
+        TypeError: If it is written in no way that is known.
+
+    Example:
+        >>> to_choice({"relu": 1}), to_choice("relu=1") == to_choice({"relu": 1})
+        (Jacobians(relu=1.0), True)
+    """
+    return choice if isinstance(choice, Plan) else to_jacobians(choice)
+
+
+def to_choices(choices: Mapping[str, AnyChoice] | Sequence[str]) -> dict[str, Jacobians | Plan]:
+    """Read choices by name as Python code writes them.
+
+    Args:
+        choices: Choices by name, or words such as ``"relu1:relu=1"``.
+
+    Returns:
+        The choices by name, in their order.
+
+    Raises:
+        ValueError: If one is not admissible, or two have one name.
+        TypeError: If they are written in no way that is known.
+
+    Example:
+        >>> to_choices({"jax": "jax"})["jax"] == Jacobians.preset("jax")
+        True
+    """
+    if not isinstance(choices, Mapping):
+        return dict(named_choices(choices))
+    return {
+        name: choice if isinstance(choice, Plan) else named_choices({name: choice})[str(name)]
+        for name, choice in choices.items()
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from nslightning._torch import while_compiling
+from nslightning._torch import sequence_number, while_compiling
 from nslightning.ops.autograd import native
 from nslightning.ops.autograd.selection import Selection
 from nslightning.ops.record import OPERATIONS, Operation
@@ -55,6 +56,8 @@ class Surgery:
         begun: Number of runs with gradients of each entrance.
         looks: Number of checks of the graph of each entrance.
         sites: The objects that run the module sites.
+        made: The thread that patched the model and the number of its next autograd node, by which a loss that was
+            computed before is known; None in a copy.
     """
 
     def __init__(
@@ -78,14 +81,17 @@ class Surgery:
         self.begun: dict[Any, int] = {}
         self.looks: dict[Any, int] = {}
         self.sites: WeakSet[Any] = WeakSet()
+        self.made: tuple[int, int] | None = (threading.get_ident(), sequence_number())
         self._rows: dict[tuple[str, str, bool, tuple[int, ...]], Site] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # A copied site adds itself to `sites`; the others refer to parts by identity, which a copy does not keep.
-        return {k: v for k, v in self.__dict__.items() if k not in ("sites", "looked", "awaited", "begun", "looks")}
+        return {
+            k: v for k, v in self.__dict__.items() if k not in ("sites", "looked", "awaited", "begun", "looks", "made")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, sites=WeakSet(), looked=set(), awaited={}, begun={}, looks={})
+        self.__dict__.update(state, sites=WeakSet(), looked=set(), awaited={}, begun={}, looks={}, made=None)
 
     def records(self, entrance: Any) -> bool:
         """Whether the run that begins has to note which nodes it makes, so that its graph can be checked.

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -10,7 +11,7 @@ import torch._functorch.config
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from nslightning import Jacobians, patch, using
+from nslightning import Jacobians, patch, unpatch, using
 from nslightning.probes import (
     MethodWarning,
     UnseenError,
@@ -422,3 +423,46 @@ def test_rounding_under_autocast_does_not_pass_for_a_nonlinear_backward():
             result = divergence(loss, model, choice, method="propagate", retain_graph=True)["beta"]
             assert result.method == "propagate"
             assert result.l2 > 0
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        lambda loss, model: divergence(loss, model, ONE),
+        lambda loss, model: divergence(loss, model, ONE, method="propagate"),
+        lambda loss, model: gradients(loss, model, ONE),
+        lambda loss, model: differences(loss, model, ONE),
+    ],
+    ids=["subtract", "propagate", "gradients", "differences"],
+)
+@pytest.mark.parametrize("again", [False, True], ids=["patched", "patched again"])
+@pytest.mark.parametrize("example", [None, torch.ones(2, 3)], ids=["", "example"])
+def test_a_loss_from_before_the_patch_is_refused(measure, again, example):
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    nn.init.zeros_(model[0].weight)
+    nn.init.zeros_(model[0].bias)
+    if again:
+        patch(model, Jacobians())
+    loss = model(torch.ones(2, 3)).sum()
+    if again:
+        unpatch(model)
+    patch(model, Jacobians(), example=example)
+    with pytest.raises(ValueError, match="the loss was computed before the model was patched"):
+        measure(loss, model)
+    assert divergence(model(torch.ones(2, 3)).sum(), model, ONE)["one"].l2 > 0
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_loss_of_another_thread_or_of_a_copy_is_measured(tied):
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    nn.init.zeros_(model[0].weight)
+    nn.init.constant_(model[0].bias, 0.0 if tied else 1.0)
+    for _ in range(50):  # the numbers of this thread are ahead of those of a new one
+        model(torch.ones(2, 3)).sum()
+    patch(model, Jacobians())
+    copied = copy.deepcopy(model)
+    with ThreadPoolExecutor(1) as pool:
+        loss = pool.submit(lambda: model(torch.ones(2, 3)).sum()).result()
+    if tied:
+        assert divergence(loss, model, ONE)["one"].l2 > 0
+    assert (divergence(copied(torch.ones(2, 3)).sum(), copied, ONE)["one"].l2 > 0) == tied
