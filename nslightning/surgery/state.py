@@ -85,10 +85,9 @@ class Surgery:
         self._rows: dict[tuple[str, str, bool, tuple[int, ...]], Site] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copied site adds itself to `sites`; the others refer to parts by identity, which a copy does not keep.
-        return {
-            k: v for k, v in self.__dict__.items() if k not in ("sites", "looked", "awaited", "begun", "looks", "made")
-        }
+        # A copied site adds itself to `sites`; the others refer to parts by identity, or to a thread: no copy keeps them.
+        fresh = ("sites", "looked", "awaited", "begun", "looks", "made")
+        return {name: value for name, value in self.__dict__.items() if name not in fresh}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, sites=WeakSet(), looked=set(), awaited={}, begun={}, looks={}, made=None)
