@@ -603,6 +603,9 @@ class Caller(Method):
         if first and self.part.names[0] == "" and not report.reached:
             compiled = any(map(is_compiled_function, nodes(tensors(result), _inputs(run, arguments))))
             warnings.warn(_COMPILED if compiled else nothing_to_patch(report), PatchWarning, stacklevel=4)
+        elif first and self.part.names[0] == "":
+            for hint in surgery.idle(module):
+                warnings.warn(hint, PatchWarning, stacklevel=4)
 
 
 class _Steps:

@@ -106,8 +106,11 @@ def patch(
             warnings.warn(hint, PatchWarning, stacklevel=2)
         if example is not None:
             _run(model, example)
-        elif not surgery.report.reached and not surgery.catching:
-            warnings.warn(nothing_to_patch(surgery.report), PatchWarning, stacklevel=2)
+        elif not surgery.catching:
+            if not surgery.report.reached:
+                warnings.warn(nothing_to_patch(surgery.report), PatchWarning, stacklevel=2)
+            for hint in surgery.idle(model):  # no call can add a site
+                warnings.warn(hint, PatchWarning, stacklevel=2)
     except BaseException:
         _restore(module for module, _, _ in changes)
         raise

@@ -6,7 +6,7 @@ import inspect
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import CodeType, FrameType
 from typing import Any
@@ -85,7 +85,7 @@ class Surgery:
         self._rows: dict[tuple[str, str, bool, tuple[int, ...]], Site] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copied site adds itself to `sites`; the others refer to parts by identity, or to a thread: no copy keeps them.
+        # A copied site adds itself to `sites`; the others refer to parts or a thread by identity: no copy keeps them.
         fresh = ("sites", "looked", "awaited", "begun", "looks", "made")
         return {name: value for name, value in self.__dict__.items() if name not in fresh}
 
@@ -235,6 +235,30 @@ class Surgery:
         return site
 
     @while_compiling
+    def idle(self, model: nn.Module) -> Iterator[str]:
+        """The rules that decide on no site, though they match modules, once all sites are known.
+
+        Args:
+            model: The patched model.
+
+        Yields:
+            A sentence for each.
+        """
+        parts = [part for module in model.modules() if (part := self.part(module)) is not None]
+        for i, rule in enumerate(self.plan.rules):
+            names = {part.names[0] for part in parts if i in part.rules}
+            if rule.unconditional or rule.call is not None or not names:
+                continue
+            fields = [field for field in rule.changes if field in OPERATIONS and rule.covers(field, 0)]
+            evaluated = sorted({site.operation for site in self.report.reached if site.name in names})
+            if not set(fields) & set(evaluated):
+                about = ", ".join(fields) if len(fields) <= 3 else f"{len(fields)} operations"
+                others = f"; they evaluate {', '.join(evaluated)}" if evaluated else ""
+                yield (
+                    f"rule {self.plan.number(i)} ({rule.where}) decides nothing: it is about {about}, which "
+                    f"the modules that it matches do not evaluate{others}"
+                )
+
     def refuse_traced(self, operation: str, kind: str) -> bool:
         """Refuse a call that the compiler traces.
 

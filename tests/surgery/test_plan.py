@@ -241,8 +241,8 @@ def test_using_a_plan_needs_sites_that_were_told_apart():
     patch(fresh, Jacobians())
     with pytest.raises(ValueError, match="tell them apart"), using(fresh, Plan([{"name": "layer2.0", "relu": 1}])):
         pass
-    with pytest.raises(TypeError, match="Plan"):
-        patch(Probe(), {"relu": 1})
+    with pytest.raises(TypeError, match="a choice is a Jacobians"):
+        patch(Probe(), 1.0)
 
 
 def test_only_and_skip_limit_a_plan():
@@ -591,3 +591,43 @@ def test_the_guides_config_patches_as_it_says(repo_root):
     choice = {s.name: s.choice for s in model.patch_report.sites}
     assert choice["maxpool"] == "minimal"
     assert [choice[f"layer{i}.0.act1"] for i in (1, 2, 3, 4)] == [1, 0.5, 0.5, 0]
+
+
+class _Calls(nn.Module):
+    """Stages whose activations are calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.head = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU6())
+
+    def forward(self, x):
+        return F.relu(self.head(F.max_pool1d(self.encoder(x), 1)))
+
+
+@pytest.mark.parametrize("example", [None, torch.ones(2, 4)], ids=["", "example"])
+@pytest.mark.parametrize(
+    ("sites", "message"),
+    [
+        ([{"stage": "head", "relu": 0.5}], r"rule 1 \(stage='head'\) decides nothing: .*relu, .*they evaluate relu6"),
+        ([{"stage": "encoder", "relu": 0.5}], r"rule 1 \(stage='encoder'\) decides nothing: .*do not evaluate$"),
+        ([{"operation": "relu", "relu": 0.5}], None),
+        ([{"stage": "head", "relu": 0.5, "relu6": [1, 1]}], None),
+        ([{"stage": "head", "call": "1:", "relu6": [1, 1]}], None),
+    ],
+)  # fmt: skip
+def test_a_rule_that_decides_nothing_is_named(sites, message, example):
+    model, plan = _Calls(), Plan([Jacobians(), *sites])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        patch(model, plan, example=example)
+        for _ in range(2):
+            model(torch.ones(2, 4)).sum().backward()
+    hints = [str(w.message) for w in caught if "decides nothing" in str(w.message)]
+    assert len(hints) == (message is not None)
+    assert all(re.search(message, hint) for hint in hints)
+
+
+def test_a_rule_that_decides_nothing_is_named_when_modules_are_the_sites():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU6())
+    with pytest.warns(PatchWarning, match=r"rule 1 \(stage='1'\) decides nothing.*they evaluate relu6"):
+        patch(model, Plan([Jacobians(), {"stage": "1", "relu": 0.5}]))
