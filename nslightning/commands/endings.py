@@ -198,7 +198,13 @@ def _worker(error: BaseException, began: bool) -> Ending | None:
 def _peer(error: BaseException, began: bool) -> Ending | None:
     """Another process of the training ended or hangs, and this one noticed when they were to add up or to agree."""
     gone = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
-    silent = ("Timed out waiting", "timeout caused pair closure", "clients joined", "collective operation timeout")
+    silent = (
+        "Timed out waiting",
+        "timeout caused pair closure",
+        "clients joined",
+        "collective operation timeout",
+        "client socket has timed out",
+    )
     if not isinstance(error, RuntimeError):
         return None
     for signs, reason in (

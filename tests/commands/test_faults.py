@@ -478,6 +478,7 @@ def test_a_wandb_that_takes_too_long_is_uploaded_later(monkeypatch, capsys):
         ("[tcp/unbound_buffer.cc:78] Timed out waiting 8000ms for recv operation to complete", "does not answer"),
         ("Application timeout caused pair closure", "does not answer"),
         ("Timed out after 61 seconds waiting for clients. 1/2 clients joined.", "does not answer"),
+        ("The client socket has timed out after 15000ms while trying to connect to (h, 29500).", "does not answer"),
     ],
 )
 def test_a_process_that_another_one_waits_for_is_known(said, reason):
