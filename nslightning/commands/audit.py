@@ -212,6 +212,9 @@ def _model_and_data(options: argparse.Namespace) -> tuple[nn.Module, list[Batch]
         assert network.image_shape is not None
         batches, description, _ = _data(options, network.image_shape)
         return network, batches, description
+    if options.model.endswith(".py"):
+        function = f"{options.model.removesuffix('.py').replace('/', '.')}:FUNCTION"
+        raise CallError(f"{options.model} is code: name the function in it that makes the network, as {function}")
     if Path(options.model).is_file():
         made, shape, _ = weights.network_of_checkpoint(weights.read_checkpoint(Path(options.model)), options.model)
         batches, description, _ = _data(options, shape)
@@ -244,7 +247,11 @@ def _known_backbone(name: str) -> None:
 
     family, _, network = name.partition("/")
     if family not in FAMILIES or not network:
-        hint = did_you_mean(name, [f"{other}/{network}" for other in FAMILIES]) if network else "."
+        if network:
+            hint = did_you_mean(name, [f"{other}/{network}" for other in FAMILIES])
+        else:
+            same = [known for known in list_backbones() if known.partition("/")[2] == name]
+            hint = f"; did you mean {' or '.join(map(repr, same))}?" if same else did_you_mean(name, list_backbones())
         path, colon, factory = name.partition(":")
         if colon and path.endswith(".py"):
             hint = f"; did you mean {path.removesuffix('.py').replace('/', '.') + ':' + factory!r}?"
@@ -338,7 +345,8 @@ def _module(options: argparse.Namespace) -> tuple[list[Batch], str, int | None]:
 
     names = [n for n in data.__all__ if _is_image_data(getattr(data, n))]
     if options.data not in names:
-        hint = did_you_mean(options.data, ["synthetic", *names])
+        beside = [str(folder) for folder in Path(options.data).parent.glob("*/")]
+        hint = did_you_mean(options.data, ["synthetic", *names, *beside])
         raise CallError(
             f"--data {options.data}: there is no such folder or data set{hint} Data sets: synthetic, {', '.join(names)}"
         )

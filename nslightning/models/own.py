@@ -124,8 +124,10 @@ def _look_up(where: str, attribute: str) -> Any:
         missing = error.name or where
         if where != missing and not where.startswith(f"{missing}."):
             raise OwnNetworkError(f"{where} exists, and imports {missing}, which is not installed") from error
-        files = [f.stem for f in sorted(Path.cwd().glob("*.py"))]
-        hint = did_you_mean(f"{where}:{attribute}", [f"{file}:{attribute}" for file in files], otherwise="")
+        here = Path.cwd()
+        files = [*here.glob("*.py"), *here.joinpath(*where.split(".")[:-1]).glob("*.py")]
+        modules = sorted({".".join(file.relative_to(here).with_suffix("").parts) for file in files})
+        hint = did_you_mean(f"{where}:{attribute}", [f"{module}:{attribute}" for module in modules], otherwise="")
         raise OwnNameError(f"there is no module {missing!r} in {Path.cwd()} or installed{hint}") from error
     except Exception as error:
         raise OwnNetworkError(f"importing {where} failed with {_failure(error)}") from error
