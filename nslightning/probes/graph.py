@@ -116,10 +116,12 @@ def check_loss(loss: Tensor, model: nn.Module) -> None:
         raise ValueError(
             f"this tensor has shape {tuple(loss.shape)}, and a loss is one number: take its mean or its sum"
         )
-    if loss.grad_fn is None:
+    if not loss.requires_grad:
         raise ValueError(
             "the loss has no graph: compute it from the model's output, with gradients enabled and without detach()"
         )
+    if loss.grad_fn is None:  # a leaf, which depends on no parameter
+        return
     made = [surgery.made for surgery in surgeries(model).values() if surgery.made is not None]
     here, number = threading.get_ident(), number_of(loss.grad_fn)
     if not any(thread == here and number < first for thread, first in made):
