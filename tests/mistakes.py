@@ -241,9 +241,7 @@ MISTAKES: dict[str, list[Mistake]] = {
         Mistake("audit paper/lenet5 --data CIFAR10", ("missing", "--download", "NSLIGHTNING_DATA_DIR"), 1),
         Mistake("audit paper/lenet5 --device gpu", ("--device=gpu is not here; a GPU is named cuda", "There is cpu")),
         Mistake("audit paper/lenet5 --html nowhere/page.html", ("there is no folder nowhere; make it first",)),
-        Mistake(
-            "audit resnet18", ("no model 'resnet18'", "'paper/resnet18' or 'timm/resnet18' or 'torchvision/resnet18'")
-        ),
+        Mistake("audit resnet18", ("no model 'resnet18'", "'paper/resnet18' or 'timm/resnet18' or ")),
         Mistake("audit nets.py", ("nets.py is code", "as nets:FUNCTION")),
         Mistake("audit net:make", ("no module 'net'", "did you mean 'nets:make'")),
         Mistake("audit nets:make", ("nets:make() failed with NameError", "(nets.py, line 2)"), 1),
