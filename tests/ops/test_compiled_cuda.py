@@ -139,7 +139,10 @@ def test_the_backwards_run_on_the_device_and_ask_for_no_values(fake):
     parts = [part for name, part in graphs[0].named_children() if name.startswith("bwd_body")]
     assert len(parts) == 4  # two ReLUs, two pools
     for part in parts:
-        inputs = [torch.empty_like(t) for node in part.graph.find_nodes(op="placeholder") for t in tensors(node)]
+        placeholders = part.graph.find_nodes(op="placeholder")
+        if not all(map(tensors, placeholders)):
+            pytest.skip(f"Dynamo of torch {torch.__version__} keeps no example of the tensors that a body closes over")
+        inputs = [torch.empty_like(t) for node in placeholders for t in tensors(node)]
         with Watch() as watch:
             results = part(*inputs)
         assert watch.devices == {CUDA}
