@@ -81,10 +81,10 @@ class GradientDivergence(Callback):
     =============================== ==================================================================
 
     The run folder gets ``divergence.csv``, one row per step, choice and parameter (an empty ``parameter`` is the
-    total, ``reference`` the choice in use) with the method that measured it, and at the end ``divergence.pdf`` and
-    ``.png``, the relative divergence
-    against the step. A second GradientDivergence of the same run logs as ``divergence-2/...`` and writes
-    ``divergence-2.csv``.
+    total) with the method that measured it. ``reference`` is the choice that trains: ``native`` for stock
+    PyTorch's, and where rules give sites several choices, all of them, as in ``max_pool=minimal | native``. At the end
+    come ``divergence.pdf`` and ``.png``, the relative divergence against the step.
+    A second GradientDivergence of the same run logs as ``divergence-2/...`` and writes ``divergence-2.csv``.
 
     Attributes:
         measures_backward: Whether the batch that has begun is to be measured: its step must not come from a captured
@@ -380,7 +380,7 @@ class GradientDivergence(Callback):
             divergence_by_step(totals, self._file.with_suffix(".pdf"), choice_changes(self._folder))
             figure = self._file.with_suffix(".png")
             since = comparable_from(self._folder)  # rows before it have another reference, or another precision
-            words = divergence_in_words(totals[totals["step"] >= since], str(trainer.precision))
+            words = divergence_in_words(totals[totals["step"] >= since], str(trainer.precision), self._reference)
             if since and words:
                 words.insert(0, f"since step {since}, with which a segment of another choice or precision begins:")
             if not trainer.fast_dev_run:  # type: ignore[attr-defined] # set by a connector; its folder goes with it

@@ -14,12 +14,14 @@ _BITS = {"bf16": 8, "16": 11, "32": 24, "64": 53}
 _NAMES = {"bf16": "bf16", "16": "fp16", "32": "fp32", "64": "fp64"}
 
 
-def divergence_in_words(rows: pd.DataFrame, precision: str) -> list[str]:
-    r"""Return how far the gradients of other choices were from the one in use, one line for each choice.
+def divergence_in_words(rows: pd.DataFrame, precision: str, trained: str = "native") -> list[str]:
+    r"""Return how far the gradients of other choices were from the one that trains, one line for each choice.
 
     Args:
         rows: One row per step and choice, with columns ``choice`` and ``relative``.
         precision: Lightning's name of the precision, such as ``"bf16-mixed"``.
+        trained: The choice that trains, as :func:`~nslightning.choices.choice_label` writes it. The lines name it
+            where it is not ``"native"``, stock PyTorch's.
 
     Returns:
         The lines; below them, where a choice made more than a hundredth of a per cent, or rounding alone, why.
@@ -34,6 +36,7 @@ def divergence_in_words(rows: pd.DataFrame, precision: str) -> list[str]:
     """
     kind = precision.split("-")[0]
     name, bits = _NAMES.get(kind, precision), _BITS.get(kind)
+    named = "" if trained == "native" else f"the gradient that trains ({trained})"
     lines, large, small = [], False, False
     for choice, of in rows.groupby("choice", sort=False)["relative"]:
         n, odd = len(of), int(of.isna().sum())
@@ -45,12 +48,12 @@ def divergence_in_words(rows: pd.DataFrame, precision: str) -> list[str]:
         if not len(finite):
             continue
         if not len(other):
-            lines.append(f"{choice}: exactly the same gradient on {len(finite)} of {steps}")
+            lines.append(f"{choice}: exactly {named or 'the same gradient'} on {len(finite)} of {steps}")
             continue
         median, most = float(other.median()), float(other.max())
         lines.append(
             f"{choice}: another gradient on {len(other)} of {steps}; it differs by {_share(median)} "
-            f"(median; at most {_share(most)}) in {name}"
+            f"(median; at most {_share(most)}) in {name}{named and f' from {named}'}"
         )
         large, small = large or most > 1e-4, small or most <= 1e-4
     if large and bits is not None and bits < 24:

@@ -24,10 +24,11 @@ __all__ = ["main", "make_parser", "pairs_of"]
 
 _EPILOG = """\
 examples:
+  nslightning experiment --list                                                # the packaged experiments
   nslightning experiment configs/experiments/mnist_lenet_beta.yaml --scale smoke
   nslightning experiment mnist_lenet_beta --scale small --workers 2 --compare
   nslightning experiment mnist_lenet_beta --scale small --only precision=32 --only rule=exact
-  nslightning experiment configs/experiments/*.yaml --scale smoke --workers 1  # all of them, in a minute
+  nslightning experiment configs/experiments/*.yaml --scale smoke --workers 1  # all of them
   nslightning experiment mnist_lenet_beta --scale paper --set shared_lr=true --device cuda --workers 4
   nslightning experiment mnist_lenet_beta --scale paper --executor ray --gpus-per-cell 0.25
   nslightning experiment mnist_lenet_beta --executor submitit --executor-option slurm_partition=gpu --workers 64
@@ -48,7 +49,12 @@ def main(argv: Sequence[str]) -> int:
     """
     parser = make_parser(f"nslightning {argv[0]}")
     options = parser.parse_args(list(argv[1:]))
-    return ended(parser.prog, lambda: _read_and_run(options), go_on="the same command goes on")
+    if not options.files and not options.list:
+        parser.error("name an experiment, or --list them")
+    if not options.files and (options.only or options.set or options.wandb_sweep is not None):
+        parser.error("--only, --set and --wandb-sweep are for the cells of an experiment: name it")
+    work = _read_and_run if options.files else _list_packaged
+    return ended(parser.prog, lambda: work(options), go_on="the same command goes on")
 
 
 def make_parser(prog: str) -> Arguments:
@@ -67,7 +73,10 @@ def make_parser(prog: str) -> Arguments:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("files", nargs="+", metavar="FILE", help="a YAML file, or the name of a packaged experiment")
+    parser.add_argument(
+        "files", nargs="*", metavar="FILE",
+        help="a YAML file, or the name of a packaged experiment; --list alone prints every name",
+    )  # fmt: skip
     parser.add_argument("--scale", default="small", help="smoke, small (default) or paper")
     parser.add_argument("--output", default="results", type=expanded, help="where results are kept (default: results)")
     parser.add_argument("--workers", type=int, help="cells side by side; by default as many as cores and memory take")
@@ -96,7 +105,11 @@ def make_parser(prog: str) -> Arguments:
         "the rate of beta = 0 for all, nothing held out",
     )
     parser.add_argument("--wandb-sweep", metavar="FILE", help="write the grid as a W&B sweep; run nothing")
-    parser.add_argument("--list", action="store_true", help="list the cells and whether they are finished; run nothing")
+    parser.add_argument(
+        "--list", action="store_true",
+        help="list the cells and whether they are finished; without FILE, the packaged experiments with their "
+        "number of cells at --scale; run nothing",
+    )  # fmt: skip
     return parser
 
 
@@ -107,6 +120,19 @@ def _read_and_run(options: argparse.Namespace) -> int:
     quirks = options.as_published
     experiments = [Experiment.read(_experiment_file(file), options.scale, overrides, quirks) for file in options.files]
     return max(_run(experiment, options) for experiment in experiments)
+
+
+def _list_packaged(options: argparse.Namespace) -> int:
+    """Print each packaged experiment: its name, its title, and how many cells it has."""
+    from nslightning.experiments import Experiment
+
+    packaged = _packaged()
+    width = max(map(len, packaged))
+    for name, file in packaged.items():
+        experiment = Experiment.read(file, options.scale, as_published=options.as_published)
+        print(f"{name:<{width}}  {len(experiment.cells()):>4} cells  {experiment.title}")
+    print(f"{len(packaged)} experiments, at the scale {options.scale}")
+    return 0
 
 
 def _run(experiment: Experiment, options: argparse.Namespace) -> int:
@@ -175,13 +201,10 @@ def _write_sweeps(experiment: Experiment, options: argparse.Namespace) -> int:
 
 def _experiment_file(file: str) -> Path:
     """The file, or the packaged experiment of that name."""
-    from nslightning import configs
-
     if Path(file).is_file():
         return Path(file)
     name = file.replace("\\", "/").removeprefix("./").removeprefix("configs/").removeprefix("experiments/")
-    folder = Path(configs.__file__).parent / "experiments"
-    packaged = {f.stem: f for f in sorted(folder.glob("*.yaml"))}
+    packaged = _packaged()
     name = name.removesuffix(".yaml")
     if name not in packaged:
         raise ValueError(
@@ -189,6 +212,14 @@ def _experiment_file(file: str) -> Path:
             f"There are: {', '.join(packaged)}"
         )
     return packaged[name]
+
+
+def _packaged() -> dict[str, Path]:
+    """The files of the packaged experiments, by name."""
+    from nslightning import configs
+
+    folder = Path(configs.__file__).parent / "experiments"
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
 def pairs_of(words: Sequence[str], option: str) -> dict[str, list[Any]]:

@@ -44,7 +44,8 @@ _RUN = {
     "--output FOLDER": "Where run folders are kept (default: runs).",
     "--ckpt_path FILE": "A checkpoint; last: go on with the last run of that name.",
     "--seed_everything N": "Seed of weights, order, augmentation and dropout (default: 0).",
-    "--task images|text": "Whether a backbone or GPT-2 is trained (default: images).",
+    "--task images|text|own": "To train a backbone, GPT-2 or your own LightningModule, which --model=CLASS_PATH "
+    "implies (default: images).",
 }
 
 
@@ -80,7 +81,9 @@ def options(command: str) -> list[Option]:
     """
     shown = [Option("run", *_split(flag), text) for flag, text in _RUN.items()]
     model = _of_class("models/classifier.py", "ImageClassifier", "--model.")
-    if command == "twins":  # one section of the twins' options and of those that they share
+    twins = command == "twins"
+    if twins:  # one section of the twins' options and of those that they share; their networks are backbones
+        shown = [option for option in shown if option.flag != "--task"]
         shown += _of_class("models/twins.py", "Twins", "--model.")
         shown += [option for option in model if option.flag != "--model.jacobians"]
         shown += _of_class("callbacks/twin_divergence.py", "TwinDivergence", "--divergence.")
@@ -90,7 +93,7 @@ def options(command: str) -> list[Option]:
             Option("Jacobian choice, as --model.jacobians=jax or", f"--model.jacobians.{name}", "", "")
             for name in (*_operations(), "rule")
         ]
-    names = ", ".join(_data_sets())
+    names = ", ".join(_data_sets("ImageDataModule" if twins else "ResumableDataModule"))
     shown += [
         Option("data", "--data", "NAME", f"The data set: {names}."),
         *_of_class("data/base.py", "ResumableDataModule", "--data."),
@@ -175,12 +178,20 @@ def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
-def _data_sets() -> Iterator[str]:
-    """The names of the data modules, from the package's list."""
+def _data_sets(kind: str) -> Iterator[str]:
+    """The names of the data sets in the package's list: the classes below a data module."""
+    bases: dict[str, list[str]] = {}
+    for file in (_PACKAGE / "data").glob("*.py"):
+        classes = (n for n in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(n, ast.ClassDef))
+        bases |= {cls.name: [ast.unparse(base) for base in cls.bases] for cls in classes}
+
+    def below(name: str) -> bool:
+        return any(base == kind or below(base) for base in bases.get(name, ()))
+
     tree = ast.parse((_PACKAGE / "data" / "__init__.py").read_text(encoding="utf-8"))
     listed = next(n.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__")
     for name in ast.literal_eval(listed):
-        if not name.endswith(("Error", "DataModule")):
+        if below(name) and not name.endswith("DataModule"):
             yield name
 
 

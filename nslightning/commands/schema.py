@@ -61,8 +61,10 @@ def make_parser(prog: str) -> Arguments:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("kind", choices=KINDS, help="of a config of fit, or of an experiment file")
-    parser.add_argument("--out", type=expanded, metavar="FILE", help="make it of what is installed, and write it")
+    parser.add_argument("kind", choices=KINDS, help="which schema: of a config of fit, or of an experiment file")
+    parser.add_argument(
+        "--out", type=expanded, metavar="FILE", help="generate it from the installed packages, and write it"
+    )
     parser.add_argument("--import", dest="modules", nargs="+", default=[], metavar="MODULE",
         help="your own modules, whose callbacks, data and optimizers the schema is to know")  # fmt: skip
     return parser

@@ -120,7 +120,7 @@ def zones(
         data: A data set: MNIST, CIFAR10, SVHN, FashionMNISTSample, ...
         data_options: Its arguments, as {"holdout":0}.
         download: Fetch the data that are not there.
-        reference: The one it is compared with.
+        reference: The choice that the others are compared with.
         precisions: Bits of parameters, images and arithmetic.
         normalise: Subtract the data set's mean and divide by its deviation; false leaves pixels in [0, 1].
         batch_size: Images in a mini-batch.
@@ -130,7 +130,7 @@ def zones(
             bitwise_first_layer: any bit of the first layer's gradient (the ReLU'(0) paper). linf_sum and l1_sum: the
             sum over the parameters of the difference's norm exceeds tau (the MaxPool paper).
         tau: The threshold of linf_sum and l1_sum; null is the MaxPool paper's for the precision.
-        of: The share that the interval bounds: draws with a difference on any of their mini-batches, or mini-batches.
+        of: Count draws (with a difference on any of their mini-batches) or mini-batches in the reported share.
         half_width: Half the width that the interval is to have.
         draws: Largest number of draws per precision.
         chunk: Draws computed together, by one process.
@@ -146,7 +146,7 @@ def zones(
         as_published: The released procedure: its rule, whose pooling computes another forward, and nothing held out;
             with bitwise_first_layer, a mini-batch whose gradients are NaN under both choices counts. For a norm of the
             papers: they measured no zones.
-        seed: Seed of the first chunk; the following chunks count on from it.
+        seed: Seed of the first chunk; chunk i uses seed + i.
         output: Folder of zones.csv, zones.png, zones.pdf and of what was computed.
 
     Returns:

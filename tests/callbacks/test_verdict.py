@@ -6,9 +6,9 @@ import pandas as pd
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
-from test_callbacks_shared import RELU1, Skips, batches, train
+from test_callbacks_shared import RELU1, Net, Skips, batches, train
 
-from nslightning import Jacobians
+from nslightning import Jacobians, patch, unpatch
 from nslightning.callbacks import GradientDivergence, LossWatch
 from nslightning.callbacks.verdict import divergence_in_words
 
@@ -37,6 +37,24 @@ def test_rounding_is_called_rounding():
     assert "rounding" in lines[1]
     assert words("32-true", a=[0.0]) == ["a: exactly the same gradient on 1 of 1 step"]
     assert len(words("32-true", a=[0.3])) == 1  # a true difference needs no word about rounding
+
+
+def test_the_choice_that_trains_is_named_where_it_is_not_pytorchs():
+    rows = pd.DataFrame({"choice": ["relu1", "beta10"], "relative": [0.0, 0.05]})
+    assert divergence_in_words(rows, "bf16-mixed", "max_pool=minimal")[:2] == [
+        "relu1: exactly the gradient that trains (max_pool=minimal) on 1 of 1 step",
+        "beta10: another gradient on 1 of 1 step; it differs by 5 % (median; at most 5 %) in bf16 "
+        "from the gradient that trains (max_pool=minimal)",
+    ]
+    assert divergence_in_words(rows, "bf16-mixed", "native") == divergence_in_words(rows, "bf16-mixed")
+
+
+def test_the_end_of_a_training_with_another_choice_names_it(tmp_path, caplog):
+    module = Net()
+    unpatch(module)
+    patch(module, Jacobians(relu=1.0))
+    train(tmp_path, GradientDivergence({"stock": Jacobians()}, 1), module=module, loader=batches(1))
+    assert " in fp32 from the gradient that trains (relu=1)\n" in caplog.text
 
 
 class Noted(TensorBoardLogger):

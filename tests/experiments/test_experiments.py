@@ -1000,6 +1000,34 @@ def test_words_that_are_numbers_and_options_given_twice(experiment_file, capsys)
     assert "4 cells" in capsys.readouterr().out
 
 
+def test_the_packaged_experiments_are_listed(experiment_file, monkeypatch, capsys):
+    from nslightning.commands import experiment as command
+
+    assert {"mnist_lenet_beta", "cifar10_vgg_alpha"} < command._packaged().keys()
+    cells = len(Experiment.read(experiment_file, "small").cells())
+    monkeypatch.setattr(command, "_packaged", lambda: {"little": experiment_file})
+    assert main(["experiment", "--list", "--scale", "small"]) == 0
+    title = Experiment.read(experiment_file, "small").title
+    assert capsys.readouterr().out.splitlines() == [
+        f"little  {cells:>4} cells  {title}",
+        "1 experiments, at the scale small",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "name an experiment, or --list them"),
+        (["--list", "--only", "seed=0"], "--only, --set and --wandb-sweep are for the cells of an experiment"),
+    ],
+)
+def test_a_call_without_an_experiment_only_lists_them(words, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["experiment", *words])
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 def test_every_packaged_experiment_expands_at_every_scale():
     from nslightning import configs
 
