@@ -149,6 +149,11 @@ class NonsmoothPatch(Callback):
         if self._record is not None:
             self._record.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note in the run's record that the run is finished."""
+        if self._record is not None:
+            self._record.on_fit_end(trainer, pl_module)
+
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Note under which choice the weights were trained."""
         if self.report is not None:
@@ -165,8 +170,12 @@ class NonsmoothPatch(Callback):
         self._unpatch()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the module back as it was: Lightning calls no ``teardown`` then."""
-        self._unpatch()
+        """Note how the run ended, and give the module back as it was: Lightning calls no ``teardown`` then."""
+        try:
+            if self._record is not None:
+                self._record.on_exception(trainer, pl_module, exception)
+        finally:
+            self._unpatch()
 
     def _unpatch(self) -> None:
         self._give_back_hook()

@@ -237,6 +237,23 @@ def test_records_are_written_as_for_our_own_modules(tmp_path, capsys):
     assert record["seed"] == 7
     assert record["patch"]["jacobians"]["relu"] == 1.0
     assert record["versions"]["torch"] == torch.__version__
+    assert (record["ended"], record["ended_at_step"]) == ("finished", 4)
+
+
+@pytest.mark.parametrize(("error", "end"), [(RuntimeError("broken"), "failed"), (SystemExit(143), "stopped")])
+def test_the_record_says_how_a_run_ended(tmp_path, error, end):
+    class Broken(Own):
+        def training_step(self, batch):
+            if self.global_step == 2:
+                raise error
+            return super().training_step(batch)
+
+    module = Broken()
+    with pytest.raises(type(error)):
+        trainer(tmp_path, NonsmoothPatch()).fit(module, batches())
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert (record["ended"], record["ended_at_step"]) == (end, 2)
+    assert not selections(module)
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")  # it goes on
