@@ -72,13 +72,17 @@ class Divergence:
     def __str__(self) -> str:
         """The five figures, in total and of the parameters that differ most."""
         parts = sorted(self.per_layer.items(), key=lambda item: -item[1].l2)
-        shown = [(name, part) for name, part in parts if part.l2][:_SHOWN]
+        differing = [(name, part) for name, part in parts if part.l2]
+        shown = differing[:_SHOWN]
         rows = [
             [name, *(f"{value:.3g}" for value in part.norms().values())] for name, part in (("(all)", self), *shown)
         ]
         lines = aligned([["parameter", *NORMS], *rows])
-        rest = len(parts) - len(shown)
-        lines += [f"and {rest} of {len(parts)} parameters, which differ less or not at all"] if rest else []
+        less, equal = len(differing) - len(shown), len(parts) - len(differing)
+        rest = [f"{less} more that differ less"] * (less > 0) + [f"{equal} that do not differ"] * (equal > 0)
+        lines += [f"of {len(parts)} parameters, {' and '.join(rest)}"] if rest else []
+        if any(math.isinf(part.relative) for part in (self, *(part for _, part in shown))):
+            lines.append("relative is inf where the reference's gradient is 0")
         return "\n".join(lines)
 
     def norms(self) -> dict[str, float]:

@@ -494,9 +494,10 @@ def test_what_probes_print_is_short():
     patch(model, Jacobians())
     differences = divergence(model(torch.ones(1, 2)).sum(), model, {"one": RELU1})["one"]
     lines = str(differences).splitlines()
-    assert len(lines) == 6  # the header, its line, all, two parameters
+    assert len(lines) == 7  # the header, its line, all, two parameters, two notes
     assert lines[0].split() == ["parameter", *NORMS]
-    assert lines[-1] == "and 2 of 4 parameters, which differ less or not at all"
+    assert lines[-2] == "of 4 parameters, 2 that do not differ"
+    assert lines[-1] == "relative is inf where the reference's gradient is 0"
     met = ties(model, torch.ones(1, 2))
     assert str(met) == "1  relu: 3 of 3 tie (100 %)\n0 of 1 sites met no tie"
 
