@@ -305,10 +305,12 @@ def sites_in_short(audit: Audit, shown: int) -> str:
         One line.
     """
     unreached = sum(site.how == "unreached" for site in audit.sites)
-    tied = len(audit.tied_sites)
-    untied = len(audit.sites) - unreached - tied
-    part = f"{tied} tied" + (f" ({shown} shown; --json and --html list all)" if shown < tied else "")
-    parts = [part] + [f"{untied} without a tie"] * (untied > 0) + [f"{unreached} not measured"] * (unreached > 0)
+    tied = {id(site) for site in audit.tied_sites}
+    untied = [site.name for site in audit.sites if site.how != "unreached" and id(site) not in tied]
+    names = f" ({', '.join(name or '(model)' for name in untied)})" if 0 < len(untied) <= 4 else ""
+    part = f"{len(tied)} tied" + (f" ({shown} shown; --json and --html list all)" if shown < len(tied) else "")
+    parts = [part] + [f"{len(untied)} without a tie{names}"] * bool(untied)
+    parts += [f"{unreached} not measured"] * (unreached > 0)
     return f"{len(audit.sites)} site{'s' * (len(audit.sites) != 1)}: {', '.join(parts)}"
 
 
