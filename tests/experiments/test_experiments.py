@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from lightning.pytorch import Trainer
 
 from nslightning import configs, patch
@@ -524,7 +525,10 @@ def test_a_clone_goes_on_with_the_cells_of_its_table(experiment_file, tmp_path, 
 def test_the_committed_tables_are_whole_when_they_are_collected_again(table, tmp_path):
     name, scale = table.parts[-3:-1]
     shutil.copytree(table.parent, tmp_path / name / scale, ignore=shutil.ignore_patterns("cells"))
-    experiment = Experiment.read(Path(configs.__file__).parent / f"experiments/{name}.yaml", scale)
+    file, *settings = name.split("+")  # settings that won over the file's stand in the folder's name
+    overrides = {key: yaml.safe_load(value) for key, value in (setting.split("=") for setting in settings)}
+    experiment = Experiment.read(Path(configs.__file__).parent / f"experiments/{file}.yaml", scale, overrides)
+    assert experiment.name == name
     cells = json.loads((table.parent / "provenance.json").read_text())["cells"]
     assert restore(experiment, tmp_path) == len(cells)
     collect(experiment, tmp_path)
