@@ -94,7 +94,7 @@ def refuse_compiled(loss: Tensor) -> None:
 
 
 def check_loss(loss: Tensor, model: nn.Module) -> None:
-    """Refuse a loss that cannot be differentiated under choices, or that none of them reaches.
+    """Refuse a loss that has no gradient, or that no choice reaches.
 
     No choice reaches a graph that was made before the model was patched. Autograd numbers the nodes of each thread. The
     loss of another thread is not judged where it holds a node of the model's patched operations.

@@ -27,9 +27,9 @@ from nslightning.surgery.report import PatchReport, PatchWarning, Site, TracedUn
 __all__ = ["CHECKPOINT", "PART", "Part", "Surgery"]
 
 PART = "_nonsmooth_part"
-_RUNS = 16  # that are recorded for a new path, if it is not taken again before
-# An entrance is looked at this often for new paths, and then in one of so many runs: a model may take a new path at
-# each step.
+_RUNS = 16  # runs that are recorded for a new path, unless the model takes the path again earlier
+# The surgery checks the graph of an entrance 64 times for new paths, and once more for each 128 runs: a model may take
+# a new path at each step, and each check costs time.
 _LOOKS, _ONE_OF = 64, 128
 CHECKPOINT: CodeType = inspect.unwrap(checkpoint).__code__
 

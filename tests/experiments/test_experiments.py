@@ -723,7 +723,7 @@ def test_shares_are_held_against_the_published_ones(experiment_file, monkeypatch
     assert compared.loc[16, "inside"] == "yes"
     assert compared.loc[32, "sd"] == pytest.approx(math.sqrt(0.75 * 0.25 / 4))
     assert compared.loc[32, "inside"] == "no"  # 0.65 apart, two standard deviations are 0.338
-    assert math.isnan(compared.loc[64, "published_mean"])  # nobody published it: it is told all the same
+    assert math.isnan(compared.loc[64, "published_mean"])  # the paper has no number for it, and the table has the row
     few = dataclasses.replace(experiment, compare=({**entry, "statistic": "within", "within": 1},))
     assert list(comparison(few, results).set_index("precision")["mean"]) == [0.75, 0.75, 1.0]
     rate = dataclasses.replace(experiment, compare=({**entry, "statistic": "rate", "over": "batches"},))

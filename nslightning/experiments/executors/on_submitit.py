@@ -36,7 +36,7 @@ class SubmititExecutor:
 
     Raises:
         ImportError: If submitit is not installed.
-        ValueError: For an option that is none of these.
+        ValueError: If an option has another name.
     """
 
     def __init__(self, resources: Resources, folder: Path) -> None:

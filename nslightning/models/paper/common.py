@@ -34,7 +34,7 @@ def initialize(network: nn.Module, init: Init) -> None:
             All but ``"torch"`` set the biases of convolutions to 0.
 
     Raises:
-        ValueError: if ``init`` is none of these.
+        ValueError: If ``init`` has another value.
     """
     if init not in get_args(Init):
         raise ValueError(f"init={init!r} is not one of {', '.join(map(repr, get_args(Init)))}")
