@@ -29,6 +29,8 @@ NETWORKS = {
     "densenet121": "DenseNet-121",
 }  # fmt: skip
 PARAMETERS = {"alpha": "ReLU'(0)", "beta": "MaxPool", "dropout_p": "dropout"}
+#: The setting of a cell that a published parameter is.
+CHOICES = {"alpha": "relu", "beta": "max_pool", "dropout_p": "dropout"}
 #: The differences between our scale and the papers', in words.
 DIFFERING = {
     "epochs": "{ours} epochs of {theirs}",
@@ -47,10 +49,11 @@ published numbers, the grids and [`results/`](findings.md); a test keeps it so.
 Inside and outside are said of the last epoch's test accuracy in per cent, ours against the published one. A published
 spread is not known where a paper released medians (read from its box plots), or ran once. Only at the scale `paper`
 is a setting the published one: elsewhere an "inside" says that the shorter run came as far, no more, and a small
-difference outside may be the epochs that it lacks. At MaxPool's beta 0 and 1 both rules are one program, which is
-counted as exact. In 16 bits at beta 10³ and 10⁴ the exact rule is outside because it does not take part in what
-diverges there: the forward of the published pooling ([findings](findings.md)). The settings that did not run would
-take these two cores days to weeks.
+difference outside may be the epochs that it lacks. At the scale `paper`, too, few of the published runs ran here: the
+last column says how many seeds and values. At MaxPool's beta 0 and 1 both rules are one program, which is counted as
+exact. In 16 bits at beta 10³ and 10⁴ the exact rule is outside because it does not take part in what diverges there:
+the forward of the published pooling ([findings](findings.md)). The settings that did not run would take these two
+cores days to weeks.
 
 | paper | data | network | batch norm | optimizer | bits | choice (values of it) | grid | ran here | inside, outside \
 | why |
@@ -115,24 +118,26 @@ def settings() -> list[Setting]:
     return [by_key[key] for key in order]
 
 
-def ran(one: Setting) -> tuple[Experiment, pd.DataFrame, pd.DataFrame] | None:
-    """The largest scale whose results are here: its grid, its results, and the lines of its comparison."""
+def ran(one: Setting) -> Iterator[tuple[Experiment, pd.DataFrame, pd.DataFrame]]:
+    """Each run whose results are here, the largest scale first: its grid, its results, the lines of its comparison."""
+    known = dict(zip(COLUMNS, one.key, strict=True))
     for scale in ("paper", "small"):
-        file = ROOT / "results" / one.grid.name / scale / "results.csv"
-        if not file.exists():
-            continue
-        grid = Experiment.read(ROOT / "configs" / "experiments" / f"{one.grid.name}.yaml", scale)
-        results = pd.read_csv(file, keep_default_na=False, na_values=[""])
-        compared = comparison(grid, results)
-        known = dict(zip(COLUMNS, one.key, strict=True))
-        mine = compared[compared["published_mean"].notna()]
-        for column in ("batch_norm", "precision"):
-            if column in mine:
-                mine = mine[mine[column] == known[column]]
-        here = {p.id for p in grid.cells() if all(getattr(p.cell, c) == known[c] for c in ("batch_norm", "precision"))}
-        if len(mine) and here & set(results["cell"]):
-            return grid, results[results["cell"].isin(here)], mine
-    return None
+        for file in sorted((ROOT / "results").glob(f"{one.grid.name}*/{scale}/results.csv")):
+            name, *overrides = file.parents[1].name.split("+")
+            if name != one.grid.name:
+                continue
+            settings = {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in overrides)}
+            grid = Experiment.read(ROOT / "configs" / "experiments" / f"{name}.yaml", scale, settings)
+            results = pd.read_csv(file, keep_default_na=False, na_values=[""])
+            compared = comparison(grid, results)
+            mine = compared[compared["published_mean"].notna()]
+            keys = {column: known[column] for column in ("batch_norm", "precision")}
+            for column, value in keys.items():
+                if column in mine:
+                    mine = mine[mine[column] == value]
+            here = {p.id for p in grid.cells() if all(getattr(p.cell, key) == value for key, value in keys.items())}
+            if len(mine) and here & set(results["cell"]):
+                yield grid, results[results["cell"].isin(here)], mine
 
 
 def counted(lines: pd.DataFrame) -> str:
@@ -161,13 +166,16 @@ def scale_differs(grid: Experiment, one: Setting, results: pd.DataFrame) -> str:
     ]
     seeds = results["seed"].nunique(), len({p.cell.seed for p in one.runs})
     if seeds[0] != seeds[1]:
-        words.append(f"{seeds[0]} seeds of {seeds[1]}")
+        words.append(f"{seeds[0]} seed{'s' * (seeds[0] > 1)} of {seeds[1]}")
+    values = results[CHOICES[one.key[-1]]].nunique()
+    if values < len(one.values):
+        words.append(f"{values} values of {len(one.values)}")
     return ", ".join(words)
 
 
 def outliers(lines: pd.DataFrame, parameter: str) -> Iterator[str]:
     """Each line outside: the value, ours and the published one; and runs that ended with NaN on either side."""
-    name = {"beta": "max_pool", "alpha": "relu"}[parameter]
+    name = CHOICES[parameter]
     for row in lines[lines["inside"] == "no"].to_dict("records"):
         theirs, ours = (f"{100 * row[key]:.2f}" for key in ("published_mean", "mean"))
         nan = [f"{row[key]:.0f} of {row[n]:.0f} NaN" if row[key] else "" for key, n in (
@@ -187,15 +195,16 @@ def line(one: Setting) -> list[str]:
         paper, data, NETWORKS[network], "yes" if norm else "no", optimizer, str(bits),
         f"{PARAMETERS[parameter]} ({values})", f"`{one.grid.name}`",
     ]  # fmt: skip
-    known = ran(one)
-    if known is None:
+    known = list(ran(one))
+    if not known:
         first = one.runs[0].cell
         assert isinstance(first, TrainCell)
         runs = len({p.id for p in one.runs})
         return [*head, "no", "", f"{runs} run{'s' * (runs > 1)} of {first.epochs} epochs"]
-    grid, results, lines = known
-    why = filter(None, [scale_differs(grid, one, results), *outliers(lines, parameter)])
-    return [*head, grid.scale, counted(lines), "; ".join(why)]
+    why = ["; ".join(filter(None, [scale_differs(grid, one, results), *outliers(lines, parameter)]))
+           for grid, results, lines in known]  # fmt: skip
+    scales = [grid.scale for grid, _, _ in known]
+    return [*head, *("<br>".join(parts) for parts in (scales, [counted(lines) for _, _, lines in known], why))]
 
 
 def page() -> str:
