@@ -137,6 +137,9 @@ EXPORT int cuModuleGetFunction(const void** function, void*, const char* name) {
   return 0;
 }
 EXPORT int cuStreamIsCapturing(void*, int* status) { return *status = capturing, current == &context ? 0 : 201; }
+int capture_mode = 0;  // of the thread: 0 refuses what may wait, 2 does not
+EXPORT int cuThreadExchangeStreamCaptureMode(int* mode) { return std::swap(*mode, capture_mode), fail; }
+EXPORT int mode_of_captures() { return capture_mode; }
 EXPORT int cuGetErrorString(int, const char** into) { return *into = "a failure that a test asked for", 0; }
 EXPORT int cuLaunchKernel(const void* function, unsigned x, unsigned y, unsigned z, unsigned bx, unsigned by, unsigned bz,
                           unsigned shared, void* stream, void** arguments, void** extra) {

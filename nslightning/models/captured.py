@@ -81,8 +81,9 @@ class CapturedNetwork:
             torch.random.fork_rng(streams),
             torch.autocast(device.type, autocast, enabled=autocast is not None, cache_enabled=False),
         ):
-            # In a wrapping module: the captured module's forward is replaced.
-            self._graphed = torch.cuda.make_graphed_callables(_Alone(self._network), samples)
+            # In a wrapping module: the captured module's forward is replaced. A parameter that no output depends on
+            # gets no gradient, as in an eager step.
+            self._graphed = torch.cuda.make_graphed_callables(_Alone(self._network), samples, allow_unused_input=True)
         with torch.no_grad():
             for name, buffer in self._network.named_buffers():
                 buffer.copy_(buffers[name])
@@ -94,7 +95,7 @@ class _Alone(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
-        self.train(network.training)
+        self.training = network.training  # `train` would reach parts of the network that are kept in evaluation
 
     def forward(self, *inputs: Tensor) -> Any:
         return self.network(*inputs)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nslightning.ops.autograd.layouts import is_dense
+from nslightning.ops.kernels import cuda
 
 __all__ = ["Coefficients", "fits", "step"]
 
@@ -71,13 +71,13 @@ def _advance(
     x = _load(weight, at, n, FULL)
     g = _load(gradient, at, n, FULL)
     v = _load(square, at, n, FULL) * sigma + rest * g * g
-    scale = tl.sqrt_rn(v) / correction + eps
+    scale = tl.div_rn(tl.sqrt_rn(v), correction) + eps  # rounded to the nearest, as PyTorch divides
     moved = x * keep
     if VELOCITY:
         w = _load(velocity, at, n, FULL) + push * x
         moved = moved + lr * w
-        _store(velocity, at, n, w * friction + to_velocity * g / scale, FULL)
-    _store(weight, at, n, moved + to_weights * g / scale, FULL)
+        _store(velocity, at, n, w * friction + tl.div_rn(to_velocity * g, scale), FULL)
+    _store(weight, at, n, moved + tl.div_rn(to_weights * g, scale), FULL)
     _store(square, at, n, v, FULL)
 
 
@@ -160,10 +160,10 @@ def step(
     sigma, log_sigma = coefficients.sigma, math.log(coefficients.sigma) if coefficients.sigma else -math.inf
     rounded = torch.tensor(log_sigma, dtype=torch.float32, device="cpu").item()
     beyond = log_sigma - rounded if math.isfinite(log_sigma) else 0.0
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    with cuda.launching(weights[0]):
         _step[(len(blocks),)](
             _table(rows, device, stream), blocks, rounded, beyond, sigma, 1 - sigma, *coefficients[1:],
-            VELOCITY=bool(velocities), ALIGNED=aligned, BLOCK=_BLOCK,
+            VELOCITY=bool(velocities), ALIGNED=aligned, BLOCK=_BLOCK, enable_fp_fusion=False,
         )  # fmt: skip
 
 

@@ -48,6 +48,7 @@ __all__ = [
 ]
 
 Starts = list[tuple[GradientEdge, Tensor]]
+_Mattering = set[tuple[int, int | None]]  # the numbers of records and of their outputs, None for all of them
 _Gradients = Tensor | tuple[Tensor | None, ...]
 
 # The largest gap between a carried difference and the subtraction that checks it, in units of rounding of the
@@ -64,12 +65,14 @@ class _Met:
         in_use: The choice under which the backward ran.
         vjp: Returns the gradients of its operands under a choice.
         difference: Returns the gradient under one choice less that under another, if the operation forms it directly.
+        ties: Returns whether it met a tie, a 0-d tensor, if that takes much less than to form a difference.
     """
 
     node: Any
     in_use: Jacobians
     vjp: Callable[[Selection], _Gradients]
     difference: Callable[[Selection, Selection], Tensor] | None = None
+    ties: Callable[[], Tensor] | None = None
 
     def changes(self, choice: Jacobians) -> Starts:
         """The differences that the operation makes by itself, where they leave it."""
@@ -148,7 +151,7 @@ class Recording:
         (mattering,) = self._mattering([choice])
         return self._starts(choice, mattering)
 
-    def _starts(self, choice: Jacobians, mattering: set[tuple[int, int]] | None) -> Starts:
+    def _starts(self, choice: Jacobians, mattering: _Mattering | None) -> Starts:
         """The starts that matter. If ``mattering`` is None, each difference is looked at to decide."""
         starts: Starts = []
         with torch.no_grad(), using(self.model, _linear_part(choice)):
@@ -157,7 +160,7 @@ class Recording:
                     for j, (edge, d) in enumerate(met.changes(choice)):
                         if mattering is None:
                             starts += _through_gates(edge, d, look=True)
-                        elif (i, j) in mattering:
+                        elif (i, j) in mattering or (i, None) in mattering:
                             starts += _through_gates(edge, d, look=False)
         return starts
 
@@ -166,34 +169,41 @@ class Recording:
         refuse_random(choice)
         return ((i, one) for i, one in enumerate(self.records) if not agree(one.node, choice, one.in_use))
 
-    def _mattering(self, choices: Sequence[Jacobians]) -> list[set[tuple[int, int]] | None]:
-        """For each choice, which differences of which records are not identically zero below the ReLUs they meet.
+    def _mattering(self, choices: Sequence[Jacobians]) -> list[_Mattering | None]:
+        """For each choice, which differences of which records may be other than zero below the ReLUs they meet.
 
-        On a device all are formed without waiting, and one transfer reads the flags of all records and choices. Those
-        that matter are formed again later, so that memory holds the differences of one choice only. On a CPU each is
-        looked at where it is formed; there the result is None, which means not known yet.
+        On a device one transfer reads the flags of all records and choices. Where an operation kept its ties, their
+        flag serves every choice, and no difference is formed where there is none. The differences of the others are
+        formed without waiting; those that matter are formed again later, so that memory holds the differences of one
+        choice only. On a CPU each is looked at where it is formed; there the result is None, which means not known yet.
         """
         for choice in choices:
             refuse_random(choice)
         flags: list[Tensor] = []
-        places: list[tuple[int, int, int]] = []
+        places: list[tuple[int, int, int | None, int]] = []  # choice, record, output, flag
+        tied: dict[int, int] = {}  # the flags of records that tell whether they met a tie
         if not any(waits(p.device) for p in self.model.parameters()):
             return [None] * len(choices)
         for c, choice in enumerate(choices):
             with torch.no_grad(), using(self.model, _linear_part(choice)):
                 for i, met in self._differing(choice):
+                    if met.ties is not None:
+                        if i not in tied:
+                            tied[i] = len(flags)
+                            flags.append(met.ties())
+                        places.append((c, i, None, tied[i]))
+                        continue
                     for j, start in enumerate(met.changes(choice)):
                         ((_, d),) = _through_gates(*start, look=False)
+                        places.append((c, i, j, len(flags)))
                         flags.append((d != 0).any())
-                        places.append((c, i, j))
-        mattering: list[set[tuple[int, int]] | None] = [set() for _ in choices]
+        mattering: list[_Mattering] = [set() for _ in choices]
         if flags:
             values = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()
-            for c, i, j in (place for place, matters in zip(places, values, strict=True) if matters):
-                members = mattering[c]
-                assert members is not None
-                members.add((i, j))
-        return mattering
+            for c, i, output, flag in places:
+                if values[flag]:
+                    mattering[c].add((i, output))
+        return [*mattering]
 
     def refuse_strangers(self, loss: Tensor) -> None:
         """Raise if a loss's backward passed operations that are not in its graph: they ran inside something else.
@@ -297,8 +307,8 @@ def recording(model: nn.Module) -> Iterator[Recording]:
     recorded = Recording(model)
 
     def recorder(selection: Selection) -> Callable[..., None]:
-        def record(node: Any, *functions: Any) -> None:
-            recorded.records.append(_Met(node, selection.jacobians, *functions))
+        def record(node: Any, *functions: Any, **more: Any) -> None:
+            recorded.records.append(_Met(node, selection.jacobians, *functions, **more))
 
         return record
 

@@ -21,15 +21,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`"
 CHOICES = {"relu1": Jacobians(relu=1.0), "minimal": Jacobians(max_pool="minimal")}
 
 
-def on_the_host(module, samples):
+def on_the_host(module, samples, allow_unused_input=False):
     """What ``torch.cuda.make_graphed_callables`` does, without graphs."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     stock = module.forward
     for _ in range(3):
         (out,), form = tree_flatten(stock(*samples))
-        torch.autograd.grad(out, parameters, torch.randn_like(out))
+        grads = torch.autograd.grad(out, parameters, torch.randn_like(out), allow_unused=allow_unused_input)
     static_out = torch.empty_like(out)
-    static_grads = [torch.empty_like(p) for p in parameters]
+    static_grads = [None if grad is None else torch.empty_like(grad) for grad in grads]
 
     class Replay(torch.autograd.Function):
         @staticmethod
@@ -43,9 +43,11 @@ def on_the_host(module, samples):
 
         @staticmethod
         def backward(ctx, g):
-            for kept, grad in zip(static_grads, torch.autograd.grad(ctx.out, parameters, g), strict=True):
-                kept.copy_(grad)
-            return (*(None for _ in samples), *(grad.detach() for grad in static_grads))
+            grads = torch.autograd.grad(ctx.out, parameters, g, allow_unused=allow_unused_input)
+            for kept, grad in zip(static_grads, grads, strict=True):
+                if kept is not None:
+                    kept.copy_(grad)
+            return (*(None for _ in samples), *(None if kept is None else kept.detach() for kept in static_grads))
 
     module.forward = lambda *inputs: tree_unflatten([Replay.apply(*inputs, *parameters)], form)
     return module
@@ -139,6 +141,31 @@ def test_the_choice_may_change_between_replays(host_graphs):
     assert run.replayed == 2
     assert not torch.equal(native, other)
     assert torch.equal(native, gradient())
+
+
+def test_frozen_parts_and_unused_parameters_train_as_in_eager_steps(host_graphs):
+    """A part that is kept in evaluation stays there, and a parameter that nothing depends on has no gradient."""
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.frozen, self.idle = nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.frozen(self.layer(x))
+
+    network = Network()
+    network.frozen.eval()
+    run = captured.CapturedNetwork(network)
+    x = torch.randn(4, 3) + 2
+    want = network(x).detach()
+    run(x).sum().backward()
+    assert run.replayed == 1
+    assert [part.training for part in (network, network.layer, network.frozen)] == [True, True, False]
+    assert torch.equal(run(x), want)
+    assert not network.frozen.running_mean.any()
+    assert network.layer.weight.grad is not None
+    assert network.idle.weight.grad is None
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -424,6 +425,33 @@ def test_a_library_that_is_no_driver_is_refused(driver, host_driver):
         library.load(1, b"an image", str(store.library()), False)
     with pytest.raises(RuntimeError, match=r"cuModuleLoadData: .*\(200\)"):
         library.load(1, b"another image", str(host_driver), False)
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_triton_launches_on_the_tensor_s_device_and_may_load_a_kernel_there(driver, host_driver, captured, monkeypatch):
+    entered = []
+
+    @contextlib.contextmanager
+    def device(place):
+        entered.append(place)
+        yield
+        entered.append(None)
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captured and entered[-1] == x.device)
+    monkeypatch.setattr(cuda, "DRIVER", str(host_driver))
+    x = SimpleNamespace(is_cuda=True, device=torch.device("cuda:1"))
+    with cuda.launching(x):
+        assert entered == [x.device]
+        assert driver.mode_of_captures() == (2 if captured else 0)
+    assert entered == [x.device, None]
+    assert driver.mode_of_captures() == 0
+    with cuda.launching(torch.zeros(2)):  # which Triton interprets
+        assert len(entered) == 2
+    ctypes.c_int.in_dll(driver, "fail").value = 201
+    if captured:
+        with pytest.raises(RuntimeError, match="cuThreadExchangeStreamCaptureMode: CUDA error 201"):
+            cuda.launching(x).__enter__()
 
 
 def test_division_by_multiplication(driver):

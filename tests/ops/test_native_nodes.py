@@ -308,7 +308,13 @@ def test_a_graph_that_was_freed_says_so():
 def test_a_recorder_sees_what_the_backward_meets():
     met = []
     selection = Selection(Jacobians(relu=0.0, max_pool=0.0))
-    selection.recorder = lambda node, vjp, *difference: met.append((node, vjp, difference))
+    flags = []
+
+    def record(node, vjp, *difference, ties=None):
+        met.append((node, vjp, difference))
+        flags.append(None if ties is None else ties())
+
+    selection.recorder = record
     x = torch.zeros(1, 1, 2, 2, requires_grad=True)
     y = pool(pointwise("relu", x, selection), selection, regular(2, 2))
     y.sum().backward()
@@ -322,9 +328,31 @@ def test_a_recorder_sees_what_the_backward_meets():
     with torch.no_grad():
         assert torch.equal(difference(minimal, selection), quarter)
     assert torch.equal(relu_vjp(Selection(Jacobians(relu=1.0))), torch.tensor([1.0, 0, 0, 0]).view(1, 1, 2, 2))
+    assert flags == [None, True]  # of max pooling ties alone do not say whether a choice matters
     selection.recorder = None
     pool(pointwise("relu", x, selection), selection, regular(2, 2)).sum().backward()
     assert len(met) == 2
+
+
+@pytest.mark.parametrize("nodes_of", ["C++", "Python"])
+@pytest.mark.parametrize("name", POINTWISE)
+def test_a_recorder_is_offered_whether_there_was_a_tie(name, nodes_of, monkeypatch):
+    """As on a device, where an operation does not look before its backward."""
+    if nodes_of == "Python":
+        monkeypatch.setattr(native, "_library", lambda: None)
+        monkeypatch.setattr("nslightning.ops.autograd.pointwise.data_dependent", lambda x: False)
+        monkeypatch.setattr("nslightning.ops.kernels.cpu.any_zero", lambda x: True)
+    parameters, kinks, choices, _ = POINTWISE[name]
+    for tied in (True, False):
+        x = torch.full((9,), 0.123)
+        x[2:4] = kinks[-1] if tied else 0.321
+        selection, flags = Selection(Jacobians(**{name.partition(" ")[0]: choices[-1]})), []
+        selection.recorder = lambda node, vjp, *difference, ties, flags=flags: flags.append(ties())
+        pointwise(name.partition(" ")[0], x.requires_grad_(), selection, *parameters).sum().backward()
+        if nodes_of == "C++" and not flags:
+            assert not tied or name == "clamp to a point"  # it is stock's node
+        else:
+            assert flags == [torch.tensor(tied and name != "clamp to a point")]
 
 
 def test_windows_of_zeros_behind_a_relu_that_met_no_tie_matter_to_no_choice():

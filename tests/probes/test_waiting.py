@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import (
 from nslightning import Jacobians, patch
 from nslightning.callbacks import NonFiniteGuard, TieMonitor, WeightDivergence
 from nslightning.callbacks.gradient_divergence import _coming_loss_scale, loss_scale, undisturbed
+from nslightning.ops.autograd import native
+from nslightning.ops.kernels import cpu
 from nslightning.probes import (
     Recording,
     clarke_guarantee,
@@ -107,6 +109,25 @@ def test_a_measured_step_waits_twice_at_most(device, tied):
         measurements, met = measured(network(sites, tied), choices)
         assert len(met) <= 2, met
         assert all(bool(d.l2) is tied or d.l2 > 0 for d in measurements.values())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_no_difference_is_formed_where_no_entry_ties(tied, device, monkeypatch):
+    """A flag for each site serves all choices: their number takes nothing where there are no ties."""
+    monkeypatch.setattr(native, "_library", lambda: None)
+    monkeypatch.setattr(cpu, "any_zero", lambda x: True)  # a device is not asked, so each ReLU has a node
+    formed, changes = set(), propagation._Met.changes
+
+    def noted(record, choice):
+        formed.add(record)
+        return changes(record, choice)
+
+    monkeypatch.setattr(propagation._Met, "changes", noted)
+    relus = {str(relu): Jacobians(relu=relu) for relu in (0.25, 0.5, 1.0)}
+    norms, met = measured(network(3, tied), relus)
+    assert len(met) <= 2
+    assert len(formed) == (3 if tied else 0)
+    assert all((d.l2 > 0) is tied for d in norms.values())
 
 
 @pytest.mark.parametrize("sites", [1, 3])  # of one ReLU and its pooling the ReLU alone matters

@@ -133,7 +133,7 @@ class _ReLU(NonsmoothFunction):
         check_changes(ctx)
         vjp = partial(_relu_vjp, y, bits, g)
         if ctx.selection.recorder is not None:
-            ctx.selection.recorder(ctx, vjp)
+            ctx.selection.recorder(ctx, vjp, ties=partial(_any_bit, bits))
         return vjp(ctx.selection), None, None
 
 
@@ -155,7 +155,16 @@ def _relu_vjp(y: Tensor, bits: Tensor, g: Tensor, selection: Selection) -> Tenso
     return cast(Tensor, kernels_for(y.device.type).relu_backward(g, y, bits, derivative, constant=constant))
 
 
-native.composition("relu", lambda _, saved, g, selection: _relu_vjp(saved[0], saved[1], g, selection))
+def _any_bit(bits: Tensor) -> Tensor:
+    """Whether there is a tie, a 0-d tensor."""
+    return bits.any().bool()
+
+
+native.composition(
+    "relu",
+    lambda _, saved, g, selection: _relu_vjp(saved[0], saved[1], g, selection),
+    ties=lambda _, saved: _any_bit(saved[1]),
+)
 
 
 def _final(g: Tensor) -> bool:

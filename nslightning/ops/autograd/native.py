@@ -57,7 +57,7 @@ _NAN = float("nan")
 
 # The composed gradient of an operation: (parameters, selection, saved tensors, incoming gradient, other selection).
 _Composition = Callable[..., Tensor]
-_compositions: dict[str, tuple[_Composition, _Composition | None]] = {}
+_compositions: dict[str, tuple[_Composition, _Composition | None, _Composition | None]] = {}
 
 
 class Described(NamedTuple):
@@ -74,7 +74,9 @@ class Described(NamedTuple):
     tied: bool
 
 
-def composition(operation: str, gradient: _Composition, difference: _Composition | None = None) -> None:
+def composition(
+    operation: str, gradient: _Composition, difference: _Composition | None = None, ties: _Composition | None = None
+) -> None:
     """Register how an operation's gradient is composed of PyTorch's operations, where its C++ node does not compute it.
 
     Args:
@@ -82,8 +84,9 @@ def composition(operation: str, gradient: _Composition, difference: _Composition
         gradient: ``(parameters, saved, g, selection) -> gradient``; ``nodes.cpp`` lists the tensors that a node saves.
         difference: ``(parameters, saved, g, selection, less) -> gradient``: the gradient under one choice
             less that under another.
+        ties: ``(parameters, saved) -> flag``: whether the forward met a tie, a 0-d tensor.
     """
-    _compositions[operation] = (gradient, difference)
+    _compositions[operation] = (gradient, difference, ties)
 
 
 @cache
@@ -314,9 +317,9 @@ def _record(
     recorder = selection.recorder
     if recorder is None:  # it was removed after the node had looked
         return
-    gradient, difference = _compositions[operation]
-    vjp = partial(gradient, parameters, saved, g)
-    recorder(node, vjp, *(() if difference is None else (partial(difference, parameters, saved, g),)))
+    gradient, difference, ties = _compositions[operation]
+    functions = [partial(function, parameters, saved, g) for function in (gradient, difference) if function is not None]
+    recorder(node, *functions, **({} if ties is None else {"ties": partial(ties, parameters, saved)}))
 
 
 class _Module:

@@ -8,7 +8,7 @@ CPU, the operation *is* the stock one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -140,7 +140,9 @@ class _Kinked(NonsmoothFunction):
         selection, parameter_tensors = ctx.selection, tensors[: ctx.count]
         vjp = partial(_vjp, ctx, saved, parameter_tensors, tensors[ctx.count :], g)
         if not torch.compiler.is_compiling() and selection.recorder is not None:
-            selection.recorder(ctx, lambda other: vjp(other)[0])
+            masks = tensors[ctx.count :]
+            kept = {} if ctx.order is not None else {"ties": partial(_any_of, masks)}
+            selection.recorder(ctx, lambda other: vjp(other)[0], **kept)
         gradient, *others = vjp(selection)
         others = [other.sum_to_size(tensor.shape) for other, tensor in zip(others, parameter_tensors, strict=False)]
         return (gradient, *(None,) * 7, *others, *(None,) * (len(tensors) - len(others)))
@@ -284,15 +286,33 @@ def _composed(
 ) -> Tensor:
     """The gradient from the tensor that a C++ node saved: the input."""
     (x,) = saved
-    numbers: tuple[float | None, ...] = {"leaky_relu": parameters[:1], "hardtanh": parameters}.get(operation, ())
+    numbers = _numbers(operation, parameters)
+    return _vjp(_Saved(operation, numbers), x, [], _masks(operation, numbers, x), g, selection)[0]
+
+
+def _numbers(operation: str, parameters: tuple[float, ...]) -> tuple[float | None, ...]:
+    """An operation's parameters, of which a C++ node has two, whatever the operation's number of them."""
     if operation == "clamp":
-        numbers = tuple(None if math.isnan(bound) else bound for bound in parameters)
-    ties = [x.detach() == position for position in OPERATIONS[operation].positions(*numbers)]
-    return _vjp(_Saved(operation, numbers), x, [], ties, g, selection)[0]
+        return tuple(None if math.isnan(bound) else bound for bound in parameters)
+    return {"leaky_relu": parameters[:1], "hardtanh": parameters}.get(operation, ())
+
+
+def _masks(operation: str, numbers: tuple[float | None, ...], x: Tensor) -> list[Tensor]:
+    """The ties at each kink."""
+    return [x.detach() == position for position in OPERATIONS[operation].positions(*numbers)]
+
+
+def _any_of(masks: Sequence[Tensor]) -> Tensor:
+    """Whether there is a tie, a 0-d tensor."""
+    return torch.stack([mask.any() for mask in masks]).any()
 
 
 for _name in native.OPERATIONS[1:-1]:
-    native.composition(_name, partial(_composed, _name))
+    native.composition(
+        _name,
+        partial(_composed, _name),
+        ties=lambda parameters, saved, name=_name: _any_of(_masks(name, _numbers(name, parameters), saved[0])),
+    )
 
 
 def pointwise(operation: str, x: Tensor, selection: Selection, *parameters: Any, inplace: bool = False) -> Tensor:

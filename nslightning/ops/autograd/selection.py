@@ -232,7 +232,8 @@ class Selection:
 
         It takes the autograd node and a function that returns its gradient under any choice, ``Selection -> gradient``.
         Where a better way exists than to subtract two gradients, it also takes a function that returns the gradient
-        under one choice less that under another, ``(Selection, Selection) -> gradient``.
+        under one choice less that under another, ``(Selection, Selection) -> gradient``. Where the forward kept its
+        ties, it takes by the keyword ``ties`` a function that returns whether there is any, a 0-d tensor.
         """
         return self._recorder
 

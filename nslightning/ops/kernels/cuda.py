@@ -1,5 +1,7 @@
 """Compiles the CUDA kernels (``cuda.cu``) for a device, by NVRTC, which comes with PyTorch's wheels for CUDA.
 
+Also the surroundings in which kernels of Triton's are launched.
+
 Neither a CUDA toolkit nor a device is needed to compile. The binary is kept in the folder of the C++ nodes (see
 :mod:`~nslightning.ops.kernels.store`), which launch the kernels. Its name holds the device's architecture and a hash of
 the source.
@@ -10,22 +12,26 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from ctypes.util import find_library
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 from nslightning.files import replacing
 from nslightning.ops.kernels import store
 
-__all__ = ["DRIVER", "CompilationError", "available", "compiled", "image"]
+__all__ = ["DRIVER", "CompilationError", "available", "compiled", "image", "launching"]
 
 #: The library of NVIDIA's driver, by which the nodes launch kernels.
 DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 _SOURCE = Path(__file__).with_name("cuda.cu")
 # No contraction: a product is rounded before it is added, as everywhere else.
 _OPTIONS = ("-std=c++17", "--device-as-default-execution-space", "--fmad=false", "--ftz=false", "--prec-div=true")
+_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
 
 class CompilationError(RuntimeError):
@@ -124,3 +130,40 @@ def _check(nvrtc: ctypes.CDLL, status: int) -> None:
     if status:
         nvrtc.nvrtcGetErrorString.restype = ctypes.c_char_p
         raise CompilationError(f"NVRTC: {nvrtc.nvrtcGetErrorString(status).decode()}")
+
+
+@contextmanager
+def launching(x: torch.Tensor) -> Iterator[None]:
+    """Launch kernels of Triton's on a tensor's device, which need not be the current one.
+
+    Triton compiles a kernel and loads it where it is launched for the first time. While a CUDA graph is captured, the
+    driver refuses calls that may wait for the device, and to load a kernel may be such a call. Here this thread may
+    make them; the launch is captured as any other.
+
+    Args:
+        x: A tensor that the kernel works on; on a CPU, where Triton interprets it, nothing is done.
+
+    Yields:
+        Nothing.
+    """
+    if not x.is_cuda:
+        yield
+        return
+    with torch.cuda.device(x.device), _relaxed() if torch.cuda.is_current_stream_capturing() else nullcontext():
+        yield
+
+
+@contextmanager
+def _relaxed() -> Iterator[None]:
+    """Let this thread make calls that a capture refuses."""
+    driver, mode = ctypes.CDLL(DRIVER), ctypes.c_int(_RELAXED)
+    _exchange(driver, mode)  # writes what it was
+    try:
+        yield
+    finally:
+        _exchange(driver, mode)
+
+
+def _exchange(driver: ctypes.CDLL, mode: ctypes.c_int) -> None:
+    if status := driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode)):
+        raise RuntimeError(f"cuThreadExchangeStreamCaptureMode: CUDA error {status}")

@@ -3,12 +3,13 @@
 Each computes what the composition in :mod:`~nslightning.ops.autograd.pointwise` or
 :mod:`~nslightning.ops.autograd.pooling` does, in one pass forward and one backward. For the backward ReLU keeps its
 output, as stock, and one bit per entry; max pooling two bytes per window, where stock keeps its input and an eight-byte
-index. No atomics: the same bits on every run.
+index. No atomics and no contraction of products and sums: the same bits on every run, and from every compiler.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from nslightning.ops.autograd.layouts import empty_as_stock, image_layout, laid_out_as
 from nslightning.ops.autograd.selection import pool_coefficients
+from nslightning.ops.kernels import cuda
 
 __all__ = [
     "DTYPES",
@@ -30,6 +32,22 @@ __all__ = [
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _BLOCK = 1024
+_NARROW = 2**31 - 2**16  # entries that 32 bits count, with room for the last block
+
+
+def _launch(kernel: Any, entries: int, x: Tensor, *arguments: Any, **constants: Any) -> None:
+    """Start a kernel on some entries, on the device of a tensor, which need not be the current one.
+
+    Args:
+        kernel: The kernel.
+        entries: The number of entries, of which a program takes a block.
+        x: The tensor, the kernel's first argument.
+        *arguments: The kernel's other arguments.
+        **constants: Its constants.
+    """
+    with cuda.launching(x):
+        # Triton contracts by default a product and a sum, which then are rounded once.
+        kernel[(triton.cdiv(entries, _BLOCK),)](x, *arguments, **constants, enable_fp_fusion=False)
 
 
 @triton.jit
@@ -90,8 +108,7 @@ def relu_forward(x: Tensor, *, inplace: bool = False) -> tuple[Tensor, Tensor]:
     y = x if inplace else empty_as_stock(x)
     bits = torch.empty(triton.cdiv(x.numel(), 8), dtype=torch.uint8, device=x.device)
     if x.numel():
-        rows = _BLOCK // 8
-        _relu_forward[(triton.cdiv(x.numel(), _BLOCK),)](x, y, bits, x.numel(), ROWS=rows)
+        _launch(_relu_forward, x.numel(), x, y, bits, x.numel(), ROWS=_BLOCK // 8)
     return y, bits
 
 
@@ -114,11 +131,10 @@ def relu_backward(
     g = laid_out_as(g, y)
     gradient = torch.empty_like(y)
     if y.numel():
-        rows = _BLOCK // 8
-        grid = (triton.cdiv(y.numel(), _BLOCK),)
         memory = isinstance(alpha, Tensor)
         rule = constant if memory else int(constant)
-        _relu_backward[grid](g, y, bits, gradient, y.numel(), alpha, rule, MEMORY=memory, ROWS=rows)
+        numbers = y.numel(), alpha, rule
+        _launch(_relu_backward, y.numel(), g, y, bits, gradient, *numbers, MEMORY=memory, ROWS=_BLOCK // 8)
     return gradient
 
 
@@ -241,9 +257,9 @@ def pool_forward(
     y = torch.empty((*x.shape[:2], *size), dtype=x.dtype, device=x.device, memory_format=layout)
     mask = torch.empty_like(y, dtype=torch.int16)
     if y.numel():
-        _pool_forward[(triton.cdiv(y.numel(), _BLOCK),)](
-            x, y, mask, y.numel(), *x.shape[1:], *size, *sum(geometry, ()), LAST=layout == torch.channels_last,
-            WIDE=x.numel() >= 2**31, BLOCK=_BLOCK,
+        _launch(
+            _pool_forward, y.numel(), x, y, mask, y.numel(), *x.shape[1:], *size, *sum(geometry, ()),
+            LAST=layout == torch.channels_last, WIDE=max(x.numel(), y.numel()) > _NARROW, BLOCK=_BLOCK,
         )  # fmt: skip
     return y, mask, True
 
@@ -297,10 +313,10 @@ def pool_shares(
     g = laid_out_as(g, mask)
     gradient = torch.empty((*mask.shape[:2], *size), dtype=g.dtype, device=g.device, memory_format=layout)
     if gradient.numel():
-        _pool_backward[(triton.cdiv(gradient.numel(), _BLOCK),)](
-            g, mask, coefficients, last if isinstance(last, Tensor) else int(last), gradient, gradient.numel(),
-            mask.shape[1], *size, *mask.shape[2:], *sum(geometry, ()),
-            LAST=layout == torch.channels_last, MEMORY=isinstance(last, Tensor), WIDE=gradient.numel() >= 2**31,
-            BLOCK=_BLOCK,
+        _launch(
+            _pool_backward, gradient.numel(), g, mask, coefficients, last if isinstance(last, Tensor) else int(last),
+            gradient, gradient.numel(), mask.shape[1], *size, *mask.shape[2:], *sum(geometry, ()),
+            LAST=layout == torch.channels_last, MEMORY=isinstance(last, Tensor),
+            WIDE=max(gradient.numel(), g.numel()) > _NARROW, BLOCK=_BLOCK,
         )  # fmt: skip
     return gradient
