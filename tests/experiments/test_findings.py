@@ -238,7 +238,6 @@ def mitigation(optimizer: str, norm: bool, bits: int = 32) -> Numbers:
     return row
 
 
-#: What each row of each table has to say.
 def hundred_epochs(bits: int, batch_norm: bool = False) -> Numbers:
     """LeNet-5's test accuracy after 100 epochs, by beta; nothing where no cell ran."""
     rows = results("mnist_lenet_beta/paper")
@@ -247,6 +246,21 @@ def hundred_epochs(bits: int, batch_norm: bool = False) -> Numbers:
     return [(100 * by_beta[beta],) if beta in by_beta.index else () for beta in (0, 10, 100, 1000, 10000)]
 
 
+def autocast_row(rule: str) -> Numbers:
+    """LeNet-5's test accuracy under fp16 autocast after 10 epochs, and the paper's, by beta."""
+    rows = results("mnist_lenet_beta_24/small")
+    rows = rows[(rows["metric"] == "test_accuracy") & (rows["epoch"] == 9) & (rows["rule"] == rule)]
+    theirs = published("training")
+    theirs = theirs[
+        (theirs["backbone"] == "lenet5") & (theirs["data"] == "MNIST") & (theirs["precision"] == 24)
+        & (theirs["metric"] == "test_accuracy") & ~theirs["batch_norm"]
+    ].set_index("value")["mean"]  # fmt: skip
+    return [
+        (100 * value, 100 * theirs[beta]) for beta, value in rows.set_index("max_pool")["value"].sort_index().items()
+    ]
+
+
+#: What each row of each table has to say.
 ROWS: dict[str, dict[str, Callable[[], Numbers]]] = {
     "alpha: -10, -1, 0, 1, 10, 50": {
         "exact": lambda: alpha_row("exact"),
@@ -313,6 +327,9 @@ ROWS: dict[str, dict[str, Callable[[], Numbers]]] = {
         "VGG11, batch 64": lambda: passed("vgg11", batch_size=64),
         "VGG11, batch 256": lambda: passed("vgg11", batch_size=256),
         "VGG11 with batch norm": lambda: passed("vgg11", batch_norm=True),
+    },
+    "24 bits: beta 0, 100, 10⁴": {
+        rule: lambda rule=rule: autocast_row(rule) for rule in ("exact", "published")
     },
     "bits, 100 epochs: beta 0, 10, 100, 10³, 10⁴": {
         "32": lambda: hundred_epochs(32),
@@ -589,6 +606,16 @@ def test_the_order_of_summation():
     assert {(row["best"], row["share"]) for row in rows} == {("blocks=192", 1.0)}
     last = [100 * row["bias_last"] for row in rows]
     assert f"in {min(last):.0f} to {max(last):.0f} % with the bias last" in " ".join(PAGE.split())
+
+
+def test_lenet_in_24_bits_is_nan_under_the_published_rule_alone() -> None:
+    rows = results("mnist_lenet_beta_24/small")
+    nan = rows[rows["metric"] == "nan"].groupby(["rule", "max_pool"])["value"].agg(["sum", "count"])
+    assert nan["sum"].to_dict() == {
+        ("exact", 0): 0, ("exact", 100): 0, ("exact", 10000): 0,
+        ("published", 0): 0, ("published", 100): 0, ("published", 10000): 10,
+    }  # fmt: skip
+    assert set(nan["count"]) == {10}  # epochs
 
 
 def test_lenet_at_a_hundred_epochs() -> None:
