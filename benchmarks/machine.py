@@ -49,7 +49,11 @@ def _read(path: str) -> str:
 
 
 def _commit() -> str:
-    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    try:
+        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    except OSError:  # a machine that only computes may have no git
+        return ""
+    return done.stdout.strip()
 
 
 def interleaved(

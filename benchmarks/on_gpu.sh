@@ -32,13 +32,18 @@ step() { # seconds name command...
 	echo "== $name" | tee -a "$log"
 	timeout --kill-after=5 "$seconds" "$@" >>"$log" 2>&1 || status=$?
 	echo "== $name: status $status after $((SECONDS - start)) s" | tee -a "$log"
-	[[ $status == 0 ]] || failed+=("$name")
+	[[ $status == 0 ]] && return
+	failed+=("$name")
+	tail -n 15 "$log" # where only what is printed comes back, too
 }
 
+# Warnings of the machine's own versions of other libraries fail nothing here.
+tests=("$python" -m pytest -q -p no:cacheprovider -W default)
+
 patching() {
-	step 140 exactness "$python" -m pytest -q -p no:cacheprovider -m "cuda and not slow" tests/ops/test_cuda_nodes.py \
-		tests/optim/test_optim.py tests/test_on_a_gpu.py
-	step 40 "2^31 entries" "$python" -m pytest -q -p no:cacheprovider -m slow tests/ops/test_cuda_nodes.py
+	step 140 exactness "${tests[@]}" -m "cuda and not slow" tests/ops/test_cuda_nodes.py tests/optim/test_optim.py \
+		tests/test_on_a_gpu.py
+	step 40 "2^31 entries" "${tests[@]}" -m slow tests/ops/test_cuda_nodes.py
 
 	# One call, an operation at the memory's speed, a step, a compiled step.
 	step 30 host "$python" -m benchmarks.host --device cuda --seconds 0.3 --out "$into/host_cuda.json"

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from nslightning.ops.autograd.selection import pool_difference_coefficients
+from nslightning import Jacobians
+from nslightning.ops.autograd.pointwise import pointwise
+from nslightning.ops.autograd.pooling import pool, regular
+from nslightning.ops.autograd.selection import Selection, pool_difference_coefficients
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 GEOMETRIES = [
@@ -120,6 +123,30 @@ def check_pool_difference(kernels, geometry, layout, dtype=torch.float32) -> Non
             assert ours.any() == (name != other)
     assert refused
     assert all("last" in pair and pair & {"native", "beta10"} for pair in refused)
+
+
+def check_strides() -> None:
+    """Gradients lie in memory as stock's, also where the result does not tell how its input lies."""
+    for layout in LAYOUTS:
+        leaf = tied_images(layout)[:, :, :2, :3].contiguous(memory_format=layout).requires_grad_()
+        stock, ours = (
+            F.max_pool2d(leaf, (2, 3)),
+            pool(leaf, Selection(Jacobians(max_pool="minimal")), regular(2, (2, 3))),
+        )
+        assert "_MaxPool2d" in str(ours.grad_fn)
+        assert ours.stride() == stock.stride()
+        g = torch.ones(stock.shape)
+        strides = [torch.autograd.grad(y, leaf, g)[0].stride() for y in (ours, stock)]
+        assert strides[0] == strides[1]
+    for shape, strides_of_x in (((1, 5), (1, 1)), ((3, 1), (1, 3)), ((3, 4), (1, 3)), ((2, 1, 3), (3, 7, 1))):
+        leaf = torch.empty_strided(shape, strides_of_x).zero_().requires_grad_()
+        for g in (torch.arange(1.0, 1 + leaf.numel()).view(shape), torch.ones(()).expand(shape)):
+            stock, ours = torch.relu(leaf), pointwise("relu", leaf, Selection(Jacobians(relu=0.5)))
+            assert "_ReLU" in str(ours.grad_fn)
+            assert ours.stride() == stock.stride()
+            gradient = torch.autograd.grad(ours, leaf, g)[0]
+            assert gradient.stride() == torch.autograd.grad(stock, leaf, g)[0].stride()
+            assert torch.equal(gradient, 0.5 * g)
 
 
 def both_ways(operation, x, g, monkeypatch, kernels) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -13,6 +13,7 @@ from kernel_checks import (
     check_max_pool,
     check_pool_difference,
     check_relu,
+    check_strides,
     close,
     naive_pool,
 )
@@ -61,6 +62,10 @@ def on_cpu(monkeypatch) -> None:
     """The operations take the kernels for tensors on the CPU, too."""
     monkeypatch.setattr("nslightning.ops.autograd.fused.kernels_for", lambda device: triton_kernels)
     monkeypatch.setattr("nslightning.ops.autograd.native._library", lambda: None)
+
+
+def test_gradients_lie_in_memory_as_stocks(on_cpu) -> None:
+    check_strides()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels_last"])

@@ -12,15 +12,17 @@ from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import torch
 from rich.console import Console
 
 from nslightning.commands import experiment as command
 from nslightning.experiments import Experiment, collect, engine, run
 from nslightning.experiments.collecting import finished, folder_of
-from nslightning.experiments.executors import Resources, make_executor
+from nslightning.experiments.executors import Resources, make_executor, occupancy
 from nslightning.experiments.executors import local as local_module
 from nslightning.experiments.executors.memory import Peak, free_memory, measured_peak, processes_that_fit
 from nslightning.experiments.progress import Lines, LiveTable, make_progress
@@ -154,6 +156,57 @@ def test_a_share_of_a_gpu_bounds_the_processes(monkeypatch):
     assert executor._workers == 8
     executor = local_module.LocalExecutor(Resources(workers=3, device="cuda", gpus_per_cell=0.25))
     assert executor._workers == 3
+
+
+class Management:
+    """In place of NVIDIA's management library: a GPU that is busy for so many percent of the time."""
+
+    def __init__(self, busy, fails=""):
+        self.busy, self.fails, self.names, self.looked = busy, fails, [], 0
+
+    def __getattr__(self, function):
+        def call(*arguments):
+            if function.endswith("UUID"):
+                self.names.append(arguments[0])
+            if function.endswith("Rates"):
+                self.looked += 1
+                arguments[1]._obj.gpu = self.busy
+            return int(bool(self.fails) and function.endswith(self.fails))
+
+        return call
+
+
+def test_the_share_of_time_in_which_a_gpu_works_is_measured(monkeypatch):
+    monkeypatch.setattr(occupancy, "EVERY", 0.001)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=f"number {device}"))
+
+    def measured(library, device="cuda:1", looks=occupancy.LEAST):
+        monkeypatch.setattr(occupancy.ctypes, "CDLL", lambda name: library)
+        with occupancy.Occupancy(device) as seen:
+            while library.looked < looks and not library.fails:
+                time.sleep(0.001)
+        return seen.share
+
+    library = Management(30)
+    assert measured(library) == pytest.approx(0.3)
+    assert library.names == [b"GPU-number cuda:1"]
+    assert measured(Management(30), "cpu", looks=0) is None
+    with monkeypatch.context() as short:
+        short.setattr(occupancy, "LEAST", 10**6)
+        assert measured(Management(30), looks=3) is None
+    for function in ("nvmlInit_v2", "UUID", "Rates"):
+        assert measured(Management(30, fails=function)) is None
+
+    def absent(name):
+        raise OSError(f"{name}: no such file")
+
+    monkeypatch.setattr(occupancy.ctypes, "CDLL", absent)
+    with occupancy.Occupancy("cuda:0") as seen:
+        pass
+    assert seen.share is None
+    gib = 2**30
+    for busy, number in ((1.0, 1), (0.5, 2), (0.34, 3), (0.0, 8), (None, 4)):
+        assert processes_that_fit(Peak(gib, 2 * gib, 10 * gib, busy), 8, 100 * gib)[0] == min(number, 4)
 
 
 def test_memory_is_measured_and_divided():

@@ -21,6 +21,7 @@ from kernel_checks import (
     check_max_pool,
     check_pool_difference,
     check_relu,
+    check_strides,
 )
 
 from nslightning import Jacobians, PatchWarning, ops, patch
@@ -161,6 +162,11 @@ def test_rows_worked_on_at_once_are_the_composition(shape, jacobian, monkeypatch
     for one, other in zip(*ours, strict=True):
         assert torch.equal(one, other)
     assert torch.equal(ours[0][0], F.max_pool2d(x, 2))
+
+
+def test_gradients_lie_in_memory_as_stocks(monkeypatch):
+    monkeypatch.setattr("nslightning.ops.autograd.native._library", lambda: None)
+    check_strides()
 
 
 @layouts

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from nslightning.experiments.executors.base import ItemResult, Resources, cores, use_threads
 from nslightning.experiments.executors.memory import Peak, free_memory, measured_peak, processes_that_fit
+from nslightning.experiments.executors.occupancy import Occupancy
 
 __all__ = ["LocalExecutor"]
 
@@ -22,9 +23,10 @@ R = TypeVar("R")
 class LocalExecutor:
     """Computes items in processes of this machine; one worker computes in this process.
 
-    Without a number of workers, the first item is computed alone, and its peak of memory says how many processes fit
-    side by side. A process that the system ends (out of memory, a segmentation fault) may have been disturbed by its
-    neighbours: the items that were being computed are computed again, one after the other, before the rest goes on.
+    Without a number of workers, the first item is computed alone. Its peak of memory, and on a GPU the share of time in
+    which that worked, say how many processes fit side by side. A process that the system ends (out of memory, a
+    segmentation fault) may have been disturbed by its neighbours: the items that were being computed are computed
+    again, one after the other, before the rest goes on.
 
     Args:
         resources: The processes and devices that it may use.
@@ -132,5 +134,6 @@ def _begin(devices: Any, threads: int) -> None:
 
 
 def _measured(work: Callable[[T, str], R], item: T) -> tuple[R, Peak]:
-    result = work(item, _device[0])
-    return result, measured_peak(_device[0])
+    with Occupancy(_device[0]) as occupancy:
+        result = work(item, _device[0])
+    return result, measured_peak(_device[0])._replace(busy=occupancy.share)

@@ -1,7 +1,8 @@
-"""Chooses the number of processes by the machine's cores and memory, and by the first processes' peak memory."""
+"""Chooses the number of processes by the machine's cores and memory, and by what the first process took of them."""
 
 from __future__ import annotations
 
+import math
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -20,17 +21,19 @@ _USED = 0.8
 
 
 class Peak(NamedTuple):
-    """The peak memory of a process, in bytes.
+    """The peak memory of a process, in bytes, and how busy it kept its GPU.
 
     Args:
         host: Peak of the machine's memory.
         device: Peak of the GPU's memory; 0 on a CPU.
         device_free: Free memory of the GPU, the process's own part included; None on a CPU.
+        busy: Share of the time in which the GPU worked, while the process was alone; None where it is not known.
     """
 
     host: int
     device: int = 0
     device_free: int | None = None
+    busy: float | None = None
 
 
 def measured_peak(device: str) -> Peak:
@@ -71,6 +74,8 @@ def free_memory() -> int | None:
 def processes_that_fit(peak: Peak, cores: int, host_free: int | None, gpus: int = 1) -> tuple[int, str]:
     """Return the number of processes to compute side by side.
 
+    Kernels of several processes take turns on a GPU. More processes than keep it busy all the time gain nothing.
+
     Args:
         peak: Peak memory of the first cell's process.
         cores: Cores that each serve a process.
@@ -85,6 +90,8 @@ def processes_that_fit(peak: Peak, cores: int, host_free: int | None, gpus: int 
         (3, 'memory: 2.0 GiB each, 8.0 GiB free')
         >>> processes_that_fit(Peak(2**30, 10 * 2**30, 75 * 2**30), 16, 64 * 2**30, gpus=2)
         (12, "the GPU's memory: 10.0 GiB each, 75.0 GiB free")
+        >>> processes_that_fit(Peak(2**30, 10 * 2**30, 75 * 2**30, busy=0.3), 16, 64 * 2**30)
+        (4, 'one keeps the GPU busy for 30 % of its time')
         >>> processes_that_fit(Peak(2**30), 2, None)
         (2, '2 cores')
     """
@@ -95,6 +102,9 @@ def processes_that_fit(peak: Peak, cores: int, host_free: int | None, gpus: int 
     if peak.device_free is not None and peak.device:
         words = f"the GPU's memory: {peak.device / 2**30:.1f} GiB each, {peak.device_free / 2**30:.1f} GiB free"
         limits.append((gpus * int(_USED * peak.device_free / peak.device), words))
+    if peak.busy is not None:
+        words = f"one keeps the GPU busy for {100 * peak.busy:.0f} % of its time"
+        limits.append((gpus * math.ceil(1 / max(peak.busy, 0.01)), words))
     number, reason = min(limits, key=lambda limit: limit[0])
     return max(1, number), reason
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nslightning.ops.autograd import native
-from nslightning.ops.autograd.layouts import storage_order
+from nslightning.ops.autograd.layouts import image_layout, storage_order
 from nslightning.ops.autograd.nodes import NonsmoothFunction, check_changes, refuse_changes
 from nslightning.ops.autograd.selection import (
     Selection,
@@ -251,7 +251,14 @@ def pool_forward(x: Tensor, geometry: Regular, *, zeros: bool = True) -> tuple[T
     )
 
 
-def pool_gradient_of(g: Tensor, reached: Tensor, weights: Tensor, geometry: Regular, size: tuple[int, int]) -> Tensor:
+def pool_gradient_of(
+    g: Tensor,
+    reached: Tensor,
+    weights: Tensor,
+    geometry: Regular,
+    size: tuple[int, int],
+    layout: torch.memory_format | None = None,
+) -> Tensor:
     """The gradient of 2-d max pooling, under a choice that is a selection's memory on the gradient's device.
 
     Args:
@@ -260,23 +267,31 @@ def pool_gradient_of(g: Tensor, reached: Tensor, weights: Tensor, geometry: Regu
         weights: The memory, shape (4,).
         geometry: The windows.
         size: The input's height and width.
+        layout: The input's memory format, which masks of one window an image do not tell; by default theirs.
 
     Returns:
         The gradient with respect to the input.
     """
     if weights.device.type != "cpu":
-        return _pool_gradient_by_memory(g, reached, weights, geometry, size)
+        return _pool_gradient_by_memory(g, reached, weights, geometry, size, layout)
+    numbers = tuple(weights.tolist())
     kernels = kernels_for(g.device.type)
-    return cast(Tensor, kernels.pool_backward(g, reached, _numbers(geometry), size, tuple(weights.tolist())))
+    return cast(Tensor, kernels.pool_backward(g, reached, _numbers(geometry), size, numbers, layout=layout))
 
 
 def _pool_gradient_by_memory(
-    g: Tensor, reached: Tensor, weights: Tensor, geometry: Regular, size: tuple[int, int]
+    g: Tensor,
+    reached: Tensor,
+    weights: Tensor,
+    geometry: Regular,
+    size: tuple[int, int],
+    layout: torch.memory_format | None,
 ) -> Tensor:
     """The same without a look at the weights, for which the host would wait."""
     share, whole, each, last = weights.unbind()
     table = pool_coefficients.__wrapped__(share, whole, each, torch.float32, g.device)  # no tensors in the cache
-    return cast(Tensor, kernels_for(g.device.type).pool_shares(g, reached, _numbers(geometry), size, table, last))
+    kernels = kernels_for(g.device.type)
+    return cast(Tensor, kernels.pool_shares(g, reached, _numbers(geometry), size, table, last, layout=layout))
 
 
 def pool_gradient(
@@ -302,10 +317,11 @@ def pool_gradient(
     """
     if not _final(g) or (selection.jacobians.max_pool == "random" and not replayed(g)):
         return composed(x, g, selection)
-    kernels, size = kernels_for(x.device.type), (x.shape[2], x.shape[3])
+    kernels, size, layout = kernels_for(x.device.type), (x.shape[2], x.shape[3]), image_layout(x)
     if replayed(g):
-        return pool_gradient_of(g, reached, selection.read(".pool", g), geometry, size)
-    return cast(Tensor, kernels.pool_backward(g, reached, _numbers(geometry), size, selection.pool_weights()))
+        return pool_gradient_of(g, reached, selection.read(".pool", g), geometry, size, layout)
+    weights = selection.pool_weights()
+    return cast(Tensor, kernels.pool_backward(g, reached, _numbers(geometry), size, weights, layout=layout))
 
 
 def pool_difference(
@@ -336,8 +352,9 @@ def pool_difference(
         wide = torch.float64 if g.dtype == torch.float64 else torch.float32
         shares = pool_difference_coefficients(selection.pool_weights(), less.pool_weights(), wide, g.device)
         if shares is not None:
-            size = x.shape[2], x.shape[3]
-            return cast(Tensor, kernels_for(x.device.type).pool_shares(g, reached, _numbers(geometry), size, *shares))
+            kernels, size = kernels_for(x.device.type), (x.shape[2], x.shape[3])
+            numbers = _numbers(geometry)
+            return cast(Tensor, kernels.pool_shares(g, reached, numbers, size, *shares, layout=image_layout(x)))
     d = torch.empty_like(x)
     images = max(1, _PART // max(1, x[:1].numel())) if x.device.type == "cpu" else len(x)
     for into, *part in zip(*(t.split(images) for t in (d, *inputs)), strict=True):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,7 @@ __all__ = [
     "autocasts",
     "duplicate",
     "empty_as_stock",
+    "filled_as_stock",
     "image_layout",
     "is_dense",
     "laid_out_as",
@@ -71,6 +74,30 @@ def empty_as_stock(x: Tensor) -> Tensor:
     if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
         return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     return torch.empty_like(x)
+
+
+def filled_as_stock(g: Tensor, y: Tensor, fill: Callable[[Tensor, Tensor], object]) -> Tensor:
+    """The gradient of ReLU in the memory that the stock backward would allocate for it.
+
+    Args:
+        g: The incoming gradient, any layout.
+        y: The operation's result, of the same shape, dense in memory.
+        fill: Takes ``g`` and memory for the gradient, both in the memory order of ``y``, and fills the second.
+
+    Returns:
+        The gradient.
+    """
+    if g.stride() == y.stride():
+        gradient = empty_as_stock(y)
+        fill(g, gradient)
+        return gradient
+    ordered = torch.empty_like(y)
+    fill(laid_out_as(g, y), ordered)
+    shapes = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in (g, y)]
+    strides = torch.ops.aten.threshold_backward.default(*shapes, 0).stride()
+    if strides == ordered.stride():
+        return ordered
+    return torch.empty_strided(y.shape, strides, dtype=y.dtype, device=y.device).copy_(ordered)
 
 
 def autocasts(x: Tensor) -> bool:

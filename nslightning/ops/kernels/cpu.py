@@ -15,7 +15,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from nslightning.ops.autograd.layouts import empty_as_stock, image_layout, laid_out_as
+from nslightning.ops.autograd.layouts import empty_as_stock, filled_as_stock, image_layout, laid_out_as
 from nslightning.ops.autograd.selection import pool_coefficients
 
 __all__ = [
@@ -163,9 +163,11 @@ def relu_backward(g: Tensor, y: Tensor, bits: Tensor, alpha: float, *, constant:
     Returns:
         The gradient with respect to the input.
     """
-    gradient = torch.empty_like(y)
-    _run("relu_backward", y.dtype, laid_out_as(g, y), y, bits, gradient, y.numel(), alpha, constant)
-    return gradient
+
+    def fill(g: Tensor, gradient: Tensor) -> None:
+        _run("relu_backward", y.dtype, g, y, bits, gradient, y.numel(), alpha, constant)
+
+    return filled_as_stock(g, y, fill)
 
 
 def mark(x: Tensor, position: float, size: int) -> tuple[Tensor, Tensor]:
@@ -238,6 +240,8 @@ def pool_backward(
     geometry: Sequence[tuple[int, int]],
     size: tuple[int, int],
     weights: tuple[float, float, float, float],
+    *,
+    layout: torch.memory_format | None = None,
 ) -> Tensor:
     """The gradient of 2-d max pooling.
 
@@ -247,6 +251,7 @@ def pool_backward(
         geometry: As in :func:`pool_forward`.
         size: The input's height and width.
         weights: ``(share, whole, each, last)`` of :meth:`~nslightning.ops.autograd.selection.Selection.pool_weights`.
+        layout: The input's memory format, which masks of one window an image do not tell; by default theirs.
 
     Returns:
         The gradient with respect to the input.
@@ -257,7 +262,7 @@ def pool_backward(
     vertex = (share, whole, each) == (0, 1, 0)
     apart = not (_disjoint(geometry) or vertex or (whole == 0 and g.dtype.itemsize > 2))
     coefficients = pool_coefficients(share, whole, each, _wide(g.dtype), apart=apart)
-    return _share(g, mask, geometry, size, coefficients, bool(last), apart, vertex)
+    return _share(g, mask, geometry, size, layout, coefficients, bool(last), apart, vertex)
 
 
 def pool_shares(
@@ -267,6 +272,8 @@ def pool_shares(
     size: tuple[int, int],
     coefficients: Tensor,
     last: bool,
+    *,
+    layout: torch.memory_format | None = None,
 ) -> Tensor:
     """The gradient of 2-d max pooling, from coefficients instead of weights, such as those of a difference.
 
@@ -278,11 +285,12 @@ def pool_shares(
         coefficients: As :func:`~nslightning.ops.autograd.selection.pool_coefficients` has them; float64 for
             float64, else float32.
         last: Whether the target is the last tied entry.
+        layout: As in :func:`pool_backward`.
 
     Returns:
         The gradient with respect to the input.
     """
-    return _share(g, mask, geometry, size, coefficients, last, False, False)
+    return _share(g, mask, geometry, size, layout, coefficients, last, False, False)
 
 
 def _share(
@@ -290,10 +298,12 @@ def _share(
     mask: Tensor,
     geometry: Sequence[tuple[int, int]],
     size: tuple[int, int],
+    layout: torch.memory_format | None,
     coefficients: Tensor,
     *how: bool,
 ) -> Tensor:
-    gradient = torch.empty((*mask.shape[:2], *size), dtype=g.dtype, device=g.device, memory_format=image_layout(mask))
+    layout = image_layout(mask) if layout is None else layout
+    gradient = torch.empty((*mask.shape[:2], *size), dtype=g.dtype, device=g.device, memory_format=layout)
     numbers = _numbers(gradient, mask, geometry)
     _run("pool_backward", g.dtype, laid_out_as(g, mask), mask, coefficients, gradient, numbers, *how)
     return gradient

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nslightning.ops.autograd.layouts import empty_as_stock, image_layout, laid_out_as
+from nslightning.ops.autograd.layouts import empty_as_stock, filled_as_stock, image_layout, laid_out_as
 from nslightning.ops.autograd.selection import pool_coefficients
 from nslightning.ops.kernels import cuda
 
@@ -128,14 +128,14 @@ def relu_backward(
     Returns:
         The gradient with respect to the input; ``alpha * g`` is formed in float32 and rounded once.
     """
-    g = laid_out_as(g, y)
-    gradient = torch.empty_like(y)
-    if y.numel():
-        memory = isinstance(alpha, Tensor)
-        rule = constant if memory else int(constant)
-        numbers = y.numel(), alpha, rule
-        _launch(_relu_backward, y.numel(), g, y, bits, gradient, *numbers, MEMORY=memory, ROWS=_BLOCK // 8)
-    return gradient
+    memory = isinstance(alpha, Tensor)
+    numbers = y.numel(), alpha, constant if memory else int(constant)
+
+    def fill(g: Tensor, gradient: Tensor) -> None:
+        if y.numel():
+            _launch(_relu_backward, y.numel(), g, y, bits, gradient, *numbers, MEMORY=memory, ROWS=_BLOCK // 8)
+
+    return filled_as_stock(g, y, fill)
 
 
 @triton.jit
@@ -270,6 +270,8 @@ def pool_backward(
     geometry: Sequence[tuple[int, int]],
     size: tuple[int, int],
     weights: tuple[float, float, float, float],
+    *,
+    layout: torch.memory_format | None = None,
 ) -> Tensor:
     """The gradient of 2-d max pooling.
 
@@ -279,13 +281,14 @@ def pool_backward(
         geometry: Kernel, stride, padding and dilation.
         size: The input's height and width.
         weights: ``(share, whole, each, last)`` of :meth:`~nslightning.ops.autograd.selection.Selection.pool_weights`.
+        layout: The input's memory format, which masks of one window an image do not tell; by default theirs.
 
     Returns:
         The gradient with respect to the input; sums are formed in float32 and rounded once.
     """
     share, whole, each, last = weights
     coefficients = pool_coefficients(share, whole, each, torch.float32, g.device)
-    return pool_shares(g, mask, geometry, size, coefficients, bool(last))
+    return pool_shares(g, mask, geometry, size, coefficients, bool(last), layout=layout)
 
 
 def pool_shares(
@@ -295,6 +298,8 @@ def pool_shares(
     size: tuple[int, int],
     coefficients: Tensor,
     last: bool | Tensor,
+    *,
+    layout: torch.memory_format | None = None,
 ) -> Tensor:
     """Run :func:`pool_backward` with coefficients, such as those of a difference.
 
@@ -305,11 +310,12 @@ def pool_shares(
         size: The input's height and width.
         coefficients: As :func:`~nslightning.ops.autograd.selection.pool_coefficients` has them, on the device, float32.
         last: Whether the target is the last tied entry; or the memory of that, 0-d, float64: not 0 if it is.
+        layout: As in :func:`pool_backward`.
 
     Returns:
         The gradient with respect to the input.
     """
-    layout = image_layout(mask)
+    layout = image_layout(mask) if layout is None else layout
     g = laid_out_as(g, mask)
     gradient = torch.empty((*mask.shape[:2], *size), dtype=g.dtype, device=g.device, memory_format=layout)
     if gradient.numel():
