@@ -1,11 +1,12 @@
-"""Finds the name that a mistyped name was probably meant to be."""
+"""Finds the name that a mistyped name was probably meant to be, and writes values as a person does."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
-__all__ = ["closest", "did_you_mean"]
+__all__ = ["closest", "did_you_mean", "short"]
 
 
 def closest(unknown: object, known: Iterable[str], most: int = 1, cutoff: float = 0.6) -> list[str]:
@@ -49,3 +50,23 @@ def did_you_mean(unknown: object, known: Iterable[str], most: int = 1, *, otherw
     """
     names = closest(unknown, known, most)
     return f"; did you mean {' or '.join(map(repr, names))}?" if names else otherwise
+
+
+def short(value: Any) -> str:
+    """A setting as a person would write it.
+
+    Args:
+        value: A value of a config file.
+
+    Returns:
+        The text; numbers without trailing zeros.
+
+    Example:
+        >>> [short(v) for v in (1.0, 0.00035, [0.0, 1.0], None, "bf16-true")]
+        ['1', '0.00035', '[0, 1]', 'none', 'bf16-true']
+    """
+    if isinstance(value, float):
+        return f"{value:.12g}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(short, value))}]"
+    return "none" if value is None else str(value)

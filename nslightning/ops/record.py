@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nslightning._torch import overloads
-from nslightning.spelling import did_you_mean
+from nslightning.spelling import did_you_mean, short
 
 if TYPE_CHECKING:
     from nslightning.ops.autograd.selection import Selection
@@ -210,7 +210,7 @@ class Operation:
         shares: Whether it shares a gradient over several entries: then the choice is a number beta or a name of
             :data:`~nslightning.ops.autograd.shares.SHARES`.
         names: The other choices that have a name.
-        default: The field's default; None is the reference too.
+        default: The field's default; None is the native choice too.
         jax: The choice that JAX makes; None where it agrees with PyTorch, has no such function, or returns NaN.
         tensorflow: The choice that TensorFlow and Keras make; None as for JAX.
         taken: Stock PyTorch's derivative at each kink, as the share of the way from the left to the right derivative:
@@ -329,7 +329,7 @@ class Operation:
         ends: list[Any] = []
         for side in (0, 1):
             chosen: list[Any] = [kink.sides(*parameters)[side] for kink in self.kinks if kink.sides is not None]
-            # A side that differs from entry to entry is no number; where stock takes that side, the reference names it.
+            # A side that differs from entry to entry is no number; where stock takes that side, None names it.
             as_stock = len(chosen) == 1 and self.taken == (side,)
             ends.append(None if as_stock else chosen[0] if len(chosen) == 1 else tuple(chosen))
         return tuple(ends)
@@ -338,13 +338,13 @@ class Operation:
         """A choice for this operation, as it is stored.
 
         Args:
-            value: None for the reference, a number, a pair of numbers for two kinks, or a name.
+            value: None for native, a number, a pair of numbers for two kinks, or a name.
 
         Returns:
             The same, with numbers as floats and pairs as tuples.
 
         Raises:
-            ValueError: If it is no choice of this operation.
+            ValueError: If the value is no choice of this operation.
 
         Example:
             >>> OPERATIONS["relu6"].checked([0, 1])
@@ -363,6 +363,50 @@ class Operation:
                 f"{self.name} takes {count} numbers, the derivatives at its {count} kinks; given {value!r}"
             )
         return tuple(_number(self.name, v) for v in value)
+
+    def derivative(self, x: Tensor) -> list[float]:
+        """The derivative that the installed PyTorch returns at some points, with the parameters :attr:`at`.
+
+        Args:
+            x: The points, float64, shape (N,).
+
+        Returns:
+            A number for each point.
+
+        Example:
+            >>> OPERATIONS["hardswish"].derivative(torch.tensor([-4.0, 0.0, 4.0], dtype=torch.float64))
+            [0.0, 0.5, 1.0]
+        """
+        with torch.inference_mode(False), torch.enable_grad():
+            if self.kernels is None:
+                assert self.example is not None
+                x = x.clone().requires_grad_()
+                (gradient,) = torch.autograd.grad(self.example(x).sum(), x)
+                return gradient.tolist()
+        # Not autograd through the forward: one that is composed may take another derivative than this backward.
+        with torch.inference_mode(False), torch.no_grad():
+            x, parameters = self.kernels.prepare(x, *self.at)
+            saved = self.kernels.forward(x, *parameters) if self.kernels.saves == "output" else x
+            gradients = self.kernels.backward(torch.ones_like(x), saved, *parameters)
+            return (gradients[0] if isinstance(gradients, tuple) else gradients).tolist()
+
+    def written(self, value: Any) -> str:
+        """A choice as every output writes it.
+
+        Args:
+            value: A choice as it is stored; a list stands for a pair, as in a file.
+
+        Returns:
+            ``"native"`` for stock PyTorch's choice where that is None or beta = 0, else the number, the pair or the
+            name.
+
+        Example:
+            >>> [OPERATIONS["max_pool"].written(value) for value in (0.0, None, "native", 10.0, "minimal")]
+            ['native', 'native', 'native', '10', 'minimal']
+            >>> OPERATIONS["relu6"].written([0.0, 1.0]), OPERATIONS["relu"].written(0.0)
+            ('[0, 1]', '0')
+        """
+        return "native" if value is None or (self.shares and value == 0) else short(value)
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -410,7 +454,8 @@ _FOLLOWERS: list[Callable[[Operation], None]] = []
 def register(operation: Operation) -> Operation:
     """Make an operation known: it becomes a field of ``Jacobians``, ``patch`` reaches it, probes and audits name it.
 
-    Models that were patched before do not take it: patch them again.
+    Models that were patched before do not take it: patch them again. A notebook cell may run twice: an operation of the
+    same name, for functions and classes of the same names and modules, takes the place of the former one.
 
     Args:
         operation: Its record.
@@ -419,7 +464,8 @@ def register(operation: Operation) -> Operation:
         The same.
 
     Raises:
-        ValueError: If the name is no name of a field, or is taken.
+        ValueError: If the name is no name of a field, or another operation has it; or if a kink's ``sides`` are not the
+            derivatives that the function has on the left and on the right of it.
         TypeError: If something else than an :class:`Operation` is given.
     """
     if not isinstance(operation, Operation):
@@ -427,16 +473,69 @@ def register(operation: Operation) -> Operation:
     name = operation.name
     if not name.isidentifier() or name.startswith("_") or name in ("rule", "preset", "to_dict"):
         raise ValueError(f"{name!r} cannot be a field of Jacobians: take a lowercase name such as 'my_relu'")
-    if name in OPERATIONS:
-        raise ValueError(f"there is an operation {name!r} already: take another name")
+    former = OPERATIONS.get(name)
+    if former is not None and _spelled_by(former) != _spelled_by(operation):
+        raise ValueError(
+            f"there is another operation {name!r} already, for {', '.join(sorted(_spelled_by(former)))}: take another "
+            "name, or start Python again to replace it"
+        )
+    for kink in operation.kinks:
+        _check_sides(operation, kink)
+    tables: list[tuple[dict[Any, tuple[Operation, ...]], Iterable[Any]]]
+    tables = [(MODULES, operation.modules), (FUNCTIONS, operation.functions)]
+    for table, spellings in tables:
+        for key in [key for key, operations in table.items() if former in operations]:
+            _replace(table, key, tuple(other for other in table[key] if other is not former))
+        for key in spellings:
+            _replace(table, key, (*table.get(key, ()), operation))
     OPERATIONS[name] = operation
-    for cls in operation.modules:
-        MODULES[cls] = (*MODULES.get(cls, ()), operation)
-    for function in operation.functions:
-        FUNCTIONS[function] = (*FUNCTIONS.get(function, ()), operation)
     for follower in _FOLLOWERS:
         follower(operation)
     return operation
+
+
+def _replace(table: dict[Any, tuple[Operation, ...]], key: Any, operations: tuple[Operation, ...]) -> None:
+    """Set an entry of :data:`MODULES` or :data:`FUNCTIONS`; an empty one goes."""
+    if operations:
+        table[key] = operations
+    else:
+        del table[key]
+
+
+def _spelled_by(operation: Operation) -> set[str]:
+    """The names of the classes and functions that spell an operation, with their modules."""
+    spellings = (*operation.modules, *operation.functions)
+    return {f"{getattr(s, '__module__', '')}.{getattr(s, '__qualname__', s)}" for s in spellings}
+
+
+_BESIDE = 1e-4  # distance from a kink at which its sides are probed: a backward in float32 tells it from the kink, too
+_CLOSE = 1e-2  # a derivative may change by so much on that way
+
+
+def _check_sides(operation: Operation, kink: Kink) -> None:
+    """Raise unless the derivatives beside a kink are those that its record names.
+
+    The backward of the record's kernels returns them, or autograd for the example of an operation without kernels; an
+    operation that has neither is not checked.
+    """
+    if kink.position is None or kink.sides is None or (operation.kernels is None and operation.example is None):
+        return
+    position, named = kink.position(*operation.at), kink.sides(*operation.at)
+    if isinstance(position, Tensor) or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in named):
+        return
+    step = _BESIDE * max(1.0, abs(position))
+    x = torch.tensor([position - step, position + step], dtype=torch.float64, device="cpu")
+    left, right = named
+    beside = operation.derivative(x)
+    allowed = _CLOSE * max(1.0, abs(left), abs(right))
+    if all(abs(slope - side) <= allowed for slope, side in zip(beside, named, strict=True)):
+        return
+    there = ", ".join(f"{slope:.3g}" for slope in beside)
+    swapped = all(abs(slope - side) <= allowed for slope, side in zip(beside, (right, left), strict=True))
+    raise ValueError(
+        f"{operation.name} has the derivatives ({there}) on the left and on the right of {kink.where}, and its record "
+        f"has sides=({as_words(left)}, {as_words(right)}): {'swap the two' if swapped else 'write the derivatives'}"
+    )
 
 
 def follow(follower: Callable[[Operation], None]) -> None:
@@ -469,7 +568,7 @@ def known(kind: str, name: str, allowed: Iterable[Any]) -> None:
         allowed: The allowed names.
 
     Raises:
-        ValueError: If it is not; the message suggests the name that was probably meant.
+        ValueError: If the name is unknown; the message suggests the one that was probably meant.
     """
     allowed = tuple(allowed)
     if name not in allowed:

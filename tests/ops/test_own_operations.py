@@ -20,7 +20,11 @@ from nslightning.probes import divergence
 def test_the_page_on_adding_an_operation_runs(repo_root):
     """In a separate process, since a registered operation stays."""
     page = (repo_root / "docs" / "how-to-add-an-operation.md").read_text(encoding="utf-8")
-    code = "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
+    classes, record, *rest = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    # A notebook's cells run twice: the second class and its record take the place of the first ones.
+    again = "former = nn.Sequential(nn.Identity(), SquareGate())\nfrom nslightning import patch, Jacobians\n"
+    again += "patched = patch(former, Jacobians(square_gate=-0.5))"
+    code = "\n".join([classes, record, again, classes, record, *rest])
     code += """
 import copy, dataclasses, pickle
 choice = Jacobians(square_gate=-0.25)
@@ -29,6 +33,21 @@ assert choice == dataclasses.replace(Jacobians(), square_gate=-0.25)
 assert choice.to_dict()["square_gate"] == -0.25 and repr(choice) == "Jacobians(square_gate=-0.25)"
 assert dataclasses.asdict(choice) == choice.to_dict() and "SquareGate at -1" in Jacobians.__doc__
 assert Jacobians.preset("jax") != choice and hash(choice) != hash(Jacobians())
+x = torch.tensor([-1.0, 2.0], requires_grad=True)
+assert torch.autograd.grad(former(x).sum(), x)[0].tolist() == [-0.5, 5.0]
+from nslightning.ops.record import MODULES
+assert SquareGate in MODULES and type(former[1]) not in MODULES
+try:
+    register(pointwise_operation(
+        "square_gate", modules={nn.Tanh: lambda module, x: Call(x)}, formula="", choice="",
+        kinks=(Kink("x = 0", position=lambda: 0.0, sides=lambda: (0.0, 1.0)),),
+        kernels=Kernels(forward=torch.relu, backward=lambda g, x: torch.where(x > 0, g, 0)),
+    ))
+except ValueError as error:
+    assert "already, for __main__.SquareGate: take another name, or start Python again" in str(error), error
+else:
+    raise AssertionError("another operation took the name")
+assert nn.Tanh not in MODULES
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -65,6 +84,38 @@ def test_the_backward_of_a_record_is_the_one_of_the_installed_torch(name):
         saved = (y if record.kernels.saves == "output" else entries).detach()
         ours = record.kernels.backward(torch.ones_like(y), saved, *parameters)
         assert torch.equal(ours[0] if isinstance(ours, tuple) else ours, stock)
+
+
+def gate(sides=lambda: (0.0, -1.0), **facts):
+    """The record of x max(x + 1, 0), whose derivative jumps from 0 to -1 at -1."""
+    return pointwise_operation(
+        "gate_of_a_test",
+        kinks=(Kink("x = -1", position=lambda: -1.0, sides=sides),),
+        kernels=Kernels(
+            forward=lambda x: x * (x + 1).clamp(min=0), backward=lambda g, x: torch.where(x > -1, g * (2 * x + 1), 0)
+        ),
+        formula="x max(x + 1, 0)",
+        choice="",
+        **facts,
+    )
+
+
+@pytest.mark.parametrize(
+    ("sides", "says"),
+    [((-1.0, 0.0), r"\(-?0, -1\) .* sides=\(-1, 0\): swap the two"), ((-1.0, 2.0), "write the derivatives")],
+)
+def test_sides_that_the_function_does_not_have_are_refused(sides, says):
+    before = dict(OPERATIONS)
+    with pytest.raises(ValueError, match=f"gate_of_a_test has the derivatives {says}" if "swap" in says else says):
+        register(gate(sides=lambda: sides))
+    assert before == OPERATIONS
+
+
+def test_sides_of_an_operation_without_kernels_are_those_of_its_example():
+    facts = {"formula": "", "choice": "", "apply": lambda s, c: c.x, "ties": lambda c: (0, 0), "example": torch.relu}
+    kink = Kink("x = 0", position=lambda: 0.0, sides=lambda: (1.0, 0.0))
+    with pytest.raises(ValueError, match="swap the two"):
+        register(Operation(name="relu_of_a_test", kinks=(kink,), **facts))
 
 
 @pytest.mark.parametrize(("name", "says"), [("relu", "already"), ("rule", "cannot be a field"), ("my op", "cannot be")])

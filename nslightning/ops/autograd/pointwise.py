@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -61,35 +62,25 @@ def pointwise_operation(
         x, positions = stored(call.x), OPERATIONS[name].positions(*call.parameters)
         return sum(torch.count_nonzero(x == position) for position in positions), x.numel()
 
-    taken = tuple(_taken(name, kernels, kink, at) for kink in kinks)
-    return Operation(
-        name=name,
-        kinks=kinks,
-        kernels=kernels,
-        apply=apply or evaluate,
-        ties=ties or count,
-        taken=taken,
-        at=at,
-        **facts,
+    record = Operation(
+        name=name, kinks=kinks, kernels=kernels, apply=apply or evaluate, ties=ties or count, at=at, **facts
     )
+    return replace(record, taken=tuple(_taken(record, kink) for kink in kinks))
 
 
-def _taken(name: str, kernels: Kernels, kink: Kink, at: tuple[Any, ...]) -> float:
+def _taken(record: Operation, kink: Kink) -> float:
     """The stock choice at a kink: 0 for the left derivative, 1 for the right, a share for one between them."""
     if kink.position is None or kink.sides is None:
-        raise ValueError(f"a kink of {name} has no position or no derivatives: both are functions of its parameters")
-    with torch.inference_mode(False), torch.no_grad():
-        x = torch.tensor([float(kink.position(*at))], dtype=torch.float64, device="cpu")
-        x, parameters = kernels.prepare(x, *at)
-        saved = kernels.forward(x, *parameters) if kernels.saves == "output" else x
-        # Not autograd through the forward: one that is composed may take another derivative than this backward.
-        gradients = kernels.backward(torch.ones_like(x), saved, *parameters)
-        g = gradients[0] if isinstance(gradients, tuple) else gradients
-    left, right = (float(side) for side in kink.sides(*at))
-    share = 0.0 if g.item() == left else 1.0 if g.item() == right else (g.item() - left) / (right - left)
+        raise ValueError(
+            f"a kink of {record.name} has no position or no derivatives: both are functions of its parameters"
+        )
+    at_kink = torch.tensor([float(kink.position(*record.at))], dtype=torch.float64, device="cpu")
+    (taken,) = record.derivative(at_kink)
+    left, right = (float(side) for side in kink.sides(*record.at))
+    share = 0.0 if taken == left else 1.0 if taken == right else (taken - left) / (right - left)
     if not 0 <= share <= 1:
         raise ValueError(
-            f"{name} has the derivative {g.item()} at {kink.where}, which is not between {left} and {right}"
+            f"{record.name} has the derivative {taken} at {kink.where}, which is not between {left} and {right}"
         )
     return share
 
@@ -149,7 +140,7 @@ class _Kinked(NonsmoothFunction):
 
 
 class _Transformable(_Kinked):
-    """The same for ``torch.func`` and forward-mode differentiation, which the compiler does not take.
+    """Adds ``torch.func`` and forward-mode differentiation; the compiler takes no function that has them.
 
     The operation acts on each entry by itself, so its Jacobian is diagonal: the same product maps
     gradients and tangents.
