@@ -1,5 +1,7 @@
 """The docstrings' markup as Markdown, for mkdocstrings: roles, simple tables and literal blocks."""
 
+import dataclasses
+import inspect
 import re
 from typing import Any
 
@@ -16,6 +18,19 @@ class DocstringMarkup(griffe.Extension):
         """Rewrite one docstring."""
         if obj.docstring is not None:
             obj.docstring.value = markdown(obj.docstring.value)
+
+    def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
+        """Give ``Jacobians`` its fields, which are made of the records when the module is imported."""
+        from nslightning import Jacobians
+
+        choice = pkg["jacobians.Jacobians"]
+        choice.docstring = griffe.Docstring(markdown(inspect.getdoc(Jacobians) or ""), parent=choice)
+        choice.bases = []
+        keyword = griffe.ParameterKind.keyword_only
+        choice["__init__"].parameters = griffe.Parameters(
+            griffe.Parameter("self", kind=griffe.ParameterKind.positional_or_keyword),
+            *(griffe.Parameter(f.name, kind=keyword, default=repr(f.default)) for f in dataclasses.fields(Jacobians)),
+        )
 
 
 def markdown(text: str) -> str:

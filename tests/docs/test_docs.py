@@ -4,6 +4,7 @@ import doctest
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -16,6 +17,7 @@ import yaml
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 EXAMPLES = [page for page in PAGES if ">>>" in page.read_text(encoding="utf-8")]
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 
 
@@ -152,3 +154,11 @@ def test_the_site_builds_without_a_warning(tmp_path):
             r'<(?:script|link|img)[^>]+(?:src|href)="(https?://[^"]+)"', page.read_text(encoding="utf-8")
         )
         assert not [url for url in fetched if "canonical" not in url], page
+    if CHROMIUM is not None:  # the search of a page that is opened as a file
+        address = f"{(tmp_path / 'site' / 'glossary.html').as_uri()}?q=compensation"
+        command = [
+            CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+            "--virtual-time-budget=10000", "--dump-dom", address,
+        ]  # fmt: skip
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+        assert re.search(r'<a href="[^"]*glossary\.html[^"]*#compensation" class="md-search-result__link"', shown)
