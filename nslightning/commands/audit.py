@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from nslightning.commands.devices import check_device
 from nslightning.commands.endings import CallError, ended
 from nslightning.commands.plain_parser import Arguments
+from nslightning.commands.process import plain_warnings
 from nslightning.commands.progress import progress
 from nslightning.files import check_writable, expanded, write_text
 from nslightning.spelling import did_you_mean
@@ -129,7 +130,7 @@ def _limit(text: str) -> float:
 
 
 def _check_outputs(outputs: dict[str, Path]) -> None:
-    """Before the work, not after it."""
+    """Raise, before any work, if an output cannot be written."""
     for kind, path in outputs.items():
         if path.is_dir():
             raise CallError(f"--{kind} takes a file; {path} is a folder")
@@ -163,7 +164,7 @@ def _audit(options: argparse.Namespace) -> int:
     from nslightning.report.audit_page import page
     from nslightning.report.audit_text import advice, table
 
-    with Arithmetic().applied(), progress() as show:
+    with Arithmetic().applied(), progress() as show, plain_warnings():
         report = audit(
             network,
             batches,
@@ -316,7 +317,7 @@ def _data(options: argparse.Namespace, shape: tuple[int, ...] | None = None) -> 
 def _folder(folder: Path, options: argparse.Namespace, size: int) -> tuple[list[Batch], str, int | None]:
     import torch
 
-    from nslightning.data.images import FileImages
+    from nslightning.data.images import FileImages, pixels_of
     from nslightning.data.preprocessing import HE2016
     from nslightning.data.verify import data_error
 
@@ -333,7 +334,9 @@ def _folder(folder: Path, options: argparse.Namespace, size: int) -> tuple[list[
     for start in range(0, wanted, options.batch_size):
         pixels, labels = images.__getitems__(order[start : start + options.batch_size])
         batches.append((pixels, labels if labelled else None))
-    description = f"{len(files)} images of {folder}, " + (f"{len(classes)} classes" if labelled else "random labels")
+    labels_of = f"{len(classes)} classes" if labelled else "random labels"
+    prepared = f"resized and cropped from {pixels_of([str(files[i]) for i in order])} (--image-size)"
+    description = f"{len(files)} images of {folder}, {labels_of}, {prepared}"
     return batches, description, len(classes) if labelled else None
 
 

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-__all__ = ["own_process"]
+__all__ = ["own_process", "plain_warnings"]
 
 # Environment variables that a command sets for the processes that it starts. WANDB_SERVICE stays: W&B's own process
 # outlives a run.
@@ -31,6 +31,21 @@ def _wanted(record: logging.LogRecord) -> bool:
 
 
 @contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Write warnings without the line of code that raised them. Lightning's import sets another form: import it before.
+
+    Yields:
+        Nothing.
+    """
+    form = warnings.formatwarning
+    warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = form
+
+
+@contextmanager
 def own_process(argv: Sequence[str]) -> Iterator[None]:
     """Run a command as if the process were its own.
 
@@ -40,11 +55,11 @@ def own_process(argv: Sequence[str]) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    program, environment, form = sys.argv, dict(os.environ), warnings.formatwarning
+    program, environment = sys.argv, dict(os.environ)
     messages = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     tracebacks = logging.raiseExceptions
     sys.argv = [program[0], *argv]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), plain_warnings():
         # Lightning's own use of a torch name on its way out.
         warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")
         # A run that goes on writes where it did before.
@@ -53,7 +68,6 @@ def own_process(argv: Sequence[str]) -> Iterator[None]:
         warnings.filterwarnings("ignore", "LightningCLI's args parameter")
         if argv[0] in ("validate", "test", "predict"):  # they would save, and evaluation saves nothing
             warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint need to be provided")
-        warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}\n"
         messages.addFilter(_wanted)
         logging.raiseExceptions = False  # a library's log on a full disk: the run's own error says so
         try:
@@ -61,7 +75,6 @@ def own_process(argv: Sequence[str]) -> Iterator[None]:
         finally:
             messages.removeFilter(_wanted)
             logging.raiseExceptions = tracebacks
-            warnings.formatwarning = form
             sys.argv = program
             for name in _SET:
                 if (value := environment.get(name)) is None:

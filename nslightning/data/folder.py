@@ -10,7 +10,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from nslightning.data.augmentation import Augmentation
 from nslightning.data.base import TIMEOUT, ImageDataModule, Split
-from nslightning.data.images import FileImages
+from nslightning.data.images import FileImages, pixels_of
 from nslightning.data.preprocessing import Preprocessing, preprocessing_of
 from nslightning.data.sampler import Draws
 from nslightning.data.shards import Shards, ShardSamples, is_shards
@@ -150,11 +150,23 @@ class ImageFolder(ImageDataModule):
                 stacklevel=2,
             )
 
+    @property
+    def summary(self) -> str:
+        """Describe a batch in a few words, and the files that it is made of.
+
+        Returns:
+            Such as ``images of 3x224x224, 10 classes; resized and cropped, the first file from 32 x 32 pixels``.
+        """
+        images = self._split("train")
+        assert isinstance(images, FileImages)
+        size = pixels_of([images.samples[0][0]])
+        return f"{super().summary}; resized and cropped, the first file from {size}" if size else super().summary
+
     def prepare_data(self) -> None:
         """Copy shards that are named by an address from their object store; Lightning calls it once on each machine.
 
         Raises:
-            DataError: If that fails.
+            DataError: If a shard cannot be copied.
         """
         if isinstance(self.source, Shards):
             self.source.fetch()

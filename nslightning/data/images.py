@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import IO, Any, ClassVar
 
 import numpy as np
 import torch
@@ -115,10 +116,10 @@ class TensorImages(Draws):
         return self.labels.device
 
     def to(self, device: torch.device) -> TensorImages:
-        """The same images on a device.
+        """Move the images to a device.
 
         Args:
-            device: Where.
+            device: The device to move to.
 
         Returns:
             A copy; these images themselves where they are there already.
@@ -257,6 +258,33 @@ class FileImages(Draws):
         return self._transforms[size]
 
 
+def pixels_of(files: Sequence[str | ShardImage]) -> str:
+    """The sizes of image files, width by height, from their headers.
+
+    Args:
+        files: Paths, or images of shards. Files that cannot be read are left out: reading them raises the error.
+
+    Returns:
+        Such as ``"32 x 32 pixels"``, or ``"30 x 20 to 640 x 480 pixels"`` for the smallest and the largest; empty where
+        no file can be read.
+    """
+    sizes = set()
+    for file in files:
+        with (
+            suppress(OSError, SyntaxError, ValueError, Image.DecompressionBombError),
+            _stream(file) as stream,
+            Image.open(stream) as opened,
+        ):
+            sizes.add(opened.size)
+    ends = sorted(sizes, key=lambda size: (size[0] * size[1], size))
+    shown = [f"{width} x {height}" for width, height in dict.fromkeys((ends[0], ends[-1]))] if ends else []
+    return f"{' to '.join(shown)} pixels" if shown else ""
+
+
+def _stream(file: str | ShardImage) -> IO[bytes]:
+    return Path(file).open("rb") if isinstance(file, str) else io.BytesIO(file.read())
+
+
 def read_image(file: str | ShardImage) -> Image.Image:
     """Read one image file as RGB with eight bits a channel.
 
@@ -276,7 +304,7 @@ def read_image(file: str | ShardImage) -> Image.Image:
     try:
         # Pillow leaves a file open that it was handed by name and could not read.
         with (
-            Path(file).open("rb") if isinstance(file, str) else io.BytesIO(file.read()) as stream,
+            _stream(file) as stream,
             Image.open(stream) as opened,
         ):
             if (numbers := _without_scale(opened)) is not None:
@@ -303,12 +331,12 @@ def read_image(file: str | ShardImage) -> Image.Image:
 
 
 def _tags(image: Image.Image) -> Mapping[int, Any]:
-    """What a TIFF says of its pixels; nothing for other files."""
+    """The tags of a TIFF, which describe its pixels; other files have no tags."""
     return getattr(image, "tag_v2", {})
 
 
 def _without_scale(image: Image.Image) -> str | None:
-    """The kind of an image's numbers where they do not say which of them is white; None where they do."""
+    """The kind of an image's numbers where the file does not say which number is white; None where it does."""
     if image.mode in _UNKNOWN_SCALE:
         return "floating-point numbers"
     tags = _tags(image)

@@ -136,8 +136,8 @@ class ClarkeCheck:
     """The promise of theorems that stock PyTorch's gradient lies in the Clarke subdifferential.
 
     Args:
-        holds: Whether they do on these batches. False means that it is not known.
-        always: Whether they do on every batch.
+        holds: Whether theorems promise it on these batches. False means that it is not known.
+        always: Whether theorems promise it on every batch.
         bound: At most this share of the values that its biases may have puts an evaluation of a batch on a kink, the
             largest of the batches; None where that is not known (:attr:`nslightning.probes.Guarantee.bound`).
         missing: The sites that no theorem covers, with the reason.

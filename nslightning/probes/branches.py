@@ -36,7 +36,7 @@ class Branches:
     Args:
         seen: By site, the recorded evaluations with copies of their tensors.
         met: By site, the number of evaluations that the replay has come to.
-        again: Whether the forward is over: what is evaluated now is a checkpoint computed once more.
+        again: Whether the forward is over: the evaluations from now on belong to a checkpoint that runs again.
         left: For each pooling that was not moved, whether one of its windows is off its branch; None where poolings are
             looked at and moved.
     """
@@ -288,7 +288,7 @@ def _recorded(operation: Operation, call: Call, x: Tensor, seen: Tensor, planes:
 
 
 def _shared(operation: Operation, call: Call, x: Tensor, choice: Any, weights: Callable[[Tensor], Tensor]) -> Tensor:
-    """For each entry the sum of what the windows that it wins pass to it, each window with its own weight."""
+    """Sum, for each entry, the gradients of the windows that it wins, each with the window's own weight."""
     apart = torch.autograd.graph.saved_tensors_hooks(_itself, _itself)  # not a checkpoint's, which would run it again
     with torch.enable_grad(), apart:
         leaf = x.detach().double().requires_grad_()

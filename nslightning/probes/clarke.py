@@ -21,7 +21,7 @@ class Clarke:
     Args:
         value: The function's value.
         limits: The distinct limits of gradients at nearby points (the Bouligand subdifferential).
-        undecided: Further gradients of branches, of which first-order information does not tell whether nearby points
+        undecided: Further gradients of branches, of which first-order information does not show whether nearby points
             take them. Empty for every piecewise affine program.
         autodiff: The gradient along the branches that the program takes at the point itself, which is what automatic
             differentiation of its control flow returns.

@@ -287,7 +287,7 @@ def _flops(forward: Callable[[], Any], gradient: Callable[[], Any]) -> tuple[int
 def _convolution_backward_flops(
     above: Sequence[int], inputs: Sequence[int], weight: Sequence[int], *settings: Any, **_: Any
 ) -> int:
-    """Of a convolution's backward, grouped or not: each gradient takes as many products as the forward."""
+    """Count the operations of a convolution's backward: each gradient takes as many products as the forward."""
     transposed, needed = settings[4], settings[7]
     places = (inputs if transposed else above)[2:]
     once = 2 * inputs[0] * math.prod(places) * math.prod(weight)

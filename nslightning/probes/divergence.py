@@ -43,7 +43,7 @@ Method = Literal["subtract", "propagate"]
 
 
 class MethodWarning(UserWarning):
-    """A difference was found in another way than was asked for; the message says why."""
+    """Gradients were subtracted where their difference was to be carried down; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,8 @@ def divergence(
             carried = _propagated(loss, model, by_name, base_choice, named, retain_graph)
             return carried | ({_CONTROL: _nothing(named, "propagate")} if control else {})
         except UnseenError as reason:
-            warnings.warn(f"divergence subtracts gradients instead: {reason}", MethodWarning, stacklevel=2)
+            doing = "gradients are subtracted, which leaves rounding where they agree"
+            warnings.warn(f"{doing}: {reason.cause}", MethodWarning, stacklevel=2)
     every = [base_choice, *by_name.values()]
     turns = gradients_in_turn(loss, model, every, named, retain_graph=retain_graph or control)
     base = next(turns)  # two sets of gradients in memory, however many choices
@@ -193,7 +194,7 @@ def _propagated(
     """The divergences as they are carried down from the ties.
 
     Raises:
-        UnseenError: If they cannot be carried.
+        UnseenError: If the differences cannot be carried.
     """
     refuse_unseen(loss, named)
     alike = {name: choice for name, choice in choices.items() if isinstance(choice, Jacobians)}

@@ -200,7 +200,7 @@ def wanted(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> dict
         The parameters that require gradients, then ``inputs``.
 
     Raises:
-        ValueError: If there is nothing, an input does not require gradients, or it has a parameter's name.
+        ValueError: If no tensor requires gradients, an input does not require gradients, or it has a parameter's name.
     """
     reshard(model)
     named: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}

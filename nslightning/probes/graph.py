@@ -1,4 +1,4 @@
-"""The backward graph of a loss: where in it a choice may matter, and what lies above."""
+"""The backward graph of a loss: the nodes at which a choice may matter, and those above them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,22 @@ _FIRST = (None, 0.0, "native", "first")
 
 
 class UnseenError(ValueError):
-    """The backward of a loss runs operations that its graph does not show, or that treat a difference otherwise."""
+    """The backward of a loss runs operations that its graph does not show, or that treat a difference otherwise.
+
+    Args:
+        cause: The part of the loss, and why no difference can be carried through it.
+        way_out: What measures it all the same.
+
+    Attributes:
+        cause: The part of the loss, and why no difference can be carried through it.
+    """
+
+    def __init__(self, cause: str, way_out: str = "use method='subtract', or nslightning.probes.gradients") -> None:
+        super().__init__(f"{cause}: {way_out}" if way_out else cause)
+        self.cause, self.way_out = cause, way_out
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.cause, self.way_out)
 
 
 def operation_nodes(loss: Tensor, among: Iterable[Jacobians | Plan] = ()) -> Iterator[Any]:
@@ -88,8 +103,8 @@ def refuse_compiled(loss: Tensor) -> None:
     """
     if any(map(is_compiled_function, opaque_nodes(loss))):
         raise UnseenError(
-            "a part of the loss was computed by torch.compile, whose backward reports no ties: use method='subtract', "
-            "or the model as it was before torch.compile"
+            "a part of the loss was computed by torch.compile, whose backward reports no ties",
+            "use method='subtract', or the model as it was before torch.compile",
         )
 
 
@@ -161,10 +176,10 @@ def communicates(loss: Tensor) -> bool:
 
 
 def bottleneck(loss: Tensor, goals: Collection[Any]) -> GradientEdge | None:
-    """The last place that everything has to pass on its way down to some nodes.
+    """The lowest place that every gradient passes on its way down to some nodes.
 
-    All that lies below it gets its gradient through it alone: a backward may start there, with the gradient that was
-    caught there.
+    The nodes receive no gradient by another way. So a backward may start at this place, with the gradient that arrived
+    there.
 
     Args:
         loss: A tensor computed by a forward.

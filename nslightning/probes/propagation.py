@@ -143,7 +143,7 @@ class Recording:
             choice: The choice to compare with the one in use.
 
         Returns:
-            Only what is not identically zero: at an operation, or below the ReLUs that directly follow it.
+            The differences that are not identically zero: at an operation, or below the ReLUs that directly follow it.
 
         Raises:
             ValueError: If the choice is random: it changes from one evaluation to the next.
@@ -170,7 +170,7 @@ class Recording:
         return ((i, one) for i, one in enumerate(self.records) if not agree(one.node, choice, one.in_use))
 
     def _mattering(self, choices: Sequence[Jacobians]) -> list[_Mattering | None]:
-        """For each choice, which differences of which records may be other than zero below the ReLUs they meet.
+        """Return, for each choice, the differences of records that may be other than zero below the ReLUs they meet.
 
         On a device one transfer reads the flags of all records and choices. Where an operation kept its ties, their
         flag serves every choice, and no difference is formed where there is none. The differences of the others are
@@ -220,8 +220,7 @@ class Recording:
                 name = operation_of(one.node) or "an operation"
                 raise UnseenError(
                     f"its backward runs {name} inside a function of its own (a reentrant checkpoint, torch.vmap, a "
-                    "custom autograd function), where a difference cannot start: use method='subtract', or "
-                    "nslightning.probes.gradients"
+                    "custom autograd function), where a difference cannot start"
                 )
 
     def carry(
@@ -394,7 +393,7 @@ def agrees(
         carried: The first less the second, as :meth:`Recording.carried` formed it.
 
     Raises:
-        UnseenError: If they are.
+        UnseenError: If the two are further apart than rounding makes them.
     """
     gaps, sizes = [], []
     for name, b in reference.items():
@@ -413,7 +412,7 @@ def agrees(
         raise UnseenError(
             "the difference carried down is not that of the two gradients. Either large parts of the gradients cancel, "
             "so that rounding is as large as the difference, or a hook or a custom backward on the way is not linear "
-            "(it clips, say): use method='subtract', or nslightning.probes.gradients"
+            "(it clips, say)"
         )
 
 
@@ -432,14 +431,15 @@ def refuse_unseen(loss: Tensor, named: Mapping[str, Tensor]) -> None:
     if reruns_forward(loss):
         raise UnseenError(
             "a part of the loss ran in torch.utils.checkpoint with use_reentrant=True, whose operations its graph does "
-            "not show: checkpoint with use_reentrant=False, or use method='subtract'"
+            "not show",
+            "checkpoint with use_reentrant=False, or use method='subtract'",
         )
     if any(map(is_shard, named.values())):
-        raise UnseenError("parameters are distributed over processes (FSDP2): use method='subtract'")
+        raise UnseenError("parameters are distributed over processes (FSDP2)", "use method='subtract'")
     if communicates(loss):
         raise UnseenError(
-            "the backward exchanges values between processes (SyncBatchNorm, say), each of which has its own ties: "
-            "use method='subtract'"
+            "the backward exchanges values between processes (SyncBatchNorm, say), each of which has its own ties",
+            "use method='subtract'",
         )
 
 

@@ -29,7 +29,7 @@ class StepCost:
     Args:
         stock: The parts of a step of the network as it is.
         patched: The parts of the same step of the patched network.
-        measured: The parts of a step on which the choices are measured; ``measuring`` is what follows its backward.
+        measured: The parts of a step on which the choices are measured; ``measuring`` is the time after its backward.
         host: Time that the host works on a patched step before the device has finished; None where there is no device
             beside the host.
     """

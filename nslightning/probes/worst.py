@@ -262,7 +262,7 @@ class _Search:
         return float(self._difference(mixture, graph=False))
 
     def _keep(self, square: float, corner: Mapping[Any, Tensor]) -> bool:
-        """Keep a corner if it is the best so far; whether it is."""
+        """Keep a corner if it is the best so far, and return whether it is."""
         if not square > self.best:
             return False
         self.best, self.corner = square, {node: index.clone() for node, index in corner.items()}
@@ -334,7 +334,7 @@ def _square(g: Tensor) -> float:
 
 
 class _Mixture:
-    """For every tie its own mixture of Jacobians: weights that sum to 1, one set per element.
+    """A mixture of Jacobians at every tie: weights that sum to 1, one set per element.
 
     They are of the shape of the result where the operation shares a gradient, for a window is one tie, and else of its
     input.

@@ -245,8 +245,8 @@ def _compare(
     refuse_compiled(loss)
     if communicates(loss):
         raise UnseenError(
-            "a zone is one process's, and this backward exchanges values between processes (SyncBatchNorm, say): look "
-            "for zones in one process"
+            "a zone is one process's, and this backward exchanges values between processes (SyncBatchNorm, say)",
+            "look for zones in one process",
         )
     if not any(operation_nodes(loss, (a, b))) and not any(opaque_nodes(loss)):
         return None
@@ -258,7 +258,7 @@ def _compare(
     method: Method = "propagate"
     try:
         if reruns_forward(loss):
-            raise UnseenError("its operations are computed again in the backward")
+            raise UnseenError("its operations are computed again in the backward", "")
         met.refuse_strangers(loss)
     except UnseenError:
         method = "subtract"

@@ -90,7 +90,8 @@ def advice(audit: Audit) -> list[str]:
     for line in audit.by_hand:
         dtype = max(line.relative, key=lambda d: line.relative[d])
         size = line.relative[dtype]
-        much = f"changes the gradient by {size:.2g} of its norm" if math.isfinite(size) else "makes a gradient of none"
+        moved = f"changes the gradient by {size:.2g} of its norm"
+        much = moved if math.isfinite(size) else "makes the gradient not finite, or changes one of 0"
         tied, total = line.ties[dtype]
         lines.append(
             f"A kink written by hand: {line.name} compares at {line.place}, `{line.code}`. In {dtype} it ties in "
@@ -106,7 +107,7 @@ def advice(audit: Audit) -> list[str]:
 
 
 def _clarke(audit: Audit) -> list[str]:
-    """Say where theorems promise an element of the Clarke subdifferential, and why not elsewhere."""
+    """Say in which precisions theorems promise an element of the Clarke subdifferential; name a site that they miss."""
     groups: dict[str, list[str]] = {}
     for dtype, check in audit.clarke.items():
         batches = "on every batch" if check.always else "on these batches"
@@ -129,7 +130,10 @@ def _clarke(audit: Audit) -> list[str]:
 
 
 def _matters(audit: Audit, dtypes: list[str]) -> list[str]:
-    """For each operation, or the few that one choice changes together: how much, since where, and the remedy."""
+    """Say how far each operation's choice moves the gradient, where its ties are, and what to change.
+
+    Operations that one choice changes together share a paragraph.
+    """
     tied = {site.operation for site in audit.tied_sites}
     groups: dict[tuple[str, ...], list[Spread]] = {}
     for spread in audit.spreads:
@@ -144,7 +148,7 @@ def _matters(audit: Audit, dtypes: list[str]) -> list[str]:
         worst = max(spreads, key=lambda s: s.relative)
         layer, share = next(iter(worst.layers.items()))
         lines.append(
-            f"{' and '.join(operations)}: the choice matters in {', '.join(where)}. {worst.choice} changes the "
+            f"{_listed(operations)}: the choice matters in {', '.join(where)}. {worst.choice} changes the "
             f"gradient by {worst.relative:.2g} of its norm in {worst.dtype} (rounding: {rounding(worst.dtype):.1e}), "
             f"most in {layer} ({100 * share:.1f} % of the squared difference). {_places(audit, operations, where)}"
         )
@@ -153,10 +157,15 @@ def _matters(audit: Audit, dtypes: list[str]) -> list[str]:
         lines[-1] += "".join(f" {record.rounding_advice if rounded else record.advice}" for record in records)
         if presets := [name for name in ("jax", "tensorflow") if any(s.choice == name for s in spreads)]:
             lines[-1] += (
-                f" {' and '.join(presets)} choose otherwise: a port there gets other gradients, which "
-                f"Jacobians.preset('{presets[0]}') reproduces here."
+                f" {' and '.join(presets)} choose{'s' * (len(presets) == 1)} otherwise: a port there gets other "
+                f"gradients, which Jacobians.preset('{presets[0]}') reproduces here."
             )
     return lines
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names as a sentence lists them: commas, and "and" before the last one."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def _places(audit: Audit, operations: Sequence[str], dtypes: Sequence[str]) -> str:
@@ -167,11 +176,12 @@ def _places(audit: Audit, operations: Sequence[str], dtypes: Sequence[str]) -> s
         most = max(dtypes, key=site.fraction)
         shown.append(f"{site_label(site.name)} ({percent(site.fraction(most))} in {most})")
     more = f" and {len(sites) - 3} more" if len(sites) > 3 else ""
-    text = f"Its ties are at {', '.join(shown)}{more}."
+    its = "Its" if len(operations) == 1 else "Their"
+    text = f"{its} ties are at {', '.join(shown)}{more}."
     if "64" not in audit.dtypes or dtypes == ["64"]:
         return text
     if "64" not in dtypes:
-        return f"{text} In 64 none of its ties matters: rounding makes the ones that do."
+        return f"{text} In 64 no such tie matters: rounding makes the ones that do."
     lasting = sum(site.fraction("64") > 0 for site in sites)
     every = "They tie" if lasting == len(sites) else f"{lasting} of the {len(sites)} tie"
     return f"{text} {every} in 64 as well: there the network or the data makes ties, not rounding alone."
@@ -307,7 +317,7 @@ def sites_in_short(audit: Audit, shown: int) -> str:
     unreached = sum(site.how == "unreached" for site in audit.sites)
     tied = {id(site) for site in audit.tied_sites}
     untied = [site.name for site in audit.sites if site.how != "unreached" and id(site) not in tied]
-    names = f" ({', '.join(name or '(model)' for name in untied)})" if 0 < len(untied) <= 4 else ""
+    names = f" ({', '.join(map(site_label, untied))})" if 0 < len(untied) <= 4 else ""
     part = f"{len(tied)} tied" + (f" ({shown} shown; --json and --html list all)" if shown < len(tied) else "")
     parts = [part] + [f"{len(untied)} without a tie{names}"] * bool(untied)
     parts += [f"{unreached} not measured"] * (unreached > 0)

@@ -1,5 +1,6 @@
 """What a newcomer meets first: help at once, a line while imports take their time, completion, spellings."""
 
+import inspect
 import re
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from dataclasses import fields
 
 import pytest
 
-from nslightning import Jacobians
+from nslightning import Jacobians, data
 from nslightning.cli import COMMANDS, main
 from nslightning.commands import help as fast
 from nslightning.commands.dashes import spelled_with_dashes, with_new_spellings
@@ -41,7 +42,12 @@ def test_the_short_help_names_what_a_run_needs(command, capsys):
     assert max(map(len, text.splitlines())) <= 120
     if command != "twins":
         assert all(f"--model.jacobians.{field.name}" in text for field in fields(Jacobians))
-    assert "FashionMNISTSample" in text
+    (listed,) = re.findall(r"--data NAME +The data set: ([^.]+)\.", text)
+    kind = data.ImageDataModule if command == "twins" else data.ResumableDataModule
+    classes = {name: getattr(data, name) for name in data.__all__}
+    named = [n for n, c in classes.items() if isinstance(c, type) and issubclass(c, kind) and not inspect.isabstract(c)]
+    assert re.split(r",\s+", listed) == named
+    assert ("TokenFile" in named) == (command != "twins")
 
 
 def whole_help(command, capsys):

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from nslightning.data import Augmentation, DataError, ImageFolder, Preprocessing
-from nslightning.data.images import FileImages, read_image
+from nslightning.data.images import FileImages, pixels_of, read_image
 
 RAMP = np.linspace(0, 65535, 12 * 10).astype(np.uint16).reshape(12, 10)
 EIGHT = (RAMP >> 8).astype(np.uint8)
@@ -185,6 +185,27 @@ def test_a_disk_that_does_not_answer_is_no_damaged_image(tmp_path):
     (tmp_path / "damaged.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     with pytest.raises(DataError, match=r"damaged.png: the image cannot be decoded"):
         read_image(str(tmp_path / "damaged.png"))
+
+
+def test_the_sizes_of_files_are_named(tmp_path):
+    files = [str(tmp_path / f"{i}.png") for i in range(3)]
+    for file, (width, height) in zip(files, [(30, 20), (64, 48), (8, 8)], strict=True):
+        Image.fromarray(np.zeros((height, width), np.uint8)).save(file)
+    assert pixels_of(files) == "8 x 8 to 64 x 48 pixels"
+    assert pixels_of(files[:1]) == "30 x 20 pixels"
+    Path(files[0]).write_bytes(b"no image")
+    assert pixels_of([files[0], str(tmp_path / "gone.png")]) == ""
+    assert pixels_of(files[:2]) == "64 x 48 pixels"
+
+
+def test_a_training_says_that_files_are_resized(tmp_path):
+    for split in ("train", "val"):
+        for label in ("cat", "dog"):
+            (tmp_path / split / label).mkdir(parents=True)
+            Image.fromarray(np.zeros((20, 30), np.uint8)).save(tmp_path / split / label / "a.png")
+    images = ImageFolder(str(tmp_path), image_size=16, workers=0)
+    images.setup("fit")
+    assert images.summary == "images of 3x16x16, 2 classes; resized and cropped, the first file from 30 x 20 pixels"
 
 
 def test_files_that_are_not_read_are_named(tmp_path):

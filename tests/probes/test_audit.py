@@ -259,7 +259,7 @@ def test_operations_that_are_not_measured_are_named(few):
     assert "there was nothing to choose" in advice(audit(smooth, few, dtypes=["32"]))[0]
 
 
-@pytest.mark.filterwarnings("ignore:divergence subtracts gradients instead")  # noise does not add up
+@pytest.mark.filterwarnings("ignore:gradients are subtracted")  # noise does not add up
 def test_noise_floor(few):
     class Noisy(torch.autograd.Function):
         @staticmethod
@@ -295,7 +295,7 @@ def test_noise_floor(few):
     assert audit(NoisyNet(tie=True), few, dtypes=["32"]).noise["32"] == 0  # noise that reaches no parameter
 
 
-@pytest.mark.filterwarnings("ignore:divergence subtracts gradients instead")  # noise does not add up
+@pytest.mark.filterwarnings("ignore:gradients are subtracted")  # noise does not add up
 def test_the_noise_floor_is_that_of_the_noisiest_batch():
     class NoisyWhereBright(Relu):
         def forward(self, x):
@@ -556,10 +556,10 @@ def test_folder_of_images(own, capsys):
     few = ["--precisions", "32", "--image-size", "16"]
     assert run("own_models:build", "--data", "tree", *few, "--json", "a.json") == 0
     plain = json.loads((own / "a.json").read_text())
-    assert plain["data"] == "4 images of tree, 2 classes"
+    assert plain["data"] == "4 images of tree, 2 classes, resized and cropped from 30 x 20 pixels (--image-size)"
     assert plain["shape"] == [4, 3, 16, 16]
     assert run("own_models:build", "--data", "flat", "--batch-size", "2", *few) == 0
-    assert "2 images of flat, random labels" in capsys.readouterr().out
+    assert "2 images of flat, random labels, resized and cropped from 30 x 20 pixels" in capsys.readouterr().out
     assert run("own_models:build", "--data", "flat", "--batch-size", "3", *few, "--html", "x.html") == 1
     assert "2 images in it, 3 needed" in capsys.readouterr().err
     assert run("own_models:gray", "--data", "flat", "--batch-size", "2", *few) == 1
