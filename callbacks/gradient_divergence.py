@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from nslightning._torch import hooks_of, is_compiled, keep_saved_buffers, runs_module_hooks, scale_of
-from nslightning.choices import Choices, choice_label, named_choices
+from nslightning.choices import Choices, named_choices
 from nslightning.jacobians import Jacobians
 from nslightning.models import Twins
 from nslightning.models.captured import eagerly
@@ -39,7 +39,16 @@ from nslightning.probes.shards import is_shard, reshard
 from nslightning.runs import choice_changes, comparable_from
 from nslightning.surgery import selections
 
-from .measurements import append_rows, begins_anew, interval, log_step, own_name, run_folder, start_table
+from .measurements import (
+    append_rows,
+    choice_in_use,
+    interval,
+    log_step,
+    own_name,
+    run_folder,
+    start_table,
+    starts_at_first_step,
+)
 from .showing import show_figure, show_table, summarise
 from .verdict import divergence_in_words
 
@@ -159,7 +168,7 @@ class GradientDivergence(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier training; of one that goes on, the checkpoint's account comes after this."""
-        if begins_anew(trainer, stage):
+        if starts_at_first_step(trainer, stage):
             self._spent, self._trained, self._next = 0.0, 0.0, 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -213,7 +222,7 @@ class GradientDivergence(Callback):
         if trainer.is_global_zero:
             summarise(trainer, self._name)
         self._began = True
-        self._reference = _in_use(pl_module)
+        self._reference = choice_in_use(pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start the clock."""
@@ -331,7 +340,7 @@ class GradientDivergence(Callback):
         own: Mapping[str, Tensor],
         measured: Mapping[str, Divergence],
     ) -> str:
-        """Why differences do not add up, by one subtraction for the choice of the largest; empty if they do."""
+        """Return why differences do not add up, by one subtraction for the choice of the largest; empty if they do."""
         choice = max(measured, key=lambda name: measured[name].l2 if math.isfinite(measured[name].l2) else 0.0)
         one = {choice: self.choices[choice]}
         named = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -341,13 +350,13 @@ class GradientDivergence(Callback):
         try:
             agrees(loss, other, own, d)
         except UnseenError as error:
-            reason = str(error)
+            reason = error.cause
         self._checked = True
         self._subtracts = _agreed(trainer, reason)
         return self._subtracts
 
     def _say(self, reason: str, doing: str = "subtracts gradients instead of propagating differences:") -> None:
-        """Say once what is done otherwise than asked for, and why."""
+        """Warn once that the callback measures otherwise than asked for, and name the reason."""
         if reason not in self._said:
             self._said.add(reason)
             rank_zero_warn(f"GradientDivergence {doing} {reason}")
@@ -364,7 +373,7 @@ class GradientDivergence(Callback):
             self._next = trainer.strategy.broadcast(self._next)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the figure, say in words what was measured, and send both to the loggers."""
+        """Draw the figure, put the measurements into words, and send both to the loggers."""
         self._draw(trainer)
 
     def _draw(self, trainer: Trainer) -> None:
@@ -393,7 +402,7 @@ class GradientDivergence(Callback):
             show_figure(trainer, f"{self._name}/figure", figure)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave nothing behind but the figure of what was measured: Lightning calls no ``teardown`` then."""
+        """Leave nothing behind but the figure of the measurements: Lightning calls no ``teardown`` then."""
         self._forget()
         self._settings.close()
         if self._began:
@@ -427,12 +436,6 @@ class GradientDivergence(Callback):
             at = {"step": step, "choice": choice, "reference": self._reference}
             rows += [{**at, "parameter": p, **e.norms(), "method": d.method} for p, e in parts.items()]
         append_rows(self._file, rows)
-
-
-def _in_use(module: nn.Module) -> str:
-    """The choice that the others are compared with: what training takes."""
-    labels = [choice_label(selection.jacobians.to_dict()) for selection in selections(module).values()]
-    return " | ".join(dict.fromkeys(labels))
 
 
 def _alike(trainer: Trainer) -> list[GradientDivergence]:
@@ -481,7 +484,7 @@ def _any_process(trainer: Trainer, decision: bool) -> bool:
 
 
 def _agreed(trainer: Trainer, reason: str) -> str:
-    """Why gradients are subtracted, on all processes if on one; empty if they are not."""
+    """Return why all processes subtract gradients if one has to; empty if each carries differences."""
     one_cannot = _any_process(trainer, bool(reason))
     return reason or ("another process cannot propagate differences" if one_cannot else "")
 
@@ -537,20 +540,20 @@ class _Clock:
 
 
 def _unseen(loss: Tensor, module: LightningModule) -> str:
-    """Why differences cannot be carried through a loss's graph; empty if they can."""
+    """Return why differences cannot be carried through a loss's graph; empty if they can."""
     try:
         refuse_unseen(loss, dict(module.named_parameters()))
-    except UnseenError as reason:
-        return str(reason)
+    except UnseenError as error:
+        return error.cause
     return ""
 
 
 def _strangers(recorded: Recording, loss: Tensor) -> str:
-    """Why a loss's backward does not tell all differences; empty if it does."""
+    """Return why a loss's backward does not record all differences; empty if it does."""
     try:
         recorded.refuse_strangers(loss)
-    except UnseenError as reason:
-        return str(reason)
+    except UnseenError as error:
+        return error.cause
     return ""
 
 

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from .measurements import begins_anew
+from .measurements import starts_at_first_step
 
 __all__ = ["LossWatch"]
 
@@ -35,7 +35,7 @@ class LossWatch(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier training."""
-        if begins_anew(trainer, stage):
+        if starts_at_first_step(trainer, stage):
             self._kept, self._first, self._count, self._seen = [], None, None, 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -8,19 +8,23 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
 
+from nslightning.choices import choice_label
 from nslightning.files import replacing
 from nslightning.runs import forget_from
+from nslightning.surgery import selections
 
 __all__ = [
     "append_rows",
     "begin_table",
-    "begins_anew",
+    "choice_in_use",
     "interval",
     "log_step",
     "own_name",
     "run_folder",
     "start_table",
+    "starts_at_first_step",
 ]
 
 
@@ -52,7 +56,7 @@ def own_name(trainer: Trainer, callback: Callback, name: str) -> str:
     return f"{name}-{place + 1}" if place else name
 
 
-def begins_anew(trainer: Trainer, stage: str) -> bool:
+def starts_at_first_step(trainer: Trainer, stage: str) -> bool:
     """Return whether a training is about to begin at its first step, before Lightning restores a checkpoint.
 
     Args:
@@ -74,6 +78,20 @@ def start_table(trainer: Trainer, file: Path) -> None:
     """
     if trainer.is_global_zero:
         begin_table(file, trainer.global_step)
+
+
+def choice_in_use(module: nn.Module) -> str:
+    """The choice that trains, with which other choices are compared: the column ``reference`` of ``divergence.csv``.
+
+    Args:
+        module: A patched model, or one that contains patched ones.
+
+    Returns:
+        Such as ``"max_pool=minimal"``; ``"native"`` for stock PyTorch's. Where sites have several choices, all of them,
+        as in ``"max_pool=minimal | native"``.
+    """
+    labels = [choice_label(selection.jacobians.to_dict()) for selection in selections(module).values()]
+    return " | ".join(dict.fromkeys(labels))
 
 
 def begin_table(file: Path, step: int) -> None:

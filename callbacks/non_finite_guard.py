@@ -21,7 +21,7 @@ from nslightning.probes.ties import TieCounts
 from nslightning.surgery import selections, using
 
 from .gradient_divergence import loss_scale, undisturbed
-from .measurements import begins_anew, log_step, run_folder
+from .measurements import log_step, run_folder, starts_at_first_step
 from .replay import NoLossError, ReplayedStep, silent, takes_iterator
 
 __all__ = ["NonFinite", "NonFiniteError", "NonFiniteGuard"]
@@ -79,7 +79,7 @@ class NonFiniteGuard(Callback):
 
     As long as all is finite, each batch costs one check of the loss and of the largest gradient. When it fails, weights
     are still those before the step: the batch runs again under the same random numbers, with every module watched, and
-    what is found is written to ``nonfinite.json`` in the run folder. Training up to there is bit for bit what it is
+    the origin is written to ``nonfinite.json`` in the run folder. Training up to there is bit for bit what it is
     without the callback.
 
     With fp16 loss scaling, gradients overflow now and then and the scaler skips the step: that is its way of working.
@@ -112,7 +112,7 @@ class NonFiniteGuard(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier training."""
-        if begins_anew(trainer, stage):
+        if starts_at_first_step(trainer, stage):
             self.finding, self.batches = None, 0
 
     def state_dict(self) -> dict[str, Any]:

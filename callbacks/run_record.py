@@ -34,7 +34,7 @@ _SHOWN = 24  # sites printed; the files have them all
 
 
 class RunRecord(Callback):
-    """Prints what was patched, and writes a run's record into its folder before the first step.
+    """Prints the patched sites, and writes a run's record into its folder before the first step.
 
     ``run.json`` holds the command, seed, precision, device, number of processes, git commit, versions, the data's
     provenance and the patch fingerprint; ``patch_report.json`` and ``.txt`` hold every site. W&B, MLflow and

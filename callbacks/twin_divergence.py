@@ -121,7 +121,7 @@ class TwinDivergence(Callback):
         self._draw(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Draw the figure of what was measured."""
+        """Draw the figure of the measurements."""
         if trainer.global_step:
             self._draw(trainer)
 

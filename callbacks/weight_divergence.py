@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nslightning.probes import measure
 
-from .measurements import append_rows, begins_anew, interval, log_step, own_name, run_folder, start_table
+from .measurements import append_rows, interval, log_step, own_name, run_folder, start_table, starts_at_first_step
 from .showing import show_file
 
 __all__ = ["WeightDivergence"]
@@ -77,7 +77,7 @@ class WeightDivergence(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier training's initial weights; those of a checkpoint come after this."""
-        if begins_anew(trainer, stage):
+        if starts_at_first_step(trainer, stage):
             self._start = None
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ _KINDS = ("regular", "bifurcation", "compensation")
 
 
 class ZoneMonitor(Callback):
-    """Tells, every so many steps, in which zone the weights lie on the training batch, for pairs of Jacobian choices.
+    """Names, every few steps, the zone in which the weights lie on the training batch, for pairs of Jacobian choices.
 
     *Regular*: both choices give the same gradient. *Bifurcation*: they give different ones. *Compensation*: they give
     different ones in the precision trained in, and the same one over the reals (:func:`nslightning.probes.zone`, which

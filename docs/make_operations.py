@@ -141,7 +141,11 @@ def plot(name: str, path: Path) -> None:
 
 def shown(value: Any) -> str:
     """A choice as one writes it."""
-    return "as PyTorch" if value is None else f"`{value!r}`"
+    if value is None:
+        return "as PyTorch"
+    if isinstance(value, str):
+        return f"`{value}`"
+    return summary([as_words(number) for number in (value if isinstance(value, tuple) else (value,))])
 
 
 def spellings(name: str) -> list[str]:
@@ -202,14 +206,14 @@ def section(name: str, operation: Operation) -> str:
         "",
         f"![{name}](figures/operations/{name}.svg)",
         "",
-        "| kink | Clarke Jacobian | stock PyTorch |",
+        "| kink | Clarke Jacobian | native |",
         "|---|---|---|",
         *(
             f"| {kink.where} | {clarke(kink, operation)} | {stock} |"
             for kink, stock in zip(operation.kinks, references(operation), strict=True)
         ),
         "",
-        f"- Choice: `Jacobians({name}=...)` takes {', '.join([number, *takes])}; `None` is the reference.",
+        f"- Choice: `Jacobians({name}=...)` takes {', '.join([number, *takes])}; `None` is the native choice.",
         f"- Presets: jax {shown(operation.jax)}, tensorflow {shown(operation.tensorflow)}.",
         f"- In `nslightning.ops`: {', '.join(f'`{n}`' for n in chosen_by(name))}.",
         f"- Reached by `patch`: {', '.join(f'`{s}`' for s in spellings(name))}, and their ATen operators.",
@@ -235,10 +239,10 @@ In a plot the grey bar is the [Clarke Jacobian](glossary.md#clarke-jacobian); th
 marks are the gradients that the code returns at the kink under stock PyTorch's choice and under the presets `jax` and
 `tensorflow`. Where several entries reach a maximum, the plot shows what two of them receive.
 
-The [reference](glossary.md#reference) is stock PyTorch's choice. Two values in one cell belong to two kinks, the lower
+[Native](glossary.md#native) is stock PyTorch's choice. Two values in one cell belong to two kinks, the lower
 one first.
 
-| operation | reference | `"jax"` | `"tensorflow"` |
+| operation | native | `"jax"` | `"tensorflow"` |
 |---|---|---|---|
 """
     rows = [

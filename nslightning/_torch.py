@@ -618,7 +618,7 @@ def while_compiling(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def compiler_is_imported() -> bool:
-    """Whether something in this process has imported the compiler, so that the code of a model may use it.
+    """Return whether this process has imported the compiler, so that the code of a model may use it.
 
     Returns:
         False as long as ``torch.compile`` was not called; also True where a library imports it.

@@ -13,8 +13,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nslightning.jacobians import Jacobians, unknown_field
+from nslightning.ops.record import OPERATIONS
+from nslightning.spelling import short
 
-__all__ = ["Choice", "Choices", "choice_label", "named_choice", "named_choices", "short", "to_jacobians"]
+__all__ = ["Choice", "Choices", "choice_label", "choice_word", "named_choice", "named_choices", "to_jacobians"]
 
 #: One choice, in every way it may be written.
 Choice = Jacobians | str | dict[str, Any]
@@ -33,7 +35,7 @@ def to_jacobians(choice: Choice | Mapping[str, Any]) -> Jacobians:
 
     Raises:
         ValueError: If a field or a preset is not known, or a value is not admissible.
-        TypeError: If it is written in no way that is known.
+        TypeError: If the choice is of a type that is not known.
 
     Example:
         >>> to_jacobians({"relu": 1}) == to_jacobians("relu=1") == Jacobians(relu=1.0)
@@ -93,7 +95,7 @@ def named_choices(choices: Mapping[str, Any] | Sequence[str]) -> dict[str, Jacob
 
     Raises:
         ValueError: If one is not admissible, or two have one name.
-        TypeError: If they are written in no way that is known.
+        TypeError: If the choices are of a type that is not known.
 
     Example:
         >>> named_choices({"relu1": {"relu": 1}, "pytorch": "pytorch"})
@@ -124,40 +126,39 @@ def choice_label(jacobians: Mapping[str, Any] | None) -> str:
         jacobians: The choice as plain data; None where it is not known.
 
     Returns:
-        Such as ``"relu=1, max_pool=minimal"``; ``"native"`` where it is the reference choice.
+        Such as ``"relu=1, max_pool=minimal"``; ``"native"`` where it is stock PyTorch's choice.
 
     Example:
         >>> choice_label({"relu": 1.0, "relu6": [0.0, 0.0], "max_pool": "minimal", "rule": "exact"})
         'relu=1, max_pool=minimal'
-        >>> choice_label(Jacobians().to_dict())
-        'native'
+        >>> choice_label(Jacobians().to_dict()), choice_label({"max_pool": "native"})
+        ('native', 'native')
     """
     if jacobians is None:
         return "unknown"
     reference = Jacobians().to_dict()
-    plain = {k: tuple(v) if isinstance(v, list) else v for k, v in jacobians.items()}  # a file has no tuples
-    changed = {k: v for k, v in plain.items() if v is not None and v != reference.get(k)}
-    return ", ".join(f"{k}={short(v)}" for k, v in changed.items()) or "native"
+    words = {field: choice_word(field, value) for field, value in jacobians.items() if value is not None}
+    changed = [f"{k}={word}" for k, word in words.items() if k not in reference or word != choice_word(k, reference[k])]
+    return ", ".join(changed) or "native"
 
 
-def short(value: Any) -> str:
-    """A setting as a person would write it.
+def choice_word(field: str, value: Any) -> str:
+    """One field of a choice as every output writes it (:meth:`nslightning.ops.Operation.written`).
 
     Args:
-        value: A value of a config file.
+        field: An operation, also one that is not registered here, or ``rule``.
+        value: Its value.
 
     Returns:
-        The text; numbers without trailing zeros.
+        The word.
 
     Example:
-        >>> [short(v) for v in (1.0, 0.00035, [0.0, 1.0], None, "bf16-true")]
-        ['1', '0.00035', '[0, 1]', 'none', 'bf16-true']
+        >>> choice_word("max_pool", 0.0), choice_word("relu", 0.5), choice_word("of_another_package", [0.0, 1.0])
+        ('native', '0.5', '[0, 1]')
     """
-    if isinstance(value, float):
-        return f"{value:.12g}"
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(short, value))}]"
-    return "none" if value is None else str(value)
+    if field in OPERATIONS:
+        return OPERATIONS[field].written(value)
+    return "native" if value is None else short(value)
 
 
 def _fields(word: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A W&B workspace for runs of this package: what it shows, as plain data, and how it reaches the server."""
+"""Describes a W&B workspace for runs of this package as plain data, and sends it to the server."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ _RESULTS = ("val/acc1", "val/loss")
 
 
 def workspace(entity: str, project: str, name: str = "nslightning") -> Workspace:
-    """The workspace, of sections with a panel each for what the callbacks log.
+    """Make the workspace: sections with a panel for each value that the callbacks log.
 
     Runs are grouped by their Jacobian choice, so that a panel draws a line with its spread for each choice, over seeds.
 

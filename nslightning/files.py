@@ -106,23 +106,23 @@ def write_text(path: str | Path, text: str) -> None:
         text: Its content.
 
     Raises:
-        OSError: If it cannot be written; the old file is there as it was.
+        OSError: If the file cannot be written; the old file stays as it was.
     """
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def check_writable(folder: str | Path) -> Path:
-    """Raise if a folder cannot be made or written to: said before a work that takes long, not after it.
+    """Raise if a folder cannot be made or written to. A command that takes long calls it before its work.
 
     Args:
         folder: The folder, which may not exist.
 
     Returns:
-        The folder among it and those above it that is there already.
+        The folder, or the nearest one above it that exists.
 
     Raises:
-        ValueError: If it cannot.
+        ValueError: If the folder cannot be made or written to.
 
     Example:
         >>> check_writable("no/such/folder") == Path.cwd()

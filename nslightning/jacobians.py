@@ -28,9 +28,9 @@ _RULE = (
 _DOC = """A Jacobian choice: what the backward pass returns at ties, one entry per nonsmooth operation.
 
 A *tie* is an evaluation at a point where the Jacobian is not unique: ``x == 0`` in ReLU, a pooling window whose
-maximum is reached more than once. Everywhere else all choices return the same gradient, and the forward pass
-never depends on the choice. Every default is the reference choice, what stock PyTorch does; ``None`` also means
-the reference. An operation that is registered (:func:`nslightning.ops.register`) is a field afterwards.
+maximum is reached more than once. Everywhere else all choices return the same gradient. Under the exact rule the
+forward pass does not depend on the choice. Every default is native, stock PyTorch's choice; ``None`` also means native.
+An operation that is registered (:func:`nslightning.ops.register`) is a field afterwards.
 
 Args:
 {arguments}
@@ -126,7 +126,7 @@ if TYPE_CHECKING:
 
     @dataclasses.dataclass(frozen=True)
     class Jacobians(_Fieldless):
-        """The class as type checkers see it: the fields are made of the records when the module is imported."""
+        """The class for type checkers. The import makes its fields of the records."""
 
         rule: Rule
 

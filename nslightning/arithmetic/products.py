@@ -238,7 +238,7 @@ def sequential_product(a: Tensor, b: Tensor, *, compiled: bool = True) -> Tensor
 
 
 def _composed(a: Tensor, b: Tensor) -> Tensor:
-    """The same by float64: a product of two float32 is exact there, and its sum is rounded to odd before float32.
+    """Form the fused products in float64, where a product of two float32 is exact and sums are rounded to odd.
 
     Rounding to odd keeps the second rounding from seeing a tie that the first one made (Boldo, Melquiond 2008).
     """

@@ -69,7 +69,7 @@ def flushes() -> bool:
 
 
 def processor() -> str:
-    """The processor's marketing name where the system tells it."""
+    """The processor's marketing name where the system names it."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

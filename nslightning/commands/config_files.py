@@ -22,10 +22,10 @@ def read_config(path: str | Path) -> dict[str, Any]:
         Its content.
 
     Raises:
-        ValueError: If it is not UTF-8, not YAML, empty or no mapping, or names one thing twice, with file and line; if
-            it includes itself.
-        FileNotFoundError: If a file that it includes is neither there nor a packaged config.
-        OSError: If it cannot be read.
+        ValueError: If the file is not UTF-8, not YAML, empty or no mapping, if it names a key twice (the message has
+            file and line), or if it includes itself.
+        FileNotFoundError: If a file that it includes does not exist and is no packaged config.
+        OSError: If the file cannot be read.
     """
     return _read(Path(path), ())
 

@@ -33,7 +33,7 @@ def _load_strictly(text: str) -> Any:
 
 
 def _spelled_out(content: Any) -> Any:
-    """The same with every Jacobian choice that is one word, such as ``jacobians: jax``, as its fields."""
+    """Return a config in which each choice of one word, such as ``jacobians: jax``, is replaced by its fields."""
     if isinstance(content, list):
         return [_spelled_out(value) for value in content]
     if not isinstance(content, dict):
@@ -53,7 +53,7 @@ def _fields(word: str) -> dict[str, Any]:
 
 
 def _words_spelled_out(argv: Sequence[str]) -> list[str]:
-    """The same of a command line: ``--model.jacobians=jax``, ``--model.choices.a=relu=1,max_pool=minimal``.
+    """Return a command line in which each choice of one word, such as ``--model.jacobians=jax``, has its fields.
 
     Example:
         >>> _words_spelled_out(["--model.jacobians", "pytorch", "--name=jax"])[1][:24]

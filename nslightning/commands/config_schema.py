@@ -47,7 +47,7 @@ class _Schema(ParserJsonschema):
         self.others = set[str]()  # names of the definitions of other packages' classes
 
     def class_ref(self, class_type: Any, action: Any, subclass: bool) -> dict[str, Any]:
-        """A class that is defined once, with a note whose it is."""
+        """A reference to a class that is defined once, with a note of its owner."""
         made: dict[str, Any] = super().class_ref(class_type, action, subclass)
         if not str(getattr(class_type, "__module__", "")).startswith("nslightning."):
             self.others.add(self.def_name(class_type))
@@ -61,7 +61,7 @@ class _Schema(ParserJsonschema):
         return {"anyOf": [{"type": "string"}, *described]}
 
     def subclass_def(self, class_type: Any, action: Any) -> dict[str, Any]:
-        """Classes by path or by bare name; those of the caller's own as well."""
+        """Schema of a class by its path or bare name; classes from outside the package are allowed as well."""
         if not (isinstance(class_type, type) and issubclass(class_type, _DESCRIBED)):
             return {"anyOf": [{"type": "string"}, self.unknown_class_path_schema()]}
         made: dict[str, Any] = super().subclass_def(class_type, action)

@@ -78,7 +78,8 @@ def with_underscores(argv: Sequence[str]) -> list[str]:
         argv: The command line.
 
     Returns:
-        The same, as the parser takes it. The names of choices, and what a class hands on, stay as they are.
+        The words as the parser takes them. Names of choices, and names that a class takes as they are written, keep
+        their dashes.
 
     Example:
         >>> with_underscores(["--data.batch-size=3", "--seed-everything", "-1", "--model.choices.a-b.max-pool=1"])

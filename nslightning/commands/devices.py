@@ -19,7 +19,7 @@ def check_device(device: str, option: str = "--device") -> None:
         option: The option that named it.
 
     Raises:
-        CallError: If it cannot; with the devices that it can.
+        CallError: If the machine has no such device; the message lists its devices.
 
     Example:
         >>> check_device("cpu")

@@ -157,7 +157,7 @@ def _data(error: BaseException, began: bool) -> Ending | None:
 
 
 def _system(error: BaseException, began: bool) -> Ending | None:
-    """A file or folder that the system refuses; what a library raises while it tidies up after that is no bug."""
+    """The ending of a run whose file or folder the system refuses, also where a library then fails to tidy up."""
     chain = [error]
     while chain[-1].__context__ is not None:
         chain.append(chain[-1].__context__)

@@ -15,7 +15,7 @@ _KEY = "nslightning_unfinished"  # of a checkpoint
 
 
 class EpochEnds(Callback):
-    """Makes a checkpoint that is written before a validation or an epoch is over go on with what is missing.
+    """Makes a checkpoint that is written before a validation or an epoch is over go on with the rest of it.
 
     Lightning goes on behind a step's checkpoint as if the validation that follows the step, and the end of the epoch,
     had taken place; and no ``ReduceLROnPlateau`` moves in an epoch that was gone on with. With this callback such a
@@ -49,7 +49,7 @@ class EpochEnds(Callback):
         self._moment = None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Write the rows that the checkpoint counts, and note what is missing."""
+        """Write the rows that the checkpoint counts, and note those that are missing."""
         files = [logger for logger in trainer.loggers if isinstance(logger, runs.MetricsFile)]
         if self._moment is not None:
             for file in files:
@@ -120,7 +120,7 @@ def _ready(trainer: Trainer) -> bool:
 
 
 def _open_again(trainer: Trainer, loops: dict[str, Any]) -> str | None:
-    """Change the progress that a step's checkpoint holds, so that Lightning does what follows the step.
+    """Change the progress that a step's checkpoint holds, so that Lightning does the work that comes after the step.
 
     Args:
         trainer: The trainer, at the end of a step.

@@ -43,7 +43,7 @@ class Call:
         """Read a command line.
 
         Args:
-            argv: The subcommand and what follows it.
+            argv: The command line from the subcommand on.
 
         Returns:
             The call, its config files and options apart.
@@ -280,7 +280,7 @@ def _code_in(content: Any, key: str = "") -> list[str]:
 
 
 def _going_on(call: Call, folder: Path, which: str) -> Start:
-    """In the run's folder and under its config, with the flags on top."""
+    """Go on in the run's folder and under its config, with the flags on top."""
     checkpoint, content = _whole(_candidates(folder, which), which, call)
     rank_zero_info(f"Checkpoint: {checkpoint}")
     own = folder / "config.yaml"
@@ -326,7 +326,7 @@ def _say_differences(asked: Path, own: Path) -> None:
 
 
 def _alike(one: Any, other: Any) -> bool:
-    """The same value, given with or without its module."""
+    """Return whether two values are equal; a class may be named with or without its module."""
     if isinstance(one, str) and isinstance(other, str):
         return one.rpartition(".")[2] == other.rpartition(".")[2]
     return bool(one == other)

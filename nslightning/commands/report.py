@@ -81,13 +81,13 @@ def make_parser(prog: str) -> Arguments:
 
 
 def check_output(path: Path) -> None:
-    """Before the work, not after it.
+    """Raise, before any work, if a page cannot be written.
 
     Args:
         path: The file to be written.
 
     Raises:
-        ValueError: If it cannot be.
+        ValueError: If the file cannot be written.
     """
     if path.is_dir():
         raise ValueError(f"--out takes a file; {path} is a folder")

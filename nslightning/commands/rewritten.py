@@ -1,4 +1,4 @@
-"""jsonargparse's messages, rewritten: what was given, what is allowed, what was probably meant.
+"""jsonargparse's messages, rewritten: they name the value, the allowed ones, and the one that was probably meant.
 
 Its errors are texts and nothing else, so each kind is known by a pattern. ``pyproject.toml`` allows the versions whose
 texts were seen, and a test of each row fails where a version says something else.

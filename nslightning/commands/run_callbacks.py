@@ -162,7 +162,7 @@ class StopWhenAsked(Callback):
         self._in_step, self._requeue, self._requeues = False, False, False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From now on a signal waits for the end of the step."""
+        """Have signals wait for the end of the step from now on."""
         self.step = trainer.global_step
         self.signals.waits = True
         self.signals.install()
@@ -206,7 +206,7 @@ class StopWhenAsked(Callback):
             self._stop(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop between two epochs: what the last one logged is written, its schedulers have taken their step."""
+        """Stop between two epochs, when the last one's values are written and its schedulers have taken their step."""
         if not self._asked(trainer):
             return
         if not self.began:

@@ -78,7 +78,7 @@ class Space:
             The space.
 
         Raises:
-            ValueError: If it is none.
+            ValueError: If the text is no space.
 
         Example:
             >>> Space.parse("model.optimizer.lr", "log:1e-4..1e-1")

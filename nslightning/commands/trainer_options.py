@@ -65,7 +65,7 @@ def check(trainer: Namespace, command: str) -> None:
         command: The subcommand.
 
     Raises:
-        ValueError: If one has.
+        ValueError: If an option has such a value.
     """
     check_accelerator(trainer.get("accelerator"))
     for limit in LIMITS:

@@ -1,4 +1,4 @@
-"""LightningCLI for what is trained here: its options, and what happens before and after."""
+"""LightningCLI of the training commands: their options, and the work before and after."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class TrainCLI(LightningCLI):
         parser.add_argument("--output", type=str, default="runs", help="Where run folders are kept.")
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Model and data before the trainer, whose options fill pages of ``--help``."""
+        """Add the options of model and data before those of the trainer, which fill pages of ``--help``."""
         model, data, _ = self.tasks[self.task]
         own = self.task == "own"
         parser.add_lightning_class_args(model, "model", subclass_mode=own)
@@ -96,7 +96,7 @@ class TrainCLI(LightningCLI):
             parser.link_arguments("seed_everything", "model.seed")
 
     def _parse_ckpt_path(self) -> None:
-        """Check what was parsed. Flags and config win over a checkpoint's hyperparameters, unlike in Lightning."""
+        """Check the parsed options. Flags and config win over a checkpoint's hyperparameters, unlike in Lightning."""
         config = self.config[self.config.subcommand]
         for group, example in (("trainer", "max_epochs=3"), ("model", "backbone=paper/lenet5")):
             if not isinstance(config.get(group), Namespace):
@@ -220,7 +220,7 @@ class TrainCLI(LightningCLI):
         return kwargs
 
     def before_fit(self) -> None:
-        """Read the data before anything of the run is written: what is missing is said first."""
+        """Read the data before anything of the run is written: a missing file is named first."""
         if not self.trainer.is_global_zero:
             return
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined] # set by a connector
@@ -235,7 +235,7 @@ class TrainCLI(LightningCLI):
             rank_zero_info(note)
 
     def _read(self, data: ImageDataModule | TokenFile) -> None:
-        """Read the data, and say what is trained on what."""
+        """Read the data, and name the network and the data."""
         data.prepare_data()
         data.setup("fit")
         counts = ", ".join(f"{n:,} {split}" for split, n in data.provenance["counts"].items())

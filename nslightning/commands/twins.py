@@ -24,7 +24,7 @@ class TwinsCLI(training_cli.TrainCLI):
     tasks: ClassVar = {"images": (Twins, ImageDataModule, ("num_classes", "image_shape"))}
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Those of ``fit``, and what is measured."""
+        """Add the arguments of ``fit``, and those of the measurement."""
         super().add_core_arguments_to_parser(parser)
         parser.add_lightning_class_args(TwinDivergence, "divergence")
         # "warn" names a kernel that has no deterministic form, and goes on: the control shows what it does.

@@ -46,7 +46,7 @@ def prepared(loggers: Any, folder: Path, tags: Sequence[str]) -> tuple[Any, list
         the run begins.
 
     Raises:
-        ValueError: If ``WANDB_MODE`` asks for what is not there.
+        ValueError: If ``WANDB_MODE`` needs a package or a key that is missing.
     """
     several = isinstance(loggers, list)
     tags = [tag if len(tag) <= _TAG else f"{tag[: _TAG - 3]}..." for tag in tags]
@@ -73,7 +73,7 @@ def prepared(loggers: Any, folder: Path, tags: Sequence[str]) -> tuple[Any, list
 
 
 def _missing() -> str | None:
-    """Why W&B cannot be imported; None where it can."""
+    """Return the reason why W&B cannot be imported; None where it can."""
     try:
         importlib.import_module("wandb")
     except Exception as error:  # whatever a half-installed package raises

@@ -141,7 +141,7 @@ class TrainLoader(Loader):
         yield from super().__iter__()
 
     def _refuse_others(self, start: int, state: dict[str, Any]) -> None:
-        """Raise where an epoch's rest is not known."""
+        """Raise where the rest of an epoch is not known."""
         if start and state != self.state_dict():
             raise ValueError(
                 f"the checkpoint was written after {start} batches of an epoch with {state}, and this run"
@@ -204,7 +204,7 @@ class ResumableDataModule(LightningDataModule, ABC):
 
     @abstractmethod
     def _load(self, split: Split) -> Draws:
-        """Check and read one split, noting what ``provenance`` tells."""
+        """Check and read one split, and note the values of ``provenance``."""
 
     @property
     def provenance(self) -> dict[str, Any]:

@@ -73,7 +73,7 @@ class Food101(ImageDataModule):
         """Download when asked to; Lightning calls it in one process.
 
         Raises:
-            DataError: If it fails.
+            DataError: If the download fails.
         """
         if not self.download:
             return

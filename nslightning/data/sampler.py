@@ -153,7 +153,7 @@ class TrainSampler(DistributedSampler[int]):
         return iter((times * self.items + self.order()).tolist())
 
     def _mine(self, draws: Tensor) -> Tensor:
-        """This process's share of what is drawn for all."""
+        """Return this process's share of the draws."""
         return draws[self.rank : self.num_samples * self.num_replicas : self.num_replicas][self.start :]
 
     def __len__(self) -> int:

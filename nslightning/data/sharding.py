@@ -1,4 +1,4 @@
-"""Folders of images into shards, and shards held against the folder they were made of."""
+"""Turns folders of images into shards, and compares shards with the folder that they were made of."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def convert(folder: Path, out: Path, shard_bytes: int, tell: Callable[[str], Non
         folder: The images.
         out: The folder of shards, to be made.
         shard_bytes: The size that a shard does not exceed, unless it holds a single image.
-        tell: Takes a line that says how far it is.
+        tell: Takes a line on the progress.
 
     Returns:
         The contents of the new folder.
@@ -206,7 +206,7 @@ def verify(out: Path, folder: Path | None = None, tell: Callable[[str], None] = 
     Args:
         out: The folder of shards.
         folder: The images.
-        tell: Takes a line that says how far it is.
+        tell: Takes a line on the progress.
 
     Returns:
         The contents of the folder of shards.

@@ -81,7 +81,7 @@ class DownloadedImages(ImageDataModule):
         """Download when asked to; Lightning calls it in one process.
 
         Raises:
-            DataError: If it fails.
+            DataError: If the download fails.
         """
         if not self.download:
             return

@@ -23,8 +23,8 @@ def data_error(file: object, failed: str, fix: str) -> DataError:
     """Word a DataError.
 
     Args:
-        file: The file or folder it is about.
-        failed: The check that failed and what was found.
+        file: The file or folder that fails.
+        failed: The check that failed, and the value that it read.
         fix: The command or change that mends it.
 
     Returns:

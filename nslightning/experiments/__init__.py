@@ -1,4 +1,4 @@
-"""Grids of runs, tidy results, and the published numbers they are held against."""
+"""Grids of runs, tidy results, and the published numbers to compare them with."""
 
 from nslightning.experiments.cells import KINDS, Cell, Outcome, TrainCell, TwinCell, ZoneCell, settings
 from nslightning.experiments.collecting import collect, folder_of

@@ -104,7 +104,7 @@ class Cell:
         return Arithmetic.parse(self.arithmetic)
 
     def as_published(self) -> Self:
-        """The same with everything that the released code did otherwise.
+        """Return the settings with everything that the released code did otherwise.
 
         Returns:
             Under the published rule, without images held out: nothing is selected on other images than the test's.
@@ -177,7 +177,7 @@ class TrainCell(Cell):
     count_zeros: bool = False
 
     def as_published(self) -> Self:
-        """The same with everything that the released code did otherwise.
+        """Return the settings with everything that the released code did otherwise.
 
         Returns:
             Besides: the loss in half precision (16 bits), evaluation in float32 and one loss scaler for all runs (24
@@ -259,7 +259,7 @@ class ZoneCell(Cell):
     estimator: Literal["sampling", "exact"] = "sampling"
 
     def as_published(self) -> Self:
-        """The same with everything that the released code did otherwise.
+        """Return the settings with everything that the released code did otherwise.
 
         Returns:
             Besides: gradients that are NaN under both choices count as different where bits are compared (paper A).

@@ -22,21 +22,22 @@ _STATISTICS = ("mean", "proportion", "within", "probability", "share", "rate")
 
 
 def comparison(experiment: Experiment, results: pd.DataFrame) -> pd.DataFrame:
-    r"""Hold an experiment against the published numbers that its file names.
+    r"""Compare an experiment with the published numbers that its file names.
 
-    Each entry of ``compare`` has ``published`` (a table of :mod:`nslightning.experiments.published`), ``where`` (the
-    rows of it that are meant), ``match`` (its columns that are our settings, ``{column: setting}``), ``of`` (settings
-    that our cells have, where not all are meant), ``metric`` (ours), and ``statistic``:
+    Each entry of ``compare`` has ``published`` (a table of :mod:`nslightning.experiments.published`), ``where``
+    (the table's rows to compare with), ``match`` (the table's columns that are our settings, ``{column:
+    setting}``), ``of`` (the settings of the cells to compare, by default all cells), ``metric`` (ours), and
+    ``statistic``:
 
     - ``mean`` (default): the mean over seeds of ``metric`` at the epoch ``at``, ``last`` (default), or ``best``: each
       run's maximum over epochs, which selects on the test images. Inside: the difference is at most two published
-      standard deviations; where none is known, nothing is said.
+      standard deviations; where these are unknown, ``inside`` stays empty.
     - ``proportion``: the share of parameter vectors with ``metric`` > 0.
     - ``within``: the share of parameter vectors whose ``metric`` is at most ``within``.
     - ``probability``: the mean over parameter vectors of ``metric``, a chance that was counted for each.
     - ``share``: the sum of ``metric`` over the sum of ``batches``. ``draws`` says how many parameter vectors the
       published mini-batches are of.
-    - ``rate``: the sum of ``metric`` over the sum of the metric ``over``; what it is held against tells no spread.
+    - ``rate``: the sum of ``metric`` over the sum of the metric ``over``; the published rate has no known spread.
 
     Parameter vectors are independent of one another, the mini-batches of one are not. A share of n draws has the
     standard deviation :math:`\sqrt{p(1-p)/n}`; inside means a difference of at most two of them, those of both sides
@@ -44,15 +45,15 @@ def comparison(experiment: Experiment, results: pd.DataFrame) -> pd.DataFrame:
     together with that of the published share. A ``share`` of mini-batches has the spread s of the draws' own shares;
     inside means at most Student's 97.5 % quantile with n - 1 degrees of freedom times :math:`s \sqrt{1/n +
     1/n_{published}}`. Where all n draws say 0, or all 1, it means what n such draws cannot exclude at 5 %,
-    :math:`1 - 0.05^{1/n}`. One draw tells no spread, and nothing is said then.
+    :math:`1 - 0.05^{1/n}`. One draw has no spread, and ``inside`` stays empty.
 
-    Published rows of another data set than the one that ran stand beside nothing.
+    Published rows of a data set that did not run are left out.
 
     Runs with NaN keep the accuracy that their constant output has, as in the published tables; ``drop_nan: true``
     leaves them out, as the published box plots did.
 
     Args:
-        experiment: With what it is held against.
+        experiment: The experiment, with its ``compare``.
         results: Its tidy table.
 
     Returns:
@@ -62,7 +63,7 @@ def comparison(experiment: Experiment, results: pd.DataFrame) -> pd.DataFrame:
         columns.
 
     Raises:
-        ValueError: If ``compare`` names what is not there.
+        ValueError: If ``compare`` names an unknown table, column or setting.
     """
     import pandas as pd
 
@@ -112,7 +113,7 @@ def _meant(
     columns: Iterable[str] = ("data",),
     read: Callable[[str], pd.DataFrame] | None = None,
 ) -> list[dict[str, Any]]:
-    """The published rows that an entry means, whatever was run; they have these columns."""
+    """The published rows, with these columns, that an entry refers to; the results play no part."""
     published, where = (read or table)(entry["published"]), entry.get("where", {})
     for column in (*where, *columns):
         if column not in published:

@@ -1,4 +1,4 @@
-"""Run an experiment: what is missing is computed, several cells side by side, and collected in one tidy table.
+"""Run an experiment: missing cells are computed, several side by side, and collected in one tidy table.
 
 A folder ``<output>/<name>/<scale>`` holds ``cells/<id>.json`` (one finished cell each, written at once),
 ``cells/<id>.error`` (why a cell failed; it is tried again by the next call), ``cells/<id>.partial`` (how far a training

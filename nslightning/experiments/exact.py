@@ -81,7 +81,7 @@ class Lattice:
         return (u.float() * span) - bound
 
     def nearest(self, value: Tensor) -> Tensor:
-        """About which k draws a value.
+        """Return the numbers k whose draws are nearest to some values, to within rounding.
 
         Args:
             value: Numbers, any shape.
@@ -262,7 +262,7 @@ def _values(
 
 
 def _parts(layer: nn.Linear, h: Tensor, order: str) -> list[Tensor]:
-    """The sums to which an order adds the bias, one after another, from the bias on."""
+    """The partial sums of an order from the place on where it adds the bias."""
     name, number = split(order)
     if name == "blocks":
         inner = layer.in_features

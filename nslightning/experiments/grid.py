@@ -1,4 +1,4 @@
-"""One experiment, one YAML file: what varies, what stays, and what the result is held against."""
+"""One experiment, one YAML file: the settings that vary, those that stay, and the published numbers to compare with."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Experiment:
         grids: Each a mapping of settings to lists of values; the experiment is the union of their products, the first
             setting varying slowest. ``optimizer_options.beta`` is an entry of a setting that is a mapping, and
             ``{from: 0, count: 3}`` stands for 0, 1, 2.
-        compare: The published numbers that it is held against; see :mod:`nslightning.experiments.compare`.
+        compare: The published numbers to compare with; see :mod:`nslightning.experiments.compare`.
         as_published: Every cell takes the released procedure, quirks included
             (:meth:`nslightning.experiments.Cell.as_published`).
         gpus_per_cell: Share of a GPU that a cell takes where it is computed on one.

@@ -20,7 +20,7 @@ def halves(precision: int, device: torch.device) -> bool:
 
     Args:
         precision: 16, 24, 32 or 64.
-        device: Where.
+        device: The device to compute on.
 
     Returns:
         Whether they are.
@@ -34,7 +34,7 @@ def computing(precision: int, device: torch.device) -> Iterator[None]:
 
     Args:
         precision: 16, 24, 32 or 64.
-        device: Where.
+        device: The device to compute on.
     """
     with ExitStack() as stack:
         if precision == 24:

@@ -37,7 +37,7 @@ def twins(cell: TwinCell, device: str) -> Outcome:
 
     Args:
         cell: The settings.
-        device: Where.
+        device: The device to compute on.
 
     Returns:
         By ``twin`` and ``epoch`` (or ``step``): ``l1_distance``; per epoch also ``test_accuracy``; per step, of the

@@ -39,7 +39,7 @@ def zones(cell: ZoneCell, device: str) -> Outcome:
 
     Args:
         cell: The settings.
-        device: Where.
+        device: The device to compute on.
 
     Returns:
         Per parameter vector: ``batches`` seen, ``differing`` ones, the first of them (``first_differing``, counted
@@ -185,13 +185,13 @@ def difference_norm(cell: ZoneCell, pair: tuple[nn.Module, ...], x: Tensor, y: T
 
 
 def _loss(cell: ZoneCell, network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """In the cell's precision."""
+    """Compute the loss in the cell's precision."""
     with computing(cell.precision, x.device):
         return F.cross_entropy(at_least_float32(network(x)), y)
 
 
 def _parameters(cell: ZoneCell, network: nn.Module) -> dict[str, Tensor]:
-    """Those whose gradients the norm looks at, by name."""
+    """The parameters whose gradients the norm reads, by name."""
     named = wanted(network)
     if cell.norm == "bitwise_first_layer":
         first = next(name for name, p in named.items() if p.dim() > 1)

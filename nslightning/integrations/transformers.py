@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from nslightning.callbacks.measurements import append_rows, begin_table
+from nslightning.callbacks.measurements import append_rows, begin_table, choice_in_use
 from nslightning.choices import Choice, named_choices, to_jacobians
 from nslightning.jacobians import Jacobians
 from nslightning.models.checkpoint_note import plan_of
@@ -34,8 +34,9 @@ class NonsmoothTrainerCallback(TrainerCallback):
     is.
 
     Written to ``output_dir``: ``patch_report.json`` with every site, after the first step; ``divergence.csv`` with one
-    row per measured step and choice. A training that goes on replaces the rows from its first step on; a new training
-    in the same folder keeps the former table as ``divergence.1.csv``. The same values go into
+    row per measured step and choice, whose column ``reference`` names the choice that trains (``native``: stock
+    PyTorch's). A training that goes on replaces the rows from its first step on; a new training in the same folder
+    keeps the former table as ``divergence.1.csv``. The same values go into
     ``trainer.state.log_history`` as ``divergence/<choice>/relative`` and ``divergence/<choice>/cosine``, and to W&B
     where a run is active. On several processes they are those of the first process's own batch.
 
@@ -168,7 +169,9 @@ class NonsmoothTrainerCallback(TrainerCallback):
         measured, self._measured = self._measured, {}
         if not measured or not state.is_world_process_zero:
             return
-        rows = [{"step": state.global_step, "choice": name, **d.norms()} for name, d in measured.items()]
+        assert self._model is not None  # a backward of it was measured
+        step, reference = state.global_step, choice_in_use(self._model)
+        rows = [{"step": step, "choice": n, "reference": reference, **d.norms()} for n, d in measured.items()]
         append_rows(_table(args), rows)
         values = {
             f"divergence/{name}/{norm}": value

@@ -29,7 +29,7 @@ def takes_fused(parameters: Iterable[Tensor]) -> bool:
 
 
 def fused(optimizer: Optimizer) -> Optimizer:
-    """The same optimizer with its fused kernel: one launch for all parameters, and no wait for a loss scaler.
+    """Give an optimizer its fused kernel: one launch for all parameters, and no wait for a loss scaler.
 
     Args:
         optimizer: An optimizer that has taken no step.

@@ -271,7 +271,7 @@ class PatchedModule(LightningModule):
         """Steps or epochs of this training.
 
         Raises:
-            ValueError: If it has no end.
+            ValueError: If the training has no end.
         """
         steps = self.trainer.estimated_stepping_batches
         length = steps if interval == "step" else self.trainer.max_epochs
@@ -332,7 +332,7 @@ class PatchedModule(LightningModule):
             PatchWarning: If the Jacobian choice or the patched sites differ.
 
         Raises:
-            ValueError: If they do, and ``on_mismatch`` is ``"refuse"``.
+            ValueError: If the choices or the sites differ, and ``on_mismatch`` is ``"refuse"``.
         """
         self._trained_with = CheckpointNote.optimizer(checkpoint)
         self._note.check(checkpoint, self.patch_report)

@@ -37,7 +37,7 @@ class _Twin(ImageClassifier):
         self.trainer.lightning_module.log(f"{stage}/{self.name}/{metric}", value, *args, **kwargs)
 
     def parameter_groups(self) -> Any:
-        """Those of all twins, since one optimizer steps them."""
+        """The parameter groups of all twins, since one optimizer steps them."""
         if self._trainer is None:  # when it is made: only whether the rules are right
             return super().parameter_groups()
         groups: list[dict[str, Any]] = []

@@ -90,7 +90,7 @@ def hardtanh(
         x: Input, any shape, floating dtype.
         min_val: The lower bound l.
         max_val: The upper bound u.
-        at_kinks: The derivatives at the two bounds; ``None`` is the reference.
+        at_kinks: The derivatives at the two bounds; ``None`` is the native choice.
         inplace: Overwrite ``x``.
 
     Returns:
@@ -165,8 +165,8 @@ CLAMP = register(
         apply=lambda selection, call: clamped(call.x, selection, *call.parameters, inplace=call.inplace),
         formula="min(max(x, low), high)",
         choice=(
-            "The derivatives of ``clamp`` at its lower and its upper bound; the reference depends on the version of "
-            "torch (1 up to 2.13, 0 in 2.15)."
+            "The derivatives of ``clamp`` at its lower and its upper bound; the native choice depends on the "
+            "version of torch (1 up to 2.13, 0 in 2.15)."
         ),
         functions=spelled(_clamp_call, torch.clamp, torch.clip, Tensor.clamp, Tensor.clip, aten.clamp, aten.clip)
         | spelled(
@@ -273,7 +273,7 @@ def clamp(
         x: Input, any shape, floating dtype.
         min: The lower bound l, a number or a tensor that broadcasts with ``x``; ``None`` for none.
         max: The upper bound u, of the same kind; ``None`` for none.
-        at_bounds: The derivatives at the two bounds; ``None`` is the reference.
+        at_bounds: The derivatives at the two bounds; ``None`` is the native choice.
         inplace: Overwrite ``x``.
 
     Returns:
@@ -299,7 +299,7 @@ def clamp_min(x: Tensor, min: float | Tensor, at_bound: float | None = None, inp
     Args:
         x: Input, any shape, floating dtype.
         min: The lower bound.
-        at_bound: The derivative there; ``None`` is the reference.
+        at_bound: The derivative there; ``None`` is the native choice.
         inplace: Overwrite ``x``.
 
     Returns:
@@ -317,7 +317,7 @@ def clamp_max(x: Tensor, max: float | Tensor, at_bound: float | None = None, inp
     Args:
         x: Input, any shape, floating dtype.
         max: The upper bound.
-        at_bound: The derivative there; ``None`` is the reference.
+        at_bound: The derivative there; ``None`` is the native choice.
         inplace: Overwrite ``x``.
 
     Returns:
@@ -383,7 +383,7 @@ def hardswish(x: Tensor, at_kinks: tuple[float, float] | None = None, inplace: b
 
     Args:
         x: Input, any shape, floating dtype.
-        at_kinks: The derivatives at -3 and at 3; ``None`` is the reference.
+        at_kinks: The derivatives at -3 and at 3; ``None`` is the native choice.
         inplace: Overwrite ``x``.
 
     Returns:
@@ -430,7 +430,7 @@ def hardsigmoid(x: Tensor, at_kinks: tuple[float, float] | None = None, inplace:
 
     Args:
         x: Input, any shape, floating dtype.
-        at_kinks: The derivatives at -3 and at 3; ``None`` is the reference.
+        at_kinks: The derivatives at -3 and at 3; ``None`` is the native choice.
         inplace: Overwrite ``x``.
 
     Returns:

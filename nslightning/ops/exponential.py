@@ -49,7 +49,7 @@ register(
         ),
         at=(0.5,),
         formula="x where x > 0, alpha (exp(x) - 1) elsewhere",
-        choice="The derivative of ELU at 0, where its alpha is not 1; the reference is that alpha.",
+        choice="The derivative of ELU at 0, where its alpha is not 1; the native choice is that alpha.",
         modules={
             nn.ELU: only(lambda m: m.alpha != 1, lambda m, x: _elu_call(x, m.alpha, inplace=m.inplace)),
         },
@@ -77,7 +77,7 @@ def elu(x: Tensor, alpha: float = 1.0, at_zero: float | None = None, inplace: bo
     Args:
         x: Input, any shape, floating dtype.
         alpha: Minus the limit on the left.
-        at_zero: The derivative at 0; ``None`` is the reference.
+        at_zero: The derivative at 0; ``None`` is the native choice.
         inplace: Overwrite ``x``.
 
     Returns:
@@ -105,7 +105,7 @@ register(
             backward_=lambda g, y: aten.elu_backward.default(g, _ALPHA, _SCALE, 1, True, y),
         ),
         formula="scale x where x > 0, scale alpha (exp(x) - 1) elsewhere",
-        choice="The derivative of SELU at 0; the reference is the left one, about 1.758.",
+        choice="The derivative of SELU at 0; the native choice is the left one, about 1.758.",
         modules={nn.SELU: lambda m, x: Call(x, inplace=m.inplace)},
         functions=plain("selu"),
         tensorflow=_SCALE,
@@ -123,7 +123,7 @@ def selu(x: Tensor, at_zero: float | None = None, inplace: bool = False) -> Tens
 
     Args:
         x: Input, any shape, floating dtype.
-        at_zero: The derivative at 0; ``None`` is the reference.
+        at_zero: The derivative at 0; ``None`` is the native choice.
         inplace: Overwrite ``x``.
 
     Returns:

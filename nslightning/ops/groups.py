@@ -49,7 +49,10 @@ def _reached(tensors: tuple[Tensor, ...], parameters: tuple[Any, ...]) -> tuple[
 
 
 def _reached_with_base(tensors: tuple[Tensor, ...], parameters: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """The same where the base may take part; stock counts a base that is equal even where it takes no part."""
+    """Return what :func:`_reached` does, of a reduction that the base may take part in.
+
+    Stock counts a base that is equal even where it takes no part.
+    """
     x, base, index, results = tensors
     dim, included = parameters
     at = x == results.gather(dim, index)
@@ -253,8 +256,8 @@ register(
         ),
         choice=(
             "As ``max_pool``, for ``scatter_reduce`` and ``index_reduce`` with ``amax`` and ``amin``. The first entry "
-            "is what stood there before, if it takes part; then they come in the order of the index. The native choice "
-            "is equal shares."
+            "is the former value of the place, if it takes part; then they come in the order of the index. The native "
+            "choice is equal shares."
         ),
         apply=scattered,
         ties=_scatter_ties,
@@ -275,7 +278,7 @@ register(
 
 # -------------------------------------------------------------------------------------------------------- segments
 def _belongs(ends: Tensor, entries: int, groups: int) -> tuple[Tensor, Tensor]:
-    """To which group each entry belongs, by the groups' ends, and whether it belongs to one."""
+    """Return the number of the group that each entry belongs to, by the groups' ends, and whether it belongs to one."""
     place = torch.arange(entries, device=ends.device, dtype=ends.dtype).expand(*ends.shape[:-1], entries).contiguous()
     index = torch.searchsorted(ends.contiguous(), place, right=True)
     return index.clamp(max=groups - 1), index < groups
@@ -523,7 +526,7 @@ def scatter_reduce(
         src: The entries, of ``x``'s dtype and at least the shape of ``index``.
         reduce: ``"amax"`` or ``"amin"``.
         include_self: Whether the former values take part.
-        jacobian: A number beta or a name; see :class:`~nslightning.Jacobians`. None is the reference.
+        jacobian: A number beta or a name; see :class:`~nslightning.Jacobians`. None is the native choice.
         seed: Seeds ``jacobian="random"``.
 
     Returns:
@@ -562,7 +565,7 @@ def index_reduce(
         src: The slices, of ``x``'s dtype.
         reduce: ``"amax"`` or ``"amin"``.
         include_self: Whether the former values take part.
-        jacobian: A number beta or a name; see :class:`~nslightning.Jacobians`. None is the reference.
+        jacobian: A number beta or a name; see :class:`~nslightning.Jacobians`. None is the native choice.
         seed: Seeds ``jacobian="random"``.
 
     Returns:
@@ -605,7 +608,7 @@ def segment_reduce(
         offsets: Their beginnings and the last one's end, instead.
         axis: The dimension that the segments divide.
         unsafe: Do not check that the lengths add up.
-        jacobian: A number beta or a name; see :class:`~nslightning.Jacobians`. None is the reference.
+        jacobian: A number beta or a name; see :class:`~nslightning.Jacobians`. None is the native choice.
         seed: Seeds ``jacobian="random"``.
 
     Returns:
@@ -647,7 +650,7 @@ def embedding_bag(
         offsets: The positions where the bags begin.
         include_last_offset: Whether ``offsets`` ends with the end of the last bag.
         padding_idx: A row that takes no part.
-        jacobian: A number beta or a name; see :class:`~nslightning.Jacobians`. None is the reference.
+        jacobian: A number beta or a name; see :class:`~nslightning.Jacobians`. None is the native choice.
         seed: Seeds ``jacobian="random"``.
 
     Returns:

@@ -189,7 +189,7 @@ register(
             ),
         ),
         choice=(
-            "The derivative of ``max(u, 0)`` at 0 inside the hinge losses; the reference is that of ``clamp_min``."
+            "The derivative of ``max(u, 0)`` at 0 inside the hinge losses; the native choice is that of ``clamp_min``."
         ),
         apply=_apply_hinge,
         ties=_hinge_ties,
@@ -225,7 +225,7 @@ def hinge_embedding_loss(
         target: 1 or -1 for each.
         margin: The margin m.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        at_zero: The derivative of :math:`\max(0, u)` at 0; None is the reference.
+        at_zero: The derivative of :math:`\max(0, u)` at 0; None is the native choice.
 
     Returns:
         ``torch.nn.functional.hinge_embedding_loss(...)``, bit for bit.
@@ -265,7 +265,7 @@ def margin_ranking_loss(
         target: 1 where the first score ought to be greater, else -1.
         margin: The margin m.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        at_zero: The derivative of :math:`\max(0, u)` at 0; None is the reference.
+        at_zero: The derivative of :math:`\max(0, u)` at 0; None is the native choice.
 
     Returns:
         ``torch.nn.functional.margin_ranking_loss(...)``, bit for bit.
@@ -305,7 +305,7 @@ def cosine_embedding_loss(
         target: 1 or -1 for each pair, of shape (N,) or ().
         margin: The margin m.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        at_zero: The derivative of :math:`\max(0, u)` at 0; None is the reference.
+        at_zero: The derivative of :math:`\max(0, u)` at 0; None is the native choice.
 
     Returns:
         ``torch.nn.functional.cosine_embedding_loss(...)``, bit for bit.
@@ -352,7 +352,7 @@ def triplet_margin_loss(
         eps: Added to each difference.
         swap: Take the negative's distance to the positive where it is smaller.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        at_zero: The derivative of :math:`\max(0, u)` at 0; None is the reference.
+        at_zero: The derivative of :math:`\max(0, u)` at 0; None is the native choice.
 
     Returns:
         ``torch.nn.functional.triplet_margin_loss(...)``, bit for bit.
@@ -393,7 +393,7 @@ def multi_margin_loss(
         margin: The margin m.
         weight: A weight for each class.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        at_zero: The derivative of :math:`\max(0, u)` at 0; None is the reference.
+        at_zero: The derivative of :math:`\max(0, u)` at 0; None is the native choice.
 
     Returns:
         ``torch.nn.functional.multi_margin_loss(...)``, bit for bit.

@@ -358,7 +358,7 @@ def max(
         x: Input, any shape, floating dtype.
         dim: The dimension; None is all.
         keepdim: Keep the reduced dimensions with size 1.
-        jacobian: A number beta or a name; see :class:`~nslightning.Jacobians`. None is the reference.
+        jacobian: A number beta or a name; see :class:`~nslightning.Jacobians`. None is the native choice.
         seed: Seeds ``jacobian="random"``.
 
     Returns:
@@ -394,7 +394,7 @@ def min(
         x: Input, any shape, floating dtype.
         dim: The dimension; None is all.
         keepdim: Keep the reduced dimensions with size 1.
-        jacobian: A number beta or a name; see :class:`~nslightning.Jacobians`. None is the reference.
+        jacobian: A number beta or a name; see :class:`~nslightning.Jacobians`. None is the native choice.
         seed: Seeds ``jacobian="random"``.
 
     Returns:
@@ -429,7 +429,7 @@ def amax(
         x: Input, any shape, floating dtype.
         dim: The dimensions; None is all.
         keepdim: Keep the reduced dimensions with size 1.
-        jacobian: A number beta or a name; see :class:`~nslightning.Jacobians`. None is the reference.
+        jacobian: A number beta or a name; see :class:`~nslightning.Jacobians`. None is the native choice.
         seed: Seeds ``jacobian="random"``.
 
     Returns:
@@ -464,7 +464,7 @@ def amin(
         x: Input, any shape, floating dtype.
         dim: The dimensions; None is all.
         keepdim: Keep the reduced dimensions with size 1.
-        jacobian: A number beta or a name; see :class:`~nslightning.Jacobians`. None is the reference.
+        jacobian: A number beta or a name; see :class:`~nslightning.Jacobians`. None is the native choice.
         seed: Seeds ``jacobian="random"``.
 
     Returns:
@@ -499,7 +499,7 @@ def aminmax(
         x: Input, any shape, floating dtype.
         dim: The dimension; None is all.
         keepdim: Keep the reduced dimensions with size 1.
-        jacobian: A number beta or a name; see :class:`~nslightning.Jacobians`. None is the reference.
+        jacobian: A number beta or a name; see :class:`~nslightning.Jacobians`. None is the native choice.
         seed: Seeds ``jacobian="random"``.
 
     Returns:

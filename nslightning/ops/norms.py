@@ -334,7 +334,7 @@ register(
         name="norm",
         formula="the Euclidean norm of vectors",
         kinks=(Kink("x = 0", clarke="the unit ball", stock="0"),),
-        choice="The share of ``g`` that each entry of a vector receives whose Euclidean norm is 0; the reference is 0.",
+        choice="The share of ``g`` that each entry of a vector of Euclidean norm 0 receives; the native choice is 0.",
         apply=_apply_norm,
         ties=_norm_ties,
         modules={nn.PairwiseDistance: only(lambda m: 1 < m.norm < math.inf, partial(_pairwise_module, _euclidean))},
@@ -360,7 +360,7 @@ def abs(x: Tensor, at_zero: float | None = None, inplace: bool = False) -> Tenso
 
     Args:
         x: Input, any shape, floating dtype.
-        at_zero: The derivative at 0; ``None`` is the reference.
+        at_zero: The derivative at 0; ``None`` is the native choice.
         inplace: Overwrite ``x``.
 
     Returns:
@@ -394,7 +394,7 @@ def l1_loss(
         target: Target of a shape that broadcasts with the input's.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         weight: A weight for each entry.
-        at_zero: The derivative of the absolute value at 0; None is the reference.
+        at_zero: The derivative of the absolute value at 0; None is the native choice.
 
     Returns:
         ``torch.nn.functional.l1_loss(...)``, bit for bit.
@@ -429,7 +429,7 @@ def norm(
         x: Input, any shape, floating dtype.
         dim: The dimensions; None is all.
         keepdim: Keep the reduced dimensions with size 1.
-        at_zero: The share of the incoming gradient that each entry of a zero vector receives; None is the reference.
+        at_zero: The share of the incoming gradient that each entry of a zero vector receives; None: the native one.
 
     Returns:
         ``torch.linalg.vector_norm(x, 2, dim, keepdim)``, bit for bit.
@@ -452,15 +452,15 @@ def normalize(x: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, *, at
 
     .. math:: y = x / \max(\lVert x \rVert_p, \epsilon).
 
-    At 0 nothing is to be chosen, for there the divisor is :math:`\epsilon`; at a norm of :math:`\epsilon` the divisor's
-    Clarke Jacobian is [0, 1], and PyTorch takes what its ``clamp_min`` does: 1 up to torch 2.13, 0 in 2.15.
+    At 0 the derivative is unique, since the divisor is :math:`\epsilon` there. At a norm of :math:`\epsilon` the
+    divisor's Clarke Jacobian is [0, 1]. PyTorch takes that of its ``clamp_min``: 1 up to torch 2.13, 0 in 2.15.
 
     Args:
         x: Input, any shape, floating dtype.
         p: The exponent, 1 < p < inf.
         dim: The dimension of the vectors.
         eps: The smallest divisor.
-        at_eps: The derivative of the divisor where the norm is ``eps``; None is the reference.
+        at_eps: The derivative of the divisor where the norm is ``eps``; None is the native choice.
 
     Returns:
         ``torch.nn.functional.normalize(x, p, dim, eps)``, bit for bit.
@@ -492,7 +492,7 @@ def norm_pool2d(
         x: Input of shape (N, C, H, W) or (C, H, W), floating dtype.
         kernel_size: Window height and width, which are also the steps between windows.
         at_zero: The share of the incoming gradient that each entry of a zero window receives: 0 is version 1, 1 is
-            version 2; None is the reference, 0.
+            version 2; None is the native choice, 0.
         rule: ``published`` forms squares, sums, roots and quotients in the input's precision, as the paper's code.
 
     Returns:

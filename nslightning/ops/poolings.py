@@ -125,7 +125,7 @@ def _pool_modules() -> _Modules:
 
 
 def _with_indices(plain: Callable[..., Call | None]) -> Callable[..., Call | None]:
-    """The same arguments, of a function that returns indices whatever an argument says."""
+    """Turn the arguments of a function that always returns indices into a call."""
 
     def call(*args: Any, **kwargs: Any) -> Call | None:
         made = plain(*args, **kwargs)
@@ -135,7 +135,7 @@ def _with_indices(plain: Callable[..., Call | None]) -> Callable[..., Call | Non
 
 
 def _pool_functions() -> _Functions:
-    """The same in torch's homes and ATen; those that return indices do so whatever an argument says."""
+    """The functions of torch and ATen that pool, with the calls that they make."""
     functions: _Functions = {}
     for dims in (1, 2, 3):
         for name, call in ((f"max_pool{dims}d", _regular_pool), (f"adaptive_max_pool{dims}d", _adaptive_pool)):
@@ -276,7 +276,7 @@ def max_pool2d(
         ceil_mode: Round the output's size up.
         return_indices: Also return the flat index, within each channel, of the entry that PyTorch picks.
         jacobian: A number beta, or ``"native"``, ``"first"``, ``"last"``, ``"minimal"``, ``"random"``, ``"sum"``;
-            see :class:`~nslightning.Jacobians`. ``None`` is the reference.
+            see :class:`~nslightning.Jacobians`. ``None`` is the native choice.
         rule: ``"published"`` computes ``beta * a + (1 - beta) * a`` in the working precision, as the released code
             does, forward and backward: for a large beta this is wrong everywhere, tie or not.
         seed: Seeds the private random stream of ``jacobian="random"``; the global streams are never used.

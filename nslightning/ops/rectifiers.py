@@ -208,7 +208,7 @@ register(
         ),
         at=(0.2,),
         formula="x where x > 0, slope x elsewhere",
-        choice="The derivative of LeakyReLU at 0; the reference is its negative slope.",
+        choice="The derivative of LeakyReLU at 0; the native choice is its negative slope.",
         modules={nn.LeakyReLU: lambda m, x: Call(x, (m.negative_slope,), m.inplace)},
         functions=spelled(
             lambda x, negative_slope=0.01, inplace=False: Call(x, (negative_slope,), inplace),
@@ -232,7 +232,7 @@ def leaky_relu(x: Tensor, negative_slope: float = 0.01, at_zero: float | None = 
     Args:
         x: Input, any shape, floating dtype.
         negative_slope: The slope s left of 0.
-        at_zero: The derivative at 0; ``None`` is the reference, s.
+        at_zero: The derivative at 0; ``None`` is the native choice, s.
         inplace: Overwrite ``x``.
 
     Returns:
@@ -279,7 +279,7 @@ register(
         ),
         at=(torch.tensor([0.25], dtype=torch.float64, device="cpu"),),
         formula="x where x > 0, a x elsewhere, a learned",
-        choice="The derivative of PReLU at 0; the reference is its slope.",
+        choice="The derivative of PReLU at 0; the native choice is its slope.",
         modules={nn.PReLU: lambda m, x: Call(x, (m.weight,))},
         functions=spelled(lambda x, weight: Call(x, (weight,)), F.prelu, torch.prelu, Tensor.prelu, aten.prelu),
         jax=1.0,
@@ -301,7 +301,7 @@ def prelu(x: Tensor, weight: Tensor, at_zero: float | None = None) -> Tensor:
     Args:
         x: Input, any shape, floating dtype.
         weight: The slopes, shape ``()``, ``(1,)`` or one per channel (dimension 1 of ``x``); of ``x``'s dtype.
-        at_zero: The derivative in x at 0; ``None`` is the reference, the slope.
+        at_zero: The derivative in x at 0; ``None`` is the native choice, the slope.
 
     Returns:
         ``torch.nn.functional.prelu(x, weight)``, bit for bit.
@@ -368,7 +368,7 @@ register(
         ),
         at=(0.3, 0.3, False),
         formula="x where x > 0, r x elsewhere, r drawn from [lower, upper]",
-        choice="The derivative of RReLU at 0; the reference is the slope drawn.",
+        choice="The derivative of RReLU at 0; the native choice is the slope drawn.",
         modules={nn.RReLU: lambda m, x: _rrelu_call(x, m.lower, m.upper, m.training, m.inplace)},
         functions={F.rrelu: _rrelu_call}
         | spelled(
@@ -412,7 +412,7 @@ def rrelu(
         lower: The lower end l of the slopes.
         upper: The upper end u.
         training: Draw the slopes.
-        at_zero: The derivative at 0; ``None`` is the reference, r.
+        at_zero: The derivative at 0; ``None`` is the native choice, r.
         inplace: Overwrite ``x``.
 
     Returns:

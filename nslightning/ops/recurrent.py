@@ -88,7 +88,7 @@ def _padded(x: Tensor, hidden: Tensor, weights: Weights, relu: Any, *, reverse: 
 
 
 def _packed(sizes: list[int]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The same over a packed sequence; the batch sizes say how many sequences go on at each step."""
+    """One layer in one direction over a packed sequence, whose batch sizes count the sequences at each step."""
 
     def layer(x: Tensor, hidden: Tensor, weights: Weights, relu: Any, *, reverse: bool) -> tuple[Tensor, Tensor]:
         steps, start = F.linear(x, weights[0], weights[2]).split(sizes), hidden

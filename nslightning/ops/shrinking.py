@@ -48,7 +48,7 @@ def hardshrink(x: Tensor, lambd: float = 0.5, at_kinks: tuple[float, float] | No
     Args:
         x: Input, any shape, floating dtype.
         lambd: The width lambda.
-        at_kinks: The derivatives at -lambda and at lambda; ``None`` is the reference.
+        at_kinks: The derivatives at -lambda and at lambda; ``None`` is the native choice.
 
     Returns:
         ``torch.nn.functional.hardshrink(x, lambd)``, bit for bit.
@@ -99,7 +99,7 @@ def softshrink(x: Tensor, lambd: float = 0.5, at_kinks: tuple[float, float] | No
     Args:
         x: Input, any shape, floating dtype.
         lambd: The width lambda.
-        at_kinks: The derivatives at -lambda and at lambda; ``None`` is the reference.
+        at_kinks: The derivatives at -lambda and at lambda; ``None`` is the native choice.
 
     Returns:
         ``torch.nn.functional.softshrink(x, lambd)``, bit for bit.
@@ -167,7 +167,7 @@ def threshold(
         x: Input, any shape, floating dtype.
         threshold: The threshold t.
         value: The value v at and below it.
-        at_threshold: The derivative at t; ``None`` is the reference.
+        at_threshold: The derivative at t; ``None`` is the native choice.
         inplace: Overwrite ``x``.
 
     Returns:

@@ -12,8 +12,9 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from nslightning.choices import choice_label, short
+from nslightning.choices import choice_label
 from nslightning.runs import Segment, segments
+from nslightning.spelling import short
 
 __all__ = ["ReportError", "RunFolder", "choice_label", "find_runs", "flatten", "read_run", "short"]
 

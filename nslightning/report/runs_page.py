@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from nslightning.choices import choice_word
+
 from . import pages
 from .pages import MISSING, Figure, Fold, Page, Part, Section, Text, table
 from .run_folders import RunFolder, flatten, short
@@ -98,7 +100,7 @@ def _labels(runs: Sequence[RunFolder]) -> dict[str, str]:
 
 
 def _thin(data: pd.DataFrame, limit: int) -> pd.DataFrame:
-    """At most ``limit`` steps' rows, spread evenly over all, the first and the last among them."""
+    """Keep the rows of at most ``limit`` steps, which are spread evenly from the first to the last."""
     steps = np.unique(data["step"])
     if len(steps) <= limit:
         return data
@@ -422,7 +424,7 @@ def _patches(runs: Sequence[RunFolder]) -> Section:
             names = ", ".join(f"{s['name'] or '(model)'} ({s['kind']})" for s in unreached)
             parts.append(Text(f"Not reached, PyTorch's own derivative there: {names}.", "missing"))
         rows = [
-            [s["name"] or "(model)", s["operation"], "native" if s["choice"] is None else short(s["choice"]), s["how"],
+            [s["name"] or "(model)", s["operation"], choice_word(s["operation"], s["choice"]), s["how"],
              s["kind"], "yes" if s.get("inplace") else "no", ", ".join(s.get("aliases", []))]
             for s in listed
         ]  # fmt: skip

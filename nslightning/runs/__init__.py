@@ -1,4 +1,4 @@
-"""Run folders and what is in them: the folder and its lock, checkpoints, metrics, the record."""
+"""Run folders and their contents: the folder and its lock, checkpoints, metrics, the record."""
 
 from .checkpoints import WholeCheckpoints, checkpoints_in, is_whole, last_checkpoint, read_checkpoint
 from .environment import environment

@@ -91,7 +91,7 @@ def read_checkpoint(file: Path, weights_only: bool | None = None) -> dict[str, A
 
 
 def _damage(file: Path) -> str | None:
-    """Why the bytes of a checkpoint are not those that were written; None where they are."""
+    """Return in which way a checkpoint's bytes differ from those that were written; None where they do not."""
     if not zipfile.is_zipfile(file):
         return f"its end is missing ({file.stat().st_size:,} bytes are there)"
     try:
@@ -114,7 +114,7 @@ class WholeCheckpoints(TorchCheckpointIO):
             storage_options: As in Lightning: to be left out.
 
         Raises:
-            OSError: If it cannot be written; the file that was there is as it was.
+            OSError: If the file cannot be written; the old file stays as it was.
         """
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)

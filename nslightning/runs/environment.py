@@ -47,7 +47,7 @@ def environment() -> dict[str, Any]:
 
 
 def _is_result(root: Path, path: str) -> bool:
-    """Whether a file lies in the folder of a run or of an experiment: it changes no number."""
+    """Return whether a file lies in the folder of a run or of an experiment: such a file changes no number."""
     folders = [root / parent for parent in Path(path).parents if parent.name]
     return any((folder / name).is_file() for folder in folders for name in ("run.json", "provenance.json"))
 

@@ -113,7 +113,7 @@ class FunctionalCalls(TorchFunctionMode):
         self._numbers: dict[tuple[int, str], int] = {}
 
     def in_thread(self) -> FunctionalCalls:
-        """The same run in another thread: the counts are shared, the module that is running is not."""
+        """Return this run for another thread, which shares the counts and has its own running module."""
         run = object.__new__(FunctionalCalls)
         run.__dict__.update(self.__dict__)
         return run

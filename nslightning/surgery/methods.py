@@ -154,7 +154,7 @@ class Method(metaclass=_MethodType):
         return f"<patched {self.stock(self.module)!r}>"
 
     def has_function(self, function: Any) -> bool:
-        """Whether it replaces the bound method of a function; a partial function in an attribute is no method."""
+        """Return whether this object replaces the bound method of a function."""
         return getattr(self.stock(self.module), "__func__", None) is function
 
     @property
@@ -296,7 +296,7 @@ class SiteText(Method):
         base = self.stock(module)()
         selection = part.surgery.selections[part.first or ()]
         value = getattr(selection.jacobians, part.reached[1].name)
-        return f"{base}{', ' if base else ''}jacobian={'native' if value is None else value}"
+        return f"{base}{', ' if base else ''}jacobian={part.reached[1].written(value)}"
 
 
 class ClassName(Method):

@@ -75,7 +75,7 @@ def patch(
         strict: Raise where an operation cannot be reached; otherwise it becomes a row of the report.
 
     Returns:
-        The report: every site, how it was reached, and what was not.
+        The report, which lists every site, how the patch reaches it, and the calls that it does not reach.
 
     Raises:
         TypeError: If ``model`` is not a plain ``nn.Module``: compiled, scripted, or wrapped by DDP or FSDP.

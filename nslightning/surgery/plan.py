@@ -101,23 +101,23 @@ class Rule:
 
     @property
     def unconditional(self) -> bool:
-        """Return whether it decides for every site."""
+        """Return whether this rule decides for every site."""
         return not any(getattr(self, matcher) for matcher in _WHERE)
 
     @property
     def changes(self) -> dict[str, Any]:
-        """The fields that it decides on, with their values."""
+        """The fields that this rule decides on, with their values."""
         return dict(self.jacobians) if isinstance(self.jacobians, Mapping) else self.jacobians.to_dict()
 
     def matches(self, names: Sequence[str], module: nn.Module) -> bool:
-        """Return whether it is for some calls of a module.
+        """Return whether this rule selects calls of a module.
 
         Args:
             names: The module's qualified names.
             module: The module.
 
         Returns:
-            Whether class, name and stage match.
+            True if class, name and stage match.
         """
         if self.module and not any(_is(module, one) for one in self.module):
             return False
@@ -230,7 +230,7 @@ class Plan:
             The plan.
 
         Raises:
-            TypeError: If it is written in no way that is known.
+            TypeError: If the choice is of a type that is not known.
             ValueError: If a field, a preset or a value is not admissible.
         """
         read = to_choice(choice)
@@ -477,7 +477,7 @@ def to_choice(choice: AnyChoice) -> Jacobians | Plan:
 
     Raises:
         ValueError: If a field, a preset or a value is not admissible.
-        TypeError: If it is written in no way that is known.
+        TypeError: If the choice is of a type that is not known.
 
     Example:
         >>> to_choice({"relu": 1}), to_choice("relu=1") == to_choice({"relu": 1})
@@ -497,7 +497,7 @@ def to_choices(choices: Mapping[str, AnyChoice] | Sequence[str]) -> dict[str, Ja
 
     Raises:
         ValueError: If one is not admissible, or two have one name.
-        TypeError: If they are written in no way that is known.
+        TypeError: If the choices are of a type that is not known.
 
     Example:
         >>> to_choices({"jax": "jax"})["jax"] == Jacobians.preset("jax")

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from nslightning.files import write_text
 from nslightning.jacobians import Jacobians
+from nslightning.ops.record import OPERATIONS
 from nslightning.ops.unreached import UNREACHED
 from nslightning.surgery.plan import Plan
 from nslightning.text_table import aligned
@@ -256,6 +257,6 @@ def _row(site: Site) -> tuple[str, ...]:
     notes += ["in place"] if site.inplace else []
     notes += [f"{site.calls} calls"] if site.calls > 1 else []
     notes += [site.decided] if site.decided else []
-    choice = "native" if site.choice is None or site.how == "unreached" else str(site.choice)
+    choice = OPERATIONS[site.operation].written(site.choice) if site.how != "unreached" else "native"
     how = {"unreached": "NOT REACHED"}.get(site.how, site.how)
     return (site.name or "(model)", site.operation, choice, how, site.kind, "; ".join(notes))

@@ -93,7 +93,7 @@ class Surgery:
         self.__dict__.update(state, sites=WeakSet(), looked=set(), awaited={}, begun={}, looks={}, made=None)
 
     def records(self, entrance: Any) -> bool:
-        """Whether the run that begins has to note which nodes it makes, so that its graph can be checked.
+        """Return whether the run that begins has to note the nodes that it makes, so that its graph can be checked.
 
         Args:
             entrance: The method that begins with gradients, and its module's mode.

@@ -127,6 +127,7 @@ def test_trainer_is_patched_and_measured(tmp_path):
 
     rows = pd.read_csv(tmp_path / "watched" / "divergence.csv")
     assert rows["step"].tolist() == [0, 2]
+    assert rows["reference"].tolist() == ["native"] * 2
     assert rows["l2"].max() > 0
     assert [e["step"] for e in trainer.state.log_history if "divergence/relu1/relative" in e] == [0, 2]
     report = json.loads((tmp_path / "watched" / "patch_report.json").read_text())

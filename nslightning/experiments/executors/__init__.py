@@ -29,7 +29,7 @@ def make_executor(name: str, resources: Resources, folder: Path) -> Executor:
         The executor.
 
     Raises:
-        ValueError: If there is none of that name, or it has no such option.
+        ValueError: If no executor has that name, or it has no such option.
         ImportError: If it needs an extra that is not installed.
     """
     if name == "local":

@@ -173,7 +173,7 @@ def find(name: str) -> Drawing:
         The figure.
 
     Raises:
-        ValueError: If there is none of that name.
+        ValueError: If no figure has that name.
     """
     if name in FIGURES:
         return FIGURES[name]
@@ -228,7 +228,7 @@ def make(name: str, rows: pd.DataFrame) -> Figure:
         The figure.
 
     Raises:
-        ValueError: If there is none of that name, or the rows are not what it is drawn from.
+        ValueError: If no figure has that name, or the rows are of another kind than it draws.
     """
     import matplotlib as mpl
 

@@ -62,7 +62,7 @@ def _hashable(value: Any) -> Any:
 
 
 def with_choice(rows: pd.DataFrame) -> pd.DataFrame:
-    """Add which choice an experiment varies, and its value.
+    """Add the name of the choice that an experiment varies, and its value.
 
     Args:
         rows: Results from :func:`read`.

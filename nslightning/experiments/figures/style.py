@@ -127,7 +127,7 @@ def caption(figure: Figure, rows: pd.DataFrame, *notes: str) -> None:
 
 
 def head(axis: Axes, title: str, note: str = "") -> None:
-    """Write a title above an axis, and between the two how many runs there are: no curve or bar comes there.
+    """Write a title above an axis, and the number of runs between the two, where no curve or bar is drawn.
 
     Args:
         axis: The axis.

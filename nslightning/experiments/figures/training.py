@@ -222,7 +222,7 @@ def accuracy_by_choice(axis: Axes, runs: pd.DataFrame, x: str, hue: str, publish
     edge, and counted.
 
     Args:
-        axis: Where.
+        axis: The axis to draw on.
         runs: One row per run, as from :func:`~nslightning.experiments.figures.results.runs_at_end`.
         x: The column along the axis.
         hue: The column that stands side by side.
@@ -305,7 +305,7 @@ def loss_by_epoch(axis: Axes, rows: pd.DataFrame, published: pd.DataFrame) -> st
     """Draw the training loss of each choice, mean and spread over runs, and the published means as hollow marks.
 
     Args:
-        axis: Where.
+        axis: The axis to draw on.
         rows: Results of training runs under one rule.
         published: Published rows with ``choice``, ``epoch`` and ``mean``; may be empty.
 
@@ -504,7 +504,7 @@ def rule_effect(rows: pd.DataFrame) -> Figure:
 
 
 def _moves(block: pd.DataFrame) -> bool:
-    """Whether the runs of a seed end with different accuracies."""
+    """Return whether the runs of a seed end with different accuracies."""
     return bool((runs_at_end(block, "test_accuracy").groupby("seed")["value"].nunique() > 1).any())
 
 

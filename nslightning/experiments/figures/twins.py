@@ -137,7 +137,7 @@ def _scale(values: pd.Series[float]) -> tuple[float, float]:
 
 
 def _rescale(axis: Axes, scale: tuple[float, float]) -> None:
-    """The same scale for both rules: linear up to its first power of ten, logarithmic from there."""
+    """Set the scale that both rules share: linear up to its first power of ten, logarithmic from there."""
     import numpy as np
 
     low, top = scale

@@ -214,7 +214,7 @@ def _finish(figure: Figure, rows: pd.DataFrame, *notes: str) -> None:
 
 
 def _by_sample_size(axis: Axes, rows: pd.DataFrame) -> None:
-    """Bars by the number of training images that were met."""
+    """Draw a bar for each number of training images that a walk has seen."""
     levels = (1, 10, 20, 30, 40, 50, 60)
     precisions = sorted(set(rows["precision"]))
     width = 0.8 / max(1, len(precisions))
@@ -240,7 +240,7 @@ def _by_sample_size(axis: Axes, rows: pd.DataFrame) -> None:
 
 
 def _first(rows: pd.DataFrame) -> tuple[Any, float, int]:
-    """Of each vector the first mini-batch that differs (infinite where none), images walked at most, batch size."""
+    """Return each vector's first mini-batch that differs (else infinity), the longest walk, and the batch size."""
     first = rows.loc[rows["metric"] == "first_differing", "value"].fillna(math.inf).to_numpy(float)
     size = int(rows["batch_size"].iloc[0])
     walked = rows.loc[rows["metric"] == "batches", "value"]

@@ -1,4 +1,4 @@
-"""Numbers of the two papers, as small CSV files: what an experiment is held against. See README.md there."""
+"""Numbers of the two papers, as small CSV files: to compare experiments with. See README.md in this folder."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def table(name: str) -> pd.DataFrame:
         A copy.
 
     Raises:
-        ValueError: If there is none of that name.
+        ValueError: If no table has that name.
     """
     known = sorted(f.name.removesuffix(".csv") for f in files(__name__).iterdir() if f.name.endswith(".csv"))
     if name not in known:

@@ -287,7 +287,7 @@ def _pool_gradient_by_memory(
     size: tuple[int, int],
     layout: torch.memory_format | None,
 ) -> Tensor:
-    """The same without a look at the weights, for which the host would wait."""
+    """Form the gradient without a look at the weights, for which the host would wait."""
     share, whole, each, last = weights.unbind()
     table = pool_coefficients.__wrapped__(share, whole, each, torch.float32, g.device)  # no tensors in the cache
     kernels = kernels_for(g.device.type)

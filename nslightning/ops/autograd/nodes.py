@@ -112,7 +112,7 @@ def refuse_changes(node: Any, written: Tensor) -> None:
 
 
 def refuse_changes_of_a_copy(result: Tensor, written: Tensor) -> None:
-    """The same for a result that was computed elsewhere and copied to where it was to be written.
+    """Let the backward of a result that was copied to its place raise if that place was overwritten afterwards.
 
     Args:
         result: The result of the package's operation, or of the stock one where no entry tied.
@@ -131,7 +131,7 @@ def check_changes(node: Any) -> None:
         node: The node whose backward runs.
 
     Raises:
-        RuntimeError: If it has.
+        RuntimeError: If the tensor has changed.
     """
     if torch.compiler.is_compiling():  # the compiler orders writes itself
         return

@@ -56,7 +56,7 @@ class _MaxPool(NonsmoothFunction):
 
 
 class _TransformableMaxPool(_MaxPool):
-    """With forward-mode differentiation and ``torch.func``; apart, for the compiler takes no function with a jvp."""
+    """Adds forward-mode differentiation and ``torch.func``; the compiler takes no function with a ``jvp``."""
 
     @staticmethod
     def jvp(ctx: Any, v: Tensor | None, *_: None) -> tuple[Tensor | None, None]:
@@ -302,7 +302,7 @@ def _in_parts(
 
 
 def _stock(t: Tensor) -> Tensor:
-    """From (B, *spatial, I) to the layout that stock takes: (B, I, *spatial)."""
+    """Move a tensor from the layout (B, *spatial, I) to stock's: (B, I, *spatial)."""
     return t.movedim(-1, 1)
 
 
@@ -313,7 +313,7 @@ def _windows(geometry: Geometry, x: Tensor, windows: Sequence[int]) -> Windows:
 
 
 def _target(geometry: Geometry, selection: Selection | None, x: Tensor, indices: Tensor) -> Tensor:
-    """Of (B, *spatial, I): the last tied entry's index, or with a selection that says so a random one's."""
+    """Return the index of the last tied entry, or of a random one under that choice; the layout is (B, *spatial, I)."""
     windows = _windows(geometry, x, indices.shape[1:-1])
     count = windows.count
     if data_dependent(x) and (count.numel() == 0 or count.amax() <= 1):
@@ -330,7 +330,7 @@ def _target(geometry: Geometry, selection: Selection | None, x: Tensor, indices:
 
 
 def _give(geometry: Geometry, weights: _Weights, g: Tensor, x: Tensor, target: Tensor) -> Tensor:
-    """Of (B, *spatial, I): the input's gradient."""
+    """Return the input's gradient, in the layout (B, *spatial, I)."""
     look = data_dependent(x)
     windows = _windows(geometry, x, g.shape[1:-1])
     count = windows.count
@@ -358,7 +358,7 @@ def _give(geometry: Geometry, weights: _Weights, g: Tensor, x: Tensor, target: T
 
 
 def _take(geometry: Geometry, weights: _Weights, v: Tensor, x: Tensor, target: Tensor) -> Tensor:
-    """Of (B, *spatial, I): the output's tangent."""
+    """Return the output's tangent, in the layout (B, *spatial, I)."""
     at_target = v.flatten(1, -2).gather(1, target.flatten(1, -2)).view(target.shape)
     if _is_vertex(weights):
         return at_target

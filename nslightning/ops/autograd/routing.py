@@ -118,7 +118,7 @@ class _Around(NonsmoothFunction):
 
 
 class _AroundBothWays(_Around):
-    """The same in forward mode. It stands apart, since ``torch.compile`` takes no function that has a ``jvp``."""
+    """Adds forward-mode differentiation; ``torch.compile`` takes no function with a ``jvp``."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

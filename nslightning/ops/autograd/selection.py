@@ -83,7 +83,7 @@ def refuse_random(values: Tensor) -> None:
         values: A tensor of a :class:`Selection`.
 
     Raises:
-        RuntimeError: If it is, outside a replay, which runs no Python.
+        RuntimeError: If the choice is random. A replay raises nothing, since it runs no Python.
     """
     on_host = values.numpy() if values.device.type == "cpu" else _ON_HOST.get(values.data_ptr())
     numbers = [] if on_host is None else on_host.ravel().tolist()
@@ -534,7 +534,7 @@ def pool_coefficients(
     *,
     apart: bool = False,
 ) -> Tensor:
-    """The weights of max pooling, by how many entries of a window are tied.
+    """The weights of max pooling for each number of tied entries in a window.
 
     Args:
         share: As in :meth:`Selection.pool_weights`.
@@ -618,6 +618,6 @@ def data_dependent(x: Tensor) -> bool:
         x: The operation's input, any shape and dtype.
 
     Returns:
-        True on a CPU for a :func:`concrete` tensor. Not on an accelerator, where looking would wait for the device.
+        True on a CPU for a :func:`concrete` tensor; False on an accelerator, where looking would wait for the device.
     """
     return x.device.type == "cpu" and concrete(x)

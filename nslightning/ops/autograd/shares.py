@@ -26,7 +26,7 @@ class Shares(NamedTuple):
 
 
 class PoolWeights(NamedTuple):
-    """The same for a pooling, whose native choice is the first entry: one entry, the target, receives more than others.
+    """The shares of a pooling window, in which one entry, the target, receives more than the others.
 
     Args:
         share: Each entry receives ``g * share / k``.
