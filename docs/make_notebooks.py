@@ -3,12 +3,18 @@
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jupytext
 import nbformat
 from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
+
+
+def erased(output: dict[str, Any]) -> bool:
+    """Return whether an output is a progress line whose text is gone."""
+    return output.get("data", {}).get("text/plain") == ""
 
 
 def main() -> None:
@@ -25,8 +31,8 @@ def main() -> None:
             client.execute()
         for cell in notebook.cells:
             cell["metadata"].pop("execution", None)  # times of day
-            # Lightning's remarks on this machine are no result.
-            cell["outputs"] = [o for o in cell.get("outputs", []) if o.get("name") != "stderr"]
+            # Lightning's remarks on this machine, and a progress line that was erased, are no results.
+            cell["outputs"] = [o for o in cell.get("outputs", []) if o.get("name") != "stderr" and not erased(o)]
             if cell["cell_type"] != "code":
                 del cell["outputs"]
         nbformat.write(notebook, source.with_suffix(".ipynb"))
