@@ -170,6 +170,20 @@ def test_gradients_lie_in_memory_as_stocks(monkeypatch):
 
 
 @layouts
+@pytest.mark.parametrize("choice", ["minimal", 10.0, "last", None], ids=str)
+def test_composed_gradients_of_pooling_lie_in_memory_as_stocks(choice, layout, monkeypatch):
+    monkeypatch.setattr("nslightning.ops.autograd.native._library", lambda: None)
+    monkeypatch.setattr(fused, "kernels_for", lambda device: None)
+    x = torch.randint(0, 2, (2, 3, 8, 6)).double().contiguous(memory_format=layout).requires_grad_()
+    for kernel in (2, 3, (8, 6)):
+        stock, ours = F.max_pool2d(x, kernel, 2), pool(x, Selection(Jacobians(max_pool=choice)), regular(2, kernel, 2))
+        for order in (torch.contiguous_format, torch.channels_last):
+            g = torch.ones(stock.shape, dtype=x.dtype).contiguous(memory_format=order)
+            strides = [torch.autograd.grad(y, x, g, retain_graph=True)[0].stride() for y in (ours, stock)]
+            assert strides[0] == strides[1]
+
+
+@layouts
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 def test_what_one_choice_adds_to_another_is_the_subtraction(geometry, layout, monkeypatch):
     x = torch.randint(0, 3, (5, 3, 9, 8)).float().contiguous(memory_format=layout).requires_grad_()

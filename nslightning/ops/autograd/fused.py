@@ -285,7 +285,7 @@ def _pool_gradient_by_memory(
     weights: Tensor,
     geometry: Regular,
     size: tuple[int, int],
-    layout: torch.memory_format | None,
+    layout: torch.memory_format | None = None,
 ) -> Tensor:
     """Form the gradient without a look at the weights, for which the host would wait."""
     share, whole, each, last = weights.unbind()

@@ -12,7 +12,7 @@ from torch import Tensor
 from nslightning._torch import in_forward_mode, in_functorch, is_legacy_batch
 from nslightning.ops.autograd import fused, native, pool_operators
 from nslightning.ops.autograd.nodes import NonsmoothFunction, OwnFunction
-from nslightning.ops.autograd.selection import Selection, data_dependent, fixed, refuse_random, replayed
+from nslightning.ops.autograd.selection import Selection, concrete, data_dependent, fixed, refuse_random, replayed
 from nslightning.ops.autograd.windows import Adaptive, Regular, Windows
 
 __all__ = ["adaptive", "pool", "regular", "tied_windows"]
@@ -192,7 +192,9 @@ def _vjp(x: Tensor, indices: Tensor, g: Tensor, geometry: Geometry, selection: S
         give = _Give.forward if torch.compiler.is_compiling() else _Give.apply
         return cast(Tensor, give(g, x, target, geometry, (share, whole, each)))
     target, weights = _chosen(x, indices, geometry, selection)
-    return cast(Tensor, _Give.apply(g, x, target, geometry, weights))
+    gradient = cast(Tensor, _Give.apply(g, x, target, geometry, weights))
+    # As stock's, in the input's memory format: the parts have that of the incoming gradient.
+    return gradient.contiguous(memory_format=_layout(x, geometry.dims)) if concrete(g) else gradient
 
 
 def _run_composed(g: Tensor, x: Tensor, indices: Tensor, weights: Tensor, dims: int, numbers: Sequence[int]) -> Tensor:
