@@ -712,6 +712,43 @@ def in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
+def tracing_transforms() -> set[str]:
+    """The ``torch.func`` transforms inside which the compiler traces code.
+
+    Returns:
+        Some of ``"Jvp"``, ``"Grad"``, ``"Vmap"`` and ``"Functionalize"``; ``"Jvp"`` stands for a dual level, too.
+    """
+    from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+
+    interpreters = retrieve_all_functorch_interpreters() if in_functorch() else []
+    dual = {"Jvp"} if in_forward_mode() else set()
+    return dual | {interpreter.key().name for interpreter in interpreters}
+
+
+def derives() -> bool:
+    """Return whether operations lead to derivatives in this thread.
+
+    Returns:
+        True where gradients are on, and where forward-mode differentiation or a ``torch.func`` transform is running:
+        these work under ``torch.no_grad`` too.
+    """
+    return torch.is_grad_enabled() or in_forward_mode() or in_functorch()
+
+
+def carries_tangent(x: Tensor) -> bool:
+    """Return whether forward-mode differentiation passes through a tensor.
+
+    Args:
+        x: Any tensor.
+
+    Returns:
+        True for a tensor with a tangent, and for one that ``torch.func.jvp`` follows.
+    """
+    if in_functorch() and torch._C._functorch.is_gradtrackingtensor(x):
+        return True
+    return in_forward_mode() and forward_ad.unpack_dual(x).tangent is not None
+
+
 def is_zero_tensor(x: Tensor) -> bool:
     """Return whether a tensor is zeros without memory, as autograd makes them for gradients that are known to be 0.
 

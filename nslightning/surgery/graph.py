@@ -15,15 +15,17 @@ from torch import Tensor, nn
 from nslightning._torch import function_of, is_control_flow, number_of
 from nslightning.surgery.kinks import kink
 
-__all__ = ["Foreign", "foreign_nodes", "kinds", "nodes", "structure", "tensors"]
+__all__ = ["MOST", "OF_MODULES", "Foreign", "foreign_nodes", "kinds", "nodes", "structure", "tensors"]
 
 # These are linear in the features. Their boxes get no gradient.
 _SMOOTH = ("torchvision_roi_align_default", "torchvision_ps_roi_align_default")
 _OURS = ("nslightning_chosen_default",)
 _OPAQUE = (str, bytes, int, float, complex, bool, type(None), type, ModuleType, FunctionType, BuiltinFunctionType,
            MethodType, torch.dtype, torch.device, torch.Generator)  # fmt: skip
-_OF_MODULES = frozenset((*vars(nn.Module()), "_nonsmooth_part")) - {"_buffers"}  # parameters, parts, hooks
-_MOST = 10_000  # a search for tensors looks into at most this number of objects
+#: The attributes of a module that PyTorch or the surgery made.
+OF_MODULES = frozenset((*vars(nn.Module()), "_nonsmooth_part")) - {"_buffers"}  # parameters, parts, hooks
+#: A search through the attributes of a module looks into at most this number of objects.
+MOST = 10_000
 
 
 class Foreign(NamedTuple):
@@ -104,7 +106,7 @@ def tensors(*values: Any) -> Iterator[Tensor]:
     """
     seen: set[int] = set()
     todo = deque(values)
-    while todo and len(seen) < _MOST:
+    while todo and len(seen) < MOST:
         value = todo.popleft()
         if isinstance(value, Tensor):
             yield value
@@ -117,7 +119,7 @@ def tensors(*values: Any) -> Iterator[Tensor]:
         elif isinstance(value, (list, tuple, set, frozenset, deque)):
             todo += value
         elif isinstance(value, nn.Module):
-            todo += (x for name, x in vars(value).items() if name not in _OF_MODULES and not isinstance(x, nn.Module))
+            todo += (x for name, x in vars(value).items() if name not in OF_MODULES and not isinstance(x, nn.Module))
         elif dataclasses.is_dataclass(value):
             todo += (getattr(value, field.name, None) for field in dataclasses.fields(value))
         elif _foreign_to_torch(type(value)):

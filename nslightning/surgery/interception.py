@@ -20,8 +20,10 @@ from torch.overrides import TorchFunctionMode
 from nslightning._torch import (
     active_function_modes,
     as_subclass,
+    carries_tangent,
     compile_as,
     compile_functions_for_modes,
+    derives,
     disable_function_modes,
     disabled_torch_function,
     is_exporting,
@@ -30,7 +32,7 @@ from nslightning._torch import (
     sequence_number,
 )
 from nslightning.ops.autograd.routing import watchers
-from nslightning.ops.autograd.selection import Selection
+from nslightning.ops.autograd.selection import Selection, refuse_traced_transforms
 from nslightning.ops.record import FUNCTIONS, Call, Operation, positional
 from nslightning.ops.unreached import UNSUPPORTED_FUNCTIONS
 from nslightning.surgery.exporting import exported
@@ -94,6 +96,9 @@ class FunctionalCalls(TorchFunctionMode):
         spans: Ranges of autograd nodes that the code of a module made, the inner ones first.
         entered: The methods that ran, and whether their module was in training mode.
         over: Whether the run has ended; a thread that it started may still be running.
+        idle: Whether the method that is running was called without gradients: only calls in a part of its code that
+            switches derivatives on matter.
+        woken: Whether such a part made a call that may matter.
     """
 
     # The code objects that call a model's methods; a stack frame that runs one of them is an entrance.
@@ -110,6 +115,7 @@ class FunctionalCalls(TorchFunctionMode):
         self.entered: set[tuple[Part, str, bool]] = set()
         self.origin = self  # a copy for another thread refers to the run that it was copied from
         self.over = False
+        self.idle = self.woken = False
         self._numbers: dict[tuple[int, str], int] = {}
 
     def in_thread(self) -> FunctionalCalls:
@@ -162,6 +168,8 @@ class FunctionalCalls(TorchFunctionMode):
             func = Tensor.norm
         if func in FORGETFUL and not torch.compiler.is_compiling():
             args, kwargs = arguments_as_called(func, args, kwargs)
+        if self.idle and not self._wakes(func):
+            return func(*args, **kwargs)
         # A result in `out=` has no gradient, and PyTorch refuses `out=` where one is wanted.
         operations = FUNCTIONS.get(func, ()) if kwargs.get("out") is None else ()
         for operation in operations:
@@ -171,6 +179,13 @@ class FunctionalCalls(TorchFunctionMode):
         if func in UNSUPPORTED_FUNCTIONS and _differentiable(args, kwargs):
             return self._unreached(func, args, kwargs)
         return func(*args, **kwargs)
+
+    def _wakes(self, func: Callable) -> bool:
+        """Return whether derivatives are on though the method was called without; note it if the function matters."""
+        if not (torch.is_grad_enabled() if torch.compiler.is_compiling() else derives()):
+            return False
+        self.origin.woken |= func in FUNCTIONS or func in UNSUPPORTED_FUNCTIONS
+        return True
 
     def _owned(self, func: Callable, args: Any, kwargs: Any) -> Any:
         """Run a function that the report names, or that the surgery leaves alone, and note the nodes that it makes."""
@@ -262,6 +277,8 @@ def evaluate(operation: Operation, selection: Selection, call: Call) -> Any:
     Returns:
         The stock call's result; a subclass of tensors comes back as itself.
     """
+    if torch.compiler.is_compiling():
+        refuse_traced_transforms()
     if is_exporting() and torch.is_grad_enabled():
         with disable_function_modes():
             return exported(operation, selection, call)
@@ -318,7 +335,10 @@ def arguments_as_called(
 
 def _differentiable(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Return whether a gradient may pass through the call: integers, masks and bookkeeping have no derivative."""
-    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (*args, *kwargs.values()))
+    tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return True
+    return not torch.compiler.is_compiling() and any(map(carries_tangent, tensors))
 
 
 # ------------------------------------------------------------------------------------------ runs of this thread

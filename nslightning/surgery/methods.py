@@ -25,6 +25,7 @@ from nslightning._torch import (
     call_with_hooks,
     compiler_is_imported,
     compiler_is_reading,
+    derives,
     disable_function_modes,
     fx_tracer,
     fx_tracers_code,
@@ -49,7 +50,6 @@ from nslightning.surgery.interception import (
     running,
     teach_the_compiler,
 )
-from nslightning.surgery.lifetimes import keep_by
 from nslightning.surgery.report import PatchReport, PatchWarning, TracedUnreachedError
 from nslightning.surgery.state import Part
 
@@ -78,8 +78,8 @@ class Method(metaclass=_MethodType):
     It looks like the bound method that it replaces: signature, annotations, documentation, ``__wrapped__``,
     ``__func__`` and ``inspect.ismethod`` are those of the bound method. Copies and pickles belong to the copied module.
     It refers to the module weakly, so that Python frees a patched model as soon as an unpatched one. Where code holds
-    it longer than the module, or copies or pickles it without the module, it keeps its module alive. After
-    :func:`~nslightning.unpatch` it runs the method that it replaced.
+    it longer than the module, a call raises. A method that is copied or pickled without its module keeps its module
+    alive. After :func:`~nslightning.unpatch` it runs the method that it replaced.
 
     Args:
         module: The module.
@@ -93,7 +93,6 @@ class Method(metaclass=_MethodType):
 
     def __init__(self, module: nn.Module, name: str, part: Part, replaced: Any = _NONE) -> None:
         self.ref, self.name, self.part, self.replaced = weakref.ref(module), name, part, replaced
-        keep_by(self, type(module))
         defined = inspect.getattr_static(type(module), name, None)
         self.unbound = isinstance(defined, (staticmethod, classmethod))  # it does not take the module as an argument
         self.descriptor = defined if isinstance(defined, (partialmethod, singledispatchmethod)) else None
@@ -106,7 +105,10 @@ class Method(metaclass=_MethodType):
         """The module that it belongs to."""
         module = self.ref()
         if module is None:
-            raise ReferenceError(f"the module of this patched {self.name} is gone: keep the module, not its method")
+            raise ReferenceError(
+                f"the module of this patched {self.name} is gone, since code kept only the method: keep the module in "
+                f"a variable, such as `model`, and call `model.{self.name}`"
+            )
         return module
 
     @property
@@ -153,6 +155,18 @@ class Method(metaclass=_MethodType):
     def __repr__(self) -> str:
         return f"<patched {self.stock(self.module)!r}>"
 
+    def __eq__(self, other: object) -> bool:
+        """Whether the methods that they replace are equal: a model may look a bound method up in a dictionary."""
+        if self is other or (module := self.ref()) is None:
+            return self is other
+        if isinstance(type(other), _MethodType):
+            other = other.stock(of) if (of := other.ref()) is not None else None  # type: ignore[attr-defined]
+        return bool(self.stock(module) == other)
+
+    def __hash__(self) -> int:
+        module = self.ref()
+        return object.__hash__(self) if module is None else hash(self.stock(module))
+
     def has_function(self, function: Any) -> bool:
         """Return whether this object replaces the bound method of a function."""
         return getattr(self.stock(self.module), "__func__", None) is function
@@ -177,7 +191,10 @@ class Method(metaclass=_MethodType):
         if by_itself:
             return _kept(module, self.name)
         kept = (copy.deepcopy(self.replaced, memo),) if self.is_replacement else ()
-        return type(self)(module, self.name, copy.deepcopy(self.part, memo), *kept)
+        part = copy.deepcopy(self.part, memo)
+        if id(self) in memo:  # the part knows the tables that this method stands in
+            return memo[id(self)]
+        return type(self)(module, self.name, part, *kept)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if kept_attributes(self.module) is not None:
@@ -368,16 +385,61 @@ class Caller(Method):
             # A leaf of the graph: the graph calls the module, and the module keeps the choice.
             return tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)
         run = running(surgery)
-        # Without gradients there is no choice to make, and without observers no call to show.
-        idle = not (torch.is_grad_enabled() or surgery.watched)
+        if self._fused(module, args, kwargs):
+            return self._unseen(run, method, args, kwargs)
+        # Without derivatives there is no choice to make, and without observers no call to show.
+        if not (derives() or surgery.watched):
+            return self._idle(run, module, method, args, kwargs)
         if run is None:
-            if idle or self._fused(module, args, kwargs):
-                return method(*args, **kwargs)
             return self._outermost(module, method, args, kwargs)
-        if idle or self._fused(module, args, kwargs):
-            with without_mode(run):
-                return method(*args, **kwargs)
         return self._inside(run, module, method, args, kwargs)
+
+    def _unseen(
+        self, run: FunctionalCalls | None, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run the method without a mode."""
+        if run is None:
+            return method(*args, **kwargs)
+        with without_mode(run):
+            return method(*args, **kwargs)
+
+    def _idle(
+        self,
+        run: FunctionalCalls | None,
+        module: nn.Module,
+        method: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run the method where derivatives are off: without a mode, unless a part of its code switches them on.
+
+        Whether there is such a part is looked at in the first run, and in the run after one that made autograd nodes.
+        """
+        surgery, entrance = self.part.surgery, (self.part, self.name, module.training)
+        if not surgery.catching or is_tracing():
+            return method(*args, **kwargs)
+        if not surgery.may_wake(entrance):
+            start = sequence_number()
+            result = self._unseen(run, method, args, kwargs)
+            if sequence_number() != start:
+                surgery.made_nodes(entrance)
+            return result
+        if run is not None:
+            before, run.idle, run.origin.woken = (run.idle, run.origin.woken), True, False
+            try:
+                return self._inside(run, module, method, args, kwargs)
+            finally:
+                surgery.woke(entrance, run.origin.woken)
+                run.idle, run.origin.woken = before[0], before[1] or run.origin.woken
+        run = FunctionalCalls(surgery, self.part)
+        run.idle = True
+        with begun(run):
+            result = method(*args, **kwargs)
+        if run.woken:
+            self._finish(run, module, (args, kwargs), result)
+        driven = self._suspended(method, args, result)
+        surgery.woke(entrance, run.woken or driven is not None)
+        return result if driven is None else driven
 
     def _outermost(
         self, module: nn.Module, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -412,7 +474,8 @@ class Caller(Method):
         kwargs: dict[str, Any],
     ) -> Any:
         before, run.part = run.part, self.part
-        run.entered.add((self.part, self.name, module.training))
+        if not run.idle:
+            run.entered.add((self.part, self.name, module.training))
         start = sequence_number() if run.recording else 0
         try:
             result = method(*args, **kwargs)
@@ -532,6 +595,7 @@ class Caller(Method):
         surgery = self.part.surgery
         run = FunctionalCalls(surgery, self.part, recording and torch.is_grad_enabled())
         run.entered.add((self.part, self.name, self.module.training))
+        run.idle = not (derives() or surgery.watched)
         if run.recording:
             for site in surgery.sites:
                 site.fast, site.settled = None, False
@@ -562,12 +626,15 @@ class Caller(Method):
         _teach_the_compiler()
         part, module = self.part, self.module
         surgery, method = part.surgery, self.stock(module)
-        if not (torch.is_grad_enabled() or surgery.watched) or not surgery.catching:
+        idle = not (torch.is_grad_enabled() or surgery.watched)
+        if not surgery.catching or (idle and surgery.fused):
             return method(*args, **kwargs)
         if compiling_run(surgery):
             result = method(*args, **kwargs)
         else:
-            with FunctionalCalls(surgery, part):
+            run = FunctionalCalls(surgery, part)
+            run.idle = idle
+            with run:
                 result = method(*args, **kwargs)
         self._look_at_trace()
         return result
@@ -731,6 +798,8 @@ def _owned(run: FunctionalCalls, number: int) -> bool:
 _EAGER = (
     Caller._outermost,
     Caller._inside,
+    Caller._idle,
+    Caller._unseen,
     Caller._driven,
     Caller._step,
     Caller._finish,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from functools import cache, partial, partialmethod, singledispatchmethod
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from nslightning.ops.module_base import ChosenFunction, ChosenModule
 from nslightning.ops.record import MODULES
 from nslightning.ops.unreached import UNSUPPORTED_MODULES
 from nslightning.spelling import closest
-from nslightning.surgery.lifetimes import is_own
+from nslightning.surgery.graph import MOST, OF_MODULES
 from nslightning.surgery.lookups import Looked, lookups
 from nslightning.surgery.methods import Caller, ClassName, LeftAlone, Method, SiteForward, SiteText, nothing_to_patch
 from nslightning.surgery.plan import AnyChoice, Plan, Selector, matches, text, to_choice
@@ -96,12 +97,16 @@ def patch(
     changes = list(_find(model, surgery))
     surgery.begin([part for _, part, _ in changes])
     surgery.catching = any(part.calls for _, part, _ in changes)
+    surgery.fused = any(isinstance(module, Caller.FUSED) for module, _, _ in changes)
     surgery.report.sites += [part.site for _, part, _ in changes if part.site is not None]
     if strict and surgery.report.unreached:
         raise UnreachedError(surgery.report.model, surgery.report.unreached)
     try:
         for module, part, methods in changes:
             _install(module, part, methods)
+        for module, part, methods in changes:
+            if methods:
+                part.kept = _replace_kept(module, surgery)
         for hint in _hints(surgery, changes):
             warnings.warn(hint, PatchWarning, stacklevel=2)
         if example is not None:
@@ -384,7 +389,7 @@ def _install(module: nn.Module, part: Part, methods: Mapping[str, type[Method]])
     part.methods = tuple(methods)
     if part.calls:
         part.lookups = {
-            (definer, name): Looked(module, name, part, definer) for definer, name in lookups(type(module), is_own)
+            (definer, name): Looked(module, name, part, definer) for definer, name in lookups(type(module), _own)
         }
     module.__dict__.update(attributes)
     if (kept_by_copies := kept_attributes(module)) is not None:
@@ -404,9 +409,78 @@ def _restore(modules: Iterable[nn.Module]) -> None:
             method.retire()
             if method.is_replacement:
                 module.__dict__[name] = method.replaced
+        for container, key, before, after in part.kept:
+            entries = _entries(module if container is None else container)
+            if _entry(entries, key) is after:
+                entries[key] = before
         for looked in part.lookups.values():
             looked.release()
         forget_kept_attributes(module, (PART, *part.methods))
+
+
+def _replace_kept(module: nn.Module, surgery: Surgery) -> list[tuple[Any, Any, Any, Any]]:
+    """Put a surgery's methods in the place of the bound methods that a module keeps in its attributes and containers.
+
+    A model may keep a table of them, such as ``self.table = {"a": self.encode}``, and code may call these from outside.
+
+    Returns:
+        Each place: the container, or None for the module itself, the key or index, the value before and that after.
+    """
+    changes: list[tuple[Any, Any, Any, Any]] = []
+    seen: set[int] = set()
+
+    def replaced(value: Any) -> Any:
+        if type(value) in (FunctionType, MethodType):
+            return _of_surgery(value, module, surgery)
+        if type(value) is partial:
+            function = replaced(value.func)
+            return value if function is value.func else partial(function, *value.args, **value.keywords)
+        if id(value) in seen or len(seen) >= MOST:
+            return value
+        if isinstance(value, tuple):
+            seen.add(id(value))
+            entries = [replaced(entry) for entry in value]
+            if all(one is other for one, other in zip(value, entries, strict=True)):
+                return value
+            return value._make(entries) if hasattr(value, "_make") else type(value)(entries)
+        if isinstance(value, (dict, list, deque)) or (is_dataclass(value) and hasattr(value, "__dict__")):
+            seen.add(id(value))
+            replace_entries(value, _entries(value))
+        return value
+
+    def replace_entries(container: Any, entries: Any, without: frozenset[str] = frozenset()) -> None:
+        for key, before in list(entries.items() if isinstance(entries, dict) else enumerate(entries)):
+            if key in without or isinstance(before, nn.Module) or type(before) in _KINDS:
+                continue
+            if (after := replaced(before)) is not before:
+                entries[key] = after
+                changes.append((container, key, before, after))
+
+    replace_entries(None, vars(module), OF_MODULES)
+    return changes
+
+
+def _entries(container: Any) -> Any:
+    """The dictionary or sequence that holds the values of a container, or of an object's attributes."""
+    return container if isinstance(container, (dict, list, deque)) else vars(container)
+
+
+def _of_surgery(value: Any, module: nn.Module, surgery: Surgery) -> Any:
+    """The surgery's object for a method that a module keeps; the value itself if the surgery has none for it."""
+    owner = getattr(value, "__self__", None)
+    owner = owner if isinstance(owner, nn.Module) else module
+    if surgery.part(owner) is None:
+        return value
+    methods = (method for method in vars(owner).values() if type(method) in _KINDS)
+    return next((method for method in methods if method.stock(owner) == value), value)
+
+
+def _entry(container: Any, key: Any) -> Any:
+    """An entry of a dictionary or a sequence; None if it has none there any more."""
+    try:
+        return container[key]
+    except LookupError:
+        return None
 
 
 def _calls(module: nn.Module) -> bool:
@@ -425,7 +499,7 @@ _CALLING = (nn.RNN, nn.RNNCell)
 
 def _own_code(module: nn.Module) -> bool:
     """Return whether a module has methods, properties or special methods that PyTorch's class lacks."""
-    return bool(set(_own_entrances(module)) - {"forward"}) or any(lookups(type(module), is_own))
+    return bool(set(_own_entrances(module)) - {"forward"}) or any(lookups(type(module), _own))
 
 
 def _entrances(module: nn.Module) -> Iterator[str]:
@@ -439,7 +513,7 @@ def _entrances(module: nn.Module) -> Iterator[str]:
 def _own_entrances(module: nn.Module) -> Iterator[str]:
     """The methods that a model's own classes define, and the functions without a name among the attributes."""
     seen: set[str] = set()
-    for cls in filter(is_own, type(module).__mro__):
+    for cls in filter(_own, type(module).__mro__):
         for name, method in vars(cls).items():
             if name in seen or name.startswith("__") or (name in _BASE and name != "forward"):
                 continue
@@ -454,6 +528,13 @@ def _own_entrances(module: nn.Module) -> Iterator[str]:
 _METHODS = (
     FunctionType, staticmethod, classmethod, partialmethod, singledispatchmethod, type(cache(len)),
 )  # fmt: skip
+
+
+def _own(cls: type) -> bool:
+    """Return whether a class comes from a model's code, and not from a library."""
+    return cls.__module__.partition(".")[0] not in (
+        "torch", "lightning", "pytorch_lightning", "typing", "abc", "builtins",
+    )  # fmt: skip
 
 
 def _definer(cls: type[nn.Module]) -> type[nn.Module]:

@@ -51,10 +51,13 @@ class Surgery:
             which a compiler cannot distinguish.
         counted: Whether a rule depends on the number of a call.
         catching: Whether some module has code that may call functions: a mode catches calls only if it is true.
+        fused: Whether some module takes another kernel where a mode is active and no gradient passes.
         looked: The entrances and the paths whose graph was checked.
         awaited: Paths that a run took while nodes were not recorded, and how many runs are still recorded for each.
         begun: Number of runs with gradients of each entrance.
         looks: Number of checks of the graph of each entrance.
+        waking: By entrance, whether its next run that is called without gradients has a mode, to see whether its code
+            switches them on, and how often this was looked at; None once it was seen to do so.
         sites: The objects that run the module sites.
         made: The thread that patched the model and the number of its next autograd node, by which a loss that was
             computed before is known; None in a copy.
@@ -74,23 +77,25 @@ class Surgery:
         )
         self.selections: dict[tuple[int, ...], Selection] = {}
         self.everywhere: dict[str, Selection | None] = {}
+        self.fused = False
         self.counted = any(rule.call is not None for rule in plan.rules)
         self.catching = True
         self.looked: set[Any] = set()
         self.awaited: dict[Any, int] = {}
         self.begun: dict[Any, int] = {}
         self.looks: dict[Any, int] = {}
+        self.waking: dict[Any, tuple[bool, int | None]] = {}
         self.sites: WeakSet[Any] = WeakSet()
         self.made: tuple[int, int] | None = (threading.get_ident(), sequence_number())
         self._rows: dict[tuple[str, str, bool, tuple[int, ...]], Site] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # A copied site adds itself to `sites`; the others refer to parts or a thread by identity: no copy keeps them.
-        fresh = ("sites", "looked", "awaited", "begun", "looks", "made")
+        fresh = ("sites", "looked", "awaited", "begun", "looks", "waking", "made")
         return {name: value for name, value in self.__dict__.items() if name not in fresh}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, sites=WeakSet(), looked=set(), awaited={}, begun={}, looks={}, made=None)
+        self.__dict__.update(state, sites=WeakSet(), looked=set(), awaited={}, begun={}, looks={}, waking={}, made=None)
 
     def records(self, entrance: Any) -> bool:
         """Return whether the run that begins has to note the nodes that it makes, so that its graph can be checked.
@@ -116,6 +121,43 @@ class Surgery:
             Whether its graph was checked less often than it may be.
         """
         return self.looks.get(entrance, 0) < _LOOKS + self.begun.get(entrance, 0) // _ONE_OF
+
+    def may_wake(self, entrance: Any) -> bool:
+        """Return whether a run that is called without gradients needs a mode: its code may switch them on.
+
+        Args:
+            entrance: As in :meth:`records`.
+
+        Returns:
+            True for the first run, for the run after :meth:`made_nodes`, and once the code was seen to do so.
+        """
+        return self.waking.get(entrance, (True, 0))[0]
+
+    def woke(self, entrance: Any, woken: bool) -> None:
+        """Note whether a run that was called without gradients, and had a mode, needed it.
+
+        Args:
+            entrance: As in :meth:`records`.
+            woken: Whether its code switched gradients on for a call that may matter.
+        """
+        before, looks = self.waking.get(entrance, (True, 0))
+        if woken and looks:
+            warnings.warn(
+                f"{entrance[1]} switches gradients on where it is called without: an earlier call kept PyTorch's "
+                "derivative there, and all calls from this one on take the choice",
+                PatchWarning,
+                stacklevel=4,
+            )
+        self.waking[entrance] = (woken or (before and looks is None), None if woken or looks is None else looks + 1)
+
+    def made_nodes(self, entrance: Any) -> None:
+        """Note that a run without gradients made autograd nodes: its code may have switched gradients on.
+
+        Args:
+            entrance: As in :meth:`records`.
+        """
+        _, looks = self.waking[entrance]
+        self.waking[entrance] = (looks is None or looks < _LOOKS, looks)
 
     def checked(self, entrance: Any, path: Any, recorded: bool) -> None:
         """Note that the graph of a run was checked.
@@ -284,6 +326,8 @@ class Part:
         methods: The names under which the module has methods of the surgery's.
         lookups: The surgery's replacements for the module's properties and special methods, by the class that defines
             them and their names.
+        kept: The places in the module's attributes where the surgery replaced a bound method: the container (None for
+            the module itself), the key or index, the value before and the value after.
         undone: Whether the patch was undone; a method object that code has kept then runs the stock method.
     """
 
@@ -297,6 +341,7 @@ class Part:
     cls: type[nn.Module] | None = None
     methods: tuple[str, ...] = ()
     lookups: dict[tuple[type, str], Any] = field(default_factory=dict)
+    kept: list[tuple[Any, Any, Any, Any]] = field(default_factory=list)
     undone: bool = False
 
     @property

@@ -22,6 +22,7 @@ from nslightning._torch import (
     is_view,
     is_zero_tensor,
     outside_every_mode,
+    tracing_transforms,
     while_compiling,
 )
 from nslightning.ops.autograd.shares import PoolWeights, pool_weights, shares
@@ -31,6 +32,7 @@ __all__ = [
     "LIBRARY",
     "OwnChoice",
     "Selection",
+    "TracedTransformError",
     "concrete",
     "data_dependent",
     "fixed",
@@ -39,6 +41,7 @@ __all__ = [
     "pool_difference_coefficients",
     "read_now",
     "refuse_random",
+    "refuse_traced_transforms",
     "replayed",
 ]
 
@@ -482,8 +485,35 @@ def fixed(operations: str | tuple[str, ...], value: Any, rule: Rule = "exact", s
         >>> fixed("softshrink", (0.0, 1.0)).at_kinks("softshrink")
         (0.0, 1.0)
     """
+    if torch.compiler.is_compiling():
+        refuse_traced_transforms()
     choice = OwnChoice((operations,) if isinstance(operations, str) else operations, value, rule)
     return Selection(choice, seed, constant=True) if choice.value == "random" else _kept(choice)
+
+
+class TracedTransformError(NotImplementedError, AssertionError):
+    """The compiler traces a choice in a transform that drops it. The compiler lets only some error classes through."""
+
+
+@while_compiling
+def refuse_traced_transforms() -> bool:
+    """Refuse a choice that the compiler traces in forward mode, where it would keep PyTorch's derivative.
+
+    It refuses a choice inside ``vmap`` and ``grad`` together, too: the compiler has no rule for it.
+
+    Returns:
+        True.
+
+    Raises:
+        TracedTransformError: Inside ``torch.func.jvp``, ``jacfwd`` and ``hessian``, or ``vmap`` of ``grad``.
+    """
+    transforms = tracing_transforms()
+    if "Jvp" in transforms or {"Vmap", "Grad"} <= transforms:
+        raise TracedTransformError(
+            "torch.compile drops the Jacobian choice inside torch.func.jvp, jacfwd, hessian and vmap of grad: compile "
+            "the model, and call the transform outside of the compiled function"
+        )
+    return True
 
 
 def guarded(y: Tensor, operation: str, selection: Selection) -> Tensor:
