@@ -502,6 +502,12 @@ def _own_code(module: nn.Module) -> bool:
     return bool(set(_own_entrances(module)) - {"forward"}) or any(lookups(type(module), _own))
 
 
+def _has_own_hooks(module: nn.Module) -> bool:
+    """Return whether hooks around the forward of a module come from a model's code: they may call functions."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return any(not _of_library(getattr(hook, "__module__", None) or type(hook).__module__) for hook in hooks)
+
+
 def _entrances(module: nn.Module) -> Iterator[str]:
     """The methods of a module whose code may call functions."""
     yield from _own_entrances(module)
@@ -532,9 +538,11 @@ _METHODS = (
 
 def _own(cls: type) -> bool:
     """Return whether a class comes from a model's code, and not from a library."""
-    return cls.__module__.partition(".")[0] not in (
-        "torch", "lightning", "pytorch_lightning", "typing", "abc", "builtins",
-    )  # fmt: skip
+    return not _of_library(cls.__module__)
+
+
+def _of_library(module: str) -> bool:
+    return module.partition(".")[0] in ("torch", "lightning", "pytorch_lightning", "typing", "abc", "builtins")
 
 
 def _definer(cls: type[nn.Module]) -> type[nn.Module]:
@@ -567,7 +575,7 @@ def _find(model: nn.Module, surgery: Surgery) -> Iterator[tuple[nn.Module, Part,
             scripted |= {id(m) for m in module.modules()}
             unreached = "scripted"
         elif operation is not None and part.chosen:
-            part.operation, part.cls, part.calls = operation, cls, _own_code(module)
+            part.operation, part.cls, part.calls = operation, cls, _own_code(module) or _has_own_hooks(module)
             methods = dict.fromkeys(_own_entrances(module), Caller) if part.calls else {}
             methods |= {"forward": SiteForward, "extra_repr": SiteText}
             rules = surgery.plan.covering(part.rules, operation.name, 0)
@@ -577,7 +585,7 @@ def _find(model: nn.Module, surgery: Surgery) -> Iterator[tuple[nn.Module, Part,
         elif operation is not None or isinstance(module, (ChosenFunction, ChosenModule)):  # these have their own choice
             methods = {"forward": LeftAlone}
         else:
-            part.calls = _calls(module)
+            part.calls = _calls(module) or _has_own_hooks(module)
             unsupported = _whose_forward(module, UNSUPPORTED_MODULES)
             if unsupported is not None:
                 unreached = UNSUPPORTED_MODULES[unsupported]
