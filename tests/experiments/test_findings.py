@@ -246,6 +246,17 @@ def hundred_epochs(bits: int, batch_norm: bool = False) -> Numbers:
     return [(100 * by_beta[beta],) if beta in by_beta.index else () for beta in (0, 10, 100, 1000, 10000)]
 
 
+WIDE = "mnist_mlp_alpha+width=2048+epochs=3"
+
+
+def wide_row(rule: str) -> Numbers:
+    """The test accuracy of the net of 2048 neurons after 3 epochs, by alpha; nothing where no cell ran."""
+    rows = results(f"{WIDE}/small")
+    rows = rows[(rows["metric"] == "test_accuracy") & (rows["epoch"] == 2) & (rows["rule"] == rule)]
+    by_alpha = rows.set_index("relu")["value"]
+    return [(100 * by_alpha[alpha],) if alpha in by_alpha.index else () for alpha in (-10, 0, 10, 50)]
+
+
 def autocast_row(rule: str) -> Numbers:
     """LeNet-5's test accuracy under fp16 autocast after 10 epochs, and the paper's, by beta."""
     rows = results("mnist_lenet_beta_24/small")
@@ -262,6 +273,9 @@ def autocast_row(rule: str) -> Numbers:
 
 #: What each row of each table has to say.
 ROWS: dict[str, dict[str, Callable[[], Numbers]]] = {
+    "alpha, 3 x 2048: -10, 0, 10, 50": {
+        rule: lambda rule=rule: wide_row(rule) for rule in ("exact", "published")
+    },
     "alpha: -10, -1, 0, 1, 10, 50": {
         "exact": lambda: alpha_row("exact"),
         "published": lambda: alpha_row("published"),
@@ -606,6 +620,16 @@ def test_the_order_of_summation():
     assert {(row["best"], row["share"]) for row in rows} == {("blocks=192", 1.0)}
     last = [100 * row["bias_last"] for row in rows]
     assert f"in {min(last):.0f} to {max(last):.0f} % with the bias last" in " ".join(PAGE.split())
+
+
+def test_zeros_of_the_wide_net() -> None:
+    rows = results(f"{WIDE}/small")
+    sums = rows[rows["metric"].isin(["zeros", "relu_calls"])].groupby(["metric", "cell"])["value"].sum()
+    assert len(sums["zeros"]) == 6  # runs
+    inputs = {f"{value / 1e9:.1f}" for value in sums["relu_calls"]}
+    assert inputs == {"1.1"}
+    text = f"These runs met {sums['zeros'].sum():.0f} zeros, in {inputs.pop()} billion inputs of a ReLU each."
+    assert text in " ".join(PAGE.split())
 
 
 def test_lenet_in_24_bits_is_nan_under_the_published_rule_alone() -> None:
