@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from nslightning.choices import choice_label
-from nslightning.files import replacing
+from nslightning.files import named_in_errors, replacing
 from nslightning.runs import forget_from
 from nslightning.surgery import selections
 
@@ -122,7 +122,7 @@ def append_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     columns = list(rows[0])
     _widen(file, columns)
-    with file.open("a", newline="", encoding="utf-8") as table:
+    with named_in_errors(file), file.open("a", newline="", encoding="utf-8") as table:
         writer = csv.DictWriter(table, columns, lineterminator="\n")
         if table.tell() == 0:
             writer.writeheader()

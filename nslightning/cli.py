@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
+from nslightning.commands.process import plain_warnings
 from nslightning.commands.stopping import Stopped, signals
 from nslightning.commands.streams import printing
 from nslightning.spelling import did_you_mean
@@ -85,7 +86,8 @@ def main(args: Sequence[str] | None = None) -> int:
         0
     """
     argv = list(sys.argv[1:] if args is None else args)
-    return printing(lambda: _stoppable(argv))
+    with plain_warnings():
+        return printing(lambda: _stoppable(argv))
 
 
 def _stoppable(argv: list[str]) -> int:

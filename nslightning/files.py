@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ __all__ = [
     "check_writable",
     "expanded",
     "forget_partial",
+    "named_in_errors",
     "replacing",
     "stderr_to",
     "utf8",
@@ -48,25 +50,51 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    if path.exists() and not (path.is_file() or path.is_dir()):  # a device or a pipe: it stays one
+        with named_in_errors(path):
+            yield path
+        return
+    with named_in_errors(path):
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{_PARTIAL}{path.stem}-", suffix=path.suffix)
-    except OSError as error:
-        error.filename = str(path)
-        raise
-    os.close(handle)
-    partial = Path(name)
+        os.close(handle)
+        partial = Path(name)
+        try:
+            yield partial
+            partial.chmod(_mode(path))
+            with partial.open("rb") as written:
+                os.fsync(written.fileno())  # a full disk may say so only here
+            partial.replace(path)
+        except BaseException:
+            with suppress(OSError):  # of a disk that does not answer
+                partial.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def named_in_errors(path: str | Path) -> Iterator[None]:
+    """Have an error of the system name the file that was to be written: a full disk says so without a name.
+
+    Args:
+        path: The file.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        OSError: What the block raises, with the name of the file.
+
+    Example:
+        >>> with named_in_errors("metrics.csv"):
+        ...     raise OSError(28, "No space left on device")
+        Traceback (most recent call last):
+        OSError: [Errno 28] No space left on device: 'metrics.csv'
+    """
     try:
-        yield partial
-        partial.chmod(_mode(path))
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())  # a full disk may say so only here
-        partial.replace(path)
-    except BaseException as error:
-        # A full disk says so without a name.
-        if isinstance(error, OSError) and error.errno is not None and error.filename in (None, name):
+        yield
+    except OSError as error:
+        of_the_file = error.filename is None or Path(str(error.filename)).name.startswith(_PARTIAL)
+        if error.errno is not None and of_the_file:
             error.filename = str(path)
-        with suppress(OSError):  # of a disk that does not answer
-            partial.unlink(missing_ok=True)
         raise
 
 
@@ -123,6 +151,7 @@ def check_writable(folder: str | Path) -> Path:
 
     Raises:
         ValueError: If the folder cannot be made or written to.
+        OSError: If the disk is full; it names the folder.
 
     Example:
         >>> check_writable("no/such/folder") == Path.cwd()
@@ -130,9 +159,13 @@ def check_writable(folder: str | Path) -> Path:
     """
     folder = Path(folder).absolute()
     existing = next(place for place in (folder, *folder.parents) if place.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"{folder} cannot be written: {existing} is not a folder that may be written to")
-    return existing
+    try:
+        with named_in_errors(folder), tempfile.TemporaryFile(dir=existing):  # permissions alone do not say it
+            return existing
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ValueError(f"{folder} cannot be written: {existing} is not a folder that may be written to") from None
 
 
 def utf8(path: str | Path) -> bool:

@@ -200,6 +200,7 @@ MISTAKES: dict[str, list[Mistake]] = {
         ("--trainer.accelerator=gup", ("gup", "auto, cpu, cuda", "did you mean 'gpu'")),
         ("--trainer.devices=3.5", ("devices",)),
         ("--trainer.devices=0", ("--trainer.devices=0", "a number from 1 on", "auto for all")),
+        ("--trainer.accelerator=cpu --trainer.devices=100000", ("would start 100000 processes on", "1 is the fastest")),
         ("--trainer.num_sanity_val_steps=-3", ("--trainer.num_sanity_val_steps=-3", "-1 for all")),
         ("--trainer.strategy=dddp", ("dddp", "ddp")),
         ("--trainer.gradient_clip_val=-1", ("--trainer.gradient_clip_val=-1", "from 0 on")),
@@ -278,7 +279,11 @@ MISTAKES: dict[str, list[Mistake]] = {
 }
 
 #: Parts of an answer that depend on the machine.
-_ELSEWHERE = ((r"PyTorch \d[\w.+]*", "PyTorch 2.x"),)
+_ELSEWHERE = (
+    (r"PyTorch \d[\w.+]*", "PyTorch 2.x"),
+    (r"on \d+ processor cores", "on 8 processor cores"),
+    (r"at most \d+ are allowed", "at most 32 are allowed"),
+)
 
 
 def prepare() -> None:

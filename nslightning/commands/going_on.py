@@ -7,10 +7,12 @@ begin, and the run's folder says how it went on. Flags change a run that goes on
 from __future__ import annotations
 
 import json
+import os
 import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -238,45 +240,83 @@ def _from_file(call: Call, file: Path, fit: bool) -> Start:
     words = [call.command, *call.words]
     beside = file.parent.parent / "config.yaml"
     if not call.configs and beside.is_file() and not any(w.startswith("--data=") for w in call.words):
-        read_config(beside)
-        if not fit:
-            _refuse_foreign_classes(beside)
+        _refuse_unnamed_code(beside, call)
         rank_zero_info(f"Config: {beside}")
         words = [call.command, f"--config={beside}", *call.words]
     return Start(words, call.name, None, file, content)
 
 
-def _refuse_foreign_classes(config: Path) -> None:
-    """A config that the call does not name runs classes of the installed libraries alone."""
-    for name in _code_in(read_config(config)):
-        if not name.startswith(("nslightning.", "lightning.", "torch.", "pytorch_lightning.")):
+def _refuse_unnamed_code(config: Path, call: Call) -> None:
+    """A config that the call does not name runs the libraries' classes, and code that the call names itself."""
+    if any(Path(file).resolve() == config.resolve() for file in call.configs):
+        return
+    asked = [*call.words, *(name for file in call.configs if Path(file).is_file() for name in _code_of(Path(file)))]
+    for name in _code_of(config):
+        if (":" in name or not name.startswith(_LIBRARIES)) and not any(name in word for word in asked):
             raise ValueError(
                 f"{config} names code outside this package, {name}, and is not read unasked: if you trust it, add "
                 f"--config={config}"
             )
 
 
-#: Options whose text names a class or a function, where it is no mapping with a ``class_path``.
-_NAMES_CODE = ("backbone", "callbacks", "data", "logger", "lr_scheduler", "model", "optimizer", "plugins", "profiler",
-               "strategy")  # fmt: skip
+#: Where the classes of a config may come from unasked. PyTorch has functions that run whatever they are given.
+_LIBRARIES = ("nslightning.", "lightning.", "pytorch_lightning.", "torch.nn.", "torch.optim.")
+#: Options whose text names a class, a function, or a file with one, where it is no mapping with a ``class_path``.
+_NAMES_CODE = ("callbacks", "class_path", "data", "dict_kwargs", "init_args", "logger", "lr_scheduler", "model",
+               "optimizer", "plugins", "profiler", "strategy", "trainer")  # fmt: skip
+_DOTTED = re.compile(r"([A-Za-z_]\w*)(\.[A-Za-z_]\w*)+")
 
 
-def _code_in(content: Any, key: str = "") -> list[str]:
-    """The names of code in a config: of classes and functions by their paths, and of networks as ``package:factory``.
+def _code_of(config: Path) -> list[str]:
+    """The code that a config names."""
+    return [name for key, text in _texts_in(read_config(config)) for name in _code_in(key, text, config.parent)]
+
+
+def _texts_in(content: Any, key: str = "") -> list[tuple[str, str]]:
+    """All texts of a config, each with the option that it belongs to.
 
     Example:
-        >>> _code_in({"model": {"backbone": "a.b:make"}, "trainer": {"callbacks": ["c.D", {"class_path": "e.F"}]}})
-        ['a.b:make', 'c.D', 'e.F']
+        >>> _texts_in({"model": {"backbone": "a.b:make"}, "x.callbacks+": ["c.D", {"class_path": "e.F"}]})
+        [('backbone', 'a.b:make'), ('callbacks', 'c.D'), ('class_path', 'e.F')]
     """
     if isinstance(content, dict):
-        return [name for inner, value in content.items() for name in _code_in(value, str(inner))]
+        keys = {name: str(name).rstrip("+").rpartition(".")[2] for name in content}
+        return [text for name, value in content.items() for text in _texts_in(value, keys[name])]
     if isinstance(content, list):
-        return [name for value in content for name in _code_in(value, key)]
-    if not isinstance(content, str) or key not in ("class_path", *_NAMES_CODE):
-        return []
+        return [text for value in content for text in _texts_in(value, key)]
+    return [(key, content)] if isinstance(content, str) else []
+
+
+def _code_in(key: str, text: str, folder: Path) -> list[str]:
+    """The code that a text of a config may have run: a class or a function by its path, or a file that names one.
+
+    Example:
+        >>> _code_in("backbone", "timm/resnet18", Path()), _code_in("backbone", "a.b:make", Path())
+        ([], ['a.b:make'])
+        >>> _code_in("on_fit_start", "os.getcwd", Path()), _code_in("root", "images.v2", Path())
+        (['os.getcwd'], [])
+    """
     if key == "backbone":  # torchvision/resnet18, timm/hf-hub:..., or package.module:factory
-        return [content] if ":" in content.partition("/")[0] else []
-    return [content] if "." in content else []
+        return [text] if ":" in text.partition("/")[0] else []
+    if key in _NAMES_CODE:  # text in place of a mapping may be the name of a file with one
+        named = "." in text or os.sep in text or _is_file(text, folder)
+        return [text] if named else []
+    # Any option may take a function, by the path of one that can be imported.
+    return [path[0] for path in _DOTTED.finditer(text) if _is_module(path[1])]
+
+
+def _is_file(name: str, folder: Path) -> bool:
+    try:
+        return Path(name).is_file() or (folder / name).is_file()
+    except OSError:  # of a text that is too long for a name
+        return False
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ValueError:  # of a module without a specification, as `__main__`
+        return True
 
 
 def _going_on(call: Call, folder: Path, which: str) -> Start:
@@ -287,6 +327,7 @@ def _going_on(call: Call, folder: Path, which: str) -> Start:
     if not own.is_file():
         warnings.warn(f"{own} is missing: the run goes on under the config that is given", stacklevel=2)
         return Start(_without(call, ("ckpt_path",)), folder.parent.name, folder, checkpoint, content)
+    _refuse_unnamed_code(own, call)
     kept, own_seen = list[str](), False
     for word in call.words:
         flag, _, value = word.partition("=")

@@ -106,6 +106,7 @@ def _search(options: argparse.Namespace, fit: list[str]) -> int:
             folder=folder,
             spaces={"lr": Space("model.optimizer.lr", options.low, options.high, log=True)},
             fit=tuple(words),
+            command="lr-search",
             metric=options.metric,
             trials=options.trials,
             common={**common, "choice": choice or None},

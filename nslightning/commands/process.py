@@ -32,17 +32,28 @@ def _wanted(record: logging.LogRecord) -> bool:
 
 @contextmanager
 def plain_warnings() -> Iterator[None]:
-    """Write warnings without the line of code that raised them. Lightning's import sets another form: import it before.
+    r"""Print a warning as one message, without the place in the source; leave out what libraries tell each other.
+
+    Lightning's import sets another form: import it before.
 
     Yields:
         Nothing.
+
+    Example:
+        >>> with plain_warnings():
+        ...     warnings.formatwarning("few images", UserWarning, "data.py", 3)
+        'UserWarning: few images\n'
     """
     form = warnings.formatwarning
-    warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}\n"
-    try:
-        yield
-    finally:
-        warnings.formatwarning = form
+    with warnings.catch_warnings():
+        # Names of PyTorch's on their way out, which Lightning and PyTorch itself use.
+        warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")
+        warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated")
+        warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}\n"
+        try:
+            yield
+        finally:
+            warnings.formatwarning = form
 
 
 @contextmanager
@@ -59,9 +70,7 @@ def own_process(argv: Sequence[str]) -> Iterator[None]:
     messages = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     tracebacks = logging.raiseExceptions
     sys.argv = [program[0], *argv]
-    with warnings.catch_warnings(), plain_warnings():
-        # Lightning's own use of a torch name on its way out.
-        warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")
+    with plain_warnings():
         # A run that goes on writes where it did before.
         warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
         # The arguments are those of the command line, with `fit` for a command that is one of its kind.

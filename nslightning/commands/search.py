@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import re
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -136,24 +137,34 @@ class Search:
         folder: Folder of its trials; of the storage too, unless a URL is named.
         spaces: The values to search, by the parameter's name.
         fit: Options of ``fit``; what comes last wins.
+        command: The command that searches, by its name.
         metric: Logged name of the metric to optimise.
         direction: ``maximize`` or ``minimize``.
         trials: Number of trials, pruned ones included.
         storage: A URL of a database that Optuna takes; None is a file in the folder.
         prune: Whether a trial is given up whose metric is worse than the median of the earlier ones at its epoch.
         common: Settings that a search which goes on must share with its earlier trials.
+
+    Raises:
+        ValueError: If the largest loss is searched for.
     """
 
     name: str
     folder: Path
     spaces: Mapping[str, Space]
     fit: tuple[str, ...]
+    command: str
     metric: str
     direction: Literal["maximize", "minimize"] = "maximize"
     trials: int = 20
     storage: str | None = None
     prune: bool = True
     common: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.direction == "maximize" and "loss" in self.metric.rpartition("/")[2]:
+            way = "add --minimise" if self.command == "sweep" else "`nslightning sweep --minimise` finds the smallest"
+            raise ValueError(f"--metric={self.metric} is a loss, and the largest value would win: {way}")
 
     def study(self, seed: int = 0) -> optuna.Study:
         """Open the study, or make it.
@@ -167,7 +178,7 @@ class Search:
         Raises:
             ValueError: If another search is kept there.
         """
-        library = optuna_of("a search")
+        library = optuna_of(self.command)
         study: optuna.Study = library.create_study(
             study_name=self.name,
             storage=self._storage(library),
@@ -178,7 +189,7 @@ class Search:
         )
         common = json.loads(json.dumps(self.common))
         kept = study.user_attrs.get("search", common)
-        if kept != common and study.trials:
+        if kept != common and any(trial.state.name != "FAIL" for trial in study.trials):
             changed = ", ".join(f"{k} was {kept.get(k)!r} and is {v!r}" for k, v in common.items() if kept.get(k) != v)
             raise ValueError(
                 f"{self.folder} holds another search for {self.name!r} ({changed}): name another folder with --output"
@@ -276,6 +287,7 @@ def run_search(search: Search, executor: Executor) -> int:
     Raises:
         KeyboardInterrupt: After Ctrl-C or SIGTERM; its note says how many trials are done.
     """
+    made = None if search.folder.exists() else search.folder
     study = search.study()
     missing, first = search.trials - len(ended_trials(study)), len(study.get_trials(deepcopy=False))
     try:
@@ -287,16 +299,27 @@ def run_search(search: Search, executor: Executor) -> int:
                 if end.status > 128:
                     raise Stopped(end.status - 128)
                 if end.status:
+                    if end.status == 2:
+                        _leave_nothing(made, study)
                     return end.status
                 tried = ", ".join(f"{k}={v:.5g}" if isinstance(v, float) else f"{k}={v}" for k, v in end.values.items())
                 reached = (
                     f"pruned after epoch {end.epochs}" if end.metric is None else f"{search.metric}={end.metric:.4f}"
                 )
                 print(f"{search.name}: trial {end.number}: {tried} {reached}", flush=True)
+    except ValueError:
+        _leave_nothing(made, study)
+        raise
     except BaseException as error:
         error.add_note(f"after {len(ended_trials(study))} of {search.trials} trials of {search.name!r}")
         raise
     return 0
+
+
+def _leave_nothing(made: Path | None, study: optuna.Study) -> None:
+    """Remove the folder that a mistaken call made, unless a trial came of it."""
+    if made is not None and all(trial.state.name == "FAIL" for trial in study.trials):
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def _trial(search: Search, seed: int, device: str) -> TrialEnd:
@@ -315,7 +338,7 @@ def _trial(search: Search, seed: int, device: str) -> TrialEnd:
     state = optuna.trial.TrialState
     reports: list[float] = []
     try:
-        status = _fit(trial, command, search.metric, search.direction, reports)
+        status = _fit(trial, command, search, reports)
     except optuna.TrialPruned:
         study.tell(trial, state=state.PRUNED)
         return TrialEnd(trial.number, values, None, len(reports))
@@ -330,7 +353,7 @@ def _trial(search: Search, seed: int, device: str) -> TrialEnd:
     return TrialEnd(trial.number, values, metric, len(reports))
 
 
-def _fit(trial: optuna.Trial, command: list[str], metric: str, direction: str, reports: list[float]) -> int:
+def _fit(trial: optuna.Trial, command: list[str], search: Search, reports: list[float]) -> int:
     """Run ``fit`` for a trial, and keep what it reports: its exit status."""
     import optuna
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -341,18 +364,19 @@ def _fit(trial: optuna.Trial, command: list[str], metric: str, direction: str, r
         def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
             if trainer.sanity_checking:
                 return
-            if metric not in trainer.callback_metrics:
+            if search.metric not in trainer.callback_metrics:
                 known = ", ".join(sorted(trainer.callback_metrics))
-                raise ValueError(f"--metric={metric} is not logged by this config; it logs {known}")
-            value = float(trainer.callback_metrics[metric])
+                raise ValueError(f"--metric={search.metric} is not logged by this config; it logs {known}")
+            value = float(trainer.callback_metrics[search.metric])
             # A diverged trial is a bad one, not a broken one.
-            worst = 0.0 if direction == "maximize" else sys.float_info.max
+            worst = 0.0 if search.direction == "maximize" else sys.float_info.max
             reports.append(worst if math.isnan(value) else value)
             trial.report(reports[-1], len(reports))
             if trial.should_prune():
                 raise optuna.TrialPruned
 
     class Reporting(training_cli.TrainCLI):
+        program = search.command
         silent_stop = True
 
         def instantiate_trainer(self, **kwargs: Any) -> Any:

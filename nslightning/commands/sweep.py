@@ -101,6 +101,7 @@ def _search(options: argparse.Namespace, fit: list[str]) -> int:
         folder=folder,
         spaces=spaces,
         fit=tuple(words),
+        command="sweep",
         metric=options.metric,
         direction="minimize" if options.minimise else "maximize",
         trials=options.trials,
@@ -117,8 +118,8 @@ def _search(options: argparse.Namespace, fit: list[str]) -> int:
     try:
         status = run_search(search, make_executor(options.executor, resources, folder))
     finally:  # an interrupted search has its table too
-        study = search.study()
-        _write(search, study)
+        if search.storage is not None or folder.exists():
+            _write(search, search.study())
     return status
 
 

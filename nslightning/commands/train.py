@@ -35,6 +35,7 @@ def main(argv: Sequence[str], cli_class: type[TrainCLI] = TrainCLI) -> int:
     cli = cli_class.__new__(cli_class)
     cli.place = RunPlace()
     subcommand = argv[0] if argv[0] in cli.subcommands() else "fit"
+    program = cli_class.program or argv[0]
     status = 1
     with own_process(argv), current_folder_importable(), signals() as cli.signals:
         try:
@@ -51,24 +52,24 @@ def main(argv: Sequence[str], cli_class: type[TrainCLI] = TrainCLI) -> int:
                 parser_class=Parser,
                 parser_kwargs={
                     "prog": "nslightning",
-                    subcommand: {"usage": f"nslightning {argv[0]} --config FILE [options]"},
+                    subcommand: {"usage": f"nslightning {program} --config FILE [options]"},
                 },
                 auto_configure_optimizers=False,
                 args=[subcommand, *cli.start.argv[1:]],
             )
             status = 0
         except Stopped as stop:
-            status = _stopped(cli, stop, argv[0])
+            status = _stopped(cli, stop, program)
         except SystemExit as stop:
             if cli.signals.signum is not None:  # Lightning's way to end after it
-                status = _stopped(cli, Stopped(cli.signals.signum), argv[0])
+                status = _stopped(cli, Stopped(cli.signals.signum), program)
             elif not isinstance(stop.code, int):
                 raise
             else:
                 status = stop.code
         except Exception as error:
             if cli.signals.signum is not None:  # a loader's worker that the same signal ended, say
-                status = _stopped(cli, Stopped(cli.signals.signum), argv[0])
+                status = _stopped(cli, Stopped(cli.signals.signum), program)
             else:
                 go_on = cli.place.go_on(argv[0]) if cli.began else None
                 gone = cli.place.gone(error, argv[0]) if cli.began else None
@@ -77,7 +78,7 @@ def main(argv: Sequence[str], cli_class: type[TrainCLI] = TrainCLI) -> int:
                     raise
                 if rank() != 0 and _all_raise(error):
                     return 0  # as in `_stopped`; the first process says it
-                print(f"nslightning {argv[0]}: error: {ending.message}", file=sys.stderr)
+                print(f"nslightning {program}: error: {ending.message}", file=sys.stderr)
                 status = ending.status
         finally:
             wandb_run.finish(failed=status == 1)

@@ -35,6 +35,9 @@ def _at_least(low: float) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, (int, float)) and value >= low
 
 
+#: Processes of a training on the CPU: more of them fill the memory, and none is faster.
+_PROCESSES_PER_CORE = 4
+
 _NOTHING = "a number of batches from 1 on, or a share such as 0.1: without a batch nothing would happen"
 
 _DEVICES = "a number from 1 on, a list of their numbers, or -1 or auto for all"
@@ -72,6 +75,13 @@ def check(trainer: Namespace, command: str) -> None:
         value = trainer.get(limit.option)
         if (not limit.commands or command in limit.commands) and value is not None and not limit.allows(value):
             raise ValueError(f"--trainer.{limit.option}={value} is not allowed; it is {limit.says}")
+    devices = str(trainer.get("devices"))
+    most = _PROCESSES_PER_CORE * (os.cpu_count() or 1)
+    if devices.isdigit() and int(devices) > most and runs_on_cpu(trainer.get("accelerator", "auto")):
+        raise ValueError(
+            f"--trainer.devices={devices} would start {devices} processes on {os.cpu_count()} processor cores, and fill "
+            f"the memory: at most {most} are allowed here, and 1 is the fastest"
+        )
     if trainer.get("sync_batchnorm") and runs_on_cpu(trainer.get("accelerator", "auto")):
         raise ValueError(
             "--trainer.sync_batchnorm=true takes GPUs: PyTorch's SyncBatchNorm refuses tensors on a processor. Leave "

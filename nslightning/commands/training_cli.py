@@ -57,6 +57,7 @@ class TrainCLI(LightningCLI):
     """
 
     tasks: ClassVar[dict[str, Any]] = TASKS
+    program: ClassVar[str | None] = None  # the command that a person typed, where it is another one
     silent_stop: ClassVar[bool] = False  # whether the command that runs this one says how it goes on
     # Set by `train.main`, before Lightning's constructor does everything.
     task = "images"
@@ -76,6 +77,13 @@ class TrainCLI(LightningCLI):
         words = "How sums are ordered and rounded, and switches, joined by +: bias_last, random_rounding, tf32, ..."
         parser.add_argument("--arithmetic", type=str, default="native", help=words)
         parser.add_argument("--output", type=str, default="runs", help="Where run folders are kept.")
+
+    def setup_parser(self, *args: Any) -> None:
+        """Build the parsers; their errors name the command that a person typed."""
+        super().setup_parser(*args)
+        if self.program is not None:
+            for parser in self._subcommand_parsers.values():
+                parser.prog = f"nslightning {self.program}"
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options of model and data before those of the trainer, which fill pages of ``--help``."""

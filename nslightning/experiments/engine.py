@@ -123,7 +123,7 @@ def run(
                         computed += 1
                     shown.ended(cell, seconds, reason)
     except KeyboardInterrupt as stop:
-        done = len(planned) - len(missing) + computed
+        done = len(finished(folder) & {cell.id for cell in planned})
         stop.add_note(f"after {done} of {len(planned)} cells of {experiment.name}")
         raise
     finally:  # an interrupted grid has its table too

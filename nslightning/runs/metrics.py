@@ -14,7 +14,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from nslightning.files import replacing
+from nslightning.files import named_in_errors, replacing
 
 __all__ = ["MetricsFile", "forget_from"]
 
@@ -50,6 +50,10 @@ class _Writer(_ExperimentWriter):
         if file.exists():
             with file.open(newline="") as opened:
                 self.metrics_keys = next(csv.reader(opened), [])
+
+    def save(self) -> None:
+        with named_in_errors(self.metrics_file_path):
+            super().save()
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
         file = Path(self.metrics_file_path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pandas as pd
 import pytest
 
@@ -42,9 +44,10 @@ def test_a_search_per_choice_goes_on_where_it_was(tmp_path, capsys) -> None:
 
 
 def test_a_diverged_trial_is_a_bad_one_and_not_a_broken_one(tmp_path) -> None:
-    assert search(tmp_path, "--trials=1", "--epochs=1", "--low=1e3", "--high=1e4", "--metric=val/loss") == 0
+    space = ["--search", "model.optimizer.lr=log:1e3..1e4", "--metric=val/loss", "--minimise"]
+    assert main(["sweep", *FIT[:-1], *space, "--trials=1", "--epochs=1", f"--output={tmp_path}"]) == 0
     (trial,) = pd.read_csv(tmp_path / "trials.csv").to_dict("records")
-    assert (trial["val/loss"], trial["state"]) == (0.0, "complete")
+    assert (trial["val/loss"], trial["state"]) == (sys.float_info.max, "complete")
 
 
 @pytest.mark.parametrize(
@@ -56,13 +59,26 @@ def test_a_diverged_trial_is_a_bad_one_and_not_a_broken_one(tmp_path) -> None:
         (["--choices", "beta:max_pol=10"], "did you mean 'max_pool'"),
         (["--choices", "a:relu=0", "a:relu=1"], "two choices have one name"),
         (["--trials=1", "--epochs=1", "--metric=val/acc2"], "it logs"),
+        (["--metric=val/loss"], "val/loss is a loss, and the largest value would win"),
         (["--trials=1", "--epochs=1", "--trainer.max_epoch=3"], "did you mean"),
+        (["--trials=1", "--epochs=1", "--data.batch_size=0"], "batch_size is 0"),
     ],
 )
 def test_mistaken_calls(options, message, tmp_path, capsys) -> None:
     try:
-        status = search(tmp_path, *options)
+        status = search(tmp_path / "search", *options)
     except SystemExit as stop:  # of the parser
         status = stop.code
     assert status == 2
-    assert message in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert "\nnslightning lr-search: error: " in f"\n{errors}"
+    assert "nslightning fit" not in errors
+    assert not (tmp_path / "search").exists()
+
+
+def test_a_call_that_is_mended_searches_where_the_mistaken_one_did(tmp_path, capsys) -> None:
+    """The folder was there before: the failed trial stays in it, and counts for nothing."""
+    assert search(tmp_path, "--trials=1", "--epochs=1", "--data.batch_size=0") == 2
+    assert search(tmp_path, "--trials=1", "--epochs=1", "--data.batch_size=8") == 0
+    assert len(pd.read_csv(tmp_path / "trials.csv")) == 1

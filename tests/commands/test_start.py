@@ -197,26 +197,65 @@ def test_a_stranger_s_hyperparameters_run_nothing(hyper_parameters):
     assert not Path("pwned").exists()
 
 
+LAMBDA = "lightning.pytorch.callbacks.LambdaCallback"
+
+
 @pytest.mark.parametrize(
     "config",
     [
         {"model": {"backbone": "os:mkdir", "backbone_options": {"path": "pwned"}}},
+        {"model": {"backbone": "torch.hub:load", "backbone_options": {"repo_or_dir": "evil", "source": "local"}}},
         {"model": {"optimizer": "os.mkdir"}},
+        {"model": {"optimizer": {"class_path": "torch.utils.cpp_extension.load_inline"}}},
+        {"model": {"lr_scheduler": {"class_path": "torch.optim.lr_scheduler.LambdaLR",
+                                    "init_args": {"lr_lambda": "shutil.rmtree"}}}},
         {"model": {"class_path": "os.mkdir", "init_args": {"path": "pwned"}}},
         {"model": "os.mkdir"},
+        {"model": "config"},  # the name of a file
+        {"model": "./config"},
         {"data": "strangers.Data"},
+        {"data.class_path": "strangers.Data"},
+        {"data": '{"class_path": "strangers.Data"}'},
+        {"data": {"class_path": "nslightning.data.MNIST", "dict_kwargs": {"hook": "os.mkdir"}}},
+        {"trainer": "other.yaml"},
         {"trainer": {"callbacks": ["strangers.Callback"]}},
         {"trainer": {"callbacks": "strangers.Callback"}},
+        {"trainer": {"callbacks+": [{"class_path": "strangers.Callback"}]}},
+        {"trainer": {"callbacks": [{"class_path": LAMBDA, "init_args": {"on_test_start": "os.mkdir"}}]}},
+        {"trainer": {"callbacks": [{"class_path": LAMBDA, "init_args": '{"on_test_start": "os.mkdir"}'}]}},
         {"trainer": {"logger": [{"class_path": "strangers.Logger"}]}},
         {"trainer": {"strategy": {"class_path": "strangers.Strategy"}}},
+        {"include": ["other.yaml"]},
     ],
     ids=str,
-)
-def test_a_stranger_s_config_beside_a_checkpoint_runs_no_code_of_its_own(config):
+)  # fmt: skip
+def test_a_stranger_s_config_runs_no_code_of_its_own_unasked(config):
+    """Beside a checkpoint, and in a folder that a run is to go on in."""
     folder = write_run(Path("stranger/x/001"), **config)
-    with pytest.raises(ValueError, match=r"names code outside this package, .*: if you trust it, add --config="):
-        start(["test", f"--ckpt_path={folder}/checkpoints/last.ckpt"], "test")
+    for name in ("config", "other.yaml"):
+        (folder / name).write_text("trainer:\n  callbacks: [strangers.Callback]\n")
+    file = f"--ckpt_path={folder}/checkpoints/last.ckpt"
+    refused = pytest.raises(ValueError, match=r"names code outside this package, .*: if you trust it, add --config=")
+    if "include" in config:
+        read = yaml.safe_load((folder / "config.yaml").read_text())
+        del read["trainer"]
+        (folder / "config.yaml").write_text(yaml.safe_dump(read))
+    for words in (["test", file], ["fit", file], ["fit", "--output=stranger", "--name=x", "--ckpt_path=last"]):
+        with refused:
+            start(words, words[0])
     assert not Path("pwned").exists()
+    # Read, its code is the caller's own.
+    if "data.class_path" not in config:
+        start(["fit", f"--config={folder}/config.yaml", "--ckpt_path=last"], "fit")
+
+
+def test_a_run_goes_on_with_the_code_that_its_call_names():
+    folder = write_run(Path("runs/x/001"), data={"class_path": "mine.Data"}, model={"class_path": "mine.Net"})
+    Path("mine.yaml").write_text("model: mine.Net\n")
+    words = ["--data=mine.Data", "--config=mine.yaml", "--name=x", "--ckpt_path=last"]
+    assert start(["fit", *words], "fit")[0].folder == folder
+    with pytest.raises(ValueError, match=r"mine\.Net, and is not read unasked"):
+        start(["fit", *(word for word in words if "yaml" not in word)], "fit")
 
 
 @pytest.mark.parametrize(
