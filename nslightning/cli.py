@@ -145,6 +145,9 @@ def _run(argv: list[str]) -> int:
     except FileNotFoundError as error:
         print(f"nslightning {command}: error: {error}", file=sys.stderr)
         return 2
+    if wrong := [word for word in rest if word.startswith("--help=") and word != "--help=all"]:
+        print(f"nslightning {command}: error: {wrong[0]}: there are --help and --help=all", file=sys.stderr)
+        return 2
     if (text := _help(command, rest)) is not None:
         print(text, end="")
         return 0

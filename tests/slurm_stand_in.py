@@ -23,8 +23,10 @@ def install(folder: Path) -> None:
     folder.mkdir()
     for name in ("sbatch", "srun", "scontrol"):
         file = folder / name
+        # As pip does: a shell and Python read the first lines differently, and the path may hold a space.
         file.write_text(
-            f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+            f"#!/bin/sh\n'''exec' \"{sys.executable}\" \"$0\" \"$@\"\n' '''\n"
+            f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
             f"from slurm_stand_in import {name}\nsys.exit({name}(sys.argv[1:]))\n"
         )
         file.chmod(0o755)

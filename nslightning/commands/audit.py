@@ -220,6 +220,12 @@ def _model_and_data(options: argparse.Namespace) -> tuple[nn.Module, list[Batch]
         made, shape, _ = weights.network_of_checkpoint(weights.read_checkpoint(Path(options.model)), options.model)
         batches, description, _ = _data(options, shape)
         return made, batches, description
+    if Path(options.model).is_dir():
+        from nslightning.runs import checkpoints_in
+
+        inside = checkpoints_in(Path(options.model))
+        way = f": {inside[0]}" if inside else ", and there is none in it"
+        raise CallError(f"{options.model} is a folder: name a checkpoint of `nslightning fit`{way}")
     if is_own(options.model):
         try:
             own = own_network(options.model)

@@ -104,6 +104,8 @@ def _unrecognized(match: re.Match[str], rejected: Rejection) -> Explanation:
     words = [w for w in re.findall(r"(?:^|\s)--([A-Za-z_][\w.-]*)", match[1]) if w not in rejected.known]
     if not words and (file := re.search(r"\S+\.ya?ml\b", match[1])):
         return f"{file[0]} stands alone: a config file is named by --config", [f"--config {file[0]}"]
+    if not words and (file := re.search(r"\S+\.ckpt\b", match[1])):
+        return f"{file[0]} stands alone: a checkpoint is named by --ckpt_path", [f"--ckpt_path={file[0]}"]
     if not words:
         return f"not understood: {match[1]}; an option begins with --, as --model.backbone=paper/lenet5", []
     return f"there is no option --{words[0]}", _options(_near(words[0], rejected.known))

@@ -199,6 +199,8 @@ class Search:
 
     def _storage(self, library: Any) -> Any:
         if self.storage is not None:
+            if "://" not in self.storage:
+                raise ValueError(f"--storage={self.storage} is no URL of a database, such as sqlite:///search.db")
             return self.storage
         self.folder.mkdir(parents=True, exist_ok=True)
         journal = library.storages.journal.JournalFileBackend(str(self.folder / "study.journal"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -40,6 +41,7 @@ _PROCESSES_PER_CORE = 4
 
 _NOTHING = "a number of batches from 1 on, or a share such as 0.1: without a batch nothing would happen"
 
+_DEVICE_NUMBERS = re.compile(r"auto|-1|[1-9]\d*|\[\d+(, ?\d+)*\]|\d+,(\d+,?)*")
 _DEVICES = "a number from 1 on, a list of their numbers, or -1 or auto for all"
 
 #: One row per option.
@@ -53,7 +55,7 @@ LIMITS = (
     Limit("max_epochs", lambda v: v == -1 or v >= 1, "a number of epochs from 1 on, or -1 for no end", ("fit",)),
     Limit("max_steps", lambda v: v == -1 or v >= 1, "a number of steps from 1 on, or -1 for no end", ("fit",)),
     Limit("check_val_every_n_epoch", _at_least(1), "a number of epochs, at least 1; null counts batches instead"),
-    Limit("devices", lambda v: str(v) == "-1" or not str(v).lstrip("-").isdigit() or int(v) > 0, _DEVICES),
+    Limit("devices", lambda v: _DEVICE_NUMBERS.fullmatch(str(v)) is not None, _DEVICES),
     Limit("num_sanity_val_steps", _at_least(-1), "a number of batches; 0 for no check, -1 for all batches"),
     Limit("log_every_n_steps", _at_least(0), "a number of steps, at least 1; 0 logs nothing"),
     Limit("val_check_interval", lambda v: not isinstance(v, (int, float)) or v > 0, "above 0: batches, or a share"),
@@ -79,8 +81,8 @@ def check(trainer: Namespace, command: str) -> None:
     most = _PROCESSES_PER_CORE * (os.cpu_count() or 1)
     if devices.isdigit() and int(devices) > most and runs_on_cpu(trainer.get("accelerator", "auto")):
         raise ValueError(
-            f"--trainer.devices={devices} would start {devices} processes on {os.cpu_count()} processor cores, and fill "
-            f"the memory: at most {most} are allowed here, and 1 is the fastest"
+            f"--trainer.devices={devices} would start {devices} processes on {os.cpu_count()} processor cores, and "
+            f"fill the memory: at most {most} are allowed here, and 1 is the fastest"
         )
     if trainer.get("sync_batchnorm") and runs_on_cpu(trainer.get("accelerator", "auto")):
         raise ValueError(

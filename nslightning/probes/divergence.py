@@ -66,7 +66,7 @@ class Divergence:
     linf: float
     relative: float
     cosine: float
-    per_layer: Mapping[str, Divergence] = field(default_factory=dict)
+    per_layer: Mapping[str, Divergence] = field(default_factory=dict, repr=False)  # printed with a dictionary of them
     method: Method = field(default="subtract", compare=False)
 
     def __str__(self) -> str:
