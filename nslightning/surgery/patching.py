@@ -22,6 +22,7 @@ from nslightning.ops.record import MODULES
 from nslightning.ops.unreached import UNSUPPORTED_MODULES
 from nslightning.spelling import closest
 from nslightning.surgery.graph import MOST, OF_MODULES
+from nslightning.surgery.hooks import REGISTRATIONS, HookRegistration, has_own_hooks, of_library
 from nslightning.surgery.lookups import Looked, lookups
 from nslightning.surgery.methods import Caller, ClassName, LeftAlone, Method, SiteForward, SiteText, nothing_to_patch
 from nslightning.surgery.plan import AnyChoice, Plan, Selector, matches, text, to_choice
@@ -376,7 +377,7 @@ def _refuse(model: nn.Module) -> None:
             )
 
 
-_KINDS = (Caller, ClassName, LeftAlone, SiteForward, SiteText)
+_KINDS = (Caller, ClassName, HookRegistration, LeftAlone, SiteForward, SiteText)
 _BASE = frozenset(dir(nn.Module))  # names that PyTorch's class defines
 
 
@@ -502,12 +503,6 @@ def _own_code(module: nn.Module) -> bool:
     return bool(set(_own_entrances(module)) - {"forward"}) or any(lookups(type(module), _own))
 
 
-def _has_own_hooks(module: nn.Module) -> bool:
-    """Return whether hooks around the forward of a module come from a model's code: they may call functions."""
-    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    return any(not _of_library(getattr(hook, "__module__", None) or type(hook).__module__) for hook in hooks)
-
-
 def _entrances(module: nn.Module) -> Iterator[str]:
     """The methods of a module whose code may call functions."""
     yield from _own_entrances(module)
@@ -538,11 +533,7 @@ _METHODS = (
 
 def _own(cls: type) -> bool:
     """Return whether a class comes from a model's code, and not from a library."""
-    return not _of_library(cls.__module__)
-
-
-def _of_library(module: str) -> bool:
-    return module.partition(".")[0] in ("torch", "lightning", "pytorch_lightning", "typing", "abc", "builtins")
+    return not of_library(cls.__module__)
 
 
 def _definer(cls: type[nn.Module]) -> type[nn.Module]:
@@ -575,7 +566,7 @@ def _find(model: nn.Module, surgery: Surgery) -> Iterator[tuple[nn.Module, Part,
             scripted |= {id(m) for m in module.modules()}
             unreached = "scripted"
         elif operation is not None and part.chosen:
-            part.operation, part.cls, part.calls = operation, cls, _own_code(module) or _has_own_hooks(module)
+            part.operation, part.cls, part.calls = operation, cls, _own_code(module) or has_own_hooks(module)
             methods = dict.fromkeys(_own_entrances(module), Caller) if part.calls else {}
             methods |= {"forward": SiteForward, "extra_repr": SiteText}
             rules = surgery.plan.covering(part.rules, operation.name, 0)
@@ -585,7 +576,7 @@ def _find(model: nn.Module, surgery: Surgery) -> Iterator[tuple[nn.Module, Part,
         elif operation is not None or isinstance(module, (ChosenFunction, ChosenModule)):  # these have their own choice
             methods = {"forward": LeftAlone}
         else:
-            part.calls = _calls(module) or _has_own_hooks(module)
+            part.calls = _calls(module) or has_own_hooks(module)
             unsupported = _whose_forward(module, UNSUPPORTED_MODULES)
             if unsupported is not None:
                 unreached = UNSUPPORTED_MODULES[unsupported]
@@ -597,6 +588,10 @@ def _find(model: nn.Module, surgery: Surgery) -> Iterator[tuple[nn.Module, Part,
                     methods[call_with_hooks()] = Caller
             elif isinstance(module, Caller.FUSED) or unsupported is not None or module is model:
                 methods = {"forward": Caller} | ({"_get_name": ClassName} if module is model else {})
+        if module is model and unreached != "scripted":
+            methods |= dict.fromkeys(REGISTRATIONS, HookRegistration)
+            if has_own_hooks(module):
+                methods[call_with_hooks()] = Caller
         if module is model and type(module).forward is nn.Module.forward and "forward" not in module.__dict__:
             methods.pop("forward", None)  # the model defines no forward
         if unreached is not None and part.chosen:

@@ -412,7 +412,7 @@ def test_quantisation_aware_training():
 @pytest.mark.parametrize("where", ["before", "after", "inside"])
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # a module whose inputs need no gradient
 def test_hooks_that_call_functions(where):
-    """A hook's call counts as the module's on which it is: of the root if it was there when it was patched."""
+    """A hook's call counts as the module's on which it is."""
     model = nn.Sequential(Body()) if where == "inside" else Body()
     body = model[0] if where == "inside" else model
     seen = []
@@ -439,7 +439,7 @@ def test_hooks_that_call_functions(where):
     out.sum().backward()
     assert seen == [[], [], "backward"] if where == "inside" else seen == [["scale"], ["scale"], "backward"]
     calls = {s.name: s.calls for s in report.sites if s.how == "functional"}
-    assert calls == {"0" if where == "inside" else "": 3 if where != "after" else 1}
+    assert calls == {"0" if where == "inside" else "": 3}
     unpatch(model)
     assert type(body) is Body
     assert len(body._forward_hooks) == len(body._forward_pre_hooks) == 1
@@ -636,3 +636,46 @@ def test_hooks_of_a_model_without_code(of):
     assert torch.autograd.grad(model(x).sum(), x)[0].tolist() == [[0.25] * 3] * 2
     if of == "0":
         assert torch.autograd.grad(model[0](x).sum(), x)[0].tolist() == [[0.5] * 3] * 2
+
+
+@pytest.mark.parametrize("model", [nn.Sequential(nn.Flatten(), nn.ReLU()), nn.ReLU(), nn.Flatten()], ids=repr)
+@pytest.mark.parametrize("before", ["hook", "patch", "forward"])
+def test_hooks_of_the_model_itself_take_the_choice_whenever_they_come(model, before):
+    """A hook may come before the patch, after it, or after the first forward; copies and pickles keep its entrance."""
+    model, x, choice = copy.deepcopy(model), torch.zeros(2, 3, requires_grad=True), Jacobians(relu=0.5)
+    slopes = 0.5 ** sum(isinstance(module, nn.ReLU) for module in model.modules())
+
+    def slope(of):
+        return torch.autograd.grad(of(x).sum(), x)[0].unique().tolist()
+
+    def register(of):
+        return [of.register_forward_hook(_rectified), of.register_forward_pre_hook(_rectified_first)]
+
+    if before == "hook":
+        handles = register(model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*has nothing to patch")  # Flatten, before its hooks come
+        report = patch(model, choice)
+        if before == "forward":
+            assert slope(model) == [slopes]
+    if before != "hook":
+        handles = register(model)
+    assert slope(model) == [slopes / 4]
+    assert sum(site.how == "functional" for site in report.sites) == (not isinstance(model, nn.ReLU))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert slope(other) == [slopes / 4]
+    for handle in handles:
+        handle.remove()
+    assert slope(model) == [slopes]
+    register(model)
+    unpatch(model)
+    assert slope(model) == [0.0]
+    assert not {"_call_impl", "register_forward_hook", "register_forward_pre_hook"} & set(vars(model))
+
+
+def _rectified(module, args, result):
+    return F.relu(result) + 0
+
+
+def _rectified_first(module, args):
+    return F.relu(args[0]) + 0
