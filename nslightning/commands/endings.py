@@ -300,6 +300,8 @@ def _mistake(error: BaseException, began: bool) -> Ending | None:
         return Ending(2, f"there is no file or folder {error.filename2 or error.filename}")
     if not isinstance(error, kinds):  # what else the system says
         return Ending(1, str(error))
+    if (maker := _refused_by(error)) is not None:
+        return Ending(2, f"{maker}: {error}")
     named = _raised_in(error.__traceback__)
     return Ending(2, f"{named}: {error}" if named and not _is_ours(named) else str(error))
 
@@ -339,6 +341,32 @@ def _frozen(error: BaseException, began: bool) -> Ending | None:
         "the loss depends on no parameter that is trained: all are frozen (a callback such as BackboneFinetuning "
         "freezes them), or the loss is detached",
     )
+
+
+def _refused_by(error: BaseException) -> str | None:
+    """The class whose constructor refused an argument, and the option that gives it; None where it was elsewhere."""
+    if "lightning.pytorch" not in sys.modules:
+        return None
+    from lightning.pytorch import Callback
+    from lightning.pytorch.loggers import Logger
+    from lightning.pytorch.profilers import Profiler
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
+    options = {
+        Callback: "trainer.callbacks", Logger: "trainer.logger", Profiler: "trainer.profiler",
+        Optimizer: "model.optimizer", LRScheduler: "model.lr_scheduler",
+    }  # fmt: skip
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        owner = frame.f_locals.get("self")
+        option = next((option for kind, option in options.items() if isinstance(owner, kind)), None)
+        if option is None or frame.f_code.co_name != "__init__":
+            continue
+        code = frame.f_code
+        arguments = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
+        meant = [name for name in arguments if re.search(rf"\b{name}\b", str(error))]
+        return f"{type(owner).__name__} (--{option}{f'.{meant[0]}' if len(meant) == 1 else ''})"
+    return None
 
 
 def _is_ours(name: str) -> bool:

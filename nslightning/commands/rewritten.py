@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 
@@ -32,6 +32,7 @@ _TYPES = {
     "bool": "true or false",
     "str": "a word",
     "list": "a list",
+    "tuple": "a list",
     "dict": "a mapping",
 }
 _COUNTS = {2: "two", 3: "three"}
@@ -169,8 +170,10 @@ def _value(match: re.Match[str], rejected: Rejection) -> Explanation:
         if needed := re.search(lacking, rejected.value_text):
             return f"{name} needs {needed[1]}: give --{rejected.key}.{needed[1]}=...", []
         return f"--{rejected.key}={name} lacks arguments, or has wrong ones: give --{rejected.key}.ARGUMENT=...", []
-    expected = f"; expected {' or '.join(wanted)}" if (wanted := _wanted(rejected.value_text, names)) else ""
-    return f"--{rejected.key}={value} is not allowed{expected}", closest(value, names)
+    wanted = _wanted(rejected.value_text, names) or [_plain(rejected.root)]
+    return f"--{rejected.key}={value} is not allowed; expected {' or '.join(wanted)}{_default(rejected)}", closest(
+        value, names
+    )
 
 
 #: Every kind that is known, the first that fits wins.
@@ -248,12 +251,31 @@ def _line(text: str) -> str:
     return flat if len(flat) <= 400 else f"{flat[:400]} ..."
 
 
+def _arguments(path: str) -> Mapping[str, inspect.Parameter]:
+    """The arguments that a class takes."""
+    module, _, name = path.rpartition(".")
+    return inspect.signature(getattr(import_module(module), name)).parameters
+
+
 def _parameters(path: str) -> list[str]:
     """The arguments that a class takes in a config."""
-    module, _, name = path.rpartition(".")
-    parameters = inspect.signature(getattr(import_module(module), name)).parameters.values()
     variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    return [p.name for p in parameters if p.kind not in variadic and p.name not in ("params", "optimizer")]
+    taken = (p for p in _arguments(path).values() if p.kind not in variadic)
+    return [p.name for p in taken if p.name not in ("params", "optimizer")]
+
+
+def _plain(reason: str) -> str:
+    """The expected type in jsonargparse's words, without Python's marks around it."""
+    return re.sub(r"<class '([\w.]+)'>", r"\1", _line(reason.partition(". Got value")[0])).removeprefix("Expected ")
+
+
+def _default(rejected: Rejection) -> str:
+    """The default of a class's argument where it is a tuple, which shows how to write one."""
+    name = rejected.key.rpartition(".")[2]
+    value = _arguments(rejected.paths[-1]).get(name) if rejected.paths else None
+    if value is None or not isinstance(value.default, tuple):
+        return ""
+    return f", such as {list(value.default)}"
 
 
 def _wanted(message: str, names: list[str]) -> list[str]:

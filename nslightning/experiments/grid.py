@@ -113,11 +113,11 @@ class Experiment:
             raise ValueError(f"{path} is not YAML: {error}") from error
         if not isinstance(content, dict) or "kind" not in content:
             raise ValueError(f"{path} is not an experiment: it names no kind. configs/experiments has examples")
-        _check_keys(path, content, _KEYS)
+        _check_keys(str(path), content, _KEYS)
         scales = content.get("scales") or {}
         if not isinstance(scales, dict):
             raise ValueError(f"{path}: scales is a mapping of {', '.join(SCALES)}; given {scales!r}")
-        _check_keys(path, scales, SCALES)
+        _check_keys(f"{path}: scales", scales, SCALES)
         if scale not in scales:
             raise ValueError(
                 f"{path} has no scale {scale!r}{did_you_mean(scale, scales)} It has {', '.join(scales) or 'none'}"
@@ -125,7 +125,7 @@ class Experiment:
         change = scales[scale] or {}
         if not isinstance(change, dict):
             raise ValueError(f"{path}: scales.{scale} is a mapping of what is otherwise there; given {change!r}")
-        _check_keys(path, change, ("fixed", "vary", "grids", "compare"))
+        _check_keys(f"{path}: scales.{scale}", change, ("fixed", "vary", "grids", "compare"))
         for part in (content, change):
             for name, kind in {"fixed": dict, "vary": dict, "grids": list}.items():
                 if part.get(name) is not None and not isinstance(part[name], kind):
@@ -144,7 +144,7 @@ class Experiment:
         resources = content.get("resources") or {}
         if not isinstance(resources, dict):
             raise ValueError(f"{path}: resources is a mapping of {', '.join(_RESOURCES)}; given {resources!r}")
-        _check_keys(path, resources, _RESOURCES)
+        _check_keys(f"{path}: resources", resources, _RESOURCES)
         compare = change.get("compare", content.get("compare")) or []
         return cls(
             name=path.stem
@@ -277,7 +277,12 @@ def _listed(values: Iterable[Any]) -> str:
     return ", ".join(dict.fromkeys(map(str, values)))
 
 
-def _check_keys(path: Path, content: Any, known: Sequence[str]) -> None:
+def _check_keys(where: str, content: Mapping[Any, Any], known: Sequence[str]) -> None:
+    """Raise if a mapping of a file has a key that does not belong there."""
     for key in content:
         if key not in known:
-            raise ValueError(f"{path} has {key!r}{did_you_mean(key, known)} Known here: {', '.join(known)}")
+            if "fixed" in known and any(key == f.name for kind in KINDS.values() for f in dataclasses.fields(kind)):
+                hint = "; a setting stands under fixed, or under vary with a list of values."
+            else:
+                hint = did_you_mean(key, known)
+            raise ValueError(f"{where} has the key {key!r}{hint} Allowed there: {', '.join(known)}")

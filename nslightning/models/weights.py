@@ -38,9 +38,8 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
         else:
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling damaged bytes raises anything
-        why = f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
         raise ValueError(
-            f"{file} cannot be read as a checkpoint of plain data ({why}). Save the weights alone: "
+            f"{file} cannot be read as a checkpoint of plain data ({_reason(file, error)}). Save the weights alone: "
             "torch.save(model.state_dict(), FILE)"
         ) from error
     for key in ("state_dict", "model", "model_state_dict"):  # Lightning's and two habits
@@ -49,6 +48,18 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
     if not isinstance(content, Mapping) or not any(isinstance(v, Tensor) for v in content.values()):
         raise ValueError(f"{file} holds no weights: neither a state dict nor one under 'state_dict' or 'model'")
     return {"state_dict": dict(content)}
+
+
+def _reason(file: Path, error: Exception) -> str:
+    """The reason why a file is no checkpoint."""
+    with file.open("rb") as stream:
+        start = stream.read(2)
+    # A zip archive, or a pickle as torch.save wrote it before PyTorch 1.6.
+    if file.suffix != ".safetensors" and start != b"PK" and not start.startswith(b"\x80"):
+        return "torch.save did not write it"
+    if isinstance(error, KeyError | IndexError | EOFError) or not str(error):  # how pickle stumbles
+        return "it is damaged"
+    return str(error).splitlines()[0]
 
 
 def load_weights(network: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:

@@ -431,11 +431,11 @@ def test_only_keeps_what_has_these_values(experiment_file):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("vary:", "varies:", r"has 'varies'; did you mean 'vary'\?"),
+        ("vary:", "varies:", r"has the key 'varies'; did you mean 'vary'\?"),
         ("kind: train", "kind: trian", r"kind='trian' is not known; did you mean 'train'\?"),
         ("width: 4,", "widht: 4,", r"a train cell has no setting 'widht'; did you mean 'width'\?"),
         ("relu: [0, 1]", "relu: 1", r"relu varies over a list of values"),
-        ("small: {}", "smal: {}", r"has 'smal'; did you mean 'small'\?"),
+        ("small: {}", "smal: {}", r"scales has the key 'smal'; did you mean 'small'\?"),
         (
             "rule: [exact, published]",
             "rule: [exat]",
