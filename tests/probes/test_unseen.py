@@ -281,6 +281,14 @@ def test_hooks_that_are_not_linear_are_noticed(how, where):
     assert (located.kind, located.difference) == ("bifurcation", pytest.approx(want.l2, rel=1e-9))
 
 
+def test_a_hook_is_noticed_beside_a_choice_that_changes_nothing():
+    model, x = hooked("clipped", "full")
+    loss, choices = model(x).square().sum(), {"none": Jacobians()} | ONE
+    with pytest.warns(MethodWarning, match="not linear"):
+        measured = divergence(loss, model, choices, method="propagate")
+    assert measured == divergence(loss, model, choices)
+
+
 @pytest.mark.parametrize("where", ["pre", "full", "tensor", "parameter"])
 def test_linear_hooks_pass(where, monkeypatch):
     monkeypatch.setitem(HOOKS, "doubled", lambda g: 2 * g)

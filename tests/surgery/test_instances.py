@@ -369,6 +369,30 @@ def test_every_method_is_an_entrance(name):
     assert ThreadPoolExecutor.submit.__module__ == "concurrent.futures.thread"
 
 
+def test_a_thread_that_outlives_its_method_leaves_the_run():
+    """What it calls later need not belong to the model."""
+    ends, slopes = threading.Event(), []
+
+    class Starts(nn.Module):
+        def forward(self, x):
+            self.thread = threading.Thread(target=self.later)
+            self.thread.start()
+            return F.relu(x)
+
+    def later():
+        ends.wait(60)
+        x = torch.zeros(3, requires_grad=True)
+        slopes.extend(torch.autograd.grad(F.relu(x).sum(), x)[0].tolist())
+
+    model, x = Starts(), torch.zeros(3, requires_grad=True)
+    model.later = later
+    patch(model, HALF)
+    assert torch.autograd.grad(model(x).sum(), x)[0].tolist() == [0.5] * 3
+    ends.set()
+    model.thread.join()
+    assert slopes == [0.0] * 3
+
+
 def test_private_methods_and_those_of_several_models():
     model, other = Net(), Net()
     patch(model, Jacobians(clamp=(0.25, 0.25))), patch(other, HALF)

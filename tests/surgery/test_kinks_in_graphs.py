@@ -402,6 +402,25 @@ def test_a_branch_of_the_same_number_of_nodes_is_looked_at_soon():
     assert model.runs == 16
 
 
+class Flagged(nn.Module):
+    """A flag swaps one operation for another: the number of nodes and the result's structure stay."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(2, 3)
+
+    def forward(self, x, custom=False):
+        return (Square.apply if custom else torch.square)(self.lin(x).relu())
+
+
+def test_a_new_value_of_a_flag_is_looked_at_at_once():
+    model = Flagged()
+    patch(model, Jacobians())
+    model(torch.ones(1, 2))
+    with pytest.raises(UnreachedError, match="Square"):
+        model(torch.ones(1, 2), True)
+
+
 def test_what_is_refused_is_refused_each_time():
     model = Later(torch._C._nn.hardswish)
     patch(model, Jacobians())

@@ -627,11 +627,16 @@ def test_branches_of_torch_cond_are_named():
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("kind", ["hook", "pre-hook"])
 @pytest.mark.parametrize("of", ["0", "1", ""])
-def test_hooks_of_a_model_without_code(of):
+def test_hooks_of_a_model_without_code(of, kind):
     """No module of it calls functions; a hook does, also where the module with the hook is called alone."""
     model, x = nn.Sequential(nn.Flatten(), nn.ReLU()), torch.zeros(2, 3, requires_grad=True)
-    model.get_submodule(of).register_forward_hook(lambda module, args, result: F.relu(result) + 0)
+    module = model.get_submodule(of)
+    if kind == "hook":
+        module.register_forward_hook(_rectified)
+    else:
+        module.register_forward_pre_hook(_rectified_first)
     patch(model, Jacobians(relu=0.5))
     assert torch.autograd.grad(model(x).sum(), x)[0].tolist() == [[0.25] * 3] * 2
     if of == "0":
