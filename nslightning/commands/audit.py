@@ -16,6 +16,7 @@ from nslightning.commands.plain_parser import Arguments
 from nslightning.commands.process import plain_warnings
 from nslightning.commands.progress import progress
 from nslightning.files import check_writable, expanded, write_text
+from nslightning.names import DATA_SETS, FAMILIES, PAPER_NETWORKS
 from nslightning.spelling import did_you_mean
 
 if TYPE_CHECKING:
@@ -147,6 +148,9 @@ def _check_outputs(outputs: dict[str, Path]) -> None:
 def _audit(options: argparse.Namespace) -> int:
     outputs = {kind: path for kind in ("json", "html") if (path := getattr(options, kind)) is not None}
     _check_outputs(outputs)
+    # Before PyTorch is loaded, which takes seconds.
+    _check_data(options.data)
+    _check_model(options.model)
 
     import torch
 
@@ -233,7 +237,6 @@ def _model_and_data(options: argparse.Namespace) -> tuple[nn.Module, list[Batch]
             raise CallError(str(error)) from error
         batches, description, _ = _data(options)
         return own, batches, description
-    _known_backbone(options.model)
     batches, description, classes = _data(options)
     return _backbone(options.model, classes or 1000, tuple(batches[0][0].shape[1:])), batches, description
 
@@ -249,14 +252,18 @@ def _tokens(options: argparse.Namespace, vocab_size: int) -> list[Batch]:
     return [(torch.randint(vocab_size, shape, generator=drawn), None) for _ in range(options.batches)]
 
 
-def _known_backbone(name: str) -> None:
-    from nslightning.models.backbones import FAMILIES, list_backbones
-
+def _check_model(name: str) -> None:
+    """Raise if a name has the form of a backbone's and is none; a library is imported where the name asks for it."""
     family, _, network = name.partition("/")
+    own = ":" in family or name.endswith(".py")
+    if own or Path(name).exists():
+        return
     if family not in FAMILIES or not network:
         if network:
             hint = did_you_mean(name, [f"{other}/{network}" for other in FAMILIES])
         else:
+            from nslightning.models.backbones import list_backbones
+
             same = [known for known in list_backbones() if known.partition("/")[2] == name]
             hint = f"; did you mean {' or '.join(map(repr, same))}?" if same else did_you_mean(name, list_backbones())
         path, colon, factory = name.partition(":")
@@ -268,7 +275,12 @@ def _known_backbone(name: str) -> None:
         )
     if family == "timm" and ":" in network:
         return
-    known = list_backbones(f"{family}/*")
+    if family == "paper":
+        known = [f"paper/{network}" for network in PAPER_NETWORKS]
+    else:
+        from nslightning.models.backbones import list_backbones
+
+        known = list_backbones(f"{family}/*")
     if name.partition(".")[0] not in known:
         hint = did_you_mean(name, known, most=3)
         raise CallError(f"there is no model {name!r}{hint} `nslightning audit --help` says how models are named")
@@ -320,6 +332,16 @@ def _data(options: argparse.Namespace, shape: tuple[int, ...] | None = None) -> 
     return _module(options)
 
 
+def _check_data(name: str) -> None:
+    """Raise if ``--data`` names neither a folder nor a data set."""
+    if name in ("synthetic", *DATA_SETS) or Path(name).expanduser().is_dir():
+        return
+    beside = [str(folder) for folder in Path(name).parent.glob("*/")]
+    hint = did_you_mean(name, ["synthetic", *DATA_SETS, *beside])
+    sets = ", ".join(DATA_SETS)
+    raise CallError(f"--data {name}: there is no such folder or data set{hint} Data sets: synthetic, {sets}")
+
+
 def _folder(folder: Path, options: argparse.Namespace, size: int) -> tuple[list[Batch], str, int | None]:
     import torch
 
@@ -352,13 +374,6 @@ def _module(options: argparse.Namespace) -> tuple[list[Batch], str, int | None]:
     from nslightning import data
     from nslightning.experiments.data import download
 
-    names = [n for n in data.__all__ if _is_image_data(getattr(data, n))]
-    if options.data not in names:
-        beside = [str(folder) for folder in Path(options.data).parent.glob("*/")]
-        hint = did_you_mean(options.data, ["synthetic", *names, *beside])
-        raise CallError(
-            f"--data {options.data}: there is no such folder or data set{hint} Data sets: synthetic, {', '.join(names)}"
-        )
     if options.download == "true":
         download(options.data, ())
     source = getattr(data, options.data)(batch_size=options.batch_size, seed=options.seed, workers=0)
@@ -374,10 +389,3 @@ def _module(options: argparse.Namespace) -> tuple[list[Batch], str, int | None]:
         asked = f"{options.batches} of them were asked for"
         raise data.DataError(f"{options.data} has {len(batches)} batches of {options.batch_size}, and {asked}")
     return batches, f"{options.data}, training images", source.num_classes
-
-
-def _is_image_data(cls: Any) -> bool:
-    """A class that can be made without naming a folder; this command takes other images by their folder."""
-    from nslightning.data import ImageDataModule, ImageFolder
-
-    return isinstance(cls, type) and issubclass(cls, ImageDataModule) and cls not in (ImageDataModule, ImageFolder)

@@ -21,6 +21,7 @@ from torch import nn
 from nslightning.models import paper
 from nslightning.models.own import is_own, own_network
 from nslightning.models.paper.common import check_image_shape
+from nslightning.names import FAMILIES
 from nslightning.spelling import closest, did_you_mean
 
 __all__ = ["DownloadError", "create_backbone", "input_channels", "list_backbones"]
@@ -28,9 +29,6 @@ __all__ = ["DownloadError", "create_backbone", "input_channels", "list_backbones
 
 class DownloadError(RuntimeError):
     """Pretrained weights are not on this machine, and cannot be fetched."""
-
-
-FAMILIES = ("paper", "timm", "torchvision")
 
 
 def create_backbone(
