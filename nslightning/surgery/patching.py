@@ -427,38 +427,45 @@ def _replace_kept(module: nn.Module, surgery: Surgery) -> list[tuple[Any, Any, A
     Returns:
         Each place: the container, or None for the module itself, the key or index, the value before and that after.
     """
-    changes: list[tuple[Any, Any, Any, Any]] = []
-    seen: set[int] = set()
+    search = _KeptMethods(module, surgery)
+    search.replace_entries(None, vars(module), OF_MODULES)
+    return search.changes
 
-    def replaced(value: Any) -> Any:
+
+class _KeptMethods:
+    """The search of :func:`_replace_kept`: closures that call each other would keep the module alive in a cycle."""
+
+    def __init__(self, module: nn.Module, surgery: Surgery) -> None:
+        self.module, self.surgery = module, surgery
+        self.changes: list[tuple[Any, Any, Any, Any]] = []
+        self.seen: set[int] = set()
+
+    def replaced(self, value: Any) -> Any:
         if type(value) in (FunctionType, MethodType):
-            return _of_surgery(value, module, surgery)
+            return _of_surgery(value, self.module, self.surgery)
         if type(value) is partial:
-            function = replaced(value.func)
+            function = self.replaced(value.func)
             return value if function is value.func else partial(function, *value.args, **value.keywords)
-        if id(value) in seen or len(seen) >= MOST:
+        if id(value) in self.seen or len(self.seen) >= MOST:
             return value
         if isinstance(value, tuple):
-            seen.add(id(value))
-            entries = [replaced(entry) for entry in value]
+            self.seen.add(id(value))
+            entries = [self.replaced(entry) for entry in value]
             if all(one is other for one, other in zip(value, entries, strict=True)):
                 return value
             return value._make(entries) if hasattr(value, "_make") else type(value)(entries)
         if isinstance(value, (dict, list, deque)) or (is_dataclass(value) and hasattr(value, "__dict__")):
-            seen.add(id(value))
-            replace_entries(value, _entries(value))
+            self.seen.add(id(value))
+            self.replace_entries(value, _entries(value))
         return value
 
-    def replace_entries(container: Any, entries: Any, without: frozenset[str] = frozenset()) -> None:
+    def replace_entries(self, container: Any, entries: Any, without: frozenset[str] = frozenset()) -> None:
         for key, before in list(entries.items() if isinstance(entries, dict) else enumerate(entries)):
             if key in without or isinstance(before, nn.Module) or type(before) in _KINDS:
                 continue
-            if (after := replaced(before)) is not before:
+            if (after := self.replaced(before)) is not before:
                 entries[key] = after
-                changes.append((container, key, before, after))
-
-    replace_entries(None, vars(module), OF_MODULES)
-    return changes
+                self.changes.append((container, key, before, after))
 
 
 def _entries(container: Any) -> Any:

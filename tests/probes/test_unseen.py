@@ -1,6 +1,7 @@
 """Losses whose graph does not show all that their backward runs: never a silent 0, always as by separate backwards."""
 
 import copy
+import math
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -279,6 +280,17 @@ def test_hooks_that_are_not_linear_are_noticed(how, where):
     assert measured == want
     located = zone(model, lambda y: y.square().sum(), x, ONE["one"])
     assert (located.kind, located.difference) == ("bifurcation", pytest.approx(want.l2, rel=1e-9))
+
+
+def test_a_loss_that_is_not_finite_has_no_divergence_of_zero_though_nothing_ties():
+    model = nn.Sequential(nn.Linear(1, 2), nn.ReLU())
+    with torch.no_grad():
+        [p.fill_(1) for p in model.parameters()]
+    patch(model, Jacobians())
+    loss = model(torch.tensor([[1e30]])).square().sum()
+    measured = divergence(loss, model, ONE, method="propagate")["one"]
+    assert math.isnan(measured.l2)
+    assert math.isnan(measured.per_layer["0.weight"].l2)
 
 
 def test_a_hook_is_noticed_beside_a_choice_that_changes_nothing():

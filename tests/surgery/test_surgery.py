@@ -644,6 +644,11 @@ def test_the_published_rule_cannot_come_between_forward_and_backward():
         pass
     with using(model, Jacobians(rule="published", relu=2.0)):  # beta = 0 leaves the forward alone
         pass
+    for native in (None, 0.0, "native"):
+        unpatch(model)
+        patch(model, Jacobians(rule="published", max_pool=native))
+        with using(model, Jacobians()):
+            pass
     unpatch(model)
     patch(model, Jacobians(rule="published", max_pool=2.0))
     with using(model, Jacobians(rule="published", max_pool=2.0, relu=1.0)):
