@@ -193,6 +193,7 @@ def compute_cell(kind: str, cells: Path, planned: Planned, device: str) -> Ended
     Returns:
         How it ended.
     """
+    from nslightning.commands.process import plain_warnings
     from nslightning.data import DataError
 
     started, cell = time.monotonic(), planned.cell
@@ -201,7 +202,8 @@ def compute_cell(kind: str, cells: Path, planned: Planned, device: str) -> Ended
         return Ended(0.0)
     write_text(running, json.dumps({"host": platform.node(), "pid": os.getpid(), "began": time.time()}))
     try:
-        outcome = compute(kind, cell, device, kept)
+        with plain_warnings():  # also in a process of its own, where no command set it
+            outcome = compute(kind, cell, device, kept)
     except DataError as error:
         return Ended(time.monotonic() - started, str(error), data_missing=True)
     except Exception as error:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -20,7 +21,7 @@ import torch
 from rich.console import Console
 
 from nslightning.commands import experiment as command
-from nslightning.experiments import Experiment, collect, engine, run
+from nslightning.experiments import Experiment, Outcome, Planned, collect, engine, run, settings
 from nslightning.experiments.collecting import finished, folder_of
 from nslightning.experiments.executors import Resources, make_executor, occupancy
 from nslightning.experiments.executors import local as local_module
@@ -495,3 +496,17 @@ def test_the_command_takes_an_executor(tmp_path, capsys):
     pytest.importorskip("submitit", reason="the extra `submitit` is not installed")
     assert command.main([*words, *submitit]) == 0
     assert "1 cells, 0 finished before, 1 computed" in capsys.readouterr().out
+
+
+def test_a_warning_in_a_worker_s_process_names_no_source(tmp_path, monkeypatch):
+    written = []
+
+    def warned(*_):
+        written.append(warnings.formatwarning("few images", UserWarning, "data.py", 3))
+        return Outcome([], {})
+
+    monkeypatch.setattr(warnings, "formatwarning", lambda message, category, file, line, *_: f"{file}:{line}")
+    monkeypatch.setattr(engine, "compute", warned)
+    cell = settings("train", {"backbone": "paper/fc"})
+    ended = engine.compute_cell("train", tmp_path, Planned("a", {}, cell), "cpu")
+    assert (ended.error, written) == (None, ["UserWarning: few images\n"])
