@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from time import monotonic
@@ -14,12 +15,13 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_info
 
 from nslightning import runs
 from nslightning.commands.stopping import Signals, Stopped
 from nslightning.files import write_text
 
-__all__ = ["Bar", "MovedRun", "SaveConfig", "StopWhenAsked", "makes_again"]
+__all__ = ["Bar", "LoggerNotes", "MovedRun", "SaveConfig", "StopWhenAsked", "makes_again"]
 
 
 _SHOWN_EVERY = 0.25  # seconds
@@ -51,6 +53,22 @@ class Bar(RichProgressBar):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self.progress is not None and self.train_progress_bar_id is not None:
             self.progress.update(self.train_progress_bar_id, completed=batch_idx + 1)
+
+
+class LoggerNotes(Callback):
+    """Says a line of a logger when the training's parts are made: a start that fails makes no run to upload.
+
+    Args:
+        notes: The lines.
+    """
+
+    def __init__(self, notes: Sequence[str]) -> None:
+        self.notes = notes
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say them."""
+        for note in self.notes:
+            rank_zero_info(note)
 
 
 class SaveConfig(SaveConfigCallback):

@@ -26,7 +26,7 @@ from nslightning.commands.endings import CallError
 from nslightning.commands.epoch_ends import EpochEnds
 from nslightning.commands.going_on import Start
 from nslightning.commands.predictions import PredictionsFile
-from nslightning.commands.run_callbacks import MovedRun, StopWhenAsked, makes_again
+from nslightning.commands.run_callbacks import LoggerNotes, MovedRun, StopWhenAsked, makes_again
 from nslightning.commands.run_place import RunPlace
 from nslightning.commands.stopping import Signals
 from nslightning.data import ImageDataModule, TokenFile
@@ -180,7 +180,7 @@ class TrainCLI(LightningCLI):
         if self.subcommand == "fit":
             self.stopper = StopWhenAsked(self.signals, None if self.place.scratch else folder)
             moved = [] if self.start.folder is None else [MovedRun(self.start.folder)]
-            made.callbacks += [*moved, EpochEnds(), self.stopper]  # type: ignore[attr-defined] # set by a connector
+            made.callbacks += [*moved, LoggerNotes(self._notes), EpochEnds(), self.stopper]  # type: ignore[attr-defined] # by a connector
         return made
 
     def _network(self) -> str:
@@ -239,8 +239,6 @@ class TrainCLI(LightningCLI):
             )
         if isinstance(self.datamodule, (ImageDataModule, TokenFile)):
             self._read(self.datamodule)
-        for note in self._notes:  # of a run that begins
-            rank_zero_info(note)
 
     def _read(self, data: ImageDataModule | TokenFile) -> None:
         """Read the data, and name the network and the data."""

@@ -385,12 +385,13 @@ def wandb_modes(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
     return seen
 
 
-def test_a_run_that_does_not_begin_is_not_offered_for_upload(capfd, monkeypatch):
+@pytest.mark.parametrize(("mistake", "ends"), [("--data=MNIST", 1), ("--model.optimizer.lr=-1", 2)])
+def test_a_run_that_does_not_begin_is_not_offered_for_upload(mistake, ends, capfd, monkeypatch):
     wandb_modes(monkeypatch)
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("NSLIGHTNING_DATA_DIR", str(Path("nowhere").absolute()))
-    status, text = run(capfd, "fit", *QUICK, NO_CALLBACKS, "--data=MNIST")
-    assert status == 1
+    status, text = run(capfd, "fit", *QUICK, NO_CALLBACKS, mistake)
+    assert status == ends
     assert "wandb sync" not in text
     assert not Path("runs").exists()
 
