@@ -145,3 +145,48 @@ def test_a_tie_of_two_windows_is_one_value_each():
     (moved, *_) = impose("max_pool", (low, 2), (high, 2))
     assert moved[0, 0, 0, 0] == moved[0, 0, 0, 1] == 1
     assert moved[0, 0, 0, 2] == moved[0, 0, 0, 3] == 1 + 2e-9
+
+
+def test_nan_is_on_every_side():
+    nan = float("nan")
+    low = torch.tensor([nan, 1.0, 0.0])
+    high = torch.tensor([2.0, 1 + 1e-9, 1e-9], dtype=torch.float64)
+    (moved,) = impose("relu", (low,), (high,))
+    assert moved.tolist() == [2.0, 1 + 1e-9, 0.0]
+    low = torch.rand(1, 1, 4, 4)
+    high = low.double() + 1e-12
+    low[0, 0, :2, :2] = nan  # a whole window: the others stay on their branches, and keep their values
+    (same, *_) = impose("max_pool", (low, 2), (high, 2))
+    assert torch.equal(same, high)
+
+
+@pytest.mark.parametrize(("function", "sign"), [("amax", 1), ("amin", -1)])
+def test_groups_keep_their_winners(function, sign):
+    branches, operation, groups = Branches(), OPERATIONS["scatter_max"], torch.tensor([0, 0, 0, 1, 1])
+
+    def call(entries):
+        base = torch.full((2,), -100.0 * sign, dtype=entries.dtype)
+        return operation.functions[torch.scatter_reduce](base, 0, groups, entries, function)
+
+    low = torch.tensor([3.0, 3.0, 2.0, 5.0, 4.0])
+    high = torch.tensor([3.0, 3 - 1e-9, 2.0, 4 - 1e-9, 4.0], dtype=torch.float64)
+    branches.record("site", operation, call(sign * low))
+    branches.begin()
+    entries = sign * high
+    branches.impose("site", operation, call(entries))
+    moved = sign * entries
+    assert moved[:3].tolist() == [3.0, 3.0, 2.0]
+    assert moved[3] == 4 - 1e-9
+    assert moved[4] < moved[3]
+
+
+def test_a_checkpoint_that_runs_again_takes_the_nearest_record():
+    branches, operation = Branches(), OPERATIONS["relu"]
+    call = operation.functions[torch.relu]
+    for value in (-1.0, 1.0):
+        branches.record("site", operation, call(torch.tensor([value])))
+    branches.begin()
+    branches.again = True
+    near = torch.tensor([-1 + 1e-9], dtype=torch.float64)
+    branches.impose("site", operation, call(near))
+    assert near.item() == -1 + 1e-9

@@ -1,6 +1,7 @@
 """Where in a graph the gradients of two choices part, and that a backward may start there."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -295,3 +296,46 @@ def test_sparse_gradients_are_measured():
         measured = divergence(loss, model, {"one": Jacobians(relu=1.0)}, method=method, retain_graph=True)["one"]
         assert (measured.l1, measured.linf) == (9.0, 2.0)
     assert zone(model, lambda y: y, torch.tensor([0, 2, 2]), Jacobians(relu=1.0)).kind == "bifurcation"
+
+
+def test_two_rules_never_agree():
+    """The published rule writes alpha itself, the exact one multiplies the gradient by it."""
+    model, x = nn.Sequential(nn.Linear(1, 1), nn.ReLU()), torch.zeros(1, 1)
+    nn.init.zeros_(model[0].bias)
+    patch(model, Jacobians(relu=2))
+    loss = 3 * model(x).sum()
+    published = {"published": Jacobians(relu=2, rule="published")}
+    for method in ("propagate", "subtract"):
+        measured = divergence(loss, model, published, reference=Jacobians(relu=2), method=method)["published"]
+        assert measured.l2 == abs(2 * 3 - 2)  # of the bias; the weight's input is 0
+
+
+def test_a_loss_of_another_thread_is_not_taken_for_an_older_one():
+    """Each thread counts its own backward nodes."""
+    model, measured = nn.Sequential(nn.Linear(2, 2), nn.ReLU()), []
+
+    def patched():
+        for _ in range(50):
+            model(torch.ones(1, 2))
+        patch(model, Jacobians())
+
+    def measure():
+        loss = model[0](torch.ones(1, 2)).sum()  # it meets no site, and its thread has counted to 2
+        measured.append(divergence(loss, model, {"one": Jacobians(relu=1)})["one"].l2)
+
+    for work in (patched, measure):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert measured == [0]
+
+
+def test_a_hook_that_only_turns_the_difference_is_not_linear():
+    """The norm of what is carried down is right, its sign is not."""
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.ReLU())
+    patch(model, Jacobians())
+    h = model[0](torch.ones(1, 1))
+    h.register_hook(torch.abs)
+    loss = -3 * h.sum() + 2 * model[1](h - h.detach()).sum()  # the hook gets -3 under 0, and -1 under 1
+    with pytest.raises(UnseenError, match="not linear"):
+        differences(loss, model, {"one": Jacobians(relu=1)})

@@ -29,7 +29,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from nslightning import Jacobians, PatchWarning, Plan, patch, unpatch, using
+from nslightning import Jacobians, PatchWarning, Plan, Rule, patch, unpatch, using
 from nslightning.surgery import methods, report
 
 HALF = Jacobians(relu=0.5)
@@ -1112,3 +1112,24 @@ def test_what_runs_later_and_cannot_be_followed_is_named():
     patch(model, HALF)
     with pytest.warns(PatchWarning, match="encode returns a map, whose code runs later"):
         model.encode()
+
+
+def test_a_step_of_a_part_s_generator_is_over_when_the_root_goes_on():
+    class Part(nn.Module):
+        def steps(self, x):
+            yield F.relu(x)
+            yield F.relu(x)
+
+    class Root(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part = Part()
+
+        def forward(self, x):
+            first, second = (F.relu(x) + step for step in self.part.steps(x))
+            return first, second
+
+    model, x = Root(), torch.zeros(1, requires_grad=True)
+    patch(model, Plan([Rule({"relu": 0.25}), Rule({"relu": 8.0}, stage="part")]))
+    slopes = [torch.autograd.grad(y, x, retain_graph=True)[0].item() for y in model(x)]
+    assert slopes == [8.25, 8.25]
