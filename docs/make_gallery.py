@@ -13,7 +13,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from nslightning.experiments import figures
 from nslightning.experiments.grid import SCALES
@@ -33,12 +33,19 @@ class Entry(NamedTuple):
 
 
 def sources(name: str, results: Path) -> list[Path]:
-    """Of every experiment that feeds a figure, the results at the largest scale there is; smoke is no result."""
+    """Of every experiment that feeds a figure, the results at the scale of which most cells ran; smoke is no result."""
     folders = []
     for experiment in figures.feeding(name):
-        scales = [s for s in reversed(SCALES[1:]) if (results / experiment / s / "results.csv").is_file()]
-        folders += [results / experiment / s for s in scales[:1]]
+        scales = [results / experiment / scale for scale in SCALES[1:]]
+        ran = [folder for folder in scales if (folder / "results.csv").is_file()]
+        folders += [max(ran, key=lambda folder: len(cells(folder)))] if ran else []
     return folders
+
+
+def cells(folder: Path) -> dict[str, Any]:
+    """The cells of some results, by name: their settings and provenance."""
+    content: dict[str, dict[str, Any]] = json.loads((folder / "provenance.json").read_text())
+    return content["cells"]
 
 
 def entries(results: Path) -> list[Entry]:
@@ -68,11 +75,10 @@ def section(entry: Entry) -> str:
     lines = [f"## {entry.name}", "", f"{drawing.title}. Published counterpart: {drawing.paper}.", ""]
     lines += [f"![{entry.name}](figures/gallery/{entry.name}.png)", "", "```", command(entry), "```", ""]
     for source in entry.sources:
-        record = json.loads((source / "provenance.json").read_text())
-        cells = record["cells"].values()
-        images = "; ".join(dict.fromkeys(c["provenance"]["data"] for c in cells))
+        ran = cells(source)
+        images = "; ".join(dict.fromkeys(cell["provenance"]["data"] for cell in ran.values()))
         run = f"nslightning experiment {source.parent.name} --scale {source.name}"
-        lines.append(f"- `{run}`: {len(record['cells'])} cells, {images}")
+        lines.append(f"- `{run}`: {len(ran)} cells, {images}")
     return "\n".join([*lines, ""] if entry.sources else lines)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 import math
 import random
 import warnings
@@ -493,6 +494,16 @@ def test_the_gallery_is_what_the_results_give(gallery, monkeypatch, tmp_path):
     pictures = {file.stem: file.stat().st_size for file in gallery.PLOTS.glob("*.png")}
     assert set(pictures) == {e.name for e in made if not e.missing}
     assert all(size <= gallery.LARGEST for size in pictures.values())
+
+
+def test_the_gallery_draws_the_scale_of_which_most_cells_ran(gallery, tmp_path):
+    """A few cells at the papers' scale do not take the place of a whole small grid."""
+    for scale, count in (("small", 3), ("paper", 2)):
+        folder = tmp_path / "mnist_lenet_beta" / scale
+        folder.mkdir(parents=True)
+        (folder / "results.csv").touch()
+        (folder / "provenance.json").write_text(json.dumps({"cells": {str(k): {} for k in range(count)}}))
+    assert [source.name for source in gallery.sources("mnist-lenet-test", tmp_path)] == ["small"]
 
 
 def test_the_gallery_lists_what_has_no_results(gallery, tmp_path, monkeypatch):
