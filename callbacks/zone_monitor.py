@@ -9,7 +9,7 @@ from torch import Tensor
 from nslightning._torch import is_compiled
 from nslightning.choices import Choice, Choices, to_jacobians
 from nslightning.jacobians import Jacobians
-from nslightning.probes.zone import zone
+from nslightning.probes.zone import NoZoneError, zone
 from nslightning.surgery import selections
 
 from .gradient_divergence import checked_names, loss_scale, undisturbed
@@ -117,11 +117,7 @@ class ZoneMonitor(Callback):
         ):
             try:
                 measured = zone(ReplayedStep(module, batch_idx, scale), _identity, (batch,), choice, self.reference)
-            except NoLossError:  # the step is skipped
-                return [float("nan")] * 5
-            except ValueError as error:
-                if "not finite" not in str(error):
-                    raise
+            except (NoLossError, NoZoneError):  # the step is skipped, or the weights have diverged
                 return [float("nan")] * 5
         return [
             *(float(measured.kind == kind) for kind in _KINDS),

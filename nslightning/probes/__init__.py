@@ -18,7 +18,7 @@ from nslightning.probes.guarantee import Guarantee, clarke_guarantee
 from nslightning.probes.propagation import Recording, differences, recording
 from nslightning.probes.ties import Ties, counting, ties
 from nslightning.probes.worst import Worst, worst_choice
-from nslightning.probes.zone import THRESHOLDS, Zone, differs_bitwise, l1_sum, linf_sum, zone
+from nslightning.probes.zone import THRESHOLDS, NoZoneError, Zone, differs_bitwise, l1_sum, linf_sum, zone
 
 __all__ = [
     "NORMS",
@@ -28,6 +28,7 @@ __all__ = [
     "Guarantee",
     "Handwritten",
     "MethodWarning",
+    "NoZoneError",
     "Recording",
     "Ties",
     "UnseenError",

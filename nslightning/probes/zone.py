@@ -29,7 +29,7 @@ from nslightning.probes.sums import dense, numbers, waits, wide
 from nslightning.probes.ties import observing
 from nslightning.surgery import using
 
-__all__ = ["THRESHOLDS", "Zone", "differs_bitwise", "l1_sum", "linf_sum", "zone"]
+__all__ = ["THRESHOLDS", "NoZoneError", "Zone", "differs_bitwise", "l1_sum", "linf_sum", "zone"]
 
 #: Above which the sum over the parameters of the L-infinity norm of the gradient difference counts as a difference, by
 #: precision (Boustany 2024, section 3.3; bfloat16 was not measured there and has half precision's).
@@ -42,6 +42,10 @@ THRESHOLDS: dict[torch.dtype, float] = {
 
 _FACTORS = (1 / 3, 0.7, 1.1)  # no powers of two
 _SHRINK = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps  # 2^-29
+
+
+class NoZoneError(ValueError):
+    """The gradients lie in no zone: they are not finite in float64 either."""
 
 
 @dataclass(frozen=True)
@@ -139,8 +143,8 @@ def zone(
 
     Raises:
         ValueError: If the model is not patched or a part of it is compiled, an operation runs under ``torch.vmap``, no
-            parameter requires gradients, a choice is random, the backward exchanges values between processes, or
-            gradients are not finite even in float64.
+            parameter requires gradients, a choice is random, or the backward exchanges values between processes.
+        NoZoneError: If gradients are not finite even in float64; it is a ``ValueError``.
         RuntimeError: If the forward evaluates other operations in float64 than in the model's precision.
 
     Example:
@@ -171,7 +175,7 @@ def zone(
     exact = _replay(run, torch.float64, branches, one, other, work if method == "subtract" else _carried_alone)
     difference = _norm(exact.difference)
     if not math.isfinite(difference):
-        raise ValueError("the gradients are not finite in float64 either: parameters that diverged lie in no zone")
+        raise NoZoneError("the gradients are not finite in float64 either: parameters that diverged lie in no zone")
     left = _norm(c.to(e.dtype) - e for c, e in zip(coarse.difference, exact.difference, strict=True))
     terms = exact.terms if method == "subtract" else coarse.terms
     rounding = max(_SHRINK * left if math.isfinite(left) else 0.0, terms * 2.0**-53)

@@ -137,6 +137,20 @@ def test_a_skipped_step_is_measured_as_nothing(tmp_path):
     assert measured == ["0", "2", "3", "4", "5"]
 
 
+def test_weights_that_diverged_lie_in_no_zone_and_what_cannot_be_measured_is_said(tmp_path):
+    train(tmp_path, ZoneMonitor(RELU1, every_n_steps=1), loader=batches(bad=3))
+    first, *_, last = rows(tmp_path / "zones.csv")
+    assert first["bifurcation"] == "1.0"
+    assert last["regular"] == last["bifurcation"] == last["difference"] == "nan"
+
+    class Mapped(Net):
+        def loss(self, batch):
+            return self.last(torch.vmap(self.relu)(self.first(batch))).square().mean()
+
+    with pytest.raises(ValueError, match=r"torch\.vmap"):
+        train(tmp_path, ZoneMonitor(RELU1, every_n_steps=1), module=Mapped())
+
+
 def test_metrics_of_the_module_count_every_batch_once(tmp_path):
     watched, alone = Counts(), Counts()
     metric, total = watched.seen, watched.aside["list"][0]

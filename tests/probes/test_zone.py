@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nslightning import Jacobians, patch, using
 from nslightning.models import create_backbone
-from nslightning.probes import differs_bitwise, l1_sum, linf_sum, zone
+from nslightning.probes import NoZoneError, differs_bitwise, l1_sum, linf_sum, zone
 from nslightning.surgery import selections
 
 MINIMAL, RELU1 = Jacobians(max_pool="minimal"), Jacobians(relu=1.0)
@@ -471,7 +471,7 @@ def test_refusals():
         zone(model, torch.sum, torch.ones(1, 1), Jacobians(max_pool="random"))
     with torch.no_grad():
         model[0].weight.fill_(0), model[0].bias.fill_(0)
-    with pytest.raises(ValueError, match="not finite in float64"):
+    with pytest.raises(NoZoneError, match="not finite in float64"):
         zone(model, lambda y: (y / 0 * 0 + y).sum() * float("nan"), torch.ones(1, 1), RELU1)
 
     class Twice(nn.Module):
