@@ -13,7 +13,6 @@ from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -159,52 +158,29 @@ def test_a_share_of_a_gpu_bounds_the_processes(monkeypatch):
     assert executor._workers == 3
 
 
-class Management:
-    """In place of NVIDIA's management library: a GPU that is busy for so many percent of the time."""
-
-    def __init__(self, busy, fails=""):
-        self.busy, self.fails, self.names, self.looked = busy, fails, [], 0
-
-    def __getattr__(self, function):
-        def call(*arguments):
-            if function.endswith("UUID"):
-                self.names.append(arguments[0])
-            if function.endswith("Rates"):
-                self.looked += 1
-                arguments[1]._obj.gpu = self.busy
-            return int(bool(self.fails) and function.endswith(self.fails))
-
-        return call
-
-
 def test_the_share_of_time_in_which_a_gpu_works_is_measured(monkeypatch):
     monkeypatch.setattr(occupancy, "EVERY", 0.001)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=f"number {device}"))
+    looked = []
 
-    def measured(library, device="cuda:1", looks=occupancy.LEAST):
-        monkeypatch.setattr(occupancy.ctypes, "CDLL", lambda name: library)
+    def measured(percent, device="cuda:1", looks=occupancy.LEAST + 1):
+        looked.clear()
+        monkeypatch.setattr(torch.cuda, "utilization", lambda device: looked.append(device) or percent())
         with occupancy.Occupancy(device) as seen:
-            while library.looked < looks and not library.fails:
+            while len(looked) < looks:
                 time.sleep(0.001)
         return seen.share
 
-    library = Management(30)
-    assert measured(library) == pytest.approx(0.3)
-    assert library.names == [b"GPU-number cuda:1"]
-    assert measured(Management(30), "cpu", looks=0) is None
+    def refuses():
+        raise RuntimeError("cuda driver can't be loaded, is cuda enabled?")
+
+    assert measured(lambda: 30) == pytest.approx(0.3)
+    assert set(looked) == {"cuda:1"}
+    assert measured(lambda: 30, "cpu", looks=0) is None
+    assert not looked
+    assert measured(refuses, looks=1) is None
     with monkeypatch.context() as short:
         short.setattr(occupancy, "LEAST", 10**6)
-        assert measured(Management(30), looks=3) is None
-    for function in ("nvmlInit_v2", "UUID", "Rates"):
-        assert measured(Management(30, fails=function)) is None
-
-    def absent(name):
-        raise OSError(f"{name}: no such file")
-
-    monkeypatch.setattr(occupancy.ctypes, "CDLL", absent)
-    with occupancy.Occupancy("cuda:0") as seen:
-        pass
-    assert seen.share is None
+        assert measured(lambda: 30, looks=3) is None
     gib = 2**30
     for busy, number in ((1.0, 1), (0.5, 2), (0.34, 3), (0.0, 8), (None, 4)):
         assert processes_that_fit(Peak(gib, 2 * gib, 10 * gib, busy), 8, 100 * gib)[0] == min(number, 4)

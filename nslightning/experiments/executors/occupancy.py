@@ -1,27 +1,18 @@
-"""Measures the share of time in which a GPU works, by NVIDIA's management library, which comes with the driver."""
+"""Measures the share of time in which a GPU works, as its driver counts it."""
 
 from __future__ import annotations
 
-import ctypes
-import sys
 import threading
-from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
 __all__ = ["Occupancy"]
 
-#: Seconds between two looks. The library answers for the last sixth of a second, or more.
+#: Seconds between two looks. The driver answers for the last sixth of a second, or more.
 EVERY = 0.2
 
 #: Looks below which nothing is said: a short computation is mostly its start.
 LEAST = 10
-
-_LIBRARY = "nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"
-
-
-class _Utilization(ctypes.Structure):
-    _fields_ = (("gpu", ctypes.c_uint), ("memory", ctypes.c_uint))
 
 
 class Occupancy:
@@ -47,8 +38,8 @@ class Occupancy:
 
     def __enter__(self) -> Self:
         """Begin to look."""
-        if (look := _look(self._device)) is not None:
-            self._thread = threading.Thread(target=self._watch, args=(look,), daemon=True)
+        if _look(self._device) is not None:
+            self._thread = threading.Thread(target=self._watch, daemon=True)
             self._thread.start()
         return self
 
@@ -62,29 +53,18 @@ class Occupancy:
             if len(self._seen) >= LEAST:
                 self.share = sum(self._seen) / len(self._seen)
 
-    def _watch(self, look: Callable[[], float | None]) -> None:
-        while not self._ended.wait(EVERY) and (share := look()) is not None:
+    def _watch(self) -> None:
+        while not self._ended.wait(EVERY) and (share := _look(self._device)) is not None:
             self._seen.append(share)
 
 
-def _look(device: str) -> Callable[[], float | None] | None:
-    """A function that returns the share of the last moment in which the GPU worked; None where there is none."""
+def _look(device: str) -> float | None:
+    """Return the share of the last moment in which the GPU worked; None where it is not known."""
     if not device.startswith("cuda"):
         return None
     import torch
 
     try:
-        library = ctypes.CDLL(_LIBRARY)
-    except OSError:
+        return torch.cuda.utilization(device) / 100
+    except Exception:  # no driver, a slice of a GPU, which has no such count, ...: memory and cores decide alone
         return None
-    handle = ctypes.c_void_p()
-    name = f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode()
-    if library.nvmlInit_v2() or library.nvmlDeviceGetHandleByUUID(name, ctypes.byref(handle)):
-        return None
-
-    def look() -> float | None:
-        rates = _Utilization()
-        failed = library.nvmlDeviceGetUtilizationRates(handle, ctypes.byref(rates))
-        return None if failed else rates.gpu / 100
-
-    return look
