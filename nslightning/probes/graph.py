@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -23,6 +22,7 @@ from nslightning.jacobians import Jacobians
 from nslightning.ops.autograd.nodes import is_own, kept_ties, operation_of, release, selection_of
 from nslightning.surgery import Plan
 from nslightning.surgery.patching import surgeries
+from nslightning.surgery.state import this_thread
 
 __all__ = [
     "UnseenError",
@@ -138,8 +138,8 @@ def check_loss(loss: Tensor, model: nn.Module) -> None:
     if loss.grad_fn is None:  # a leaf, which depends on no parameter
         return
     made = [surgery.made for surgery in surgeries(model).values() if surgery.made is not None]
-    here, number = threading.get_ident(), number_of(loss.grad_fn)
-    if not any(thread == here and number < first for thread, first in made):
+    here, number = this_thread(), number_of(loss.grad_fn)
+    if not any(thread is here and number < first for thread, first in made):
         return
     own = {id(selection) for surgery in surgeries(model).values() for selection in surgery.selections.values()}
     if not any(id(selection_of(node)) in own for node in reachable([loss.grad_fn])):

@@ -41,6 +41,9 @@ def has_own_hooks(module: nn.Module) -> bool:
 
     Args:
         module: Any module.
+
+    Returns:
+        True where one of its forward hooks or pre-hooks is defined outside of the libraries.
     """
     return any(map(_is_own, (*module._forward_pre_hooks.values(), *module._forward_hooks.values())))
 
@@ -50,6 +53,9 @@ def of_library(module: str) -> bool:
 
     Args:
         module: The name of the module that defines the code.
+
+    Returns:
+        True for PyTorch, Lightning and Python's own modules.
     """
     return module.partition(".")[0] in ("torch", "lightning", "pytorch_lightning", "typing", "abc", "builtins")
 

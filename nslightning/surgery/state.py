@@ -24,7 +24,7 @@ from nslightning.surgery.kinks import LEFT
 from nslightning.surgery.plan import Plan, Selector, matches, selectors, text
 from nslightning.surgery.report import PatchReport, PatchWarning, Site, TracedUnreachedError, UnreachedError
 
-__all__ = ["CHECKPOINT", "PART", "Part", "Surgery"]
+__all__ = ["CHECKPOINT", "PART", "Part", "Surgery", "this_thread"]
 
 PART = "_nonsmooth_part"
 _RUNS = 16  # runs that are recorded for a new path, unless the model takes the path again earlier
@@ -32,6 +32,23 @@ _RUNS = 16  # runs that are recorded for a new path, unless the model takes the 
 # a new path at each step, and each check costs time.
 _LOOKS, _ONE_OF = 64, 128
 CHECKPOINT: CodeType = inspect.unwrap(checkpoint).__code__
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.mark = object()
+
+
+_thread = _Thread()
+
+
+def this_thread() -> object:
+    """Return a mark of the running thread. No later thread has it, as one may have an ended thread's number.
+
+    Returns:
+        An object, to be compared by identity.
+    """
+    return _thread.mark
 
 
 class Surgery:
@@ -86,7 +103,7 @@ class Surgery:
         self.looks: dict[Any, int] = {}
         self.waking: dict[Any, tuple[bool, int | None]] = {}
         self.sites: WeakSet[Any] = WeakSet()
-        self.made: tuple[int, int] | None = (threading.get_ident(), sequence_number())
+        self.made: tuple[object, int] | None = (this_thread(), sequence_number())
         self._rows: dict[tuple[str, str, bool, tuple[int, ...]], Site] = {}
 
     def __getstate__(self) -> dict[str, Any]:

@@ -314,22 +314,19 @@ def test_a_loss_of_another_thread_is_not_taken_for_an_older_one():
     """Each thread counts its own backward nodes."""
     model, measured = nn.Sequential(nn.Linear(2, 2), nn.ReLU()), []
 
+    def patched():
+        for _ in range(50):
+            model(torch.ones(1, 2))
+        patch(model, Jacobians())
+
     def measure():
         loss = model[0](torch.ones(1, 2)).sum()  # it meets no site, and its thread has counted to 2
         measured.append(divergence(loss, model, {"one": Jacobians(relu=1)})["one"].l2)
 
-    def patch_and_measure():
-        for _ in range(50):
-            model(torch.ones(1, 2))
-        patch(model, Jacobians())
-        in_thread(measure)  # while this one lives: a number of an ended thread may be given again
-
-    def in_thread(work):
+    for work in (patched, measure):  # one after the other: the second may get the first one's number
         thread = threading.Thread(target=work)
         thread.start()
         thread.join()
-
-    in_thread(patch_and_measure)
     assert measured == [0]
 
 
