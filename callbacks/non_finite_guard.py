@@ -279,7 +279,7 @@ def _keeping_fetched(module: LightningModule, fetched: Callable[[], None]) -> It
     finally:
         del module.training_step
         if replaced is not None:
-            module.training_step = replaced  # type: ignore[method-assign]
+            module.training_step = replaced  # type: ignore[method-assign] # of this instance
 
 
 @dataclass

@@ -160,7 +160,8 @@ class Method(metaclass=_MethodType):
         if self is other or (module := self.ref()) is None:
             return self is other
         if isinstance(type(other), _MethodType):
-            other = other.stock(of) if (of := other.ref()) is not None else None  # type: ignore[attr-defined]
+            of = other.ref()  # type: ignore[attr-defined] # mypy narrows no type by its metaclass
+            other = None if of is None else other.stock(of)  # type: ignore[attr-defined] # the same
         return bool(self.stock(module) == other)
 
     def __hash__(self) -> int:
