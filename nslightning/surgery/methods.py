@@ -772,9 +772,9 @@ def _look(run: FunctionalCalls, module: nn.Module, arguments: Any, result: Any) 
     """Name the kinks and custom backwards of the graph that belong to no site."""
     surgery = run.surgery
     made = tensors(result, *module.modules())
-    begin = run.spans[-1][0] if surgery.report.traced else 0  # a module may keep a graph of an earlier run
+    earlier = range(surgery.first_node, run.spans[-1][0])  # of the runs before, whose graphs a module may keep
     for node in foreign_nodes(made, _inputs(run, arguments)):
-        if node.operation != "custom" and (not run.recording or node.number < begin or _owned(run, node.number)):
+        if node.operation != "custom" and (not run.recording or node.number in earlier or _owned(run, node.number)):
             continue
         if (ranked := next((r for r in run.ranked if r.first <= node.number < r.last), None)) is not None:
             run.count(surgery.unreached(ranked.part, ranked.operation, ranked.kind))

@@ -114,6 +114,11 @@ class Surgery:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, sites=WeakSet(), looked=set(), awaited={}, begun={}, looks={}, waking={}, made=None)
 
+    @property
+    def first_node(self) -> int:
+        """The number of the first autograd node that this thread made after the patch; 0 where that is not known."""
+        return self.made[1] if self.made is not None and self.made[0] is this_thread() else 0
+
     def records(self, entrance: Any) -> bool:
         """Return whether the run that begins has to note the nodes that it makes, so that its graph can be checked.
 

@@ -488,6 +488,37 @@ def test_a_graph_of_an_earlier_run_is_not_looked_at_again():
     assert not model._nonsmooth_part.surgery.report.unreached
 
 
+@pytest.mark.parametrize("runs", [0, 1])
+def test_a_kink_that_was_made_before_the_patch_is_named(runs):
+    """No call of a run made it, so that it keeps PyTorch's derivative, at the first path and at a later one."""
+    model = Later(lambda x: x * kept)
+    kept = F.relu(model.lin.bias)
+    patch(model, Jacobians(relu=1.0))
+    run(model, [1.0] * runs)
+    with pytest.raises(UnreachedError, match="the graph of the model has a ReluBackward0"):
+        run(model, [1e4] * 2)
+
+
+def test_a_graph_of_a_run_that_broke_off_is_not_refused():
+    class Breaks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.kept = nn.Parameter(torch.ones(3)), None
+
+        def forward(self, x):
+            if self.kept is None:
+                self.kept = F.relu(x * self.w)  # without a tie the node is PyTorch's own
+                raise KeyError
+            return F.relu(self.kept)
+
+    model = Breaks()
+    patch(model, Jacobians(relu=1.0))
+    with pytest.raises(KeyError):
+        model(torch.ones(3))
+    model(torch.ones(3))
+    assert not model._nonsmooth_part.surgery.report.unreached
+
+
 def test_custom_functions_are_found_in_buffers():
     model = Later(torch.square)
 
