@@ -131,7 +131,7 @@ def _stack(
             ways = [layer(x, hidden[i + j], weights[i + j], relu, reverse=bool(j)) for j in range(directions)]
             final += [last for _, last in ways]
             x = torch.cat([out for out, _ in ways], -1) if bidirectional else ways[0][0]
-            if dropout and train and i + directions < len(weights):
+            if i + directions < len(weights):
                 x = torch.dropout(x, dropout, train)
         return (x.transpose_(0, 1) if batch_first else x), torch.stack(final)
 

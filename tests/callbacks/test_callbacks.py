@@ -378,7 +378,10 @@ def test_values_are_unscaled_under_fp16(scale, tmp_path):
     run.fit(module, data())
     assert run.precision_plugin.scaler.get_scale() > scale
     rows = read(tmp_path)
+    parts = rows[rows["parameter"] != ""].groupby(["choice", "step"])
     rows = rows[rows["parameter"] == ""].set_index(["choice", "step"])
+    pd.testing.assert_series_equal(parts["l1"].sum().sort_index(), rows["l1"].sort_index())  # of all parameters
+    pd.testing.assert_series_equal(parts["linf"].max().sort_index(), rows["linf"].sort_index())
     for step, (state, batch) in enumerate(module.noted):
         own = by_hand_in_fp16(state, batch, NATIVE, scale * 2 ** (step // 2))
         for name, choice in choices.items():
@@ -1200,6 +1203,20 @@ def dead_units():
     for p in net[1].parameters():
         nn.init.zeros_(p.data[:2])
     return net
+
+
+def test_a_hook_of_a_parameter_that_clips_later_is_noticed(tmp_path):
+    class Later(Module):
+        def __init__(self):
+            super().__init__(Plain)
+            later = lambda g: g.clamp(-1e-4, 1e-4) if self.global_step >= 2 else g  # noqa: E731 # said once
+            self.net.conv1.weight.register_hook(later)
+
+    with pytest.warns(UserWarning, match="GradientDivergence subtracts gradients"):
+        trainer(tmp_path, GradientDivergence({"one": Jacobians(relu=1.0)}, 1), precision="64-true").fit(Later(), data())
+    rows = read(tmp_path)
+    assert set(rows["method"][rows["step"] < 2]) == {"propagate"}
+    assert set(rows["method"][rows["step"] >= 2]) == {"subtract"}
 
 
 @pytest.mark.parametrize("where", ["tensor", "module", "parameter", "tensor of a network without custom functions"])

@@ -145,6 +145,16 @@ def test_networks_built_in_hooks_are_reached(tmp_path, where):
     assert callback.report.sites[1].calls == 2  # in forward and in the step
 
 
+def test_a_random_choice_is_drawn_from_the_callback_s_seed(tmp_path):
+    class Seen(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            self.seeds = [selection.seed for selection in selections(pl_module).values()]
+
+    seen = Seen()
+    weights_after(tmp_path, NonsmoothPatch({"relu": "random"}, sites=[{"stage": "net", "relu": 1.0}], seed=7), seen)
+    assert seen.seeds == [7, 7]
+
+
 def test_rules_decide_per_site(tmp_path):
     callback = NonsmoothPatch(Jacobians(relu=0.0), sites=[{"stage": "net", "relu": 1.0}])
     weights_after(tmp_path, callback)

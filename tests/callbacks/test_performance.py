@@ -2,6 +2,7 @@
 
 import math
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import fake_data
 import pandas as pd
@@ -61,6 +62,14 @@ def test_speed_and_waiting_are_those_of_the_steps_alone(tmp_path, monkeypatch):
         assert 0.7 < waits < 1.3
         assert row["perf/images_per_second"] == pytest.approx(40 / (5 + waits))
         assert 0.01 < row["perf/memory_gib"] < 1000
+
+
+def test_the_images_of_all_processes_count():
+    counting = Performance()
+    for processes, images in ((1, 8), (2, 24)):
+        trainer = SimpleNamespace(world_size=processes, loggers=())
+        counting.on_train_batch_end(trainer, None, None, (torch.ones(8, 3), torch.ones(8)), 0)
+        assert counting._items == images
 
 
 def test_memory_is_the_device_s_where_there_is_one(monkeypatch):

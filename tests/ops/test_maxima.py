@@ -12,6 +12,7 @@ from torch_samples import no_derivative_of_aminmax
 from nslightning import Jacobians, ops
 from nslightning.ops.autograd.selection import Selection
 from nslightning.ops.maxima import pair, reduction, tied_pairs, tied_reductions
+from nslightning.ops.record import FUNCTIONS
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 CHOICES = ["native", "first", "last", "minimal", "sum", 0.0, 0.3, 1.0, 10.0, -2.0]
@@ -322,9 +323,17 @@ def test_counts():
     x = torch.tensor([[1.0, 1.0, 0.0], [2.0, 1.0, 0.0]])
     assert tied_reductions("max", x, 1) == (1, 2)
     assert tied_reductions("aminmax", x, 0) == (2 + 2, 6)
+    assert tied_reductions("aminmax", torch.tensor([1.0, 1.0, 2.0]), 0) == (1, 2)  # the minimum alone
     assert tied_reductions("amin", x) == (1, 1)
     assert tied_pairs(x, torch.tensor(1.0)) == (3, 6)
     assert tied_reductions("max", torch.tensor(1.0)) == (0, 1)
+
+
+def test_numpys_words_for_the_dimensions_are_understood():
+    (operation,) = FUNCTIONS[torch.amax]
+    for function in (torch.amax, torch.Tensor.amax):
+        call = operation.functions[function](torch.ones(2, 3), axis=1, keepdims=True)
+        assert call.parameters == ("amax", 1, True)
 
 
 WHOLE = slice(None)

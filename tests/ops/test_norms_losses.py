@@ -13,6 +13,7 @@ from nslightning.ops.autograd.routing import ROUTES
 from nslightning.ops.autograd.selection import Selection
 from nslightning.ops.losses import HINGES, hinge, tied_hinges
 from nslightning.ops.norms import absolute, chosen_norm, norm_pool, tied_norms, unit
+from nslightning.ops.record import FUNCTIONS
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 DIGITS = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 1e-6, torch.float64: 1e-14}
@@ -96,6 +97,9 @@ def test_normalize_at_eps(c):
     row, gx = x.detach()[0], g[0]
     assert torch.allclose(gradient[0], gx / 0.5 - c * row * (gx @ row) / 0.125, rtol=1e-14)
     assert torch.equal(gradient[1], grads(F.normalize(x), (x,))[0][0][1])
+    (operation,) = FUNCTIONS[F.normalize]  # a zero vector is divided by eps, which is no tie
+    rows = torch.tensor([[2.0, 0.0], [0.0, 0.0], [0.0, 0.0], [3.0, 4.0]])
+    assert operation.ties(operation.functions[F.normalize](rows, eps=2.0)) == (1, 4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -221,9 +225,9 @@ def test_hinges_in_every_precision(function, dtype):
 
 
 def test_hinge_options():
-    """Class weights, swapped triplets, single samples."""
+    """Class weights, one of them negative, swapped triplets, single samples."""
     x, t = randn(5, 3, dtype=torch.float64).requires_grad_(), torch.tensor([0, 1, 2, 0, 1])
-    weight = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
+    weight = torch.tensor([-0.5, 2.0, 1.0], dtype=torch.float64)
     with torch.no_grad():
         x[:, 1] = x[:, 0] - 1.0  # ties wherever the class is 0
     for c, reduction in itertools.product((0.0, 1.0), REDUCTIONS):
@@ -233,7 +237,7 @@ def test_hinge_options():
         g = (g / 5 if reduction == "mean" else g).expand(5)
         extra = torch.zeros_like(x)
         for i in torch.nonzero((1 - x[:, 0] + x[:, 1] == 0) & (t == 0)).flatten().tolist():
-            extra[i] = c * g[i] * 0.5 / 3 * torch.tensor([-1.0, 1.0, 0.0], dtype=torch.float64)
+            extra[i] = c * g[i] * -0.5 / 3 * torch.tensor([-1.0, 1.0, 0.0], dtype=torch.float64)
         assert extra.count_nonzero() > 0 or c == 0
         assert torch.allclose(gradient, stock + extra, rtol=1e-13, atol=1e-15)
     one = torch.tensor([1.0, 0.0], requires_grad=True)
@@ -246,6 +250,21 @@ def test_hinge_options():
             loss, F.triplet_margin_loss(a, torch.ones(1, 1), torch.full((1, 1), -2.0), eps=0.0, swap=swap)
         )
         assert torch.autograd.grad(loss, a)[0].item() == want
+    # The negative is less far from the positive than from the anchor, and only with that distance u is 0.
+    near, far = torch.ones(1, 1), torch.full((1, 1), 2.5)
+    for swap, want in ((False, 0.0), (True, -0.5)):
+        loss = ops.triplet_margin_loss(a, near, far, margin=0.5, eps=0.25, swap=swap, at_zero=0.5)
+        assert torch.autograd.grad(loss, a)[0].item() == want
+
+
+def test_a_target_that_is_neither_has_no_hinge():
+    """The cosine embedding loss is 0 there, on both sides."""
+    x, y = torch.tensor([[1.0, 0.0]] * 3, requires_grad=True), torch.tensor([[0.0, 1.0]] * 3)
+    target = torch.tensor([-1.0, 0.0, 1.0])
+    loss = ops.cosine_embedding_loss(x, y, target, reduction="none", at_zero=1.0)
+    (gradient,) = torch.autograd.grad(loss[:2].sum(), x)
+    assert gradient.tolist() == [[0, 1], [0, 0], [0, 0]]
+    assert tied_hinges("cosine_embedding_loss", x, y, target) == (1, 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -280,6 +299,10 @@ def test_smooth_losses_have_nothing_to_choose():
                 x = torch.tensor(at + h, dtype=torch.float64, requires_grad=True)
                 slopes.append(torch.autograd.grad(f(x, torch.zeros((), dtype=torch.float64)), x)[0].item())
             assert slopes[0] == pytest.approx(slopes[1], abs=1e-5)
+    (operation,) = FUNCTIONS[F.multi_margin_loss]
+    x, target = torch.zeros(1, 2), torch.tensor([0])
+    assert operation.functions[F.multi_margin_loss](x, target) is not None
+    assert operation.functions[F.multi_margin_loss](x, target, p=2) is None  # squares of the hinges
 
 
 def test_twice_and_transformed():

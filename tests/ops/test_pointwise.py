@@ -303,11 +303,12 @@ def test_prelu_has_a_slope_per_channel_and_its_gradient_is_stock():
         assert torch.equal(gx, torch.where(x == 0, g * 7.0, sx))
         (gw,) = torch.autograd.grad(ops.prelu(x.detach(), weight, at_zero=7.0), weight, g)
         assert torch.equal(gw, sw)
-    with pytest.raises(RuntimeError) as ours:
-        ops.prelu(x, torch.ones(2))
-    with pytest.raises(RuntimeError) as theirs:
-        F.prelu(x, torch.ones(2))
-    assert str(ours.value) == str(theirs.value)
+    for odd in (x, torch.ones(4, 1, 2)):  # two slopes fit three channels, or one, as little as two columns
+        with pytest.raises(RuntimeError) as ours:
+            ops.prelu(odd, torch.ones(2))
+        with pytest.raises(RuntimeError) as theirs:
+            F.prelu(odd, torch.ones(2))
+        assert str(ours.value) == str(theirs.value)
 
 
 def test_prelu_under_autocast_is_stock():
@@ -328,7 +329,7 @@ def test_rrelu_draws_the_slopes_that_stock_draws(inplace):
     torch.manual_seed(3)
     stock, after = F.rrelu(leaf * 1.0, training=True, inplace=inplace), torch.rand(1)
     (want,) = torch.autograd.grad(stock, leaf, g)
-    for at_zero in (None, 0.5):
+    for at_zero in (None, 0.5, (1 / 8 + 1 / 3) / 2):  # the last is the slope of an evaluation alone
         torch.manual_seed(3)
         y = ops.rrelu(leaf * 1.0, training=True, at_zero=at_zero, inplace=inplace)
         assert torch.equal(torch.rand(1), after)

@@ -15,6 +15,7 @@ from nslightning.ops.autograd import fused
 from nslightning.ops.kernels import cpu as cpu_kernels
 from nslightning.probes import UnseenError, differences, divergence, gradients, recording, ties
 from nslightning.probes.graph import operation_nodes
+from nslightning.surgery import Plan
 
 CHOICES = {
     "relu1": Jacobians(relu=1.0),
@@ -218,6 +219,19 @@ def test_windows_tied_above_zero_behind_a_relu_matter():
     assert torch.equal(changes["minimal"]["x"][0, 0, :2, :2], torch.tensor([[-0.75, 0.25], [0.25, 0.25]]))
 
 
+def test_a_learned_slope_below_tied_windows_gets_its_difference():
+    """A difference is taken through the gates right below its start, where a gate has one input only: this has two."""
+    model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.PReLU(), nn.MaxPool2d(2))
+    patch(model, Jacobians())
+    with torch.no_grad():
+        model[0].weight.fill_(1.0), model[0].bias.fill_(-1.0)
+    x = torch.zeros(1, 1, 4, 4)
+    x[..., :2, :2] = 1  # the slope's own tie
+    loss, choice = model(x).sum(), {"sum": Jacobians(max_pool="sum")}
+    _, changes = differences(loss, model, choice)
+    assert changes["sum"]["1.weight"].tolist() == [-9.0]  # of three more entries in three windows
+
+
 def test_refuses_what_was_computed():
     model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU(), nn.MaxPool2d(2))
     patch(model, Jacobians())
@@ -311,8 +325,8 @@ def test_refuses_a_compiled_model():
 
 
 def test_recorders_are_removed_after_an_exception():
-    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
-    patch(model, Jacobians())
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2), nn.ReLU())
+    patch(model, Plan([Jacobians(), {"stage": "3", "relu": 0.5}]))  # two selections
     loss = model(torch.ones(1, 2)).sum()
     loss.backward()
     with pytest.raises(RuntimeError):

@@ -93,7 +93,9 @@ HALF = Jacobians(relu=0.5)
         # by call
         ([{"call": 1, "relu": 1}], [0, 0, 0, 0.5, 0, 1, 0, 0]),
         ([{"name": "shared", "call": 0, "relu": 1}], [0, 0, 0, 0.5, 1, 0, 0, 0]),
+        ([{"name": "", "call": 0, "relu": 1, "abs": 1}], [0, 0, 0, 0.5, 0, 0, 1, 1]),  # each operation's calls
         ([{"name": "shared", "call": "1:", "relu": 1}], [0, 0, 0, 0.5, 0, 1, 0, 0]),
+        ([{"call": "1:", "relu": 1}], [0, 0, 0, 0.5, 0, 1, 0, 0]),
         ([Rule({"relu": 1}, name="shared", call=range(2))], [0, 0, 0, 0.5, 1, 1, 0, 0]),
         ([{"call": ":1", "relu": 1}], [1, 1, 1, 0.5, 1, 0, 1, 0]),
         # all that is given has to match
@@ -228,6 +230,9 @@ def test_using_a_plan_needs_sites_that_were_told_apart():
     assert alphas(model) == STOCK
     with using(model, Plan([Rule({"relu": 1}, operation="relu"), {"abs": 2}])):  # tells operations apart only
         assert alphas(model) == [1, 1, 1, 0.5, 1, 1, 1, 2]
+    later = Plan([{"name": "shared", "call": 1, "relu": 1}])
+    with pytest.raises(ValueError, match=r"1\.0 at shared, call 1, which were patched as one"), using(model, later):
+        pass
     with using(model, Plan([{"stage": "layer2.1", "leaky_relu": 3}])):  # one site
         assert alphas(model) == [0, 0, 0, 3, 0, 0, 0, 0]
     unpatch(model)
@@ -236,6 +241,8 @@ def test_using_a_plan_needs_sites_that_were_told_apart():
     with using(model, finer):
         assert alphas(model) == [1, 1, 0, 0.5, 0, 0, 0, 0]
     assert [c.relu for c in choices(model, finer).values()] == [0, 1, 1]
+    other = Plan([{"stage": "layer1", "relu": 2, "rule": "published"}])
+    assert [(c.relu, c.rule) for c in choices(model, other).values()] == [(0, "exact"), *[(2, "published")] * 2]
     # Before the first forward nobody knows which modules call functions: the answer errs on the safe side.
     fresh = Probe()
     patch(fresh, Jacobians())
@@ -249,6 +256,12 @@ def test_only_and_skip_limit_a_plan():
     model = Probe()
     patch(model, Plan([HALF, {"stage": "layer1", "relu": 1}]), only=["layer*"], skip="/0$/")
     assert alphas(model) == [0, 1, 0, 0.5, 0, 0, 0, 0]
+
+
+def test_a_stage_holds_what_any_of_its_names_says():
+    rule, relu = Rule({"relu": 1}, stage="layer1-2"), nn.ReLU()
+    assert rule.matches(["stem.act", "layer2.act"], relu)  # a module that two stages share
+    assert not rule.matches(["1.act"], relu)  # a number alone
 
 
 def test_the_report_explains_conflicts():
@@ -404,6 +417,32 @@ def test_calls_under_a_checkpoint_are_refused(reentrant):
     nn.init.zeros_(model.inner[0].weight), nn.init.zeros_(model.inner[0].bias)
     model(x).sum().backward()
     assert model.inner[0].bias.grad.tolist() == [1.0]
+
+
+def test_a_checkpoint_around_other_parts_than_those_that_are_counted():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.last = nn.Sequential(nn.Linear(1, 1), nn.ReLU()), nn.ReLU()
+
+        def forward(self, x):
+            return self.last(self.last(checkpoint(self.inner, x, use_reentrant=False)))
+
+    model, x = Twice(), torch.ones(1, 1)
+    nn.init.zeros_(model.inner[0].weight), nn.init.zeros_(model.inner[0].bias)
+    patch(model, Plan([Jacobians(relu=1), {"name": "last", "call": 1, "relu": 0.5}]))
+    model(x).sum().backward()
+    assert model.inner[0].bias.grad.tolist() == [0.5]
+
+
+def test_calls_of_one_function_under_two_rules_have_a_row_each():
+    class Twice(nn.Module):
+        def forward(self, x):
+            return F.relu(F.relu(x))
+
+    x = torch.zeros(1, requires_grad=True)
+    report = patch(Twice(), Plan([{"call": 1, "relu": 0.5}]), example=x)
+    assert [(s.kind, s.choice, s.calls) for s in report.sites] == [("relu", 0.0, 1), ("relu", 0.5, 1)]
 
 
 def test_the_fingerprint_names_the_rules():

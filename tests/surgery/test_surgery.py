@@ -22,7 +22,7 @@ from bits import bits
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nslightning import Jacobians, PatchWarning, patch, unpatch, using
+from nslightning import Jacobians, PatchWarning, ops, patch, unpatch, using
 from nslightning.probes import ties
 from nslightning.surgery import UnreachedError, report, selections
 
@@ -446,13 +446,18 @@ def test_the_root_may_be_an_operation_itself():
 
 
 def test_hardtanh_is_relu6_between_0_and_6():
-    model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Hardtanh(0, 6), nn.Hardtanh(-1, 1), nn.Hardtanh())
-    report = patch(model, ALT, example=torch.zeros(1, 1, 2, 2))
+    parts = [nn.Hardtanh(0, 6), nn.Hardtanh(-1, 6), nn.Hardtanh(), Functional(lambda x: F.hardtanh(x, -1, 6))]
+    model, x = nn.Sequential(nn.Conv2d(1, 1, 1), *parts), torch.arange(-8.0, 8.0).view(1, 1, 4, 4)
+    model[4].lin = nn.Identity()
+    stock = [part(x) for part in parts]
+    report = patch(model, ALT, example=x)
     assert [(s.name, s.operation, s.how, s.calls) for s in report.sites] == [
         ("1", "relu6", "module", 1),
         ("2", "hardtanh", "module", 1),
         ("3", "hardtanh", "module", 1),
+        ("4", "hardtanh", "functional", 1),
     ]
+    assert all(torch.equal(part(x), y) for part, y in zip(parts, stock, strict=True))
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")  # what is tested goes with it
@@ -656,6 +661,33 @@ def test_the_published_rule_cannot_come_between_forward_and_backward():
     with pytest.raises(ValueError, match="Patch the model again"), using(model, Jacobians(max_pool=2.0)):
         pass
     assert selections(model)[""].jacobians.relu == 0.0
+
+
+def test_the_published_forward_is_that_of_an_evaluation_too():
+    """Its arithmetic is part of a pooling's forward: a call without gradients computes it as well."""
+    x = torch.randn(2, 2, 8, 8)
+    model = Functional(lambda x: F.max_pool2d(x, 2))
+    stock = model(x)
+    patch(model, Jacobians(rule="published", max_pool=1e4))
+    with torch.no_grad():
+        first, second = model(x), model(x)
+    assert torch.equal(first, model(x))
+    assert torch.equal(second, first)
+    assert not torch.equal(first, stock)
+
+
+def test_a_random_choice_is_drawn_from_the_seed_of_the_patch():
+    def drawn(**seed):
+        model = nn.Sequential(nn.Linear(1, 64), nn.ReLU())
+        nn.init.zeros_(model[0].weight), nn.init.zeros_(model[0].bias)
+        patch(model, Jacobians(relu="random"), **seed)
+        return torch.autograd.grad(model(torch.ones(1, 1)).sum(), model[0].bias)[0]
+
+    x = torch.zeros(1, 64, requires_grad=True)
+    (alone,) = torch.autograd.grad(ops.relu(x, "random", seed=3).sum(), x)
+    assert torch.equal(drawn(seed=3), alone[0])
+    assert torch.equal(drawn(), drawn(seed=0))
+    assert not torch.equal(drawn(), alone[0])
 
 
 def test_threads_running_one_model_and_two_models():
@@ -924,9 +956,11 @@ def test_the_example_leaves_no_trace():
     model = nn.Sequential(Net(), nn.Dropout())
     model[0].block.eval()
     before, state = snapshot(model), {k: v.clone() for k, v in model.state_dict().items()}
-    x = torch.randn(1, 3, 8, 8)
+    x, drawing = torch.randn(1, 3, 8, 8), Functional(lambda x: F.dropout(x.relu()))  # in evaluation mode, too
     rng = torch.get_rng_state()
     patch(model, ALT, example=x)
+    assert torch.equal(torch.get_rng_state(), rng)
+    patch(drawing, ALT, example=x[:, :2])
     assert torch.equal(torch.get_rng_state(), rng)
     assert [row[3] for row in snapshot(model)] == [row[3] for row in before]
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
@@ -1107,6 +1141,11 @@ def test_shared_modules_are_listed_with_aliases_and_counted():
     assert sum(s.calls for s in report.sites if s.operation == "relu") == 17  # counted by hand: 1 + 8 * 2
     (site,) = [s for s in patch(Net(), ALT, example=torch.randn(1, 3, 8, 8)).sites if s.aliases]
     assert (site.name, site.aliases, site.calls) == ("act", ("again",), 2)
+    one = Functional(torch.relu)
+    model, x = nn.Sequential(one, one), torch.ones(1, 2, 1, 1)
+    (site,) = patch(model, ALT, example=x).sites
+    assert (site.name, site.aliases) == ("0", ("1",))
+    assert list(ties(model, x)) == ["0:relu"]
 
 
 def test_report_files(tmp_path):
@@ -1214,10 +1253,11 @@ def test_compiled_with_selectors():
     patch(model, Jacobians(relu=0.5, max_pool="minimal"), only=nn.ReLU)
     out = torch.compile(model, backend="aot_eager", fullgraph=True)(torch.ones(1, 1, 2, 2))
     assert torch.autograd.grad(out.sum(), model[0].bias)[0].tolist() == [0.5, 0.5]
-    net = Net()
-    patch(net, ALT, only=nn.ReLU)
-    with pytest.raises(Exception, match="cannot be told apart under"):
-        torch.compile(net, backend="aot_eager", fullgraph=True)(torch.ones(1, 3, 4, 4))
+    for limits in ({"only": nn.ReLU}, {"skip": "pool"}):
+        net = Net()
+        patch(net, ALT, **limits)
+        with pytest.raises(Exception, match="cannot be told apart under"):
+            torch.compile(net, backend="aot_eager", fullgraph=True)(torch.ones(1, 3, 4, 4))
     torch._dynamo.reset()
 
 
