@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
-from torchmetrics import MeanMetric, MetricCollection, SumMetric
+from torchmetrics import CatMetric, MeanMetric, MetricCollection, SumMetric
 
 from nslightning import Jacobians, patch
 from nslightning.callbacks import (
@@ -22,6 +22,7 @@ from nslightning.callbacks import (
     WeightDivergence,
     ZoneMonitor,
 )
+from nslightning.callbacks.replay import silent
 from nslightning.choices import named_choices, to_jacobians
 
 RELU1 = {"relu1": Jacobians(relu=1.0)}
@@ -161,6 +162,15 @@ def test_metrics_of_the_module_count_every_batch_once(tmp_path):
     assert watched.group.compute() == alone.group.compute() == {"mean": 1.0, "sum": 6.0}
     assert watched.seen.update_count == alone.seen.update_count == 6
     assert total.compute() == alone.aside["list"][0].compute() == 12
+
+
+def test_a_metric_that_keeps_a_list_counts_nothing_in_a_step_that_runs_again():
+    module = LightningModule()
+    module.seen = CatMetric()
+    module.seen.update(1.0)
+    with silent(module):
+        module.seen.update(2.0)
+    assert len(module.seen.value) == 1
 
 
 @pytest.mark.parametrize(("scale", "reported"), [(2.0, False), (1.0, False), (0.5, True)])

@@ -30,6 +30,10 @@ def test_words_are_the_numbers():
     assert len(lines) == 5
 
 
+def test_the_least_difference_is_another_gradient():
+    assert words("64-true", tiny=[1e-18])[0].startswith("tiny: another gradient on 1 of 1 step")
+
+
 def test_rounding_is_called_rounding():
     lines = words("32-true", beta10=[1e-8, 3e-8, 2e-8])
     assert lines[0] == "beta10: another gradient on 3 of 3 steps; it differs by 2e-08 (median; at most 3e-08) in fp32"

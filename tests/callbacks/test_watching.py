@@ -185,6 +185,13 @@ def test_zones_are_those_of_the_weights_before_each_step(tmp_path):
     assert (rows.xs("relu1", level="choice")["bifurcation"] == 1).all()
 
 
+def test_zones_compare_with_the_reference_that_is_given(tmp_path):
+    choices = {"relu1": Jacobians(relu=1.0), "native": Jacobians()}
+    trainer(tmp_path, ZoneMonitor(choices, Jacobians(relu=1.0)), max_steps=1).fit(Module(Plain), data())
+    rows = read(tmp_path / "zones.csv").set_index("choice")
+    assert rows["regular"].to_dict() == {"relu1": 1, "native": 0}
+
+
 @pytest.mark.parametrize("scale", [0.5, 1024.0])
 def test_zones_are_of_the_loss_without_its_scale(scale, tmp_path):
     """Accumulation over two batches, and fp16's loss scale; both are powers of two, which lose no bit."""

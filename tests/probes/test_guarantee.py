@@ -239,6 +239,9 @@ def test_frozen_and_shared_biases_do_not_count() -> None:
     nn.init.zeros_(layer.bias)
     twice = nn.Sequential(layer, nn.ReLU(), layer, nn.ReLU())
     assert not clarke_guarantee(patched(twice), x).holds
+    layer = nn.Linear(2, 2, bias=False)  # nor does a shared weight, though the samples are independent
+    nn.init.zeros_(layer.weight)
+    assert not clarke_guarantee(patched(nn.Sequential(layer, nn.ReLU(), layer, nn.ReLU())), torch.eye(2)).sites[0].holds
 
 
 def test_the_published_rule_and_choices_outside_are_not_covered() -> None:

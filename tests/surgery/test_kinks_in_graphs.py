@@ -416,7 +416,7 @@ class Flagged(nn.Module):
 def test_a_new_value_of_a_flag_is_looked_at_at_once():
     model = Flagged()
     patch(model, Jacobians())
-    model(torch.ones(1, 2))
+    model(torch.ones(1, 2), False)
     with pytest.raises(UnreachedError, match="Square"):
         model(torch.ones(1, 2), True)
 
