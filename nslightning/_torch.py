@@ -35,6 +35,7 @@ _R = TypeVar("_R")
 __all__ = [
     "active_function_modes",
     "as_subclass",
+    "beneath_modes",
     "call_with_hooks",
     "compile_as",
     "compile_functions_for_modes",
@@ -52,6 +53,7 @@ __all__ = [
     "fx_tracers_code",
     "gradient_dtypes",
     "has_autograd_formula",
+    "has_formula_of_torch",
     "hides_its_inside",
     "hooks_of",
     "in_dispatch_mode",
@@ -74,6 +76,7 @@ __all__ = [
     "never_compile",
     "number_of",
     "number_of_tensor",
+    "other_function_modes",
     "outside_every_mode",
     "overloads",
     "runs_module_hooks",
@@ -254,6 +257,50 @@ def kept_version(x: Tensor) -> Any:
     return torch.autograd._unsafe_preserve_version_counter(x)  # type: ignore[attr-defined] # not in the stubs
 
 
+def other_function_modes(ours: type) -> int:
+    """The number of active ``TorchFunctionMode`` objects of others, inside the innermost of ours.
+
+    Args:
+        ours: The class of ours.
+
+    Returns:
+        Their number, without the mode of ``torch.device``, which makes tensors and changes nothing else.
+    """
+    if not torch._C._len_torch_function_stack():
+        return 0
+    from torch.utils._device import DeviceContext
+
+    modes = active_function_modes()
+    above = next((i for i, mode in enumerate(reversed(modes)) if isinstance(mode, ours)), len(modes))
+    return above if any(not isinstance(mode, DeviceContext) for mode in modes[len(modes) - above :]) else 0
+
+
+@contextmanager
+def beneath_modes(mode: Any, number: int) -> Iterator[None]:
+    """A context in which a ``TorchFunctionMode`` is active outside of others, which see each call first.
+
+    Args:
+        mode: The mode.
+        number: How many of the active modes see the calls first.
+
+    Yields:
+        Nothing.
+    """
+    from torch.overrides import _pop_mode, _push_mode
+
+    above = [_pop_mode() for _ in range(number)]
+    _push_mode(mode)
+    for other in reversed(above):
+        _push_mode(other)
+    try:
+        yield
+    finally:
+        for _ in range(number + 1):
+            _pop_mode()
+        for other in reversed(above):
+            _push_mode(other)
+
+
 def disable_function_modes() -> Any:
     """A context in which no ``TorchFunctionMode`` and no ``__torch_function__`` sees a call.
 
@@ -410,6 +457,20 @@ def hides_its_inside(node: Any) -> bool:
         ("torch.nn.modules._functions", "SyncBatchNorm"),
         ("torch.nn.parallel.distributed", "_DDPSink"),
     )
+
+
+def has_formula_of_torch(function: type[torch.autograd.Function]) -> bool:
+    """Return whether a custom operator's formula for its gradient is PyTorch's own, as that of its attention is.
+
+    Args:
+        function: The autograd function that PyTorch generated for the operator.
+
+    Returns:
+        False for an operator of somebody else's.
+    """
+    backward = inspect.getclosurevars(function.backward).nonlocals.get("orig_backward", function.backward)
+    formula = getattr(inspect.getclosurevars(backward).nonlocals.get("info"), "_backward_fn", None)
+    return getattr(formula, "__module__", "").startswith("torch.")
 
 
 def exchanges_values(node: Any) -> bool:
@@ -691,7 +752,7 @@ def traced_functions() -> list[tuple[str, str, str]]:
 
 
 def has_autograd_formula(name: str) -> bool:
-    """Return whether an operator has its own formula for its gradient.
+    """Return whether an operator has a formula for its gradient, and not one of PyTorch's own.
 
     Args:
         name: Such as ``"torchvision::nms"``.
@@ -699,6 +760,10 @@ def has_autograd_formula(name: str) -> bool:
     Returns:
         True for one written in C++ or registered from Python.
     """
+    from torch._library.custom_ops import OPDEFS
+
+    if getattr(getattr(OPDEFS.get(name), "_backward_fn", None), "__module__", "").startswith("torch."):
+        return False
     keys = ("Autograd", "AutogradCPU", "AutogradCUDA")
     return any(torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for key in keys)
 

@@ -328,6 +328,9 @@ def _segment_ties(call: Call) -> tuple[Count, int]:
     return torch.count_nonzero(tied), tied.numel()
 
 
+_SEGMENTED = {"data": "x", "dim": "axis"}  # here the axis has that name in PyTorch itself
+
+
 def _segment_call(
     x: Tensor,
     reduce: str,
@@ -364,7 +367,7 @@ register(
         apply=segmented,
         ties=_segment_ties,
         functions=spelled(
-            lambda *args, **kwargs: _segment_call(*args, **{"x" if k == "data" else k: v for k, v in kwargs.items()}),
+            lambda *args, **kwargs: _segment_call(*args, **{_SEGMENTED.get(k, k): v for k, v in kwargs.items()}),
             torch.segment_reduce,
         ),
         shares=True,

@@ -137,8 +137,8 @@ _DEFAULTS = {name: defaults(name) for name in HINGES}
 _TENSORS = {"hinge_embedding_loss": 2, "multi_margin_loss": 2}  # three in the others
 
 
-def _hinged(function: str, names: tuple[str, ...], *args: Any, **kwargs: Any) -> Call | None:
-    by_name = _DEFAULTS[function] | dict(zip(names, args, strict=False)) | kwargs
+def _hinged(function: str, names: tuple[str, ...], defaults: dict[str, Any], *args: Any, **kwargs: Any) -> Call | None:
+    by_name = defaults | dict(zip(names, args, strict=False)) | kwargs
     how = reduction(by_name)
     if by_name.get("p", 1) != 1 and function == "multi_margin_loss":
         return None  # of squares: smooth
@@ -150,17 +150,25 @@ def _hinge_functions() -> dict[Callable, Callable[..., Call | None]]:
     functions: dict[Callable, Callable[..., Call | None]] = {}
     for name in HINGES:
         names = _NAMES[name]
-        functions |= spelled(partial(_hinged, name, names), getattr(F, name))
+        functions |= spelled(partial(_hinged, name, names, _DEFAULTS[name]), getattr(F, name))
         if hasattr(torch, name):
             short = tuple(n for n in names if n not in ("size_average", "reduce"))
-            functions |= spelled(partial(_hinged, name, short), getattr(torch, name))
+            own = _DEFAULTS[name] | {"reduction": _own_reduction(name)}
+            functions |= spelled(partial(_hinged, name, short, own), getattr(torch, name))
     return functions
+
+
+def _own_reduction(name: str) -> str:
+    """How a function of ``torch`` reduces by itself: torch 2.15 documents the mean, and returns each entry."""
+    rows = torch.ones(2, 2)
+    tensors = (rows, rows, rows[0] if name == "cosine_embedding_loss" else rows)
+    return "none" if getattr(torch, name)(*tensors[: _TENSORS.get(name, 3)]).dim() else "mean"
 
 
 def _hinge_module(function: str, m: nn.Module, *args: Any, **kwargs: Any) -> Call | None:
     names = _NAMES[function]
     own = {n: getattr(m, n) for n in names if n in ("margin", "p", "eps", "swap", "weight", "reduction")}
-    return _hinged(function, names, **dict(zip(names, args, strict=False)) | kwargs | own)
+    return _hinged(function, names, _DEFAULTS[function], **dict(zip(names, args, strict=False)) | kwargs | own)
 
 
 def _apply_hinge(selection: Selection, call: Call) -> Tensor:

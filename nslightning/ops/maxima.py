@@ -253,19 +253,16 @@ def _reduced(
     dim: Any = None,
     keepdim: bool = False,
     *,
-    axis: Any = None,
-    keepdims: bool = False,
     other: Tensor | None = None,
     out: Any = None,
 ) -> Call | None:
-    dim = axis if dim is None else dim
     if isinstance(dim, (str, Tensor)) or other is not None or out is not None:
         return None
-    return Call(x, (function, dim, keepdim or keepdims))
+    return Call(x, (function, dim, keepdim))
 
 
-def _compared(function: str, x: Tensor, other: Any = None, keepdim: bool = False, *, out: Any = None, **_: Any) -> Any:
-    if not isinstance(other, Tensor) or out is not None:
+def _compared(function: str, x: Tensor, other: Any = None, *keepdim: Any, out: Any = None, **_: Any) -> Any:
+    if not isinstance(other, Tensor) or keepdim or out is not None:
         return None
     return Call(x if x.is_floating_point() else x.to(torch.result_type(x, other)), (function, other))
 

@@ -18,7 +18,7 @@ from nslightning.ops.autograd.routing import ROUTES, Route, around, at_zero, dim
 from nslightning.ops.autograd.selection import Selection, fixed
 from nslightning.ops.loss_arguments import arguments, reduction
 from nslightning.ops.module_base import ChosenFunction, ChosenModule
-from nslightning.ops.record import Call, Kernels, Kink, Operation, Rule, only, plain, register, spelled
+from nslightning.ops.record import Call, Kernels, Kink, Operation, Rule, number, only, plain, register, spelled
 
 __all__ = [
     "Abs",
@@ -191,14 +191,14 @@ def absolute(
 
 # ------------------------------------------------------------------------------------------- spellings of the norms
 def _norm(x: Tensor, p: Any = "fro", dim: Any = None, keepdim: bool = False, out: Any = None, dtype: Any = None) -> Any:
-    p = 2.0 if p in ("fro", None) else p
+    p = 2.0 if p in ("fro", None) else number(p)
     if out is not None or not isinstance(p, (int, float)) or not 1 <= p < math.inf or x.is_complex():
         return None
     return x, p, dim, keepdim, dtype, torch.norm
 
 
 def _linalg_norm(x: Tensor, ord: Any = None, dim: Any = None, keepdim: bool = False, **rest: Any) -> Any:
-    dims = x.dim() if dim is None else 1 if isinstance(dim, int) else len(dim)
+    dims = x.dim() if dim is None else len(dim) if isinstance(dim, (list, tuple)) else 1
     if ord is not None and ord != "fro" and dims != 1:
         return None  # of a matrix: its singular values, or the greatest sum
     parsed = _norm(x, ord, dim, keepdim, **rest)
@@ -233,7 +233,7 @@ def _of_absolutes(parse: Callable[..., Any], *args: Any, **kwargs: Any) -> Call 
 
 
 def _normalized(x: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Any = None) -> Call | None:
-    if out is not None or not 1 <= p < math.inf:
+    if out is not None or not 1 <= (p := number(p)) < math.inf:
         return None
     return Call(x, ("normalize", p, dim, eps))
 

@@ -10,9 +10,10 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from types import GenericAlias
+from types import BuiltinFunctionType, GenericAlias, MethodDescriptorType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Union, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -37,6 +38,8 @@ __all__ = [
     "Rule",
     "follow",
     "known",
+    "named",
+    "number",
     "only",
     "plain",
     "positional",
@@ -125,8 +128,9 @@ class Kernels:
         forward_: The stock kernel that overwrites ``x``; without one, ``forward``'s result is copied there.
         backward_: The backward that stock takes in place, ``(g, output, *parameters) -> gradient``, where that is
             another one.
-        prepare: Converts the input and the parameters before the kernels run. Tensors among the parameters come
-            first; where the backward returns a tuple, its other members are their gradients, still of ``x``'s shape.
+        prepare: Converts the input and the parameters before the kernels run, by default to Python's numbers. Tensors
+            among the parameters come first; where the backward returns a tuple, its other members are their gradients,
+            still of ``x``'s shape.
         published: Whether the published rule drops the incoming gradient at ties.
     """
 
@@ -135,7 +139,7 @@ class Kernels:
     saves: Literal["output", "input", "either"] = "input"
     forward_: Callable[..., Tensor] | None = None
     backward_: Callable[..., Tensor] | None = None
-    prepare: Callable[..., tuple[Tensor, tuple[Any, ...]]] = lambda x, *parameters: (x, parameters)
+    prepare: Callable[..., tuple[Tensor, tuple[Any, ...]]] = lambda x, *parameters: (x, tuple(map(number, parameters)))
     published: bool = False
 
     def overwrite(self, x: Tensor, *parameters: Any) -> Tensor:
@@ -588,6 +592,39 @@ def positional(kwargs: dict[str, Any]) -> dict[str, Any]:
         The same under our name for the input, without ``out``, which is no argument of the operation.
     """
     return {("x" if k in ("input", "self") else k): v for k, v in kwargs.items() if k != "out"}
+
+
+#: The names that NumPy has for arguments; PyTorch's native functions take these, too.
+_OF_NUMPY = {"a": "input", "x1": "input", "x2": "other", "axis": "dim", "keepdims": "keepdim"}
+_NATIVE = (BuiltinFunctionType, MethodDescriptorType)
+
+
+def named(function: Callable[..., Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of a function as the records take them: as :func:`positional`, and without NumPy's names.
+
+    Args:
+        function: The function that was called.
+        kwargs: Its keyword arguments.
+
+    Returns:
+        The same under our names.
+    """
+    if any(name in _OF_NUMPY for name in kwargs) and isinstance(function, _NATIVE):
+        kwargs = {_OF_NUMPY.get(k, k): v for k, v in kwargs.items()}
+    return positional(kwargs)
+
+
+def number(value: Any) -> Any:
+    """A parameter as ATen's operators take it; PyTorch's functions also take NumPy's numbers, and tensors of one.
+
+    Args:
+        value: What a function of PyTorch's received for a number.
+
+    Returns:
+        Python's number for these two; anything else as it is.
+    """
+    one = isinstance(value, np.generic) or (isinstance(value, Tensor) and value.dim() == 0 and not value.requires_grad)
+    return value.item() if one else value
 
 
 def spelled(call: Callable[..., Call | None], *functions: Callable) -> dict[Callable, Callable[..., Call | None]]:

@@ -12,7 +12,7 @@ from nslightning.ops.autograd.layouts import autocasts, stored
 from nslightning.ops.autograd.pointwise import pointwise, pointwise_operation
 from nslightning.ops.autograd.selection import fixed
 from nslightning.ops.module_base import ChosenModule
-from nslightning.ops.record import Call, Kernels, Kink, Rule, only, register, spelled
+from nslightning.ops.record import Call, Kernels, Kink, Rule, number, only, register, spelled
 from nslightning.ops.recurrent import RECURRENT, Recurrence
 
 __all__ = [
@@ -327,7 +327,8 @@ class PReLU(ChosenModule, nn.PReLU, choice="at_zero"):
 # ----------------------------------------------------------------------------------------------------------- RReLU
 def _room_for_slopes(x: Tensor, lower: float, upper: float, training: bool) -> tuple[Tensor, tuple[Any, ...]]:
     """Memory for the slopes, which the forward draws; laid out as ``F.rrelu`` lays it out."""
-    return x, (torch.empty_like(x, memory_format=torch.contiguous_format), lower, upper, training)
+    noise = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return x, (noise, number(lower), number(upper), training)
 
 
 def _slope(*parameters: Any) -> float | None:

@@ -8,7 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["UNREACHED", "UNSUPPORTED_FUNCTIONS", "UNSUPPORTED_MODULES"]
+__all__ = ["SMOOTH", "UNREACHED", "UNSUPPORTED_FUNCTIONS", "UNSUPPORTED_MODULES"]
+
+#: Smooth functions that PyTorch composes of kinks: their derivatives at these cancel.
+SMOOTH: frozenset[Callable] = frozenset((F.softsign,))  # x / (1 + |x|)
 
 _RANKED = (
     "no choice yet: PyTorch ranks equal entries in its own order, and the result names the index of the one that "

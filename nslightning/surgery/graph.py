@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nslightning._torch import function_of, is_control_flow, number_of
+from nslightning._torch import function_of, has_formula_of_torch, is_control_flow, number_of
 from nslightning.surgery.kinks import kink
 
 __all__ = ["MOST", "OF_MODULES", "Foreign", "foreign_nodes", "kinds", "nodes", "structure", "tensors"]
@@ -61,7 +61,7 @@ def foreign_nodes(output: Iterable[Tensor], inputs: Iterable[Tensor]) -> Iterato
         cls, name = function_of(node), node.name()
         if name.startswith("GeneratedBackwardFor_"):
             operator = name.removeprefix("GeneratedBackwardFor_").removesuffix("Backward")
-            if operator not in (*_SMOOTH, *_OURS):
+            if operator not in (*_SMOOTH, *_OURS) and not (cls is not None and has_formula_of_torch(cls)):
                 yield Foreign("custom", operator, number_of(node))
         elif cls is not None:
             if cls.__module__.partition(".")[0] not in ("torch", "nslightning") or is_control_flow(cls):

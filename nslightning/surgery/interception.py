@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from nslightning._torch import (
     active_function_modes,
     as_subclass,
+    beneath_modes,
     carries_tangent,
     compile_as,
     compile_functions_for_modes,
@@ -29,12 +30,13 @@ from nslightning._torch import (
     is_exporting,
     is_operator,
     never_compile,
+    other_function_modes,
     sequence_number,
 )
 from nslightning.ops.autograd.routing import watchers
 from nslightning.ops.autograd.selection import Selection, refuse_traced_transforms
-from nslightning.ops.record import FUNCTIONS, Call, Operation, positional
-from nslightning.ops.unreached import UNSUPPORTED_FUNCTIONS
+from nslightning.ops.record import FUNCTIONS, Call, Operation, named
+from nslightning.ops.unreached import SMOOTH, UNSUPPORTED_FUNCTIONS
 from nslightning.surgery.exporting import exported
 from nslightning.surgery.report import Site, UnreachedError
 from nslightning.surgery.state import CHECKPOINT, Part, Surgery
@@ -96,6 +98,7 @@ class FunctionalCalls(TorchFunctionMode):
         spans: Ranges of autograd nodes that the code of a module made, the inner ones first.
         entered: The methods that ran, and whether their module was in training mode.
         over: Whether the run has ended; a thread that it started may still be running.
+        others: How many modes of others see each call first.
         idle: Whether the method that is running was called without gradients: only calls in a part of its code that
             switches derivatives on matter.
         woken: Whether such a part made a call that may matter.
@@ -115,6 +118,7 @@ class FunctionalCalls(TorchFunctionMode):
         self.entered: set[tuple[Part, str, bool]] = set()
         self.origin = self  # a copy for another thread refers to the run that it was copied from
         self.over = False
+        self.others = other_function_modes(FunctionalCalls)
         self.idle = self.woken = False
         self._numbers: dict[tuple[int, str], int] = {}
 
@@ -173,12 +177,17 @@ class FunctionalCalls(TorchFunctionMode):
         # A result in `out=` has no gradient, and PyTorch refuses `out=` where one is wanted.
         operations = FUNCTIONS.get(func, ()) if kwargs.get("out") is None else ()
         for operation in operations:
-            call = operation.functions[func](*args, **positional(kwargs))
+            try:
+                call = operation.functions[func](*args, **named(func, kwargs))
+            except Exception:
+                if torch.compiler.is_compiling():
+                    raise
+                return self._misread(operation, func, args, kwargs)
             if call is not None and call.x.is_floating_point():
                 return self._reached(operation, call, func, args, kwargs)
         if func in UNSUPPORTED_FUNCTIONS and _differentiable(args, kwargs):
             return self._unreached(func, args, kwargs)
-        return func(*args, **kwargs)
+        return self._owned(func, args, kwargs) if func in SMOOTH else func(*args, **kwargs)
 
     def _wakes(self, func: Callable) -> bool:
         """Return whether derivatives are on though the method was called without; note it if the function matters."""
@@ -223,6 +232,21 @@ class FunctionalCalls(TorchFunctionMode):
         site = self.surgery.unreached(part, operation, kind)
         site.calls = site.calls or 1
 
+    def _misread(self, operation: Operation, func: Callable, args: Any, kwargs: Any) -> Any:
+        """Run a call whose arguments the record could not read: PyTorch refuses them, or the call keeps its own way."""
+        result = self._owned(func, args, kwargs)
+        if self.part.chosen and not self.origin.over and _differentiable(args, kwargs):
+            self._left(operation, func.__name__, False, "with arguments that the patch cannot read")
+        return result
+
+    def _left(self, operation: Operation, kind: str, inplace: bool, why: str) -> None:
+        """Name, or refuse, a call that keeps PyTorch's own derivative for a reason of its own."""
+        site = self.surgery.row(self.part, operation.name, kind, inplace, "unreached")
+        site.decided = why
+        if self.surgery.strict:
+            raise UnreachedError(self.surgery.report.model, [site])
+        self.count(site)
+
     def _reached(self, operation: Operation, call: Call, func: Callable, args: Any, kwargs: Any) -> Any:
         surgery = self.surgery
         if torch.compiler.is_compiling():
@@ -237,15 +261,9 @@ class FunctionalCalls(TorchFunctionMode):
             return self._owned(func, args, kwargs)
         kind = func.__name__
         if (self.differentiating and _recomputed()) or not _plain(call.x):
-            site = surgery.row(part, operation.name, kind, call.inplace, "unreached")
-            site.decided = (
-                f"on a {type(call.x).__name__}, whose class sees the call first"
-                if not _plain(call.x)
-                else "in a function that it gives to torch.utils.checkpoint"
-            )
-            if surgery.strict:
-                raise UnreachedError(surgery.report.model, [site])
-            self.count(site)
+            on_a_class = f"on a {type(call.x).__name__}, whose class sees the call first"
+            why = "in a function that it gives to torch.utils.checkpoint" if _plain(call.x) else on_a_class
+            self._left(operation, kind, call.inplace, why)
             return self._owned(func, args, kwargs)
         rules = surgery.decide(part, operation.name, self.number)
         selection = surgery.selections[rules]
@@ -253,7 +271,8 @@ class FunctionalCalls(TorchFunctionMode):
         self.count(site)
         if selection.observer is not None:
             with disable_function_modes():
-                selection.observer(f"{part.names[0]}:{site.kind}", operation, call)
+                name = part.names[0] if site is part.site else f"{part.names[0]}:{site.kind}"
+                selection.observer(name, operation, call)
         start = sequence_number() if self.recording else 0
         result = evaluate(operation, selection, call)
         if self.recording:
@@ -395,7 +414,10 @@ def begun(run: FunctionalCalls) -> Iterator[None]:
     if run.recording:
         watchers.append(run.own)
     try:
-        if run.surgery.catching:
+        if run.others:
+            with beneath_modes(run, run.others):
+                yield
+        elif run.surgery.catching:
             with run:
                 yield
         else:

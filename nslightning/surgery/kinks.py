@@ -28,6 +28,11 @@ def _wanted(position: int) -> Callable[[Any], bool]:
     return lambda node: node.next_functions[position][0] is not None
 
 
+def _bilinear(node: Any) -> bool:
+    """Return whether a gradient goes to the grid, where the samples have kinks: of cubics they are smooth."""
+    return _wanted(1)(node) and _saved("interpolation_mode", 0)(node)
+
+
 # By the operation in ATen, in CamelCase, which the node's name contains. The function says if a node has a kink.
 KINKS: dict[str, Callable[[Any], bool]] = {
     # pointwise
@@ -57,8 +62,8 @@ KINKS: dict[str, Callable[[Any], bool]] = {
     # losses of one kernel
     "MultiMarginLoss": _saved("p", 1), "MultilabelMarginLoss": _always, "SmoothL1Loss": _saved("beta", 0.0),
     # bilinear samples have a kink at each pixel, in the grid
-    "GridSampler2D": _wanted(1), "GridSampler3D": _wanted(1), "GridSampler2DCpuFallback": _wanted(1),
-    "CudnnGridSampler": _wanted(1),
+    "GridSampler2D": _bilinear, "GridSampler3D": _bilinear, "GridSampler2DCpuFallback": _bilinear,
+    "CudnnGridSampler": _bilinear,
     # recurrent kernels that apply a relu inside
     "CudnnRnn": _saved("mode", 0), "MiopenRnn": _saved("mode", 0),
 }  # fmt: skip

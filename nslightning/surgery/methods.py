@@ -34,6 +34,7 @@ from nslightning._torch import (
     is_tracing,
     kept_attributes,
     number_of,
+    other_function_modes,
     sequence_number,
     traced_functions,
     while_compiling,
@@ -273,20 +274,31 @@ class SiteForward(Method):
         if not compiling:
             _refuse_tracing()
         module = self.module if compiling else _accessor(self, 3)
-        with disable_function_modes():
-            call = operation.modules[cls](module, *args, **positional(kwargs))
-            elsewhere = call is None or not call.x.is_floating_point()
+        run = None if compiling else running(surgery)
+        if run is not None and run.others and run.part is not part:  # the call that stock makes is theirs to see
+            before, run.part = run.part, part
+            try:
+                return self.stock(module)(*args, **kwargs)
+            finally:
+                run.part = before
+        try:
+            with disable_function_modes():
+                call = operation.modules[cls](module, *args, **positional(kwargs))
+                elsewhere = call is None or not call.x.is_floating_point()
+        except Exception:
+            if not compiling:
+                self.stock(module)(*args, **kwargs)  # raises in PyTorch's words
+            raise
         if elsewhere:  # integers and quantised values have no gradient
             return self.stock(module)(*args, **kwargs)
         assert call is not None
-        run = None if compiling else running(surgery)
         rules = surgery.decide(part, operation.name, None if run is None else run.number)
         selection = surgery.selections[rules]
         if compiling:
             return evaluate(operation, selection, call)
         if run is None and part.names[0] == "" and torch.is_grad_enabled():  # the model is this operation alone
             site.calls, surgery.report.traced = site.calls or 1, True
-        looking = run is not None and run.recording  # the fast path does not record which nodes it makes
+        looking = run is not None and (run.recording or run.others)  # the fast path shows no call
         if not (self.settled or looking or surgery.counted) and site.calls and surgery.report.traced:
             self.settled = True
             self.fast = native.site(operation.name, module, selection)
@@ -448,11 +460,12 @@ class Caller(Method):
         part = self.part
         surgery, key = part.surgery, (part, self.name, module.training)
         recording = torch.is_grad_enabled() and surgery.records(key)
-        if not surgery.catching and not recording and not surgery.counted and not surgery.watched:
+        seen = surgery.catching or recording or surgery.counted or surgery.watched
+        if not (seen or other_function_modes(FunctionalCalls)):
             return method(*args, **kwargs)
         run = FunctionalCalls(surgery, part, recording)
         run.entered.add(key)
-        if recording:
+        if recording or run.others:
             for site in surgery.sites:
                 site.fast, site.settled = None, False
         if compiler_is_imported():  # the method may run parts that are compiled

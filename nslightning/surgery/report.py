@@ -130,10 +130,13 @@ def _way_out(site: Site) -> str:
             return "Use the eager module that it was made from"
         case "custom":
             return "Write it with PyTorch's own operations"
+    ways = {
+        "checkpoint": "Checkpoint an nn.Module that makes the call",
+        "class": "Give it a plain tensor",
+        "arguments": "Name its arguments as PyTorch's documentation does",
+    }
     if site.decided:
-        return (
-            "Checkpoint an nn.Module that makes the call" if "checkpoint" in site.decided else "Give it a plain tensor"
-        )
+        return next(way for word, way in ways.items() if word in site.decided)
     return "Write it with operations that have one: docs/surgery.md"
 
 

@@ -189,10 +189,17 @@ SMOOTH_CALLS = {
     "elu": lambda x: F.elu(x),
     "celu": lambda x: F.celu(x, 0.3),
     "gelu": lambda x: F.gelu(x),
+    "softsign, made of an absolute value": lambda x: nn.Softsign()(x - 1) + F.softsign(x),
     "logit": lambda x: (x / 4 + 0.1).logit(),
     "scatter sum": lambda x: x.new_zeros(2, 4).scatter_reduce(0, INDEX[:, None].expand(4, 4), x, "sum"),
     "bag of means": lambda x: F.embedding_bag(INDEX.view(2, 2), x, mode="mean"),
     "grid of images": lambda x: F.grid_sample(x.view(1, 1, 4, 4), torch.zeros(1, 2, 4, 2), align_corners=False),
+    "grid of cubics": lambda x: F.grid_sample(
+        torch.ones(1, 1, 4, 4), x.view(1, 2, 4, 2), mode="bicubic", align_corners=False
+    ),
+    "grid of the nearest": lambda x: F.grid_sample(
+        torch.ones(1, 1, 4, 4), x.view(1, 2, 4, 2), mode="nearest", align_corners=False
+    ),
     "where": lambda x: torch.where(x > 0, x, 0 * x),
     "huber": lambda x: F.huber_loss(x, torch.zeros(4, 4)),
     "copysign of a constant": lambda x: x * torch.copysign(torch.ones(4, 4), x),
@@ -206,6 +213,48 @@ def test_smooth_nodes_are_passed_over(name):
     with pytest.warns(PatchWarning, match="nothing to patch"):
         report = patch(Shift(SMOOTH_CALLS[name]), Jacobians(), example=torch.arange(16.0).view(4, 4) / 8)
     assert report.sites == []
+
+
+@torch.library.custom_op("nslightning_tests::doubled", mutates_args=())
+def doubled(xs: list[torch.Tensor]) -> torch.Tensor:
+    return xs[0] * 2
+
+
+@torch.library.custom_op("nslightning_tests::tripled", mutates_args=())
+def tripled(x: torch.Tensor) -> torch.Tensor:
+    return x * 3
+
+
+@pytest.mark.parametrize("call", [lambda x: doubled([x]), tripled], ids=["of a list", "of a tensor"])
+@pytest.mark.parametrize("module", ["torch.nn.modules.linear_cross_entropy", "torchnet"])
+@pytest.mark.filterwarnings("ignore:.* has nothing to patch")
+def test_an_operator_whose_formula_is_pytorch_s_own_is_no_custom_one(call, module):
+    def backward(ctx, g):
+        return [g * 2] if call is not tripled else g * 3
+
+    backward.__module__ = module
+    (tripled if call is tripled else doubled).register_autograd(backward)
+    model = Shift(call)
+    patch(model, Jacobians())
+    if module == "torchnet":
+        with pytest.raises(UnreachedError, match="whose backward is its own"):
+            model(torch.ones(4, 4))
+    else:
+        assert model(torch.ones(4, 4)).requires_grad
+
+
+@pytest.mark.filterwarnings("ignore:.* has nothing to patch")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_chunked_loss_of_a_classifier_is_no_custom_operator(compiled):
+    if not hasattr(nn, "LinearCrossEntropyOptions"):
+        pytest.skip("this PyTorch has no such loss")
+    options = nn.LinearCrossEntropyOptions(batch_chunk_size=2)
+    model = Shift(lambda x: F.linear_cross_entropy(x, x, torch.arange(4), options=options))
+    patch(model, Jacobians())
+    if compiled:
+        model.compile(backend="aot_eager")
+    (g,) = torch.autograd.grad(model(torch.eye(4)), model.w)
+    assert g.count_nonzero()
 
 
 def test_what_lies_below_the_model_is_not_the_models():

@@ -8,6 +8,7 @@ import itertools
 import warnings
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,9 +19,11 @@ from torch.utils._pytree import tree_flatten, tree_map
 from torch_samples import functions
 
 from nslightning import Jacobians, PatchWarning, patch
+from nslightning.ops.record import OPERATIONS
 from nslightning.probes import counting
 from nslightning.surgery.interception import FORGETFUL
 from nslightning.surgery.methods import Caller
+from nslightning.surgery.report import UnreachedError
 
 # Modules of PyTorch's whose functions hand a call to a mode, written in Python.
 HANDLED = (
@@ -108,6 +111,127 @@ def test_forgotten_arguments_are_passed():
     assert watched(Tensor.dim_order)(wide) == wide.dim_order()
     with pytest.raises(RuntimeError, match="unique dim order"):
         watched(Tensor.dim_order)(torch.empty(1, 1), ambiguity_check=True)
+
+
+# --------------------------------------------------------------------------------- spellings of the arguments
+NUMBERS = {
+    "leaky_relu": lambda x, n: F.leaky_relu(x, n(0.25)),
+    "leaky_relu_": lambda x, n: F.leaky_relu_(x * 1, n(0.25)),
+    "LeakyReLU": lambda x, n: nn.LeakyReLU(n(0.25))(x),
+    "rrelu": lambda x, n: F.rrelu(x, n(0.25), n(0.5), training=True),
+    "elu": lambda x, n: F.elu(x, n(2)),
+    "hardtanh": lambda x, n: F.hardtanh(x, n(-1), n(1)),
+    "relu6": lambda x, n: F.hardtanh(x, n(0), n(6)),
+    "threshold": lambda x, n: F.threshold(x, n(0), n(1)),
+    "softshrink": lambda x, n: F.softshrink(x, n(0.5)),
+    "hardshrink": lambda x, n: F.hardshrink(x, n(0.5)),
+    "clamp": lambda x, n: x.clamp(n(-1), n(1)),
+    "clamp_min": lambda x, n: x.clamp_min(n(0)),
+    "norm": lambda x, n: x.norm(n(2)),
+    "vector_norm": lambda x, n: torch.linalg.vector_norm(x, n(3)),
+    "normalize": lambda x, n: F.normalize(x[None], n(2)),
+}
+WHOLE = {
+    "max_pool1d": lambda x, n: F.max_pool1d(x[None], n(2)),
+    "max_pool2d": lambda x, n: F.max_pool2d(x.view(1, 2, 3), (n(2), n(2)), n(1)),
+    "MaxPool2d": lambda x, n: nn.MaxPool2d(n(2), n(1), n(1))(x.view(1, 2, 3)),
+    "adaptive": lambda x, n: F.adaptive_max_pool1d(x[None], n(2)),
+    "fractional": lambda x, n: F.fractional_max_pool2d(x.view(1, 2, 3), n(2), output_size=n(1)),
+    "max": lambda x, n: x.view(2, 3).max(n(1))[0],
+    "amax": lambda x, n: x.view(2, 3).amax((n(0), n(1))),
+    "norm along": lambda x, n: torch.linalg.norm(x.view(2, 3), dim=n(0)),
+    "normalize along": lambda x, n: F.normalize(x.view(2, 3), dim=n(0)),
+}
+
+
+def calls_alike(call, x=None):
+    """Compare a call in a patched and in a stock model: results and gradients, to the bit."""
+    seen = []
+    for model in (Calls(call), Calls(call)):
+        if seen:
+            patch(model, Jacobians())
+        torch.manual_seed(0)
+        leaf = (torch.tensor([-1.0, 0.0, 0.5, 0.5, 1.0, 3.0]) if x is None else x).requires_grad_()
+        result = model(leaf)
+        seen.append((result.detach(), *torch.autograd.grad(result.sum(), leaf)))
+    return all(map(torch.equal, *seen))
+
+
+@pytest.mark.parametrize("cls", [np.float32, np.float16, np.int64, torch.tensor], ids=["f4", "f2", "i8", "tensor"])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_of_numpy_s_and_of_tensors_are_taken_as_stock_takes_them(name, cls):
+    if (name, cls) != ("clamp", torch.tensor):  # that one is another function
+        assert calls_alike(lambda x: NUMBERS[name](x, cls))
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_numbers_of_numpy_s_are_taken_as_stock_takes_them(name):
+    assert calls_alike(lambda x: WHOLE[name](x, np.int64))
+
+
+@pytest.mark.parametrize("call", [F.max_pool1d, F.adaptive_max_pool1d, lambda x, n: nn.MaxPool1d(n)(x)])
+def test_a_size_of_a_window_that_is_no_whole_number_is_refused_in_pytorch_s_words(call):
+    with pytest.raises(TypeError, match="must be tuple of ints, not float"):
+        watched(call)(torch.zeros(1, 4, requires_grad=True), 2.0)
+
+
+OF_NUMPY = {
+    "vector_norm": lambda x: torch.linalg.vector_norm(x.view(2, 3), axis=1, keepdims=True),
+    "norm": lambda x: torch.linalg.norm(x.view(2, 3), axis=1),
+    "max": lambda x: torch.max(x.view(2, 3), axis=1, keepdims=True)[0],
+    "amax": lambda x: torch.amax(a=x.view(2, 3), axis=1),
+    "maximum": lambda x: torch.maximum(x1=x, x2=x.flip(0)),
+    "dist": lambda x: torch.dist(x, x2=x.flip(0)),
+    "relu": lambda x: torch.relu(a=x),
+    "segment_reduce": lambda x: torch.segment_reduce(x, "max", lengths=torch.tensor([2, 4]), axis=0),
+}
+
+
+@pytest.mark.parametrize("name", OF_NUMPY)
+def test_names_of_numpy_s_for_arguments_are_those_of_stock(name):
+    assert calls_alike(OF_NUMPY[name])
+
+
+LOSSES = {
+    "hinge_embedding_loss": lambda x, *how: torch.hinge_embedding_loss(x, -torch.ones(6), 0.5, *how),
+    "margin_ranking_loss": lambda x, *how: torch.margin_ranking_loss(x, x.flip(0), torch.ones(6), 0.5, *how),
+    "cosine_embedding_loss": lambda x, *how: torch.cosine_embedding_loss(
+        x.view(2, 3), x.view(2, 3).flip(0), torch.tensor([1, -1]), 0.5, *how
+    ),
+    "triplet_margin_loss": lambda x, *how: torch.triplet_margin_loss(
+        x.view(2, 3), x.view(2, 3).flip(0), x.view(2, 3) * 2, 1.0, 2.0, 1e-6, False, *how
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_losses_of_torch_reduce_as_they_do_by_themselves(name):
+    """Torch 2.15 says that they return the mean, and returns each entry where no reduction is given."""
+    for how in ((), (0,), (1,), (2,)):
+        assert calls_alike(lambda x, how=how: LOSSES[name](x, *how))
+
+
+def test_arguments_that_the_patch_cannot_read_are_named(monkeypatch):
+    """A later PyTorch may have a spelling that the record does not know."""
+
+    def unread(x):
+        raise TypeError("an argument more")
+
+    monkeypatch.setitem(OPERATIONS["relu"].functions, torch.relu, unread)
+    x = torch.tensor([-1.0, 2.0], requires_grad=True)
+    model = Calls(torch.relu)
+    report = patch(model, Jacobians(), strict=False)
+    with pytest.warns(PatchWarning, match="nothing to patch"):
+        assert torch.equal(model(x), torch.relu(x))
+    assert [(site.operation, site.decided) for site in report.unreached] == [
+        ("relu", "with arguments that the patch cannot read")
+    ]
+    strict = Calls(torch.relu)
+    patch(strict, Jacobians())
+    with pytest.raises(UnreachedError, match=r"calls relu with arguments that the patch cannot read\. Name its arg"):
+        strict(x)
+    with torch.no_grad():
+        assert torch.equal(strict(x), torch.relu(x))
 
 
 # ------------------------------------------------------------------------------------------------- all functions
@@ -270,6 +394,71 @@ def test_subclasses_come_back_and_modes_of_others_go_on():
         assert nn.Linear(2, 2).weight.is_meta
         assert not model(torch.ones(1, 2, device="cpu")).is_meta
     assert not has_torch_function((torch.ones(1),))
+
+
+class Leaky(torch.overrides.TorchFunctionMode):
+    """Puts another function in ReLU's place, and notes what it sees."""
+
+    def __init__(self, other=None):
+        super().__init__()
+        self.seen, self.other = [], other
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func)
+        return (self.other if func is F.relu and self.other is not None else func)(*args, **(kwargs or {}))
+
+
+class Within(nn.Module):
+    """Runs a module under a mode."""
+
+    def __init__(self, part, mode):
+        super().__init__()
+        self.part, self.mode = part, mode
+
+    def forward(self, x):
+        with self.mode:
+            return self.part(x)
+
+
+@pytest.mark.parametrize(
+    ("calls", "inside"),
+    [(True, False), (False, False), (True, True)],
+    ids=["functions", "modules", "functions in the model's code"],
+)
+def test_a_mode_of_others_sees_each_call_first(calls, inside):
+    relu = [Calls(F.relu) if calls else nn.ReLU() for _ in range(2)]
+    part = nn.Sequential(nn.Linear(2, 2), relu[0], Calls(partial(F.max_pool1d, kernel_size=2)), relu[1])
+    nn.init.zeros_(part[0].bias)
+    x = torch.zeros(1, 2, requires_grad=True)
+
+    def run(mode, choice):
+        mine = copy.deepcopy(part)
+        model = Within(mine, mode) if inside else mine
+        if choice is not None:
+            report = patch(model, choice)
+            model(x)
+            assert {site.calls for site in report.sites} == {1}
+        mode.seen.clear()
+        for _ in range(3):
+            if inside:
+                y = model(x)
+            else:
+                with mode:
+                    y = model(x)
+        return y, mode.seen, torch.autograd.grad(y.sum(), x)[0]
+
+    for name, other in {
+        "relu": None,
+        "leaky": partial(F.leaky_relu, negative_slope=0.25),
+        "smooth": lambda x, **_: F.gelu(x),
+    }.items():
+        stock, seen, g = run(Leaky(other), None)
+        ours, ours_seen, h = run(Leaky(other), Jacobians())
+        assert torch.equal(stock, ours)
+        assert torch.equal(g, h)
+        assert ours_seen == seen
+        chosen = run(Leaky(other), Jacobians(relu=1.0, leaky_relu=1.0))[2]
+        assert torch.equal(chosen, g) is (name == "smooth")
 
 
 class Seeing(Tensor):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
@@ -529,7 +530,7 @@ def regular(
         The windows.
     """
     kernel = _each(dims, kernel_size)
-    steps = kernel if stride is None or stride == [] or stride == () else _each(dims, stride)
+    steps = kernel if stride is None or (isinstance(stride, Sequence) and not stride) else _each(dims, stride)
     return Regular(kernel, steps, _each(dims, padding), _each(dims, dilation), bool(ceil_mode))
 
 
@@ -546,9 +547,14 @@ def adaptive(dims: int, x: Tensor, output_size: Any) -> Adaptive:
     """
     sizes = output_size if isinstance(output_size, Sequence) else (output_size,)
     sizes = tuple(sizes) * dims if len(sizes) == 1 else sizes
-    return Adaptive(tuple(int(size if n is None else n) for n, size in zip(sizes, x.shape[-dims:], strict=True)))
+    return Adaptive(tuple(_whole(size if n is None else n) for n, size in zip(sizes, x.shape[-dims:], strict=True)))
 
 
 def _each(dims: int, numbers: Any) -> tuple[int, ...]:
     numbers = tuple(numbers) if isinstance(numbers, Sequence) else (numbers,)
-    return tuple(int(n) for n in (numbers * dims if len(numbers) == 1 else numbers))
+    return tuple(map(_whole, numbers * dims if len(numbers) == 1 else numbers))
+
+
+def _whole(n: Any) -> int:
+    """A whole number of any class; PyTorch takes 2.0 for none. A compiler knows `int` alone, and refuses 2.0 itself."""
+    return int(n) if torch.compiler.is_compiling() else operator.index(n)

@@ -241,9 +241,10 @@ def dimensions(x: Tensor, dim: Any) -> tuple[int, ...]:
     Returns:
         Numbers >= 0.
     """
-    if dim is None or dim == () or dim == [] or not x.dim():  # a 0-d tensor has no dimension to remove
+    dims = dim if isinstance(dim, (list, tuple)) else () if dim is None else (dim,)
+    if not (dims and x.dim()):  # a 0-d tensor has no dimension to remove
         return tuple(range(x.dim()))
-    return tuple(d % x.dim() for d in ((dim,) if isinstance(dim, int) else dim))
+    return tuple(int(d) % x.dim() for d in dims)
 
 
 def restored(t: Tensor, dims: tuple[int, ...], keepdim: bool) -> Tensor:
