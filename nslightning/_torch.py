@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from itertools import repeat
 from types import CodeType
 from typing import Any, ParamSpec, TypeVar
 
@@ -28,6 +29,7 @@ from torch.optim.optimizer import _get_scalar_dtype as scalar_dtype
 from torch.optim.optimizer import _get_value as number_of_tensor
 from torch.optim.optimizer import _to_scalar as scalar_of
 from torch.optim.optimizer import _use_grad_for_differentiable as use_grad_for_differentiable
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -78,6 +80,7 @@ __all__ = [
     "number_of_tensor",
     "other_function_modes",
     "outside_every_mode",
+    "outside_transforms",
     "overloads",
     "runs_module_hooks",
     "saved_tensor_names",
@@ -126,6 +129,38 @@ def in_functorch() -> bool:
         True inside a transform.
     """
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def outside_transforms(values: Any) -> Iterator[Any]:
+    """The tensors in a structure as they are outside of every ``torch.func`` transform.
+
+    Args:
+        values: A structure of tensors.
+
+    Yields:
+        The same structure of the tensors that these hold: once, and under ``vmap`` once for each example.
+    """
+    functorch = torch._C._functorch
+    leaves, spec = tree_flatten(values)
+    wrapped = [t for t in leaves if isinstance(t, Tensor) and functorch.is_functorch_wrapped_tensor(t)]
+    if not wrapped:
+        yield values
+        return
+    level = max(map(functorch.maybe_get_level, wrapped))
+    columns: list[Iterable[Any]] = []
+    examples = 1
+    for leaf in leaves:
+        inner = leaf
+        if any(leaf is t for t in wrapped) and functorch.maybe_get_level(leaf) == level:
+            inner = functorch.get_unwrapped(leaf)
+            if functorch.is_batchedtensor(leaf):
+                rows = inner.unbind(functorch.maybe_get_bdim(leaf))
+                columns.append(rows)
+                examples = len(rows)
+                continue
+        columns.append(repeat(inner))
+    for _, *row in zip(range(examples), *columns, strict=False):
+        yield from outside_transforms(tree_unflatten(row, spec))
 
 
 def is_legacy_batch(x: Tensor) -> bool:
@@ -777,8 +812,8 @@ def in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
-def tracing_transforms() -> set[str]:
-    """The ``torch.func`` transforms inside which the compiler traces code.
+def running_transforms() -> set[str]:
+    """The ``torch.func`` transforms that run in this thread, or inside which a compiler traces code.
 
     Returns:
         Some of ``"Jvp"``, ``"Grad"``, ``"Vmap"`` and ``"Functionalize"``; ``"Jvp"`` stands for a dual level, too.

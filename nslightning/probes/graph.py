@@ -120,7 +120,7 @@ def check_loss(loss: Tensor, model: nn.Module) -> None:
 
     Raises:
         TypeError: If the loss is no tensor, or the model no module.
-        ValueError: If the loss is not one number, has no graph, or its last node is older than the patch.
+        ValueError: If the loss is not one real number, has no graph, or its last node is older than the patch.
     """
     if not isinstance(loss, Tensor) or not isinstance(model, nn.Module):
         raise TypeError(
@@ -131,6 +131,8 @@ def check_loss(loss: Tensor, model: nn.Module) -> None:
         raise ValueError(
             f"this tensor has shape {tuple(loss.shape)}, and a loss is one number: take its mean or its sum"
         )
+    if loss.is_complex():
+        raise ValueError("the loss is complex, and only a real number has a gradient: take its real part or its abs()")
     if not loss.requires_grad:
         raise ValueError(
             "the loss has no graph: compute it from the model's output, with gradients enabled and without detach()"

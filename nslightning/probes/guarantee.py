@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nslightning._torch import in_functorch, outside_transforms
 from nslightning.jacobians import Jacobians
 from nslightning.ops.autograd.nodes import operation_of
 from nslightning.ops.record import Call, Count, Operation
@@ -193,9 +194,13 @@ class _Look:
         self.functions = SameFunctions()
 
     def __call__(self, site: str, operation: Operation, call: Call) -> None:
+        # Of a transform's tensors no graph shows the layer below.
+        for one in outside_transforms(tuple(call)) if in_functorch() else [call]:
+            self._look(site, operation, Call(*one), None if in_functorch() else call.x.grad_fn)
+
+    def _look(self, site: str, operation: Operation, call: Call, node: Any) -> None:
         with torch.no_grad():
             tied, total = operation.ties(call)
-        node = call.x.grad_fn
         weight, samples = (None, None) if node is None else _product(node, call.x)
         pools = operation.name == "max_pool"
         behind_relu = pools and self._behind_relu(node)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nslightning._torch import in_functorch, is_compiled
+from nslightning._torch import in_functorch, is_compiled, outside_transforms, running_transforms
 from nslightning.jacobians import Jacobians
 from nslightning.ops.autograd.pooling import tied_windows
 from nslightning.ops.autograd.selection import Selection
@@ -29,7 +29,8 @@ class Ties:
     in every sample of the batch (the first dimension, of at least two; a dead unit, a batch norm that starts at zero),
     or in a pooling window all of whose entries are equal (a constant background). Such a tie comes back at each step
     and in every precision. All others are *accidental*: rounding makes them, and more of them the fewer bits there are.
-    Pointwise operations and max pooling distinguish the two; elsewhere no tie counts as structural.
+    Pointwise operations and max pooling distinguish the two; elsewhere, and under ``torch.vmap``, no tie counts as
+    structural.
 
     Args:
         operation: Field of :class:`~nslightning.Jacobians`.
@@ -154,16 +155,16 @@ def counting(model: nn.Module) -> Iterator[TieCounts]:
     counts = TieCounts()
 
     def count(site: str, operation: Operation, call: Call) -> None:
-        with torch.no_grad():
-            tied, total = operation.ties(call)
-            if in_functorch():  # its tensors cannot be read later
-                tied, total = int(tied), int(total)
-            # Reading from a device whether an entry ties would wait for the device.
-            looks = (isinstance(tied, Tensor) and waits(tied.device)) or bool(tied)
-            structural, zero = _structure(operation, call) if looks else (0, 0)
-            if in_functorch():
-                structural, zero = int(structural), int(zero)
-        counts.note(site, operation.name, (tied, total, structural, zero))
+        # A transform's tensors cannot be read once it has ended.
+        batched = "Vmap" in running_transforms()
+        for values in outside_transforms(tuple(call)) if in_functorch() else [call]:
+            one = Call(*values)
+            with torch.no_grad():
+                tied, total = operation.ties(one)
+                # Reading from a device whether an entry ties would wait for the device.
+                looks = (isinstance(tied, Tensor) and waits(tied.device)) or bool(tied)
+                structural, zero = _structure(operation, one) if looks else (0, 0)
+            counts.note(site, operation.name, (tied, total, 0 if batched else structural, zero))
 
     with observing(model, count):
         yield counts

@@ -11,22 +11,21 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import CheckpointError
 
+from nslightning._torch import number_of, sequence_number
 from nslightning.choices import Choice, to_jacobians
 from nslightning.jacobians import Jacobians
-from nslightning.ops.autograd.fractional import Fractional
 from nslightning.ops.autograd.nodes import gradients_under, operation_of, selection_of
-from nslightning.ops.autograd.pooling import tied_windows
 from nslightning.ops.record import OPERATIONS, Call, Operation
 from nslightning.probes.gradients import gradients_in_turn, wanted
-from nslightning.probes.graph import operation_nodes
+from nslightning.probes.graph import check_loss, operation_nodes
 from nslightning.probes.propagation import recording, refuse_eager_only, refuse_unseen
 from nslightning.probes.replay import Replay
 from nslightning.probes.sums import dense, wide
 from nslightning.probes.ties import observing
-from nslightning.surgery import using
+from nslightning.surgery import selections, using
+from nslightning.surgery.state import this_thread
 
 __all__ = ["Worst", "worst_choice"]
 
@@ -105,8 +104,9 @@ def worst_choice(
 
     Raises:
         ValueError: If the model is not patched, no parameter requires gradients, the reference has the published rule,
-            or operations would be varied that the loss's graph does not show: in compiled parts, checkpoints,
-            ``torch.vmap``, custom functions.
+            the loss is no real number with a graph, the reference's gradient is not finite, or operations would be
+            varied that the loss's graph does not show: in compiled parts, checkpoints, ``torch.vmap``, custom
+            functions.
 
     Example:
         >>> import nslightning
@@ -125,11 +125,8 @@ def worst_choice(
     met: list[_Met] = []
 
     def note(site: str, operation: Operation, call: Call) -> None:
-        if call.x.requires_grad:
-            edge = get_gradient_edge(call.x)
-            elements = tuple(Jacobians(**{operation.name: one}) for one in operation.elements(*call.parameters))
-            tied = _tied(operation, call) if elements else None
-            met.append(_Met((edge.node, edge.output_nr), site, operation.name, tied, elements))
+        elements = tuple(Jacobians(**{operation.name: one}) for one in operation.elements(*call.parameters))
+        met.append(_Met(this_thread(), sequence_number(), site, operation.name, elements))
 
     def work(loss: Tensor) -> Worst:
         return _Search(model, loss, reference, met).run(starts, rounds, evaluations)
@@ -145,29 +142,23 @@ class _Met(NamedTuple):
     """An evaluation at a site.
 
     Args:
-        edge: The edge of its input in the graph.
+        thread: The thread that ran it.
+        number: The number of the next autograd node of the thread: the evaluation's own nodes come from it on.
         site: The site's name.
         operation: The operation's name.
-        tied: Mask of its entries, or pooling windows, that tie; None where the operation does not report it.
         elements: The extreme elements of the operation's Clarke Jacobian.
     """
 
-    edge: tuple[Any, int]
+    thread: object
+    number: int
     site: str
     operation: str
-    tied: Tensor | None
     elements: tuple[Jacobians, ...]
 
 
-def _tied(operation: Operation, call: Call) -> Tensor | None:
-    """The entries, or the pooling windows, that tie; None where the operation does not report it."""
-    with torch.no_grad():
-        if operation.kernels is not None:
-            positions = operation.positions(*call.parameters)
-            return torch.stack([call.x.detach() == position for position in positions]).any(0)
-        if operation.name != "max_pool" or isinstance(call.parameters[0], Fractional):
-            return None
-        return tied_windows(call.x.detach(), call.parameters[0]) > 1
+def _made(node: Any, met: list[_Met]) -> list[_Met]:
+    """The evaluation that made a node: the last one before it. Each thread may have one, since each numbers its own."""
+    return list({one.thread: one for one in met if one.number <= number_of(node)}.values())
 
 
 class _Search:
@@ -181,6 +172,7 @@ class _Search:
     """
 
     def __init__(self, model: nn.Module, loss: Tensor, reference: Jacobians, met: list[_Met]) -> None:
+        check_loss(loss, model)
         named = wanted(model)
         refuse_unseen(loss, named)
         self.loss, self.tensors = loss, list(named.values())
@@ -190,56 +182,55 @@ class _Search:
         self.base = list(base.values())
         self.nodes: dict[Any, _Met] = {}
         unvaried = []
+        reached = set(map(id, selections(model).values()))  # a loss may hold operations of other models, too
         for node in operation_nodes(loss):
-            # Between the site's input and the operation there may be a reshaping or a copy.
-            below = [node.next_functions[0], *node.next_functions[0][0].next_functions[:1]]
-            name = operation_of(node)
-            evaluation = next((m for edge in below for m in met if m.edge == edge and m.operation == name), None)
-            if evaluation is not None and evaluation.elements:
-                self.nodes[node] = evaluation
+            if id(selection_of(node)) not in reached:
+                continue
+            made = _made(node, met)
+            if len(made) == 1 and made[0].elements and made[0].operation == operation_of(node):
+                self.nodes[node] = made[0]
             else:
-                unvaried.append("?" if evaluation is None else evaluation.site)
+                unvaried += [one.site for one in made] or ["?"]
         self.unvaried = tuple(dict.fromkeys(unvaried))
         self.best, self.corner = 0.0, dict[Any, Tensor]()  # a squared norm, and the indices of the elements there
 
     def run(self, starts: int, rounds: int, evaluations: int) -> Worst:
         """Search, and report how far the search went."""
         size = math.sqrt(sum(_square(g) for g in self.base))
+        if not math.isfinite(size):
+            raise ValueError("the gradient under the reference is not finite, so that no difference from it is")
         guarantee: Guarantee = "all corners"
         if self.nodes:
-            first = {node: torch.zeros((), dtype=torch.long) for node in self.nodes}
-            shapes = self._shapes(first)
-            ties = self._ties(shapes)
+            first = _Mixture(self.nodes, {node: torch.zeros((), dtype=torch.long) for node in self.nodes})
+            self._difference(first, graph=False)
+            shapes = {node: weights.shape[1:] for node, weights in first.weights.items()}
+            ties = [(node, place) for node, shape in shapes.items() for place in self._tied(node, shape, first)]
             elements = [len(self.nodes[node].elements) for node, _ in ties]
             if math.prod(elements) <= evaluations:
                 self._try_all(shapes, ties, elements)
             else:
                 self._follow_slopes(shapes, starts, rounds)
                 guarantee = self._ascend(ties, evaluations)
-        sites: dict[str, float] = {}
+        sites: dict[str, dict[Any, Tensor]] = {}
         for node, index in self.corner.items():
-            alone = self._square({node: index})
-            site = self.nodes[node].site
-            sites[site] = math.hypot(sites.get(site, 0.0), math.sqrt(alone))
+            sites.setdefault(self.nodes[node].site, {})[node] = index
+        alone = {site: math.sqrt(self._square(corner)) for site, corner in sites.items()}
         value = math.sqrt(self.best)
         relative = value / size if size else (math.inf if value else 0.0)
-        return Worst(value, relative, sites, self.unvaried, guarantee)
+        return Worst(value, relative, alone, self.unvaried, guarantee)
 
-    def _shapes(self, corner: Mapping[Any, Tensor]) -> dict[Any, torch.Size]:
-        """The shape of the weights of each node that a gradient comes to."""
-        mixture = _Mixture(self.nodes, corner)
-        self._difference(mixture, graph=False)
-        return {node: weights.shape[1:] for node, weights in mixture.weights.items()}
-
-    def _ties(self, shapes: Mapping[Any, torch.Size]) -> list[tuple[Any, int]]:
-        """Each tie, by its node and its place among the node's weights."""
-        ties = []
-        for node, shape in shapes.items():
-            tied = self.nodes[node].tied
-            known = tied is not None and tied.shape == shape
-            places = tied.flatten().nonzero().flatten() if known and tied is not None else torch.arange(shape.numel())
-            ties += [(node, place) for place in places.tolist()]
-        return ties
+    def _tied(self, node: Any, shape: torch.Size, mixture: _Mixture) -> list[int]:
+        """The places among a node's weights at which the elements are not all the same."""
+        met, (g, *rest) = self.nodes[node], mixture.incoming[node]
+        assert g is not None  # it has weights
+        if OPERATIONS[met.operation].shares:
+            # What a result passes down, as a number: of entries that tie, two may have one weight in half precision.
+            every = [[_passed(node, one, g, rest, seed) for one in met.elements] for seed in range(3)]
+        else:
+            every = list(zip(*(_parts(node, one, torch.ones_like(g), rest) for one in met.elements), strict=True))
+        different = [a != b for first, *others in every for a, b in ((first, other) for other in others)]
+        tied = torch.stack([d.expand(shape) for d in different if d.shape in ((), shape)]).any(0)
+        return tied.flatten().nonzero().flatten().tolist()
 
     def _difference(self, mixture: _Mixture, *, graph: bool) -> Tensor:
         """The squared norm of what a mixture adds to the reference's gradient."""
@@ -253,7 +244,7 @@ class _Search:
                 materialize_grads=True,
             )
         pairs = [(dense(g), dense(b)) for g, b in zip(values, self.base, strict=True)]
-        squares = [(g - b).to(wide(g.dtype)).abs().square().sum() for g, b in pairs]
+        squares = [(g.to(wide(g.dtype)) - b.to(wide(b.dtype))).abs().square().sum() for g, b in pairs]
         return torch.stack([s.to(squares[0].device) for s in squares]).sum()
 
     def _square(self, corner: Mapping[Any, Tensor]) -> float:
@@ -329,6 +320,25 @@ class _Search:
         return "slopes"
 
 
+def _parts(node: Any, element: Jacobians, g: Tensor, rest: list[Tensor | None]) -> list[Tensor]:
+    """The gradients that a node returns under an element; zeros where it returns none."""
+    return [torch.zeros_like(g.sum()) if p is None else p for p in gradients_under(node, element, g, *rest)]
+
+
+def _passed(node: Any, element: Jacobians, g: Tensor, rest: list[Tensor | None], seed: int) -> Tensor:
+    """What each result passes to the operands under an element: the sum of random weights of theirs."""
+    selection = selection_of(node)
+    assert selection is not None  # it is a node of an operation with elements
+    with torch.enable_grad(), selection.other_streams(seed):
+        g = torch.ones_like(g).requires_grad_()
+        sums = []
+        for i, part in enumerate(_parts(node, element, g, rest)):
+            generator = torch.Generator().manual_seed(100 * seed + i)
+            sums.append((part * torch.rand(part.shape, generator=generator).to(part)).sum())
+        (passed,) = torch.autograd.grad(torch.stack(sums).sum(), g)
+    return passed
+
+
 def _square(g: Tensor) -> float:
     return float(dense(g).to(wide(g.dtype)).abs().square().sum())
 
@@ -337,7 +347,7 @@ class _Mixture:
     """A mixture of Jacobians at every tie: weights that sum to 1, one set per element.
 
     They are of the shape of the result where the operation shares a gradient, for a window is one tie, and else of its
-    input.
+    input, or of the first input that takes a gradient.
 
     Args:
         nodes: The evaluations to vary, by their backward nodes.
@@ -347,6 +357,7 @@ class _Mixture:
     def __init__(self, nodes: Mapping[Any, _Met], corner: Mapping[Any, Tensor]) -> None:
         self.nodes, self.corner = nodes, corner
         self.weights: dict[Any, Tensor] = {}
+        self.incoming: dict[Any, tuple[Tensor | None, ...]] = {}
 
     @contextmanager
     def imposed(self) -> Iterator[None]:
@@ -370,29 +381,36 @@ class _Mixture:
         return self.weights[node]
 
     def _hooks(self, node: Any) -> list[Any]:
-        elements, selection = self.nodes[node].elements, selection_of(node)
+        operation, elements, selection = self.nodes[node].operation, self.nodes[node].elements, selection_of(node)
         assert selection is not None  # it is a node of an operation with elements
-        of_results = OPERATIONS[self.nodes[node].operation].shares
+        of_results = OPERATIONS[operation].shares
         reference = selection.jacobians
 
+        # Stock's choice may return None for an input, and a hook cannot replace None by a gradient.
+        numbered = next((e for e in elements if getattr(e, operation) is not None), elements[0])
+
         def prepare(above: tuple[Any, ...]) -> None:
-            # Stock's choice may return None for an input, and a hook cannot replace None by a gradient.
-            selection.set(elements[0])
+            selection.set(numbered)
 
         def mixed(below: tuple[Any, ...], above: tuple[Any, ...]) -> tuple[Any, ...] | None:
             selection.set(reference)
-            g, *rest = above
+            g, *rest = self.incoming[node] = above
             if g is None:
                 return None
-            total: list[Any] = [None] * len(node.next_functions)
+            weights = self._weights(node, g) if of_results else None
+            every = []
             for k, element in enumerate(elements):
-                incoming = self._weights(node, g)[k] * g if of_results else g
                 with selection.other_streams(k):
-                    parts = gradients_under(node, element, incoming, *rest)
-                for i, part in enumerate(parts):
-                    if part is not None and (of_results or i == 0):
-                        share = part if of_results else self._weights(node, part)[k] * part
-                        total[i] = share if total[i] is None else total[i] + share
-            return tuple(total) if of_results else (total[0], *below[1:])
+                    every.append(gradients_under(node, element, g if weights is None else weights[k] * g, *rest))
+            total = list(below)
+            for i, parts in enumerate(zip(*every, strict=True)):
+                several = [part for part in parts if part is not None]
+                if of_results and several:
+                    total[i] = sum(several[1:], several[0])
+                elif several:
+                    weights = self._weights(node, several[0])
+                    if several[0].shape == weights.shape[1:]:
+                        total[i] = sum(w * part for w, part in zip(weights, parts, strict=True) if part is not None)
+            return tuple(total)
 
         return [node.register_prehook(prepare), node.register_hook(mixed)]

@@ -17,6 +17,7 @@ from nslightning.probes.divergence import SAME, Divergence, Method, measure
 from nslightning.probes.gradients import gradients_in_turn, wanted
 from nslightning.probes.graph import (
     UnseenError,
+    check_loss,
     communicates,
     opaque_nodes,
     operation_nodes,
@@ -246,6 +247,7 @@ def _compare(
     None if no tie matters. The noise of kernels that add up in no fixed order does not pass for a difference: what the
     ties make of the choices has to arrive, with weights that keep it from cancelling.
     """
+    check_loss(loss, model)
     refuse_compiled(loss)
     if communicates(loss):
         raise UnseenError(

@@ -1,5 +1,6 @@
 """Losses whose graph does not show all that their backward runs: never a silent 0, always as by separate backwards."""
 
+import contextlib
 import copy
 import math
 import warnings
@@ -16,10 +17,12 @@ from nslightning import Jacobians, patch, unpatch, using
 from nslightning.probes import (
     MethodWarning,
     UnseenError,
+    clarke_guarantee,
     differences,
     divergence,
     gradients,
     recording,
+    ties,
     worst_choice,
     zone,
 )
@@ -426,6 +429,52 @@ def test_recording_names_strangers():
         loss.backward(retain_graph=True)
     with pytest.raises(UnseenError, match="runs relu inside"):
         met.refuse_strangers(loss)
+
+
+class Transformed(nn.Module):
+    """Convolution, ReLU, pooling and a maximum, which run under a transform."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way = way
+        self.conv, self.relu, self.pool = nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)
+        with torch.no_grad():
+            self.conv.weight[0] = self.conv.bias[0] = 0
+
+    def inside(self, x):
+        return self.pool(self.relu(self.conv(x))).amax(-1)
+
+    def forward(self, x):
+        match self.way:
+            case "eager":
+                return self.inside(x)
+            case "vmap":
+                return torch.vmap(self.inside, in_dims=1, out_dims=1)(x.transpose(0, 1))
+            case "chunks":  # the last has one example
+                return torch.vmap(self.inside, chunk_size=3)(x)
+            case "nested":
+                return torch.vmap(torch.vmap(self.inside))(x.unflatten(0, (2, 2))).flatten(0, 1)
+            case "gradients":
+                return torch.vmap(torch.func.grad(lambda t: self.inside(t).sum()))(x)
+        raise ValueError(self.way)
+
+
+@pytest.mark.parametrize("way", ["vmap", "chunks", "nested", "gradients"])
+def test_ties_are_counted_inside_transforms(way):
+    x = (torch.arange(64.0).view(4, 1, 4, 4) % 5 - 2).clone()
+    counts = []
+    for one in ("eager", way):
+        torch.manual_seed(0)
+        model = Transformed(one)
+        patch(model, Jacobians())
+        counts.append({site: (met.tied, met.total, met.zero) for site, met in ties(model, x).items()})
+        assert all(not met.structural for met in ties(model, x).values()) == (one != "eager")
+        guarantee = clarke_guarantee(model, x)
+        assert not guarantee.holds
+        with pytest.raises(ValueError, match="vmap") if one == way else contextlib.nullcontext():
+            worst_choice(model, torch.sum, x, starts=0, rounds=1, evaluations=1)
+    assert counts[0] == counts[1]
+    assert counts[0]["relu"][0] > 0
 
 
 def test_rounding_under_autocast_does_not_pass_for_a_nonlinear_backward():

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from nslightning import Jacobians, patch, using
+from nslightning import Jacobians, ops, patch, using
 from nslightning.probes import divergence, worst_choice
 
 
@@ -183,6 +183,89 @@ def test_a_site_that_is_called_twice_counts_both_calls():
     worst = worst_choice(model, torch.sum, torch.ones(1))
     assert worst.value == pytest.approx(5.0)
     assert worst.sites == {"relu": pytest.approx(5.0)}
+
+
+class Pair(nn.Module):
+    """A loss of two vectors of parameters, (1, 2, 3) and twice as much times a number that is 0."""
+
+    def __init__(self, loss):
+        super().__init__()
+        self.loss, self.w, self.v = loss, nn.Parameter(torch.zeros(3).double()), nn.Parameter(torch.zeros(1).double())
+
+    def forward(self, x):
+        return self.loss(self.w * x, 2 * self.v * x)
+
+
+ZEROS, ONES = torch.zeros(3).double(), torch.ones(3).double()
+GROUPS = torch.tensor([0, 0, 1])
+# The largest difference to stock's gradient, with x = (1, 2, 3), as worked out by hand.
+LOSSES = {
+    "maximum of a constant": (lambda a, b: torch.maximum(ZEROS, a).sum(), (14 / 4) ** 0.5),  # halves
+    "minimum of a constant": (lambda a, b: torch.minimum(ZEROS, a).sum(), (14 / 4) ** 0.5),
+    # Each tie moves w_i by x_i / 2 to one side, and v by x_i to the other.
+    "clamp between parameters": (lambda a, b: a.clamp(min=b).sum(), (14 / 4 + 36) ** 0.5),
+    "clamp of a constant": (lambda a, b: ZEROS.clamp(min=a).sum(), (14 / 4) ** 0.5),
+    "clamp against its own multiple": (lambda a, b: b.clamp(min=2 * b).sum(), 6.0),  # from 1.5 to 2, times 2 x
+    "hinge": (lambda a, b: F.hinge_embedding_loss(a, -ONES, margin=0.0, reduction="sum"), 14**0.5),
+    "ranking": (lambda a, b: F.margin_ranking_loss(ZEROS, a, ONES, reduction="sum"), 14**0.5),
+    "several classes": (
+        lambda a, b: F.multi_margin_loss((a + torch.tensor([0.5, 0, 0]))[None], torch.tensor([0]), margin=0.5),
+        (4 / 9 + 4 / 9 + 1) ** 0.5,
+    ),
+    # Of 0, w_0, w_1 each has a third: w_1 takes all, and w_0 loses 1/3. Of 0, w_2 each has a half.
+    "maxima of groups": (
+        lambda a, b: ZEROS.scatter_reduce(0, GROUPS, a, "amax").sum(), (1 / 9 + (4 / 3) ** 2 + 1.5**2) ** 0.5
+    ),
+    "both ends": (lambda a, b: (lambda r: r.max - r.min)(a.aminmax()), 13**0.5),  # of the last two
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_and_constants_are_varied(name):
+    """A constant that comes first, and what a loss computes of its operands, do not hide a site."""
+    loss, largest = LOSSES[name]
+    model = Pair(loss)
+    patch(model, Jacobians())
+    worst = worst_choice(model, lambda y: y, torch.arange(1.0, 4.0).double())
+    assert worst.value == pytest.approx(largest, rel=1e-9)
+    assert worst.unvaried == ()
+    (value,) = worst.sites.values()  # one site, whatever the number of its nodes
+    assert value == pytest.approx(largest, rel=1e-9)
+
+
+def test_what_is_not_varied_is_named_and_others_are_no_sites():
+    other = nn.Sequential(nn.ReLU())
+    patch(other, Jacobians())
+    model = Pair(lambda a, b: a.norm() + other(a).sum() + ops.relu(b, 0.5).sum())
+    object.__setattr__(model, "other", other)
+    patch(model, Jacobians())
+    worst = worst_choice(model, lambda y: y, torch.arange(1.0, 4.0).double())
+    assert (worst.value, worst.unvaried) == (0.0, (":norm",))
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda a, b: torch.relu(a).sum() + (0 * b).sqrt().sum(), "not finite"),
+        (lambda a, b: torch.relu(a).sum().detach(), "no graph"),
+        (lambda a, b: torch.relu(a).sum() * (1 + 1j), "complex"),
+        (lambda a, b: torch.relu(a), "one number"),
+    ],
+)
+def test_what_has_no_largest_difference_is_refused(loss, message):
+    model = Pair(loss)
+    patch(model, Jacobians())
+    with pytest.raises(ValueError, match=message):
+        worst_choice(model, lambda y: y, ONES)
+
+
+def test_differences_of_half_precision_are_not_rounded():
+    """The gradients are 1 and 2^-9, and 1 - 2^-9 is no bfloat16."""
+    model = Pair(lambda a, b: (torch.relu(a) + a * 2**-9).sum()).bfloat16()
+    patch(model, Jacobians())
+    x = torch.tensor([1.0, 0.0, 0.0]).bfloat16()
+    worst = worst_choice(model, lambda y: y, x)
+    assert worst.value == divergence(model(x), model, {"1": Jacobians(relu=1.0)})["1"].l2
 
 
 def test_printed_it_is_a_few_lines():

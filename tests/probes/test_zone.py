@@ -583,3 +583,19 @@ def test_rounding_is_measured_where_float32_is_exact_by_luck(n):
     assert cancelled.method == "subtract"
     assert cancelled.kind in ("compensation", "regular")
     assert cancelled.observed.l1 == 0 or cancelled.kind == "compensation"
+
+
+@pytest.mark.parametrize(
+    ("loss", "error", "message"),
+    [
+        (lambda y: y.sum().detach(), ValueError, "no graph"),
+        (lambda y: y.sum() * 1j, ValueError, "complex"),
+        (lambda y: y.sum().item(), TypeError, "the loss comes first"),
+    ],
+)
+def test_what_has_no_gradient_lies_in_no_zone(loss, error, message):
+    """A loss without a graph has no node, either; that is not the regular zone."""
+    model = nn.Sequential(nn.Linear(1, 1), nn.ReLU())
+    patch(model, Jacobians())
+    with pytest.raises(error, match=message):
+        zone(model, loss, torch.ones(1, 1), RELU1)

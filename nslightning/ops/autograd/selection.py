@@ -22,7 +22,7 @@ from nslightning._torch import (
     is_view,
     is_zero_tensor,
     outside_every_mode,
-    tracing_transforms,
+    running_transforms,
     while_compiling,
 )
 from nslightning.ops.autograd.shares import PoolWeights, pool_weights, shares
@@ -507,7 +507,7 @@ def refuse_traced_transforms() -> bool:
     Raises:
         TracedTransformError: Inside ``torch.func.jvp``, ``jacfwd`` and ``hessian``, or ``vmap`` of ``grad``.
     """
-    transforms = tracing_transforms()
+    transforms = running_transforms()
     if "Jvp" in transforms or {"Vmap", "Grad"} <= transforms:
         raise TracedTransformError(
             "torch.compile drops the Jacobian choice inside torch.func.jvp, jacfwd, hessian and vmap of grad: compile "
