@@ -227,7 +227,8 @@ class _Search:
             # What a result passes down, as a number: of entries that tie, two may have one weight in half precision.
             every = [[_passed(node, one, g, rest, seed) for one in met.elements] for seed in range(3)]
         else:
-            every = list(zip(*(_parts(node, one, torch.ones_like(g), rest) for one in met.elements), strict=True))
+            parts = [_parts(node, one, torch.ones_like(g), rest) for one in met.elements]
+            every = [list(alike) for alike in zip(*parts, strict=True)]
         different = [a != b for first, *others in every for a, b in ((first, other) for other in others)]
         tied = torch.stack([d.expand(shape) for d in different if d.shape in ((), shape)]).any(0)
         return tied.flatten().nonzero().flatten().tolist()
