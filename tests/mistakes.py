@@ -84,7 +84,11 @@ MISTAKES: dict[str, list[Mistake]] = {
         Mistake("--version --verbos", ("--version takes --verbose",)),
         Mistake("--print-completion fish", ("bash, zsh, tcsh",)),
         *after_config(
-            ("model.backbone=paper/lenet5", ("an option begins with --",)),
+            (
+                "model.backbone=paper/lenet5",
+                ("an option begins with --", "did you mean '--model.backbone=paper/lenet5'"),
+            ),
+            ("paper/lenet5", ("stands alone", "did you mean '--model.backbone=paper/lenet5'")),
             ("--modle.backbone=x", ("no option --modle.backbone", "did you mean '--model.backbone'")),
             ("--model.backbne=x", ("did you mean '--model.backbone'",)),
             ("--bakcbone=x", ("did you mean '--model.backbone'",)),
@@ -277,6 +281,7 @@ MISTAKES: dict[str, list[Mistake]] = {
         Mistake("zones --bactch-size 3", ("no option --bactch-size", "did you mean '--batch-size'")),
         Mistake("zones --data MNIST --backbone paper/lenet5", ("missing", "--download"), 1),
         Mistake("zones --choices relu0:relu=0", ("the same choice",)),
+        Mistake("cost paper/lenet5", ("paper/lenet5 stands alone", "did you mean '--backbone=paper/lenet5'")),
         Mistake("cost --backbone paper/lenet5 --choices relu1", ("write NAME:FIELD=VALUE",)),
         Mistake("cost --backbone paper/lenet5 --choises relu1:relu=1", ("did you mean '--choices'",)),
         Mistake("experiment mnist_lenet_bta", ("did you mean 'mnist_lenet_beta'",)),

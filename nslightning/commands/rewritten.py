@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 
+from nslightning.names import FAMILIES
 from nslightning.spelling import closest
 
 __all__ = ["ROWS", "Rejection", "Row", "explained", "rejection"]
@@ -108,7 +109,12 @@ def _unrecognized(match: re.Match[str], rejected: Rejection) -> Explanation:
     if not words and (file := re.search(r"\S+\.ckpt\b", match[1])):
         return f"{file[0]} stands alone: a checkpoint is named by --ckpt_path", [f"--ckpt_path={file[0]}"]
     if not words:
-        return f"not understood: {match[1]}; an option begins with --, as --model.backbone=paper/lenet5", []
+        names = [option for option in ("model.backbone", "backbone") if option in rejected.known]
+        network = next((word for word in match[1].split() if word.partition("/")[0] in FAMILIES), None)
+        if names and network:
+            return f"{network} stands alone: a network is named by --{names[0]}", [f"--{names[0]}={network}"]
+        bare = (f"--{word}" for word in match[1].split() if word.partition("=")[0] in rejected.known)
+        return f"not understood: {match[1]}; an option begins with --, such as --config", bare
     return f"there is no option --{words[0]}", _options(_near(words[0], rejected.known))
 
 

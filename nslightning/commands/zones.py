@@ -10,6 +10,7 @@ from nslightning.commands.dashes import spelled_with_dashes, with_new_spellings
 from nslightning.commands.devices import check_device
 from nslightning.commands.endings import ended
 from nslightning.files import expanded, write_text
+from nslightning.text_table import aligned
 
 if TYPE_CHECKING:
     # jsonargparse runs these lines for --help: nothing heavy among them.
@@ -308,19 +309,14 @@ def _mean(each: Any) -> tuple[float, float, float]:
 
 def _show(shares: Any, experiment: Any, folder: Path, of: str, draw: Any) -> int:
     """Print the shares, and write them as a table and a figure."""
-    from rich.console import Console
-    from rich.table import Table
-
     whose = "draws" if of == "draws" else "mini-batches"
     kinds = [k for k in _KINDS if k in shares]
     noisy = "noise_floor" in shares and bool((shares["noise_floor"] > 0).any())
-    table = Table(title=experiment.title, title_justify="left", box=None, header_style="bold")
     counted = "zeros" in shares
-    heads: tuple[str, ...] = ("bits", "draws", f"{whose} that differ", "95 % interval")
-    heads += ("zeros expected",) if counted else ("mini-batches", *kinds, "not finite")
-    heads += ("noise floor", "within it") if noisy else ()
-    for head in heads:
-        table.add_column(head, justify="right")
+    head: tuple[str, ...] = ("bits", "draws", f"{whose} that differ", "95 % interval")
+    head += ("zeros expected",) if counted else ("mini-batches", *kinds, "not finite")
+    head += ("noise floor", "within it") if noisy else ()
+    rows: list[tuple[str, ...]] = [head]
     for row in shares.to_dict("records"):
         more = (
             [f"{row['zeros']:.3g}"]
@@ -328,11 +324,9 @@ def _show(shares: Any, experiment: Any, folder: Path, of: str, draw: Any) -> int
             else [f"{row['batches']:,}", *(f"{row[k]:.1%}" for k in kinds), str(row["not_finite"])]
         )
         more += [f"{row['noise_floor']:.2g}", f"{row['within_noise']:.1%}"] if noisy else []
-        table.add_row(
-            str(row["precision"]), f"{row['draws']:,}", f"{row['share']:.1%}",
-            f"{row['low']:.1%} to {row['high']:.1%}", *more,
-        )  # fmt: skip
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+        interval = f"{row['low']:.1%} to {row['high']:.1%}"
+        rows.append((str(row["precision"]), f"{row['draws']:,}", f"{row['share']:.1%}", interval, *more))
+    print("\n".join([experiment.title, "", *aligned(rows, texts=0)]))
     write_text(folder / "zones.csv", shares.to_csv(index=False, float_format="%.6g"))
     for ending in ("pdf", "png"):
         draw(shares, experiment.title, whose, folder / f"zones.{ending}")
