@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakSet
 
-import pandas as pd
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, ParallelStrategy
@@ -20,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from nslightning._torch import hooks_of, is_compiled, keep_saved_buffers, runs_module_hooks, scale_of
 from nslightning.choices import Choices, named_choices
+from nslightning.exact_csv import read_exactly
 from nslightning.jacobians import Jacobians
 from nslightning.models import Twins
 from nslightning.models.captured import eagerly
@@ -382,7 +382,7 @@ class GradientDivergence(Callback):
 
             # Only a number's "nan" is one: an empty parameter and any choice's name are text.
             numbers = {norm: ["nan"] for norm in NORMS}
-            rows = pd.read_csv(self._file, dtype={"choice": str}, keep_default_na=False, na_values=numbers)
+            rows = read_exactly(self._file, dtype={"choice": str}, keep_default_na=False, na_values=numbers)
             totals = rows[rows["parameter"] == ""]
             if not len(totals):
                 return

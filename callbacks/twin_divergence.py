@@ -4,12 +4,12 @@ import csv
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import pandas as pd
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nslightning.exact_csv import read_exactly
 from nslightning.files import replacing
 from nslightning.models import Twins
 from nslightning.probes import Divergence, measure
@@ -129,7 +129,7 @@ class TwinDivergence(Callback):
         if trainer.is_global_zero and self._file.exists():
             from nslightning.figures import twins_by_step
 
-            rows = pd.read_csv(self._file, dtype={"twin": str}, keep_default_na=False, na_values={"value": ["nan"]})
+            rows = read_exactly(self._file, dtype={"twin": str}, keep_default_na=False, na_values={"value": ["nan"]})
             totals = rows[rows["parameter"] == ""]
             if len(totals):
                 twins_by_step(totals, self._file.with_suffix(".pdf"))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nslightning.commands.endings import ended
 from nslightning.commands.plain_parser import Arguments
+from nslightning.exact_csv import read_exactly
 from nslightning.files import expanded
 
 __all__ = ["main", "make_parser"]
@@ -82,11 +83,9 @@ def _metrics_at(step: int, file: Path) -> dict[str, float]:
         step: Number of optimizer steps behind the checkpoint's weights; a row of step k is of the step after k.
         file: The run's ``metrics.csv``.
     """
-    import pandas as pd
-
     if not file.is_file():
         return {}
-    table = pd.read_csv(file)
+    table = read_exactly(file)
     table = table[table["step"] < step]
     names = [name for name in table if str(name).startswith(("train/", "val/", "test/"))]
     return {str(name): float(table[name].dropna().iloc[-1]) for name in names if table[name].notna().any()}

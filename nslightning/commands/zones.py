@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from nslightning.commands.dashes import spelled_with_dashes, with_new_spellings
 from nslightning.commands.devices import check_device
 from nslightning.commands.endings import ended
+from nslightning.exact_csv import read_exactly
 from nslightning.files import expanded, write_text
 from nslightning.text_table import aligned
 
@@ -266,7 +267,7 @@ def _shares(experiment: Any, folder: Path, of: str) -> Any:  # a pandas.DataFram
 
     from nslightning.experiments.figures.results import share_interval
 
-    table = pd.read_csv(folder / "results.csv")
+    table = read_exactly(folder / "results.csv")
     wide = table.pivot_table(index=["precision", "cell", "theta"], columns="metric", values="value").reset_index()
     rows = []
     for bits, drawn in wide.groupby("precision", sort=False):

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nslightning.experiments.exact_csv import read_exactly
+from nslightning.exact_csv import read_exactly
 from nslightning.experiments.grid import Experiment
 from nslightning.files import replacing, write_text
 

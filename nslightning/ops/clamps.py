@@ -49,8 +49,7 @@ register(
         Kernels(
             forward=aten.hardtanh.default,
             forward_=aten.hardtanh_.default,
-            backward=lambda g, y, low, high: aten.hardtanh_backward.default(g, y, low, high),
-            saves="either",
+            backward=lambda g, x, low, high: aten.hardtanh_backward.default(g, x, low, high),
         ),
         at=(-1.0, 1.0),
         formula="min(max(x, low), high)",

@@ -122,9 +122,8 @@ class Kernels:
     Args:
         forward: The stock kernel, ``(x, *parameters) -> y``.
         backward: The stock backward kernel, ``(g, saved, *parameters) -> gradient``.
-        saves: The tensor that the backward reads: the output (shared with the next layer) or the input. In place the
-            output serves as the input where it carries the same information (``"either"``), else a copy of the input is
-            kept.
+        saves: The tensor that the backward reads: the output (shared with the next layer) or the input. In place a copy
+            of the input is kept, unless there is a ``backward_``.
         forward_: The stock kernel that overwrites ``x``; without one, ``forward``'s result is copied there.
         backward_: The backward that stock takes in place, ``(g, output, *parameters) -> gradient``, where that is
             another one.
@@ -136,7 +135,7 @@ class Kernels:
 
     forward: Callable[..., Tensor]
     backward: Callable[..., Tensor | tuple[Tensor, ...]]
-    saves: Literal["output", "input", "either"] = "input"
+    saves: Literal["output", "input"] = "input"
     forward_: Callable[..., Tensor] | None = None
     backward_: Callable[..., Tensor] | None = None
     prepare: Callable[..., tuple[Tensor, tuple[Any, ...]]] = lambda x, *parameters: (x, tuple(map(number, parameters)))

@@ -135,7 +135,6 @@ register(
             forward=lambda x: aten.hardtanh.default(x, 0, 6),
             forward_=lambda x: aten.hardtanh_.default(x, 0, 6),
             backward=lambda g, y: aten.hardtanh_backward.default(g, y, 0, 6),
-            saves="either",
             published=True,
         ),
         formula="min(max(x, 0), 6)",
@@ -204,7 +203,6 @@ register(
             # In place the output stands for the input: its sign is the same, the slope being >= 0 there.
             backward=lambda g, x, slope: aten.leaky_relu_backward.default(g, x, slope, False),
             backward_=lambda g, y, slope: aten.leaky_relu_backward.default(g, y, slope, True),
-            saves="either",
         ),
         at=(0.2,),
         formula="x where x > 0, slope x elsewhere",

@@ -37,6 +37,7 @@ from nslightning import Jacobians, patch
 from nslightning.callbacks import GradientDivergence, RunRecord, StepSeed, TieMonitor
 from nslightning.callbacks import gradient_divergence as divergence_module
 from nslightning.data import Synthetic
+from nslightning.exact_csv import read_exactly
 from nslightning.models import ImageClassifier, Twins
 from nslightning.probes import Ties
 from nslightning.runs.environment import _commit
@@ -147,7 +148,7 @@ def trainer(folder, *callbacks, **options):
 
 def read(folder):
     numbers = {norm: ["nan"] for norm in NORMS}
-    return pd.read_csv(Path(folder, "divergence.csv"), keep_default_na=False, na_values=numbers)
+    return read_exactly(Path(folder, "divergence.csv"), keep_default_na=False, na_values=numbers)
 
 
 def equal(a, b):
@@ -465,7 +466,7 @@ def test_interval_and_steps(tmp_path):
     file = runs.MetricsFile(tmp_path / "runs" / "001")
     run = trainer(tmp_path, GradientDivergence(CHOICES, 4), TieMonitor(3), logger=file, max_epochs=2)
     run.fit(Module(Plain), data())
-    rows = pd.read_csv(tmp_path / "runs" / "001" / "metrics.csv")
+    rows = read_exactly(tmp_path / "runs" / "001" / "metrics.csv")
     assert rows["step"][rows["train/loss"].notna()].tolist() == list(range(12))
     assert rows["step"][rows["divergence/relu1/l1"].notna()].tolist() == [0, 4, 8]
     assert rows["step"][rows["ties/total"].notna()].tolist() == [0, 3, 6, 9]
@@ -489,7 +490,7 @@ def test_ties_are_counted_by_hand(tmp_path):
     file = runs.MetricsFile(tmp_path / "runs" / "001")
     run = trainer(tmp_path, TieMonitor(2), logger=file, accumulate_grad_batches=2)
     run.fit(module, data())
-    rows = pd.read_csv(tmp_path / "runs" / "001" / "metrics.csv")
+    rows = read_exactly(tmp_path / "runs" / "001" / "metrics.csv")
     rows = rows[rows["ties/total"].notna()]
     assert rows["step"].tolist() == [0, 2]
     for (state, batch), (_, row) in zip(module.noted[::4], rows.iterrows(), strict=True):
@@ -723,7 +724,7 @@ def test_a_step_without_loss(tmp_path):
     module = Skips(Plain)
     with pytest.warns(UserWarning, match="`training_step` returned `None`"):
         trainer(tmp_path, GradientDivergence(CHOICES, 1), TieMonitor(1), logger=file).fit(module, data())
-    rows = pd.read_csv(tmp_path / "runs" / "001" / "metrics.csv")
+    rows = read_exactly(tmp_path / "runs" / "001" / "metrics.csv")
     assert rows["step"][rows["divergence/relu1/l1"].notna()].tolist() == [1, 2, 4, 5]
     assert rows["step"][rows["ties/total"].notna()].tolist() == [1, 2, 4, 5]
     assert [s.observer for s in selections(module).values()] == [None]
@@ -781,7 +782,7 @@ def test_resume_writes_every_step_once(tmp_path):
     assert (parts / "divergence.csv").read_text() == (whole / "divergence.csv").read_text()
     assert "nan" in (parts / "divergence.csv").read_text()
     seconds = ["divergence/seconds", "divergence/share"]
-    a, b = (pd.read_csv(f / "metrics.csv", dtype=str).drop(columns=seconds) for f in (whole, parts))
+    a, b = (read_exactly(f / "metrics.csv", dtype=str).drop(columns=seconds) for f in (whole, parts))
     pd.testing.assert_frame_equal(a, b)
     # A run that is complete already changes nothing.
     before = (parts / "metrics.csv").read_text()

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import fake_data
-import pandas as pd
 import pytest
 import torch
 from device_steps import META
@@ -15,6 +14,7 @@ from torch.utils.data import DataLoader
 from nslightning.callbacks import Performance, performance
 from nslightning.data import ImageFolder
 from nslightning.data.ahead import ahead
+from nslightning.exact_csv import read_exactly
 from nslightning.runs import MetricsFile
 
 
@@ -53,7 +53,7 @@ def test_speed_and_waiting_are_those_of_the_steps_alone(tmp_path, monkeypatch):
         num_sanity_val_steps=0,
     )  # fmt: skip
     trainer.fit(Clocked(clock), data, DataLoader(torch.ones(8, 3), batch_size=8))
-    rows = pd.read_csv(folder / "metrics.csv")
+    rows = read_exactly(folder / "metrics.csv")
     rows = rows[rows["perf/data_wait"].notna()]
     assert rows["step"].tolist() == [4, 9, 14, 19]
     for _, row in rows.iterrows():

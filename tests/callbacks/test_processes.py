@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from nslightning import Jacobians, patch
 from nslightning.callbacks import GradientDivergence
+from nslightning.exact_csv import read_exactly
 
 pytestmark = [
     pytest.mark.slow,
@@ -155,7 +156,7 @@ def runs(tmp_path_factory):
 
     def read(name):
         tables = list(Path(folder, name).rglob("divergence.csv"))
-        table = pd.read_csv(tables[0], keep_default_na=False) if tables else None
+        table = read_exactly(tables[0], keep_default_na=False) if tables else None
         return table, *torch.load(folder / f"{name}-0.pt")
 
     return {name: read(name) for name in RUNS}
@@ -201,7 +202,7 @@ def test_two_processes_measure_what_one_does_with_the_union_of_their_batches(run
         callbacks=[GradientDivergence({"one": {"relu": 1.0}, "half": {"relu": 0.5}}, every_n_steps=1)],
     )  # fmt: skip
     trainer.fit(module, DataLoader(pictures(), batch_size=8))
-    (alone,) = (pd.read_csv(file, keep_default_na=False) for file in tmp_path.rglob("divergence.csv"))
+    (alone,) = (read_exactly(file, keep_default_na=False) for file in tmp_path.rglob("divergence.csv"))
     norms = ["l1", "l2", "linf", "relative", "cosine"]
     assert table["parameter"].tolist() == alone["parameter"].tolist()
     pd.testing.assert_frame_equal(table[norms], alone[norms], rtol=1e-9, atol=1e-13)

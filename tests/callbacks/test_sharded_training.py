@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from nslightning import Jacobians, patch
 from nslightning.callbacks import GradientDivergence
+from nslightning.exact_csv import read_exactly
 
 pytestmark = [
     pytest.mark.slow,
@@ -118,7 +119,9 @@ def test_trains_as_one_process_does(name, folder, alone):
 @pytest.mark.parametrize("name", KINDS)
 def test_measures_as_one_process_does(name, folder, alone):
     norms = ["l1", "l2", "linf", "relative", "cosine"]
-    ours, one = (pd.read_csv(next(f.rglob("divergence.csv")), keep_default_na=False) for f in (folder / name, alone[1]))
+    ours, one = (
+        read_exactly(next(f.rglob("divergence.csv")), keep_default_na=False) for f in (folder / name, alone[1])
+    )
     assert (one[one["parameter"] == ""]["l2"] > 0).all()
     pd.testing.assert_frame_equal(ours[norms], one[norms], rtol=1e-9, atol=1e-13)
 

@@ -5,7 +5,6 @@ import json
 from contextlib import nullcontext
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -33,6 +32,7 @@ from torch.utils.data import DataLoader
 
 from nslightning import Jacobians, patch, runs
 from nslightning.callbacks import GradientDivergence, NonFiniteError, NonFiniteGuard, WeightDivergence, ZoneMonitor
+from nslightning.exact_csv import read_exactly
 from nslightning.probes import ties
 from nslightning.probes.zone import zone
 
@@ -51,8 +51,8 @@ def test_training_is_bit_identical(precision, options, tmp_path):
     )
     for absent in without:
         assert equal(without[absent], with_[absent]), absent
-    assert set(pd.read_csv(tmp_path / "zones.csv")["bifurcation"]) == {1}
-    assert (pd.read_csv(tmp_path / "weights.csv")["l1"][1:] > 0).any()
+    assert set(read_exactly(tmp_path / "zones.csv")["bifurcation"]) == {1}
+    assert (read_exactly(tmp_path / "weights.csv")["l1"][1:] > 0).any()
     assert not (tmp_path / "nonfinite.json").exists()
 
 
@@ -97,7 +97,7 @@ def check(rows, step, state, reference):
 
 
 def read(file):
-    return pd.read_csv(file, keep_default_na=False)
+    return read_exactly(file, keep_default_na=False)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -112,7 +112,7 @@ def test_distance_to_the_initial_weights(accumulate, tmp_path):
     assert not rows.duplicated(["step", "parameter"]).any()
     for step in steps:
         check(rows, step, states[step], states[0])
-    logged = pd.read_csv(tmp_path / "run" / "001" / "metrics.csv").dropna(subset="weights/l1").set_index("step")
+    logged = read_exactly(tmp_path / "run" / "001" / "metrics.csv").dropna(subset="weights/l1").set_index("step")
     assert logged["weights/l1"].to_dict() == rows[rows["parameter"] == ""].set_index("step")["l1"][steps[:-1]].to_dict()
 
 
@@ -165,7 +165,7 @@ def test_zones_are_those_of_the_weights_before_each_step(tmp_path):
     trainer(tmp_path, ZoneMonitor(choices, every_n_steps=2), logger=file).fit(module, data())
     rows = read(tmp_path / "run" / "001" / "zones.csv").set_index(["step", "choice"])
     assert rows.index.is_unique
-    logged = pd.read_csv(tmp_path / "run" / "001" / "metrics.csv").set_index("step")
+    logged = read_exactly(tmp_path / "run" / "001" / "metrics.csv").set_index("step")
     for step in (0, 2, 4):
         state, (x, y) = before(module, step)
         net = Plain()
@@ -378,7 +378,7 @@ def test_actions_and_state(tmp_path):
     with pytest.warns(UserWarning, match="the output of net.middle"):
         fit(tmp_path, guard, Small(Explode()), batches(200.0), saving, logger=file)
     assert guard.batches == 3  # the weights are lost from then on
-    rows = pd.read_csv(tmp_path / "run" / "001" / "metrics.csv")
+    rows = read_exactly(tmp_path / "run" / "001" / "metrics.csv")
     assert rows["nonfinite/batches"].dropna().tolist() == [1, 2, 3]
     assert guard.finding.step == 3
     again = NonFiniteGuard("log")

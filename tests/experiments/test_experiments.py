@@ -21,6 +21,7 @@ from nslightning import configs, patch
 from nslightning.arithmetic import HalfProducts
 from nslightning.commands.experiment import main
 from nslightning.data import DataError, FashionMNISTSample, Synthetic
+from nslightning.exact_csv import read_exactly
 from nslightning.experiments import (
     Experiment,
     Outcome,
@@ -493,7 +494,7 @@ def test_finished_cells_are_skipped_and_the_rest_goes_on(experiment_file, tmp_pa
     assert (second.planned, second.skipped, second.computed) == (8, 4, 4)
     assert len(done) == len(set(done)) == 8
     assert run(experiment, tmp_path / "out").computed == 0
-    results = pd.read_csv(first.folder / "results.csv")
+    results = read_exactly(first.folder / "results.csv")
     assert len(results) == 8 * 3
     assert list(results.columns) == [
         "experiment", "scale", "cell", "relu", "rule", "seed", "epoch", "metric", "value", "data", "device", "dtype",
@@ -518,7 +519,7 @@ def test_a_clone_goes_on_with_the_cells_of_its_table(experiment_file, tmp_path, 
     assert [(folder / name).read_bytes() for name in ("results.csv", "provenance.json")] == tables
     shutil.rmtree(folder / "cells")
     assert run(experiment, tmp_path / "out", only={"seed": [1]}).computed == 4
-    assert len(pd.read_csv(folder / "results.csv")) == 8 * 3
+    assert len(read_exactly(folder / "results.csv")) == 8 * 3
 
 
 @pytest.mark.parametrize("table", sorted(Path(__file__).parents[2].glob("results/*/*/results.csv")), ids=str)
@@ -567,7 +568,7 @@ def test_an_interruption_loses_only_what_was_being_computed(experiment_file, tmp
     with pytest.raises(KeyboardInterrupt):
         run(experiment, tmp_path / "out")
     folder = engine.folder_of(experiment, tmp_path / "out")
-    assert len(pd.read_csv(folder / "results.csv")["cell"].unique()) == 3
+    assert len(read_exactly(folder / "results.csv")["cell"].unique()) == 3
     monkeypatch.setattr(engine, "compute", through)
     assert run(experiment, tmp_path / "out").computed == 5
     assert len(done) == len(set(done)) == 8
@@ -601,7 +602,7 @@ def test_processes_side_by_side_find_what_one_finds(experiment_file, tmp_path):
     one = run(experiment, tmp_path / "one")
     two = run(experiment, tmp_path / "two", workers=2)
     assert two.computed == 8
-    pd.testing.assert_frame_equal(*(pd.read_csv(r.folder / "results.csv") for r in (one, two)))
+    pd.testing.assert_frame_equal(*(read_exactly(r.folder / "results.csv") for r in (one, two)))
 
 
 # --------------------------------------------------------------------------------------------------------- compare
@@ -1087,7 +1088,7 @@ def test_every_packaged_experiment_runs_on_the_embedded_data(tmp_path, monkeypat
         experiment = Experiment.read(file, "smoke")
         report = run(experiment, tmp_path / "out")
         assert report.failed == []
-        results = pd.read_csv(report.folder / "results.csv")
+        results = read_exactly(report.folder / "results.csv")
         assert set(results["cell"]) == {p.id for p in experiment.cells()}
         if experiment.compare:
             assert len(comparison(experiment, results)) > 0

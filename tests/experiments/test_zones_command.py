@@ -12,6 +12,7 @@ import pytest
 
 from nslightning.cli import main
 from nslightning.commands.zones import _mean, _shares
+from nslightning.exact_csv import read_exactly
 from nslightning.experiments.cells import ZoneCell
 
 SETTING = ["--data=FashionMNISTSample", "--backbone=paper/lenet5", "--batch-size=16", "--batches=2", "--chunk=2"]
@@ -25,13 +26,13 @@ def test_draws_are_added_until_the_interval_is_narrow_and_never_computed_twice(t
     folder = tmp_path / "zones"
     minimal = ["--choices", "minimal:max_pool=minimal", "--precisions", "32"]
     assert zones(folder, *minimal, "--draws=2") == 0
-    first = pd.read_csv(folder / "zones.csv").iloc[0]
+    first = read_exactly(folder / "zones.csv").iloc[0]
     assert (first["draws"], first["batches"]) == (2, 4)
     said = capsys.readouterr()
     assert "95 % interval" in said.out
     assert "1/1" in said.err
     assert zones(folder, *minimal, "--half-width=0.25") == 0
-    added = pd.read_csv(folder / "zones.csv").iloc[0]
+    added = read_exactly(folder / "zones.csv").iloc[0]
     n, share, z2 = added["draws"], added["share"], 1.959963984540054**2
     assert n > 2
     # Wilson's interval, by its formula.
@@ -41,7 +42,7 @@ def test_draws_are_added_until_the_interval_is_narrow_and_never_computed_twice(t
     assert added["high"] == pytest.approx(min(1.0, centre + half), abs=1e-5)
     assert half <= 0.25
     assert added[["regular", "compensation", "bifurcation"]].sum() == pytest.approx(1.0)
-    each = pd.read_csv(folder / "zones" / "results.csv").pivot_table(
+    each = read_exactly(folder / "zones" / "results.csv").pivot_table(
         index=["seed", "theta"], columns="metric", values="value"
     )
     assert len(each) == n
@@ -57,8 +58,8 @@ def test_draws_are_added_until_the_interval_is_narrow_and_never_computed_twice(t
 def test_of_mini_batches_and_with_the_papers_threshold(tmp_path) -> None:
     options = ["--choice=minimal:max_pool=minimal", "--norm=linf_sum", "--of=batches", "--draws=4", "--half-width=0.01"]
     assert zones(tmp_path / "z", *options, "--precisions=[32,64]") == 0
-    shares = pd.read_csv(tmp_path / "z" / "zones.csv")
-    results = pd.read_csv(tmp_path / "z" / "zones" / "results.csv")
+    shares = read_exactly(tmp_path / "z" / "zones.csv")
+    results = read_exactly(tmp_path / "z" / "zones" / "results.csv")
     assert set(results["tau"]) == {1e-7, 1e-15}
     for bits, group in results.groupby("precision"):
         each = group.pivot_table(index=["seed", "theta"], columns="metric", values="value")
@@ -106,10 +107,10 @@ def test_a_noisy_arithmetic_tells_its_floor(tmp_path, capsys) -> None:
     assert "within it" not in capsys.readouterr().out
     assert zones(tmp_path / "noisy", *minimal, "--arithmetic=random_rounding") == 0
     assert "within it" in capsys.readouterr().out
-    plain, noisy = (pd.read_csv(tmp_path / name / "zones.csv").iloc[0] for name in ("plain", "noisy"))
+    plain, noisy = (read_exactly(tmp_path / name / "zones.csv").iloc[0] for name in ("plain", "noisy"))
     assert (plain["noise_floor"], plain["within_noise"]) == (0, 0)
     assert 2.0**-24 < noisy["noise_floor"] < 2.0**-18  # some ulp of the gradient's norm
-    each = pd.read_csv(tmp_path / "noisy" / "zones" / "results.csv").pivot_table(
+    each = read_exactly(tmp_path / "noisy" / "zones" / "results.csv").pivot_table(
         index=["seed", "theta"], columns="metric", values="value"
     )
     assert noisy["noise_floor"] == pytest.approx(each["noise_floor"].max(), rel=1e-5)

@@ -3,12 +3,12 @@
 import json
 import runpy
 
-import pandas as pd
 import pytest
 import torch
 from torch import nn
 
 from nslightning import Jacobians, patch
+from nslightning.exact_csv import read_exactly
 from nslightning.probes import divergence
 from nslightning.probes.measured_backward import measured_backward
 from nslightning.surgery import selections
@@ -125,7 +125,7 @@ def test_trainer_is_patched_and_measured(tmp_path):
     other, _ = train(tmp_path / "other", NonsmoothTrainerCallback(Jacobians(relu=1.0)))
     assert not same(plain, other)
 
-    rows = pd.read_csv(tmp_path / "watched" / "divergence.csv")
+    rows = read_exactly(tmp_path / "watched" / "divergence.csv")
     assert rows["step"].tolist() == [0, 2]
     assert rows["reference"].tolist() == ["native"] * 2
     assert rows["l2"].max() > 0
@@ -143,7 +143,7 @@ def test_a_table_has_the_rows_of_one_training(tmp_path):
     from nslightning.integrations.transformers import NonsmoothTrainerCallback
 
     def steps(name):
-        return pd.read_csv(tmp_path / name)["step"].tolist()
+        return read_exactly(tmp_path / name)["step"].tolist()
 
     train(tmp_path, NonsmoothTrainerCallback(choices=ONE, every_n_steps=2), save_strategy="steps", save_steps=3)
     assert steps("divergence.csv") == [0, 2]
@@ -175,6 +175,6 @@ def test_accumulated_batches_and_a_model_made_later(tmp_path):
     plain, _ = train(tmp_path / "plain", gradient_accumulation_steps=2, max_steps=2)
     watched, _ = train(tmp_path / "watched", callback, gradient_accumulation_steps=2, max_steps=2)
     assert same(plain, watched)
-    assert pd.read_csv(tmp_path / "watched" / "divergence.csv")["step"].tolist() == [0, 1]
+    assert read_exactly(tmp_path / "watched" / "divergence.csv")["step"].tolist() == [0, 1]
     with pytest.raises(ValueError, match="every_n_steps is a number of steps from 1 on"):
         NonsmoothTrainerCallback(every_n_steps=0)

@@ -4,7 +4,6 @@ import warnings
 from functools import partial
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from nslightning import Jacobians, PatchWarning, configs
 from nslightning.cli import main
+from nslightning.exact_csv import read_exactly
 from nslightning.models import ImageClassifier
 
 QUICK = [
@@ -353,8 +353,8 @@ def test_precision(precision, monkeypatch):
     if precision == "16-mixed":
         assert scalers[0].is_enabled()
         assert scalers[0].get_scale() > 1
-    divergence = pd.read_csv(RUN / "divergence.csv", keep_default_na=False, na_values=["nan"])
+    divergence = read_exactly(RUN / "divergence.csv", keep_default_na=False, na_values=["nan"])
     assert divergence["l2"].notna().all()
-    metrics = pd.read_csv(RUN / "metrics.csv")
+    metrics = read_exactly(RUN / "metrics.csv")
     assert metrics["ties/total"].dropna().between(0, 1).all()
     assert metrics["train/loss"].notna().sum() == 2

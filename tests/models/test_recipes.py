@@ -4,7 +4,6 @@ import json
 import math
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import timm
 import torch
@@ -15,6 +14,7 @@ from torch import nn
 
 from nslightning.cli import main
 from nslightning.data import ImageFolder
+from nslightning.exact_csv import read_exactly
 from nslightning.models import ImageClassifier, Mixing
 from nslightning.optim import TimmSchedule, parameter_groups
 
@@ -304,13 +304,13 @@ def test_a_recipe_of_all_parts_trains_stops_and_goes_on_to_the_same_bits(monkeyp
     Path("recipe.yaml").write_text(RECIPE.replace(", dict_kwargs: {}", ""))
     assert main(["fit", "--config", "recipe.yaml"]) == 0
     whole = Path("runs/recipe/001")
-    metrics = pd.read_csv(whole / "metrics.csv")
+    metrics = read_exactly(whole / "metrics.csv")
     rates = metrics.filter(like="lr-").dropna()
     assert len(rates) == 8
     assert (rates.iloc[0] > rates.iloc[-1]).all()  # stepped by step: a cosine down to the end
     assert rates.iloc[0].nunique() > 3  # layers have their own rates
     assert metrics["train/loss"].notna().sum() == 8
-    divergence = pd.read_csv(whole / "divergence.csv")
+    divergence = read_exactly(whole / "divergence.csv")
     assert (divergence["l2"] > 0).any()
     # From the middle of the second epoch, in another folder.
     checkpoints = sorted((whole / "checkpoints").glob("*step=6*.ckpt"))

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from nslightning.callbacks import StepSeed
 from nslightning.commands.run_callbacks import Bar
+from nslightning.exact_csv import read_exactly
 from nslightning.models import ImageClassifier
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`")  # nothing is validated
@@ -56,7 +57,7 @@ def fit(folder, *callbacks, **options):
     trainer.fit(module, data())
     trainer.logger.save()
     file = folder / "metrics.csv"
-    return pd.read_csv(file) if file.exists() else None, logged, trainer
+    return read_exactly(file) if file.exists() else None, logged, trainer
 
 
 @pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 3}, {"max_steps": 7}, {"fast_dev_run": False}])

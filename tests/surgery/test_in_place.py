@@ -48,10 +48,13 @@ class InPlace(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:index_reduce.. is in beta")
+@pytest.mark.parametrize("compiled", [False, True], ids=["Python nodes", "C++ nodes"])
 @pytest.mark.parametrize("afterwards", [False, True], ids=["", "overwritten afterwards"])
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", IN_PLACE)
-def test_in_place_the_gradient_or_the_refusal_is_stocks(name, place, afterwards):
+def test_in_place_the_gradient_or_the_refusal_is_stocks(name, place, afterwards, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr("nslightning.ops.autograd.native._library", lambda: None)
     outcomes = []
     for patched in (False, True):
         model = InPlace(IN_PLACE[name], PLACES[place], afterwards)

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nslightning.exact_csv import read_exactly
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -41,7 +43,7 @@ def read(paths: Sequence[str | Path]) -> pd.DataFrame:
                 f"`nslightning experiment NAME` writes){hint}"
             )
         # A metric is called "nan", and must stay a word.
-        rows = pd.read_csv(file, keep_default_na=False, na_values=[""]).rename(columns={"data": "images"})
+        rows = read_exactly(file, keep_default_na=False, na_values=[""]).rename(columns={"data": "images"})
         if rows.empty:
             raise ValueError(f"{file} is empty: no cell of the experiment is finished yet")
         cells = json.loads(record.read_text())["cells"]

@@ -16,7 +16,7 @@ __all__ = ["searched_learning_rate", "table"]
 
 @lru_cache
 def _read(name: str) -> pd.DataFrame:
-    from nslightning.experiments.exact_csv import read_exactly
+    from nslightning.exact_csv import read_exactly
 
     with files(__name__).joinpath(f"{name}.csv").open() as file:
         return read_exactly(file)

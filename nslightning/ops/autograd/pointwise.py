@@ -359,12 +359,12 @@ def pointwise(operation: str, x: Tensor, selection: Selection, *parameters: Any,
     # In place on a view, autograd would put the node inside another one, where it cannot be asked for its ties. A trace
     # takes no function that works in place, and the compiler loses one that overwrites an input of compiled code.
     apart = torch.compiler.is_compiling() or is_view(x) or is_tracing()
-    if inplace and (transformed or (kernels.saves == "input" and kernels.backward_ is None) or apart):
+    stock_keeps_it = kernels.saves == "output" or kernels.backward_ is not None  # the result, for the backward
+    if inplace and (transformed or not stock_keeps_it or apart):
         # Inside a transform the derivative is formed from the input, whether it is overwritten or not.
         original = x.clone() if transformed else duplicate(x)
         result = function.apply(original, operation, selection, False, not transformed, *settings)
         written = put_in_place(x, result)
-        stock_keeps_it = kernels.saves == "output" or kernels.backward_ is not None
         if stock_keeps_it and not (transformed or torch.compiler.is_compiling()):
             refuse_changes(result.grad_fn, written)
         return written
