@@ -8,11 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
-from torch.utils.checkpoint import CheckpointFunction
 
 from nslightning._torch import (
     exchanges_values,
-    function_of,
     hides_its_inside,
     is_compiled_function,
     number_of,
@@ -21,6 +19,7 @@ from nslightning._torch import (
 from nslightning.jacobians import Jacobians
 from nslightning.ops.autograd.nodes import is_own, kept_ties, operation_of, release, selection_of
 from nslightning.surgery import Plan
+from nslightning.surgery.graph import is_checkpoint, marked
 from nslightning.surgery.patching import surgeries
 from nslightning.surgery.state import this_thread
 
@@ -111,8 +110,8 @@ def refuse_compiled(loss: Tensor) -> None:
 def check_loss(loss: Tensor, model: nn.Module) -> None:
     """Refuse a loss that has no gradient, or that no choice reaches.
 
-    No choice reaches a graph that was made before the model was patched. Autograd numbers the nodes of each thread. The
-    loss of another thread is not judged where it holds a node of the model's patched operations.
+    No choice reaches a graph that was made before the model was patched. Autograd numbers the nodes of each thread, so
+    that another thread's may have lower numbers; but there the model notes in the graph what it computed.
 
     Args:
         loss: The loss.
@@ -139,12 +138,14 @@ def check_loss(loss: Tensor, model: nn.Module) -> None:
         )
     if loss.grad_fn is None:  # a leaf, which depends on no parameter
         return
-    made = [surgery.made for surgery in surgeries(model).values() if surgery.made is not None]
+    of_model = list(surgeries(model).values())
+    made = [surgery.made for surgery in of_model if surgery.made is not None]
     here, number = this_thread(), number_of(loss.grad_fn)
     if not any(thread is here and number < first for thread, first in made):
         return
-    own = {id(selection) for surgery in surgeries(model).values() for selection in surgery.selections.values()}
-    if not any(id(selection_of(node)) in own for node in reachable([loss.grad_fn])):
+    own = {id(selection) for surgery in of_model for selection in surgery.selections.values()}
+    graph = reachable([loss.grad_fn])
+    if not any(id(selection_of(node)) in own or marked(node, of_model) for node in graph):
         raise ValueError(
             "the loss was computed before the model was patched, so that no choice reaches it: patch the model, then "
             "compute the loss again"
@@ -160,7 +161,7 @@ def reruns_forward(loss: Tensor) -> bool:
     Returns:
         Whether it has.
     """
-    return any(function_of(node) is CheckpointFunction for node in reachable([loss.grad_fn]))
+    return any(map(is_checkpoint, reachable([loss.grad_fn])))
 
 
 def communicates(loss: Tensor) -> bool:

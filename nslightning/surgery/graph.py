@@ -11,11 +11,24 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction
 
 from nslightning._torch import function_of, has_formula_of_torch, is_control_flow, number_of
 from nslightning.surgery.kinks import kink
 
-__all__ = ["MOST", "OF_MODULES", "Foreign", "foreign_nodes", "kinds", "nodes", "structure", "tensors"]
+__all__ = [
+    "MOST",
+    "OF_MODULES",
+    "Foreign",
+    "foreign_nodes",
+    "is_checkpoint",
+    "kinds",
+    "mark",
+    "marked",
+    "nodes",
+    "structure",
+    "tensors",
+]
 
 # These are linear in the features. Their boxes get no gradient.
 _SMOOTH = ("torchvision_roi_align_default", "torchvision_ps_roi_align_default")
@@ -24,6 +37,7 @@ _OPAQUE = (str, bytes, int, float, complex, bool, type(None), type, ModuleType, 
            MethodType, torch.dtype, torch.device, torch.Generator)  # fmt: skip
 #: The attributes of a module that PyTorch or the surgery made.
 OF_MODULES = frozenset((*vars(nn.Module()), "_nonsmooth_part")) - {"_buffers"}  # parameters, parts, hooks
+_MARK = "nslightning"
 #: A search through the attributes of a module looks into at most this number of objects.
 MOST = 10_000
 
@@ -93,6 +107,44 @@ def nodes(output: Iterable[Tensor], inputs: Iterable[Tensor]) -> Iterator[Any]:
         seen.add(node)
         yield node
         todo += [below for below, _ in node.next_functions if below is not None]
+
+
+def is_checkpoint(node: Any) -> bool:
+    """Return whether a backward node is that of a checkpoint of ``use_reentrant=True``.
+
+    Args:
+        node: A backward node.
+
+    Returns:
+        Whether its backward runs the forward again, which ran without gradients.
+    """
+    return function_of(node) is CheckpointFunction
+
+
+def mark(output: Iterable[Tensor], surgery: object) -> None:
+    """Note in the graph of tensors that a patched model made them.
+
+    Args:
+        output: Tensors that the model made.
+        surgery: The model's surgery.
+    """
+    for x in output:
+        if x.grad_fn is not None:
+            metadata: Any = x.grad_fn.metadata  # the stubs take it for a method
+            metadata.setdefault(_MARK, set()).add(id(surgery))
+
+
+def marked(node: Any, surgeries: Iterable[object]) -> bool:
+    """Return whether a backward node is the last of what a patched model computed, as :func:`mark` noted.
+
+    Args:
+        node: A backward node.
+        surgeries: The surgeries of the model and its parts.
+
+    Returns:
+        Whether one of them noted it.
+    """
+    return not set(map(id, surgeries)).isdisjoint(node.metadata.get(_MARK, ()))
 
 
 def tensors(*values: Any) -> Iterator[Tensor]:

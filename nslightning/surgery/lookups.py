@@ -1,8 +1,8 @@
-"""Patches properties and special methods such as ``__call__``, which Python looks up on the class.
+"""Patches properties, descriptors and special methods such as ``__call__``, which Python looks up on the class.
 
 An attribute of the instance cannot replace these. While a patched instance lives, its class holds a replacement: a
-property or a function of the same name, which checks whether the instance is patched. Other instances of the class run
-the code that they ran before.
+property, a descriptor or a function of the same name, which checks whether the instance is patched. Other instances of
+the class run the code that they ran before.
 """
 
 from __future__ import annotations
@@ -32,47 +32,42 @@ _NO_TENSOR = frozenset((
 _OF_MODULES = frozenset(dir(nn.Module)) - {"__call__"}
 
 
-def lookups(cls: type, own: Callable[[type], bool]) -> Iterator[tuple[type, str]]:
-    """The properties and special methods of a class whose code may call functions.
+def lookups(cls: type, own: Callable[[type], bool]) -> Iterator[tuple[type, str, str]]:
+    """The properties, descriptors and special methods of a class whose code may call functions.
 
     Args:
         cls: The class of a module.
         own: Whether a class comes from a model's code, and not from a library.
 
     Yields:
-        The class that defines it, and its name.
+        The class that defines it, its name, and when Python runs the code: ``"read"``, ``"set"`` or ``"call"``.
     """
-    for definer in cls.__mro__:
-        if not own(definer):
-            continue
+    for definer in filter(own, cls.__mro__):
         for name, value in vars(definer).items():
-            special = name.startswith("__") and name.endswith("__")
-            if special and (name in _NO_TENSOR or name in _OF_MODULES or not isinstance(value, FunctionType)):
-                continue
-            if (special or isinstance(value, (property, cached_property))) and any(map(_calls, _codes(value))):
-                yield definer, name
+            yield from ((definer, name, when) for when, function in _functions(name, value).items() if _calls(function))
 
 
 class Looked(Caller):
-    """The property or the special method of one patched module.
+    """The property, the descriptor or the special method of one patched module.
 
     Args:
         module: The module.
-        name: The name of the property or the method.
+        name: The name of the attribute or the method.
         part: The surgery's record of the module.
         definer: The class that defines it.
+        when: When Python runs the code, as in :func:`lookups`.
     """
 
-    def __init__(self, module: nn.Module, name: str, part: Part, definer: type) -> None:
-        self.definer = definer
+    def __init__(self, module: nn.Module, name: str, part: Part, definer: type, when: str) -> None:
+        self.definer, self.when = definer, when
         followed = _followed.get((definer, name)) or _Followed(definer, name)
-        self.function = followed.function
+        self.function = followed.functions[when]
         super().__init__(module, name, part)
         self.returns_results = name == "__call__"
         self.release = followed.used_by(self)
 
     def stock(self, module: nn.Module) -> Callable[..., Any]:
-        """The code of the getter or of the special method.
+        """The code of the getter, the setter or the special method.
 
         Args:
             module: The module, or a shallow copy of it.
@@ -85,24 +80,27 @@ class Looked(Caller):
         return MethodType(self.function, module)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("definer", "function", "release"):
+        if name in ("definer", "when", "function", "release"):
             raise AttributeError(name)
         return super().__getattr__(name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Looked:
-        return Looked(copy.deepcopy(self.module, memo), self.name, copy.deepcopy(self.part, memo), self.definer)
+        module, part = copy.deepcopy(self.module, memo), copy.deepcopy(self.part, memo)
+        return Looked(module, self.name, part, self.definer, self.when)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return Looked, (self.module, self.name, self.part, self.definer)
+        return Looked, (self.module, self.name, self.part, self.definer, self.when)
 
 
 class _Followed:
-    """Replaces a property or a special method in its class while at least one patched instance needs it."""
+    """Replaces an attribute of a class while at least one patched instance needs it."""
 
     def __init__(self, definer: type, name: str) -> None:
         self.definer, self.name, self.users = definer, name, 0
         self.before = vars(definer)[name]
-        self.function, self.after = _entrance(self.before, (definer, name))
+        self.functions = _functions(name, self.before)
+        asking = {when: _asking(function, (definer, name, when)) for when, function in self.functions.items()}
+        self.after = _replacement(self.before, asking)
         _followed[definer, name] = self
         type.__setattr__(definer, name, self.after)
 
@@ -124,22 +122,103 @@ class _Followed:
 _followed: dict[tuple[type, str], _Followed] = {}
 
 
-def _entrance(value: Any, key: tuple[type, str]) -> tuple[Callable[..., Any], Any]:
-    """The code of a property or a special method, and the replacement that runs it through a patched module."""
+def _functions(name: str, value: Any) -> dict[str, Callable[..., Any]]:
+    """The functions of a class attribute that Python runs itself: when it is read or set, or by a special syntax."""
+    if name.startswith("__") and name.endswith("__"):
+        special = isinstance(value, FunctionType) and name not in _NO_TENSOR and name not in _OF_MODULES
+        return {"call": value} if special else {}
     if isinstance(value, property):
-        assert value.fget is not None
-        return value.fget, value.getter(_asking(value.fget, key))
+        found = {"read": value.fget, "set": value.fset}
+    elif isinstance(value, cached_property):
+        found = {"read": value.func}
+    elif _is_attribute(value):
+        found = {"read": _getter(value, name), "set": _setter(value)}
+    else:
+        return {}
+    return {when: function for when, function in found.items() if function is not None}
+
+
+def _is_attribute(value: Any) -> bool:
+    """Return whether an object in a class is a descriptor that stands for a value, and not for a method."""
+    cls = type(value)
+    if cls.__module__ in ("builtins", "functools") or not (hasattr(cls, "__get__") or hasattr(cls, "__set__")):
+        return False
+    return hasattr(cls, "__set__") or not callable(value)
+
+
+def _getter(descriptor: Any, name: str) -> Callable[[Any], Any]:
+    get = getattr(type(descriptor), "__get__", None)
+
+    def getter(module: Any) -> Any:
+        if get is None:  # Python then takes the instance's attribute
+            return vars(module).get(name, descriptor)
+        return get(descriptor, module, type(module))
+
+    return getter
+
+
+def _setter(descriptor: Any) -> Callable[[Any, Any], Any] | None:
+    set_value = getattr(type(descriptor), "__set__", None)
+    return None if set_value is None else lambda module, value: set_value(descriptor, module, value)
+
+
+class _Descriptor:
+    """Stands for a descriptor in its class."""
+
+    def __init__(self, value: Any, read: Callable[[Any], Any]) -> None:
+        self._value, self._read = value, read
+
+    def __get__(self, module: Any, owner: type | None = None) -> Any:
+        if module is None:
+            return self._value.__get__(None, owner) if hasattr(type(self._value), "__get__") else self._value
+        return self._read(module)
+
+    @property  # type: ignore[misc] # a read-only `__class__`
+    def __class__(self) -> type:
+        return type(self._value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("_value", "_read"):
+            raise AttributeError(name)
+        return getattr(self._value, name)
+
+
+class _SettableDescriptor(_Descriptor):
+    """Stands for a descriptor that sees an attribute being set."""
+
+    def __init__(self, value: Any, read: Callable[[Any], Any], write: Callable[[Any, Any], Any]) -> None:
+        super().__init__(value, read)
+        self._write = write
+
+    def __set__(self, module: Any, value: Any) -> None:
+        self._write(module, value)
+
+    def __delete__(self, module: Any) -> None:
+        self._value.__delete__(module)
+
+
+def _replacement(value: Any, asking: dict[str, Callable[..., Any]]) -> Any:
+    """What the class holds in the place of a value: it runs the value's functions through a patched module."""
+    if "call" in asking:
+        return asking["call"]
+    if isinstance(value, property):
+        value = value.getter(asking["read"]) if "read" in asking else value
+        return value.setter(asking["set"]) if "set" in asking else value
     if isinstance(value, cached_property):
-        new = copy.copy(value)
-        new.func = _asking(value.func, key)
-        return value.func, new
-    return value, _asking(value, key)
+        cached = copy.copy(value)
+        cached.func = asking["read"]
+        return cached
+    return (
+        _SettableDescriptor(value, asking["read"], asking["set"])
+        if "set" in asking
+        else _Descriptor(value, asking["read"])
+    )
 
 
-def _asking(function: Callable[..., Any], key: tuple[type, str]) -> Callable[..., Any]:
+def _asking(function: Callable[..., Any], key: tuple[type, str, str]) -> Callable[..., Any]:
     @wraps(function)
     def entrance(self: Any, *args: Any, **kwargs: Any) -> Any:
-        part: Part | None = self.__dict__.get(PART)
+        part: Part | None = self.__dict__.get(PART) if isinstance(self, nn.Module) else None
         looked = None if part is None else part.lookups.get(key)
         return function(self, *args, **kwargs) if looked is None else looked(*args, **kwargs)
 
@@ -147,12 +226,7 @@ def _asking(function: Callable[..., Any], key: tuple[type, str]) -> Callable[...
     return entrance
 
 
-def _codes(value: Any) -> Iterator[Any]:
-    getter = value.fget if isinstance(value, property) else getattr(value, "func", value)
-    if isinstance(getter, FunctionType):
-        yield getter.__code__
-
-
-def _calls(code: Any) -> bool:
+def _calls(function: Callable[..., Any]) -> bool:
     """Return whether code calls anything. Code without a call combines values by operators, which have no kinks."""
-    return any(line.opname.startswith("CALL") for line in dis.get_instructions(code))
+    code = getattr(function, "__code__", None)
+    return code is not None and any(line.opname.startswith("CALL") for line in dis.get_instructions(code))

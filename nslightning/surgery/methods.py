@@ -42,7 +42,7 @@ from nslightning._torch import (
 )
 from nslightning.ops.autograd import native
 from nslightning.ops.record import FUNCTIONS, OPERATIONS, positional
-from nslightning.surgery.graph import foreign_nodes, kinds, nodes, structure, tensors
+from nslightning.surgery.graph import foreign_nodes, is_checkpoint, kinds, mark, nodes, structure, tensors
 from nslightning.surgery.interception import (
     FunctionalCalls,
     begun,
@@ -54,10 +54,22 @@ from nslightning.surgery.interception import (
 from nslightning.surgery.report import PatchReport, PatchWarning, TracedUnreachedError
 from nslightning.surgery.state import Part
 
-__all__ = ["Caller", "ClassName", "LeftAlone", "Method", "SiteForward", "SiteText", "accessors", "nothing_to_patch"]
+__all__ = [
+    "Caller",
+    "ClassName",
+    "Entry",
+    "LeftAlone",
+    "Method",
+    "Reduction",
+    "SiteForward",
+    "SiteText",
+    "accessors",
+    "binds_itself",
+    "nothing_to_patch",
+]
 
 #: The code objects that call a method of a patched module; their local variable `self` is the module.
-accessors: set[CodeType] = {getattr(nn.Module, call_with_hooks()).__code__}
+accessors: set[CodeType] = {nn.Module.__call__.__code__, getattr(nn.Module, call_with_hooks()).__code__}
 _NONE = object()
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -96,7 +108,7 @@ class Method(metaclass=_MethodType):
         self.ref, self.name, self.part, self.replaced = weakref.ref(module), name, part, replaced
         defined = inspect.getattr_static(type(module), name, None)
         self.unbound = isinstance(defined, (staticmethod, classmethod))  # it does not take the module as an argument
-        self.descriptor = defined if isinstance(defined, (partialmethod, singledispatchmethod)) else None
+        self.descriptor: Any = defined if binds_itself(defined) else None
         self.kind = type(self.stock(module))
         for attribute in ("__doc__", "__module__", "__annotations__"):  # otherwise Python finds those of this class
             self.__dict__[attribute] = getattr(self.stock(module), attribute, None)
@@ -129,7 +141,7 @@ class Method(metaclass=_MethodType):
         if self.is_replacement:
             return self.replaced  # type: ignore[no-any-return] # of the user's class: any type
         if self.descriptor is not None:  # the class returns no plain function for it
-            return self.descriptor.__get__(module, type(module))
+            return self.descriptor.__get__(module, type(module))  # type: ignore[no-any-return] # the same
         method = getattr(type(module), self.name)
         if self.unbound:
             return method  # type: ignore[no-any-return] # of the user's class: any type
@@ -148,7 +160,10 @@ class Method(metaclass=_MethodType):
 
     def __getattr__(self, name: str) -> Any:
         if name == "__globals__":
-            raise AttributeError("torch.jit.script drops the Jacobian choice: unpatch the model first")
+            raise AttributeError(
+                "torch.jit.script drops the Jacobian choice: unpatch the model first (for cloudpickle, too, where a "
+                "lambda is an attribute)"
+            )
         if name in _OF_METHODS or name in _PICKLING:
             raise AttributeError(name)  # the object is not initialised yet
         return getattr(self.stock(self.module), name)
@@ -207,6 +222,52 @@ class Method(metaclass=_MethodType):
             return getattr, (self.module, self.name)
         kept = (self.replaced,) if self.is_replacement else ()
         return _unpickled, (type(self), self.module, self.name, self.part, *kept)
+
+
+def binds_itself(value: Any) -> bool:
+    """Return whether an object in a class makes the method itself when it is read, as a decorator's object may.
+
+    Args:
+        value: What the class has under the method's name.
+
+    Returns:
+        False for functions, and for what is no method.
+    """
+    if isinstance(value, (partialmethod, singledispatchmethod)):
+        return True
+    cls = type(value)
+    if cls.__module__ in ("builtins", "functools") or not callable(value):
+        return False
+    return hasattr(cls, "__get__") and not hasattr(cls, "__set__")
+
+
+class Reduction(Method):
+    """The method that tells :mod:`copy` and :mod:`pickle` what a module is made of.
+
+    A shallow copy has the attributes of its original. It needs methods of its own, which read the copy.
+    """
+
+    def __call__(self, protocol: Any) -> Any:
+        """What the module is made of."""
+        reduced = self.stock(self.module)(protocol)
+        if isinstance(reduced, str) or sys._getframe(1).f_code is not copy.copy.__code__:
+            return reduced
+        return _shallow_copy, reduced
+
+
+def _shallow_copy(*reduced: Any) -> Any:
+    copied = copy._reconstruct(None, None, *reduced)  # type: ignore[attr-defined] # private, as `copy.copy` calls it
+    _adopt(copied)
+    return copied
+
+
+def _adopt(copied: nn.Module) -> None:
+    """Give a shallow copy, and the copies inside it, their own methods in the place of those of the original."""
+    for module in copied.modules():
+        for name, method in list(vars(module).items()):
+            if issubclass(type(method), Method) and method.name == name and method.ref() is not module:
+                kept = (method.replaced,) if method.is_replacement else ()
+                module.__dict__[name] = type(method)(module, name, method.part, *kept)
 
 
 def _unpickled(cls: type[Method], module: nn.Module, name: str, part: Part, *replaced: Any) -> Any:
@@ -393,7 +454,7 @@ class Caller(Method):
         if (tracer := fx_tracer((*args, *kwargs.values()))) is not None:
             if not self.part.may_call:
                 return method(*args, **kwargs)
-            if self.name != "forward":
+            if self.name not in ("forward", call_with_hooks()):
                 raise RuntimeError(_FX)
             # A leaf of the graph: the graph calls the module, and the module keeps the choice.
             return tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)
@@ -462,7 +523,12 @@ class Caller(Method):
         recording = torch.is_grad_enabled() and surgery.records(key)
         seen = surgery.catching or recording or surgery.counted or surgery.watched
         if not (seen or other_function_modes(FunctionalCalls)):
-            return method(*args, **kwargs)
+            start = sequence_number()
+            result = method(*args, **kwargs)
+            surgery.noted(key, sequence_number() - start)
+            if surgery.elsewhere:
+                mark(tensors(result), surgery)
+            return result
         run = FunctionalCalls(surgery, part, recording)
         run.entered.add(key)
         if recording or run.others:
@@ -474,6 +540,8 @@ class Caller(Method):
             start = sequence_number()
             result = method(*args, **kwargs)
             run.spans.append((start, sequence_number(), part))
+        if surgery.elsewhere:
+            mark(tensors(result), surgery)
         if (driven := self._suspended(method, args, result)) is not None:
             return driven
         self._finish(run, module, (args, kwargs), result)
@@ -676,8 +744,11 @@ class Caller(Method):
             if run.recording or (path not in surgery.looked and surgery.looks_again(entrance)):
                 _look(run, module, arguments, result)
                 surgery.checked(entrance, path, run.recording)
-        computed = bool(run.evaluations) or (self.returns_results and _has_gradient(result))
-        first = not report.traced and run.differentiating and computed
+                surgery.counts.add(end - start)
+        first = not report.traced and run.differentiating
+        if first and not run.evaluations:  # a reentrant checkpoint computes without gradients until its backward
+            first = self.returns_results and _has_gradient(result)
+            first = first and not any(map(is_checkpoint, nodes(tensors(result), _inputs(run, arguments))))
         for site, evaluations in run.evaluations.values():
             site.calls = site.calls or evaluations
         report.traced |= first
@@ -687,6 +758,15 @@ class Caller(Method):
         elif first and self.part.names[0] == "":
             for hint in surgery.idle(module):
                 warnings.warn(hint, PatchWarning, stacklevel=4)
+
+
+class Entry(Caller):
+    """A lambda that a module keeps in a table."""
+
+    @property
+    def stands(self) -> bool:
+        """Return whether the table has it in the lambda's place."""
+        return not self.part.undone
 
 
 class _Steps:
@@ -766,12 +846,14 @@ def _traced_custom_functions() -> Iterator[str]:
 
 
 def _accessor(method: Method, depth: int) -> nn.Module:
-    """The module on which a method was looked up: a shallow copy shares the object with the module it was copied from.
+    """The module on which a method was looked up: a shallow copy may share the object with its original.
 
-    ``nn.DataParallel`` makes such copies, one per device.
+    ``nn.DataParallel`` makes such copies, one per device. The first call gives them their own methods.
     """
     frame = sys._getframe(depth)
     if frame.f_code in accessors and isinstance(caller := frame.f_locals.get("self"), nn.Module):
+        if caller is not method.ref():
+            _adopt(caller)
         return caller
     return method.module
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import is_dataclass, replace
-from functools import cache, partial, partialmethod, singledispatchmethod
+from functools import cache, partial
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -24,7 +24,18 @@ from nslightning.spelling import closest
 from nslightning.surgery.graph import MOST, OF_MODULES
 from nslightning.surgery.hooks import REGISTRATIONS, HookRegistration, has_own_hooks, of_library
 from nslightning.surgery.lookups import Looked, lookups
-from nslightning.surgery.methods import Caller, ClassName, LeftAlone, Method, SiteForward, SiteText, nothing_to_patch
+from nslightning.surgery.methods import (
+    Caller,
+    ClassName,
+    Entry,
+    LeftAlone,
+    Method,
+    Reduction,
+    SiteForward,
+    SiteText,
+    binds_itself,
+    nothing_to_patch,
+)
 from nslightning.surgery.plan import AnyChoice, Plan, Selector, matches, text, to_choice
 from nslightning.surgery.report import PatchReport, PatchWarning, Site, UnreachedError
 from nslightning.surgery.state import PART, Part, Surgery
@@ -377,7 +388,7 @@ def _refuse(model: nn.Module) -> None:
             )
 
 
-_KINDS = (Caller, ClassName, HookRegistration, LeftAlone, SiteForward, SiteText)
+_KINDS = (Caller, ClassName, Entry, HookRegistration, LeftAlone, Reduction, SiteForward, SiteText)
 _BASE = frozenset(dir(nn.Module))  # names that PyTorch's class defines
 
 
@@ -390,7 +401,8 @@ def _install(module: nn.Module, part: Part, methods: Mapping[str, type[Method]])
     part.methods = tuple(methods)
     if part.calls:
         part.lookups = {
-            (definer, name): Looked(module, name, part, definer) for definer, name in lookups(type(module), _own)
+            (definer, name, when): Looked(module, name, part, definer, when)
+            for definer, name, when in lookups(type(module), _own)
         }
     module.__dict__.update(attributes)
     if (kept_by_copies := kept_attributes(module)) is not None:
@@ -406,10 +418,11 @@ def _restore(modules: Iterable[nn.Module]) -> None:
             method: Any = module.__dict__.get(name)
             if type(method) not in _KINDS:
                 continue  # the user set another attribute after the patch
-            del module.__dict__[name]
             method.retire()
             if method.is_replacement:
-                module.__dict__[name] = method.replaced
+                module.__dict__[name] = method.replaced  # in the place that it had
+            else:
+                del module.__dict__[name]
         for container, key, before, after in part.kept:
             entries = _entries(module if container is None else container)
             if _entry(entries, key) is after:
@@ -442,7 +455,8 @@ class _KeptMethods:
 
     def replaced(self, value: Any) -> Any:
         if type(value) in (FunctionType, MethodType):
-            return _of_surgery(value, self.module, self.surgery)
+            after = _of_surgery(value, self.module, self.surgery)
+            return self.entrance(value) if after is value and _has_no_name(value) else after
         if type(value) is partial:
             function = self.replaced(value.func)
             return value if function is value.func else partial(function, *value.args, **value.keywords)
@@ -458,6 +472,14 @@ class _KeptMethods:
             self.seen.add(id(value))
             self.replace_entries(value, _entries(value))
         return value
+
+    def entrance(self, function: Any) -> Any:
+        """The entrance of a lambda in a table, made once. The surgery replaces those in the attributes themselves."""
+        known = next((method for _, _, before, method in self.changes if before is function), None)
+        part = self.surgery.part(self.module)
+        if known is not None or part is None:
+            return known or function
+        return Entry(self.module, f"{function.__qualname__} ({len(self.changes)})", part, function)
 
     def replace_entries(self, container: Any, entries: Any, without: frozenset[str] = frozenset()) -> None:
         for key, before in list(entries.items() if isinstance(entries, dict) else enumerate(entries)):
@@ -523,19 +545,31 @@ def _own_entrances(module: nn.Module) -> Iterator[str]:
     seen: set[str] = set()
     for cls in filter(_own, type(module).__mro__):
         for name, method in vars(cls).items():
-            if name in seen or name.startswith("__") or (name in _BASE and name != "forward"):
+            if name in seen or name.startswith("__") or (name in _BASE and name not in ("forward", call_with_hooks())):
                 continue
             seen.add(name)
-            if name not in module.__dict__ and isinstance(method, _METHODS):
+            if name not in module.__dict__ and (isinstance(method, _METHODS) or _binds(method, module)):
                 yield name
     for name, value in vars(module).items():  # lambdas and partials; code may compare a named function with itself
-        if (isinstance(value, FunctionType) and "<" in value.__qualname__) or isinstance(value, partial):
+        if _has_no_name(value) or isinstance(value, partial):
             yield name
 
 
-_METHODS = (
-    FunctionType, staticmethod, classmethod, partialmethod, singledispatchmethod, type(cache(len)),
-)  # fmt: skip
+def _has_no_name(value: Any) -> bool:
+    """Return whether a value is a lambda or a local function."""
+    return isinstance(value, FunctionType) and "<" in value.__qualname__
+
+
+_METHODS = (FunctionType, staticmethod, classmethod, type(cache(len)))
+
+
+def _binds(value: Any, module: nn.Module) -> bool:
+    """Return whether an object in a class makes a method of a module, as an object does that a decorator returned."""
+    if not binds_itself(value):
+        return False
+    with suppress(Exception):  # the user's code: any error
+        return callable(value.__get__(module, type(module)))
+    return False
 
 
 def _own(cls: type) -> bool:
@@ -596,11 +630,14 @@ def _find(model: nn.Module, surgery: Surgery) -> Iterator[tuple[nn.Module, Part,
             elif isinstance(module, Caller.FUSED) or unsupported is not None or module is model:
                 methods = {"forward": Caller} | ({"_get_name": ClassName} if module is model else {})
         if module is model and unreached != "scripted":
-            methods |= dict.fromkeys(REGISTRATIONS, HookRegistration)
-            if has_own_hooks(module):
+            if part.calls or has_own_hooks(module):  # also for a `forward` that is set later, as Accelerate does
                 methods[call_with_hooks()] = Caller
+            else:
+                methods |= dict.fromkeys(REGISTRATIONS, HookRegistration)
         if module is model and type(module).forward is nn.Module.forward and "forward" not in module.__dict__:
             methods.pop("forward", None)  # the model defines no forward
+        if methods and "__reduce_ex__" not in module.__dict__:
+            methods["__reduce_ex__"] = Reduction
         if unreached is not None and part.chosen:
             part.site = Site(name, unreached, None, "unreached", kind, tuple(aliases), inplace)
         yield module, part, methods

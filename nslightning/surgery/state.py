@@ -73,6 +73,7 @@ class Surgery:
         awaited: Paths that a run took while nodes were not recorded, and how many runs are still recorded for each.
         begun: Number of runs with gradients of each entrance.
         looks: Number of checks of the graph of each entrance.
+        counts: Numbers of backward nodes that checked runs made.
         waking: By entrance, whether its next run that is called without gradients has a mode, to see whether its code
             switches them on, and how often this was looked at; None once it was seen to do so.
         sites: The objects that run the module sites.
@@ -101,6 +102,7 @@ class Surgery:
         self.awaited: dict[Any, int] = {}
         self.begun: dict[Any, int] = {}
         self.looks: dict[Any, int] = {}
+        self.counts: set[int] = set()
         self.waking: dict[Any, tuple[bool, int | None]] = {}
         self.sites: WeakSet[Any] = WeakSet()
         self.made: tuple[object, int] | None = (this_thread(), sequence_number())
@@ -108,11 +110,27 @@ class Surgery:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copied site adds itself to `sites`; the others refer to parts or a thread by identity: no copy keeps them.
-        fresh = ("sites", "looked", "awaited", "begun", "looks", "waking", "made")
+        fresh = ("sites", "looked", "awaited", "begun", "looks", "counts", "waking", "made")
         return {name: value for name, value in self.__dict__.items() if name not in fresh}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, sites=WeakSet(), looked=set(), awaited={}, begun={}, looks={}, waking={}, made=None)
+        self.__dict__.update(state, sites=WeakSet(), looked=set(), counts=set(), made=None)
+        self.__dict__.update(awaited={}, begun={}, looks={}, waking={})
+
+    @property
+    def elsewhere(self) -> bool:
+        """Return whether another thread than the one that patched the model is running."""
+        return self.made is not None and self.made[0] is not this_thread()
+
+    def noted(self, entrance: Any, count: int) -> None:
+        """Note how many backward nodes a run made that was not checked: a new number has the next run checked.
+
+        Args:
+            entrance: As in :meth:`records`.
+            count: The number.
+        """
+        if count not in self.counts and self.looks_again(entrance):
+            self.looked.discard(entrance)
 
     @property
     def first_node(self) -> int:
@@ -346,8 +364,8 @@ class Part:
         operation: The operation that reaches the site, if one does.
         cls: The registered class that says how the operation reads the module.
         methods: The names under which the module has methods of the surgery's.
-        lookups: The surgery's replacements for the module's properties and special methods, by the class that defines
-            them and their names.
+        lookups: The surgery's replacements for the module's properties, descriptors and special methods, by the class
+            that defines them, their names, and when Python runs them.
         kept: The places in the module's attributes where the surgery replaced a bound method: the container (None for
             the module itself), the key or index, the value before and the value after.
         undone: Whether the patch was undone; a method object that code has kept then runs the stock method.
@@ -362,7 +380,7 @@ class Part:
     operation: Operation | None = None
     cls: type[nn.Module] | None = None
     methods: tuple[str, ...] = ()
-    lookups: dict[tuple[type, str], Any] = field(default_factory=dict)
+    lookups: dict[tuple[type, str, str], Any] = field(default_factory=dict)
     kept: list[tuple[Any, Any, Any, Any]] = field(default_factory=list)
     undone: bool = False
 

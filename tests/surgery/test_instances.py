@@ -344,6 +344,122 @@ def test_a_shallow_copy_runs_its_own_attributes():
     assert model(torch.tensor([-1.0])).item() == -0.5
 
 
+class Owner(nn.Module):
+    """Calls methods of its own and of its part; each reads an attribute that a copy may have otherwise."""
+
+    def __init__(self, part=None):
+        super().__init__()
+        self.k, self.scale, self.part = nn.Parameter(torch.zeros(3)), 1.0, part
+
+    def encode(self, x):
+        return F.relu(self.k) * self.scale + x
+
+    def forward(self, x):
+        return self.encode(x) + (0 if self.part is None else self.part.encode(x))
+
+
+def replicated(model, value):
+    """A replica as nn.DataParallel makes it, with other parameters."""
+    replicas = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, replica in replicas.items():
+        for name, child in module.named_children():
+            setattr(replica, name, replicas[child])
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(replica, name, torch.full_like(parameter, value, requires_grad=True))
+    return replicas[model]
+
+
+@pytest.mark.parametrize("call", [Owner.encode, Owner.__call__], ids=["method", "call"])
+def test_the_methods_of_a_shallow_copy_read_the_copy(call):
+    call = call.__name__
+    model = Owner()
+    patch(model, HALF)
+    twin = copy.copy(model)
+    twin.scale = 3.0
+    assert slope(getattr(twin, call)(X), model) == [1.5] * 3
+    assert slope(getattr(model, call)(X), model) == [0.5] * 3
+    unpatch(model)
+    assert slope(getattr(twin, call)(X), model) == slope(getattr(model, call)(X), model) == [0.0] * 3
+
+
+def test_the_methods_of_a_replica_run_with_its_own_parameters():
+    model = Owner(Owner())
+    stock = copy.deepcopy(model)
+    patch(model, HALF)
+    for value in (0.0, 2.0, 0.0):
+        replica = replicated(model, value)
+        assert torch.equal(replica(X), replicated(stock, value)(X))
+        assert slope(replica(X), replica) == slope(replica(X), replica.part) == [0.5 if value == 0 else 1.0] * 3
+    assert slope(model(X), model) == [0.5] * 3
+
+
+def test_a_forward_that_is_set_after_the_patch_takes_the_choice():
+    """Accelerate takes the function of the method, wraps it, and makes it the forward."""
+    model, x = Net(), X
+    patch(model, HALF)
+    function = model.forward.__func__
+    model.forward = MethodType(lambda self, x: function(self, x), model)
+    assert slope(model(x), model) == [0.25] * 3
+    model.forward = lambda x: F.relu(model.k) + x
+    assert slope(model(x), model) == [0.5] * 3
+
+
+def test_a_call_that_a_class_overrides_takes_the_choice():
+    class Calling(Net):
+        def _call_impl(self, *args, **kwargs):
+            return F.relu(self.k) + super()._call_impl(*args, **kwargs)
+
+    model = Calling()
+    patch(model, HALF)
+    assert slope(model(X), model) == [0.75] * 3
+
+
+def test_unpatch_keeps_the_order_of_the_attributes():
+    model = Net()
+    model.forward = functools.partial(Net.forward, model, scale=2.0)
+    model.last = 1
+    before = list(vars(model).items())
+    patch(model, HALF)
+    unpatch(model)
+    assert list(vars(model).items()) == before
+
+
+def test_a_part_that_a_model_without_code_gets_later_is_named():
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    patch(model, HALF)
+    for _ in range(20):
+        model(X)
+    model.append(nn.ReLU())
+    with pytest.raises(ValueError, match="ReluBackward0"):
+        [model(X) for _ in range(2)]
+
+
+def test_lambdas_in_tables_are_entrances():
+    class Lambdas(Net):
+        def __init__(self):
+            super().__init__()
+            one = lambda x: F.relu(x)  # noqa: E731 # what is tested
+            self.table = {"one": one, "more": [one, (lambda x: 2 * F.relu(x),)]}
+
+    def slopes(m):
+        more = m.table["more"]
+        assert m.table["one"] is more[0]
+        return [slope(f(m.k), m)[0] for f in (m.table["one"], more[0], more[1][0])]
+
+    model = Lambdas()
+    before = str(model.table)
+    patch(model, HALF)
+    twin = copy.deepcopy(model)
+    assert slopes(model) == slopes(twin) == [0.5, 0.5, 1.0]
+    with using(twin, Jacobians(relu=0.25)):
+        assert (slopes(model), slopes(twin)) == ([0.5, 0.5, 1.0], [0.25, 0.25, 0.5])
+    unpatch(model)
+    assert str(model.table) == before
+    assert (slopes(model), slopes(twin)) == ([0.0] * 3, [0.5, 0.5, 1.0])
+    unpatch(twin)
+    assert slopes(twin) == [0.0] * 3
+
+
 # ---------------------------------------------------------------------------------------------------- entrances
 ENTRANCES = {
     "forward": lambda m: m(X) - m.act(m.k) + m.act(m.k),
@@ -963,6 +1079,37 @@ class Named(nn.Module):
         return F.relu(self.k)
 
 
+class Lazy:
+    """A descriptor that computes a value."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __get__(self, module, owner=None):
+        return self if module is None else self.function(module)
+
+
+class Checked(Lazy):
+    """A descriptor that sees the attribute being set."""
+
+    def __set__(self, module, value):
+        vars(module)["checked_"] = F.relu(module.k) * value
+
+
+class Decorated:
+    """What a decorator returns: an object that makes the methods itself."""
+
+    def __init__(self, function):
+        functools.update_wrapper(self, function)
+        self.function = function
+
+    def __call__(self, *args):
+        return self.function(*args)
+
+    def __get__(self, module, owner=None):
+        return self if module is None else MethodType(self, module)
+
+
 class LookedUp(Named):
     """Code that Python looks up on the class."""
 
@@ -974,6 +1121,17 @@ class LookedUp(Named):
     def gap(self):
         """The gap."""
         return 2 * super().gap
+
+    @gap.setter
+    def gap(self, value):
+        vars(self)["gap_"] = F.relu(self.k) * value
+
+    @Decorated
+    def decorated(self, x):
+        return F.relu(self.k) + x
+
+    lazy = Lazy(lambda self: F.relu(self.k))
+    checked = Checked(lambda self: self.checked_)
 
     @functools.cached_property
     def bound(self):
@@ -1006,6 +1164,10 @@ class LookedUp(Named):
 
 LOOKED_UP = {
     "property over another": (lambda m: m.gap, 2.0),
+    "setter": (lambda m: setattr(m, "gap", 3.0) or vars(m).pop("gap_"), 3.0),
+    "descriptor": (lambda m: m.lazy, 1.0),
+    "setter of a descriptor": (lambda m: setattr(m, "checked", 3.0) or m.checked, 3.0),
+    "object of a decorator": (lambda m: m.decorated(X), 1.0),
     "cached property": (lambda m: m.bound, 1.0),
     "index": (lambda m: m[:], 1.0),
     "operator": (lambda m: m @ torch.eye(3), 1.0),
@@ -1030,6 +1192,8 @@ def test_what_python_looks_up_on_the_class_takes_the_choice(name):
         "The gap.",
         inspect.signature(classes[LookedUp]["__matmul__"]),
     )
+    assert isinstance(vars(LookedUp)["lazy"], Lazy)
+    assert LookedUp.lazy.function is classes[LookedUp]["lazy"].function
     vars(model).pop("bound", None)
     unpatch(model)
     assert slope(call(model), model) == [0.0] * 3

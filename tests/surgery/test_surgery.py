@@ -1311,6 +1311,23 @@ def test_reentrant_checkpoints_of_modules():
     assert model.block.conv.bias.grad[1] != 0
 
 
+def test_calls_in_a_reentrant_checkpoint_alone_are_listed_after_the_backward():
+    class Alone(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part = Functional(F.relu)
+
+        def forward(self, x):
+            return checkpoint(self.part, x, use_reentrant=True)
+
+    model, x = Alone(), torch.randn(2, 2, 4, 4, requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PatchWarning)  # no "has nothing to patch"
+        patch(model, Jacobians())
+        model(x).sum().backward()
+    assert {site.name for site in report(model).sites} == {"part"}
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # reentrant, without gradients
 def test_a_functional_call_that_a_checkpoint_recomputes_is_refused(reentrant):
