@@ -525,8 +525,9 @@ class Caller(Method):
         if not (seen or other_function_modes(FunctionalCalls)):
             start = sequence_number()
             result = method(*args, **kwargs)
-            surgery.noted(key, sequence_number() - start)
-            if surgery.elsewhere:
+            if sequence_number() - start not in surgery.counts:
+                surgery.look_at_next(key)
+            if start < surgery.first:
                 mark(tensors(result), surgery)
             return result
         run = FunctionalCalls(surgery, part, recording)
@@ -540,7 +541,7 @@ class Caller(Method):
             start = sequence_number()
             result = method(*args, **kwargs)
             run.spans.append((start, sequence_number(), part))
-        if surgery.elsewhere:
+        if start < surgery.first:  # in another thread
             mark(tensors(result), surgery)
         if (driven := self._suspended(method, args, result)) is not None:
             return driven

@@ -79,6 +79,7 @@ class Surgery:
         sites: The objects that run the module sites.
         made: The thread that patched the model and the number of its next autograd node, by which a loss that was
             computed before is known; None in a copy.
+        first: That number; 0 in a copy.
     """
 
     def __init__(
@@ -105,7 +106,8 @@ class Surgery:
         self.counts: set[int] = set()
         self.waking: dict[Any, tuple[bool, int | None]] = {}
         self.sites: WeakSet[Any] = WeakSet()
-        self.made: tuple[object, int] | None = (this_thread(), sequence_number())
+        self.first = sequence_number()
+        self.made: tuple[object, int] | None = (this_thread(), self.first)
         self._rows: dict[tuple[str, str, bool, tuple[int, ...]], Site] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -114,22 +116,16 @@ class Surgery:
         return {name: value for name, value in self.__dict__.items() if name not in fresh}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, sites=WeakSet(), looked=set(), counts=set(), made=None)
+        self.__dict__.update(state, sites=WeakSet(), looked=set(), counts=set(), made=None, first=0)
         self.__dict__.update(awaited={}, begun={}, looks={}, waking={})
 
-    @property
-    def elsewhere(self) -> bool:
-        """Return whether another thread than the one that patched the model is running."""
-        return self.made is not None and self.made[0] is not this_thread()
-
-    def noted(self, entrance: Any, count: int) -> None:
-        """Note how many backward nodes a run made that was not checked: a new number has the next run checked.
+    def look_at_next(self, entrance: Any) -> None:
+        """Have the next run of an entrance checked, if its graph was checked less often than it may be.
 
         Args:
             entrance: As in :meth:`records`.
-            count: The number.
         """
-        if count not in self.counts and self.looks_again(entrance):
+        if self.looks_again(entrance):
             self.looked.discard(entrance)
 
     @property
