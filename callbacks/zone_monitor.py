@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from nslightning._torch import is_compiled
@@ -43,7 +44,8 @@ class ZoneMonitor(Callback):
     =============================== ==================================================================
 
     The run folder gets ``zones.csv``, one row per step and choice. Where gradients are not finite, or the step returns
-    no loss, there is no zone: all values are NaN.
+    no loss, there is no zone: all values are NaN. So they are where the step cannot be run again on the same branches
+    (under ``torch.vmap``, in another precision); a warning says so once for each reason.
 
     Args:
         choices: The choices by the name they are logged under, written as for :class:`GradientDivergence`.
@@ -64,6 +66,7 @@ class ZoneMonitor(Callback):
         self.reference = to_jacobians(reference)
         self.every_n_steps = interval(every_n_steps)
         self._measured_step = -1
+        self._said: set[str] = set()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what cannot be run again on the same branches."""
@@ -119,11 +122,22 @@ class ZoneMonitor(Callback):
                 measured = zone(ReplayedStep(module, batch_idx, scale), _identity, (batch,), choice, self.reference)
             except (NoLossError, NoZoneError):  # the step is skipped, or the weights have diverged
                 return [float("nan")] * 5
+            except (ValueError, RuntimeError) as reason:  # what the step itself cannot do, training will say
+                if isinstance(reason, torch.OutOfMemoryError):
+                    raise
+                self._say(str(reason))
+                return [float("nan")] * 5
         return [
             *(float(measured.kind == kind) for kind in _KINDS),
             measured.observed.l2 / scale,
             measured.difference / scale,
         ]
+
+    def _say(self, reason: str) -> None:
+        """Warn once for each reason why a step has no zone."""
+        if reason not in self._said:
+            self._said.add(reason)
+            rank_zero_warn(f"ZoneMonitor measures no zone of such a step: {reason}")
 
 
 def _identity(loss: Tensor) -> Tensor:

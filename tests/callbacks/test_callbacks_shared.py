@@ -144,12 +144,35 @@ def test_weights_that_diverged_lie_in_no_zone_and_what_cannot_be_measured_is_sai
     assert first["bifurcation"] == "1.0"
     assert last["regular"] == last["bifurcation"] == last["difference"] == "nan"
 
-    class Mapped(Net):
-        def loss(self, batch):
-            return self.last(torch.vmap(self.relu)(self.first(batch))).square().mean()
 
-    with pytest.raises(ValueError, match=r"torch\.vmap"):
-        train(tmp_path, ZoneMonitor(RELU1, every_n_steps=1), module=Mapped())
+class Mapped(Net):
+    """Its ReLU runs under a transform."""
+
+    def loss(self, batch):
+        return self.last(torch.vmap(self.relu)(self.first(batch))).square().mean()
+
+
+class Single(Net):
+    """It makes a tensor of 32 bits on the way, which no layer of 64 bits takes."""
+
+    def loss(self, batch):
+        return self.last(self.relu(self.first(batch)) @ torch.eye(self.last.in_features)).square().mean()
+
+
+@pytest.mark.parametrize(("module", "reason"), [(Mapped, r"torch\.vmap"), (Single, "dtype")])
+def test_a_step_that_cannot_be_run_again_has_no_zone_and_trains_on(module, reason, tmp_path):
+    weights = []
+    for name in ("watched", "alone"):
+        net = module()
+        if name == "watched":
+            with pytest.warns(UserWarning, match=f"measures no zone of such a step.*{reason}") as said:
+                train(tmp_path / name, ZoneMonitor(RELU1, every_n_steps=1), TieMonitor(1), module=net)
+            assert sum("measures no zone" in str(w.message) for w in said) == 1
+        else:
+            train(tmp_path / name, module=net)
+        weights.append(torch.cat([p.flatten() for p in net.parameters()]))
+    assert torch.equal(*weights)
+    assert {row["regular"] for row in rows(tmp_path / "watched" / "zones.csv")} == {"nan"}
 
 
 def test_metrics_of_the_module_count_every_batch_once(tmp_path):
