@@ -228,8 +228,7 @@ def _otherwise(
         if dim is None:
             last = x.numel() - 1 - pick(x.flatten().flip(0))
             return last.reshape(result.shape)
-        last = x.shape[dim] - 1 - pick(x.flip(dim), dim, keepdim)
-        return torch.where(tied, last, result)
+        return x.shape[dim] - 1 - pick(x.flip(dim), dim, keepdim)
     return torch.where(tied, 1 - result, result)  # a comparison in place: 0 or 1
 
 

@@ -8,6 +8,7 @@ from torch import nn
 from nslightning import Jacobians, patch
 from nslightning.probes import handwritten
 from nslightning.probes.audit import Audit, audit
+from nslightning.probes.by_hand import _COMPARISONS
 from nslightning.report.audit_text import advice
 
 
@@ -104,6 +105,80 @@ def test_the_change_is_that_of_the_other_derivative():
         grads.append(torch.autograd.grad(loss_of(other_model, x)(), other_model.lin.weight)[0])
     assert kink.relative == pytest.approx(float((grads[1] - grads[0]).norm() / grads[0].norm()), abs=1e-12)
     assert (kink.tied, kink.total) == (12, 24)
+
+
+def compared(name):
+    """The factor that a comparison with 0 gives, as a function and in place, and the one of its other side."""
+    opposite = {"gt": "ge", "ge": "gt", "lt": "le", "le": "lt", "eq": None, "ne": None}
+    opposite |= {"greater": "ge", "greater_equal": "gt", "less": "le", "less_equal": "lt", "not_equal": None}
+    side = opposite[name]
+    other = (lambda y: y * getattr(torch, side)(y, 0)) if side else lambda y: y * float(name != "eq")
+    return {
+        name: (lambda y: y * getattr(torch, name)(y, 0), other),
+        f"{name}_": (lambda y: y * getattr(y.clone().detach(), f"{name}_")(0), other),
+    }
+
+
+def stepped(at_zero, other):
+    """The step with a value at 0, and the one with the value on its other side."""
+    step = lambda y, value: y * torch.heaviside(y.detach(), torch.tensor(value, dtype=y.dtype))  # noqa: E731
+    return lambda y: step(y, at_zero), lambda y: step(y, other)
+
+
+COLUMNS = torch.tensor([1.0, 2.0, 4.0, 8.0], dtype=torch.float64)  # tells the entries of a row of zeros apart
+
+
+def of_rows(y, index):
+    return (y * COLUMNS).gather(1, index.view(-1, 1)) + 0 * y
+
+
+def last_of_rows(y):
+    """Of the rows of zeros the last entry, of the other rows the greatest."""
+    return of_rows(y, torch.tensor([3 if bool((row == 0).all()) else int(row.argmax()) for row in y]))
+
+
+def of_all(y, index):
+    return (y * COLUMNS).flatten()[index] + y**2
+
+
+DECIDED = {
+    **{k: v for name in sorted(_COMPARISONS) for k, v in compared(name).items()},
+    "sign": (lambda y: y * y.sign(), lambda y: y * (1 - 2 * (y < 0).to(y.dtype))),
+    "sgn_": (lambda y: y * y.clone().detach().sgn_(), lambda y: y * (1 - 2 * (y < 0).to(y.dtype))),
+    "sign above": (lambda y: y * y.sign().clamp(min=0), lambda y: y * (y >= 0)),
+    "heaviside, 0": stepped(0.0, 1.0),
+    "heaviside, 1": stepped(1.0, 0.0),
+    "heaviside, 1/2": stepped(0.5, 0.0),
+    "argmax of rows": (lambda y: of_rows(y, y.argmax(1, keepdim=True)), last_of_rows),
+    "argmax of rows, a dimension less": (lambda y: of_rows(y, y.argmax(-1)), last_of_rows),
+    "argmin of rows": (lambda y: of_rows(y, torch.argmin(-y, 1, True)), last_of_rows),
+    # Rows 0, 2 and 4 are 0: the entry nearest to 0 is the first of row 0, or the last of row 4.
+    "argmin of all": (lambda y: of_all(y, y.abs().argmin()), lambda y: of_all(y, 19)),
+    "argmax of all": (lambda y: of_all(y, (-y.abs()).argmax()), lambda y: of_all(y, 19)),
+}
+
+
+@pytest.mark.parametrize("name", DECIDED)
+def test_the_change_is_that_of_the_side_written_out(name):
+    f, other = DECIDED[name]
+    model, x = Net(f).double(), batch(torch.float64)
+    (kink,) = handwritten(model, loss_of(model, x))
+    (before,) = torch.autograd.grad(loss_of(model, x)(), model.lin.weight)
+    model.f = other
+    (after,) = torch.autograd.grad(loss_of(model, x)(), model.lin.weight)
+    assert kink.relative == pytest.approx(float((after - before).norm() / before.norm()), rel=1e-12)
+
+
+@pytest.mark.parametrize(("units", "found"), [(0, False), (4, False), (1000, True)])
+def test_what_rounding_explains_is_no_kink(units, found):
+    """Two orders of the same product, and slopes that differ by so many units of rounding."""
+    slope = 0.07 * (1 + units * torch.finfo(torch.float32).eps)
+    model = Net(lambda y: torch.where(y > 0, y * slope, y * 0.1 * 0.7) if units else torch.where(y > 0, 5 * y, five(y)))
+    assert bool(handwritten(model, loss_of(model, batch()))) is found
+
+
+def five(y):
+    return y + y + y + y + y
 
 
 SMOOTH = {
