@@ -53,6 +53,9 @@ TESTS: dict[str, tuple[str, ...]] = {
         "experiments::test_a_probability_is_outside_from_two_standard_deviations_of_both_sides_on",
         "experiments::test_a_share_of_mini_batches_is_outside_from_students_limit_on",
         "experiments::test_mini_batches_of_one_draw_are_not_independent",
+        "experiments::test_a_ratio_is_that_of_the_sums",
+        "experiments::test_a_run_is_one_with_nan_if_it_ended_with_it",
+        "experiments::test_each_setting_is_listed_once_for_each_entry_that_matches_it",
     ),
     "nslightning/callbacks/gradient_divergence.py": (
         "waiting::test_without_a_scaler_the_accumulation_alone_scales_the_loss",

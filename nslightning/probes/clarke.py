@@ -303,7 +303,7 @@ class _Branches:
         row = difference.gradient
         ahead = sum(map(operator.mul, row, self.direction), Fraction(0)) if self.direction else Fraction(0)
         first = -1 if ahead < 0 else 1
-        known = self.reached and ahead != 0  # the direction lies on the first side
+        known = ahead != 0  # the direction lies on the first side
         if not known and self._possible(first, difference) is None:
             first = -first
         elif self._possible(-first, difference) is not None:

@@ -741,6 +741,7 @@ def test_shares_are_held_against_the_published_ones(experiment_file, monkeypatch
     [
         (0.20, 400, "no"),  # against 31 of 100: 0.11 apart, one standard deviation is 0.0465
         (0.22, 400, "yes"),  # 0.09 apart, one is 0.0476
+        (0.215, 400, "no"),  # 0.095 apart, one is 0.04733 with p = 117 of 500; with 0.2625, halfway, it were 0.0492
         (0.18, 25, "yes"),  # against 30 of 100: 0.12 apart, one is 0.0999; of our draws alone it would be 0.0447
     ],
 )
@@ -848,6 +849,50 @@ def test_a_share_of_mini_batches_is_outside_from_students_limit_on(
         ]
     )
     assert comparison(experiment, results)["inside"].item() == inside
+
+
+def test_a_ratio_is_that_of_the_sums(experiment_file, monkeypatch):
+    """5 of 10 and 1 of 30 mini-batches are 6 of 40, and not the mean of 0.5 and 0.033."""
+    experiment_file.write_text(
+        "kind: zones\nfixed: {backbone: paper/fc, against: {relu: 1}, depth: 1, width: 8}\nscales: {small: {}}\n"
+    )
+    rows = pd.DataFrame({"data": "MNIST", "precision": [32], "n": 391, "mean": 0.2})
+    monkeypatch.setattr(compare, "table", lambda name: rows)
+    entry = {"published": "volume", "match": {"precision": "precision"}, "metric": "differing", "over": "batches"}
+    experiment = Experiment.read(experiment_file, "small")
+    (planned,) = experiment.cells()
+    head = {"cell": planned.id, "data": "made up"}
+    counts = [(0, "differing", 5.0), (0, "batches", 10.0), (1, "differing", 1.0), (1, "batches", 30.0)]
+    results = pd.DataFrame([{**head, "theta": t, "metric": metric, "value": value} for t, metric, value in counts])
+    for statistic in ("share", "rate"):
+        experiment = dataclasses.replace(experiment, compare=({**entry, "statistic": statistic},))
+        assert comparison(experiment, results)["mean"].item() == 6 / 40
+
+
+def test_a_run_is_one_with_nan_if_it_ended_with_it(experiment_file, monkeypatch):
+    published = pd.DataFrame({"data": SAMPLE, "value": [0.0], "mean": 0.9, "sd": 0.1, "n": 10, "n_nan": 0})
+    monkeypatch.setattr(compare, "table", lambda name: published)
+    entry = {"published": "training", "match": {"value": "relu"}, "metric": "test_accuracy", "drop_nan": True}
+    experiment = dataclasses.replace(Experiment.read(experiment_file, "small"), compare=(entry,))
+    results = made(experiment, [0.9, 0.9, 0.9, 0.9, 0.7, None, 0.7, 0.7])
+    first = results[results["metric"] == "nan"].assign(epoch=0, value=1.0)  # all had one once
+    compared = comparison(experiment, pd.concat([first, results])).set_index(["relu", "rule"])
+    assert compared["nan"].to_dict() == {(0, "exact"): 0, (0, "published"): 1, (1, "exact"): 0, (1, "published"): 0}
+    assert compared.loc[(0, "exact"), "mean"] == pytest.approx(0.8)
+    assert compared.loc[(0, "published"), "mean"] == 0.9
+
+
+def test_each_setting_is_listed_once_for_each_entry_that_matches_it(experiment_file, monkeypatch):
+    """The first entry matches relu 0, the second nothing: each of the four settings has one row."""
+    published = pd.DataFrame({"data": SAMPLE, "value": [0.0, 7.0], "mean": 0.9, "sd": 0.1, "n": 10, "n_nan": 0})
+    monkeypatch.setattr(compare, "table", lambda name: published)
+    entry = {"published": "training", "match": {"value": "relu"}, "metric": "test_accuracy"}
+    entries = {**entry, "where": {"value": 0.0}}, {**entry, "where": {"value": 7.0}}
+    experiment = dataclasses.replace(Experiment.read(experiment_file, "small"), compare=entries)
+    compared = comparison(experiment, made(experiment, [0.9] * 8))
+    assert list(zip(compared["relu"], compared["rule"], compared["inside"], strict=True)) == [
+        (0, "exact", "yes"), (0, "published", "yes"), (1, "exact", ""), (1, "published", ""),
+    ]  # fmt: skip
 
 
 def test_mini_batches_of_one_draw_are_not_independent(experiment_file, monkeypatch):

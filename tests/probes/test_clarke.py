@@ -178,6 +178,47 @@ def test_products_of_inputs_at_a_tie() -> None:
     assert limits(lambda p: relu(p[0]) / p[1], [0, 2]) == {(0, 0), (0.5, 0)}
 
 
+def test_quotients_have_the_derivatives_of_the_quotient_rule() -> None:
+    # a / b at (3, 2): 1 / b and -a / b^2. Behind a tie: relu(v) / b + 3 / b, at b = 4 and v = 0.
+    assert limits(lambda x: x[0] / x[1], [3, 2]) == {(0.5, -0.75)}
+    assert limits(lambda x: 5 / x[0], [2]) == {(-1.25,)}
+    assert limits(lambda x: (relu(x[0]) + 3) / x[1], [0, 4]) == {(0, -3 / 16), (0.25, -3 / 16)}
+
+
+def test_only_a_quotient_by_a_constant_is_affine() -> None:
+    """y - y / (1 + y) is y^2 near 0: where 0 < x < y^2 both comparisons hold, and no line shows it.
+
+    Counted as affine, the quotient would rule these points out.
+    """
+    curved = clarke(lambda x: 7 * x[1] if x[0] > 0 and x[1] - x[1] / (1 + x[1]) > x[0] else 0 * x[0], [0, 0])
+    assert (0, 7) in curved.undecided
+    straight = clarke(lambda x: 7 * x[1] if x[0] > 0 and x[1] / 2 - x[1] / 2 > x[0] else 0 * x[0], [0, 0])
+    assert (straight.limits, straight.undecided) == (((0, 0),), ())
+
+
+def test_what_cannot_hold_together_is_ruled_out_where_first_order_shows_it() -> None:
+    # x > 0 and x^2 - x > 0, though the second is curved; x > 0 and -x > 0, though a curved one stands between.
+    ruled_out = clarke(lambda x: 5 * x[0] if x[0] > 0 and x[0] ** 2 - x[0] > 0 else 0 * x[0], [0])
+    assert (ruled_out.limits, ruled_out.undecided) == (((0,),), ())
+    opposite = lambda x: 5 * x[0] if x[0] > 0 and x[1] + x[1] ** 2 > 0 and -x[0] > 0 else 0 * x[0]  # noqa: E731
+    ruled_out = clarke(opposite, [0, 0])
+    assert (ruled_out.limits, ruled_out.undecided) == (((0, 0),), ())
+
+
+def test_what_follows_a_tie_off_the_open_cone_is_looked_for() -> None:
+    """Where 0 < x < y^2 a further tie decides: both of its sides are found, on one branch each."""
+
+    def program(x: Sequence[Any]) -> Any:
+        if x[0] > 0 and x[1] * x[1] / (1 + x[1]) > x[0]:
+            return 3 * x[1] if x[1] > 0 else 5 * x[1]
+        return 0 * x[0]
+
+    jacobians = clarke(program, [0, 0])
+    assert {(0, 3), (0, 5)} <= set(jacobians.undecided)
+    assert jacobians.contains([0, 4]) is None
+    assert jacobians.contains([0, 6]) is False
+
+
 @pytest.mark.parametrize(
     ("program", "at", "error"),
     [
