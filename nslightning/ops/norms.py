@@ -260,11 +260,6 @@ def _norm_ties(call: Call) -> tuple[Tensor, int]:
     return torch.count_nonzero(norms == call.parameters[3]), norms.numel()
 
 
-def _p(low: float, high: float) -> Callable[[Any], bool]:
-    """Return whether a pairwise distance has an exponent in an interval."""
-    return lambda m: low <= m.norm <= high and m.norm != math.inf
-
-
 def _pairwise_module(call: Callable[..., Call | None], m: Any, x1: Tensor, x2: Tensor) -> Call | None:
     return call(_pairwise_distance, x1, x2, m.norm, m.eps, m.keepdim)
 

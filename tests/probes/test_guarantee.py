@@ -353,6 +353,29 @@ def test_what_lies_below_a_pool_and_is_not_followed_is_not_covered() -> None:
     assert clarke_guarantee(patched(overwritten), x).holds
 
 
+def test_a_pool_whose_input_is_overwritten_later_is_not_covered() -> None:
+    """The pool compared two functions; by what lies in its input afterwards, one of them alone is the greatest."""
+
+    class Overwrites(nn.Module):
+        def __init__(self, value: float | None) -> None:
+            super().__init__()
+            self.conv, self.pool, self.value = nn.Conv2d(1, 1, 1), nn.MaxPool2d(2), value
+            nn.init.zeros_(self.conv.weight)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.conv(x)
+            y: Tensor = self.pool(h)
+            if self.value is not None:
+                h.detach()[0, 0, 0, 0] = self.value
+            return y
+
+    x = torch.zeros(1, 1, 4, 4)
+    assert clarke_guarantee(patched(Overwrites(None)), x).holds
+    x[0, 0, 0, 0] = 2.0
+    for value in (None, 5.0, -5.0):
+        assert not clarke_guarantee(patched(Overwrites(value)), x).holds, value
+
+
 @pytest.mark.parametrize("share", [0.0, 1.0, "last"])
 def test_what_is_covered_lies_in_the_subdifferential(share: float | str) -> None:
     """Small whole numbers, so that windows tie at 0, above 0, over copies and over functions that differ."""

@@ -79,6 +79,45 @@ def test_a_step_is_a_step(clock):
         assert all(torch.equal(a, b) for a, b in zip(network.parameters(), by_hand.parameters(), strict=True))
 
 
+def test_patched_networks_train_under_the_choice(clock):
+    """Weights of 0 tie: under ReLU'(0) = 1 they move as without the ReLU, and the stock network's stay."""
+    made = []
+
+    def build():
+        made.append(nn.Sequential(nn.Linear(3, 2), nn.ReLU()))
+        for p in made[-1].parameters():
+            nn.init.zeros_(p)
+        return made[-1]
+
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
+    choices = {"relu0": Jacobians(relu=0.0)}
+    one = Jacobians(relu=1.0)
+    step_cost(build, lambda: (x, torch.zeros(4).long()), choices, jacobians=one, repetitions=1, warmup=0)
+    linear = build()[0]
+    nn.functional.cross_entropy(linear(x), torch.zeros(4).long()).backward()
+    torch.optim.SGD(linear.parameters(), lr=1e-3).step()
+    stock, patched, measured = (network[0].weight for network in made[:3])
+    assert torch.equal(patched, linear.weight)
+    assert torch.equal(measured, linear.weight)
+    assert not stock.any()
+
+
+def test_the_rounds_that_count_are_those_after_the_warmup(clock):
+    """The n-th batch takes n seconds: rounds 2, 3 and 4 have the batches 4 to 6, 7 to 9 and 10 to 12."""
+    batches = []
+
+    def data():
+        batches.append(0)
+        clock[0] += len(batches)
+        return torch.zeros(4, 3), torch.arange(4) % 2
+
+    times = step_cost(lambda: nn.Sequential(nn.Linear(3, 2), nn.ReLU()), data, CHOICES, repetitions=3, warmup=1)
+    assert [times.stock["data"], times.patched["data"], times.measured["data"]] == [7e3, 8e3, 9e3]
+    batches.clear()
+    times = step_cost(lambda: nn.Sequential(nn.Linear(3, 2), nn.ReLU()), data, CHOICES, repetitions=2, warmup=1)
+    assert times.stock["data"] == 5.5e3  # of 4 and 7: none is left out
+
+
 def test_no_round_is_refused():
     with pytest.raises(ValueError, match="repetitions=0: at least one round"):
         step_cost(nn.Identity, lambda: None, CHOICES, repetitions=0)

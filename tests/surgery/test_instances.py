@@ -910,6 +910,9 @@ class Elsewhere(nn.Module):
     def partly_of_torch(self):
         return functools.partial(F.relu, inplace=False)
 
+    def partly_by_keyword(self):
+        return functools.partial(F.leaky_relu, negative_slope=0.25)
+
     def partly_of_a_method(self):
         return functools.partial(self.add, 0.0)
 
@@ -962,6 +965,8 @@ LATER = {
     "closure": (lambda m: m.closure()(X), 0.5),
     "partial of a closure": (lambda m: m.partly()(X), 0.5),
     "partial of torch's": (lambda m: m.partly_of_torch()(m.k), 0.5),
+    "partial by keyword, at a tie": (lambda m: m.partly_by_keyword()(m.k), 0.5),
+    "partial by keyword, beside it": (lambda m: m.partly_by_keyword()(m.k - 1), 0.25),
     "partial of a method": (lambda m: m.partly_of_a_method()(X), 0.5),
     "lambda as an attribute": (lambda m: m.kink(m.k), 0.5),
     "partial as an attribute": (lambda m: m.leaky(m.k), 0.5),

@@ -23,6 +23,13 @@ CHOICE = Jacobians(max="last", maximum="last", norm=0.5, hinge=0.25, abs=-0.5)
 CLASSES = torch.tensor([0, 1, 2, 0])
 A = {"at_zero": 0.25}
 
+
+def half_at_zero(x):
+    """The 1.5-norms of rows, of which each entry of a zero row has the derivative 0.5."""
+    norms = torch.linalg.vector_norm(x, 1.5, 1)
+    return norms + torch.where(norms.detach() == 0, 0.5 * (x - x.detach()).sum(1), 0.0)
+
+
 # What a model may write, and what ops writes for it under CHOICE.
 SPELLINGS = {
     "max": (lambda x: torch.max(x), lambda x: ops.max(x, jacobian="last")),
@@ -47,7 +54,11 @@ SPELLINGS = {
         lambda x: ops.norm(x, 1, True, at_zero=0.5),
     ),
     "1-norm": (lambda x: x.norm(1, 1), lambda x: ops.abs(x, -0.5).sum(1)),
+    "1.5-norm": (lambda x: torch.norm(x, 1.5, 1), lambda x: half_at_zero(x)),
+    "linalg's 1.5-norm": (lambda x: torch.linalg.norm(x, 1.5, 1), lambda x: half_at_zero(x)),
+    "distance by a 1.5-norm": (lambda x: F.pairwise_distance(x, Y, 1.5, 0.0), lambda x: half_at_zero(x - Y)),
     "normalize": (lambda x: F.normalize(x), lambda x: ops.normalize(x)),
+    "normalize by a 1.5-norm": (lambda x: F.normalize(x, 1.5), lambda x: ops.normalize(x, 1.5)),
     "distance": (lambda x: F.pairwise_distance(x, Y, eps=0.0), lambda x: ops.norm(x - Y, -1, at_zero=0.5)),
     "dist": (lambda x: torch.dist(x[1], X[1]), lambda x: ops.norm(x[1] - X[1], at_zero=0.5)),
     "l1": (lambda x: F.l1_loss(x, Y), lambda x: ops.l1_loss(x, Y, at_zero=-0.5)),
@@ -114,7 +125,7 @@ def test_every_spelling(spelling):
     counted = ties(model, x.detach())
     unpatch(model)
     assert torch.equal(gradient(model(x), x), stock)
-    if spelling in ("normalize", "smooth l1", "min by keyword", "keepdim"):
+    if spelling in ("normalize", "normalize by a 1.5-norm", "smooth l1", "min by keyword", "keepdim"):
         return
     (count,) = counted.values()
     assert (count.tied > 0) == (not torch.equal(gradient(meant(x), x), stock))
@@ -156,6 +167,7 @@ def test_autocast(spelling):
         (nn.MultiMarginLoss(weight=torch.tensor([1.0, 2.0, 0.5])), (CLASSES,)),
         (nn.PairwiseDistance(eps=0.0), (X,)),
         (nn.PairwiseDistance(p=1.0, eps=0.0), (X,)),
+        (nn.PairwiseDistance(p=1.5, eps=0.0), (X,)),
     ],
 )
 def test_modules(module, others):
