@@ -204,8 +204,6 @@ class NonFiniteGuard(Callback):
         step = ReplayedStep(module, self._batch_idx, loss_scale(trainer))
         with ExitStack() as stack:
             stack.enter_context(undisturbed(module, trainer.global_step))
-            for selection in selections(module).values():
-                stack.enter_context(selection.other_streams(selection.seed))
             torch.set_rng_state(self._random[0])
             if len(self._random) > 1:
                 torch.cuda.set_rng_state(self._random[1], module.device)

@@ -357,6 +357,64 @@ def test_a_gradient_that_no_choice_made(tmp_path):
     assert found_in(tmp_path)["finite_under_reference"] is False
 
 
+class Kinked(nn.Module):
+    """A ReLU of its own, whose result is infinite for inputs above 100."""
+
+    def forward(self, x):
+        return Explode.forward(None, F.relu(x))
+
+
+def test_the_ties_of_the_module_that_overflows_count(tmp_path):
+    """Whole images of 200 tie nowhere but at the dead unit: once in the ReLU, once in the module itself."""
+    with pytest.raises(NonFiniteError, match=r"is the output of net.middle"):
+        fit(tmp_path, NonFiniteGuard(), Small(Kinked()), batches(torch.tensor([200.0, 1.0, 1.0, 0.0])))
+    assert found_in(tmp_path)["ties"] == {"relu": 8, "middle:relu": 8}
+
+
+class Two(nn.Module):
+    """Adds two parameters; the gradient of the bad one is infinity times 0, that of the input is finite."""
+
+    def __init__(self, bad):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.ones(())), nn.Parameter(torch.ones(()))
+        self.bad = bad
+
+    def forward(self, x):
+        p = getattr(self, self.bad)
+        return x + self.a + self.b + (p - p.detach()).square().sqrt()
+
+
+@pytest.mark.parametrize("bad", ["a", "b"])
+def test_of_two_modules_with_a_bad_gradient_the_one_that_ran_backward_first_is_named(bad, tmp_path):
+    """Each hands on three gradients, of which one is bad, whichever comes last."""
+    middle = nn.Sequential(Two(bad), Two(bad))
+    with pytest.raises(NonFiniteError, match=r"a gradient, from the backward of net.middle.1;"):
+        fit(tmp_path, NonFiniteGuard(), Small(middle), batches())
+
+
+def test_training_goes_on_after_a_finding_as_without_the_guard(tmp_path):
+    """One bias has the gradient NaN once, which is set to 0. The replay draws dropout and ties, and counts a batch."""
+
+    class Once(Small):
+        def training_step(self, batch, batch_idx):
+            p = self.net.last.bias.sum()
+            return super().training_step(batch, batch_idx) + ((p - p.detach()).square().sqrt() if batch_idx == 2 else 0)
+
+        def on_before_optimizer_step(self, optimizer):
+            self.net.last.bias.grad.nan_to_num_(0.0)
+
+    ends = []
+    for callback in (NonFiniteGuard("log"), Callback()):
+        middle = nn.Sequential(nn.Dropout(0.5), nn.MaxPool1d(2), nn.ConstantPad1d(1, 0), nn.BatchNorm1d(4))
+        module = Once(middle, Jacobians(relu=1.0, max_pool="random"), lr=0.1)  # the dead unit ties with a dropped one
+        with (
+            pytest.warns(UserWarning, match="is a gradient") if isinstance(callback, NonFiniteGuard) else nullcontext()
+        ):
+            fit(tmp_path, callback, module, batches())
+        ends.append(module.state_dict())
+    assert equal(*ends)
+
+
 def test_a_gradient_that_the_choice_at_a_tie_made(tmp_path):
     module = Small(nn.Identity(), Jacobians(relu=3e38))
     module.net.unused = nn.Linear(2, 2)
