@@ -608,7 +608,7 @@ def named(function: Callable[..., Any], kwargs: dict[str, Any]) -> dict[str, Any
     Returns:
         The same under our names.
     """
-    if any(name in _OF_NUMPY for name in kwargs) and isinstance(function, _NATIVE):
+    if isinstance(function, _NATIVE) and any(name in _OF_NUMPY for name in kwargs):
         kwargs = {_OF_NUMPY.get(k, k): v for k, v in kwargs.items()}
     return positional(kwargs)
 

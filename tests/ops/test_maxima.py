@@ -12,7 +12,7 @@ from torch_samples import no_derivative_of_aminmax
 from nslightning import Jacobians, ops
 from nslightning.ops.autograd.selection import Selection
 from nslightning.ops.maxima import pair, reduction, tied_pairs, tied_reductions
-from nslightning.ops.record import FUNCTIONS
+from nslightning.ops.record import FUNCTIONS, named
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 CHOICES = ["native", "first", "last", "minimal", "sum", 0.0, 0.3, 1.0, 10.0, -2.0]
@@ -332,7 +332,7 @@ def test_counts():
 def test_numpys_words_for_the_dimensions_are_understood():
     (operation,) = FUNCTIONS[torch.amax]
     for function in (torch.amax, torch.Tensor.amax):
-        call = operation.functions[function](torch.ones(2, 3), axis=1, keepdims=True)
+        call = operation.functions[function](torch.ones(2, 3), **named(function, {"axis": 1, "keepdims": True}))
         assert call.parameters == ("amax", 1, True)
 
 
