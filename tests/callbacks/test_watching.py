@@ -35,6 +35,7 @@ from nslightning.callbacks import GradientDivergence, NonFiniteError, NonFiniteG
 from nslightning.exact_csv import read_exactly
 from nslightning.probes import ties
 from nslightning.probes.zone import zone
+from nslightning.surgery import selections
 
 NORMS = ["l1", "l2", "linf", "relative", "cosine"]
 ONE = {"relu1": Jacobians(relu=1.0)}
@@ -411,8 +412,10 @@ def test_training_goes_on_after_a_finding_as_without_the_guard(tmp_path):
             pytest.warns(UserWarning, match="is a gradient") if isinstance(callback, NonFiniteGuard) else nullcontext()
         ):
             fit(tmp_path, callback, module, batches())
-        ends.append(module.state_dict())
+        (pool,) = (s for s in selections(module).values() if s.jacobians.max_pool == "random")
+        ends.append((module.state_dict(), pool.generator(torch.device("cpu")).get_state()))
     assert equal(*ends)
+    assert not equal(ends[0][1], torch.Generator().manual_seed(pool.seed).get_state())  # ties drew from it
 
 
 def test_a_gradient_that_the_choice_at_a_tie_made(tmp_path):
