@@ -52,7 +52,7 @@ class Clarke:
         """
         if len(self.limits) > 1:
             return False
-        return None if set(self.undecided) - set(self.limits) else True
+        return None if self.undecided else True
 
     def distance(self, gradient: Iterable[Any], undecided: bool = False) -> Fraction:
         """Return how far a gradient is from the convex hull, in the largest entry.

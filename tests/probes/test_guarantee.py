@@ -248,7 +248,8 @@ def test_the_published_rule_and_choices_outside_are_not_covered() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
     nn.init.zeros_(model[0].bias)
     patched(model)
-    for choice in (Jacobians(relu=1.0, rule="published"), Jacobians(relu=2.0), Jacobians(relu="random")):
+    beyond = Jacobians(relu=-0.5), Jacobians(relu=2.0), Jacobians(relu="random")
+    for choice in (Jacobians(relu=1.0, rule="published"), *beyond):
         assert not clarke_guarantee(model, torch.zeros(2, 3), jacobians=choice).holds, choice
 
 
@@ -261,6 +262,17 @@ def test_pools_that_tie_at_zero_behind_a_relu_are_covered() -> None:
     guarantee = clarke_guarantee(model, x)
     assert guarantee.holds
     assert "theorem 8" in guarantee.sites[1].reason
+
+
+def test_pools_that_tie_at_zero_behind_a_relu_of_another_choice_are_not_covered() -> None:
+    """A weight of 0: the entries of a window are 0, and other functions of the weight, which ReLU'(0) lets through."""
+    model = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.ReLU(), nn.MaxPool2d(2))
+    nn.init.zeros_(model[0].weight)
+    patched(model)
+    x = torch.arange(16.0).view(1, 1, 4, 4)
+    for share, covered in ((None, True), (0.0, True), (1.0, False)):
+        pool = clarke_guarantee(model, x, jacobians=Jacobians(relu=share)).sites[1]
+        assert (pool.operation, pool.holds) == ("max_pool", covered), share
 
 
 def test_pools_over_copies_of_one_function_are_covered_whatever_their_maximum() -> None:
