@@ -57,7 +57,6 @@ from nslightning.surgery.state import Part
 __all__ = [
     "Caller",
     "ClassName",
-    "Entry",
     "LeftAlone",
     "Method",
     "Reduction",
@@ -759,15 +758,6 @@ class Caller(Method):
         elif first and self.part.names[0] == "":
             for hint in surgery.idle(module):
                 warnings.warn(hint, PatchWarning, stacklevel=4)
-
-
-class Entry(Caller):
-    """A lambda that a module keeps in a table."""
-
-    @property
-    def stands(self) -> bool:
-        """Return whether the table has it in the lambda's place."""
-        return not self.part.undone
 
 
 class _Steps:

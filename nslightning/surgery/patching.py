@@ -27,7 +27,6 @@ from nslightning.surgery.lookups import Looked, lookups
 from nslightning.surgery.methods import (
     Caller,
     ClassName,
-    Entry,
     LeftAlone,
     Method,
     Reduction,
@@ -388,7 +387,7 @@ def _refuse(model: nn.Module) -> None:
             )
 
 
-_KINDS = (Caller, ClassName, Entry, HookRegistration, LeftAlone, Reduction, SiteForward, SiteText)
+_KINDS = (Caller, ClassName, HookRegistration, LeftAlone, Reduction, SiteForward, SiteText)
 _BASE = frozenset(dir(nn.Module))  # names that PyTorch's class defines
 
 
@@ -455,8 +454,7 @@ class _KeptMethods:
 
     def replaced(self, value: Any) -> Any:
         if type(value) in (FunctionType, MethodType):
-            after = _of_surgery(value, self.module, self.surgery)
-            return self.entrance(value) if after is value and _has_no_name(value) else after
+            return _of_surgery(value, self.module, self.surgery)
         if type(value) is partial:
             function = self.replaced(value.func)
             return value if function is value.func else partial(function, *value.args, **value.keywords)
@@ -472,14 +470,6 @@ class _KeptMethods:
             self.seen.add(id(value))
             self.replace_entries(value, _entries(value))
         return value
-
-    def entrance(self, function: Any) -> Any:
-        """The entrance of a lambda in a table, made once. The surgery replaces those in the attributes themselves."""
-        known = next((method for _, _, before, method in self.changes if before is function), None)
-        part = self.surgery.part(self.module)
-        if known is not None or part is None:
-            return known or function
-        return Entry(self.module, f"{function.__qualname__} ({len(self.changes)})", part, function)
 
     def replace_entries(self, container: Any, entries: Any, without: frozenset[str] = frozenset()) -> None:
         for key, before in list(entries.items() if isinstance(entries, dict) else enumerate(entries)):
