@@ -484,12 +484,12 @@ def test_a_cell_computes_in_its_arithmetic_and_records_it() -> None:
     options = {"backbone": "paper/fc", "width": 32, "depth": 2, "data": "FashionMNISTSample", "train_images": 128}
     options |= {"epochs": 3, "batch_size": 16}
     metrics = {
-        a: compute("train", settings("train", {**options, "arithmetic": a}), "cpu") for a in ("native", "sequential")
-    }
+        a: compute("train", settings("train", {**options, "arithmetic": a}), "cpu") for a in ("native", "random_order")
+    }  # no library's order is a random one; on some processors it is the sequential one
     losses = [next(r["value"] for r in o.rows if r["metric"] == "train_loss") for o in metrics.values()]
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert metrics["sequential"].provenance["arithmetic"] == "sequential"
+    assert metrics["random_order"].provenance["arithmetic"] == "random_order"
     assert metrics["native"].provenance["environment"]["arithmetic"]["tf32_cudnn"] is False
     half = compute("train", settings("train", {**options, "precision": 16}), "cpu")
     assert half.provenance["arithmetic"] == "half_products"
