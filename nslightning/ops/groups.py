@@ -328,7 +328,8 @@ def _segment_ties(call: Call) -> tuple[Count, int]:
     return torch.count_nonzero(tied), tied.numel()
 
 
-_SEGMENTED = {"data": "x", "dim": "axis"}  # here the axis has that name in PyTorch itself
+#: PyTorch itself calls the dimension of this function `axis`, the name that is read as `dim` elsewhere.
+_SEGMENTED = {"data": "x", "dim": "axis"}
 
 
 def _segment_call(

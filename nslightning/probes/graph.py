@@ -21,7 +21,6 @@ from nslightning.ops.autograd.nodes import is_own, kept_ties, operation_of, rele
 from nslightning.surgery import Plan
 from nslightning.surgery.graph import is_checkpoint, marked
 from nslightning.surgery.patching import surgeries
-from nslightning.surgery.state import this_thread
 
 __all__ = [
     "UnseenError",
@@ -139,9 +138,7 @@ def check_loss(loss: Tensor, model: nn.Module) -> None:
     if loss.grad_fn is None:  # a leaf, which depends on no parameter
         return
     of_model = list(surgeries(model).values())
-    made = [surgery.made for surgery in of_model if surgery.made is not None]
-    here, number = this_thread(), number_of(loss.grad_fn)
-    if not any(thread is here and number < first for thread, first in made):
+    if not any(number_of(loss.grad_fn) < surgery.first_node for surgery in of_model):
         return
     own = {id(selection) for surgery in of_model for selection in surgery.selections.values()}
     graph = reachable([loss.grad_fn])

@@ -236,15 +236,16 @@ class FunctionalCalls(TorchFunctionMode):
         """Run a call whose arguments the record could not read: PyTorch refuses them, or the call keeps its own way."""
         result = self._owned(func, args, kwargs)
         if self.part.chosen and not self.origin.over and _differentiable(args, kwargs):
-            self._left(operation, func.__name__, False, "with arguments that the patch cannot read")
+            why = "with arguments that the patch cannot read"
+            self._left(operation, func.__name__, False, why, "Name its arguments as PyTorch's documentation does")
         return result
 
-    def _left(self, operation: Operation, kind: str, inplace: bool, why: str) -> None:
+    def _left(self, operation: Operation, kind: str, inplace: bool, why: str, way: str) -> None:
         """Name, or refuse, a call that keeps PyTorch's own derivative for a reason of its own."""
         site = self.surgery.row(self.part, operation.name, kind, inplace, "unreached")
         site.decided = why
         if self.surgery.strict:
-            raise UnreachedError(self.surgery.report.model, [site])
+            raise UnreachedError(self.surgery.report.model, [site], way)
         self.count(site)
 
     def _reached(self, operation: Operation, call: Call, func: Callable, args: Any, kwargs: Any) -> Any:
@@ -252,7 +253,7 @@ class FunctionalCalls(TorchFunctionMode):
         if torch.compiler.is_compiling():
             if (one := surgery.everywhere[operation.name]) is None:
                 raise RuntimeError(
-                    "functional calls cannot be told apart under torch.compile, so `only`, `skip` and rules for some "
+                    "torch.compile does not show which module calls a function, so `only`, `skip` and rules for some "
                     f"modules cannot decide on this {operation.name}. Patch without them, or do not compile."
                 )
             return evaluate(operation, one, call)
@@ -261,9 +262,11 @@ class FunctionalCalls(TorchFunctionMode):
             return self._owned(func, args, kwargs)
         kind = func.__name__
         if (self.differentiating and _recomputed()) or not _plain(call.x):
-            on_a_class = f"on a {type(call.x).__name__}, whose class sees the call first"
-            why = "in a function that it gives to torch.utils.checkpoint" if _plain(call.x) else on_a_class
-            self._left(operation, kind, call.inplace, why)
+            why, way = f"on a {type(call.x).__name__}, whose class sees the call first", "Give it a plain tensor"
+            if _plain(call.x):
+                why = "in a function that it gives to torch.utils.checkpoint"
+                way = "Checkpoint an nn.Module that makes the call"
+            self._left(operation, kind, call.inplace, why, way)
             return self._owned(func, args, kwargs)
         rules = surgery.decide(part, operation.name, self.number)
         selection = surgery.selections[rules]

@@ -254,8 +254,11 @@ class Reduction(Method):
         return _shallow_copy, reduced
 
 
-def _shallow_copy(*reduced: Any) -> Any:
-    copied = copy._reconstruct(None, None, *reduced)  # type: ignore[attr-defined] # private, as `copy.copy` calls it
+def _shallow_copy(make: Callable[..., Any], args: tuple[Any, ...], state: Any = None, *_: Any) -> Any:
+    """A copy from what a module is made of, as ``copy.copy`` makes it, with methods of its own."""
+    copied = make(*args)
+    if state is not None:
+        copied.__setstate__(state)
     _adopt(copied)
     return copied
 
@@ -526,7 +529,7 @@ class Caller(Method):
             result = method(*args, **kwargs)
             if sequence_number() - start not in surgery.counts:
                 surgery.look_at_next(key)
-            if start < surgery.first:
+            if start < surgery.first:  # in another thread
                 mark(tensors(result), surgery)
             return result
         run = FunctionalCalls(surgery, part, recording)

@@ -64,25 +64,26 @@ class UnreachedError(ValueError):
     Args:
         model: Class name of the model.
         sites: The sites that are not reached.
+        way: What makes them reachable, a sentence without its full stop; by default what suits their operations.
 
     Attributes:
         sites: The sites that are not reached.
     """
 
-    def __init__(self, model: str, sites: Sequence[Site]) -> None:
+    def __init__(self, model: str, sites: Sequence[Site], way: str = "") -> None:
         shown = "; ".join(f"{_phrase(site)}" for site in sites[:5])
         more = f"; and {len(sites) - 5} more" if len(sites) > 5 else ""
-        ways = "; ".join(dict.fromkeys(_way_out(site) for site in sites))
+        ways = way or "; ".join(dict.fromkeys(_way_out(site) for site in sites))
         names = ", ".join(repr(site.name) for site in sites[:5])
         super().__init__(
             f"{model} has operations that no Jacobian choice reaches: {shown}{more}. {ways}. Or leave their derivative "
             f"to PyTorch: skip=[{names}] for these modules, or strict=False (--model.strict=false) for every such "
             "operation; the report names them."
         )
-        self.model, self.sites = model, list(sites)
+        self.model, self.sites, self.way = model, list(sites), way
 
     def __reduce__(self) -> Any:
-        return type(self), (self.model, self.sites)
+        return type(self), (self.model, self.sites, self.way)
 
     @classmethod
     def of(cls, model: str, name: str, operation: str, kind: str) -> UnreachedError:
@@ -130,13 +131,6 @@ def _way_out(site: Site) -> str:
             return "Use the eager module that it was made from"
         case "custom":
             return "Write it with PyTorch's own operations"
-    ways = {
-        "checkpoint": "Checkpoint an nn.Module that makes the call",
-        "class": "Give it a plain tensor",
-        "arguments": "Name its arguments as PyTorch's documentation does",
-    }
-    if site.decided:
-        return next(way for word, way in ways.items() if word in site.decided)
     return "Write it with operations that have one: docs/surgery.md"
 
 

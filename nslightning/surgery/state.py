@@ -77,9 +77,9 @@ class Surgery:
         waking: By entrance, whether its next run that is called without gradients has a mode, to see whether its code
             switches them on, and how often this was looked at; None once it was seen to do so.
         sites: The objects that run the module sites.
-        made: The thread that patched the model and the number of its next autograd node, by which a loss that was
-            computed before is known; None in a copy.
-        first: That number; 0 in a copy.
+        thread: The thread that patched the model; None in a copy.
+        first: The number of this thread's next autograd node then, by which a loss that was computed before is known; 0
+            in a copy.
     """
 
     def __init__(
@@ -106,17 +106,17 @@ class Surgery:
         self.counts: set[int] = set()
         self.waking: dict[Any, tuple[bool, int | None]] = {}
         self.sites: WeakSet[Any] = WeakSet()
+        self.thread: object = this_thread()
         self.first = sequence_number()
-        self.made: tuple[object, int] | None = (this_thread(), self.first)
         self._rows: dict[tuple[str, str, bool, tuple[int, ...]], Site] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # A copied site adds itself to `sites`; the others refer to parts or a thread by identity: no copy keeps them.
-        fresh = ("sites", "looked", "awaited", "begun", "looks", "counts", "waking", "made")
+        fresh = ("sites", "looked", "awaited", "begun", "looks", "counts", "waking", "thread")
         return {name: value for name, value in self.__dict__.items() if name not in fresh}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, sites=WeakSet(), looked=set(), counts=set(), made=None, first=0)
+        self.__dict__.update(state, sites=WeakSet(), looked=set(), counts=set(), thread=None, first=0)
         self.__dict__.update(awaited={}, begun={}, looks={}, waking={})
 
     def look_at_next(self, entrance: Any) -> None:
@@ -131,7 +131,7 @@ class Surgery:
     @property
     def first_node(self) -> int:
         """The number of the first autograd node that this thread made after the patch; 0 where that is not known."""
-        return self.made[1] if self.made is not None and self.made[0] is this_thread() else 0
+        return self.first if self.thread is this_thread() else 0
 
     def records(self, entrance: Any) -> bool:
         """Return whether the run that begins has to note the nodes that it makes, so that its graph can be checked.

@@ -171,7 +171,7 @@ def test_the_change_is_that_of_the_side_written_out(name):
 
 @pytest.mark.parametrize(("units", "found"), [(0, False), (4, False), (1000, True)])
 def test_what_rounding_explains_is_no_kink(units, found):
-    """Two orders of the same product, and slopes that differ by so many units of rounding."""
+    """One slope is another times 1 + `units` eps; without units, the two branches round one product in two ways."""
     slope = 0.07 * (1 + units * torch.finfo(torch.float32).eps)
     model = Net(lambda y: torch.where(y > 0, y * slope, y * 0.1 * 0.7) if units else torch.where(y > 0, 5 * y, five(y)))
     assert bool(handwritten(model, loss_of(model, batch()))) is found
