@@ -259,6 +259,7 @@ MISTAKES: dict[str, list[Mistake]] = {
         Mistake("test --config configs/quickstart.yaml --ckpt_path=last", ("no checkpoint in runs/quickstart",)),
     ],
     "Measuring and drawing": [
+        Mistake("audit nothere.ckpt", ("there is no file nothere.ckpt", "runs/NAME/NUMBER/checkpoints")),
         Mistake("audit", ("the following arguments are required: MODEL",)),
         Mistake("audit paper/lenet5 --dtypse 32", ("no option --dtypse", "did you mean '--precisions'")),
         Mistake("audit paper/lenet5 --precisions fp16", ("invalid choice: 'fp16'", "'16', 'bf16'")),

@@ -28,6 +28,7 @@ __all__ = ["main", "make_parser"]
 
 _DTYPES = ("16", "bf16", "32", "64")
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
+_CHECKPOINTS = {".ckpt", ".pt", ".pth", ".safetensors"}
 _EPILOG = """\
 examples:
   nslightning audit timm/resnet50 --image-size 64 --html audit.html
@@ -258,6 +259,10 @@ def _check_model(name: str) -> None:
     own = ":" in family or name.endswith(".py")
     if own or Path(name).exists():
         return
+    if Path(name).suffix in _CHECKPOINTS:
+        raise CallError(
+            f"there is no file {name}; `nslightning fit` keeps its checkpoints in runs/NAME/NUMBER/checkpoints"
+        )
     if family not in FAMILIES or not network:
         if network:
             hint = did_you_mean(name, [f"{other}/{network}" for other in FAMILIES])
