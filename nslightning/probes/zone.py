@@ -97,7 +97,7 @@ def zone(
     r"""The zone of a pair of choices, at a model's parameters and on a batch, without a threshold to choose.
 
     If no tie was met, if what the ties make of the choices dies before it reaches a parameter, or if the two gradients
-    have the same bits, the zone is *regular*. Else the difference
+    are finite and have the same bits, the zone is *regular*. Else the difference
 
     .. math:: D = \sum_i J_i^T\,(J_{a,i} - J_{b,i})^T g_i
 
@@ -274,7 +274,7 @@ def _compare(
     (other,) = turns
     (again,) = gradients_in_turn(loss, model, [b], named)
     observed, noise = measure(other, one), measure(again, one)
-    if not differs_bitwise(other, one):
+    if not differs_bitwise(other, one) and math.isfinite(observed.l1):
         return observed, noise, None, method
     if method == "propagate":
         carried = met.carry(met.starts(a), a, tensors)

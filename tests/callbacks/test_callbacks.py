@@ -1158,7 +1158,10 @@ def test_ties_of_all_processes_are_added_up(monkeypatch):
 
 
 def test_what_the_callback_cannot_see_is_said_once(tmp_path):
-    """A reentrant checkpoint, and torch.vmap: subtracted, with the numbers of a network that hides nothing."""
+    """A reentrant checkpoint, and torch.vmap: subtracted, with the numbers of a network that hides nothing.
+
+    The hidden part runs in sight, too, so that its parameters get gradients from two backwards of the checkpoint's.
+    """
 
     class Hidden(LightningModule):
         def __init__(self, how):
@@ -1177,7 +1180,7 @@ def test_what_the_callback_cannot_see_is_said_once(tmp_path):
                     h = torch.vmap(self.net)(x)
                 case _:
                     h = self.net(x)
-            return self.head(h).square().mean()
+            return self.head(h + self.net(x + 1)).square().mean()
 
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), 0.1)

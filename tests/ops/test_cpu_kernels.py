@@ -29,6 +29,7 @@ from nslightning.ops.autograd import fused
 from nslightning.ops.autograd.pointwise import pointwise
 from nslightning.ops.autograd.pooling import pool, regular
 from nslightning.ops.autograd.selection import Selection
+from nslightning.ops.autograd.tie_bits import find_ties
 from nslightning.ops.kernels import cpu as cpu_kernels
 
 pytestmark = pytest.mark.skipif(
@@ -275,6 +276,21 @@ def test_marked_ties_are_the_composition(choice, parameters, spread, dtype, layo
     assert torch.equal(*both(x[:1, :1, :3, :2], g[:1, :1, :3, :2]))  # a fraction of a block
     assert torch.equal(*both(x[:, :, ::2], g[:, :, ::2]))  # not dense
     assert torch.equal(*both(x, g[0, 0, 0, 5].expand(x.shape)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_what_stands_in_fresh_memory_is_no_tie(dtype, monkeypatch):
+    """PyTorch's operations read all of a block that is not full. In the deterministic mode fresh memory is NaN."""
+    monkeypatch.setattr(cpu_kernels, "available", lambda: False)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        (zero,) = find_ties(torch.tensor([1.0, 0.0, 0.0, 2.0, 0.0], dtype=dtype), [0.0], (0,))
+        (last,) = find_ties(torch.tensor([1.0, 2.0, 0.0], dtype=dtype), [0.0], (0,))
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert zero.bits.tolist() == [[0b10110]]
+    assert last.bits.tolist() == [[0b100]]
 
 
 @layouts

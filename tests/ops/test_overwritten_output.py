@@ -39,6 +39,28 @@ def gradient(first, then, jacobians, x):
     return torch.autograd.grad((model(x) * torch.linspace(-1, 1, 1)).sum(), x)[0]
 
 
+@pytest.mark.parametrize("nodes", ["C++", "Python"])
+@pytest.mark.parametrize("view", [True, False])
+def test_a_relu_in_place_that_was_overwritten_is_refused_as_in_stock(view, nodes, monkeypatch):
+    """Its backward reads its result, whatever memory the package's own nodes read."""
+    if nodes == "Python":
+        monkeypatch.setattr("nslightning.ops.autograd.native._library", lambda: None)
+
+    class Overwriting(nn.Module):
+        def forward(self, x):
+            y = x * 1
+            (y[:, :2] if view else y).relu_()
+            y.mul_(2)
+            return y.sum()
+
+    x = torch.tensor([[-1.0, 0.0, 1.0]], requires_grad=True)
+    patch(patched := Overwriting(), Jacobians(relu=1.0))
+    for model in (Overwriting(), patched):
+        loss = model(x)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_overwritten_output(name, layout):

@@ -216,6 +216,12 @@ def test_layouts_without_strides_are_stock_and_refuse_another_choice(f):
         torch.autograd.grad(other(w), w)
 
 
+def test_an_entry_of_a_sparse_tensor_is_the_sum_of_its_parts():
+    relu, x = OPERATIONS["relu"], torch.sparse_coo_tensor([[0, 0, 1]], [1.0, -1.0, 2.0], (3,), check_invariants=True)
+    tied, evaluated = relu.ties(relu.functions[torch.relu](x))
+    assert (int(tied), evaluated) == (1, 2)
+
+
 @pytest.mark.parametrize("act", [nn.LeakyReLU(0.5), nn.ReLU6(), nn.ReLU()])
 def test_zeros_pooled_behind_an_activation_that_is_left_alone(act):
     """Behind a ReLU nothing of what windows of zeros share out is left, behind a LeakyReLU all of it."""

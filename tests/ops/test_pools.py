@@ -206,20 +206,32 @@ def test_parts_are_the_whole(monkeypatch, args, layout, choice):
 
 
 @pytest.mark.parametrize("g", [float("inf"), float("nan"), -float("inf")])
-@pytest.mark.parametrize("args", [(2,), (3, 1, 1)], ids=str)
-def test_infinite_gradients_stay_where_they_belong(args, g):
+@pytest.mark.parametrize(
+    ("kind", "dims", "args", "size"),  # of the first window
+    [
+        ("max_pool", 2, (2,), 2),
+        ("max_pool", 2, (3, 1, 1), 2),
+        ("max_pool", 2, (5, 1, 2), 3),
+        ("max_pool", 3, ((1, 2, 2),), 2),
+        ("max_pool", 3, ((1, 3, 3), 1, (0, 1, 1)), 2),
+        ("adaptive_max_pool", 2, (3,), 2),
+        ("adaptive_max_pool", 2, (4,), 2),
+    ],
+    ids=str,
+)
+def test_infinite_gradients_stay_where_they_belong(kind, dims, args, size, g):
     """A gradient that is not finite reaches the entries of its window that tie, and no other."""
-    x = torch.zeros(1, 1, 6, 6)
+    x = torch.zeros(1, 1, *(1,) * (dims - 2), 6, 6)
     x[..., 0, 0] = -1.0
     x.requires_grad_()
-    y = ops.max_pool2d(x, *args, jacobian="minimal")
+    y = ours(kind, dims)(x, *args, jacobian="minimal")
     up = torch.ones_like(y)
     up[..., 0, 0] = g
     (got,) = torch.autograd.grad(y, x, up)
     reached = torch.zeros(6, 6, dtype=torch.bool)
-    reached[:2, :2] = True
+    reached[:size, :size] = True
     reached[0, 0] = False
-    assert torch.equal(~got[0, 0].isfinite(), reached)
+    assert torch.equal(~got.view(6, 6).isfinite(), reached)
 
 
 @pytest.mark.parametrize("kind", ["max_pool", "adaptive_max_pool"])
@@ -300,6 +312,12 @@ def test_ranks_are_row_major():
     assert windows.last().item() == 8
     ranked = [windows.nth(torch.full((1, 1, 1, 1), float(r))).item() for r in range(6)]
     assert ranked == x.flatten().nonzero().flatten().tolist()
+
+
+def test_places_are_exact_where_float32_is_not():
+    n = 2**24 + 2
+    windows = Windows(torch.zeros(1, n, 1), regular(1, 2), (n // 2,))
+    assert windows.last()[0, -1, 0] == n - 1
 
 
 def test_published_rule_is_refused_where_the_papers_have_none():

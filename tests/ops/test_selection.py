@@ -22,6 +22,18 @@ def test_a_copy_has_the_same_choice_and_memory_of_its_own(again, constant):
     assert copied.memory["relu"] is not selection.memory["relu"]
 
 
+def test_streams_begin_at_their_seed_and_go_on():
+    selection, cpu = Selection(Jacobians(relu="random"), 3), torch.device("cpu")
+    draw = lambda: torch.rand(1, generator=selection.generator(cpu)).item()  # noqa: E731 # said often
+    first, second = torch.rand(2, generator=torch.Generator().manual_seed(3)).tolist()
+    assert draw() == first
+    with selection.other_streams(4):
+        assert draw() == torch.rand(1, generator=torch.Generator().manual_seed(4)).item()
+    assert (selection.seed, draw()) == (3, second)
+    selection.reseed(3)
+    assert draw() == first
+
+
 def test_a_constant_choice_is_read_as_a_replayed_backward_reads_it():
     torch.full((64,), 123.0)  # what an unfilled tensor might show
     for value in (0.25, 1.0):

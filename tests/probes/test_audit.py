@@ -8,7 +8,9 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -224,6 +226,39 @@ def test_a_difference_that_cancels_over_the_reals_is_rounding():
     real = audit(net, [(images, None)], dtypes=["32"], choices=CHOICES)
     assert "bifurcation" in {s.zone for s in real.spreads}
     assert verdict(real, "32") == "matters"
+
+
+def test_a_zone_is_that_of_the_batch_with_the_largest_difference(monkeypatch):
+    """With its images, its labels and its draws."""
+
+    class Dropped(Relu):
+        def forward(self, x):
+            return super().forward(F.dropout(x, 0.5))
+
+    seen = []
+
+    def located(model, loss_fn, inputs, choice):
+        seen.append((inputs, loss_fn(model(inputs)).item()))
+        return SimpleNamespace(kind="bifurcation")
+
+    monkeypatch.setattr(sys.modules[Audit.__module__], "zone", located)
+    net, at = Dropped(tie=True), []
+    pictures = torch.randn(8, 3, 8, 8), torch.randn(8, 3, 8, 8)
+    for images, labels in product((pictures, pictures[::-1]), ((torch.arange(8) % 3, None), (None, None))):
+        batches = list(zip(images, labels, strict=True))
+        audited = audit(net, batches, dtypes=["64"], choices={"relu1": CHOICES["relu1"]}, seed=7)
+        (spread,) = audited.spreads
+        at.append(i := spread.per_batch.index(spread.relative))
+        y = labels[i]
+        if y is None:
+            y = torch.randint(3, (8,), generator=torch.Generator().manual_seed(7 + i))
+        torch.manual_seed(7 + i)
+        expected = F.cross_entropy(copy.deepcopy(net).double()(images[i].double()), y)
+        inputs, loss = seen.pop()
+        assert torch.equal(inputs, images[i].double())
+        assert loss == pytest.approx(expected.item(), rel=1e-12)
+        assert spread.zone == "bifurcation"
+    assert 1 in at
 
 
 def test_ties_of_every_operation_are_measured(few):

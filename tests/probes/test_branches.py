@@ -105,6 +105,34 @@ def test_maxima_keep_their_winners_and_their_values():
     assert moved[1, 2] == 2 + 1e-9
 
 
+@pytest.mark.parametrize("function", [torch.amin, torch.amax, torch.min, torch.max, torch.aminmax])
+def test_the_least_and_the_largest_tie_where_they_did(function):
+    branches, operation = Branches(), OPERATIONS["max"]
+    call = lambda x: operation.functions[function](x, dim=1)  # noqa: E731 # said twice
+    nan = float("nan")
+    low = torch.tensor([[1.0, 1.0, 2.0, 2.0], [nan, 1.0, 2.0, 2.0]])
+    high = torch.tensor([[1.0, 1 + 1e-9, 2.0, 2 - 1e-9], [2 + 1e-9, 1.0, 2.0, 2 + 1e-9]], dtype=torch.float64)
+    branches.record("site", operation, call(low))
+    branches.begin()
+    moved = high.clone()
+    branches.impose("site", operation, call(moved))
+    least, largest = ("min" in function.__name__), ("max" in function.__name__)
+    assert moved[0].tolist() == [1.0, 1.0 if least else 1 + 1e-9, 2.0, 2.0 if largest else 2 - 1e-9]
+    assert moved[1, 0] == high[1, 0]  # where the low precision had no number
+
+
+def test_what_is_recorded_is_what_was_given():
+    """The operation may overwrite it."""
+    branches, operation = Branches(), OPERATIONS["relu"]
+    call = operation.functions[torch.relu]
+    low, high = torch.tensor([-1.0, 0.0, 1.0]), torch.tensor([-1.0, 1e-9, 1.0], dtype=torch.float64)
+    branches.record("site", operation, call(low))
+    low.relu_()
+    branches.begin()
+    branches.impose("site", operation, call(high))
+    assert high.tolist() == [-1.0, 0.0, 1.0]
+
+
 def test_pairs_tie_where_they_did():
     low = torch.tensor([1.0, 2.0, 1.0]), torch.tensor([[1.0, 1.0, 2.0]])
     high = torch.tensor([1 + 1e-9, 1.0, 2.0]).double(), torch.tensor([[1.0, 1.0, 2.0]]).double()

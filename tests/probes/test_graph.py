@@ -14,7 +14,8 @@ from nslightning.experiments.cells import ZoneCell
 from nslightning.experiments.zones import difference_norm
 from nslightning.ops.autograd.nodes import operation_of
 from nslightning.probes import MethodWarning, UnseenError, differences, divergence, gradients, worst_choice, zone
-from nslightning.probes.graph import bottleneck, opaque_nodes, operation_nodes
+from nslightning.probes.gradients import gradients_in_turn, wanted
+from nslightning.probes.graph import bottleneck, opaque_nodes, operation_nodes, reachable
 
 CHOICES = {"a": Jacobians(), "b": Jacobians(relu=1.0), "c": Jacobians(relu=-0.5)}
 
@@ -193,6 +194,28 @@ def test_what_lies_above_is_freed_or_kept(retain):
     else:
         with pytest.raises(RuntimeError, match="retain_graph=True"):
             loss.backward()
+
+
+def test_what_lies_above_is_freed_after_the_first_choice():
+    model = Net("chain")
+    patch(model, Jacobians())
+    loss = model(torch.randn(3, 4)).square().sum()
+    turns = gradients_in_turn(loss, model, CHOICES.values(), wanted(model), retain_graph=False)
+    next(turns)
+    with pytest.raises(RuntimeError, match="only the part below"):
+        torch.autograd.grad(loss, model.high.weight)
+    assert len(list(turns)) == len(CHOICES) - 1
+
+
+def test_the_packages_own_functions_hide_nothing():
+    class Overwriting(nn.Module):
+        def forward(self, x):
+            return (x * 1).abs_().sum()
+
+    patch(model := Overwriting(), Jacobians(abs=0.5))
+    loss = model(torch.zeros(3, requires_grad=True))
+    assert "_PutBackward" in [node.name() for node in reachable([loss.grad_fn])]
+    assert list(opaque_nodes(loss)) == []
 
 
 def same_as_alone(loss, model, choices, **inputs):

@@ -387,10 +387,47 @@ def test_gradients_through_a_reentrant_checkpoint_leave_no_trace():
     assert all(torch.equal(ours[c]["high.weight"], want[c]["high.weight"]) for c in ours)
     assert not torch.equal(ours["one"]["h"], ours["zero"]["h"])
     assert steps == []
+    assert inputs.grad is None
     assert all(torch.equal(p.grad, torch.full_like(p, 7.0)) for p in model.parameters())
     model.zero_grad()
     model(x).sum().backward()
     assert set(steps) == {name for name, _ in model.named_parameters()}  # the hooks are there again
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_a_small_difference_that_is_hidden_is_one(dtype):
+    """What float32 leaves of it is no measure of what float64 does."""
+
+    class Small(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.t, self.relu = nn.Parameter(torch.zeros((), dtype=dtype)), nn.ReLU()
+
+        def part(self, t):
+            return sum(self.relu(t) * c for c in (0.15 + 1e-6, 0.7, -0.85))
+
+        def forward(self, _):
+            return checkpoint(self.part, self.t * 1.0, use_reentrant=True)
+
+    patch(model := Small(), Jacobians())
+    located = zone(model, torch.sum, None, Jacobians(relu=0.3))
+    assert (located.kind, located.method) == ("bifurcation", "subtract")
+    assert located.difference == pytest.approx(0.3e-6, rel=1e-6)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradients_that_come_to_a_tensor_twice_are_added(reentrant):
+    """By the backward inside a reentrant checkpoint, for it is not among its arguments, and by the one around it."""
+    patch(relu := nn.Sequential(nn.Linear(3, 3), nn.ReLU()), Jacobians())
+    relu.requires_grad_(False)
+    with torch.no_grad():
+        relu[0].weight.copy_(torch.eye(3)), relu[0].bias.zero_()
+    h = torch.zeros(2, 3, requires_grad=True).clone()  # whose backward may run twice
+    loss = checkpoint(lambda x: relu(2 * x + h), h, use_reentrant=reentrant).sum()
+    relu[0].bias.requires_grad_(True)
+    by_choice = gradients(loss, relu, {"zero": Jacobians(), **ONE}, inputs={"h": h})
+    assert torch.equal(by_choice["one"]["h"], torch.full((2, 3), 3.0))
+    assert torch.equal(by_choice["zero"]["h"], torch.zeros(2, 3))
 
 
 def test_a_graph_that_was_freed_says_so():

@@ -243,6 +243,54 @@ def test_what_is_not_varied_is_named_and_others_are_no_sites():
     assert (worst.value, worst.unvaried) == (0.0, (":norm",))
 
 
+def test_operations_of_another_model_are_not_varied():
+    """They come after one of the model's own, of the same kind."""
+    other, model = nn.Sequential(nn.ReLU()), nn.Sequential(nn.Linear(1, 1, bias=False), nn.ReLU())
+    nn.init.zeros_(model[0].weight)
+    for one in (other, model):
+        patch(one, Jacobians())
+    worst = worst_choice(model, lambda y: y.sum() + 5 * other(model[0].weight).sum(), torch.ones(1, 1))
+    assert (worst.value, worst.sites, worst.unvaried) == (1.0, {"1": 1.0}, ())
+
+
+class Rows(nn.Module):
+    """Units that all tie; the gradient is the sum of the rows of those that are on."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.rows, self.p, self.relu = torch.tensor(rows), nn.Parameter(torch.zeros(len(rows[0]))), nn.ReLU()
+
+    def forward(self, _):
+        return self.relu(self.rows @ self.p)
+
+
+def test_the_search_begins_where_all_ties_are_alike():
+    patch(model := Rows([[3.0], [4.0]]), Jacobians())
+    worst = worst_choice(model, torch.sum, None, starts=0, rounds=1, evaluations=1)
+    assert (worst.value, worst.guarantee) == (7.0, "slopes")
+
+
+def test_ties_are_tried_again_until_none_is_larger():
+    """A tie that made nothing larger does so when others have changed."""
+    rows = [[0.0, 6.0], [-6.0, -3.0], [-2.0, 4.0], [1.0, -6.0], [6.0, -2.0]]
+    patch(model := Rows(rows), Jacobians())
+    worst = worst_choice(model, torch.sum, None, starts=0, rounds=1, evaluations=31)
+    assert (worst.value, worst.guarantee) == (pytest.approx(122**0.5), "single ties")
+
+
+def test_several_entries_of_a_window_are_tried():
+    found = set()
+    for seed in range(30):
+        values = torch.randperm(9, generator=torch.Generator().manual_seed(seed)).double() + 1
+        model = nn.Sequential(nn.Linear(1, 9, bias=False), nn.Unflatten(1, (1, 3, 3)), nn.MaxPool2d(3)).double()
+        nn.init.zeros_(model[0].weight)
+        model[0].register_forward_hook(lambda m, args, y, values=values: y * values)
+        patch(model, Jacobians())
+        worst = worst_choice(model, torch.sum, torch.ones(1, 1).double())
+        found.add((values.square() + values[0] ** 2 - worst.value**2).abs().argmin().item())
+    assert len(found - {0, 8}) >= 2  # beside the first and the last
+
+
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
@@ -314,6 +362,22 @@ def test_reference_inside_and_no_tie():
         model[0].bias.fill_(1.0)
     worst = worst_choice(model, torch.sum, x)
     assert (worst.value, worst.relative, worst.sites) == (0.0, 0.0, {})
+
+
+def test_a_site_alone_leaves_the_others_at_the_reference():
+    """The model was patched with another choice than the reference."""
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.t, self.first, self.second = nn.Parameter(torch.zeros(2)), nn.ReLU(), nn.ReLU()
+
+        def forward(self, x):
+            return 3 * self.first(self.t[0]) + 4 * self.second(self.t[1])
+
+    patch(model := Two(), Jacobians(relu=0.5))
+    worst = worst_choice(model, torch.sum, None, Jacobians(relu=1.0))
+    assert (worst.value, worst.sites, worst.guarantee) == (5.0, {"first": 3.0, "second": 4.0}, "all corners")
 
 
 def test_networks_of_other_parts_leave_no_trace():

@@ -489,6 +489,26 @@ def test_refusals():
         zone(twice, torch.sum, torch.ones(1, 1), RELU1)
 
 
+def test_gradients_that_are_not_finite_are_not_the_same():
+    """Two infinities have the same bits, and say nothing of what they stand for."""
+    large = lambda y: (y * 6e4 * 6e4).sum()  # noqa: E731 # said twice
+    half = Jacobians(relu=0.5)
+    for dtype, finite in ((torch.float16, False), (torch.float32, True)):
+        located = zone(tied_unit(dtype), large, torch.ones(1, 1, dtype=dtype), RELU1, half)
+        assert math.isfinite(located.observed.l2) == finite
+        assert located.kind == "bifurcation"
+        assert located.difference == pytest.approx(2**0.5 * 0.5 * 3.6e9)
+    with pytest.raises(NoZoneError, match="not finite in float64"):
+        zone(tied_unit(torch.float32), lambda y: y.sum() * math.nan, torch.ones(1, 1), RELU1, half)
+
+
+def tied_unit(dtype):
+    model = nn.Sequential(nn.Linear(1, 1, dtype=dtype), nn.ReLU())
+    nn.init.zeros_(model[0].weight), nn.init.zeros_(model[0].bias)
+    patch(model, Jacobians())
+    return model
+
+
 # ------------------------------------------------------------------------------------------- the papers' criteria
 def test_criteria_of_the_papers():
     a = {"first": torch.tensor([1.0, -2.0]), "second": torch.tensor([3.0])}
