@@ -216,9 +216,11 @@ def test_layouts_without_strides_are_stock_and_refuse_another_choice(f):
         torch.autograd.grad(other(w), w)
 
 
-def test_an_entry_of_a_sparse_tensor_is_the_sum_of_its_parts():
-    relu, x = OPERATIONS["relu"], torch.sparse_coo_tensor([[0, 0, 1]], [1.0, -1.0, 2.0], (3,), check_invariants=True)
-    tied, evaluated = relu.ties(relu.functions[torch.relu](x))
+@pytest.mark.parametrize("function", [torch.relu, torch.abs])
+def test_an_entry_of_a_sparse_tensor_is_the_sum_of_its_parts(function):
+    operation = OPERATIONS[function.__name__]
+    x = torch.sparse_coo_tensor([[0, 0, 1]], [1.0, -1.0, 2.0], (3,), check_invariants=True)
+    tied, evaluated = operation.ties(operation.functions[function](x))
     assert (int(tied), evaluated) == (1, 2)
 
 

@@ -22,6 +22,13 @@ def test_a_copy_has_the_same_choice_and_memory_of_its_own(again, constant):
     assert copied.memory["relu"] is not selection.memory["relu"]
 
 
+def test_the_rule_is_the_one_of_the_choice_now_in_force():
+    selection = Selection(Jacobians(relu=1.0))
+    for rule in ("published", "exact", "published"):
+        selection.set(Jacobians(relu=1.0, rule=rule))
+        assert selection.read(".published", torch.ones(1)).item() == (rule == "published")
+
+
 def test_streams_begin_at_their_seed_and_go_on():
     selection, cpu = Selection(Jacobians(relu="random"), 3), torch.device("cpu")
     draw = lambda: torch.rand(1, generator=selection.generator(cpu)).item()  # noqa: E731 # said often

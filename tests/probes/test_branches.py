@@ -144,6 +144,51 @@ def test_pairs_tie_where_they_did():
     assert x[0, 2] < y[0, 2]
 
 
+def test_of_a_pair_the_one_of_the_whole_shape_is_moved():
+    low = torch.tensor([1.0, 2.0, 1.0]), torch.tensor([[1.0, 1.0, 2.0]] * 2)
+    high = torch.tensor([1 + 1e-9, 1.0, 2.0]).double(), torch.tensor([[1.0, 1.0, 2.0]] * 2).double()
+    x, y = impose("maximum", low, high)
+    assert torch.equal(x, high[0])
+    assert (y[:, 0] == x[0]).all()
+    assert (y[:, 1] < x[1]).all()
+    assert (y[:, 2] > x[2]).all()
+
+
+def moved_by(operation, call, low, high):
+    """The replay's operands after a recorded evaluation was imposed on them."""
+    branches, high = Branches(), [t.double() for t in high]
+    branches.record("site", OPERATIONS[operation], call(*low))
+    branches.begin()
+    branches.impose("site", OPERATIONS[operation], call(*high))
+    return high
+
+
+def test_vectors_stay_on_their_side_of_what_they_are_divided_by():
+    call = lambda x: OPERATIONS["norm"].functions[F.normalize](x, 2.0, 1, 1.0)  # noqa: E731 # the fourth: the least
+    high = torch.tensor([[1 + 1e-9, 0.0], [2 + 1e-9, 0.0]], dtype=torch.float64)
+    (moved,) = moved_by("norm", call, [torch.tensor([[1.0, 0.0], [2.0, 0.0]])], [high])
+    assert moved.tolist() == [[1.0, 0.0], [2 + 1e-9, 0.0]]
+
+
+def test_hinges_tie_at_the_values_of_the_replay():
+    target = torch.tensor([1.0, -1.0, 1.0])
+    call = lambda x, y: OPERATIONS["hinge"].functions[F.margin_ranking_loss](x, y, target.to(x))  # noqa: E731 # short
+    low = torch.tensor([1.0, 1.0, 2.0]), torch.ones(3)
+    high = torch.tensor([[1 + 1e-9, 1 + 1e-9, 2], [1 + 3e-9, 1, 1]], dtype=torch.float64)
+    x, y = moved_by("hinge", call, low, high.clone())
+    assert torch.equal(y, high[1])
+    assert (x - y)[:2].abs().max() < 1e-15
+    assert x[2] == 2
+
+
+def test_planes_with_one_value_keep_their_own():
+    """Windows overlap: an entry that wins two of them ties all with one another, inside its plane."""
+    low = torch.ones(1, 2, 1, 3)
+    high = torch.tensor([[[[1, 1 + 1e-9, 1]], [[1 + 2e-9, 1 + 3e-9, 1 + 2e-9]]]], dtype=torch.float64)
+    (moved, *_) = impose("max_pool", (low, (1, 2), 1), (high, (1, 2), 1))
+    assert moved.flatten().tolist() == [1.0] * 3 + [1 + 2e-9] * 3
+
+
 @pytest.mark.parametrize(("kernel", "stride"), [(2, 2), (3, 1), (2, 1)])
 def test_pooling_windows_keep_their_winners(kernel, stride):
     """Quantised images tie all over; noise of another precision breaks the ties, and reverses neighbours."""

@@ -271,5 +271,10 @@ def test_an_audit_names_the_module_and_the_line():
     older = audited.to_dict()
     del older["by_hand"]
     assert Audit.from_dict(older).by_hand == []
+    pairs = [(factor * batch(), torch.arange(6) % 2) for factor in (1, 3)]
+    alone = [audit(model, [pair], dtypes=["64"]).by_hand[0].relative["64"] for pair in pairs]
+    assert alone[0] != alone[1]
+    for order in (pairs, pairs[::-1]):
+        assert audit(model, order, dtypes=["64"]).by_hand[0].relative["64"] == max(alone)
     smooth = audit(nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2)), [(batch(), None)], dtypes=["32"])
     assert smooth.by_hand == []

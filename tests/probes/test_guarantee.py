@@ -457,6 +457,9 @@ def test_the_audit_says_it_of_ones_own_network() -> None:
     assert any("is an element of the Clarke subdifferential on every batch" in line for line in advice(covered))
     assert any("put such a batch on a kink" in line for line in advice(covered))
     assert Audit.from_dict(json.loads(json.dumps(covered.to_dict()))) == covered
+    for sizes in ((4, 8), (8, 4)):  # the largest of the batches
+        several = audit(mlp([2, 3, 2], True, 0), [(torch.ones(n, 2), None) for n in sizes], dtypes=["32"])
+        assert several.clarke["32"].bound == 24 / machine_numbers(torch.float32)
     free = audit(mlp([2, 3, 2], False, 0), [(torch.zeros(4, 2), None)], dtypes=["32"])
     assert not free.clarke["32"].holds
     assert free.clarke["32"].bound is None

@@ -145,6 +145,18 @@ def visits(*parameters):
     return seen
 
 
+@pytest.mark.parametrize("method", ["subtract", "propagate"])
+def test_the_reference_is_the_one_that_is_given(method):
+    """It is neither PyTorch's nor the one that the model was patched with."""
+    model = nn.Sequential(nn.Linear(2, 1, bias=False), nn.ReLU())
+    nn.init.zeros_(model[0].weight)
+    patch(model, Jacobians(relu=0.125))
+    loss, choices = model(torch.ones(1, 2)).sum(), {"half": Jacobians(relu=0.5), "zero": Jacobians()}
+    measured = divergence(loss, model, choices, Jacobians(relu=1.0), method=method, control=True)
+    assert [measured[name].l1 for name in ("half", "zero", "control")] == [1.0, 2.0, 0.0]
+    assert {d.method for d in measured.values()} == {method}
+
+
 def test_no_tie_costs_no_backward():
     model = nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 1))
     patch(model, Jacobians())
