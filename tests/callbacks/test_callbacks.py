@@ -1169,7 +1169,7 @@ def test_what_the_callback_cannot_see_is_said_once(tmp_path):
             torch.manual_seed(0)
             self.how, self.net, self.head = how, nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 1)
             nn.init.zeros_(self.net[0].weight), nn.init.zeros_(self.net[0].bias)
-            patch(self.net, NATIVE)
+            patch(self.net, Jacobians(relu=0.25))
 
         def training_step(self, batch, batch_idx):
             x = batch[0].flatten(1)[:, :4].requires_grad_()

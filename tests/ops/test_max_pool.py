@@ -158,6 +158,14 @@ def test_nan_windows_are_no_ties():
     assert torch.equal(g, torch.tensor([[[[0.0, 0, 0.25, 0.25], [1, 0, 0.25, 0.25]]]]))
 
 
+@pytest.mark.parametrize("rule", ["exact", "published"])
+@pytest.mark.parametrize("beta", [0.5, 1.0, 10.0])
+def test_a_window_with_a_nan_hands_down_what_stocks_does(beta, rule):
+    x = torch.tensor([[[[0.0, float("nan")], [1.0, 1.0]]]], requires_grad=True)
+    (got,) = torch.autograd.grad(max_pool2d(x, 2, jacobian=beta, rule=rule).sum(), x)
+    assert got.flatten().tolist() == [0.0, 1.0, 0.0, 0.0]
+
+
 def test_infinite_ties():
     x = torch.full((1, 1, 2, 2), -float("inf"), requires_grad=True)
     (g,) = torch.autograd.grad(max_pool2d(x, 2, jacobian="minimal").sum(), x)

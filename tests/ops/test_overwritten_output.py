@@ -41,7 +41,8 @@ def gradient(first, then, jacobians, x):
 
 @pytest.mark.parametrize("nodes", ["C++", "Python"])
 @pytest.mark.parametrize("view", [True, False])
-def test_a_relu_in_place_that_was_overwritten_is_refused_as_in_stock(view, nodes, monkeypatch):
+@pytest.mark.parametrize("function", [torch.relu_, torch.selu_, lambda y: F.elu(y, 0.5, inplace=True)])
+def test_a_result_in_place_that_was_overwritten_is_refused_as_in_stock(function, view, nodes, monkeypatch):
     """Its backward reads its result, whatever memory the package's own nodes read."""
     if nodes == "Python":
         monkeypatch.setattr("nslightning.ops.autograd.native._library", lambda: None)
@@ -49,12 +50,12 @@ def test_a_relu_in_place_that_was_overwritten_is_refused_as_in_stock(view, nodes
     class Overwriting(nn.Module):
         def forward(self, x):
             y = x * 1
-            (y[:, :2] if view else y).relu_()
+            function(y[:, :2] if view else y)
             y.mul_(2)
             return y.sum()
 
     x = torch.tensor([[-1.0, 0.0, 1.0]], requires_grad=True)
-    patch(patched := Overwriting(), Jacobians(relu=1.0))
+    patch(patched := Overwriting(), Jacobians(relu=1.0, selu=1.5, elu=0.75))
     for model in (Overwriting(), patched):
         loss = model(x)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):

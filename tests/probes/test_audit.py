@@ -228,6 +228,17 @@ def test_a_difference_that_cancels_over_the_reals_is_rounding():
     assert verdict(real, "32") == "matters"
 
 
+def test_a_batch_without_a_finite_gradient_is_the_largest_difference(few):
+    images, labels = few[0]
+    batches = [(images, labels), (torch.full_like(images, math.inf), labels)]
+    for order in (batches, batches[::-1]):
+        audited = audit(Relu(tie=True), order, dtypes=["32"], choices={"relu1": CHOICES["relu1"]})
+        (spread,) = audited.spreads
+        assert sum(map(math.isnan, spread.per_batch)) == 1
+        assert math.isnan(spread.relative)
+        assert verdict(audited, "32") == "not finite"
+
+
 def test_a_zone_is_that_of_the_batch_with_the_largest_difference(monkeypatch):
     """With its images, its labels and its draws."""
 

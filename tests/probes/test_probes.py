@@ -502,6 +502,16 @@ def test_what_probes_print_is_short():
     assert str(met) == "1  relu: 3 of 3 tie (100 %)\n0 of 1 sites met no tie"
 
 
+def test_the_parameters_that_differ_most_are_printed():
+    reference = {f"p{i}": torch.ones(1) for i in range(9)}
+    other = {f"p{i}": torch.full((1,), 1.0 + i) for i in range(9)}
+    lines = str(measure(other, reference)).splitlines()
+    assert [line.split()[0] for line in lines if line.startswith("p") and line[1].isdigit()] == [
+        "p8", "p7", "p6", "p5", "p4",
+    ]  # fmt: skip
+    assert lines[-1] == "of 9 parameters, 3 more that differ less and 1 that do not differ"
+
+
 def test_two_patched_parts_do_not_mix():
     pair = nn.ModuleDict({"a": nn.Sequential(nn.ReLU()), "b": nn.Sequential(nn.ReLU())})
     patch(pair["a"], Jacobians()), patch(pair["b"], Jacobians())
