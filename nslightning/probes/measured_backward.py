@@ -35,7 +35,7 @@ def measured_backward(model: nn.Module, choices: Mapping[str, Choice]) -> Iterat
         a loss scaled for float16 scales ``l1``, ``l2`` and ``linf``, but not ``relative`` and ``cosine``.
 
     Raises:
-        ValueError: If the model is not patched or is compiled, or a choice is random.
+        ValueError: If the model is not patched or is compiled, or a choice, or the one in use, is random.
 
     Example:
         >>> from nslightning import Jacobians, patch
@@ -49,7 +49,7 @@ def measured_backward(model: nn.Module, choices: Mapping[str, Choice]) -> Iterat
     if not selections(model):
         raise ValueError(f"{type(model).__name__} is not patched; call `patch(model, Jacobians())` before the loop")
     others = named_choices(choices)
-    refuse_random(*others.values())
+    refuse_random(*others.values(), *(selection.jacobians for selection in selections(model).values()))
     measured: dict[str, Divergence] = {}
 
     def run(recorded: Recording, loss: Tensor, args: tuple[Any, ...], settings: dict[str, Any]) -> None:

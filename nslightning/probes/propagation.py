@@ -146,7 +146,7 @@ class Recording:
             The differences that are not identically zero: at an operation, or below the ReLUs that directly follow it.
 
         Raises:
-            ValueError: If the choice is random: it changes from one evaluation to the next.
+            ValueError: If the choice, or the one in use, is random: it changes from one evaluation to the next.
         """
         (mattering,) = self._mattering([choice])
         return self._starts(choice, mattering)
@@ -166,7 +166,6 @@ class Recording:
 
     def _differing(self, choice: Jacobians) -> Iterator[tuple[int, _Met]]:
         """The records of operations at which a choice may differ from the one in use."""
-        refuse_random(choice)
         return ((i, one) for i, one in enumerate(self.records) if not agree(one.node, choice, one.in_use))
 
     def _mattering(self, choices: Sequence[Jacobians]) -> list[_Mattering | None]:
@@ -177,8 +176,7 @@ class Recording:
         formed without waiting; those that matter are formed again later, so that memory holds the differences of one
         choice only. On a CPU each is looked at where it is formed; there the result is None, which means not known yet.
         """
-        for choice in choices:
-            refuse_random(choice)
+        refuse_random(*choices, *{id(one.in_use): one.in_use for one in self.records}.values())
         flags: list[Tensor] = []
         places: list[tuple[int, int, int | None, int]] = []  # choice, record, output, flag
         tied: dict[int, int] = {}  # the flags of records that tell whether they met a tie

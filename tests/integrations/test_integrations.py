@@ -57,8 +57,12 @@ def test_a_graph_that_the_loop_keeps_stays():
     loss.backward()
 
 
-def test_a_model_without_a_patch_is_refused():
-    with pytest.raises(ValueError, match="Sequential is not patched"), measured_backward(network(), ONE):
+def test_a_model_without_a_patch_or_with_a_random_choice_is_refused():
+    net = network()
+    with pytest.raises(ValueError, match="Sequential is not patched"), measured_backward(net, ONE):
+        pass
+    patch(net, Jacobians(relu="random"))
+    with pytest.raises(ValueError, match="another choice at each backward"), measured_backward(net, ONE):
         pass
 
 

@@ -295,6 +295,24 @@ def test_a_random_choice_has_no_difference():
         divergence(model(torch.ones(1, 1, 2, 2)).sum(), model, {"r": Jacobians(max_pool="random")}, method="propagate")
 
 
+def test_no_difference_is_carried_to_a_random_choice_in_use():
+    """Its draws are over when differences are formed, which would be those to other draws."""
+    model = nn.Sequential(nn.Linear(2, 1), nn.ReLU())
+    nn.init.zeros_(model[0].weight), nn.init.zeros_(model[0].bias)
+    patch(model, draws := Jacobians(relu="random"))
+    loss, one = model(torch.ones(1, 2)).sum(), Jacobians(relu=1.0)
+    with recording(model) as met:
+        loss.backward(retain_graph=True)
+    for measure in (
+        lambda: met.starts(one),
+        lambda: list(met.carried({"one": one}, dict(model.named_parameters()))),
+        lambda: divergence(loss, model, {"one": one}, draws, method="propagate"),
+        lambda: differences(loss, model, {"one": one}, draws),
+    ):
+        with pytest.raises(ValueError, match="another choice at each backward"):
+            measure()
+
+
 def test_nothing_above_the_highest_tie_is_visited():
     model = plant_ties(create_backbone("paper/lenet5", 10, (1, 28, 28)))
     patch(model, Jacobians())
