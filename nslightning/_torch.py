@@ -444,8 +444,26 @@ def function_of(node: Any) -> type[torch.autograd.Function] | None:
     Returns:
         The class of the function; None for a node that was written in C++.
     """
-    function = getattr(node, "_forward_cls", None)
+    function: Any = getattr(node, "_forward_cls", None)
+    while getattr(function, "__module__", None) == "torch._functorch.autograd_function":  # made by a transform
+        forward = inspect.unwrap(function.forward)
+        function = inspect.getclosurevars(forward).nonlocals.get("autograd_function")
     return function if isinstance(function, type) else None
+
+
+def is_linked(node: Any) -> bool:
+    """Return whether a backward node that Python made belongs to a graph.
+
+    Args:
+        node: The object that a custom function's ``forward`` gets as its context.
+
+    Returns:
+        False where no gradient was wanted, or nothing refers to the results any more.
+    """
+    try:
+        return bool(node.next_functions)
+    except RuntimeError:  # as torch 2.11 says it
+        return False
 
 
 def is_compiled_function(node: Any) -> bool:

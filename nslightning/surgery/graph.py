@@ -6,7 +6,8 @@ import dataclasses
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from enum import Enum
+from types import BuiltinFunctionType, FunctionType, MemberDescriptorType, MethodType, ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ __all__ = [
     "MOST",
     "OF_MODULES",
     "Foreign",
+    "foreign",
     "foreign_nodes",
     "is_checkpoint",
     "kinds",
@@ -59,33 +61,44 @@ class Foreign(NamedTuple):
 def foreign_nodes(output: Iterable[Tensor], inputs: Iterable[Tensor]) -> Iterator[Foreign]:
     """The nodes between tensors and a model's inputs that surgery may not have reached.
 
-    Surgery cannot look into the backward of a custom function: Python's ``torch.autograd.Function``, C++'s, or a custom
-    operator with an autograd formula. Those of PyTorch (checkpoints, collective communication) and of this package are
-    left out. Kinks are PyTorch's own nodes of :data:`~nslightning.surgery.kinks.KINKS`. Kinks of patched sites are
-    among them.
-
     Args:
         output: Tensors that the model made.
         inputs: The model's inputs; the search stops at them.
 
     Yields:
-        Each such node once.
+        Each such node once. Kinks of patched sites are among them.
     """
-    for node in nodes(output, inputs):
-        cls, name = function_of(node), node.name()
-        if name.startswith("GeneratedBackwardFor_"):
-            operator = name.removeprefix("GeneratedBackwardFor_").removesuffix("Backward")
-            if operator not in (*_SMOOTH, *_OURS) and not (cls is not None and has_formula_of_torch(cls)):
-                yield Foreign("custom", operator, number_of(node))
-        elif cls is not None:
-            if cls.__module__.partition(".")[0] not in ("torch", "nslightning") or is_control_flow(cls):
-                yield Foreign("custom", f"{cls.__module__}.{cls.__qualname__}", number_of(node))
-        elif name.startswith("torch::autograd::CppNode<"):
-            function = name.removeprefix("torch::autograd::CppNode<").removesuffix(">")
-            if not function.startswith("nslightning"):
-                yield Foreign("custom", function, number_of(node))
-        elif (operation := kink(node)) is not None:
-            yield Foreign(operation, name, number_of(node))
+    return (found for node in nodes(output, inputs) if (found := foreign(node)) is not None)
+
+
+def foreign(node: Any) -> Foreign | None:
+    """A node that surgery may not have reached.
+
+    Surgery cannot look into the backward of a custom function: Python's ``torch.autograd.Function``, C++'s, or a custom
+    operator with an autograd formula. Those of PyTorch (checkpoints, collective communication) and of this package are
+    left out. Kinks are PyTorch's own nodes of :data:`~nslightning.surgery.kinks.KINKS`.
+
+    Args:
+        node: A backward node.
+
+    Returns:
+        What it is; None for other nodes.
+    """
+    cls, name = function_of(node), node.name()
+    if name.startswith("GeneratedBackwardFor_"):
+        operator = name.removeprefix("GeneratedBackwardFor_").removesuffix("Backward")
+        if operator not in (*_SMOOTH, *_OURS) and not (cls is not None and has_formula_of_torch(cls)):
+            return Foreign("custom", operator, number_of(node))
+    elif cls is not None:
+        if cls.__module__.partition(".")[0] not in ("torch", "nslightning") or is_control_flow(cls):
+            return Foreign("custom", f"{cls.__module__}.{cls.__qualname__}", number_of(node))
+    elif name.startswith("torch::autograd::CppNode<"):
+        function = name.removeprefix("torch::autograd::CppNode<").removesuffix(">")
+        if not function.startswith("nslightning"):
+            return Foreign("custom", function, number_of(node))
+    elif (operation := kink(node)) is not None:
+        return Foreign(operation, name, number_of(node))
+    return None
 
 
 def nodes(output: Iterable[Tensor], inputs: Iterable[Tensor]) -> Iterator[Any]:
@@ -176,7 +189,10 @@ def tensors(*values: Any) -> Iterator[Tensor]:
             todo += (getattr(value, field.name, None) for field in dataclasses.fields(value))
         elif _foreign_to_torch(type(value)):
             todo += (vars(value) if hasattr(value, "__dict__") else {}).values()
-            todo += (getattr(value, name, None) for name in getattr(type(value), "__slots__", ()))
+            slots = (
+                x for cls in type(value).__mro__ for x in vars(cls).values() if isinstance(x, MemberDescriptorType)
+            )
+            todo += (getattr(value, slot.__name__, None) for slot in slots)
 
 
 def structure(value: Any) -> Any:
@@ -209,16 +225,27 @@ def kinds(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         other values, such as a number.
 
     Example:
-        >>> kinds((1.5,), {"flag": True}) == kinds((2.5,), {"flag": True}) != kinds((2.5,), {"flag": False})
+        >>> kinds((1.5,), {"mode": "a"}) == kinds((2.5,), {"mode": "a"}) != kinds((2.5,), {"mode": "b"})
         True
     """
-    of = [x if isinstance(x, bool) else Tensor if isinstance(x, Tensor) else type(x) for x in (*args, *kwargs.values())]
-    return (len(args), *kwargs, *of)
+    return (len(args), *kwargs, *map(_kind, args), *map(_kind, kwargs.values()))
+
+
+def _kind(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return Tensor
+    if isinstance(value, (bool, Enum)) or (isinstance(value, str) and len(value) <= 64):
+        return value
+    if isinstance(value, (list, tuple)) and len(value) <= 64:
+        return (type(value), *map(_kind, value))
+    if isinstance(value, dict) and len(value) <= 64:
+        return (type(value), *value, *map(_kind, value.values()))
+    return type(value)
 
 
 def _foreign_to_torch(cls: type) -> bool:
     """Return whether objects of this class may hold a model's tensors in their attributes."""
-    if cls.__module__.startswith("torch.distributions."):
+    if cls.__module__.startswith("torch.distributions.") or issubclass(cls, SimpleNamespace):
         return True
     top = cls.__module__.partition(".")[0]
     return top not in ("torch", "nslightning", "lightning", "numpy") and top not in sys.stdlib_module_names

@@ -12,9 +12,11 @@ from contextlib import contextmanager
 from functools import cache
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 
 from nslightning._torch import (
@@ -28,6 +30,7 @@ from nslightning._torch import (
     disable_function_modes,
     disabled_torch_function,
     is_exporting,
+    is_linked,
     is_operator,
     never_compile,
     other_function_modes,
@@ -38,6 +41,7 @@ from nslightning.ops.autograd.selection import Selection, refuse_traced_transfor
 from nslightning.ops.record import FUNCTIONS, Call, Operation, named
 from nslightning.ops.unreached import SMOOTH, UNSUPPORTED_FUNCTIONS
 from nslightning.surgery.exporting import exported
+from nslightning.surgery.graph import foreign
 from nslightning.surgery.report import Site, UnreachedError
 from nslightning.surgery.state import CHECKPOINT, Part, Surgery
 
@@ -95,6 +99,7 @@ class FunctionalCalls(TorchFunctionMode):
         evaluations: Number of evaluations of each row of the report.
         owned: Ranges of autograd nodes that a site made, or a call that the report names or the surgery leaves alone.
         ranked: Calls of an operation without a choice that return indices too.
+        made: Backward nodes that Python made, and the surgery's records of the modules whose code ran then.
         spans: Ranges of autograd nodes that the code of a module made, the inner ones first.
         entered: The methods that ran, and whether their module was in training mode.
         over: Whether the run has ended; a thread that it started may still be running.
@@ -114,6 +119,7 @@ class FunctionalCalls(TorchFunctionMode):
         self.evaluations: dict[int, tuple[Site, int]] = {}
         self.owned: list[tuple[int, int]] = []
         self.ranked: list[Ranked] = []
+        self.made: list[tuple[ref[Any], Part]] = []
         self.spans: list[tuple[int, int, Part]] = []
         self.entered: set[tuple[Part, str, bool]] = set()
         self.origin = self  # a copy for another thread refers to the run that it was copied from
@@ -165,6 +171,7 @@ class FunctionalCalls(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in _BACKWARDS and not torch.compiler.is_compiling():
+            self.await_gradients()
             with _no_run():
                 return func(*args, **kwargs)
         # The compiler hands this method, which is written in Python, over as an object that no dictionary has as a key.
@@ -226,6 +233,16 @@ class FunctionalCalls(TorchFunctionMode):
         self.owned.append((start, sequence_number()))
         self.count(surgery.unreached(part, operation, kind, kind.endswith("_")))
         return result
+
+    def await_gradients(self) -> None:
+        """Name, or refuse, custom backwards as soon as a gradient comes to them, wherever the model put their results.
+
+        Such as a closure, an iterator, an argument of the method, or the loss of an inner gradient.
+        """
+        made, self.origin.made = self.origin.made, []
+        for node, part in ((node, part) for one, part in made if (node := one()) is not None):
+            if part.chosen and is_linked(node) and (found := foreign(node)) is not None:
+                node.register_prehook(lambda _, part=part, kind=found.kind: self._flows(part, "custom", kind))
 
     def _flows(self, part: Part, operation: str, kind: str) -> None:
         """Name, or refuse, a call that a gradient passes through."""
@@ -416,6 +433,7 @@ def begun(run: FunctionalCalls) -> Iterator[None]:
     _threads.follow()
     if run.recording:
         watchers.append(run.own)
+        _functions.follow()
     try:
         if run.others:
             with beneath_modes(run, run.others):
@@ -429,6 +447,7 @@ def begun(run: FunctionalCalls) -> Iterator[None]:
         run.over = True
         if run.recording:
             watchers.remove(run.own)
+            _functions.release()
         _threads.release()
         _here.runs = before
 
@@ -444,46 +463,55 @@ def _no_run() -> Iterator[None]:
         _here.runs, _here.paused = before
 
 
-class _Threads:
-    """Makes threads that a patched method starts, and tasks that it hands to a pool of threads, part of its run.
+class _Replaced:
+    """Replaces methods of classes that are not this package's while a patched method runs in some thread."""
 
-    A mode is active in one thread only. While a patched method runs, ``Thread.start`` and
-    ``ThreadPoolExecutor.submit`` are replaced; the replacements check whether the calling thread runs a patched method.
-    """
-
-    def __init__(self) -> None:
-        self.lock, self.users = threading.Lock(), 0
-        self.start, self.submit = threading.Thread.start, ThreadPoolExecutor.submit
+    def __init__(self, *replacements: tuple[type, str, Any]) -> None:
+        self.lock, self.users, self.replacements = threading.Lock(), 0, replacements
+        self.before: list[Any] = []
 
     def follow(self) -> None:
         """A method begins."""
         with self.lock:
             self.users += 1
             if self.users == 1:
-                self.start, self.submit = threading.Thread.start, ThreadPoolExecutor.submit
-                threading.Thread.start = _start  # type: ignore[method-assign, assignment] # stood for while a model runs
-                ThreadPoolExecutor.submit = _submit  # type: ignore[method-assign, assignment] # stood for while a model runs
+                self.before = [vars(cls).get(name) for cls, name, _ in self.replacements]
+                for cls, name, replacement in self.replacements:
+                    setattr(cls, name, replacement)
 
     def release(self) -> None:
         """A method ends."""
         with self.lock:
             self.users -= 1
             if not self.users:
-                threading.Thread.start, ThreadPoolExecutor.submit = self.start, self.submit  # type: ignore[method-assign] # put back
-
-
-_threads = _Threads()
+                for (cls, name, _), before in zip(self.replacements, self.before, strict=True):
+                    delattr(cls, name) if before is None else setattr(cls, name, before)
 
 
 def _start(thread: threading.Thread) -> None:
     worker = getattr(getattr(thread, "_target", None), "__module__", "") == "concurrent.futures.thread"
     if _here.runs and not worker:  # a pool's worker outlives the method; each task that it runs carries its own run
         thread.run = _following(thread.run)  # type: ignore[method-assign] # this thread's alone
-    _threads.start(thread)
+    _threads.before[0](thread)
 
 
 def _submit(pool: ThreadPoolExecutor, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    return _threads.submit(pool, _following(function) if _here.runs else function, *args, **kwargs)
+    return _threads.before[1](pool, _following(function) if _here.runs else function, *args, **kwargs)
+
+
+def _note(node: Any, *_: Any) -> None:
+    """Note a backward node that Python makes, for the innermost run of this thread."""
+    for run in reversed((*_here.paused, *_here.runs)):
+        if run.recording:
+            run.origin.made.append((ref(node), run.part))
+            return
+
+
+# A mode is active in one thread only: the threads and tasks that a patched method starts become part of its run. The
+# replacements check whether the calling thread runs a patched method.
+_threads = _Replaced((threading.Thread, "start", _start), (ThreadPoolExecutor, "submit", _submit))
+# No mode sees that a custom function is applied.
+_functions = _Replaced((BackwardCFunction, "__init__", _note))
 
 
 def _following(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -527,7 +555,7 @@ def teach_the_compiler(eager: tuple[Callable[..., Any], ...]) -> None:
     compile_functions_for_modes(f for f in (*FUNCTIONS, *UNSUPPORTED_FUNCTIONS) if not is_operator(f))
     for absolute in (builtins.abs, operator.abs):
         compile_as(absolute, _absolute)
-    never_compile((*eager, _Threads.follow, _Threads.release, running, begun.__wrapped__))  # type: ignore[attr-defined] # of `functools.wraps`
+    never_compile((*eager, _Replaced.follow, _Replaced.release, running, begun.__wrapped__))  # type: ignore[attr-defined] # of `functools.wraps`
 
 
 def _absolute(x: Any, /) -> Any:

@@ -740,10 +740,12 @@ class Caller(Method):
     ) -> None:
         """Add the evaluations of a run to the report; check the run's graph if it differs from earlier ones."""
         surgery, report = self.part.surgery, self.part.surgery.report
+        run.await_gradients()
         if run.differentiating:
             start, end, _ = run.spans[-1]
             entrance = (self.part, self.name, module.training)
-            path = (frozenset(run.entered), kinds(*arguments), structure(result), end - start)
+            calls = frozenset((id(site), n) for site, n in run.evaluations.values() if site.how == "functional")
+            path = (frozenset(run.entered), calls, kinds(*arguments), structure(result), end - start)
             if run.recording or (path not in surgery.looked and surgery.looks_again(entrance)):
                 _look(run, module, arguments, result)
                 surgery.checked(entrance, path, run.recording)

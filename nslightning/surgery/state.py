@@ -140,11 +140,11 @@ class Surgery:
             entrance: The method that begins with gradients, and its module's mode.
 
         Returns:
-            True until the graph of a run of the entrance was checked, for its runs 8, 16, 32, ..., and while a path
+            True until the graph of a run of the entrance was checked, for its runs 2, 4, 8, 16, ..., and while a path
             awaits its check and :meth:`looks_again` allows it.
         """
         number = self.begun[entrance] = self.begun.get(entrance, 0) + 1
-        again = number >= 8 and number & (number - 1) == 0
+        again = number & (number - 1) == 0
         return again or entrance not in self.looked or (bool(self.awaited) and self.looks_again(entrance))
 
     def looks_again(self, entrance: Any) -> bool:

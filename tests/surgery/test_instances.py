@@ -775,8 +775,9 @@ def test_the_quick_way_is_tried_first_once_the_report_is_complete(monkeypatch):
     with torch.no_grad():
         model(X)
     assert model[1].forward.fast is None
-    model(X)
-    assert made == []
+    for _ in range(2):
+        model(X)
+        assert made == []
     model(X)
     assert [(m, s.jacobians) for m, s in made] == [(model[1], HALF)]
     assert model[1](one).item() == 2

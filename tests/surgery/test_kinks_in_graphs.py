@@ -3,7 +3,9 @@
 import dataclasses
 import re
 import warnings
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -354,6 +356,17 @@ class Holder:
         self.inside = {"deep": [y]}
 
 
+class Slotted:
+    __slots__ = "y"
+
+    def __init__(self, y):
+        self.y = y
+
+
+class SlottedToo(Slotted):
+    __slots__ = ()
+
+
 class Sometimes(nn.Module):
     """Runs a custom function, or not."""
 
@@ -380,12 +393,18 @@ class Sometimes(nn.Module):
             return y if extra else x
         if self.how == "object":
             return Holder(y)
+        if self.how == "slots":
+            return SlottedToo(y)
+        if self.how == "namespace":
+            return SimpleNamespace(y=y)
         if self.how == "argument":
             return (x, y) if extra else x
         return Output(y) if self.how == "dataclass" else y
 
 
-@pytest.mark.parametrize("how", ["plain", "dataclass", "attribute", "private attribute", "object", "distribution"])
+@pytest.mark.parametrize(
+    "how", ["plain", "dataclass", "attribute", "private attribute", "object", "slots", "namespace", "distribution"]
+)
 def test_custom_functions_are_found_wherever_their_result_goes(how):
     model = Sometimes(how)
     patch(model, Jacobians())
@@ -405,6 +424,84 @@ def test_a_new_mode_and_a_new_structure_are_looked_at():
         model.eval()(torch.ones(1, 2), extra=False)
         with pytest.raises(UnreachedError, match="Square"):
             model(torch.ones(1, 2), extra=True)
+
+
+class Mapped(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * (ctx.saved_tensors[0] > 0)
+
+
+LEAVES = {  # what a method returns, and the loss of it
+    "closure": (lambda h, y, into: lambda: y.sum(), lambda out, into: out()),
+    "partial": (lambda h, y, into: partial(torch.add, y.sum()), lambda out, into: out(1)),
+    "iterator": (lambda h, y, into: iter([y.sum()]), lambda out, into: next(out)),
+    "argument": (lambda h, y, into: (into.append(y.sum()), h)[1], lambda out, into: into[0]),
+    "attribute of a tensor": (lambda h, y, into: h.__dict__.update(y=y) or h, lambda out, into: out.y.sum()),
+    "gradient inside": (
+        lambda h, y, into: h + torch.autograd.grad(y.sum(), h, retain_graph=True)[0],
+        lambda out, into: out.sum(),
+    ),
+    "backward inside": (lambda h, y, into: (y.sum().backward(retain_graph=True), h)[1], lambda out, into: out.sum()),
+    "Jacobian inside": (lambda h, y, into: h + torch.func.jacrev(Mapped.apply)(h).sum(), lambda out, into: out.sum()),
+}
+
+
+class Leaving(nn.Module):
+    def __init__(self, leave):
+        super().__init__()
+        self.lin, self.leave = nn.Linear(2, 3), leave
+
+    def forward(self, x, into):
+        h = self.lin(x).relu()
+        return self.leave(h, Square.apply(h), into)
+
+
+@pytest.mark.parametrize("way", LEAVES)
+def test_a_custom_function_whose_result_leaves_unseen_is_named_where_a_gradient_comes_to_it(way):
+    leave, loss = LEAVES[way]
+    model, into = Leaving(leave), []
+    patch(model, Jacobians())
+    with pytest.raises(UnreachedError, match=r"(Square|Mapped), whose backward is its own"):
+        loss(model(torch.ones(1, 2), into), into).backward()
+    loose, into = Leaving(leave), []
+    report = patch(loose, Jacobians(), strict=False)
+    loss(loose(torch.ones(1, 2), into), into).backward()
+    assert ("custom", "unreached") in [(site.operation, site.how) for site in report.unreached]
+
+
+def test_a_custom_function_through_which_no_gradient_passes_is_left_alone():
+    model = Leaving(lambda h, y, into: h + y.detach())
+    report = patch(model, Jacobians())
+    for _ in range(3):
+        model(torch.ones(1, 2), None).sum().backward()
+    assert not report.unreached
+    assert "__init__" not in vars(torch.autograd.function.BackwardCFunction)
+
+
+TRANSFORMS = {
+    "vmap": torch.vmap(Mapped.apply),
+    "vmap twice": torch.vmap(torch.vmap(Mapped.apply)),
+    "grad": torch.func.grad(lambda x: Mapped.apply(x).square().sum()),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_a_custom_function_under_a_transform_is_named(transform):
+    model = Shift(TRANSFORMS[transform])
+    patch(model, Jacobians())
+    with pytest.raises(UnreachedError, match="Mapped, whose backward is its own"):
+        model(torch.ones(4, 4))
 
 
 class Later(nn.Module):
@@ -429,6 +526,22 @@ BRANCHES = {
     "custom backward": (Square.apply, "Square, whose backward is its own"),
     "kink that no call shows": (torch._C._nn.hardswish, "HardswishBackward0"),
 }
+
+
+def test_a_branch_of_the_second_forward_is_looked_at_though_it_makes_as_many_nodes():
+    model = Later(Square.apply, torch.square)
+    patch(model, Jacobians())
+    run(model, [1.0])
+    with pytest.raises(UnreachedError, match="Square"):
+        run(model, [1e4])
+
+
+def test_a_branch_that_evaluates_other_sites_is_looked_at_at_once():
+    model = Later(Square.apply, lambda x: F.leaky_relu(x, 0.5))
+    patch(model, Jacobians())
+    run(model, [1.0] * 10)
+    with pytest.raises(UnreachedError, match="Square"):
+        run(model, [1e4])
 
 
 @pytest.mark.parametrize("every", [1, 5])
@@ -459,16 +572,22 @@ class Flagged(nn.Module):
         super().__init__()
         self.lin = nn.Linear(2, 3)
 
-    def forward(self, x, custom=False):
+    def forward(self, x, how):
+        custom = how in (True, "custom", ["custom"], {"how": "custom"})
         return (Square.apply if custom else torch.square)(self.lin(x).relu())
 
 
-def test_a_new_value_of_a_flag_is_looked_at_at_once():
+FLAGS = [(False, True), ("square", "custom"), (["square"], ["custom"]), ({"how": "square"}, {"how": "custom"})]
+
+
+@pytest.mark.parametrize(("before", "after"), FLAGS, ids=repr)
+def test_a_new_value_of_a_flag_is_looked_at_at_once(before, after):
     model = Flagged()
     patch(model, Jacobians())
-    model(torch.ones(1, 2), False)
+    for _ in range(10):
+        model(torch.ones(1, 2), before)
     with pytest.raises(UnreachedError, match="Square"):
-        model(torch.ones(1, 2), True)
+        model(torch.ones(1, 2), after)
 
 
 def test_what_is_refused_is_refused_each_time():
@@ -516,7 +635,7 @@ def test_a_model_of_a_new_path_at_each_step_is_looked_at_now_and_then(monkeypatc
     patch(model, Jacobians())
     for steps in range(1_000):
         model(torch.ones(1, 2), torch.tensor(steps % 300))
-    assert 64 <= len(looks) <= 64 + 1_000 // 128 + 7  # and those of the forwards 8, 16, 32, ..., 512
+    assert 64 <= len(looks) <= 64 + 1_000 // 128 + 9  # and those of the forwards 2, 4, 8, ..., 512
 
     def kinked():
         for steps in range(300):
