@@ -26,6 +26,7 @@ from nslightning.probes.graph import (
 )
 from nslightning.probes.propagation import Recording, Starts, agrees, recording, refuse_eager_only, refuse_random
 from nslightning.probes.replay import Replay
+from nslightning.probes.shards import is_shard
 from nslightning.probes.sums import dense, numbers, waits, wide
 from nslightning.probes.ties import observing
 from nslightning.surgery import using
@@ -133,8 +134,9 @@ def zone(
 
     Args:
         model: A patched model, or one that contains patched ones, in eager mode.
-        loss_fn: Takes the model's output and returns a 0-d loss, in any precision (a cast to float32 in it rounds the
-            replay, too); an ``nn.Module`` is cast like the model.
+        loss_fn: Takes the model's output and returns a 0-d loss, in any precision (a cast to float32 in it, or in the
+            model, rounds the replay, too: what is a compensation may be called a bifurcation); an ``nn.Module`` is
+            cast like the model.
         inputs: The model's input, a tuple of positional or a dict of keyword arguments.
         a: One choice.
         b: The other; stock PyTorch's by default.
@@ -144,7 +146,8 @@ def zone(
 
     Raises:
         ValueError: If the model is not patched or a part of it is compiled, an operation runs under ``torch.vmap``, no
-            parameter requires gradients, a choice is random, or the backward exchanges values between processes.
+            parameter requires gradients, a choice is random, the parameters are distributed over processes, or the
+            backward exchanges values between them.
         NoZoneError: If gradients are not finite even in float64; it is a ``ValueError``.
         RuntimeError: If the forward evaluates other operations in float64 than in the model's precision.
 
@@ -160,6 +163,11 @@ def zone(
     one, other = to_jacobians(a), to_jacobians(b)
     refuse_random(one, other)
     refuse_eager_only(model)
+    if any(map(is_shard, model.parameters())):  # a replay would differentiate for whole ones, which it does not know
+        raise UnseenError(
+            "a zone is one process's, and the parameters are distributed over processes (FSDP2, tensor parallel)",
+            "look for zones in one process",
+        )
     run = Replay(model, loss_fn, inputs)
     with using(model, other):
         compared = run.at(None, lambda loss: _compare(model, loss, one, other))

@@ -77,6 +77,8 @@ def sharded(rank, parts):
             for choice, d in by_choice.items()
         }
     whole = {name: g.full_tensor().tolist() for name, g in gradients(loss, model, CHOICES)["one"].items()}
+    with pytest.raises(UnseenError, match="a zone is one process's, and the parameters are distributed"):
+        zone(model, lambda y: y.square().sum(), images(rank), CHOICES["one"])
     return measured, whole, [p.grad is None for p in model.parameters()]
 
 
