@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from benchmarks.machine import describe
 from nslightning import Jacobians, patch
 from nslightning.models.backbones import create_backbone
-from nslightning.surgery.methods import Caller
+from nslightning.surgery.entrances import Caller
 
 Network = tuple[Callable[[], nn.Module], tuple[int, ...]]
 NETWORKS: dict[str, Network] = {

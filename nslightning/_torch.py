@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 __all__ = [
     "active_function_modes",
@@ -45,6 +46,7 @@ __all__ = [
     "default_to_fused_or_foreach",
     "disable_function_modes",
     "disabled_torch_function",
+    "eager",
     "exchanges_values",
     "foreach_add",
     "foreach_norm",
@@ -75,7 +77,7 @@ __all__ = [
     "kept_attributes",
     "legacy_reduction",
     "native_nn",
-    "never_compile",
+    "never_compile_eager",
     "number_of",
     "number_of_tensor",
     "other_function_modes",
@@ -763,17 +765,30 @@ def compile_as(original: Callable[..., Any], replacement: Callable[..., Any]) ->
     torch.compiler.substitute_in_graph(original, skip_signature_check=True)(replacement)
 
 
-def never_compile(functions: Iterable[Callable[..., Any]]) -> None:
-    """Let ``torch.compile`` leave the code of functions alone where it compiles frame by frame, after a graph break.
+_eager: list[Callable[..., Any]] = []
 
-    Functions that they call are compiled as before.
+
+def eager(function: _Function) -> _Function:
+    """Note that a function is for eager mode: see :func:`never_compile_eager`.
 
     Args:
-        functions: Functions written in Python.
+        function: The function, written in Python.
+
+    Returns:
+        The function.
+    """
+    _eager.append(function)
+    return function
+
+
+def never_compile_eager() -> None:
+    """Let ``torch.compile`` leave the code of eager functions alone where it compiles frame by frame after a break.
+
+    Functions that they call are compiled as before.
     """
     from torch._dynamo.eval_frame import skip_code
 
-    for function in functions:
+    for function in _eager:
         skip_code(function.__code__)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
-from nslightning._torch import function_of, has_formula_of_torch, is_control_flow, number_of
+from nslightning._torch import eager, function_of, has_formula_of_torch, is_control_flow, number_of
 from nslightning.surgery.kinks import kink
 
 __all__ = [
@@ -58,6 +58,7 @@ class Foreign(NamedTuple):
     number: int
 
 
+@eager
 def foreign_nodes(output: Iterable[Tensor], inputs: Iterable[Tensor]) -> Iterator[Foreign]:
     """The nodes between tensors and a model's inputs that surgery may not have reached.
 
@@ -101,6 +102,7 @@ def foreign(node: Any) -> Foreign | None:
     return None
 
 
+@eager
 def nodes(output: Iterable[Tensor], inputs: Iterable[Tensor]) -> Iterator[Any]:
     """The backward nodes between tensors and a model's inputs.
 
@@ -160,6 +162,7 @@ def marked(node: Any, surgeries: Iterable[object]) -> bool:
     return not set(map(id, surgeries)).isdisjoint(node.metadata.get(_MARK, ()))
 
 
+@eager
 def tensors(*values: Any) -> Iterator[Tensor]:
     """The tensors that can be reached from values: through containers, dataclasses and attributes of objects.
 
@@ -195,6 +198,7 @@ def tensors(*values: Any) -> Iterator[Tensor]:
             todo += (getattr(value, slot.__name__, None) for slot in slots)
 
 
+@eager
 def structure(value: Any) -> Any:
     """The structure of a value that a method returned: its classes, and the keys of its mappings.
 
@@ -213,6 +217,7 @@ def structure(value: Any) -> Any:
     return type(value)
 
 
+@eager
 def kinds(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """The kind of a call to a method: the classes of its arguments, and the values of its flags.
 

@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 
 from nslightning._torch import call_with_hooks, kept_attributes
-from nslightning.surgery.methods import Caller, Method
+from nslightning.surgery.entrances import Caller
+from nslightning.surgery.methods import Method
 
 __all__ = ["REGISTRATIONS", "HookRegistration", "has_own_hooks", "of_library"]
 

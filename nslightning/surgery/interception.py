@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
@@ -26,15 +26,18 @@ from nslightning._torch import (
     carries_tangent,
     compile_as,
     compile_functions_for_modes,
+    compiler_is_imported,
     derives,
     disable_function_modes,
     disabled_torch_function,
+    eager,
     is_exporting,
     is_linked,
     is_operator,
-    never_compile,
+    never_compile_eager,
     other_function_modes,
     sequence_number,
+    while_compiling,
 )
 from nslightning.ops.autograd.routing import watchers
 from nslightning.ops.autograd.selection import Selection, refuse_traced_transforms
@@ -49,7 +52,6 @@ __all__ = [
     "FORGETFUL",
     "FunctionalCalls",
     "arguments_as_called",
-    "begun",
     "compiling_run",
     "evaluate",
     "running",
@@ -90,8 +92,11 @@ class FunctionalCalls(TorchFunctionMode):
 
     Args:
         surgery: The surgery of the model that is running.
-        part: The surgery's record of the module whose code runs.
+        entrance: The method that begins it: the surgery's record of its module, its name, and whether the module is in
+            training mode.
         recording: Note which autograd nodes each site and each module makes.
+        idle: Whether the method that is running was called without gradients: only calls in a part of its code that
+            switches derivatives on matter.
 
     Attributes:
         part: The surgery's record of the innermost patched module whose code is running.
@@ -100,21 +105,20 @@ class FunctionalCalls(TorchFunctionMode):
         owned: Ranges of autograd nodes that a site made, or a call that the report names or the surgery leaves alone.
         ranked: Calls of an operation without a choice that return indices too.
         made: Backward nodes that Python made, and the surgery's records of the modules whose code ran then.
-        spans: Ranges of autograd nodes that the code of a module made, the inner ones first.
-        entered: The methods that ran, and whether their module was in training mode.
+        extent: The range of autograd nodes that the run made, once it has ended.
+        spans: Ranges of those that the code of an inner module made, the innermost first.
+        entered: The methods that ran, as in ``entrance``.
         over: Whether the run has ended; a thread that it started may still be running.
         others: How many modes of others see each call first.
-        idle: Whether the method that is running was called without gradients: only calls in a part of its code that
-            switches derivatives on matter.
-        woken: Whether such a part made a call that may matter.
+        woken: Whether a part of its code that switches derivatives on made a call that may matter.
     """
 
-    # The code objects that call a model's methods; a stack frame that runs one of them is an entrance.
-    entrances: frozenset[CodeType] = frozenset()
-
-    def __init__(self, surgery: Surgery, part: Part, recording: bool = False) -> None:
+    def __init__(
+        self, surgery: Surgery, entrance: tuple[Part, str, bool], recording: bool = False, idle: bool = False
+    ) -> None:
         super().__init__()
-        self.surgery, self.part, self.recording = surgery, part, recording
+        self.surgery, self.entrance, self.recording, self.idle = surgery, entrance, recording, idle
+        self.part = entrance[0]
         self.differentiating = torch.is_grad_enabled()
         self.evaluations: dict[int, tuple[Site, int]] = {}
         self.owned: list[tuple[int, int]] = []
@@ -125,7 +129,8 @@ class FunctionalCalls(TorchFunctionMode):
         self.origin = self  # a copy for another thread refers to the run that it was copied from
         self.over = False
         self.others = other_function_modes(FunctionalCalls)
-        self.idle = self.woken = False
+        self.woken = False
+        self.extent = (0, 0)
         self._numbers: dict[tuple[int, str], int] = {}
 
     def in_thread(self) -> FunctionalCalls:
@@ -151,6 +156,107 @@ class FunctionalCalls(TorchFunctionMode):
         """
         if any(run.origin is self for run in (*_here.runs, *_here.paused)):  # each thread numbers its own nodes
             self.owned.append((start, end))
+
+    @eager
+    def outermost(self, code: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Run a method's code as this run, in this thread and in those that the code starts.
+
+        Args:
+            code: The code.
+            *args: Its positional arguments.
+            **kwargs: Its keyword arguments.
+
+        Returns:
+            What the code returns.
+        """
+        surgery, before = self.surgery, _here.runs
+        if self.recording or self.others:  # a fast path notes no nodes, and shows no call to others
+            for site in surgery.sites:
+                site.fast, site.settled = None, False
+        if compiler_is_imported():  # the code may run parts that are compiled
+            teach_the_compiler()
+        self.entered.add(self.entrance)
+        _here.runs = (*before, self)
+        _threads.follow()
+        if self.recording:
+            watchers.append(self.own)
+            _functions.follow()
+        mode = beneath_modes(self, self.others) if self.others else self if surgery.catching else nullcontext()
+        start = sequence_number()
+        try:
+            with mode:
+                return code(*args, **kwargs)
+        finally:
+            self.extent, self.over = (start, sequence_number()), True
+            if self.recording:
+                watchers.remove(self.own)
+                _functions.release()
+            _threads.release()
+            _here.runs = before
+
+    @eager
+    def inside(self, part: Part, code: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Run the code of another module's method as a part of this run.
+
+        Args:
+            part: The surgery's record of the module.
+            code: The code.
+            *args: Its positional arguments.
+            **kwargs: Its keyword arguments.
+
+        Returns:
+            What the code returns.
+        """
+        before, self.part = self.part, part
+        start = sequence_number() if self.recording else 0
+        try:
+            return code(*args, **kwargs)
+        finally:
+            self.part = before
+            if self.recording:
+                self.spans.append((start, sequence_number(), part))
+
+    def owning(self, code: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Run code whose nodes the check of the graph passes over: a site's, or some that the report names.
+
+        Args:
+            code: The code.
+            *args: Its positional arguments.
+            **kwargs: Its keyword arguments.
+
+        Returns:
+            What the code returns.
+        """
+        if not self.recording:
+            return code(*args, **kwargs)
+        start = sequence_number()
+        result = code(*args, **kwargs)
+        self.owned.append((start, sequence_number()))
+        return result
+
+    def evaluate(self, part: Part, operation: Operation, call: Call, kind: str, how: Any) -> Any:
+        """Evaluate a call of a site under the choice, count it, and show it to the observer.
+
+        Args:
+            part: The surgery's record of the module that makes the call.
+            operation: The operation.
+            call: The call.
+            kind: The name of the function, or of the module's class.
+            how: How the surgery reaches the site: ``"functional"`` or ``"module"``.
+
+        Returns:
+            The stock call's result.
+        """
+        surgery = self.surgery
+        rules = surgery.decide(part, operation.name, self.number)
+        selection = surgery.selections[rules]
+        site = surgery.row(part, operation.name, kind, call.inplace, how, rules)
+        self.count(site)
+        if selection.observer is not None:
+            name = part.names[0] if how == "module" or site is part.site else f"{part.names[0]}:{site.kind}"
+            with disable_function_modes():
+                selection.observer(name, operation, call)
+        return self.owning(evaluate, operation, selection, call)
 
     def number(self, part: Part, operation: str) -> int:
         """The number, from 0, of the call of an operation that a module now makes.
@@ -194,7 +300,7 @@ class FunctionalCalls(TorchFunctionMode):
                 return self._reached(operation, call, func, args, kwargs)
         if func in UNSUPPORTED_FUNCTIONS and _differentiable(args, kwargs):
             return self._unreached(func, args, kwargs)
-        return self._owned(func, args, kwargs) if func in SMOOTH else func(*args, **kwargs)
+        return self.owning(func, *args, **kwargs) if func in SMOOTH else func(*args, **kwargs)
 
     def _wakes(self, func: Callable) -> bool:
         """Return whether derivatives are on though the method was called without; note it if the function matters."""
@@ -202,15 +308,6 @@ class FunctionalCalls(TorchFunctionMode):
             return False
         self.origin.woken |= func in FUNCTIONS or func in UNSUPPORTED_FUNCTIONS
         return True
-
-    def _owned(self, func: Callable, args: Any, kwargs: Any) -> Any:
-        """Run a function that the report names, or that the surgery leaves alone, and note the nodes that it makes."""
-        if not self.recording:
-            return func(*args, **kwargs)
-        start = sequence_number()
-        result = func(*args, **kwargs)
-        self.owned.append((start, sequence_number()))
-        return result
 
     def _unreached(self, func: Callable, args: Any, kwargs: Any) -> Any:
         """Name, or refuse, a call of an operation that has no choice."""
@@ -221,7 +318,7 @@ class FunctionalCalls(TorchFunctionMode):
                 surgery.refuse_traced(operation, kind)
             return func(*args, **kwargs)
         if not part.chosen:
-            return self._owned(func, args, kwargs)
+            return self.owning(func, *args, **kwargs)
         start = sequence_number()
         result = func(*args, **kwargs)
         if _with_indices(result):  # it matters only if the values are used: the graph or the backward shows that
@@ -251,7 +348,7 @@ class FunctionalCalls(TorchFunctionMode):
 
     def _misread(self, operation: Operation, func: Callable, args: Any, kwargs: Any) -> Any:
         """Run a call whose arguments the record could not read: PyTorch refuses them, or the call keeps its own way."""
-        result = self._owned(func, args, kwargs)
+        result = self.owning(func, *args, **kwargs)
         if self.part.chosen and not self.origin.over and _differentiable(args, kwargs):
             why = "with arguments that the patch cannot read"
             self._left(operation, func.__name__, False, why, "Name its arguments as PyTorch's documentation does")
@@ -276,7 +373,7 @@ class FunctionalCalls(TorchFunctionMode):
             return evaluate(operation, one, call)
         part = self.part
         if not part.chosen or self.origin.over:
-            return self._owned(func, args, kwargs)
+            return self.owning(func, *args, **kwargs)
         kind = func.__name__
         if (self.differentiating and _recomputed()) or not _plain(call.x):
             why, way = f"on a {type(call.x).__name__}, whose class sees the call first", "Give it a plain tensor"
@@ -284,20 +381,8 @@ class FunctionalCalls(TorchFunctionMode):
                 why = "in a function that it gives to torch.utils.checkpoint"
                 way = "Checkpoint an nn.Module that makes the call"
             self._left(operation, kind, call.inplace, why, way)
-            return self._owned(func, args, kwargs)
-        rules = surgery.decide(part, operation.name, self.number)
-        selection = surgery.selections[rules]
-        site = surgery.row(part, operation.name, kind, call.inplace, "functional", rules)
-        self.count(site)
-        if selection.observer is not None:
-            with disable_function_modes():
-                name = part.names[0] if site is part.site else f"{part.names[0]}:{site.kind}"
-                selection.observer(name, operation, call)
-        start = sequence_number() if self.recording else 0
-        result = evaluate(operation, selection, call)
-        if self.recording:
-            self.owned.append((start, sequence_number()))
-        return result
+            return self.owning(func, *args, **kwargs)
+        return self.evaluate(part, operation, call, kind, "functional")
 
 
 def _with_indices(result: Any) -> bool:
@@ -334,13 +419,17 @@ def _plain(x: Tensor) -> bool:
     return disabled_torch_function(cls) or cls.__torch_function__.__func__ is Tensor.__torch_function__.__func__  # type: ignore[attr-defined] # class methods, which the stubs call functions
 
 
+# What calls a model's methods: a stack frame that runs one of these is an entrance.
+_ENTRANCES = (FunctionalCalls.outermost.__code__, FunctionalCalls.inside.__code__)
+
+
 def _recomputed() -> bool:
     """Return whether a checkpoint lies between a functional call and the patched method that made it.
 
     The mode is not active when the checkpoint computes the call a second time, in the backward.
     """
     frame: FrameType | None = sys._getframe(3)
-    while frame is not None and frame.f_code not in FunctionalCalls.entrances:
+    while frame is not None and frame.f_code not in _ENTRANCES:
         if frame.f_code is CHECKPOINT:
             return True
         frame = frame.f_back
@@ -391,6 +480,7 @@ class _Runs(threading.local):
 _here = _Runs()
 
 
+@eager
 def running(surgery: Surgery) -> FunctionalCalls | None:
     """The run of a model's code in this thread, in eager mode.
 
@@ -419,40 +509,6 @@ def compiling_run(surgery: Surgery) -> bool:
 
 
 @contextmanager
-def begun(run: FunctionalCalls) -> Iterator[None]:
-    """A run of a model's code in this thread, and in the threads that it starts.
-
-    Args:
-        run: The run.
-
-    Yields:
-        Nothing.
-    """
-    before = _here.runs
-    _here.runs = (*before, run)
-    _threads.follow()
-    if run.recording:
-        watchers.append(run.own)
-        _functions.follow()
-    try:
-        if run.others:
-            with beneath_modes(run, run.others):
-                yield
-        elif run.surgery.catching:
-            with run:
-                yield
-        else:
-            yield
-    finally:
-        run.over = True
-        if run.recording:
-            watchers.remove(run.own)
-            _functions.release()
-        _threads.release()
-        _here.runs = before
-
-
-@contextmanager
 def _no_run() -> Iterator[None]:
     """Let patched methods begin runs of their own: a checkpoint calls them in a backward, where no mode is active."""
     before = _here.runs, _here.paused
@@ -470,6 +526,7 @@ class _Replaced:
         self.lock, self.users, self.replacements = threading.Lock(), 0, replacements
         self.before: list[Any] = []
 
+    @eager
     def follow(self) -> None:
         """A method begins."""
         with self.lock:
@@ -479,6 +536,7 @@ class _Replaced:
                 for cls, name, replacement in self.replacements:
                     setattr(cls, name, replacement)
 
+    @eager
     def release(self) -> None:
         """A method ends."""
         with self.lock:
@@ -540,8 +598,8 @@ def _within(runs: tuple[FunctionalCalls, ...], function: Callable[[], Any]) -> A
 
 
 # ------------------------------------------------------------------------------------------------- compiler
-@cache
-def teach_the_compiler(eager: tuple[Callable[..., Any], ...]) -> None:
+@while_compiling
+def teach_the_compiler() -> bool:
     """Make ``torch.compile`` hand to the mode what eager mode hands to it.
 
     This happens once, before a patched model or a part of one is compiled.
@@ -549,13 +607,19 @@ def teach_the_compiler(eager: tuple[Callable[..., Any], ...]) -> None:
     In torch 2.15 it passes over functions that end with an underscore, ``torch.relu_`` or ``F.elu_``, over
     ``F.hardswish`` and ``F.hardsigmoid``, and over ``abs(x)``: these kept PyTorch's own derivative, in silence.
 
-    Args:
-        eager: Functions of the surgery's for eager mode, which it need not compile after a graph break.
+    Returns:
+        True: the compiler takes it for a constant.
     """
+    _teach()
+    return True
+
+
+@cache
+def _teach() -> None:
     compile_functions_for_modes(f for f in (*FUNCTIONS, *UNSUPPORTED_FUNCTIONS) if not is_operator(f))
     for absolute in (builtins.abs, operator.abs):
         compile_as(absolute, _absolute)
-    never_compile((*eager, _Replaced.follow, _Replaced.release, running, begun.__wrapped__))  # type: ignore[attr-defined] # of `functools.wraps`
+    never_compile_eager()
 
 
 def _absolute(x: Any, /) -> Any:

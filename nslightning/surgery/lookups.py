@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from nslightning.surgery.methods import Caller, accessors
+from nslightning.surgery.entrances import Caller
+from nslightning.surgery.methods import accessors
 from nslightning.surgery.state import PART, Part
 
 __all__ = ["Looked", "lookups"]

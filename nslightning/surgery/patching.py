@@ -21,23 +21,17 @@ from nslightning.ops.module_base import ChosenFunction, ChosenModule
 from nslightning.ops.record import MODULES
 from nslightning.ops.unreached import UNSUPPORTED_MODULES
 from nslightning.spelling import closest
+from nslightning.surgery.checks import nothing_to_patch
+from nslightning.surgery.entrances import Caller, LeftAlone
 from nslightning.surgery.graph import MOST, OF_MODULES
 from nslightning.surgery.hooks import REGISTRATIONS, HookRegistration, has_own_hooks, of_library
 from nslightning.surgery.lookups import Looked, lookups
-from nslightning.surgery.methods import (
-    Caller,
-    ClassName,
-    LeftAlone,
-    Method,
-    Reduction,
-    SiteForward,
-    SiteText,
-    binds_itself,
-    nothing_to_patch,
-)
+from nslightning.surgery.methods import Method, Reduction, binds_itself
 from nslightning.surgery.plan import AnyChoice, Plan, Selector, matches, text, to_choice
 from nslightning.surgery.report import PatchReport, PatchWarning, Site, UnreachedError
+from nslightning.surgery.sites import SiteForward, SiteText
 from nslightning.surgery.state import PART, Part, Surgery
+from nslightning.surgery.tracing import ClassName
 
 __all__ = [
     "choices",

@@ -30,7 +30,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from nslightning import Jacobians, PatchWarning, Plan, Rule, patch, unpatch, using
-from nslightning.surgery import methods, report
+from nslightning.surgery import report, sites
 
 HALF = Jacobians(relu=0.5)
 
@@ -770,7 +770,7 @@ def test_the_quick_way_is_tried_first_once_the_report_is_complete(monkeypatch):
     model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
     patch(model, HALF)
     one = torch.ones(1)
-    monkeypatch.setattr(methods.native, "site", make)
+    monkeypatch.setattr(sites.native, "site", make)
     assert model[1].forward.fast is None
     with torch.no_grad():
         model(X)
@@ -825,7 +825,7 @@ def test_where_a_model_is_patched_does_not_matter(where):
 @pytest.mark.parametrize("nodes", ["C++", "Python"])
 def test_compiled_autograd(nodes, monkeypatch):
     if nodes == "Python":
-        monkeypatch.setattr(methods.native, "_library", lambda: None)
+        monkeypatch.setattr(sites.native, "_library", lambda: None)
     torch._dynamo.reset()
     model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1))
     nn.init.zeros_(model[0].weight), nn.init.zeros_(model[0].bias), nn.init.ones_(model[2].weight)

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from nslightning import Jacobians, PatchWarning, patch, using
 from nslightning.probes import ties
-from nslightning.surgery import UnreachedError, methods, report
+from nslightning.surgery import UnreachedError, checks, report
 from nslightning.surgery.kinks import KINKS
 
 HALF = Jacobians(relu=0.5)
@@ -630,7 +630,7 @@ class Steps(nn.Module):
 def test_a_model_of_a_new_path_at_each_step_is_looked_at_now_and_then(monkeypatch):
     """Looking costs as much as a step of a small model: not at each step, and not never."""
     looks = []
-    monkeypatch.setattr(methods, "_look", lambda *args, look=methods._look: (looks.append(1), look(*args)))
+    monkeypatch.setattr(checks, "_look", lambda *args, look=checks._look: (looks.append(1), look(*args)))
     model = Steps()
     patch(model, Jacobians())
     for steps in range(1_000):

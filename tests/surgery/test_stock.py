@@ -16,13 +16,14 @@ from bits import bits
 from torch import Tensor, nn
 from torch.overrides import has_torch_function
 from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils.checkpoint import checkpoint
 from torch_samples import functions
 
 from nslightning import Jacobians, PatchWarning, patch
 from nslightning.ops.record import OPERATIONS
 from nslightning.probes import counting
+from nslightning.surgery.entrances import Caller
 from nslightning.surgery.interception import FORGETFUL
-from nslightning.surgery.methods import Caller
 from nslightning.surgery.report import UnreachedError
 
 # Modules of PyTorch's whose functions hand a call to a mode, written in Python.
@@ -459,6 +460,25 @@ def test_a_mode_of_others_sees_each_call_first(calls, inside):
         assert ours_seen == seen
         chosen = run(Leaky(other), Jacobians(relu=1.0, leaky_relu=1.0))[2]
         assert torch.equal(chosen, g) is (name == "smooth")
+
+
+class Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.act = nn.ReLU()
+
+    def forward(self, x):
+        return checkpoint(self.act, x, use_reentrant=False)
+
+
+def test_a_checkpointed_module_under_a_mode_of_others_takes_the_choice():
+    """It was refused: the call that the mode sees passed for one that the checkpoint made without the module."""
+    model, x = Checkpointed(), torch.zeros(2, requires_grad=True)
+    patch(model, Jacobians(relu=0.25))
+    with Logging() as mode:
+        (g,) = torch.autograd.grad(model(x).sum(), x)
+    assert F.relu in mode.seen
+    assert torch.equal(g, torch.full_like(g, 0.25))
 
 
 class Seeing(Tensor):
