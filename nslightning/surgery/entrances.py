@@ -25,6 +25,7 @@ from nslightning.surgery.graph import mark, tensors
 from nslightning.surgery.interception import FunctionalCalls, compiling_run, running, teach_the_compiler
 from nslightning.surgery.later import driven, with_entrances
 from nslightning.surgery.methods import Method, accessor
+from nslightning.surgery.origins import name_stray
 from nslightning.surgery.report import TracedUnreachedError
 from nslightning.surgery.state import Part
 from nslightning.surgery.tracing import leaf_of_graph, refuse_tracing, traced_custom_functions
@@ -133,6 +134,8 @@ class Caller(Method):
             if start < surgery.first:  # in another thread
                 mark(tensors(result), surgery)
             return result
+        if recording:
+            name_stray(surgery)
         run = FunctionalCalls(surgery, entrance, recording)
         result = run.outermost(method, *args, **kwargs)
         if run.extent[0] < surgery.first:  # in another thread

@@ -9,8 +9,9 @@ from torch import nn
 from nslightning._torch import call_with_hooks, kept_attributes
 from nslightning.surgery.entrances import Caller
 from nslightning.surgery.methods import Method
+from nslightning.surgery.origins import of_library
 
-__all__ = ["REGISTRATIONS", "HookRegistration", "has_own_hooks", "of_library"]
+__all__ = ["REGISTRATIONS", "HookRegistration", "has_own_hooks"]
 
 #: The methods of a module that register a hook around its ``forward``.
 REGISTRATIONS = ("register_forward_hook", "register_forward_pre_hook")
@@ -47,18 +48,6 @@ def has_own_hooks(module: nn.Module) -> bool:
         True where one of its forward hooks or pre-hooks is defined outside of the libraries.
     """
     return any(map(_is_own, (*module._forward_pre_hooks.values(), *module._forward_hooks.values())))
-
-
-def of_library(module: str) -> bool:
-    """Return whether code comes from a library that calls no function which a choice should reach.
-
-    Args:
-        module: The name of the module that defines the code.
-
-    Returns:
-        True for PyTorch, Lightning and Python's own modules.
-    """
-    return module.partition(".")[0] in ("torch", "lightning", "pytorch_lightning", "typing", "abc", "builtins")
 
 
 def _is_own(hook: Any) -> bool:

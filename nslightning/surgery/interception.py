@@ -56,6 +56,7 @@ __all__ = [
     "evaluate",
     "running",
     "teach_the_compiler",
+    "waits_for_backward",
 ]
 
 # Functions of torch whose handler forgets arguments where a mode is active: the mode would call them without.
@@ -494,6 +495,18 @@ def running(surgery: Surgery) -> FunctionalCalls | None:
         if run.surgery is surgery:
             return run
     return None
+
+
+def waits_for_backward(surgery: Surgery) -> bool:
+    """Return whether a model's code has begun a backward in this thread, and waits for it.
+
+    Args:
+        surgery: The surgery of the model.
+
+    Returns:
+        Whether a run is paused: a checkpoint computes a part of the forward again.
+    """
+    return any(run.surgery is surgery for run in _here.paused)
 
 
 def compiling_run(surgery: Surgery) -> bool:

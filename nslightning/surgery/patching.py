@@ -24,9 +24,10 @@ from nslightning.spelling import closest
 from nslightning.surgery.checks import nothing_to_patch
 from nslightning.surgery.entrances import Caller, LeftAlone
 from nslightning.surgery.graph import MOST, OF_MODULES
-from nslightning.surgery.hooks import REGISTRATIONS, HookRegistration, has_own_hooks, of_library
+from nslightning.surgery.hooks import REGISTRATIONS, HookRegistration, has_own_hooks
 from nslightning.surgery.lookups import Looked, lookups
 from nslightning.surgery.methods import Method, Reduction, binds_itself
+from nslightning.surgery.origins import of_library
 from nslightning.surgery.plan import AnyChoice, Plan, Selector, matches, text, to_choice
 from nslightning.surgery.report import PatchReport, PatchWarning, Site, UnreachedError
 from nslightning.surgery.sites import SiteForward, SiteText

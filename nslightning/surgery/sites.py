@@ -13,6 +13,7 @@ from nslightning.ops.autograd import native
 from nslightning.ops.record import positional
 from nslightning.surgery.interception import evaluate, running
 from nslightning.surgery.methods import UNSET, Method, accessor
+from nslightning.surgery.origins import name_stray
 from nslightning.surgery.state import Part
 from nslightning.surgery.tracing import refuse_tracing
 
@@ -93,6 +94,7 @@ class SiteForward(Method):
             self.fast = native.site(operation.name, module, selection)
         if run is not None:
             return run.evaluate(part, operation, call, site.kind, "module")
+        name_stray(surgery)
         if selection.observer is not None:
             selection.observer(part.names[0], operation, call)
         return evaluate(operation, selection, call)

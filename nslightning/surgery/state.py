@@ -77,6 +77,8 @@ class Surgery:
         waking: By entrance, whether its next run that is called without gradients has a mode, to see whether its code
             switches them on, and how often this was looked at; None once it was seen to do so.
         sites: The objects that run the module sites.
+        classes: The classes of the model's modules; empty in a copy.
+        stack_looks: How often the stack may still be looked through for a method that runs outside the patch.
         thread: The thread that patched the model; None in a copy.
         first: The number of this thread's next autograd node then, by which a loss that was computed before is known; 0
             in a copy.
@@ -106,17 +108,19 @@ class Surgery:
         self.counts: set[int] = set()
         self.waking: dict[Any, tuple[bool, int | None]] = {}
         self.sites: WeakSet[Any] = WeakSet()
+        self.classes = {type(module) for module in model.modules()}
+        self.stack_looks = _LOOKS
         self.thread: object = this_thread()
         self.first = sequence_number()
         self._rows: dict[tuple[str, str, bool, tuple[int, ...]], Site] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # A copied site adds itself to `sites`; the others refer to parts or a thread by identity: no copy keeps them.
-        fresh = ("sites", "looked", "awaited", "begun", "looks", "counts", "waking", "thread")
+        fresh = ("sites", "looked", "awaited", "begun", "looks", "counts", "waking", "thread", "classes")
         return {name: value for name, value in self.__dict__.items() if name not in fresh}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, sites=WeakSet(), looked=set(), counts=set(), thread=None, first=0)
+        self.__dict__.update(state, sites=WeakSet(), looked=set(), counts=set(), classes=set(), thread=None, first=0)
         self.__dict__.update(awaited={}, begun={}, looks={}, waking={})
 
     def look_at_next(self, entrance: Any) -> None:
