@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nslightning._torch import eager, is_compiled_function, number_of
+from nslightning._torch import disable_function_modes, eager, is_compiled_function, number_of
 from nslightning.ops.record import OPERATIONS
 from nslightning.surgery.graph import foreign_nodes, is_checkpoint, kinds, nodes, structure, tensors
 from nslightning.surgery.interception import FunctionalCalls
@@ -35,28 +35,29 @@ def finish(
         last: Whether that may be the model's results, so that the report is complete now.
     """
     surgery, report = run.surgery, run.surgery.report
-    run.await_gradients()
-    if run.differentiating:
-        start, end = run.extent
-        calls = frozenset((id(site), n) for site, n in run.evaluations.values() if site.how == "functional")
-        path = (frozenset(run.entered), calls, kinds(*arguments), structure(result), end - start)
-        if run.recording or (path not in surgery.looked and surgery.looks_again(run.entrance)):
-            _look(run, module, arguments, result)
-            surgery.checked(run.entrance, path, run.recording)
-            surgery.counts.add(end - start)
-    first = not report.traced and run.differentiating
-    if first and not run.evaluations:  # a reentrant checkpoint computes without gradients until its backward
-        first = last and any(x.grad_fn is not None for x in tensors(result))
-        first = first and not any(map(is_checkpoint, nodes(tensors(result), _inputs(run, arguments))))
-    for site, evaluations in run.evaluations.values():
-        site.calls = site.calls or evaluations
-    report.traced |= first
-    if first and run.part.names[0] == "" and not report.reached:
-        compiled = any(map(is_compiled_function, nodes(tensors(result), _inputs(run, arguments))))
-        warnings.warn(_COMPILED if compiled else nothing_to_patch(report), PatchWarning, stacklevel=4)
-    elif first and run.part.names[0] == "":
-        for hint in surgery.idle(module):
-            warnings.warn(hint, PatchWarning, stacklevel=4)
+    with disable_function_modes():  # modes of others see the model's calls, and not that its tensors are looked at
+        run.await_gradients()
+        if run.differentiating:
+            start, end = run.extent
+            calls = frozenset((id(site), n) for site, n in run.evaluations.values() if site.how == "functional")
+            path = (frozenset(run.entered), calls, kinds(*arguments), structure(result), end - start)
+            if run.recording or (path not in surgery.looked and surgery.looks_again(run.entrance)):
+                _look(run, module, arguments, result)
+                surgery.checked(run.entrance, path, run.recording)
+                surgery.counts.add(end - start)
+        first = not report.traced and run.differentiating
+        if first and not run.evaluations:  # a reentrant checkpoint computes without gradients until its backward
+            first = last and any(x.grad_fn is not None for x in tensors(result))
+            first = first and not any(map(is_checkpoint, nodes(tensors(result), _inputs(run, arguments))))
+        for site, evaluations in run.evaluations.values():
+            site.calls = site.calls or evaluations
+        report.traced |= first
+        if first and run.part.names[0] == "" and not report.reached:
+            compiled = any(map(is_compiled_function, nodes(tensors(result), _inputs(run, arguments))))
+            warnings.warn(_COMPILED if compiled else nothing_to_patch(report), PatchWarning, stacklevel=4)
+        elif first and run.part.names[0] == "":
+            for hint in surgery.idle(module):
+                warnings.warn(hint, PatchWarning, stacklevel=4)
 
 
 @eager

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
-from nslightning._torch import eager, function_of, has_formula_of_torch, is_control_flow, number_of
+from nslightning._torch import (
+    disable_function_modes,
+    eager,
+    function_of,
+    has_formula_of_torch,
+    is_control_flow,
+    number_of,
+)
 from nslightning.surgery.kinks import kink
 
 __all__ = [
@@ -143,10 +150,11 @@ def mark(output: Iterable[Tensor], surgery: object) -> None:
         output: Tensors that the model made.
         surgery: The model's surgery.
     """
-    for x in output:
-        if x.grad_fn is not None:
-            metadata: Any = x.grad_fn.metadata  # the stubs take it for a method
-            metadata.setdefault(_MARK, set()).add(id(surgery))
+    with disable_function_modes():
+        for x in output:
+            if x.grad_fn is not None:
+                metadata: Any = x.grad_fn.metadata  # the stubs take it for a method
+                metadata.setdefault(_MARK, set()).add(id(surgery))
 
 
 def marked(node: Any, surgeries: Iterable[object]) -> bool:
