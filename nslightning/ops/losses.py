@@ -212,6 +212,8 @@ register(
         jax=0.5,
         tensorflow=1.0,
         taken=(_NATIVE,),
+        # Where stock's clamp takes 1, None would be both ends: the multi-margin loss takes 0 in every version.
+        corners=lambda *parameters: (0.0 if _NATIVE else None, 1.0),
         example=lambda u: F.margin_ranking_loss(u, torch.zeros_like(u), -torch.ones_like(u), reduction="none"),
     )
 )

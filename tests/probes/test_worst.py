@@ -197,15 +197,25 @@ class Pair(nn.Module):
 
 
 ZEROS, ONES = torch.zeros(3).double(), torch.ones(3).double()
+
+
+def given_to_an_entry_at_its_bound():
+    """Half of the gradient in torch 2.15, which gives the bound the other half; all of it in torch 2.11."""
+    entry = torch.zeros(1, requires_grad=True)
+    (share,) = torch.autograd.grad(entry.clamp(min=torch.zeros(1)), entry)
+    return share.item()
+
+
+KEPT = given_to_an_entry_at_its_bound()
 GROUPS = torch.tensor([0, 0, 1])
 # The largest difference to stock's gradient, with x = (1, 2, 3), as worked out by hand.
 LOSSES = {
     "maximum of a constant": (lambda a, b: torch.maximum(ZEROS, a).sum(), (14 / 4) ** 0.5),  # halves
     "minimum of a constant": (lambda a, b: torch.minimum(ZEROS, a).sum(), (14 / 4) ** 0.5),
-    # Each tie moves w_i by x_i / 2 to one side, and v by x_i to the other.
-    "clamp between parameters": (lambda a, b: a.clamp(min=b).sum(), (14 / 4 + 36) ** 0.5),
-    "clamp of a constant": (lambda a, b: ZEROS.clamp(min=a).sum(), (14 / 4) ** 0.5),
-    "clamp against its own multiple": (lambda a, b: b.clamp(min=2 * b).sum(), 6.0),  # from 1.5 to 2, times 2 x
+    # Each tie moves what is kept of x_i from w_i to v, which has twice as much.
+    "clamp between parameters": (lambda a, b: a.clamp(min=b).sum(), KEPT * (14 + 144) ** 0.5),
+    "clamp of a constant": (lambda a, b: ZEROS.clamp(min=a).sum(), KEPT * 14**0.5),
+    "clamp against its own multiple": (lambda a, b: b.clamp(min=2 * b).sum(), KEPT * 12.0),  # from 1 or 1.5 to 2
     "hinge": (lambda a, b: F.hinge_embedding_loss(a, -ONES, margin=0.0, reduction="sum"), 14**0.5),
     "ranking": (lambda a, b: F.margin_ranking_loss(ZEROS, a, ONES, reduction="sum"), 14**0.5),
     "several classes": (
@@ -224,9 +234,15 @@ LOSSES = {
 def test_losses_and_constants_are_varied(name):
     """A constant that comes first, and what a loss computes of its operands, do not hide a site."""
     loss, largest = LOSSES[name]
-    model = Pair(loss)
+    model, x = Pair(loss), torch.arange(1.0, 4.0).double()
+    try:
+        model(x).backward()
+    except RuntimeError as error:  # torch 2.11 has no derivative of aminmax
+        if "aten::aminmax is not implemented" not in str(error):
+            raise
+        pytest.skip(f"torch {torch.__version__}: {error}")
     patch(model, Jacobians())
-    worst = worst_choice(model, lambda y: y, torch.arange(1.0, 4.0).double())
+    worst = worst_choice(model, lambda y: y, x)
     assert worst.value == pytest.approx(largest, rel=1e-9)
     assert worst.unvaried == ()
     (value,) = worst.sites.values()  # one site, whatever the number of its nodes
