@@ -94,7 +94,8 @@ class SiteForward(Method):
             self.fast = native.site(operation.name, module, selection)
         if run is not None:
             return run.evaluate(part, operation, call, site.kind, "module")
-        name_stray(surgery)
+        if torch.is_grad_enabled():  # without gradients a patched method is no run
+            name_stray(surgery)
         if selection.observer is not None:
             selection.observer(part.names[0], operation, call)
         return evaluate(operation, selection, call)

@@ -169,7 +169,9 @@ def without_gradients(net, x):
     net.eval()
     net.acted(x)
     with torch.no_grad():
-        net(x)
+        for _ in range(3):
+            net(x)
+            net.acted(x)
 
 
 @pytest.mark.parametrize(
